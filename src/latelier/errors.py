@@ -1,0 +1,9 @@
+"""The one error that a user is meant to read."""
+
+
+class LatelierError(Exception):
+    """Bad input: one sentence with the offending value and what to do.
+
+    The command line prints the sentence and exits with code 2; anything else that escapes is a bug and keeps its
+    traceback.
+    """

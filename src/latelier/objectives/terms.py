@@ -1,0 +1,33 @@
+"""What an objective returns: named loss terms, their weights, and what a preview needs."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Terms:
+    """Loss terms of one batch.
+
+    Attributes:
+        losses: unweighted scalar terms, by name.
+        weights: the weight of each; a term without a weight is logged and not trained on.
+        images: pictures worth showing, `(b, c, h, w)` in [-1, 1], detached, by name.
+    """
+
+    losses: dict[str, Tensor]
+    weights: dict[str, float]
+    images: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def total(self) -> Tensor:
+        """The weighted sum that is differentiated; terms of weight zero do not enter the graph."""
+        return sum((w * self.losses[k] for k, w in self.weights.items() if w), torch.zeros(()).to(self._any()))
+
+    def _any(self) -> Tensor:
+        return next(iter(self.losses.values())).detach()
+
+    def non_finite(self) -> list[str]:
+        """Names of the terms that are NaN or infinite."""
+        return [name for name, value in self.losses.items() if not torch.isfinite(value.detach()).all()]
