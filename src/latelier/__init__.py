@@ -1,0 +1,36 @@
+"""latelier: the workshop for the latent space of image generators.
+
+Public names are imported when they are first used, so that `import latelier` costs nothing.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Codec": "latelier.tokenizers.codec",
+    "VMAE": "latelier.tokenizers.vmae",
+    "DiT": "latelier.denoisers.dit",
+    "Condition": "latelier.conditioning.condition",
+    "ClassConditioner": "latelier.conditioning.condition",
+    "Flow": "latelier.diffusion.process",
+    "DDPM": "latelier.diffusion.process",
+    "LPIPS": "latelier.losses.perceptual",
+    "LatentDiffusionPipeline": "latelier.pipeline",
+    "LatentCache": "latelier.data.latents",
+    "LatelierError": "latelier.errors",
+    "Recipe": "latelier.recipe",
+    "load_recipe": "latelier.recipe",
+    "from_official": "latelier.convert",
+}
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str):
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'latelier' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,199 @@
+"""The command line. Heavy modules are imported inside commands, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from latelier.errors import LatelierError
+
+console = Console()
+app = typer.Typer(
+    name="latelier",
+    help="The workshop for the latent space of image generators: train, judge and use image tokenizers and the "
+    "latent diffusion models that run on them.",
+    epilog="Start with:  latelier run recipes/quickstart.yaml",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+train_app = typer.Typer(no_args_is_help=True, help="Train one stage of a recipe.")
+recipe_app = typer.Typer(no_args_is_help=True, help="Show, list and describe recipes.")
+app.add_typer(train_app, name="train")
+app.add_typer(recipe_app, name="recipe")
+
+RecipePath = Annotated[str, typer.Argument(help="A recipe file, a name from `latelier recipe list`, or a run folder.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Changes such as tokenizer.lr=1e-4 denoiser.images=2M.")]
+
+
+def _load(recipe: str, overrides: list[str] | None):
+    from latelier.recipe import load_recipe
+
+    return load_recipe(recipe, overrides or ())
+
+
+@app.command(epilog="Example:  latelier run recipes/quickstart.yaml data.source=./photos name=photos")
+def run(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Do all of a recipe: tokenizer, latents, denoiser, samples, metrics, report. Goes on where it was stopped."""
+    from latelier.experiment import run as run_recipe
+
+    run_recipe(_load(recipe, overrides))
+
+
+@train_app.command("tokenizer", epilog="Example:  latelier train tokenizer my.yaml tokenizer.images=4M")
+def train_tokenizer_command(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Stage 1: train the tokenizer and measure its latent statistics."""
+    from latelier.experiment import prepare
+    from latelier.training.tokenizer_loop import train_tokenizer
+
+    console.print(f"Tokenizer: {train_tokenizer(prepare(_load(recipe, overrides)))}")
+
+
+@train_app.command("denoiser", epilog="Example:  latelier train denoiser my.yaml denoiser.size=B")
+def train_denoiser_command(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Stage 2: train the denoiser on the run's tokenizer."""
+    from latelier.experiment import prepare
+    from latelier.training.denoiser_loop import train_denoiser
+
+    console.print(f"Pipeline: {train_denoiser(prepare(_load(recipe, overrides)))}")
+
+
+@app.command(epilog="Example:  latelier encode my.yaml --overwrite")
+def encode(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    overwrite: Annotated[bool, typer.Option(help="Delete a stale cache and encode anew.")] = False,
+) -> None:
+    """Encode the training pictures into the latent cache."""
+    from latelier.experiment import prepare
+    from latelier.training.denoiser_loop import encode_latents
+
+    cache = encode_latents(prepare(_load(recipe, overrides)), overwrite=overwrite)
+    console.print(f"Latents: {cache.folder} ({len(cache):,} pictures)")
+
+
+@app.command(epilog="Example:  latelier reconstruct runs/quickstart photo.jpg another.png --out pairs.png")
+def reconstruct(
+    tokenizer: Annotated[str, typer.Argument(help="A run folder, a tokenizer folder, or a diffusers Hub name.")],
+    images: Annotated[list[Path], typer.Argument(help="Picture files or folders.")],
+    out: Annotated[Path, typer.Option(help="Where the picture pairs go.")] = Path("reconstructions.png"),
+    size: Annotated[int, typer.Option(help="Side in pixels to which pictures are cropped.")] = 256,
+) -> None:
+    """Pass pictures through a tokenizer and put originals above reconstructions."""
+    from latelier.experiment import reconstruct as reconstruct_images
+
+    console.print(f"{out}: mean PSNR {reconstruct_images(tokenizer, images, out, size):.2f} dB")
+
+
+@app.command(epilog="Example:  latelier sample runs/quickstart --classes 'Animals & Nature' --count 16 --seed 7")
+def sample(
+    run: Annotated[Path, typer.Argument(help="A run folder or a saved pipeline.")],
+    classes: Annotated[list[str] | None, typer.Option(help="Class names or indices; repeat for several.")] = None,
+    count: Annotated[int, typer.Option(help="How many pictures.")] = 16,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps; default: the recipe's.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.")] = None,
+    size: Annotated[int | None, typer.Option(help="Side in pixels; default: the trained size.")] = None,
+    seed: Annotated[int, typer.Option(help="Picture i is drawn from seed + i.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder of the pictures; default: samples/ of the run.")] = None,
+) -> None:
+    """Draw pictures from a trained pipeline."""
+    from latelier.experiment import sample_to_folder
+
+    console.print(f"Grid: {sample_to_folder(run, classes, count, steps, guidance, size, seed, out)}")
+
+
+@app.command(epilog="Example:  latelier evaluate runs/quickstart evaluate.samples=1000")
+def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Measure reconstruction and generation of a trained run, with receipts, and rewrite its report."""
+    from latelier.experiment import evaluate as evaluate_run
+    from latelier.experiment import show_measurements
+
+    show_measurements(evaluate_run(_load(recipe, overrides)))
+
+
+@app.command(epilog="Example:  latelier report runs/quickstart")
+def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Write the run's report.html anew."""
+    from latelier.evaluation.report import write_report
+
+    if not run.is_dir():
+        raise LatelierError(f"There is no run folder {run}.")
+    console.print(f"Report: {write_report(run)}")
+
+
+@app.command(epilog="Example:  latelier check my.yaml data.source=./photos")
+def check(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Preflight: open the data, run a step with every loss term, tell memory, speed and expected hours."""
+    from latelier.preflight import check as preflight
+
+    preflight(_load(recipe, overrides))
+
+
+@app.command(epilog="Example:  latelier convert vmae vmaef8d16.pth converted/ --set heads=12")
+def convert(
+    kind: Annotated[str, typer.Argument(help="vmae, sit, lightning-dit, maetok-sit, ...")],
+    checkpoint: Annotated[Path, typer.Argument(help="The official checkpoint: .safetensors, or a .pth of tensors.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the converted model.")],
+    options: Annotated[
+        list[str] | None, typer.Option("--set", help="What the shapes do not tell, such as heads=12 or image=256.")
+    ] = None,
+) -> None:
+    """Convert an official checkpoint to a folder that diffusers-style `from_pretrained` opens."""
+    import yaml
+
+    from latelier.convert import from_official, read_checkpoint
+
+    config = {key: yaml.safe_load(value) for key, _, value in (option.partition("=") for option in options or [])}
+    converted = from_official(kind, read_checkpoint(checkpoint), **config)
+    converted.model.save_pretrained(out)
+    if converted.conditioner is not None:
+        converted.conditioner.save_pretrained(out / "conditioner")
+    parameters = sum(p.numel() for p in converted.model.parameters())
+    console.print(f"{out}: {type(converted.model).__name__}, {parameters:,} parameters")
+
+
+@recipe_app.command("list")
+def recipe_list() -> None:
+    """The recipes that come along."""
+    from latelier.recipe import recipe_files
+
+    for path in recipe_files():
+        console.print(f"{path}", highlight=False)
+
+
+@recipe_app.command("show", epilog="Example:  latelier recipe show quickstart tokenizer.lr=1e-4")
+def recipe_show(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """A recipe with every default filled in."""
+    from latelier.recipe import dump
+
+    print(dump(_load(recipe, overrides)), end="")
+
+
+@recipe_app.command("schema", epilog="Example:  latelier recipe schema > recipe.schema.json")
+def recipe_schema() -> None:
+    """The JSON schema of recipes, for editors."""
+    import json
+
+    from latelier.recipe import schema
+
+    print(json.dumps(schema(), indent=2))
+
+
+def main() -> None:
+    """Entry point: user errors become one sentence and exit code 2."""
+    try:
+        app()
+    except LatelierError as error:
+        Console(stderr=True).print(f"[bold red]Error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,425 @@
+"""The latent cache: posteriors of all pictures on disk, encoded once, gathered from memory-mapped shards.
+
+A cache is a folder of `shard-00000.safetensors`, ... and `cache.json`. It holds the normalised mean and standard
+deviation of every picture's posterior, and of its mirror image, so that z is drawn anew whenever it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from latelier.data.order import permuted_index, share
+from latelier.draws import Draws
+from latelier.errors import LatelierError
+from latelier.tokenizers.codec import Codec
+
+INDEX_FILE = "cache.json"
+PIXELS_AT_ONCE = 64 * 256 * 256  # of a forward pass that measures statistics
+
+
+@runtime_checkable
+class Pictures(Protocol):
+    """What is encoded: `latelier.data.loader.ImageDataset`, or anything that gives its batches."""
+
+    class_names: list[str] | None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """`(c, h, w)` of every picture."""
+
+    def __len__(self) -> int: ...
+
+    def once(self, batch: int, process: int, processes: int) -> Iterator[dict[str, Any]]:
+        """One pass over the `process`-th of `processes` parts, in order: `image`, `index`, `label`, `caption`."""
+
+    def stream(
+        self, batch: int, start: int, process: int, processes: int, accumulation: int
+    ) -> Iterator[dict[str, Any]]:
+        """Training batches without end: `image`, `draw`."""
+
+
+class LatentCache:
+    """Posteriors of a dataset's pictures, read from a complete cache; `write` makes one, `open` checks its key.
+
+    Args:
+        folder: the cache.
+        about: content of its `cache.json`.
+    """
+
+    def __init__(self, folder: Path, about: dict[str, Any]):
+        self.folder, self.about = folder, about
+        self.class_names: list[str] | None = about["class_names"]
+        self.latent_shape = tuple(about["latent_shape"])
+        self.flip: bool = about["key"]["flip"]
+        self._files = [shard for shard in about["shards"] if shard["rows"]]
+        self._shards = [_open_shard(folder / shard["file"]) for shard in self._files]
+        rows = [len(shard["index"]) for shard in self._shards]
+        index = torch.cat([shard["index"] for shard in self._shards])  # (n,)
+        order = index.argsort()
+        self.index = index[order]  # (n,) pictures' numbers in the dataset, ascending
+        self._shard = torch.arange(len(rows)).repeat_interleave(torch.tensor(rows))[order]  # (n,)
+        self._row = torch.cat([torch.arange(n) for n in rows])[order]  # (n,)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @classmethod
+    def open(cls, folder: str | Path, key: dict[str, Any] | None = None) -> LatentCache:
+        """Open a complete cache.
+
+        Args:
+            folder: the cache.
+            key: what it must have been made from (see `write`); None takes it as it is.
+
+        Raises:
+            LatelierError: if there is none, it is unfinished, damaged, or made from something else.
+        """
+        folder = Path(folder)
+        about = _read_about(folder)
+        if about is None:
+            raise LatelierError(f"There is no latent cache in {folder}; write it with `latelier encode`.")
+        if key is not None:
+            _check_key(folder, about["key"], json.loads(json.dumps(key)))
+        if not about["complete"]:
+            raise LatelierError(f"The latent cache in {folder} is unfinished; `latelier encode` goes on with it.")
+        return cls(folder, about)
+
+    @classmethod
+    def write(
+        cls,
+        folder: str | Path,
+        codec: Codec,
+        dataset: Pictures,
+        key: dict[str, Any],
+        flip: bool,
+        batch: int,
+        accelerator: Accelerator | None = None,
+        shard_size: int = 4096,
+        dtype: torch.dtype = torch.float16,
+        overwrite: bool = False,
+    ) -> LatentCache:
+        """Encode a dataset, or what is still missing of it, and open the cache.
+
+        Shards appear under their name only when they are whole, so that an interrupted call is continued by the next
+        one. In a distributed launch every process encodes its own shards.
+
+        Args:
+            folder: where the cache goes; it must be seen by all processes.
+            codec: tokenizer with statistics; the cache holds normalised latents.
+            dataset: its `once` gives the pictures.
+            key: what the latents depend on: tokenizer hash, data fingerprint, transform. A cache made from anything
+                else is refused.
+            flip: encode the mirror images too.
+            batch: pictures per forward pass.
+            accelerator: the process group; None is a single process.
+            shard_size: pictures per file.
+            dtype: of the stored numbers.
+            overwrite: delete a cache that is there.
+
+        Raises:
+            LatelierError: if the cache that is there was made from something else, or the disk is full.
+        """
+        folder = Path(folder)
+        process, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+        key = json.loads(json.dumps({**key, "flip": flip, "dtype": str(dtype).removeprefix("torch.")}))
+        about = _start(folder, codec, dataset, key, shard_size, accelerator, overwrite)
+        if not about["complete"]:
+            shards = about["shards"]
+            mine = [i for i in range(process, len(shards), processes) if not (folder / shards[i]["file"]).is_file()]
+            with _progress(len(dataset) * len(mine) // len(shards), process == 0) as advance:
+                for i in mine:
+                    tensors = _encode(codec, dataset.once(batch, i, len(shards)), about, advance)
+                    _save_shard(folder / shards[i]["file"], tensors)
+            _wait(accelerator)
+            if process == 0:
+                _finish(folder, about)
+            _wait(accelerator)
+        return cls.open(folder)
+
+    def stream(
+        self,
+        batch: int,
+        start: int = 0,
+        process: int = 0,
+        processes: int = 1,
+        accumulation: int = 1,
+        seed: int = 0,
+    ) -> Iterator[dict[str, Any]]:
+        """Micro-batches without end, from the `start`-th picture of the stream on.
+
+        Order and flips depend on `(seed, draw)` alone: a resumed run, and any number of processes and micro-batches,
+        see the same pictures.
+
+        Args:
+            batch: pictures per optimiser step over all processes.
+            start: images seen so far.
+            process, processes: which share of the batch is this process's.
+            accumulation: micro-batches per optimiser step.
+            seed: the run's seed.
+
+        Yields:
+            `mean` and `std` `(b, c, *grid)` float32, `draw` and `index` `(b,)`, and `label` `(b,)` and `caption` where
+            the data have them.
+        """
+        micro_batches = [torch.arange(part.start, part.stop) for part in share(batch, process, processes, accumulation)]
+        while True:
+            for offsets in micro_batches:
+                draws = start + offsets  # (b,)
+                flipped = Draws(seed, draws).uniform("flip") < 0.5 if self.flip else torch.zeros(len(draws)).bool()
+                yield {**self.gather(permuted_index(draws, len(self), seed), flipped), "draw": draws}
+            start += batch
+
+    def gather(self, positions: Int[Tensor, " b"], flipped: Bool[Tensor, " b"] | None = None) -> dict[str, Any]:
+        """The records at positions 0 .. len - 1, or their mirror images; see `stream` for what they hold."""
+        shard, row = self._shard[positions], self._row[positions]  # (b,)
+        side = torch.zeros_like(row) if flipped is None else flipped.long()  # (b,)
+        b = len(positions)
+        record: dict[str, Any] = {name: torch.empty(b, *self.latent_shape) for name in ("mean", "std")}
+        record["index"] = self.index[positions]
+        first = self._shards[0]
+        if "label" in first:
+            record["label"] = torch.empty(b, dtype=torch.long)
+        if "caption" in first:
+            record["caption"] = [""] * b
+        for number in shard.unique().tolist():
+            where = (shard == number).nonzero()[:, 0]  # positions in the batch
+            tensors, rows = self._shards[number], row[where]
+            for name in ("mean", "std"):
+                stored = tensors[name].flatten(
+                    0, 1
+                )  # (n, c, *grid), or (2 n, c, *grid): picture, mirror image, picture, ...
+                record[name][where] = stored[rows * (1 + self.flip) + side[where]].float()
+            if "label" in first:
+                record["label"][where] = tensors["label"][rows]
+            if "caption" in first:
+                for i, r in zip(where.tolist(), rows.tolist()):
+                    record["caption"][i] = _caption(tensors, r)
+        return record
+
+    def verify(self) -> None:
+        """Read everything and compare with the checksums.
+
+        Raises:
+            LatelierError: naming the first damaged shard.
+        """
+        for shard, tensors in zip(self._files, self._shards):
+            if _digest(tensors) != shard["sha256"]:
+                raise LatelierError(f"{self.folder / shard['file']} is damaged; delete it and run `latelier encode`.")
+
+
+def draw_latents(batch: dict[str, Any], draws: Draws) -> Float[Tensor, "b c *grid"]:
+    """z = mean + std eps, with noise of its own for each draw of the stream."""
+    return torch.addcmul(batch["mean"], batch["std"], draws.normal("posterior", *batch["mean"].shape[1:]))
+
+
+@torch.no_grad()
+def latent_statistics(
+    codec: Codec, dataset: Pictures, limit: int, seed: int, accelerator: Accelerator | None = None
+) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
+    """Mean and standard deviation, per channel, of raw latents sampled from their posteriors.
+
+    The pictures are the first of the training stream: a random part of the data, cropped and flipped as in training.
+    They and their noise do not depend on how many processes share the work. Sums are float64. A channel that is
+    constant gets a deviation of 1e-6, so that it can be normalised.
+
+    Args:
+        codec: a tokenizer without statistics.
+        dataset: the training pictures.
+        limit: how many pictures at most.
+        seed: of the posterior samples.
+        accelerator: the process group; None is a single process.
+    """
+    process, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    limit = min(limit, len(dataset))
+    height, width = dataset.shape[1:]
+    size = processes * max(1, min(64, PIXELS_AT_ONCE // (height * width)))
+    sums = torch.zeros(3, codec.latent_shape(height, width)[0], dtype=torch.float64)  # count, sum, sum of squares
+    for batch in islice(dataset.stream(size, 0, process, processes, 1), -(-limit // size)):
+        posterior = codec.posterior(batch["image"].to(codec.device))
+        noise = Draws(seed, batch["draw"], posterior.mean.device).normal("statistics", *posterior.mean.shape[1:])
+        z = (posterior.mean + posterior.std * noise)[(batch["draw"] < limit).to(posterior.mean.device)]  # (b, c, *grid)
+        z = z.transpose(0, 1).flatten(1).cpu().double()  # (c, n)
+        sums += torch.stack([torch.ones_like(z).sum(1), z.sum(1), (z * z).sum(1)])
+    if accelerator is not None and processes > 1:
+        sums = accelerator.reduce(sums.to(accelerator.device), reduction="sum").cpu()
+    count, total, squares = sums
+    mean = total / count
+    return mean.float(), (squares / count - mean**2).clamp(min=1e-12).sqrt().float()
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def _start(
+    folder: Path,
+    codec: Codec,
+    dataset: Pictures,
+    key: dict[str, Any],
+    shard_size: int,
+    accelerator: Accelerator | None,
+    overwrite: bool,
+) -> dict[str, Any]:
+    """The plan of the cache: the one that is there, if it is of the same making, or a new one."""
+    about = None if overwrite else _read_about(folder)
+    if about is not None:
+        _check_key(folder, about["key"], key)
+        return about
+    _wait(accelerator)  # all have looked before one of them writes
+    processes = accelerator.num_processes if accelerator else 1
+    count = max(1, min(len(dataset), max(processes, -(-len(dataset) // shard_size))))
+    about = {
+        "complete": False,
+        "key": key,
+        "latent_shape": list(codec.latent_shape(*dataset.shape[1:])),
+        "class_names": dataset.class_names,
+        "shards": [{"file": f"shard-{i:05d}.safetensors"} for i in range(count)],
+    }
+    if accelerator is None or accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in (folder / INDEX_FILE, *folder.glob("shard-*")):
+            old.unlink(missing_ok=True)
+        _write_about(folder, about)
+    _wait(accelerator)
+    return about
+
+
+def _finish(folder: Path, about: dict[str, Any]) -> None:
+    """Note how many rows and which checksum every shard has; from now on the cache is complete."""
+    for shard in about["shards"]:
+        with safe_open(folder / shard["file"], "pt") as file:
+            shard["sha256"] = file.metadata()["sha256"]
+            shard["rows"] = file.get_slice("index").get_shape()[0]
+    if not sum(shard["rows"] for shard in about["shards"]):
+        raise LatelierError(f"No picture could be read, so the latent cache in {folder} is empty; check data.source.")
+    _write_about(folder, {**about, "complete": True})
+
+
+@torch.no_grad()
+def _encode(
+    codec: Codec,
+    batches: Iterator[dict[str, Any]],
+    about: dict[str, Any],
+    advance: Callable[[int], None],
+) -> dict[str, Tensor]:
+    """One shard's tensors."""
+    dtype, flip = getattr(torch, about["key"]["dtype"]), about["key"]["flip"]
+    empty = torch.empty(0, 1 + flip, *about["latent_shape"], dtype=dtype)
+    columns: dict[str, list[Tensor]] = {"mean": [empty], "std": [empty], "index": [torch.empty(0, dtype=torch.long)]}
+    captions: list[str] = []
+    for batch in batches:
+        images = batch["image"].to(codec.device)  # (b, c, h, w)
+        sides = [codec.posterior(side) for side in ((images, images.flip(-1)) if flip else (images,))]
+        columns["mean"].append(torch.stack([codec.normalise(s.mean) for s in sides], 1).to("cpu", dtype))
+        columns["std"].append(torch.stack([codec.scale(s.std) for s in sides], 1).to("cpu", dtype))
+        columns["index"].append(batch["index"])
+        if "label" in batch:
+            columns.setdefault("label", []).append(batch["label"])
+        captions += batch.get("caption", [])
+        advance(len(images))
+    tensors = {name: torch.cat(parts) for name, parts in columns.items()}
+    return {**tensors, **_pack(captions)} if captions else tensors
+
+
+def _pack(captions: list[str]) -> dict[str, Tensor]:
+    """Strings as one row of bytes and where each begins, so that they are memory-mapped too."""
+    data = [caption.encode() for caption in captions]
+    ends = torch.tensor([0, *map(len, data)]).cumsum(0)  # (n + 1,)
+    return {"caption": torch.frombuffer(bytearray(b"".join(data) or b" "), dtype=torch.uint8), "caption_end": ends}
+
+
+def _caption(tensors: dict[str, Tensor], row: int) -> str:
+    begin, end = tensors["caption_end"][row : row + 2].tolist()
+    return bytes(tensors["caption"][begin:end].numpy()).decode()
+
+
+def _save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write beside, then rename: what bears the name is whole."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        save_file(tensors, temporary, metadata={"sha256": _digest(tensors)})
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise LatelierError(
+            f"The latent cache could not be written to {path} ({error}); free some space and run the same command "
+            "again, which goes on from the last whole shard."
+        ) from None
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _open_shard(path: Path) -> dict[str, Tensor]:
+    """A shard's tensors, memory-mapped."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise LatelierError(
+            f"The latent cache's {path} cannot be read ({error}); write it anew with `latelier encode --overwrite`."
+        ) from None
+
+
+def _read_about(folder: Path) -> dict[str, Any] | None:
+    path = folder / INDEX_FILE
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _write_about(folder: Path, about: dict[str, Any]) -> None:
+    temporary = folder / f".{INDEX_FILE}.tmp"
+    temporary.write_text(json.dumps(about, indent=1))
+    os.replace(temporary, folder / INDEX_FILE)
+
+
+def _check_key(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Refuse a cache that was made from something else, and say what changed."""
+    changed = [f"{name} {old.get(name)!r} -> {new[name]!r}" for name in new if old.get(name) != new[name]]
+    if changed:
+        raise LatelierError(
+            f"The latent cache in {folder} is stale, because this changed: {'; '.join(changed)}. Delete the folder, "
+            "or encode again with `latelier encode --overwrite`."
+        )
+
+
+def _wait(accelerator: Accelerator | None) -> None:
+    if accelerator is not None:
+        accelerator.wait_for_everyone()
+
+
+@contextmanager
+def _progress(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A bar with pictures per second and the time that is left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    speed = TextColumn("{task.fields[speed]}")
+    columns = (TextColumn("[bold]encoding"), BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as progress:
+        task = progress.add_task("encoding", total=total, speed="")
+
+        def advance(images: int) -> None:
+            progress.update(task, advance=images, speed=f"{progress.tasks[0].speed or 0:,.0f} img/s")
+
+        yield advance

@@ -1,0 +1,207 @@
+"""Diffusion transformers: one class whose switches give DiT, SiT and LightningDiT, on 2-D grids and 1-D latents.
+
+DiT / SiT      LayerNorm without affine, GELU MLP
+LightningDiT   RMSNorm, SwiGLU, rotary positions on top of the fixed table, optional qk-norm
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from latelier.conditioning.condition import Condition
+from latelier.errors import LatelierError
+from latelier.layers import (
+    MLP,
+    Attention,
+    RMSNorm,
+    SwiGLU,
+    TimeEmbedding,
+    init_linear,
+    patchify,
+    resize_positions,
+    rope_table,
+    sincos_positions,
+    unpatchify,
+)
+from latelier.recipe import DenoiserRecipe
+from latelier.presets import open_init, preset_arguments
+
+SIZES = {
+    "XS": {"dim": 256, "depth": 4, "heads": 4},
+    "T": {"dim": 256, "depth": 8, "heads": 4},
+    "S": {"dim": 384, "depth": 12, "heads": 6},
+    "B": {"dim": 768, "depth": 12, "heads": 12},
+    "L": {"dim": 1024, "depth": 24, "heads": 16},
+    "XL": {"dim": 1152, "depth": 28, "heads": 16},
+    "1p0B": {"dim": 1536, "depth": 24, "heads": 24},
+    "1p6B": {"dim": 1792, "depth": 28, "heads": 28},
+}
+SWITCHES = {
+    "dit": {"norm": "layer", "mlp": "gelu", "rope": False, "qk_norm": False},
+    "sit": {"norm": "layer", "mlp": "gelu", "rope": False, "qk_norm": False},
+    "lightning-dit": {"norm": "rms", "mlp": "swiglu", "rope": True, "qk_norm": True},
+}
+
+
+class DiT(ModelMixin, ConfigMixin):
+    """Diffusion transformer with adaLN-zero (Peebles & Xie 2023, section 3.2).
+
+    Args:
+        in_channels: channels of `x_t`, and of the prediction.
+        grid: `(h, w)` or `(l,)` of the latents that the position tables are made for; others are interpolated.
+        patch_size: side of a patch in latent positions.
+        dim, depth, heads: of the transformer.
+        mlp_ratio: 4 for all papers; SwiGLU has two thirds of it, so that parameters agree.
+        norm: `layer` (no affine) or `rms`.
+        mlp: `gelu` (tanh) or `swiglu`.
+        rope: rotary positions in attention.
+        qk_norm: RMS norm of queries and keys.
+        spatial_channels: channels that a condition concatenates to `x_t`.
+        learn_sigma: the head has twice the channels, the second half is dropped (DiT and SiT checkpoints).
+        reversed_time: the weights were trained with t = 0 noise and predict data - noise (SiT, LightningDiT): the
+            time is turned and the prediction negated, so that callers see our convention.
+        time_scale: what t in [0, 1] is multiplied by before its embedding (1000 for weights trained on 0..999).
+    """
+
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 16,
+        grid: Sequence[int] = (32, 32),
+        patch_size: int = 1,
+        dim: int = 768,
+        depth: int = 12,
+        heads: int = 12,
+        mlp_ratio: float = 4.0,
+        norm: str = "rms",
+        mlp: str = "swiglu",
+        rope: bool = True,
+        qk_norm: bool = True,
+        spatial_channels: int = 0,
+        learn_sigma: bool = False,
+        reversed_time: bool = False,
+        time_scale: float = 1.0,
+    ):
+        super().__init__()
+        self.grid = tuple(g // patch_size for g in grid)
+        volume = patch_size ** len(self.grid)
+        self.x_embed = nn.Linear((in_channels + spatial_channels) * volume, dim)
+        self.t_embed = TimeEmbedding(dim)
+        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, norm, mlp, qk_norm) for _ in range(depth))
+        self.final_norm = _norm(norm, dim)
+        self.modulation = nn.Linear(dim, 2 * dim)
+        self.head = nn.Linear(dim, in_channels * (1 + learn_sigma) * volume)
+        self.register_buffer("pos_embed", sincos_positions(dim, self.grid), persistent=False)
+        self.gradient_checkpointing = False
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        init_linear(self)
+        for layer in (self.t_embed.fc1, self.t_embed.fc2):
+            nn.init.normal_(layer.weight, std=0.02)
+        # Zero gates make every block the identity at the start, a zero head makes the first prediction zero.
+        for layer in (*(block.modulation for block in self.blocks), self.modulation, self.head):
+            nn.init.zeros_(layer.weight)
+
+    def forward(
+        self, x_t: Float[Tensor, "b c *grid"], t: Float[Tensor, " b"], condition: Condition | None = None
+    ) -> Float[Tensor, "b c *grid"]:
+        """Predict the process's target.
+
+        Args:
+            x_t: noisy normalised latents.
+            t: noise level in [0, 1], 0 data, 1 noise.
+            condition: `vector` is added to the time embedding, `spatial` is concatenated to `x_t`.
+        """
+        channels, p = x_t.shape[1], self.config["patch_size"]
+        grid = tuple(g // p for g in x_t.shape[2:])
+        if condition is not None and condition.spatial is not None:
+            x_t = torch.cat([x_t, condition.spatial], dim=1)
+        x = self.x_embed(patchify(x_t, p)) + resize_positions(self.pos_embed, self.grid, grid)  # (b, n, d)
+        c = self.t_embed((1 - t if self.config["reversed_time"] else t) * self.config["time_scale"])  # (b, d)
+        if condition is not None and condition.vector is not None:
+            c = c + condition.vector
+        c, rope = F.silu(c), self._rope(grid, x.device)
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = self._gradient_checkpointing_func(block, x, c, rope)
+            else:
+                x = block(x, c, rope)
+        shift, scale = self.modulation(c)[:, None].chunk(2, dim=-1)  # (b, 1, d)
+        x = self.head(modulate(self.final_norm(x), shift, scale))  # (b, n, p p c)
+        prediction = unpatchify(x, p, grid)[:, :channels].float()  # (b, c, *grid)
+        return -prediction if self.config["reversed_time"] else prediction
+
+    def _rope(self, grid: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor] | None:
+        if not self.config["rope"]:
+            return None
+        cached = getattr(self, "_rope_cache", None)
+        if cached is None or cached[0] != (grid, device):
+            cos, sin = rope_table(self.config["dim"] // self.config["heads"], grid, self.grid)
+            self._rope_cache = cached = ((grid, device), (cos.to(device), sin.to(device)))
+        return cached[1]
+
+
+class Block(nn.Module):
+    """Attention and MLP, each shifted, scaled and gated by the condition (adaLN-zero)."""
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: float, norm: str, mlp: str, qk_norm: bool):
+        super().__init__()
+        hidden = int(dim * mlp_ratio)
+        self.norm1 = _norm(norm, dim)
+        self.attn = Attention(dim, heads, qk_norm)
+        self.norm2 = _norm(norm, dim)
+        self.mlp = SwiGLU(dim, int(2 / 3 * hidden)) if mlp == "swiglu" else MLP(dim, hidden, "tanh")
+        self.modulation = nn.Linear(dim, 6 * dim)
+
+    def forward(
+        self, x: Float[Tensor, "b n d"], c: Float[Tensor, "b d"], rope: tuple[Tensor, Tensor] | None
+    ) -> Float[Tensor, "b n d"]:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, dim=-1)  # (b, 1, d)
+        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), rope)
+        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+def modulate(x: Float[Tensor, "b n d"], shift: Float[Tensor, "b 1 d"], scale: Float[Tensor, "b 1 d"]) -> Tensor:
+    """x (1 + scale) + shift."""
+    return torch.addcmul(shift.to(x.dtype), x, 1 + scale.to(x.dtype))
+
+
+def _norm(kind: str, dim: int) -> nn.Module:
+    return RMSNorm(dim) if kind == "rms" else nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+
+
+def build(recipe: DenoiserRecipe, latent_shape: tuple[int, ...]) -> DiT:
+    """A DiT for latents `(c, *grid)`, fresh or from `init`.
+
+    Raises:
+        LatelierError: if the recipe's denoiser does not fit the tokenizer's latents.
+    """
+    channels, *grid = latent_shape
+    if any(g % recipe.patch for g in grid):
+        raise LatelierError(
+            f"denoiser.patch = {recipe.patch} does not divide the latent grid {' x '.join(map(str, grid))}; "
+            "choose a patch that does, or another image_size."
+        )
+    if recipe.init:
+        model = open_init(DiT, recipe.init)
+        if model.config["in_channels"] != channels:
+            raise LatelierError(
+                f"denoiser.init = {recipe.init} takes {model.config['in_channels']} latent channels, "
+                f"but the tokenizer makes {channels}."
+            )
+        return model
+    arguments = preset_arguments(DiT, SIZES, recipe.size, recipe.model, "denoiser")
+    arguments = {**SWITCHES[recipe.kind], "patch_size": recipe.patch, **arguments}
+    if recipe.process.kind == "ddpm":
+        arguments.setdefault("time_scale", 1000.0)
+    return DiT(**{**arguments, "in_channels": channels, "grid": tuple(grid)})

@@ -1,0 +1,269 @@
+"""Diffusion processes: how data become noise, what a denoiser learns, and which diffusers scheduler goes back.
+
+Time t runs from 0 (data) to 1 (noise) for every process.
+
+Flow   x_t = (1 - t) z + t eps                     target eps - z                 (linear path, rectified flow)
+DDPM   x_t = sqrt(a_k) z + sqrt(1 - a_k) eps       target eps, v or z             (k = 1000 t, a = cumulative alpha)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from latelier import recipe
+from latelier.errors import LatelierError
+
+Scheduler = Any  # a diffusers scheduler; they share `set_timesteps`, `timesteps` and `step` by custom, not by a base
+TIMESTEPS = 1000  # diffusers' schedulers count noise levels in thousandths of t
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Linear flow matching (Lipman et al. 2023; Liu et al. 2023).
+
+    Args:
+        t_distribution: density of training times, `uniform` or `logit-normal` (Esser et al. 2024, section 3.1).
+        shift: training times become `shift t / (1 + (shift - 1) t)`; above 1 means more noise.
+    """
+
+    t_distribution: Literal["uniform", "logit-normal"] = "logit-normal"
+    shift: float = 1.0
+
+    def noise(
+        self, z: Float[Tensor, "b c *grid"], t: Float[Tensor, " b"], eps: Float[Tensor, "b c *grid"]
+    ) -> Float[Tensor, "b c *grid"]:
+        """x_t = (1 - t) z + t eps."""
+        return torch.lerp(z, eps, _like(t, z))
+
+    def target(
+        self, z: Float[Tensor, "b c *grid"], t: Float[Tensor, " b"], eps: Float[Tensor, "b c *grid"]
+    ) -> Float[Tensor, "b c *grid"]:
+        """The velocity dx_t/dt = eps - z."""
+        return eps - z
+
+    def denoised(
+        self, x_t: Float[Tensor, "b c *grid"], t: Float[Tensor, " b"], prediction: Float[Tensor, "b c *grid"]
+    ) -> Float[Tensor, "b c *grid"]:
+        """The estimate of z that a velocity means: x_t - t v."""
+        return x_t - _like(t, x_t) * prediction
+
+    def sample_t(self, uniform: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """Training times of uniform numbers in [0, 1), by the inverse of the distribution function."""
+        t = torch.sigmoid(torch.special.ndtri(uniform)) if self.t_distribution == "logit-normal" else uniform
+        return shifted(t, self.shift)
+
+    def scheduler(self, sample: recipe.Sample) -> Scheduler:
+        """A diffusers scheduler with its timesteps set; `scheduler.timesteps / 1000` are the times t.
+
+        Raises:
+            LatelierError: if the sampler or eta is not one of this process.
+        """
+        from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+
+        kind = choose_sampler(sample, "flow", {"auto": "euler", "euler": "euler", "heun": "heun"})
+        classes = {"euler": FlowMatchEulerDiscreteScheduler, "heun": FlowMatchHeunDiscreteScheduler}
+        scheduler = classes[kind](num_train_timesteps=TIMESTEPS, shift=1.0)
+        self.set_timesteps(scheduler, sample)
+        return scheduler
+
+    def set_timesteps(self, scheduler: Scheduler, sample: recipe.Sample) -> None:
+        """Put a scheduler onto the grid of `flow_sigmas`; a foreign one gets its own grid of as many steps."""
+        from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+
+        sigmas = flow_sigmas(sample.steps, sample.shift)
+        if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and scheduler.config["shift"] == 1:
+            scheduler.set_timesteps(sigmas=sigmas[:-1].tolist())  # diffusers appends the 0
+        elif isinstance(scheduler, FlowMatchHeunDiscreteScheduler) and scheduler.config["shift"] == 1:
+            # Its own grid cannot be chosen. Inner points are visited twice; the step to 0 is an Euler step.
+            scheduler.set_timesteps(sample.steps)
+            points = torch.from_numpy(sigmas).float()
+            scheduler.sigmas = torch.cat([points[:1], points[1:-1].repeat_interleave(2), points[-1:]])
+            scheduler.timesteps = scheduler.sigmas[:-1] * TIMESTEPS
+        else:
+            scheduler.set_timesteps(sample.steps)
+
+
+@dataclass(frozen=True)
+class DDPM:
+    """Variance-preserving diffusion in 1000 discrete noise levels (Ho et al. 2020).
+
+    Args:
+        beta_schedule: `linear`, `scaled_linear` (linear in sqrt(beta), LDM) or `cosine` (Nichol & Dhariwal 2021).
+        beta_start, beta_end: ends of the linear schedules.
+        prediction: what is learned: `epsilon`, `v` (Salimans & Ho 2022) or `sample` (z).
+    """
+
+    beta_schedule: Literal["linear", "scaled_linear", "cosine"] = "scaled_linear"
+    beta_start: float = 0.0015
+    beta_end: float = 0.0195
+    prediction: Literal["epsilon", "v", "sample"] = "epsilon"
+    num_train_timesteps: int = TIMESTEPS
+
+    @property
+    def alphas_cumprod(self) -> Float[Tensor, " k"]:
+        """Share of the data's variance that is left at each noise level."""
+        return _alphas_cumprod(self, torch.device("cpu"))
+
+    def noise(
+        self, z: Float[Tensor, "b c *grid"], t: Float[Tensor, " b"], eps: Float[Tensor, "b c *grid"]
+    ) -> Float[Tensor, "b c *grid"]:
+        """x_t = sqrt(a) z + sqrt(1 - a) eps."""
+        alpha, sigma = self._alpha_sigma(t, z)
+        return alpha * z + sigma * eps
+
+    def target(
+        self, z: Float[Tensor, "b c *grid"], t: Float[Tensor, " b"], eps: Float[Tensor, "b c *grid"]
+    ) -> Float[Tensor, "b c *grid"]:
+        """eps, z, or v = sqrt(a) eps - sqrt(1 - a) z."""
+        if self.prediction == "epsilon":
+            return eps
+        if self.prediction == "sample":
+            return z
+        alpha, sigma = self._alpha_sigma(t, z)
+        return alpha * eps - sigma * z
+
+    def denoised(
+        self, x_t: Float[Tensor, "b c *grid"], t: Float[Tensor, " b"], prediction: Float[Tensor, "b c *grid"]
+    ) -> Float[Tensor, "b c *grid"]:
+        """The estimate of z that a prediction means."""
+        if self.prediction == "sample":
+            return prediction
+        alpha, sigma = self._alpha_sigma(t, x_t)
+        if self.prediction == "epsilon":
+            return (x_t - sigma * prediction) / alpha
+        return alpha * x_t - sigma * prediction
+
+    def sample_t(self, uniform: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """Training times k / 1000, k uniform in 0..999."""
+        levels = self.num_train_timesteps
+        return (uniform * levels).floor().clamp(max=levels - 1) / levels
+
+    def scheduler(self, sample: recipe.Sample) -> Scheduler:
+        """A diffusers scheduler with its timesteps set; `scheduler.timesteps / 1000` are the times t.
+
+        Raises:
+            LatelierError: if sampler, shift, eta or steps do not go with this process.
+        """
+        import diffusers
+
+        samplers = {"auto": "ddim", "ddpm": "ddpm", "ddim": "ddim", "plms": "plms", "dpm++": "dpm++"}
+        kind = choose_sampler(sample, "ddpm", samplers)
+        if kind == "plms" and self.prediction == "sample":
+            raise LatelierError(
+                "sample.sampler = 'plms' cannot use process.prediction = 'sample'; choose ddim or dpm++."
+            )
+        arguments = self._scheduler_arguments()
+        # As LDM samples: levels 1, 1 + r, 1 + 2 r, ..., and a_0, not 1, below the last of them.
+        leading = {"set_alpha_to_one": False, "steps_offset": int(sample.steps < self.num_train_timesteps)}
+        if kind == "ddpm":
+            scheduler = diffusers.DDPMScheduler(**arguments, clip_sample=False)
+        elif kind == "ddim":
+            scheduler = diffusers.DDIMScheduler(**arguments, clip_sample=False, **leading)
+        elif kind == "plms":
+            scheduler = diffusers.PNDMScheduler(**arguments, skip_prk_steps=True, **leading)
+        else:
+            # The cosine schedule ends in almost pure noise, where z cannot be told from epsilon.
+            clip = {"lambda_min_clipped": -5.1} if self.beta_schedule == "cosine" else {}
+            scheduler = diffusers.DPMSolverMultistepScheduler(**arguments, **clip)
+        self.set_timesteps(scheduler, sample)
+        return scheduler
+
+    def set_timesteps(self, scheduler: Scheduler, sample: recipe.Sample) -> None:
+        """Spread a scheduler's steps over the noise levels.
+
+        Raises:
+            LatelierError: if there are more steps than levels, or evenly spaced ones would miss the noisiest levels.
+        """
+        from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler
+
+        levels, steps = self.num_train_timesteps, sample.steps
+        if steps > levels:
+            raise LatelierError(f"sample.steps = {steps} is more than the {levels} noise levels of a ddpm process.")
+        if isinstance(scheduler, DDIMScheduler | PNDMScheduler) and steps * (levels // steps) < 0.9 * levels:
+            raise LatelierError(
+                f"sample.steps = {steps} cannot be spaced evenly over {levels} noise levels by this sampler; "
+                f"use {levels // (levels // steps + 1)} or {levels // (levels // steps)}."
+            )
+        if isinstance(scheduler, DDPMScheduler):
+            scheduler.set_timesteps(timesteps=np.linspace(levels - 1, 0, steps).round().astype(int).tolist())
+        else:
+            scheduler.set_timesteps(steps)
+
+    def _scheduler_arguments(self) -> dict[str, Any]:
+        return {
+            "num_train_timesteps": self.num_train_timesteps,
+            "beta_schedule": "squaredcos_cap_v2" if self.beta_schedule == "cosine" else self.beta_schedule,
+            "beta_start": self.beta_start,
+            "beta_end": self.beta_end,
+            "prediction_type": "v_prediction" if self.prediction == "v" else self.prediction,
+        }
+
+    def _alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(a) and sqrt(1 - a) at t, `(b, 1, ...)`."""
+        level = (t * self.num_train_timesteps).round().long().clamp(0, self.num_train_timesteps - 1)  # (b,)
+        a = _alphas_cumprod(self, t.device)[level]  # (b,)
+        return _like(a.sqrt(), like), _like((1 - a).sqrt(), like)
+
+
+def build_process(section: recipe.Process) -> Flow | DDPM:
+    """The process of a recipe's `denoiser.process`.
+
+    Raises:
+        LatelierError: if the prediction is not one of the process.
+    """
+    if section.kind == "flow":
+        if section.prediction not in (None, "velocity"):
+            raise LatelierError(
+                f"denoiser.process.prediction = {section.prediction!r} is not for a flow, which predicts the velocity; "
+                "leave it out, or set kind: ddpm."
+            )
+        return Flow(section.t_distribution, section.shift)
+    if section.prediction == "velocity":
+        raise LatelierError(
+            "denoiser.process.prediction = 'velocity' is for a flow; with kind: ddpm choose epsilon, v or sample."
+        )
+    return DDPM(section.beta_schedule, section.beta_start, section.beta_end, section.prediction or "epsilon")
+
+
+def flow_sigmas(steps: int, shift: float) -> np.ndarray:
+    """Noise levels visited by a flow sampler, `(steps + 1,)` from 1 to 0: even ones, shifted once."""
+    return shifted(np.linspace(1.0, 0.0, steps + 1), shift)
+
+
+def shifted(t: Any, shift: float) -> Any:
+    """t' = shift t / (1 + (shift - 1) t): 0 and 1 stay, above 1 moves the rest towards noise (Esser et al. 2024)."""
+    return t if shift == 1 else shift * t / (1 + (shift - 1) * t)
+
+
+def choose_sampler(sample: recipe.Sample, process: str, allowed: dict[str, str]) -> str:
+    """The sampler that a recipe's `sample` means for a process; settings that would do nothing are refused."""
+    if sample.sampler not in allowed:
+        raise LatelierError(
+            f"sample.sampler = {sample.sampler!r} does not go with a {process} process; allowed: {', '.join(allowed)}."
+        )
+    kind = allowed[sample.sampler]
+    if sample.eta and kind != "ddim":
+        raise LatelierError(f"sample.eta = {sample.eta} acts in the ddim sampler only, not in {kind}; set it to 0.")
+    if sample.shift != 1 and process != "flow":
+        raise LatelierError(f"sample.shift = {sample.shift} acts in flow processes only; set it to 1.")
+    return kind
+
+
+@lru_cache(maxsize=16)
+def _alphas_cumprod(process: DDPM, device: torch.device) -> Tensor:
+    """diffusers' table, `(k,)`, on a device."""
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler(**process._scheduler_arguments()).alphas_cumprod.to(device)
+
+
+def _like(values: Tensor, like: Tensor) -> Tensor:
+    """`(b,)` to `(b, 1, ...)`."""
+    return values.view(-1, *[1] * (like.ndim - 1))

@@ -1,0 +1,63 @@
+"""From tensors in [-1, 1] to 8-bit pictures, grids and PNG files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image
+from torch import Tensor
+
+GAP_COLOUR = (128, 128, 128)
+
+
+def to_uint8(images: Float[Tensor, "*b c h w"]) -> UInt8[Tensor, "*b c h w"]:
+    """[-1, 1] to 0..255: clamped, rounded to the nearest."""
+    return ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round_().to(torch.uint8)
+
+
+def round_to_8_bit(images: Float[Tensor, "*b c h w"]) -> Float[Tensor, "*b c h w"]:
+    """What a picture is after it was saved as PNG: clamped to [-1, 1] and rounded to 256 levels, float32."""
+    return to_uint8(images).float() / 127.5 - 1
+
+
+def make_grid(images: Float[Tensor, "b c h w"], columns: int = 8, padding: int = 2) -> Image.Image:
+    """Pictures side by side, row by row, an RGB picture.
+
+    Args:
+        images: `(b, c, h, w)` in [-1, 1]; one or two channels are shown as grey (the first), more as their first three.
+        columns: pictures in a row.
+        padding: pixels of grey between pictures.
+    """
+    pictures = to_uint8(images).cpu()
+    pictures = (pictures[:, :3] if pictures.shape[1] >= 3 else pictures[:, :1].expand(-1, 3, -1, -1)).movedim(1, -1)
+    count, height, width, _ = pictures.shape  # (b, h, w, 3)
+    columns = max(1, min(columns, count))
+    rows = -(-count // columns)
+    size = (columns * (width + padding) - padding, rows * (height + padding) - padding)
+    canvas = Image.new("RGB", (max(1, size[0]), max(1, size[1])), GAP_COLOUR)
+    for i, picture in enumerate(pictures):
+        place = (i % columns * (width + padding), i // columns * (height + padding))
+        canvas.paste(Image.fromarray(picture.numpy()), place)
+    return canvas
+
+
+def make_pairs(upper: Float[Tensor, "b c h w"], lower: Float[Tensor, "b c h w"], columns: int = 8) -> Image.Image:
+    """A grid in which each row of `upper` stands above the row of `lower` that belongs to it."""
+    if len(upper) % columns and len(upper) > columns:  # fill the last row, so that columns stay aligned
+        blank = torch.zeros_like(upper[:1]).expand(columns - len(upper) % columns, -1, -1, -1)
+        upper, lower = torch.cat([upper, blank]), torch.cat([lower, blank])
+    rows = [part for pair in zip(upper.split(columns), lower.split(columns)) for part in pair]
+    return make_grid(torch.cat(rows), min(columns, len(upper)))
+
+
+def save_png(image: Image.Image, path: str | Path) -> Path:
+    """Write a PNG so that the file is never half there; folders are made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    image.save(partial, format="PNG")
+    partial.replace(path)
+    return path

@@ -1,0 +1,216 @@
+"""Building blocks shared by the transformers: attention, positions, norms, MLPs, patches, time embedding."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+EXPLICIT_TOKENS = 512  # below, training on a CPU is faster with the explicit form (benchmarks/README.md)
+
+
+def attention(
+    q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m d"]
+) -> Float[Tensor, "b h n d"]:
+    """softmax(q k^T / sqrt(d)) v.
+
+    `scaled_dot_product_attention` everywhere, except while training on a CPU with few tokens, where its backward pass
+    is several times slower than the three plain products.
+    """
+    if q.device.type == "cpu" and q.requires_grad and torch.is_grad_enabled() and k.shape[2] <= EXPLICIT_TOKENS:
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (b, h, n, m)
+        return scores.softmax(dim=-1).to(v.dtype) @ v  # (b, h, n, d)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with packed projections, optional per-head RMS norm of q and k, optional RoPE."""
+
+    def __init__(self, dim: int, heads: int, qk_norm: bool = False):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"width {dim} is not divisible by {heads} heads")
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.q_norm = RMSNorm(dim // heads) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(dim // heads) if qk_norm else nn.Identity()
+
+    def forward(self, x: Float[Tensor, "b n d"], rope: tuple[Tensor, Tensor] | None = None) -> Float[Tensor, "b n d"]:
+        """Attend over all tokens; `rope` is the (cos, sin) pair of `rope_table`."""
+        b, n, d = x.shape
+        q, k, v = self.qkv(x).view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)  # 3 x (b, h, n, k)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        x = attention(q, k, v).transpose(1, 2).reshape(b, n, d)  # (b, n, d)
+        return self.proj(x)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, computed in float32."""
+
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class MLP(nn.Module):
+    """Linear, GELU, Linear."""
+
+    def __init__(self, dim: int, hidden: int, approximate: str = "none"):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+        self.approximate = approximate
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(a) * b), where a and b are the halves of w12(x) (Shazeer 2020)."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.w12 = nn.Linear(dim, 2 * hidden)
+        self.w3 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        a, b = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(a) * b)
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm ViT block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: float = 4.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+# -- patches ----------------------------------------------------------------------------------------------------------
+
+
+def patchify(x: Float[Tensor, "b c *grid"], p: int) -> Float[Tensor, "b n k"]:
+    """Images `(b, c, h, w)` or sequences `(b, c, l)` to tokens in raster order, channel first inside a patch."""
+    if x.ndim == 3:
+        return x.unflatten(2, (-1, p)).permute(0, 2, 1, 3).flatten(2)  # (b, l/p, c p)
+    b, c, h, w = x.shape
+    x = x.view(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)  # (b, h/p, w/p, c, p, p)
+    return x.reshape(b, (h // p) * (w // p), c * p * p)
+
+
+def unpatchify(tokens: Float[Tensor, "b n k"], p: int, grid: tuple[int, ...]) -> Float[Tensor, "b c *grid"]:
+    """Tokens with the channel last inside a patch (the layout of MAE and DiT heads) to images or sequences."""
+    b = tokens.shape[0]
+    if len(grid) == 1:
+        return tokens.view(b, grid[0], p, -1).permute(0, 3, 1, 2).flatten(2)  # (b, c, l)
+    h, w = grid
+    x = tokens.view(b, h, w, p, p, -1).permute(0, 5, 1, 3, 2, 4)  # (b, c, h, p, w, p)
+    return x.reshape(b, -1, h * p, w * p)
+
+
+# -- positions --------------------------------------------------------------------------------------------------------
+
+
+def sincos_1d(dim: int, positions: Float[Tensor, " n"]) -> Float[Tensor, "n d"]:
+    """[sin | cos] of positions times 10000^(-2i/dim), float64 inside."""
+    omega = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
+    angles = positions.double()[:, None] * omega  # (n, dim / 2)
+    return torch.cat([angles.sin(), angles.cos()], dim=1).float()
+
+
+def sincos_positions(dim: int, grid: tuple[int, ...]) -> Float[Tensor, "1 n d"]:
+    """Fixed position table of a grid in raster order.
+
+    Two dimensions (MAE, DiT): the first half of the channels from the column, the second from the row, each
+    [sin | cos]. One dimension (MAETok's SiT): sin and cos interleaved.
+    """
+    if len(grid) == 1:
+        table = sincos_1d(dim, torch.arange(grid[0]).double())
+        return table.view(-1, 2, dim // 2).transpose(1, 2).reshape(1, -1, dim)
+    rows, columns = torch.meshgrid(*(torch.arange(g).double() for g in grid), indexing="ij")
+    halves = [sincos_1d(dim // 2, axis.flatten()) for axis in (columns, rows)]
+    return torch.cat(halves, dim=1)[None]
+
+
+def resize_positions(
+    table: Float[Tensor, "1 n d"], old: tuple[int, ...], new: tuple[int, ...]
+) -> Float[Tensor, "1 m d"]:
+    """Carry a position table over to another grid by (bi)linear interpolation, corners not aligned."""
+    if tuple(old) == tuple(new):
+        return table
+    image = table.transpose(1, 2).unflatten(2, old)  # (1, d, *old)
+    mode = "bilinear" if len(old) == 2 else "linear"
+    return F.interpolate(image, size=tuple(new), mode=mode, align_corners=False).flatten(2).transpose(1, 2)
+
+
+def rope_table(
+    head_dim: int, grid: tuple[int, ...], trained: tuple[int, ...], theta: float = 10000.0
+) -> tuple[Tensor, Tensor]:
+    """(cos, sin), each `(n, head_dim)`, of axial rotary positions (EVA-02): rows turn one half, columns the other.
+
+    On a grid other than the trained one, positions are scaled to the trained extent, so the model interpolates.
+    """
+    part = head_dim // len(grid)
+    omega = theta ** -(torch.arange(0, part, 2).float() / part)  # (part / 2)
+    axes = [torch.arange(new).float() * (old / new) for new, old in zip(grid, trained)]
+    angles = [(axis[:, None] * omega).repeat_interleave(2, dim=1) for axis in axes]  # each (g, part)
+    if len(grid) == 2:
+        h, w = grid
+        angles = [angles[0][:, None].expand(h, w, part), angles[1][None].expand(h, w, part)]
+    table = torch.cat(angles, dim=-1).reshape(-1, head_dim)  # (n, head_dim)
+    return table.cos(), table.sin()
+
+
+def rotate(
+    x: Float[Tensor, "b h n d"], cos: Float[Tensor, "n d"], sin: Float[Tensor, "n d"]
+) -> Float[Tensor, "b h n d"]:
+    """Rotate interleaved pairs (x1, x2) by their token's angles, in float32."""
+    pairs = x.float().unflatten(-1, (-1, 2))
+    turned = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)
+    return (x.float() * cos + turned * sin).to(x.dtype)
+
+
+# -- time -------------------------------------------------------------------------------------------------------------
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoids [cos | sin] of t with periods up to 10000, then Linear, SiLU, Linear (DiT)."""
+
+    def __init__(self, dim: int, frequencies: int = 256):
+        super().__init__()
+        self.frequencies = frequencies
+        self.fc1 = nn.Linear(frequencies, dim)
+        self.fc2 = nn.Linear(dim, dim)
+
+    def forward(self, t: Float[Tensor, " b"]) -> Float[Tensor, "b d"]:
+        half = self.frequencies // 2
+        omega = torch.exp(-math.log(10000.0) * torch.arange(half, device=t.device) / half)  # (half,)
+        angles = t.float()[:, None] * omega  # (b, half)
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (b, frequencies)
+        return self.fc2(F.silu(self.fc1(features)))
+
+
+def init_linear(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero bias for every Linear, through torch.nn.init only (safe on meta)."""
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            nn.init.xavier_uniform_(child.weight)
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)

@@ -1,0 +1,54 @@
+"""Objective of convolutional autoencoders: AE, DAE and VAE from one class with explicit terms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import nn
+
+from latelier.draws import Draws
+from latelier.losses.kl import mean_kl
+from latelier.objectives.terms import Terms
+from latelier.recipe import ConvRecipe
+
+
+class AutoencoderObjective(nn.Module):
+    """L1 or L2 + LPIPS + KL; noise on the encoder's input makes it a denoising autoencoder.
+
+    Args:
+        tokenizer: the model to train.
+        recipe: weights and forms. With `kl_weight: 0` the latent is the posterior's mean: a plain autoencoder.
+        seed: of the noises, which are addressed by the images' numbers.
+        perceptual: LPIPS; needed when its weight is not zero.
+    """
+
+    def __init__(self, tokenizer: AutoencoderKL, recipe: ConvRecipe, seed: int, perceptual: nn.Module | None = None):
+        super().__init__()
+        self.tokenizer, self.perceptual, self.recipe, self.seed = tokenizer, perceptual, recipe, seed
+
+    def forward(self, batch: dict[str, Any]) -> Terms:
+        """Terms of `batch["image"]` `(b, c, h, w)`; `batch["draw"]` addresses the random numbers."""
+        images = batch["image"]
+        draws = Draws(self.seed, batch["draw"], images.device)
+        inputs = images
+        if self.recipe.input_noise:
+            inputs = images + self.recipe.input_noise * draws.normal("input", *images.shape[1:])
+        posterior = self.tokenizer.encode(inputs).latent_dist
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()  # (b, c, h, w)
+        z = mean
+        if self.recipe.kl_weight:
+            z = mean + (0.5 * logvar).exp() * draws.normal("posterior", *mean.shape[1:])
+        reconstruction = self.tokenizer.decode(z).sample.float()  # (b, c, h, w)
+
+        distance = F.l1_loss if self.recipe.reconstruction == "l1" else F.mse_loss
+        losses = {self.recipe.reconstruction: distance(reconstruction, images)}
+        weights = {self.recipe.reconstruction: 1.0}
+        if self.recipe.kl_weight:
+            losses["kl"] = mean_kl(mean, logvar, self.recipe.kl)
+            weights["kl"] = self.recipe.kl_weight
+        if self.perceptual is not None and self.recipe.perceptual_weight:
+            losses["lpips"] = self.perceptual(reconstruction, images).mean()
+            weights["lpips"] = self.recipe.perceptual_weight
+        return Terms(losses, weights, images={"reconstruction": reconstruction.detach()})

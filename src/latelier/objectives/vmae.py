@@ -1,0 +1,83 @@
+"""The VMAE objective: visible and masked reconstruction, LPIPS, and a KL that leaves the mean free.
+
+    L = (1 - v) MSE(masked patches) + v MSE(visible patches) + w_p LPIPS(whole picture) + w_kl KL
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from latelier.draws import Draws
+from latelier.losses.kl import gaussian_kl
+from latelier.objectives.terms import Terms
+from latelier.recipe import VMAERecipe
+from latelier.tokenizers.vmae import VMAE, visible_patches
+
+
+class VMAEObjective(nn.Module):
+    """Loss terms of a VMAE on a batch of pictures.
+
+    Args:
+        tokenizer: the model to train.
+        recipe: mask ratio, weights and the form of the KL.
+        seed: of the masks and the posterior's noise, which are addressed by the images' numbers.
+        perceptual: LPIPS; needed when its weight is not zero.
+    """
+
+    def __init__(self, tokenizer: VMAE, recipe: VMAERecipe, seed: int, perceptual: nn.Module | None = None):
+        super().__init__()
+        self.tokenizer, self.perceptual, self.recipe, self.seed = tokenizer, perceptual, recipe, seed
+        v = recipe.visible_weight if recipe.mask_ratio else 1.0
+        self.weights = {
+            "mse_visible": v,
+            "mse_masked": 1 - v,
+            "lpips": recipe.perceptual_weight,
+            "kl": recipe.kl_weight,
+        }
+
+    def forward(self, batch: dict[str, Any]) -> Terms:
+        """Terms of `batch["image"]` `(b, c, h, w)`; `batch["draw"]` addresses the random numbers."""
+        images, p = batch["image"], self.tokenizer.config["patch_size"]
+        grid = (images.shape[2] // p, images.shape[3] // p)
+        draws = Draws(self.seed, batch["draw"], images.device)
+        keep = None
+        if self.recipe.mask_ratio:
+            keep = visible_patches(draws.uniform("mask", grid[0] * grid[1]), self.recipe.mask_ratio)
+        tokens = grid[0] * grid[1] if keep is None else keep.shape[1]
+        noise = draws.normal("posterior", tokens, self.tokenizer.config["latent_channels"])
+        return self.terms(images, keep, noise)
+
+    def terms(
+        self, images: Float[Tensor, "b c h w"], keep: Int[Tensor, "b k"] | None, noise: Float[Tensor, "b k l"]
+    ) -> Terms:
+        """The same with the mask and the posterior's noise given."""
+        p = self.tokenizer.config["patch_size"]
+        grid = (images.shape[2] // p, images.shape[3] // p)
+        mean, logvar = self.tokenizer.moments(images, keep).float().chunk(2, dim=-1)  # (b, k, c)
+        logvar = logvar.clamp(-30, 20)
+        z = mean + (0.5 * logvar).exp() * noise
+        reconstruction = self.tokenizer.paint(z, grid, keep).float()  # (b, c, h, w)
+
+        squared = patch_errors(reconstruction, images, p)  # (b, n)
+        losses = {"kl": gaussian_kl(mean, logvar, self.recipe.kl, self.recipe.fixed_std).sum(-1).mean()}
+        if keep is None:
+            losses["mse_visible"] = squared.mean()
+        else:
+            visible = torch.zeros_like(squared).scatter(1, keep, 1.0)
+            losses["mse_visible"] = (squared * visible).sum() / visible.sum()
+            losses["mse_masked"] = (squared * (1 - visible)).sum() / (1 - visible).sum()
+        if self.perceptual is not None and self.weights["lpips"]:
+            losses["lpips"] = self.perceptual(reconstruction, images).mean()
+        weights = {name: self.weights[name] for name in losses}
+        return Terms(losses, weights, images={"reconstruction": reconstruction.detach()})
+
+
+def patch_errors(
+    x: Float[Tensor, "b c h w"], y: Float[Tensor, "b c h w"], patch: int
+) -> Float[Tensor, "b n"]:
+    """Mean squared error of each patch, raster order."""
+    return nn.functional.avg_pool2d((x - y).square().mean(1, keepdim=True), patch).flatten(1)

@@ -1,0 +1,238 @@
+"""The thing to ship: tokenizer, denoiser and conditioner in one `DiffusionPipeline` that saves and loads whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
+from jaxtyping import Float
+from pydantic import ValidationError
+from torch import Tensor
+
+from latelier import recipe
+from latelier.conditioning.condition import Condition
+from latelier.diffusion.process import DDPM, Flow, Scheduler, build_process
+from latelier.diffusion.sampling import sample_latents
+from latelier.errors import LatelierError
+from latelier.tokenizers.codec import Codec, fast_bf16
+
+OUTPUTS = ("pil", "pt", "np", "latent")
+
+
+class LatentDiffusionPipeline(DiffusionPipeline):
+    """Draws pictures: noise, denoiser, tokenizer's decoder.
+
+    `LatentDiffusionPipeline.build` makes one from parts, `save_pretrained` and `from_pretrained` keep it whole.
+
+    Args:
+        tokenizer: a diffusers-style autoencoder.
+        denoiser: `forward(x_t, t, condition) -> prediction`.
+        conditioner: makes conditions from class names or indices; None is an unconditional model.
+        scheduler: the default sampler, used by `sampler="auto"`; any diffusers scheduler may be put in its place.
+        process: the diffusion process, as a recipe's `denoiser.process`.
+        statistics: `mean` and `std` of the latents, one number per channel; empty leaves latents as they are.
+        height, width: default size of the pictures, in pixels.
+    """
+
+    _optional_components = ["conditioner"]  # noqa: RUF012
+    model_cpu_offload_seq = "conditioner->denoiser->tokenizer"
+
+    def __init__(
+        self,
+        tokenizer: ModelMixin,
+        denoiser: ModelMixin,
+        conditioner: ModelMixin | None,
+        scheduler: Scheduler,
+        process: dict[str, Any] | None = None,
+        statistics: dict[str, list[float]] | None = None,
+        height: int = 64,
+        width: int = 64,
+    ):
+        super().__init__()
+        self.register_modules(tokenizer=tokenizer, denoiser=denoiser, conditioner=conditioner, scheduler=scheduler)
+        self.register_to_config(process=process or {}, statistics=statistics or {}, height=height, width=width)
+
+    @classmethod
+    def build(
+        cls,
+        codec: Codec,
+        denoiser: ModelMixin,
+        conditioner: ModelMixin | None,
+        process: recipe.Process,
+        image_size: tuple[int, int],
+    ) -> LatentDiffusionPipeline:
+        """A pipeline of trained parts.
+
+        Args:
+            codec: the tokenizer with its statistics.
+            denoiser, conditioner: trained with `process` on the codec's latents.
+            process: the recipe's `denoiser.process`.
+            image_size: height and width in pixels that `__call__` draws by default.
+        """
+        statistics = {}
+        if codec.mean is not None and codec.std is not None:
+            statistics = {"mean": codec.mean.tolist(), "std": codec.std.tolist()}
+        scheduler = build_process(process).scheduler(recipe.Sample())
+        height, width = image_size
+        return cls(codec.tokenizer, denoiser, conditioner, scheduler, process.model_dump(), statistics, height, width)
+
+    @property
+    def codec(self) -> Codec:
+        """The tokenizer with its statistics."""
+        statistics = self.config["statistics"]
+        mean, std = (torch.tensor(statistics[name]) if statistics else None for name in ("mean", "std"))
+        return Codec(self.tokenizer, mean, std)
+
+    @property
+    def process(self) -> Flow | DDPM:
+        """What the denoiser was trained with."""
+        return build_process(recipe.Process(**self.config["process"]))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        classes: list[int | str] | None = None,
+        count: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        steps: int = 50,
+        guidance: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_channels: int | None = None,
+        sampler: str = "auto",
+        shift: float = 1.0,
+        eta: float = 0.0,
+        seed: int = 0,
+        batch: int = 64,
+        precision: Literal["auto", "bf16", "fp32"] = "auto",
+        output_type: str = "pil",
+        progress: bool = True,
+        sample: recipe.Sample | None = None,
+    ) -> ImagePipelineOutput:
+        """Draw pictures. Picture i is drawn from `seed + i`, whatever the batch.
+
+        Args:
+            classes: names or indices; picture i gets class `i % len(classes)`. None goes through all classes in turn.
+            count: how many pictures; default one for each of `classes`, or one.
+            height, width: in pixels; default those of training.
+            steps: sampling steps.
+            guidance: scale of classifier-free guidance; 1 is none.
+            guidance_interval: noise levels at which guidance acts.
+            guidance_channels: guide only the first so many latent channels.
+            sampler: `euler`, `heun` for a flow, `ddim`, `ddpm`, `plms`, `dpm++` for a ddpm process; `auto` is
+                `self.scheduler`.
+            shift: flow: above 1 spends more steps near noise.
+            eta: ddim: 0 is deterministic, 1 ancestral.
+            seed: of the first picture.
+            batch: pictures per forward pass.
+            precision: `bf16` under autocast, `fp32`, or `auto`, which is what the device is fast at.
+            output_type: `pil`; `np`, `(b, h, w, c)` in [0, 1]; `pt`, `(b, c, h, w)` in [-1, 1]; or `latent`, normalised
+                latents `(b, c, *grid)`.
+            progress: whether to show a bar.
+            sample: a recipe's `sample` section, instead of the settings of the same names above.
+
+        Returns:
+            The pictures, as `images`.
+
+        Raises:
+            LatelierError: for an unknown class, a size that the tokenizer's factor does not divide, or settings that
+                this model cannot follow.
+        """
+        if output_type not in OUTPUTS:
+            raise LatelierError(f"output_type = {output_type!r} is not known; allowed: {', '.join(OUTPUTS)}.")
+        settings = sample or _settings(
+            classes=classes, count=count if count is not None else len(classes or [0]), steps=steps, guidance=guidance,
+            guidance_interval=guidance_interval, guidance_channels=guidance_channels, sampler=sampler, shift=shift,
+            eta=eta, seed=seed, batch=batch,
+        )  # fmt: skip
+        wanted = self._wanted(settings)
+        codec, process = self.codec, self.process
+        codec.precision = precision
+        shape = codec.latent_shape(height or self.config["height"], width or self.config["width"])
+        device, drawn = self._execution_device, []
+        batches = range(settings.seed, settings.seed + settings.count, settings.batch)
+        with self._bar(progress, len(batches)) as advance:
+            for first in batches:
+                seeds = list(range(first, min(first + settings.batch, batches.stop)))
+                condition, null = self._conditions(wanted, [s - settings.seed for s in seeds], settings.guidance)
+                scheduler = self._scheduler(process, settings)
+                with self._autocast(precision):
+                    latents = sample_latents(
+                        self.denoiser, process, settings, shape, condition, null, seeds, device, advance, scheduler
+                    )
+                drawn.append(latents.cpu() if output_type == "latent" else codec.decode(latents).clamp(-1, 1).cpu())
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=_convert(torch.cat(drawn), output_type))
+
+    def _wanted(self, settings: recipe.Sample) -> list[int | str] | None:
+        """The classes to go through in turn, or None for an unconditional model."""
+        if self.conditioner is not None:
+            return settings.classes or list(range(self.conditioner.config["num_classes"]))
+        if settings.classes:
+            raise LatelierError(f"classes = {settings.classes} were asked for, but this model is unconditional.")
+        if settings.guidance != 1:
+            raise LatelierError(f"guidance = {settings.guidance}, but this model is unconditional; set guidance to 1.")
+        return None
+
+    def _conditions(
+        self, wanted: list[int | str] | None, pictures: list[int], guidance: float
+    ) -> tuple[Condition | None, Condition | None]:
+        """The condition of some pictures, and the one that says nothing when guidance needs it."""
+        if wanted is None:
+            return None, None
+        condition = self.conditioner(self.conditioner.inputs([wanted[i % len(wanted)] for i in pictures]))
+        return condition, None if guidance == 1 else self.conditioner.null(len(pictures))
+
+    def _scheduler(self, process: Flow | DDPM, settings: recipe.Sample) -> Scheduler:
+        """A scheduler with its timesteps set: a copy of the pipeline's own, or the one that the settings name."""
+        named = process.scheduler(settings)  # refuses settings that do not fit, for the pipeline's own too
+        if settings.sampler != "auto":
+            return named
+        own = type(self.scheduler).from_config(self.scheduler.config)
+        process.set_timesteps(own, settings)
+        return own
+
+    def _autocast(self, precision: str) -> AbstractContextManager:
+        device = self._execution_device.type
+        if precision == "bf16" or (precision == "auto" and fast_bf16(device)):
+            return torch.autocast(device, torch.bfloat16)
+        return nullcontext()
+
+    @contextmanager
+    def _bar(self, shown: bool, batches: int) -> Iterator[Callable[[int, int], None] | None]:
+        """A bar over the denoiser's evaluations in all batches."""
+        if not shown:
+            yield None
+            return
+        with self.progress_bar(total=1) as bar:
+
+            def advance(_: int, evaluations: int) -> None:
+                bar.total = evaluations * batches
+                bar.update(1)
+
+            yield advance
+
+
+def _settings(**values: Any) -> recipe.Sample:
+    """Checked settings; the first that is wrong becomes one sentence."""
+    try:
+        return recipe.Sample(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        message = first["msg"].removeprefix("Input should be ")
+        key = ".".join(map(str, first["loc"]))
+        raise LatelierError(f"{key} = {first['input']!r} is not allowed; it should be {message}.") from None
+
+
+def _convert(images: Float[Tensor, "b c *grid"], output_type: str) -> Any:
+    if output_type in ("latent", "pt"):
+        return images
+    array = ((images + 1) / 2).permute(0, 2, 3, 1).float().numpy()  # (b, h, w, c)
+    if output_type == "np":
+        return array
+    if array.shape[-1] not in (1, 3):
+        raise LatelierError(f"Pictures with {array.shape[-1]} channels are no PIL images; use output_type='np'.")
+    return DiffusionPipeline.numpy_to_pil(array)

@@ -1,0 +1,40 @@
+"""Presets are dictionaries of constructor arguments; these two functions turn them and a recipe into models."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from typing import Any, TypeVar
+
+from latelier.errors import LatelierError
+
+Model = TypeVar("Model")
+
+
+def preset_arguments(
+    cls: type, presets: dict[str, dict], name: str, overrides: dict[str, Any], section: str = "tokenizer"
+) -> dict[str, Any]:
+    """A preset's arguments with the recipe's overrides.
+
+    Raises:
+        LatelierError: for an unknown preset, or an override that the constructor does not have.
+    """
+    if name not in presets:
+        raise LatelierError(f"{section}.preset = {name!r} is not known; allowed: {', '.join(presets)}.")
+    known = [p for p in inspect.signature(cls).parameters if p != "self"]
+    for key in overrides:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1, 0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}."
+            raise LatelierError(f"Unknown key '{section}.model.{key}'; {hint}")
+    return {**presets[name], **overrides}
+
+
+def open_init(cls: type[Model], path: str) -> Model:
+    """The model that a recipe starts from instead of random weights."""
+    try:
+        return cls.from_pretrained(path)  # type: ignore[attr-defined]
+    except OSError as error:
+        raise LatelierError(
+            f"init: {path} has no {cls.__name__} that can be opened ({str(error).splitlines()[0]})."
+        ) from None

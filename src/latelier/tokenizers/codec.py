@@ -1,0 +1,248 @@
+"""The only door to a tokenizer.
+
+Whatever the tokenizer is (KL, VQ, deterministic, variational masked, identity), behind a `Codec` it is one thing:
+images in [-1, 1] to normalised latents `(b, c, *grid)`, and back. Statistics are measured once after training,
+stored beside the weights, and applied here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, ModelMixin
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from jaxtyping import Float
+from torch import Tensor
+
+from latelier.errors import LatelierError
+
+STATISTICS_FILE = "latent_statistics.json"
+
+
+class Point:
+    """A posterior without spread: the latents of a deterministic tokenizer."""
+
+    def __init__(self, mean: Float[Tensor, "b c *grid"]):
+        self.mean = mean
+        self.logvar = torch.full_like(mean, -30.0)
+        self.std = torch.zeros_like(mean)
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """The point itself."""
+        return self.mean
+
+    def mode(self) -> Tensor:
+        """The point itself."""
+        return self.mean
+
+
+Posterior = Point | DiagonalGaussianDistribution
+
+
+class Codec:
+    """A tokenizer with its latent statistics.
+
+    Args:
+        tokenizer: a diffusers-style autoencoder: `encode(images)` gives `latent_dist`, `latents` or `latent`, and
+            `decode(z)` gives `sample`.
+        mean: `(c,)` mean of the latents over the training set; None leaves latents as they are.
+        std: `(c,)` standard deviation of sampled latents.
+        receipt: how the statistics were measured; stored with them.
+        precision: `bf16` runs the tokenizer under autocast, `fp32` does not, `auto` takes what the device is fast at.
+    """
+
+    def __init__(
+        self,
+        tokenizer: torch.nn.Module,
+        mean: Float[Tensor, " c"] | None = None,
+        std: Float[Tensor, " c"] | None = None,
+        receipt: dict[str, Any] | None = None,
+        precision: str = "fp32",
+    ):
+        self.tokenizer = tokenizer
+        self.mean = None if mean is None else mean.detach()
+        self.std = None if std is None else std.detach()
+        self.receipt = receipt or {}
+        self.precision = precision
+
+    # -- images to latents and back -----------------------------------------------------------------------------------
+
+    def posterior(self, images: Float[Tensor, "b c h w"]) -> Posterior:
+        """The distribution of raw latents, float32."""
+        check_size(images.shape[-2:], self.factor)
+        with self._autocast():
+            output = self.tokenizer.encode(images.contiguous(memory_format=self._memory_format))
+        distribution = getattr(output, "latent_dist", None)
+        if distribution is None:
+            latents = output.latents if hasattr(output, "latents") else output.latent
+            return Point(latents.float().contiguous())
+        return DiagonalGaussianDistribution(distribution.parameters.float().contiguous())
+
+    def encode(
+        self, images: Float[Tensor, "b c h w"], generator: torch.Generator | None = None
+    ) -> Float[Tensor, "b k *grid"]:
+        """Normalised latents: the posterior's mean, or a sample of it when a generator is given."""
+        posterior = self.posterior(images)
+        return self.normalise(posterior.mode() if generator is None else posterior.sample(generator))
+
+    def decode(self, latents: Float[Tensor, "b k *grid"], channels: int | None = None) -> Float[Tensor, "b c h w"]:
+        """Images of normalised latents, float32, not clamped.
+
+        Args:
+            latents: `(b, c, *grid)`.
+            channels: decode only the first so many channels; the others are set to zero before the decoder.
+        """
+        z = self.denormalise(latents)
+        if channels is not None:
+            if not 0 < channels <= z.shape[1]:
+                raise LatelierError(f"channels = {channels} is not a prefix of {z.shape[1]} latent channels.")
+            z = torch.cat([z[:, :channels], torch.zeros_like(z[:, channels:])], dim=1)
+        with self._autocast():
+            if z.ndim == 4:
+                z = z.contiguous(memory_format=self._memory_format)
+            return self.tokenizer.decode(z).sample.float().contiguous()
+
+    def normalise(self, z: Float[Tensor, "b c *grid"]) -> Float[Tensor, "b c *grid"]:
+        """Raw to normalised latents."""
+        return z if self.mean is None else (z - self._like(self.mean, z)) / self._like(self.std, z)
+
+    def denormalise(self, z: Float[Tensor, "b c *grid"]) -> Float[Tensor, "b c *grid"]:
+        """Normalised to raw latents."""
+        return z if self.mean is None else z * self._like(self.std, z) + self._like(self.mean, z)
+
+    def scale(self, std: Float[Tensor, "b c *grid"]) -> Float[Tensor, "b c *grid"]:
+        """Standard deviations of raw latents to those of normalised ones."""
+        return std if self.std is None else std / self._like(self.std, std)
+
+    # -- what it looks like -------------------------------------------------------------------------------------------
+
+    @property
+    def factor(self) -> int:
+        """Pixels along one side of a latent position; image sizes must be multiples of it."""
+        config = self.tokenizer.config
+        if "patch_size" in config:
+            return config["patch_size"]
+        if hasattr(self.tokenizer, "spatial_compression_ratio"):
+            return self.tokenizer.spatial_compression_ratio
+        channels = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+        return 2 ** (len(channels) - 1) if channels else 1
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of the images."""
+        return self.tokenizer.config.get("in_channels", 3)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """`(c, *grid)` of an image's latents.
+
+        Raises:
+            LatelierError: if the tokenizer's factor does not divide the size.
+        """
+        check_size((height, width), self.factor)
+        if hasattr(self.tokenizer, "latent_shape"):
+            return self.tokenizer.latent_shape(height, width)
+        return (self.tokenizer.config["latent_channels"], height // self.factor, width // self.factor)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tokenizer is."""
+        return next((p.device for p in self.tokenizer.parameters()), torch.device("cpu"))
+
+    def to(self, device: torch.device | str) -> Codec:
+        """Move the tokenizer."""
+        self.tokenizer.to(device=device)
+        return self
+
+    def hash(self) -> str:
+        """16 hex digits that change with any weight, the configuration or the statistics."""
+        digest = hashlib.sha256()
+        config = {k: v for k, v in self.tokenizer.config.items() if not k.startswith("_")}
+        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+        for name, tensor in sorted(self.tokenizer.state_dict().items()):
+            digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        for tensor in (self.mean, self.std):
+            digest.update(b"" if tensor is None else tensor.cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    # -- folders ------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Weights and config as diffusers writes them, and the statistics beside them."""
+        self.tokenizer.save_pretrained(folder)
+        if self.mean is not None:
+            content = {"mean": self.mean.tolist(), "std": self.std.tolist(), **self.receipt}
+            (Path(folder) / STATISTICS_FILE).write_text(json.dumps(content, indent=2))
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, precision: str = "fp32", **kwargs: Any) -> Codec:
+        """Open a folder of ours, or any diffusers autoencoder from a folder or the Hub.
+
+        Args:
+            path: folder or Hub name.
+            precision: see the class.
+            kwargs: passed to diffusers (`subfolder`, `revision`, ...).
+        """
+        config = AutoencoderKL.load_config(str(path), **kwargs)
+        tokenizer = model_class(config).from_pretrained(str(path), **kwargs).eval()
+        statistics = Path(path) / kwargs.get("subfolder", "") / STATISTICS_FILE
+        if not statistics.is_file():
+            return cls(tokenizer, precision=precision)
+        content = json.loads(statistics.read_text())
+        mean, std = (torch.tensor(content.pop(key)) for key in ("mean", "std"))
+        return cls(tokenizer, mean, std, receipt=content, precision=precision)
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _memory_format(self) -> torch.memory_format:
+        convolutional = type(self.tokenizer).__module__.startswith("diffusers")
+        return torch.channels_last if convolutional else torch.contiguous_format
+
+    def _autocast(self):
+        device = self.device.type
+        if self.precision == "fp32" or (self.precision == "auto" and not fast_bf16(device)):
+            return nullcontext()
+        return torch.autocast(device, torch.bfloat16)
+
+    @staticmethod
+    def _like(statistic: Tensor, z: Tensor) -> Tensor:
+        return statistic.to(z).view(-1, *[1] * (z.ndim - 2))
+
+
+def check_size(size: tuple[int, ...] | torch.Size, factor: int) -> None:
+    """Refuse image sizes that the tokenizer's factor does not divide."""
+    if any(side % factor for side in size):
+        near = " x ".join(str(max(factor, round(side / factor) * factor)) for side in size)
+        raise LatelierError(
+            f"Image size {' x '.join(map(str, size))} is not divisible by the tokenizer's factor {factor}; use {near}."
+        )
+
+
+def model_class(config: dict[str, Any]) -> type[ModelMixin]:
+    """The class that a diffusers-style config names: diffusers' own, or one of ours by `_class_name`."""
+    import diffusers
+
+    from latelier.tokenizers import CLASSES
+
+    name = config.get("_class_name", "")
+    if name in CLASSES:
+        module, attribute = CLASSES[name].split(":")
+        return getattr(importlib.import_module(module), attribute)
+    if hasattr(diffusers, name):
+        return getattr(diffusers, name)
+    raise LatelierError(f"The tokenizer's config names the class {name!r}, which neither diffusers nor latelier has.")
+
+
+def fast_bf16(device: str) -> bool:
+    """Whether bf16 matrix products are faster than fp32 on this device."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False

@@ -1,0 +1,191 @@
+"""VMAE: the variational masked autoencoder of "Latent Diffusion Models with Masked AutoEncoders" (ICCV 2025).
+
+A ViT encoder sees only the visible patches (dropped tokens cost nothing), `to_latent` turns each token into the mean
+and log-variance of its latent, and a ViT decoder fills in mask tokens for the rest and paints the whole picture. At
+inference nothing is masked and the latents form a grid `(c, h / p, w / p)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from latelier.layers import (
+    TransformerBlock,
+    init_linear,
+    patchify,
+    resize_positions,
+    sincos_positions,
+    unpatchify,
+)
+from latelier.recipe import Data, VMAERecipe
+from latelier.presets import open_init, preset_arguments
+
+
+def _preset(patch: int, latent: int, dim: int, heads: int, depth: int = 12) -> dict:
+    """Symmetric encoder and decoder, as in the paper."""
+    sizes = {"dim": dim, "depth": depth, "heads": heads}
+    decoder = {"decoder_" + key: value for key, value in sizes.items()}
+    return {"patch_size": patch, "latent_channels": latent, **sizes, **decoder}
+
+
+PRESETS = {
+    "vmae-f8d16": _preset(8, 16, 192, 12),  # the paper's, 10.8M trainable parameters
+    "vmae-f8d16-small": _preset(8, 16, 96, 8),
+    "vmae-f8d16-large": _preset(8, 16, 384, 16),
+    "vmae-f8d32": _preset(8, 32, 192, 12),
+    "vmae-f16d32": _preset(16, 32, 192, 12),
+    "vmae-f8d16-tiny": _preset(8, 16, 128, 4, depth=2),  # minutes on a laptop's CPU
+}
+
+
+class VMAE(ModelMixin, ConfigMixin):
+    """Variational masked autoencoder on patches.
+
+    Args:
+        image_size: `(h, w)` in pixels that the position tables are made for; any other multiple of the patch works,
+            with tables carried over by interpolation.
+        patch_size: side of a patch in pixels, the compression factor f.
+        in_channels: image channels.
+        latent_channels: channels c of the latent.
+        dim, depth, heads: of the encoder.
+        decoder_dim, decoder_depth, decoder_heads: of the decoder.
+        mlp_ratio: hidden width of the MLPs over the width.
+        smooth: whether a 3x3 convolution on the image follows the linear head ("smooth output").
+
+    Differs from the reference: patches are embedded by a Linear (the same function as a strided convolution), the mask
+    token is always there, and attention runs through `layers.attention`.
+    """
+
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        image_size: Sequence[int] = (256, 256),
+        patch_size: int = 8,
+        in_channels: int = 3,
+        latent_channels: int = 16,
+        dim: int = 192,
+        depth: int = 12,
+        heads: int = 12,
+        decoder_dim: int = 192,
+        decoder_depth: int = 12,
+        decoder_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        smooth: bool = True,
+    ):
+        super().__init__()
+        self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
+        patch_values = in_channels * patch_size**2
+        self.patch_embed = nn.Linear(patch_values, dim)
+        self.blocks = nn.ModuleList(TransformerBlock(dim, heads, mlp_ratio) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.to_latent = nn.Linear(dim, 2 * latent_channels)
+
+        self.from_latent = nn.Linear(latent_channels, dim)
+        self.decoder_embed = nn.Linear(dim, decoder_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
+        self.decoder_blocks = nn.ModuleList(
+            TransformerBlock(decoder_dim, decoder_heads, mlp_ratio) for _ in range(decoder_depth)
+        )
+        self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
+        self.head = nn.Linear(decoder_dim, patch_values)
+        self.smoother = nn.Conv2d(in_channels, in_channels, 3, padding=1) if smooth else nn.Identity()
+
+        self.register_buffer("pos_embed", sincos_positions(dim, self.grid))
+        self.register_buffer("decoder_pos_embed", sincos_positions(decoder_dim, self.grid))
+        self.gradient_checkpointing = False
+        init_linear(self)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    # -- the masked forms that training uses --------------------------------------------------------------------------
+
+    def moments(
+        self, images: Float[Tensor, "b c h w"], keep: Int[Tensor, "b k"] | None = None
+    ) -> Float[Tensor, "b k m"]:
+        """Mean and log-variance of the latent of each visible token, side by side on the last axis.
+
+        Args:
+            images: in [-1, 1].
+            keep: raster indices of the visible patches, in the order in which the encoder sees them; None keeps all.
+        """
+        p = self.config["patch_size"]
+        patches = patchify(images, p)  # (b, n, c p p)
+        positions = self._positions(self.pos_embed, images.shape[2] // p, images.shape[3] // p)  # (1, n, d)
+        if keep is not None:
+            patches, positions = _take(patches, keep), _take(positions.expand(len(keep), -1, -1), keep)
+        x = self.patch_embed(patches) + positions  # (b, k, d)
+        x = self._run(self.blocks, x)
+        return self.to_latent(self.norm(x))  # (b, k, 2 c)
+
+    def paint(
+        self, z: Float[Tensor, "b k l"], grid: tuple[int, int], keep: Int[Tensor, "b k"] | None = None
+    ) -> Float[Tensor, "b c h w"]:
+        """The whole picture from the latents of the visible tokens."""
+        x = self.decoder_embed(self.from_latent(z))  # (b, k, d)
+        if keep is not None:
+            canvas = self.mask_token.to(x.dtype).repeat(len(x), grid[0] * grid[1], 1)  # (b, n, d)
+            x = canvas.scatter(1, keep[..., None].expand_as(x), x)
+        x = x + self._positions(self.decoder_pos_embed, *grid)
+        x = self._run(self.decoder_blocks, x)
+        x = self.head(self.decoder_norm(x))  # (b, n, p p c)
+        return self.smoother(unpatchify(x, self.config["patch_size"], grid))  # (b, c, h, w)
+
+    # -- the diffusers interface --------------------------------------------------------------------------------------
+
+    def encode(self, images: Float[Tensor, "b c h w"]) -> AutoencoderKLOutput:
+        """`latent_dist` over the latent grid `(b, c, h / p, w / p)`; nothing is masked."""
+        p = self.config["patch_size"]
+        moments = self.moments(images)  # (b, n, 2 c)
+        moments = moments.transpose(1, 2).unflatten(2, (images.shape[2] // p, images.shape[3] // p))
+        return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(moments.float()))
+
+    def decode(self, z: Float[Tensor, "b c *grid"]) -> DecoderOutput:
+        """`sample`: images of a latent grid."""
+        return DecoderOutput(sample=self.paint(z.flatten(2).transpose(1, 2), tuple(z.shape[2:])))
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> DecoderOutput:
+        """Reconstruction through the posterior's mean."""
+        return self.decode(self.encode(images).latent_dist.mode())
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The weight that an adaptive adversarial loss balances gradients at."""
+        return self.smoother.weight if isinstance(self.smoother, nn.Conv2d) else self.head.weight
+
+    def _positions(self, table: Tensor, height: int, width: int) -> Float[Tensor, "1 n d"]:
+        return resize_positions(table, self.grid, (height, width))
+
+    def _run(self, blocks: nn.ModuleList, x: Tensor) -> Tensor:
+        for block in blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = self._gradient_checkpointing_func(block, x)
+            else:
+                x = block(x)
+        return x
+
+
+def build(recipe: VMAERecipe, data: Data) -> VMAE:
+    """A VMAE for these pictures, fresh or from `init`."""
+    if recipe.init:
+        return open_init(VMAE, recipe.init)
+    arguments = preset_arguments(VMAE, PRESETS, recipe.preset, recipe.model)
+    return VMAE(**{**arguments, "image_size": tuple(data.image_size), "in_channels": data.channels})
+
+
+def visible_patches(order: Float[Tensor, "b n"], mask_ratio: float) -> Int[Tensor, "b k"]:
+    """MAE's random masking: the int(n (1 - ratio)) patches with the smallest random numbers stay visible."""
+    n = order.shape[1]
+    return order.argsort(dim=1)[:, : max(1, int(n * (1 - mask_ratio)))]
+
+
+def _take(tokens: Float[Tensor, "b n d"], keep: Int[Tensor, "b k"]) -> Float[Tensor, "b k d"]:
+    return tokens.gather(1, keep[..., None].expand(-1, -1, tokens.shape[2]))

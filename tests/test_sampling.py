@@ -1,0 +1,154 @@
+"""Sampling against closed forms and hand-written loops."""
+
+import pytest
+import torch
+from torch import nn
+
+from latelier.conditioning.condition import Condition
+from latelier.diffusion.process import DDPM, Flow, flow_sigmas
+from latelier.diffusion.sampling import initial_noise, sample_latents
+from latelier.recipe import Sample
+
+MEAN, STD = 1.5, 0.4
+
+
+class GaussianData(nn.Module):
+    """The optimal prediction when the data are N(MEAN, STD^2) in every coordinate: E[target | x_t]."""
+
+    def __init__(self, process):
+        super().__init__()
+        self.process = process
+
+    def forward(self, x_t, t, condition):
+        shape = (-1, *[1] * (x_t.ndim - 1))
+        if isinstance(self.process, Flow):
+            alpha, sigma = (1 - t).view(shape), t.view(shape)
+        else:
+            a = self.process.alphas_cumprod[(t * 1000).round().long()].view(shape)
+            alpha, sigma = a.sqrt(), (1 - a).sqrt()
+        variance = alpha**2 * STD**2 + sigma**2
+        z = MEAN + alpha * STD**2 * (x_t - alpha * MEAN) / variance
+        eps = sigma * (x_t - alpha * MEAN) / variance
+        return self.process.target(z, t, eps)
+
+
+class Wavy(nn.Module):
+    """Some smooth function of everything."""
+
+    def forward(self, x_t, t, condition):
+        shape = (-1, *[1] * (x_t.ndim - 1))
+        told = 0 if condition is None else condition.vector[:, :1].view(shape)
+        return torch.sin(x_t + 2 * t.view(shape)) + told
+
+
+def draw(process, sample, model=None, shape=(2, 4, 4), seeds=tuple(range(8)), condition=None, null=None, **kwargs):
+    return sample_latents(model or Wavy(), process, sample, shape, condition, null, list(seeds), "cpu", **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("process", "sample", "tolerance"),
+    [
+        (Flow(), Sample(steps=100), 0.02),
+        (Flow(), Sample(steps=100, shift=3.0), 0.02),
+        (Flow(), Sample(steps=30, sampler="heun"), 0.02),
+        (DDPM(), Sample(steps=100), 0.04),
+        (DDPM(prediction="v"), Sample(steps=100, eta=1.0), 0.04),
+        (DDPM("linear", 1e-4, 0.02), Sample(steps=500, sampler="ddpm"), 0.04),
+        (DDPM("cosine", prediction="v"), Sample(steps=50, sampler="dpm++"), 0.04),
+        (DDPM(), Sample(steps=50, sampler="plms"), 0.04),
+        (DDPM(prediction="sample"), Sample(steps=50, sampler="dpm++"), 0.04),
+    ],
+)
+def test_known_gaussian_is_recovered(process, sample, tolerance):
+    z = draw(process, sample, GaussianData(process), shape=(4, 64), seeds=range(64))
+    assert abs(z.mean() - MEAN) < tolerance
+    assert abs(z.std() - STD) < tolerance
+
+
+def test_euler_is_the_hand_written_loop():
+    x = initial_noise((2, 4, 4), list(range(8)))
+    sigmas = torch.from_numpy(flow_sigmas(7, 2.0)).float()
+    for now, after in zip(sigmas[:-1], sigmas[1:]):
+        x = x + (after - now) * Wavy()(x, now.expand(8), None)
+    torch.testing.assert_close(draw(Flow(), Sample(steps=7, shift=2.0)), x)
+
+
+def test_heun_is_the_hand_written_loop():
+    x = initial_noise((2, 4, 4), list(range(8)))
+    sigmas = torch.from_numpy(flow_sigmas(5, 1.0)).float()
+    for now, after in zip(sigmas[:-1], sigmas[1:]):
+        slope = Wavy()(x, now.expand(8), None)
+        guess = x + (after - now) * slope
+        if after > 0:
+            slope = (slope + Wavy()(guess, after.expand(8), None)) / 2
+        x = x + (after - now) * slope
+    torch.testing.assert_close(draw(Flow(), Sample(steps=5, sampler="heun")), x, atol=1e-4, rtol=1e-4)
+
+
+def test_ddim_is_the_hand_written_loop():
+    process = DDPM()
+    a = process.alphas_cumprod
+    x = initial_noise((2, 4, 4), list(range(8)))
+    levels = [*range(901, 0, -100)]
+    for level, below in zip(levels, [*levels[1:], 0]):
+        eps = Wavy()(x, torch.full((8,), level / 1000), None)
+        z = (x - (1 - a[level]).sqrt() * eps) / a[level].sqrt()
+        x = a[below].sqrt() * z + (1 - a[below]).sqrt() * eps
+    torch.testing.assert_close(draw(process, Sample(steps=10)), x, atol=1e-4, rtol=1e-4)
+
+
+def test_what_is_random_and_what_is_not():
+    assert torch.equal(draw(DDPM(), Sample(steps=10)), draw(DDPM(), Sample(steps=10)))
+    noisy = draw(DDPM(), Sample(steps=10, eta=1.0))
+    assert not torch.allclose(noisy, draw(DDPM(), Sample(steps=10)))
+    assert torch.equal(noisy, draw(DDPM(), Sample(steps=10, eta=1.0)))
+
+
+@pytest.mark.parametrize(
+    ("process", "sample"),
+    [(Flow(), Sample(steps=6)), (DDPM(), Sample(steps=10, eta=1.0)), (DDPM(), Sample(steps=10, sampler="ddpm"))],
+)
+def test_a_picture_does_not_depend_on_its_batch(process, sample):
+    together = draw(process, sample, seeds=[3, 4, 5])
+    alone = torch.cat([draw(process, sample, seeds=[seed]) for seed in (3, 4, 5)])
+    torch.testing.assert_close(alone, together)
+
+
+def test_guidance_of_one_is_none():
+    told, null = Condition(torch.ones(8, 1)), Condition(torch.zeros(8, 1))
+    plain = draw(Flow(), Sample(steps=5), condition=told)
+    assert torch.equal(draw(Flow(), Sample(steps=5), condition=told, null=null), plain)
+    assert not torch.allclose(draw(Flow(), Sample(steps=5, guidance=3.0), condition=told, null=null), plain)
+    outside = Sample(steps=5, guidance=3.0, guidance_interval=(0.0, 0.1))
+    assert torch.equal(draw(Flow(), outside, condition=told, null=null), plain)
+
+
+def test_progress_counts_evaluations():
+    seen = []
+    draw(Flow(), Sample(steps=3, sampler="heun"), progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(i, 5) for i in range(1, 6)]
+
+
+def test_time_that_the_denoiser_sees():
+    seen = []
+
+    class Spy(nn.Module):
+        def forward(self, x_t, t, condition):
+            seen.append(t[0].item())
+            return x_t
+
+    draw(Flow(), Sample(steps=4), Spy())
+    assert seen == pytest.approx([1, 0.75, 0.5, 0.25])
+    seen.clear()
+    draw(DDPM(), Sample(steps=4), Spy())
+    assert seen == pytest.approx([0.751, 0.501, 0.251, 0.001])
+
+
+def test_a_scheduler_of_the_caller():
+    from diffusers import UniPCMultistepScheduler
+
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    Flow().set_timesteps(scheduler, Sample(steps=30))
+    z = draw(Flow(), Sample(), GaussianData(Flow()), shape=(4, 64), seeds=range(64), scheduler=scheduler)
+    assert abs(z.mean() - MEAN) < 0.05
+    assert abs(z.std() - STD) < 0.05

@@ -1,0 +1,120 @@
+"""VMAE: masking, grids, and losses that stay on their patches."""
+
+import pytest
+import torch
+
+from latelier.errors import LatelierError
+from latelier.layers import resize_positions
+from latelier.losses.kl import gaussian_kl
+from latelier.objectives.vmae import VMAEObjective
+from latelier.recipe import Data, VMAERecipe
+from latelier.tokenizers.codec import Codec
+from latelier.tokenizers.vmae import PRESETS, VMAE, build, visible_patches
+
+
+@pytest.fixture
+def model():
+    return VMAE(
+        (32, 32), 8, latent_channels=4, dim=32, depth=1, heads=2, decoder_dim=32, decoder_depth=1, decoder_heads=2
+    ).eval()
+
+
+def test_masked_patches_do_not_reach_the_encoder(model):
+    images = torch.randn(2, 3, 32, 32)
+    keep = visible_patches(torch.rand(2, 16), 0.75)
+    assert keep.shape == (2, 4)
+    visible = torch.zeros(2, 16).scatter(1, keep, 1.0).view(2, 1, 4, 4)
+    visible = visible.repeat_interleave(8, 2).repeat_interleave(8, 3)
+    changed = torch.where(visible.bool(), images, torch.randn_like(images))
+    assert torch.equal(model.moments(images, keep), model.moments(changed, keep))
+
+
+def test_keeping_all_in_order_is_no_mask(model):
+    images = torch.randn(2, 3, 32, 32)
+    keep = torch.arange(16).repeat(2, 1)
+    moments = model.moments(images, keep)
+    torch.testing.assert_close(moments, model.moments(images))
+    z = moments[..., :4]
+    torch.testing.assert_close(model.paint(z, (4, 4), keep), model.paint(z, (4, 4)))
+
+
+def test_order_of_visible_patches_does_not_matter(model):
+    images = torch.randn(1, 3, 32, 32)
+    keep = torch.tensor([[3, 9, 0, 12]])
+    turned = keep.flip(1)
+    torch.testing.assert_close(model.moments(images, keep), model.moments(images, turned).flip(1))
+    z = torch.randn(1, 4, 4)
+    torch.testing.assert_close(model.paint(z, (4, 4), keep), model.paint(z.flip(1), (4, 4), turned))
+
+
+def test_losses_touch_only_their_own_patches(model):
+    recipe = VMAERecipe(kind="vmae", mask_ratio=0.5, perceptual_weight=0)
+    objective = VMAEObjective(model, recipe, seed=0)
+    images, noise = torch.rand(1, 3, 32, 32), torch.randn(1, 8, 4)
+    keep = torch.arange(8)[None]  # the upper half
+    first = objective.terms(images, keep, noise)
+    lower = images.clone()
+    lower[:, :, 16:] += 1.0
+    second = objective.terms(lower, keep, noise)
+    assert torch.equal(first.losses["mse_visible"], second.losses["mse_visible"])
+    assert not torch.equal(first.losses["mse_masked"], second.losses["mse_masked"])
+    expected = (first.images["reconstruction"] - images)[:, :, :16].square().mean()
+    torch.testing.assert_close(first.losses["mse_visible"], expected)
+
+
+def test_randomness_is_addressed_by_the_image(model):
+    objective = VMAEObjective(model, VMAERecipe(kind="vmae", perceptual_weight=0), seed=3)
+    images = torch.rand(4, 3, 32, 32)
+    batch = {"image": images, "draw": torch.arange(4)}
+    whole = objective(batch).images["reconstruction"]
+    half = objective({"image": images[2:], "draw": torch.arange(2, 4)}).images["reconstruction"]
+    torch.testing.assert_close(whole[2:], half)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (32, 64), (64, 24)])
+def test_other_grids(model, size):
+    codec = Codec(model)
+    images = torch.rand(1, 3, *size)
+    latents = codec.encode(images)
+    assert latents.shape[1:] == codec.latent_shape(*size) == (4, size[0] // 8, size[1] // 8)
+    assert codec.decode(latents).shape == images.shape
+
+
+def test_positions_carried_over_keep_the_trained_grid(model):
+    assert torch.equal(resize_positions(model.pos_embed, (4, 4), (4, 4)), model.pos_embed)
+    larger = resize_positions(model.pos_embed, (4, 4), (8, 8))
+    back = torch.nn.functional.avg_pool2d(larger.transpose(1, 2).unflatten(2, (8, 8)), 2).flatten(2).transpose(1, 2)
+    assert (back - model.pos_embed)[0].view(4, 4, -1)[1:3, 1:3].abs().max() < 0.2
+
+
+def test_save_and_open(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    again = VMAE.from_pretrained(tmp_path)
+    images = torch.rand(1, 3, 32, 32)
+    assert torch.equal(again(images).sample, model(images).sample)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets(name):
+    recipe = VMAERecipe(kind="vmae", preset=name, model={"depth": 1, "decoder_depth": 1})
+    model = build(recipe, Data(source="emoji", image_size=32, channels=1))
+    assert model(torch.rand(1, 1, 32, 32)).sample.shape == (1, 1, 32, 32)
+
+
+def test_unknown_preset_and_argument():
+    with pytest.raises(LatelierError, match="vmae-f8d16"):
+        build(VMAERecipe(kind="vmae", preset="vmae-f8"), Data(source="emoji"))
+    with pytest.raises(LatelierError, match="did you mean 'depth'"):
+        build(VMAERecipe(kind="vmae", model={"depht": 1}), Data(source="emoji"))
+
+
+def test_kl_closed_forms():
+    mean, logvar = torch.randn(1000), torch.randn(1000)
+    posterior = torch.distributions.Normal(mean, (0.5 * logvar).exp())
+    for form, target in (
+        ("standard", torch.distributions.Normal(0.0, 1.0)),
+        ("free-mean", torch.distributions.Normal(mean, 1.0)),
+        ("fixed-std", torch.distributions.Normal(mean, 0.1)),
+    ):
+        expected = torch.distributions.kl_divergence(posterior, target)
+        torch.testing.assert_close(gaussian_kl(mean, logvar, form, 0.1), expected, rtol=1e-4, atol=1e-4)
