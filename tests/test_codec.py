@@ -72,6 +72,7 @@ def test_size_that_the_factor_does_not_divide(tokenizers):
 def test_parameter_count_of_the_published_shapes():
     with torch.device("meta"):
         counts = {
-            name: sum(p.numel() for p in AutoencoderKL(**PRESETS[name]).parameters()) for name in ("kl-f8c4", "kl-f8c16")
+            name: sum(p.numel() for p in AutoencoderKL(**PRESETS[name]).parameters())
+            for name in ("kl-f8c4", "kl-f8c16")
         }
     assert counts == {"kl-f8c4": 83_653_863, "kl-f8c16": 83_819_683}

@@ -62,7 +62,7 @@ def test_first_channels_only(case):
     prediction = guided(model, x, t, told, null, 4.0, channels=2)
     torch.testing.assert_close(prediction[:, :2], x[:, :2] + 4.3)
     assert torch.equal(prediction[:, 2:], model(x, t, told)[:, 2:])
-    with pytest.raises(LatelierError, match="guidance_channels = 4.* 3 channels"):
+    with pytest.raises(LatelierError, match=r"guidance_channels = 4.* 3 channels"):
         guided(model, x, t, told, null, 4.0, channels=4)
 
 

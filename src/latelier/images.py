@@ -46,6 +46,7 @@ def make_grid(images: Float[Tensor, "b c h w"], columns: int = 8, padding: int =
 
 def make_pairs(upper: Float[Tensor, "b c h w"], lower: Float[Tensor, "b c h w"], columns: int = 8) -> Image.Image:
     """A grid in which each row of `upper` stands above the row of `lower` that belongs to it."""
+    upper, lower = upper.detach().float().cpu(), lower.detach().float().cpu()
     if len(upper) % columns and len(upper) > columns:  # fill the last row, so that columns stay aligned
         blank = torch.zeros_like(upper[:1]).expand(columns - len(upper) % columns, -1, -1, -1)
         upper, lower = torch.cat([upper, blank]), torch.cat([lower, blank])

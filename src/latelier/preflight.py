@@ -31,7 +31,7 @@ def check(recipe: Recipe) -> list[dict[str, Any]]:
     console.print(f"Data: {len(dataset):,} pictures of {' x '.join(map(str, dataset.shape))}{classes}.")
     codec, rows = _codec(recipe), []
     if isinstance(recipe.tokenizer, VMAERecipe | ConvRecipe):
-        objective = tokenizer_loop.build_objective(recipe, codec.tokenizer)
+        objective = tokenizer_loop.build_objective(recipe.tokenizer, recipe.seed, codec.tokenizer)
         rows.append(_try("tokenizer", recipe.tokenizer, objective, lambda n: next(dataset.stream(n))))
     if recipe.denoiser is not None:
         objective = denoiser_loop.build_objective(recipe, codec, dataset.class_names)

@@ -38,6 +38,7 @@ Count = Annotated[int, BeforeValidator(parse_count), Field(ge=0, description="a 
 Size = Annotated[tuple[int, int], BeforeValidator(parse_size), Field(description="height and width, or one number")]
 Unit = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
+Metric = Literal["psnr", "ssim", "lpips", "l1", "rfd", "gfd", "precision", "recall"]
 
 
 class Section(BaseModel):
@@ -112,6 +113,7 @@ class VMAERecipe(Training):
     mask_ratio: float = Field(0.6, ge=0, lt=1)
     visible_weight: Unit = Field(0.5, description="v in (1 - v) * masked MSE + v * visible MSE")
     perceptual_weight: Weight = 0.5
+    perceptual_every: int = Field(1, ge=1, description="LPIPS on every so-manieth picture of the stream (it is costly)")
     kl_weight: Weight = 1e-6
     kl: Literal["free-mean", "standard", "fixed-std"] = "free-mean"
     fixed_std: float = Field(1e-3, gt=0, description="s of `kl: fixed-std`")
@@ -195,9 +197,7 @@ class Sample(Section):
 class Evaluate(Section):
     """Which numbers are measured, on how many pictures."""
 
-    metrics: list[Literal["psnr", "ssim", "lpips", "l1", "rfd", "gfd", "precision", "recall"]] = Field(
-        default_factory=lambda: ["psnr", "ssim", "lpips", "rfd", "gfd"]
-    )
+    metrics: list[Metric] = ["psnr", "ssim", "lpips", "rfd", "gfd"]
     features: Literal["vgg16", "inception"] = "vgg16"
     samples: Count = 5_000
     batch: int = Field(64, ge=1)

@@ -85,7 +85,5 @@ class ClassConditioner(ModelMixin, ConfigMixin):
 
     def _null_index(self) -> int:
         if not self.config["null"]:
-            raise LatelierError(
-                "This model has no null class (no label dropout in training): guidance must be 1."
-            )
+            raise LatelierError("This model has no null class (no label dropout in training): guidance must be 1.")
         return self.config["num_classes"]

@@ -95,7 +95,8 @@ def load_exactly(model: ModelMixin, weights: dict[str, Tensor], optional: tuple[
     missing, unexpected = model.load_state_dict(weights, strict=False)
     missing = [name for name in missing if name not in optional]
     if missing or unexpected:
-        what = [f"{len(names)} {kind} ({names[0]})" for kind, names in (("missing", missing), ("unknown", unexpected)) if names]
+        kinds = (("missing", missing), ("unknown", unexpected))
+        what = [f"{len(names)} {kind} ({names[0]})" for kind, names in kinds if names]
         raise LatelierError(f"The checkpoint does not fit {type(model).__name__}: {' and '.join(what)}.")
     model.eval()
 

@@ -30,8 +30,8 @@ from latelier.layers import (
     sincos_positions,
     unpatchify,
 )
-from latelier.recipe import DenoiserRecipe
 from latelier.presets import open_init, preset_arguments
+from latelier.recipe import DenoiserRecipe
 
 SIZES = {
     "XS": {"dim": 256, "depth": 4, "heads": 4},

@@ -28,7 +28,7 @@ NEIGHBOURS = 3  # of precision and recall
 
 @torch.no_grad()
 def evaluate_generation(
-    samples: Iterable[Float[Tensor, "b c h w"]],
+    samples: Iterable[Float[Tensor, "_ c h w"]],
     references: Iterable[Mapping[str, Any]],
     evaluate: Evaluate,
     receipt: Mapping[str, Any],

@@ -234,7 +234,7 @@ def _skipped(path: Path) -> str:
     )
     more = f'<p class="soft">and {len(rows) - len(shown):,} more in skipped.jsonl</p>' if len(rows) > len(shown) else ""
     return (
-        f"<details><summary>{len(rows):,} unreadable pictures were left out</summary>"
+        f"<details><summary>{len(rows):,} unreadable picture{'s' * (len(rows) != 1)} left out</summary>"
         f'<div class="card scroll"><table><tr>{head}</tr>{body}</table></div>{more}</details>'
     )
 

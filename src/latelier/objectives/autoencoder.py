@@ -6,7 +6,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from torch import nn
+from torch import Tensor, nn
 
 from latelier.draws import Draws
 from latelier.losses.kl import mean_kl
@@ -43,8 +43,8 @@ class AutoencoderObjective(nn.Module):
         reconstruction = self.tokenizer.decode(z).sample.float()  # (b, c, h, w)
 
         distance = F.l1_loss if self.recipe.reconstruction == "l1" else F.mse_loss
-        losses = {self.recipe.reconstruction: distance(reconstruction, images)}
-        weights = {self.recipe.reconstruction: 1.0}
+        losses: dict[str, Tensor] = {self.recipe.reconstruction: distance(reconstruction, images)}
+        weights: dict[str, float] = {self.recipe.reconstruction: 1.0}
         if self.recipe.kl_weight:
             losses["kl"] = mean_kl(mean, logvar, self.recipe.kl)
             weights["kl"] = self.recipe.kl_weight

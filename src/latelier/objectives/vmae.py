@@ -1,6 +1,6 @@
 """The VMAE objective: visible and masked reconstruction, LPIPS, and a KL that leaves the mean free.
 
-    L = (1 - v) MSE(masked patches) + v MSE(visible patches) + w_p LPIPS(whole picture) + w_kl KL
+L = (1 - v) MSE(masked patches) + v MSE(visible patches) + w_p LPIPS(whole picture) + w_kl KL
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from latelier.draws import Draws
@@ -49,12 +49,19 @@ class VMAEObjective(nn.Module):
             keep = visible_patches(draws.uniform("mask", grid[0] * grid[1]), self.recipe.mask_ratio)
         tokens = grid[0] * grid[1] if keep is None else keep.shape[1]
         noise = draws.normal("posterior", tokens, self.tokenizer.config["latent_channels"])
-        return self.terms(images, keep, noise)
+        judged = None
+        if self.recipe.perceptual_every > 1:
+            judged = (batch["draw"] % self.recipe.perceptual_every == 0).to(images.device)
+        return self.terms(images, keep, noise, judged)
 
     def terms(
-        self, images: Float[Tensor, "b c h w"], keep: Int[Tensor, "b k"] | None, noise: Float[Tensor, "b k l"]
+        self,
+        images: Float[Tensor, "b c h w"],
+        keep: Int[Tensor, "b k"] | None,
+        noise: Float[Tensor, "b k l"],
+        judged: Bool[Tensor, " b"] | None = None,
     ) -> Terms:
-        """The same with the mask and the posterior's noise given."""
+        """The same with the mask, the posterior's noise and the choice of pictures that LPIPS judges given."""
         p = self.tokenizer.config["patch_size"]
         grid = (images.shape[2] // p, images.shape[3] // p)
         mean, logvar = self.tokenizer.moments(images, keep).float().chunk(2, dim=-1)  # (b, k, c)
@@ -70,14 +77,13 @@ class VMAEObjective(nn.Module):
             visible = torch.zeros_like(squared).scatter(1, keep, 1.0)
             losses["mse_visible"] = (squared * visible).sum() / visible.sum()
             losses["mse_masked"] = (squared * (1 - visible)).sum() / (1 - visible).sum()
-        if self.perceptual is not None and self.weights["lpips"]:
-            losses["lpips"] = self.perceptual(reconstruction, images).mean()
+        if self.perceptual is not None and self.weights["lpips"] and (judged is None or judged.any()):
+            pair = (reconstruction, images) if judged is None else (reconstruction[judged], images[judged])
+            losses["lpips"] = self.perceptual(*pair).mean()
         weights = {name: self.weights[name] for name in losses}
         return Terms(losses, weights, images={"reconstruction": reconstruction.detach()})
 
 
-def patch_errors(
-    x: Float[Tensor, "b c h w"], y: Float[Tensor, "b c h w"], patch: int
-) -> Float[Tensor, "b n"]:
+def patch_errors(x: Float[Tensor, "b c h w"], y: Float[Tensor, "b c h w"], patch: int) -> Float[Tensor, "b n"]:
     """Mean squared error of each patch, raster order."""
     return nn.functional.avg_pool2d((x - y).square().mean(1, keepdim=True), patch).flatten(1)

@@ -12,7 +12,7 @@ import importlib
 import json
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import AutoencoderKL, ModelMixin
@@ -42,7 +42,7 @@ class Point:
         return self.mean
 
 
-Posterior = Point | DiagonalGaussianDistribution
+Posterior: TypeAlias = Point | DiagonalGaussianDistribution
 
 
 class Codec:
@@ -175,7 +175,7 @@ class Codec:
     def save_pretrained(self, folder: str | Path) -> None:
         """Weights and config as diffusers writes them, and the statistics beside them."""
         self.tokenizer.save_pretrained(folder)
-        if self.mean is not None:
+        if self.mean is not None and self.std is not None:
             content = {"mean": self.mean.tolist(), "std": self.std.tolist(), **self.receipt}
             (Path(folder) / STATISTICS_FILE).write_text(json.dumps(content, indent=2))
 

@@ -13,8 +13,8 @@ from diffusers.models.autoencoders.vq_model import VQEncoderOutput
 from jaxtyping import Float
 from torch import Tensor
 
-from latelier.recipe import ConvRecipe, Data, IdentityRecipe
 from latelier.presets import open_init, preset_arguments
+from latelier.recipe import ConvRecipe, Data, IdentityRecipe
 
 
 def _kl(channels: list[int], latent: int, layers: int = 2, **rest) -> dict:

@@ -25,8 +25,8 @@ from latelier.layers import (
     sincos_positions,
     unpatchify,
 )
-from latelier.recipe import Data, VMAERecipe
 from latelier.presets import open_init, preset_arguments
+from latelier.recipe import Data, VMAERecipe
 
 
 def _preset(patch: int, latent: int, dim: int, heads: int, depth: int = 12) -> dict:

@@ -19,7 +19,13 @@ STATE = "state.json"
 
 
 def save(
-    folder: Path, stage: str, images: int, accelerator: Accelerator, ema: EMAModel | None, objective: nn.Module, keep: int
+    folder: Path,
+    stage: str,
+    images: int,
+    accelerator: Accelerator,
+    ema: EMAModel | None,
+    objective: nn.Module,
+    keep: int,
 ) -> None:
     """Write `checkpoints/<stage>-<images>` with weights, optimiser, EMA and RNG states of all processes.
 
@@ -59,9 +65,7 @@ def save(
     accelerator.wait_for_everyone()
 
 
-def resume(
-    folder: Path, stage: str, accelerator: Accelerator, ema: EMAModel | None, objective: nn.Module
-) -> int:
+def resume(folder: Path, stage: str, accelerator: Accelerator, ema: EMAModel | None, objective: nn.Module) -> int:
     """Load the newest checkpoint of a stage into everything prepared; returns its images seen, 0 without one."""
     found = checkpoints(folder, stage)
     if not found:

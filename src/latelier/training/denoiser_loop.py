@@ -39,9 +39,7 @@ def train_denoiser(recipe: Recipe, accelerator: Accelerator | None = None) -> Pa
     Raises:
         LatelierError: if there is no tokenizer yet, or the denoiser does not fit its latents.
     """
-    training = recipe.denoiser
-    if training is None:
-        raise LatelierError(f"Recipe {recipe.name} has no `denoiser` section, so there is nothing to train.")
+    training = denoiser_section(recipe)
     accelerator = accelerator or make_accelerator(training)
     stage = Stage("denoiser", recipe, training, accelerator)
     codec = open_codec(recipe).to(accelerator.device)
@@ -93,6 +91,13 @@ def train_denoiser(recipe: Recipe, accelerator: Accelerator | None = None) -> Pa
     return folder
 
 
+def denoiser_section(recipe: Recipe) -> DenoiserRecipe:
+    """The recipe's `denoiser`, or an error."""
+    if recipe.denoiser is None:
+        raise LatelierError(f"Recipe {recipe.name} has no `denoiser` section, so there is nothing to train.")
+    return recipe.denoiser
+
+
 def open_codec(recipe: Recipe) -> Codec:
     """The run's trained tokenizer."""
     folder = recipe.folder / "tokenizer"
@@ -105,7 +110,7 @@ def open_codec(recipe: Recipe) -> Codec:
 
 def build_objective(recipe: Recipe, codec: Codec, class_names: list[str] | None) -> DenoisingObjective:
     """Denoiser, conditioner and process of the recipe, in their objective."""
-    section = recipe.denoiser
+    section = denoiser_section(recipe)
     denoiser = build_denoiser(section, codec.latent_shape(*recipe.data.image_size))
     conditioner = build_conditioner(section, denoiser.config["dim"], class_names)
     return DenoisingObjective(
@@ -157,7 +162,7 @@ def latent_stream(recipe: Recipe, codec: Codec, dataset: ImageDataset, stage: St
     """Micro-batches of normalised latents, from the cache or encoded on the fly with all augmentations."""
     accelerator, training = stage.accelerator, stage.training
     place = (stage.images, accelerator.process_index, accelerator.num_processes, stage.accumulation)
-    if recipe.denoiser.cache:
+    if denoiser_section(recipe).cache:
         yield from open_cache(recipe, codec, dataset, accelerator).stream(training.batch, *place, seed=recipe.seed)
     for batch in dataset.stream(training.batch, *place):
         with torch.no_grad():
@@ -170,7 +175,7 @@ def latent_stream(recipe: Recipe, codec: Codec, dataset: ImageDataset, stage: St
 def make_pipeline(recipe: Recipe, codec: Codec, objective: DenoisingObjective) -> LatentDiffusionPipeline:
     """Everything that sampling needs, in one object that saves and loads whole."""
     return LatentDiffusionPipeline.build(
-        codec, objective.denoiser, objective.conditioner, recipe.denoiser.process, recipe.data.image_size
+        codec, objective.denoiser, objective.conditioner, denoiser_section(recipe).process, recipe.data.image_size
     )
 
 

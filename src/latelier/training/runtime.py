@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -34,15 +35,18 @@ console = Console(stderr=True)
 
 def make_accelerator(training: Training) -> Accelerator:
     """The process group, device and precision; bf16 where the hardware is fast at it."""
-    accelerator = Accelerator(
-        mixed_precision="no",
+    bf16 = training.precision == "bf16" or (training.precision == "auto" and fast_bf16(best_device().type))
+    AcceleratorState._reset_state()  # the other stage may have had another precision; the process group stays
+    return Accelerator(
+        mixed_precision="bf16" if bf16 else "no",
         # Buffers are constants (position tables, LPIPS weights): broadcasting them each step would be waste.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
-    wanted = training.precision
-    if wanted == "bf16" or (wanted == "auto" and fast_bf16(accelerator.device.type)):
-        accelerator.state._mixed_precision = "bf16"
-    return accelerator
+
+
+def best_device() -> torch.device:
+    """The device that accelerate would train on."""
+    return PartialState().device
 
 
 def adamw(model: nn.Module, training: Training) -> torch.optim.AdamW:
@@ -140,7 +144,9 @@ class Stage:
 
     def due(self, every: int) -> bool:
         """Whether a multiple of `every` images was passed by the last step, or training ended."""
-        return self.images >= self.training.images or self.images // every > (self.images - self.training.batch) // every
+        return (
+            self.images >= self.training.images or self.images // every > (self.images - self.training.batch) // every
+        )
 
     # -- begin and end ------------------------------------------------------------------------------------------------
 

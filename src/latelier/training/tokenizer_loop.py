@@ -12,7 +12,7 @@ from latelier.data.latents import latent_statistics
 from latelier.data.loader import ImageDataset
 from latelier.data.sources import open_source
 from latelier.errors import LatelierError
-from latelier.images import make_grid, save_png
+from latelier.images import make_pairs, save_png
 from latelier.recipe import ConvRecipe, PretrainedRecipe, Recipe, VMAERecipe
 from latelier.tokenizers import build_tokenizer
 from latelier.tokenizers.codec import Codec, check_size
@@ -40,7 +40,7 @@ def train_tokenizer(recipe: Recipe, accelerator: Accelerator | None = None) -> P
     torch.manual_seed(recipe.seed)
     tokenizer = build_tokenizer(recipe)
     check_size(recipe.data.image_size, Codec(tokenizer).factor)
-    objective = build_objective(recipe, tokenizer)
+    objective = build_objective(training, recipe.seed, tokenizer)
     if isinstance(training, ConvRecipe):
         objective.to(memory_format=torch.channels_last)
     objective.to(accelerator.device)
@@ -71,8 +71,7 @@ def train_tokenizer(recipe: Recipe, accelerator: Accelerator | None = None) -> P
 
             with stage.paused():
                 if stage.due(training.preview_every) and accelerator.is_main_process:
-                    shown = torch.cat([batch["image"], terms.images["reconstruction"]])
-                    save_preview(recipe.folder, stage, *shown.float().chunk(2))
+                    save_preview(recipe.folder, stage, batch["image"], terms.images["reconstruction"])
                 if stage.due(training.checkpoint_every) or stage.should_stop():
                     checkpoint.save(
                         recipe.folder, stage.name, stage.images, accelerator, ema, objective, training.keep_checkpoints
@@ -86,9 +85,8 @@ def train_tokenizer(recipe: Recipe, accelerator: Accelerator | None = None) -> P
     return folder
 
 
-def build_objective(recipe: Recipe, tokenizer: nn.Module) -> nn.Module:
-    """The objective of the recipe's tokenizer."""
-    section = recipe.tokenizer
+def build_objective(section: VMAERecipe | ConvRecipe, seed: int, tokenizer: nn.Module) -> nn.Module:
+    """The objective of a recipe's tokenizer section."""
     perceptual = None
     if section.perceptual_weight:
         from latelier.losses.perceptual import LPIPS
@@ -97,10 +95,10 @@ def build_objective(recipe: Recipe, tokenizer: nn.Module) -> nn.Module:
     if isinstance(section, VMAERecipe):
         from latelier.objectives.vmae import VMAEObjective
 
-        return VMAEObjective(tokenizer, section, recipe.seed, perceptual)
+        return VMAEObjective(tokenizer, section, seed, perceptual)
     from latelier.objectives.autoencoder import AutoencoderObjective
 
-    return AutoencoderObjective(tokenizer, section, recipe.seed, perceptual)
+    return AutoencoderObjective(tokenizer, section, seed, perceptual)
 
 
 def open_images(recipe: Recipe, split: str = "train") -> ImageDataset:
@@ -139,11 +137,12 @@ def save_codec(
     """Measure the latent statistics over the training set and save the tokenizer with them."""
     if codec.mean is None:
         codec.mean, codec.std = latent_statistics(codec, dataset, STATISTICS_IMAGES, recipe.seed, accelerator)
+        deviation = ", ".join(f"{s:.2f}" for s in (codec.std.min(), codec.std.median(), codec.std.max()))
+        console.print(f"Latent std per channel (min, median, max): {deviation}.")
         codec.receipt = {"images": min(STATISTICS_IMAGES, len(dataset)), "data": dataset.fingerprint, "sampled": True}
     if accelerator is None or accelerator.is_main_process:
         codec.save_pretrained(folder)
-        deviation = ", ".join(f"{s:.2f}" for s in (codec.std.min(), codec.std.median(), codec.std.max()))
-        console.print(f"Tokenizer saved in {folder}; latent std per channel (min, median, max): {deviation}.")
+        console.print(f"Tokenizer saved in {folder}.")
     if accelerator is not None:
         accelerator.wait_for_everyone()
 
@@ -151,9 +150,8 @@ def save_codec(
 def save_preview(folder: Path, stage: Stage, images: torch.Tensor, reconstructions: torch.Tensor) -> None:
     """Pictures above their reconstructions."""
     n = min(PREVIEW_IMAGES, len(images))
-    rows = [part for i in range(0, n, 8) for part in (images[i : i + 8][: n - i], reconstructions[i : i + 8][: n - i])]
     path = folder / "previews" / f"{stage.name}-{stage.images:012d}.png"
-    save_png(make_grid(torch.cat(rows), columns=min(8, n)), path)
+    save_png(make_pairs(images[:n].cpu(), reconstructions[:n].float().cpu(), columns=min(8, n)), path)
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
