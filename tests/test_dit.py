@@ -7,7 +7,7 @@ from latelier.conditioning.condition import ClassConditioner, Condition
 from latelier.denoisers import build_denoiser
 from latelier.denoisers.dit import SWITCHES, DiT
 from latelier.errors import LatelierError
-from latelier.layers import attention, patchify, rope_table, rotate, unpatchify
+from latelier.layers import attention, patchify, rms_norm, rope_table, rotate, unpatchify
 from latelier.recipe import DenoiserRecipe
 
 SMALL = {"dim": 32, "depth": 2, "heads": 2}
@@ -70,9 +70,8 @@ def test_attention_forms_agree():
 
 
 def test_rotary_positions_are_relative():
-    cos, sin = rope_table(8, (6,), (6,))
-    q, k = torch.randn(8), torch.randn(8)
-    q, k = (rotate(x.expand(1, 1, 6, 8), cos, sin)[0, 0] for x in (q, k))
+    table = rope_table(8, (6,), (6,))
+    q, k = (rotate(torch.randn(8).expand(1, 6, 8), table)[0] for _ in range(2))
     products = q @ k.T
     torch.testing.assert_close(products[0, 2], products[3, 5])
     torch.testing.assert_close(products[4, 1], products[3, 0])
@@ -104,3 +103,15 @@ def test_class_conditioner():
         conditioner.index("cow")
     with pytest.raises(LatelierError, match="no null class"):
         ClassConditioner(3, 8, null=False).null(1)
+
+
+@pytest.mark.parametrize("shape", [(8,), (2, 1, 8)])
+def test_rms_norm_gradient(shape):
+    x = torch.randn(3, 5, 2, 4, 8, requires_grad=True)
+    weight = torch.rand(shape, requires_grad=True)
+    ours = rms_norm(x, weight, 1e-6)
+    theirs = torch.nn.functional.rms_norm(x, (8,), eps=1e-6) * weight
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    outer = torch.randn_like(theirs)
+    for a, b in zip(torch.autograd.grad(ours, (x, weight), outer), torch.autograd.grad(theirs, (x, weight), outer)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

@@ -219,3 +219,23 @@ def show_measurements(measured: list[Measurement]) -> None:
         interval = f"{m.interval[0]:.3f} to {m.interval[1]:.3f}" if m.interval else ""
         table.add_row(m.name, f"{m.value:.4g}", interval, f"{m.receipt.get('n', '')}")
     console.print(table)
+
+
+def _read_pictures(paths: list[Path], channels: int, size: int) -> Tensor:
+    """Picture files, and those in folders, centre-cropped to a square, `(n, c, size, size)` in [-1, 1]."""
+    import torch
+    from PIL import Image, UnidentifiedImageError
+
+    from latelier.data.transforms import center_crop, to_tensor
+
+    files = [f for path in paths for f in (sorted(path.rglob("*")) if path.is_dir() else [path]) if f.is_file()]
+    tensors = []
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                tensors.append(to_tensor(center_crop(image, (size, size)), channels))
+        except (UnidentifiedImageError, OSError):
+            continue
+    if not tensors:
+        raise LatelierError(f"No picture can be read from {', '.join(map(str, paths)) or 'nothing'}.")
+    return torch.stack(tensors)

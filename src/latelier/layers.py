@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
 EXPLICIT_TOKENS = 512  # below, training on a CPU is faster with the explicit form (benchmarks/README.md)
@@ -36,17 +37,20 @@ class Attention(nn.Module):
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        self.q_norm = RMSNorm(dim // heads) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(dim // heads) if qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(dim // heads) if qk_norm else None
+        self.k_norm = RMSNorm(dim // heads) if qk_norm else None
 
-    def forward(self, x: Float[Tensor, "b n d"], rope: tuple[Tensor, Tensor] | None = None) -> Float[Tensor, "b n d"]:
-        """Attend over all tokens; `rope` is the (cos, sin) pair of `rope_table`."""
+    def forward(self, x: Float[Tensor, "b n d"], rope: Complex[Tensor, "n k"] | None = None) -> Float[Tensor, "b n d"]:
+        """Attend over all tokens; `rope` is the table of `rope_table`."""
         b, n, d = x.shape
-        q, k, v = self.qkv(x).view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)  # 3 x (b, h, n, k)
-        q, k = self.q_norm(q), self.k_norm(k)
+        qk, v = self.qkv(x).view(b, n, 3, self.heads, d // self.heads).split([2, 1], dim=2)  # (b, n, 2 and 1, h, k)
+        if self.q_norm is not None and self.k_norm is not None:
+            gains = torch.stack([self.q_norm.weight, self.k_norm.weight])[:, None]  # (2, 1, k)
+            qk = rms_norm(qk, gains, self.q_norm.eps)
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
-        x = attention(q, k, v).transpose(1, 2).reshape(b, n, d)  # (b, n, d)
+            qk = rotate(qk, rope)
+        q, k = qk.to(v.dtype).permute(2, 0, 3, 1, 4)  # 2 x (b, h, n, k)
+        x = attention(q, k, v[:, :, 0].transpose(1, 2)).transpose(1, 2).reshape(b, n, d)  # (b, n, d)
         return self.proj(x)
 
 
@@ -59,7 +63,46 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps).to(x.dtype)
+
+
+def rms_norm(x: Float[Tensor, "*b d"], weight: Float[Tensor, "*w d"], eps: float) -> Float[Tensor, "*b d"]:
+    """x / sqrt(mean(x^2) + eps) * weight in float32; `weight` broadcasts against x.
+
+    PyTorch has a fused kernel on GPUs only; elsewhere the gradient is written out, which saves half of the passes over
+    memory that autograd would make.
+    """
+    if x.device.type == "cuda" and weight.ndim == 1:
+        return F.rms_norm(x.float(), weight.shape, weight.float(), eps)
+    return _RMSNormFunction.apply(x, weight, eps)
+
+
+class _RMSNormFunction(torch.autograd.Function):
+    """With u = x / rms(x) and g the gradient of u: dx = (g - u mean(g u)) / rms(x)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        inverse = (norm.square() / x.shape[-1] + eps).rsqrt()  # (*b, 1)
+        ctx.save_for_backward(x, weight, inverse)
+        return x.float().mul(inverse).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, inverse = ctx.saved_tensors
+        u = x.float() * inverse
+        product = outer * u
+        gain = product.sum_to_size(weight.shape) if weight.ndim == 1 else _sum_like(product, weight)
+        along = (product * weight).mean(dim=-1, keepdim=True)
+        dx = (outer * weight).sub_(u.mul_(along)).mul_(inverse)
+        return dx.to(x.dtype), gain, None
+
+
+def _sum_like(x: Tensor, weight: Tensor) -> Tensor:
+    """Sum over the axes along which `weight` was broadcast."""
+    leading = list(range(x.ndim - weight.ndim))
+    ones = [x.ndim - weight.ndim + i for i, size in enumerate(weight.shape) if size == 1]
+    return x.sum(leading + ones).view(weight.shape)
 
 
 class MLP(nn.Module):
@@ -162,29 +205,27 @@ def resize_positions(
 
 def rope_table(
     head_dim: int, grid: tuple[int, ...], trained: tuple[int, ...], theta: float = 10000.0
-) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each `(n, head_dim)`, of axial rotary positions (EVA-02): rows turn one half, columns the other.
+) -> Complex[Tensor, "n k"]:
+    """exp(i angle) of axial rotary positions (EVA-02), `(n, head_dim / 2)`: rows turn one half, columns the other.
 
     On a grid other than the trained one, positions are scaled to the trained extent, so the model interpolates.
     """
     part = head_dim // len(grid)
     omega = theta ** -(torch.arange(0, part, 2).float() / part)  # (part / 2)
     axes = [torch.arange(new).float() * (old / new) for new, old in zip(grid, trained)]
-    angles = [(axis[:, None] * omega).repeat_interleave(2, dim=1) for axis in axes]  # each (g, part)
+    angles = [axis[:, None] * omega for axis in axes]  # each (g, part / 2)
     if len(grid) == 2:
         h, w = grid
-        angles = [angles[0][:, None].expand(h, w, part), angles[1][None].expand(h, w, part)]
-    table = torch.cat(angles, dim=-1).reshape(-1, head_dim)  # (n, head_dim)
-    return table.cos(), table.sin()
+        angles = [angles[0][:, None].expand(h, w, -1), angles[1][None].expand(h, w, -1)]
+    table = torch.cat(angles, dim=-1).reshape(-1, head_dim // 2)  # (n, head_dim / 2)
+    return torch.polar(torch.ones_like(table), table)
 
 
-def rotate(
-    x: Float[Tensor, "b h n d"], cos: Float[Tensor, "n d"], sin: Float[Tensor, "n d"]
-) -> Float[Tensor, "b h n d"]:
-    """Rotate interleaved pairs (x1, x2) by their token's angles, in float32."""
-    pairs = x.float().unflatten(-1, (-1, 2))
-    turned = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)
-    return (x.float() * cos + turned * sin).to(x.dtype)
+def rotate(x: Float[Tensor, "b n *heads d"], table: Complex[Tensor, "n k"]) -> Float[Tensor, "b n *heads d"]:
+    """Turn neighbouring pairs (x1, x2) of each token by its angles, in float32: a complex product."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())  # (b, n, *heads, d / 2)
+    table = table.view(len(table), *[1] * (x.ndim - 3), -1)
+    return torch.view_as_real(pairs * table).flatten(-2)
 
 
 # -- time -------------------------------------------------------------------------------------------------------------

@@ -141,13 +141,13 @@ class DiT(ModelMixin, ConfigMixin):
         prediction = unpatchify(x, p, grid)[:, :channels].float()  # (b, c, *grid)
         return -prediction if self.config["reversed_time"] else prediction
 
-    def _rope(self, grid: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor] | None:
+    def _rope(self, grid: tuple[int, ...], device: torch.device) -> Tensor | None:
         if not self.config["rope"]:
             return None
         cached = getattr(self, "_rope_cache", None)
         if cached is None or cached[0] != (grid, device):
-            cos, sin = rope_table(self.config["dim"] // self.config["heads"], grid, self.grid)
-            self._rope_cache = cached = ((grid, device), (cos.to(device), sin.to(device)))
+            table = rope_table(self.config["dim"] // self.config["heads"], grid, self.grid)
+            self._rope_cache = cached = ((grid, device), table.to(device))
         return cached[1]
 
 
@@ -164,7 +164,7 @@ class Block(nn.Module):
         self.modulation = nn.Linear(dim, 6 * dim)
 
     def forward(
-        self, x: Float[Tensor, "b n d"], c: Float[Tensor, "b d"], rope: tuple[Tensor, Tensor] | None
+        self, x: Float[Tensor, "b n d"], c: Float[Tensor, "b d"], rope: Tensor | None
     ) -> Float[Tensor, "b n d"]:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, dim=-1)  # (b, 1, d)
         x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), rope)

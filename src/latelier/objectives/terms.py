@@ -1,4 +1,4 @@
-"""What an objective returns: named loss terms, their weights, and what a preview needs."""
+"""What an objective returns: named loss terms, their weights, and what was painted."""
 
 from dataclasses import dataclass, field
 

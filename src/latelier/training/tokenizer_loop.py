@@ -61,7 +61,7 @@ def train_tokenizer(recipe: Recipe, accelerator: Accelerator | None = None) -> P
             stage.set_learning_rate(optimizer)
             for micro in range(stage.accumulation):
                 batch = to_device(next(stream), accelerator.device)
-                terms = stage.backward(objective, batch, last=micro == stage.accumulation - 1)
+                stage.backward(objective, batch, last=micro == stage.accumulation - 1)
             stage.clip(objective, batch)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -71,7 +71,7 @@ def train_tokenizer(recipe: Recipe, accelerator: Accelerator | None = None) -> P
 
             with stage.paused():
                 if stage.due(training.preview_every) and accelerator.is_main_process:
-                    save_preview(recipe.folder, stage, batch["image"], terms.images["reconstruction"])
+                    save_preview(recipe.folder, stage, accelerator.unwrap_model(objective).tokenizer, batch["image"])
                 if stage.due(training.checkpoint_every) or stage.should_stop():
                     checkpoint.save(
                         recipe.folder, stage.name, stage.images, accelerator, ema, objective, training.keep_checkpoints
@@ -147,11 +147,15 @@ def save_codec(
         accelerator.wait_for_everyone()
 
 
-def save_preview(folder: Path, stage: Stage, images: torch.Tensor, reconstructions: torch.Tensor) -> None:
-    """Pictures above their reconstructions."""
-    n = min(PREVIEW_IMAGES, len(images))
-    path = folder / "previews" / f"{stage.name}-{stage.images:012d}.png"
-    save_png(make_pairs(images[:n].cpu(), reconstructions[:n].float().cpu(), columns=min(8, n)), path)
+@torch.no_grad()
+def save_preview(folder: Path, stage: Stage, tokenizer: nn.Module, images: torch.Tensor) -> None:
+    """Pictures above their reconstructions, nothing masked, through the posterior's mean."""
+    images = images[:PREVIEW_IMAGES]
+    tokenizer.eval()
+    codec = Codec(tokenizer, precision=stage.training.precision)
+    pairs = make_pairs(images, codec.decode(codec.encode(images)).clamp(-1, 1), columns=min(8, len(images)))
+    save_png(pairs, folder / "previews" / f"{stage.name}-{stage.images:012d}.png")
+    tokenizer.train()
 
 
 def to_device(batch: dict, device: torch.device) -> dict:

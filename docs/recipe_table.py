@@ -1,0 +1,169 @@
+"""mkdocs hook: the tables of recipe keys, made from the pydantic models."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from latelier import recipe
+
+MARK = "<!-- recipe tables -->"
+# What the keys mean that carry no description of their own in the schema.
+MEANINGS: dict[type[BaseModel], dict[str, str]] = {
+    recipe.Recipe: {
+        "name": "the run folder's name: letters, digits, `_`, `.`, `-`",
+        "seed": "of initial weights and of all random choices in training",
+        "denoiser": "without it only the tokenizer is trained",
+    },
+    recipe.Data: {
+        "image_size": "one number for a square, or `[height, width]`",
+        "channels": "of the images; 1 is grey",
+        "split": "the split to train on",
+        "image_key": "the column of pictures",
+        "crop": "`center`: scale the shorter side, cut the middle; `random`: a random part; `resize`: squeeze",
+        "flip": "mirror half of the pictures",
+        "streaming": "read a Hub dataset without downloading it first",
+    },
+    recipe.VMAERecipe: {
+        "preset": "see [VMAE](vmae.md#presets)",
+        "mask_ratio": "share of patches that the encoder does not see in training",
+        "perceptual_weight": "of LPIPS; 0 needs no LPIPS weights",
+        "kl_weight": "of the KL term",
+        "kl": "form of the KL, see [VMAE](vmae.md#the-objective)",
+    },
+    recipe.ConvRecipe: {
+        "preset": "`kl-f8c4`, `kl-f8c16`, `kl-f4c4-small`, `kl-f8c16-small`, `kl-f8c16-tiny`",
+        "init": "an `AutoencoderKL`, folder or Hub name, to start from",
+        "model": "arguments of `AutoencoderKL` that replace the preset's",
+        "reconstruction": "absolute or squared error of pixels",
+        "perceptual_weight": "of LPIPS; 0 needs no LPIPS weights",
+        "kl_weight": "of the KL, summed over a latent; 0 makes a plain autoencoder, whose latent is the mean",
+        "kl": "to N(0, 1), or with the mean left free",
+    },
+    recipe.PretrainedRecipe: {
+        "path": "a folder or Hub name",
+        "subfolder": "of it, such as `vae`",
+    },
+    recipe.Training: {
+        "images": "length of training, in images seen",
+        "lr": "learning rate, never scaled",
+        "betas": "of AdamW",
+        "weight_decay": "of AdamW, on matrices only",
+        "warmup": "images over which the learning rate rises",
+        "schedule": "of the learning rate after the warm-up",
+        "ema": "decay of the averaged weights per step; 0 switches them off",
+        "precision": "`auto`: bf16 autocast where the hardware is fast at it",
+        "compile": "torch.compile the model",
+        "log_every": "images; 0: a 200th of the training length",
+        "preview_every": "images; 0: a tenth of the training length",
+        "checkpoint_every": "images; 0: a tenth of the training length",
+        "keep_checkpoints": "the newest so many stay",
+    },
+    recipe.DenoiserRecipe: {
+        "kind": "see [DiT, SiT, LightningDiT](dit.md#switches)",
+        "size": "`XS`, `T`, `S`, `B`, `L`, `XL`, `1p0B`, `1p6B`",
+        "patch": "side of a token in latent positions",
+        "init": "a `DiT`, folder or Hub name, to start from",
+        "condition": "what the denoiser is told",
+        "condition_dropout": "share of training images whose condition is dropped, for guidance",
+    },
+    recipe.Process: {
+        "kind": "see [concepts](concepts.md#process)",
+        "beta_schedule": "ddpm: `scaled_linear` is linear in the root of beta",
+        "beta_start": "ddpm",
+        "beta_end": "ddpm",
+    },
+    recipe.Sample: {
+        "steps": "sampling steps",
+        "guidance": "scale w of classifier-free guidance; 1 is none",
+        "sampler": "see [sampling](dit.md#sampling)",
+        "count": "pictures to draw",
+        "batch": "pictures per forward pass",
+        "classes": "names or indices, gone through in turn; null: all classes",
+        "seed": "picture i is drawn from seed + i",
+    },
+    recipe.Evaluate: {
+        "metrics": "see [evaluation](evaluation.md#definitions)",
+        "features": "network of the Fréchet distances, precision and recall",
+        "samples": "pictures at most, on each side",
+        "batch": "pictures per forward pass",
+    },
+}  # fmt: skip
+YAML = str.maketrans({"(": "[", ")": "]", "'": None})  # Python's tuples and strings as one writes them in YAML
+SECTIONS: dict[str, type[BaseModel]] = {
+    "(top level)": recipe.Recipe,
+    "data": recipe.Data,
+    "tokenizer: {kind: vmae}": recipe.VMAERecipe,
+    "tokenizer: {kind: conv}": recipe.ConvRecipe,
+    "tokenizer: {kind: identity}": recipe.IdentityRecipe,
+    "tokenizer: {kind: pretrained}": recipe.PretrainedRecipe,
+    "training keys of tokenizer and denoiser": recipe.Training,
+    "denoiser": recipe.DenoiserRecipe,
+    "denoiser.process": recipe.Process,
+    "sample": recipe.Sample,
+    "evaluate": recipe.Evaluate,
+}
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Put the tables where the page asks for them."""
+    return markdown.replace(MARK, tables()) if MARK in markdown else markdown
+
+
+def tables() -> str:
+    """One heading and table per section."""
+    return "\n\n".join(f"## {title}\n\n{table(model)}" for title, model in SECTIONS.items())
+
+
+def table(model: type[BaseModel]) -> str:
+    """Key, what it takes, default and meaning of a section's fields; those of `Training` have a table of their own."""
+    shared = recipe.Training.model_fields if model is not recipe.Training else {}
+    properties = model.model_json_schema()["properties"]
+    rows = ["| key | takes | default | meaning |", "|---|---|---|---|"]
+    for name, field in model.model_fields.items():
+        if name not in shared or field.default != shared[name].default:
+            cells = (f"`{name}`", takes(properties[name]), default(field), meaning(model, name, field))
+            rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows)
+
+
+def meaning(model: type[BaseModel], name: str, field: FieldInfo) -> str:
+    """From the page's own words or the schema."""
+    return MEANINGS.get(model, {}).get(name) or field.description or ""
+
+
+def takes(schema: dict[str, Any]) -> str:
+    """A JSON schema of one value, in words."""
+    if str(schema.get("description", "")).startswith("a count"):
+        return "count"
+    if "const" in schema:
+        return f"`{schema['const']}`"
+    if "enum" in schema:
+        return ", ".join(f"`{value}`" for value in schema["enum"])
+    if "$ref" in schema or "discriminator" in schema:
+        return "a section"
+    if "anyOf" in schema:
+        return " or ".join(dict.fromkeys(takes(option) for option in schema["anyOf"]))
+    kind = schema.get("type", "anything")
+    if kind == "array":
+        inner = schema.get("items") or schema.get("prefixItems", [{}])[0]
+        return f"list of {takes(inner)}"
+    limits = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    bounds = " and ".join(f"{sign} {schema[key]:g}" for key, sign in limits.items() if key in schema)
+    return f"{kind} {bounds}".strip()
+
+
+def default(field: FieldInfo) -> str:
+    """A field's default as one writes it in YAML."""
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if value is PydanticUndefined or isinstance(value, BaseModel):
+        return ""
+    if value is None or isinstance(value, bool):
+        return f"`{json.dumps(value)}`"
+    return f"`{str(value).translate(YAML)}`"

@@ -1,0 +1,168 @@
+"""A folder of pictures: class folders become labels, captions come from text files or a metadata table."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from latelier.data.sources import VAL_NAMES, check_classes, digest, file_facts
+from latelier.errors import LatelierError
+from latelier.recipe import Data
+
+SUFFIXES = {
+    ".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".avif", ".jp2", ".npy",
+}  # fmt: skip
+METADATA = ("metadata.csv", "metadata.jsonl")
+CAPTION_NAMES = ("caption", "text")
+
+
+class FolderSource:
+    """Pictures below a folder, sorted by name.
+
+    The folder of a picture, relative to the root, is its class, unless pictures lie in the root itself. A
+    `metadata.csv` or `metadata.jsonl` with a `file_name` column, as in Hugging Face's `imagefolder`, gives captions
+    and labels; so does, for captions, a `.txt` file beside each picture. Multi-channel pictures that PIL cannot open
+    may be `.npy` files of `(h, w, c)` uint8.
+
+    Args:
+        root: the folder.
+        data: the recipe's section, for `label_key` and `caption_key`.
+        class_names: numbering of the classes; by default all classes found, sorted.
+
+    Raises:
+        LatelierError: if there are no pictures, or a class is not in `class_names`.
+    """
+
+    def __init__(self, root: Path, data: Data, class_names: list[str] | None = None):
+        self.root = root
+        self.paths = list_pictures(root)
+        if not self.paths:
+            raise LatelierError(f"There are no pictures in {root}; it needs files such as .jpg, .png or .webp.")
+        metadata, metadata_files = _read_metadata(root)
+        self._captions = _captions(self.paths, metadata, data)
+        named = _class_of_each(self.paths, root, metadata, data)
+        self.class_names: list[str] | None = None
+        self.labels: list[int] | None = None
+        if named is not None:
+            self.class_names = class_names or sorted(set(named))
+            check_classes(sorted(set(named)), self.class_names)
+            number = {name: i for i, name in enumerate(self.class_names)}
+            self.labels = [number[name] for name in named]
+        extra = [path for path in map(_sidecar, self.paths) if path.is_file()] if self._captions else []
+        self.fingerprint = digest(file_facts([*self.paths, *metadata_files, *extra], root), self.class_names)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        path = self.paths[index]
+        record: dict[str, Any] = {"image": np.load(path) if path.suffix == ".npy" else open_bytes(path.read_bytes())}
+        if self.labels is not None:
+            record["label"] = self.labels[index]
+        if self._captions is not None:
+            caption = self._captions.get(path)
+            record["caption"] = _sidecar_text(path) if caption is None else caption
+        return record
+
+    def name(self, index: int) -> str:
+        return self.paths[index].relative_to(self.root).as_posix()
+
+
+def open_bytes(content: bytes) -> Image.Image:
+    """A picture whose header is read and whose pixels are not decoded yet."""
+    return Image.open(io.BytesIO(content))
+
+
+def list_pictures(root: Path) -> list[Path]:
+    """All picture files below a folder, sorted; hidden files and folders are left out."""
+    found = []
+    for folder, folders, files in os.walk(root, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [
+            Path(folder, name)
+            for name in files
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
+        ]
+    return sorted(found)
+
+
+def split_folders(root: Path, data: Data) -> dict[str, Path | None]:
+    """Sub-folders that are the splits of a folder: `train` is None where the folder itself is the training split.
+
+    Raises:
+        LatelierError: if a split that the recipe names is not there.
+    """
+    if not (root / data.split).is_dir():
+        if data.split == "train" and data.val_split is None:
+            return {"train": None, "val": None}
+        raise LatelierError(f"The recipe names splits of {root}, but there is no folder {root / data.split}.")
+    vals = VAL_NAMES if data.val_split is None else (data.val_split,)
+    val = next((root / name for name in vals if name != data.split and (root / name).is_dir()), None)
+    if data.val_split is not None and val is None:
+        raise LatelierError(
+            f"data.val_split = {data.val_split!r}, but there is no other folder {root / data.val_split}."
+        )
+    return {"train": root / data.split, "val": val}
+
+
+def _read_metadata(root: Path) -> tuple[dict[Path, dict[str, Any]], list[Path]]:
+    """Rows of all metadata tables below a folder, by the picture's path."""
+    rows: dict[Path, dict[str, Any]] = {}
+    files = sorted(path for name in METADATA for path in root.rglob(name))
+    for path in files:
+        with path.open(encoding="utf-8", newline="") as file:
+            try:
+                table = (
+                    list(csv.DictReader(file)) if path.suffix == ".csv" else [json.loads(s) for s in file if s.strip()]
+                )
+            except (ValueError, csv.Error) as error:
+                raise LatelierError(f"{path} cannot be read ({error}).") from None
+        for row in table:
+            if not row.get("file_name"):
+                raise LatelierError(f"{path} needs a column `file_name` with a value in every row.")
+            rows[path.parent / row["file_name"]] = row
+    return rows, files
+
+
+def _class_of_each(paths: list[Path], root: Path, metadata: dict[Path, dict[str, Any]], data: Data) -> list[str] | None:
+    """The class name of every picture, from the metadata's label column or else from its folder."""
+    key = data.label_key or "label"
+    if any(row.get(key) not in (None, "") for row in metadata.values()):
+        for path in paths:
+            if metadata.get(path, {}).get(key) in (None, ""):
+                raise LatelierError(f"{path} has no {key!r} in the metadata of {root}; every picture needs one.")
+        return [str(metadata[path][key]) for path in paths]
+    if data.label_key:
+        raise LatelierError(f"data.label_key = {data.label_key!r}, but no metadata file in {root} has that column.")
+    names = [path.parent.relative_to(root).as_posix() for path in paths]
+    return None if "." in names else names
+
+
+def _captions(paths: list[Path], metadata: dict[Path, dict[str, Any]], data: Data) -> dict[Path, str] | None:
+    """Captions known from the metadata; None if the pictures have no captions at all, not even beside them."""
+    keys = (data.caption_key,) if data.caption_key else CAPTION_NAMES
+    found = {}
+    for path, row in metadata.items():
+        text = next((row[key] for key in keys if row.get(key) is not None), None)
+        if text is not None:
+            found[path] = str(text)
+    if data.caption_key and not found:
+        raise LatelierError(f"data.caption_key = {data.caption_key!r} is in no metadata.csv or metadata.jsonl.")
+    return found if found or any(_sidecar(path).is_file() for path in paths) else None
+
+
+def _sidecar(path: Path) -> Path:
+    return path.with_suffix(".txt")
+
+
+def _sidecar_text(path: Path) -> str:
+    """The text beside a picture; without a text file a picture's caption is empty."""
+    sidecar = _sidecar(path)
+    return sidecar.read_text(encoding="utf-8").strip() if sidecar.is_file() else ""

@@ -1,0 +1,234 @@
+"""Batches of pictures: an endless stream addressed by images seen, and single passes.
+
+What a batch holds depends on `(seed, draw)` alone. Decoded pictures are kept in memory where they fit; otherwise
+worker processes decode them again each time. Both give the same pictures.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from latelier.data.memory import Memory
+from latelier.data.order import permuted_index, share
+from latelier.data.reading import Failures, Job, Reader, RowReader
+from latelier.data.sources import Source, digest
+from latelier.data.tables import StreamSource
+from latelier.data.transforms import Transform
+from latelier.errors import LatelierError
+from latelier.recipe import Data
+
+MEMORY_LIMIT = 1_000_000_000  # bytes of pixels
+NAMED_IN_ERRORS = 3
+
+
+class ImageDataset:
+    """Pictures of a source as tensors in [-1, 1].
+
+    Args:
+        source: from `latelier.data.sources.open_source`.
+        data: the recipe's section: size, crop, flip, background, workers, ...
+        seed: the run's seed.
+        skip_log: unreadable pictures are appended to this file, one JSON object `{index, name, reason}` each.
+
+    Attributes:
+        class_names: index = label; None without labels.
+        fingerprint: changes when evaluation would see other pictures.
+        shape: `(c, h, w)`.
+
+    Raises:
+        LatelierError: if `in_memory` is asked for where it is not possible.
+    """
+
+    def __init__(self, source: Source | StreamSource, data: Data, seed: int = 0, skip_log: Path | None = None):
+        self.source, self.data, self.seed, self.skip_log = source, data, seed, skip_log
+        self.transform = Transform(data, seed)
+        self.shape: tuple[int, int, int] = (data.channels, *data.image_size)
+        self.class_names: list[str] | None = source.class_names
+        self.fingerprint: str = digest(source.fingerprint, self.transform.fingerprint)
+        self.in_memory = self._fits()
+        self._memory: Memory | None = None
+        self._failed: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def stream(
+        self, batch: int, start: int = 0, process: int = 0, processes: int = 1, accumulation: int = 1
+    ) -> Iterator[dict[str, Any]]:
+        """Micro-batches without end, from the `start`-th picture of the stream on.
+
+        Draw n belongs to epoch `n // len(self)`, and each epoch has an order of its own. An optimiser step takes the
+        next `batch` draws. A picture that cannot be read is replaced by the next one of the source that can.
+
+        Args:
+            batch: pictures per optimiser step over all processes.
+            start: images seen so far.
+            process, processes: which share of the batch is this process's.
+            accumulation: micro-batches per optimiser step.
+
+        Yields:
+            `image` `(b, c, h, w)` in [-1, 1], `draw` and `index` `(b,)` int64, and where the source has them `label`
+            `(b,)` int64, `caption` (list of str), `boxes` (list of `(n, 4)`, relative x0 y0 x1 y1), `box_labels` (list
+            of `(n,)`), `segmentation` and `mask` `(b, h, w)`.
+
+        Raises:
+            LatelierError: if `batch` cannot be divided, or more than `max_skipped` of the pictures cannot be read.
+        """
+        parts = share(batch, process, processes, accumulation)
+        if isinstance(self.source, StreamSource):
+            rows = RowReader(self.source, self.transform)
+            yield from self._load(_Streamed(rows, batch, start, parts), process, processes)
+        else:
+            yield from self._run(self._jobs(batch, start, parts), process, processes)
+
+    def once(
+        self, batch: int, process: int = 0, processes: int = 1, flip: bool = False, limit: int | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """One pass in the source's order, with the deterministic crop; unreadable pictures are left out.
+
+        Args:
+            batch: pictures per batch; the last one may have fewer.
+            process, processes: every `processes`-th picture, from the `process`-th on, is this process's.
+            flip: give mirror images.
+            limit: use only so many pictures, spread evenly over the source (streamed: the first).
+
+        Yields:
+            What `stream` yields, without `draw`.
+        """
+        if isinstance(self.source, StreamSource):
+            rows = RowReader(self.source, self.transform)
+            yield from self._load(_Pass(rows, batch, process, processes, flip, limit), process, processes)
+            return
+        count = len(self) if limit is None else min(limit, len(self))
+        mine = torch.arange(process, count, processes) * len(self) // max(count, 1)
+        jobs = [Job(part, part, False, [flip] * len(part)) for part in mine.split(batch) if len(part)]
+        yield from self._run(jobs, process, processes, most_workers=len(jobs))
+
+    def _jobs(self, batch: int, start: int, parts: list[range]) -> Iterator[Job]:
+        """The endless plan: which draws show which pictures."""
+        while True:
+            for part in parts:
+                draws = torch.arange(start + part.start, start + part.stop)  # (b,)
+                index = permuted_index(draws, len(self), self.seed)
+                yield Job(draws, index, True, self.transform.flipped(draws))
+            start += batch
+
+    def _run(
+        self, jobs: Iterable[Job], process: int, processes: int, most_workers: int | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """The batches of jobs, from memory or from worker processes."""
+        assert not isinstance(self.source, StreamSource)
+        if not self.in_memory:
+            reader = Reader(self.source, self.transform, tries=self._allowed() + 1)
+            yield from self._load(reader, process, processes, jobs, most_workers)
+            return
+        if self._memory is None:
+            self._memory = Memory(self.source, self.transform, progress=process == 0)
+            self._note(self._memory.failures, log=process == 0)
+        for job in jobs:
+            batch = self._memory.batch(job)
+            if batch is not None:
+                yield batch
+
+    def _load(
+        self,
+        dataset: Dataset,
+        process: int,
+        processes: int,
+        jobs: Iterable[Job] | None = None,
+        most_workers: int | None = None,
+    ) -> Iterator[dict[str, Any]]:
+        """Batches that worker processes prepare ahead; what they could not read is noted here."""
+        workers = self._workers(processes) if most_workers is None else min(self._workers(processes), most_workers)
+        if isinstance(dataset, IterableDataset):
+            workers = min(workers, 1)
+        loader = DataLoader(
+            dataset,
+            sampler=jobs,
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+        for batch in loader:
+            if "error" in batch:
+                raise LatelierError(batch["error"])
+            self._note(batch.pop("failures"), log=True)
+            if "image" in batch:
+                yield batch
+
+    def _workers(self, processes: int) -> int:
+        """Worker processes of this process."""
+        if self.data.workers is not None:
+            return self.data.workers
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, min(16, cores // processes))
+
+    def _fits(self) -> bool:
+        """Whether decoded pictures are kept in memory."""
+        possible = self.data.crop != "random" and not isinstance(self.source, StreamSource)
+        if self.data.in_memory and not possible:
+            raise LatelierError("data.in_memory = true needs data.crop other than random and data.streaming = false.")
+        if self.data.in_memory is not None:
+            return self.data.in_memory
+        _, height, width = self.shape
+        return possible and len(self.source) * self.transform.deep * height * width < MEMORY_LIMIT
+
+    def _allowed(self) -> int:
+        return int(self.data.max_skipped * len(self))
+
+    def _note(self, failures: Failures, log: bool) -> None:
+        """Remember pictures that could not be read, write them down, and give up if they are too many."""
+        new = {index: reason for index, reason in failures if index not in self._failed}
+        if not new:
+            return
+        self._failed.update(new)
+        if log and self.skip_log is not None:
+            _append(self.skip_log, [{"index": i, "name": self.source.name(i), "reason": r} for i, r in new.items()])
+        if len(self._failed) > self._allowed() or len(self._failed) == len(self):
+            first = [f"{self.source.name(i)} ({reason})" for i, reason in list(self._failed.items())[:NAMED_IN_ERRORS]]
+            raise LatelierError(
+                f"{len(self._failed)} of {len(self)} pictures cannot be read, more than data.max_skipped = "
+                f"{self.data.max_skipped:g} allows; the first: {'; '.join(first)}."
+            )
+
+
+class _Streamed(IterableDataset):
+    """The endless stream of a dataset that is read in order, in one worker."""
+
+    def __init__(self, rows: RowReader, batch: int, start: int, parts: list[range]):
+        self.rows, self.batch, self.start, self.parts = rows, batch, start, parts
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self.rows.stream(self.batch, self.start, self.parts)
+
+
+class _Pass(IterableDataset):
+    """One pass over a dataset that is read in order, in one worker."""
+
+    def __init__(self, rows: RowReader, batch: int, process: int, processes: int, flip: bool, limit: int | None):
+        self.rows, self.arguments = rows, (batch, process, processes, flip, limit)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self.rows.once(*self.arguments)
+
+
+def _as_it_is(batch: dict[str, Any | Tensor]) -> dict[str, Any]:
+    return batch
+
+
+def _append(path: Path, entries: list[dict[str, Any]]) -> None:
+    """Add lines for pictures that the file does not name yet."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = {json.loads(line)["name"] for line in path.read_text().splitlines()} if path.is_file() else set()
+    with path.open("a") as file:
+        file.writelines(json.dumps(entry) + "\n" for entry in entries if entry["name"] not in known)

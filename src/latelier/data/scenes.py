@@ -1,0 +1,176 @@
+"""The built-in scenes: emoji on varied backgrounds, with exact boxes, a segmentation, a class and a caption.
+
+Scene i is a function of (size, split, seed, i) alone: nothing is stored, any size and any number can be had.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from latelier.data.emoji import Emoji, emoji_versions, list_emoji, open_emoji
+from latelier.data.sources import check_classes, digest
+from latelier.draws import address
+from latelier.errors import LatelierError
+
+VERSION = 1  # to be raised when scenes come to look different
+CATEGORIES = ("Activities", "Animals & Nature", "Food & Drink", "Objects", "Travel & Places")
+OBJECTS = (1, 3)
+MAIN_SIZE, OTHER_SIZE = (0.4, 0.6), (0.22, 0.4)  # of the shorter side
+TRIES = 30
+OPAQUE = 128
+MIRRORED = {"left of": "right of", "right of": "left of", "above": "above", "below": "below"}
+
+
+class Placed(NamedTuple):
+    """An object in a scene."""
+
+    emoji: Emoji
+    label: int
+    box: tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels
+    picture: Image.Image  # RGBA, cropped to the box
+
+
+class SceneSource:
+    """Scenes of one to three objects that do not overlap.
+
+    A record holds `image` (RGB), `label` (class of the main object, the largest), `caption`, `caption_mirrored` (what
+    is true of the mirror image), `boxes` `(n, 4)` float32, relative x0 y0 x1 y1, tight around the objects' opaque
+    pixels, main object first, `box_labels` `(n,)`, and `segmentation` `(h, w)` uint8: 0 for background, else label + 1.
+
+    Args:
+        size: height and width in pixels.
+        length: how many scenes.
+        split: `train` and `val` are different scenes.
+        classes: categories of emoji that are used, in this order; by default those that are things.
+        seed: another seed is another dataset.
+
+    Raises:
+        LatelierError: for an unknown class, a picture smaller than 16 pixels, or if there are no scenes.
+    """
+
+    def __init__(
+        self,
+        size: tuple[int, int],
+        length: int,
+        split: str = "train",
+        classes: list[str] | None = None,
+        seed: int = 0,
+    ):
+        if min(size) < 16 or not length:
+            raise LatelierError(f"Scenes of {size[0]}x{size[1]} pixels, length {length}: use 16 pixels and 1 at least.")
+        everything = list_emoji()
+        check_classes(classes or [], sorted({emoji.category for emoji in everything}))
+        names = list(classes or CATEGORIES)
+        self.class_names: list[str] | None = names
+        self._pool = [(e, names.index(e.category)) for e in everything if e.category in names]
+        self.labels: list[int] | None = None
+        self.size, self._length, self._purpose, self._seed = size, length, f"scene {split}", seed
+        self.fingerprint = digest("scenes", VERSION, emoji_versions(), size, length, split, seed, names)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < self._length:
+            raise IndexError(index)
+        rng = np.random.default_rng(address(self._seed, self._purpose, index))
+        height, width = self.size
+        image = background(self.size, rng)
+        objects = self._place(rng)
+        segmentation = np.zeros(self.size, np.uint8)
+        for placed in objects:
+            x0, y0, x1, y1 = placed.box
+            image.paste(placed.picture, (x0, y0), placed.picture)
+            opaque = np.asarray(placed.picture)[..., 3] >= OPAQUE
+            segmentation[y0:y1, x0:x1][opaque] = placed.label + 1
+        relations = [_relation(objects[0].box, other.box) for other in objects[1:]]
+        return {
+            "image": image,
+            "label": objects[0].label,
+            "caption": _caption(objects, relations),
+            "caption_mirrored": _caption(objects, [MIRRORED[r] for r in relations]),
+            "boxes": np.array([p.box for p in objects], np.float32) / np.array([width, height] * 2, np.float32),
+            "box_labels": np.array([p.label for p in objects], np.int64),
+            "segmentation": segmentation,
+        }
+
+    def name(self, index: int) -> str:
+        """The scene's number."""
+        return f"scene {index}"
+
+    def _place(self, rng: np.random.Generator) -> list[Placed]:
+        """One to three objects at free places; one for which there is no room is left out."""
+        placed: list[Placed] = []
+        for i in range(rng.integers(OBJECTS[0], OBJECTS[1] + 1)):
+            emoji, label = self._pool[rng.integers(len(self._pool))]
+            side = max(4, round(min(self.size) * rng.uniform(*(OTHER_SIZE if i else MAIN_SIZE))))
+            picture = _sprite(emoji, side)
+            for _ in range(TRIES):
+                x0 = int(rng.integers(self.size[1] - picture.width + 1))
+                y0 = int(rng.integers(self.size[0] - picture.height + 1))
+                box = (x0, y0, x0 + picture.width, y0 + picture.height)
+                if not any(_overlap(box, other.box) for other in placed):
+                    placed.append(Placed(emoji, label, box, picture))
+                    break
+        return placed
+
+
+def background(size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
+    """A plain colour, gradient, stripes, checks or smooth noise in two colours."""
+    height, width = size
+    kind = rng.choice(["plain", "gradient", "stripes", "checks", "noise"])
+    first, second = rng.uniform(60, 255, (2, 3))
+    y, x = np.mgrid[0:height, 0:width] / max(size)  # (h, w), the longer side is 1
+    angle, cells = rng.uniform(0, 2 * np.pi), rng.integers(3, 9)
+    along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+    if kind == "plain":
+        mix = np.zeros(size)
+    elif kind == "gradient":
+        mix = (along - along.min()) / np.ptp(along)
+    elif kind == "stripes":
+        mix = np.clip(0.5 + 3 * np.sin(2 * np.pi * cells * along), 0, 1)
+    elif kind == "checks":
+        mix = (np.floor(cells * along) + np.floor(cells * across)) % 2
+    else:
+        coarse = Image.fromarray(rng.random((4, 4), np.float32))
+        mix = np.clip(np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)), 0, 1)
+    colours = first + mix[..., None] * (second - first)  # (h, w, 3)
+    return Image.fromarray(colours.round().astype(np.uint8))
+
+
+@lru_cache(maxsize=4096)
+def _whole(emoji: Emoji) -> Image.Image:
+    return open_emoji(emoji).convert("RGBA")
+
+
+def _sprite(emoji: Emoji, side: int) -> Image.Image:
+    """The emoji at a size, cropped to its opaque pixels, RGBA."""
+    picture = _whole(emoji).resize((side, side), Image.Resampling.BICUBIC)
+    box = picture.getchannel("A").point(lambda alpha: 255 * (alpha >= OPAQUE)).getbbox()
+    return picture.crop(box) if box else picture
+
+
+def _overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _relation(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> str:
+    """Where box a lies, seen from box b."""
+    dx, dy = a[0] + a[2] - b[0] - b[2], a[1] + a[3] - b[1] - b[3]
+    if abs(dx) >= abs(dy):
+        return "left of" if dx < 0 else "right of"
+    return "above" if dy < 0 else "below"
+
+
+def _caption(objects: list[Placed], relations: list[str]) -> str:
+    """`a red apple left of a bicycle and above an owl`."""
+    main, *others = (_with_article(placed.emoji.name) for placed in objects)
+    return " ".join([main, " and ".join(f"{r} {other}" for r, other in zip(relations, others))]).strip()
+
+
+def _with_article(name: str) -> str:
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"

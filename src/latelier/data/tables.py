@@ -1,0 +1,291 @@
+"""Pictures from any dataset of Hugging Face's `datasets`: the Hub, parquet files, webdataset shards, streams."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from latelier.data.folder import CAPTION_NAMES, open_bytes
+from latelier.data.sources import (
+    VAL_NAMES,
+    check_classes,
+    digest,
+    file_facts,
+    looks_like_hub_name,
+    name_hash,
+)
+from latelier.draws import address
+from latelier.errors import LatelierError
+from latelier.recipe import Data
+
+BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
+LABEL_NAMES = ("label", "cls")
+PASSED_ON = ("boxes", "box_labels", "segmentation", "mask")
+SHUFFLE_BUFFER = 1_000
+ROW_NUMBER = "row number"
+
+
+class TableSource:
+    """Rows of a `datasets.Dataset`.
+
+    Args:
+        table: the dataset.
+        data: the recipe's section, for the columns.
+        facts: what identifies the data.
+        where: what to call it in messages.
+        class_names: numbering of the classes; by default the column's own names, or its values, sorted.
+    """
+
+    def __init__(self, table: Any, data: Data, facts: list[Any], where: str, class_names: list[str] | None = None):
+        self._columns = Columns(table.features, data, where)
+        self._table = self._columns.undecoded(table)
+        self._where = where
+        self.class_names: list[str] | None = None
+        self.labels: list[int] | None = None
+        if self._columns.label is not None:
+            raw = table[self._columns.label][:]
+            own = self._columns.label_names or [str(value) for value in sorted(set(raw))]
+            self.class_names = class_names or own
+            self.labels = _number(raw, self._columns.label_names, self.class_names)
+        self.fingerprint = digest(facts, len(table), vars(self._columns), self.class_names)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self._columns.record(self._table[index])
+        return record if self.labels is None else {**record, "label": self.labels[index]}
+
+    def name(self, index: int) -> str:
+        return f"row {index} of {self._where}"
+
+
+class Columns:
+    """Which columns of a table hold what.
+
+    Raises:
+        LatelierError: if there is no column of pictures, or the recipe names a column that is not there.
+    """
+
+    def __init__(self, features: Any, data: Data, where: str):
+        for key in ("label_key", "caption_key"):
+            if (name := getattr(data, key)) is not None and name not in features:
+                raise LatelierError(f"data.{key} = {name!r} is no column of {where}; it has: {', '.join(features)}.")
+        self.image = _image_column(features, data, where)
+        self.label = data.label_key or next((name for name in LABEL_NAMES if name in features), None)
+        self.caption = data.caption_key or next((n for n in (*CAPTION_NAMES, "txt") if n in features), None)
+        self.others = [name for name in PASSED_ON if name in features]
+        self.label_names: list[str] | None = getattr(features[self.label], "names", None) if self.label else None
+
+    def undecoded(self, table: Any) -> Any:
+        """The same table without other columns, its pictures as file contents."""
+        from datasets import Image
+
+        keep = [name for name in (self.image, self.label, self.caption, *self.others) if name is not None]
+        return table.select_columns(keep).cast_column(self.image, Image(decode=False))
+
+    def record(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A row as a record; its label is not numbered yet and left out."""
+        stored = row[self.image]
+        if stored is None:
+            raise ValueError("there is no picture in this row")
+        content = stored["bytes"]
+        record: dict[str, Any] = {
+            "image": open_bytes(Path(stored["path"]).read_bytes() if content is None else content)
+        }
+        if self.caption is not None:
+            record["caption"] = row[self.caption] or ""
+        for name in self.others:
+            record[name] = np.asarray(row[name])
+        return record
+
+
+class StreamSource:
+    """Rows of a `datasets.IterableDataset`, in an order that only depends on seed and epoch.
+
+    Args:
+        table: the dataset.
+        data: the recipe's section; integers and strings are labels only if `classes` says which there are.
+        facts: what identifies the data.
+        where: what to call it in messages.
+        length: how many rows there are, if that is known; `data.length` goes before it.
+
+    Attributes:
+        class_names: as given, or those of the label column; None without labels.
+        labels: None, since they are not known before a row is read.
+        fingerprint: changes with the dataset's version.
+    """
+
+    labels = None
+
+    def __init__(self, table: Any, data: Data, facts: list[Any], where: str, length: int | None = None):
+        if table.features is None:
+            raise LatelierError(f"The columns of {where} are not known before it is read; set data.streaming=false.")
+        self._columns = Columns(table.features, data, where)
+        self._table = self._columns.undecoded(table).map(_with_number, with_indices=True)
+        self._where = where
+        self.class_names: list[str] | None = self._columns.label_names
+        if data.classes is not None:
+            if self._columns.label is None:
+                check_classes(data.classes, None)
+            if self._columns.label_names:
+                check_classes(data.classes, self._columns.label_names)
+            self.class_names = data.classes
+        self._length = data.length if data.length is not None else length
+        self.fingerprint = digest("stream", facts, vars(self._columns), data.classes, data.length)
+
+    def __len__(self) -> int:
+        if self._length is None:
+            raise LatelierError(f"{self._where} is streamed, so its length is not known; set data.length.")
+        return self._length
+
+    def name(self, index: int) -> str:
+        """The row's number and the dataset."""
+        return f"row {index} of {self._where}"
+
+    def rows(self, epoch: int | None = None, seed: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+        """One pass over row numbers and rows; rows are not decoded, so that skipping them is cheap.
+
+        Args:
+            epoch: shuffles, through a buffer, in the order of this epoch; None keeps the dataset's order.
+            seed: the run's seed.
+        """
+        table = self._table
+        if epoch is not None:
+            table = table.shuffle(seed=address(seed, "order", epoch) % 2**32, buffer_size=SHUFFLE_BUFFER)
+        wanted = (row for row in table if self._wanted(row))
+        for row in itertools.islice(wanted, self._length):
+            yield row.pop(ROW_NUMBER), row
+
+    def record(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The record of a row; raises what PIL raises if the picture cannot be read."""
+        record = self._columns.record(row)
+        if self.class_names is not None:
+            record["label"] = self.class_names.index(self._class_of(row))
+        return record
+
+    def _wanted(self, row: dict[str, Any]) -> bool:
+        return self.class_names is None or self._class_of(row) in self.class_names
+
+    def _class_of(self, row: dict[str, Any]) -> str:
+        value = row[self._columns.label]
+        return self._columns.label_names[value] if self._columns.label_names else str(value)
+
+
+def open_table(data: Data, where: str, split: str, class_names: list[str] | None = None) -> tuple[TableSource, bool]:
+    """One split of a dataset, and whether it has a validation split of its own.
+
+    Args:
+        data: the recipe's section.
+        where: Hub name, file, glob, or folder of a dataset.
+        split: `train` or `val`.
+        class_names: numbering of the classes.
+    """
+    table, facts, has_val = _load(data, where, split, streaming=False)
+    return TableSource(table, data, facts, where, class_names), has_val
+
+
+def open_stream(data: Data, split: str) -> StreamSource:
+    """A split of a streamed dataset; without a validation split, rows are held out by a hash of their number."""
+    where = data.val_source if split == "val" and data.val_source else data.source
+    if Path(where).expanduser().is_dir():
+        raise LatelierError(f"data.streaming is for datasets; {where} is a folder, which needs no streaming.")
+    _, _, has_val = _load(data, data.source, "train", streaming=True)
+    has_val = has_val or data.val_source is not None
+    table, facts, _ = _load(data, where, split if has_val else "train", streaming=True)
+    if not has_val and data.val_fraction:
+        fraction, val = data.val_fraction, split == "val"
+        table = table.filter(lambda _, i: (name_hash(str(i)) < fraction) == val, with_indices=True)
+    elif not has_val and split == "val":
+        raise LatelierError(f"{where} has no validation split; set data.val_split, data.val_source or val_fraction.")
+    return StreamSource(table, data, [facts, split, data.val_fraction], where, _length(table))
+
+
+def _load(data: Data, where: str, split: str, streaming: bool) -> tuple[Any, list[Any], bool]:
+    """The split's dataset, what identifies it, and whether a validation split goes with the training split."""
+    import datasets
+
+    files = _files(where)
+    arguments: dict[str, Any] = {"path": where}
+    if files:
+        arguments = {"path": BUILDERS[files[0].suffix], "data_files": [str(path) for path in files]}
+    elif not looks_like_hub_name(where):
+        raise LatelierError(
+            f"data.source = {where!r} is neither emoji nor scenes, and there is no such folder, file or Hub name."
+        )
+    try:
+        names = ["train"] if files else datasets.get_dataset_split_names(where)
+        wanted, has_val = _split_name(data, where, split, names, bool(files))
+        table = datasets.load_dataset(**arguments, split=wanted, streaming=streaming)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        raise LatelierError(f"Dataset {where!r} cannot be opened ({str(error).splitlines()[0]}).") from None
+    facts: list[Any] = [wanted, str(table.info.version)]
+    facts += file_facts(files, files[0].parent) if files else [where, sorted(table.info.download_checksums or {})]
+    return table, facts, has_val
+
+
+def _length(table: Any) -> int | None:
+    """How many rows the Hub says that a streamed split has; None if it does not, or if rows are held out."""
+    return getattr((table.info.splits or {}).get(table.split), "num_examples", None) or None
+
+
+def _files(where: str) -> list[Path]:
+    """The files of a path or glob, all of one kind; none if it is something else."""
+    paths = sorted(Path(name) for name in glob.glob(str(Path(where).expanduser()), recursive=True))
+    paths = [path for path in paths if path.is_file()]
+    if Path(where).suffix in BUILDERS or paths:
+        if not paths:
+            raise LatelierError(f"data.source = {where!r}: there is no such file.")
+        kinds = {path.suffix for path in paths}
+        if len(kinds) > 1 or not kinds <= set(BUILDERS):
+            raise LatelierError(
+                f"data.source = {where!r} must be .parquet or .tar files, not {', '.join(sorted(kinds))}."
+            )
+    return paths
+
+
+def _split_name(data: Data, where: str, split: str, names: list[str], files: bool) -> tuple[str, bool]:
+    """The dataset's name for `train` or `val`, and whether it has a name for `val`."""
+    if files:
+        return "train", False
+    val = data.val_split or next((name for name in VAL_NAMES if name in names and name != data.split), None)
+    own = split == "train" or where == data.val_source
+    wanted = (data.val_split or val or data.split) if where == data.val_source else data.split if own else val
+    for name in (wanted, data.val_split):
+        if name is not None and name not in names:
+            raise LatelierError(f"{where} has no split {name!r}; it has: {', '.join(names)}.")
+    assert wanted is not None
+    return wanted, val is not None
+
+
+def _with_number(row: dict[str, Any], number: int) -> dict[str, Any]:
+    return {**row, ROW_NUMBER: number}
+
+
+def _image_column(features: Any, data: Data, where: str) -> str:
+    """The recipe's column of pictures, or the only one that there is."""
+    from datasets import Image
+
+    if data.image_key in features:
+        return data.image_key
+    found = [name for name, feature in features.items() if isinstance(feature, Image)]
+    if data.image_key != "image" or len(found) != 1:
+        raise LatelierError(
+            f"data.image_key = {data.image_key!r} is no column of {where}; it has: {', '.join(features)}."
+        )
+    return found[0]
+
+
+def _number(raw: list[Any], names: list[str] | None, class_names: list[str]) -> list[int]:
+    """Labels as positions in `class_names`."""
+    if any(value is None or (names and value < 0) for value in raw):
+        raise LatelierError("Some rows have no label; choose another data.split or data.label_key.")
+    values = [names[value] for value in raw] if names else [str(value) for value in raw]
+    check_classes(sorted(set(values)), class_names)
+    position = {name: i for i, name in enumerate(class_names)}
+    return [position[value] for value in values]

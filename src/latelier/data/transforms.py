@@ -1,0 +1,262 @@
+"""From an opened picture to uint8 pixels of the wanted size, and to floats in [-1, 1].
+
+Everything random is a function of `(seed, draw)`, see `latelier.draws`. The parts of a record that live in the
+picture's plane (boxes, segmentation, mask) go through the same crop and flip.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from latelier.data.sources import digest
+from latelier.draws import address
+from latelier.errors import LatelierError
+from latelier.recipe import Data
+
+# What PIL and numpy raise for files that are damaged, cut off, or so large that they must be an attack.
+UNREADABLE = (
+    OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError, struct.error, zlib.error,
+    Image.DecompressionBombError, Image.DecompressionBombWarning,
+)  # fmt: skip
+GREYS = {"white": 255, "black": 0, "gray": 128}
+ORIENTATION = 0x0112  # EXIF: cameras store how they were held
+PLANAR = ("segmentation", "mask")
+Box = tuple[float, float, float, float]  # x0, y0, x1, y1
+
+
+class Transform:
+    """What a recipe's `data` section does to pictures.
+
+    Args:
+        data: the section; size, channels, crop, flip and background are used.
+        seed: of the random choices.
+    """
+
+    def __init__(self, data: Data, seed: int = 0):
+        self.height, self.width = data.image_size
+        self.channels, self.crop, self.crop_scale = data.channels, data.crop, data.crop_scale
+        self.flip, self.background, self.seed = data.flip, data.background, seed
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise LatelierError(
+                f"data.crop_scale = {self.crop_scale} must be two shares of the area, 0 < low <= high <= 1."
+            )
+        self.deep = self.channels + (self.background == "random" and self.channels in (1, 3))  # alpha is kept last
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the same picture would look different in evaluation."""
+        kind = "resize" if self.crop == "resize" else "center"
+        return digest("transform", 1, self.height, self.width, self.channels, kind, self.background)
+
+    def flipped(self, draws: Int[Tensor, " b"]) -> list[bool]:
+        """Which draws of the training stream are mirrored."""
+        return [self.flip and bool(address(self.seed, "flip", n) & 1) for n in draws.tolist()]
+
+    def colours(self, numbers: Int[Tensor, " b"]) -> UInt8[Tensor, "b c"]:
+        """Random background colours of these draws."""
+        rows = [
+            [address(self.seed, f"background {c}", n) & 255 for c in range(self.channels)] for n in numbers.tolist()
+        ]
+        return torch.tensor(rows, dtype=torch.uint8)
+
+    def record(self, record: dict[str, Any], draw: int | None = None) -> dict[str, Any]:
+        """Decode and crop a record; `image` becomes uint8 `(c, h, w)`, with alpha last if the background is random.
+
+        Args:
+            record: from a source; it is left as it is.
+            draw: number of the draw for a random crop; None gives the deterministic crop.
+
+        Raises:
+            LatelierError: if the picture's channels are not the recipe's.
+            OSError, ...: one of `UNREADABLE`.
+        """
+        image, region = self.pixels(record["image"], draw)
+        return {**record, **self._planar(record, region), "image": image}
+
+    def pixels(self, image: Image.Image | np.ndarray, draw: int | None = None) -> tuple[UInt8[Tensor, "d h w"], Box]:
+        """Decoded, cropped pixels, and which part of the whole picture they show, relative."""
+        bands = self._open(image)
+        width, height = bands[0].size
+        if self.crop == "random" and draw is not None:
+            box = self._random_box(width, height, draw)
+            done = [resize(band, box, (self.width, self.height)) for band in bands]
+            region = (box[0] / width, box[1] / height, box[2] / width, box[3] / height)
+        elif self.crop == "resize":
+            done = [resize(band, (0, 0, width, height), (self.width, self.height)) for band in bands]
+            region = (0.0, 0.0, 1.0, 1.0)
+        else:
+            done = [center_crop(band, (self.width, self.height)) for band in bands]
+            region = _center_region(width, height, self.width, self.height)
+        array = np.concatenate([np.atleast_3d(np.asarray(band)) for band in done], axis=2)  # (h, w, k)
+        return self._channels(torch.from_numpy(array.transpose(2, 0, 1).copy())), region  # (d, h, w)
+
+    def finish(
+        self, pixels: UInt8[Tensor, "b d h w"], flipped: list[bool], numbers: Int[Tensor, " b"]
+    ) -> Float[Tensor, "b c h w"]:
+        """Mirror, put on the random background of these draws if there is one, and scale to [-1, 1]."""
+        if any(flipped):
+            where = torch.tensor(flipped)
+            pixels = torch.where(where[:, None, None, None], pixels.flip(-1), pixels)
+        if self.deep > self.channels:
+            pixels = composite(pixels, self.colours(numbers))
+        return to_float(pixels)
+
+    def _open(self, image: Image.Image | np.ndarray) -> list[Image.Image]:
+        """The decoded picture, whole, as one PIL picture or one for each channel."""
+        if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or image.ndim not in (2, 3):
+                raise LatelierError(f"Arrays must be (h, w, c) of uint8, not {image.shape} of {image.dtype}.")
+            self._check_channels(1 if image.ndim == 2 else image.shape[2])
+            return [Image.fromarray(band) for band in np.atleast_3d(image).transpose(2, 0, 1)]
+        orientation = image.getexif().get(ORIENTATION, 1) if image.format in ("JPEG", "MPO", "TIFF", "WEBP") else 1
+        if image.format in ("JPEG", "MPO"):
+            self._draft(image, turned=orientation >= 5)
+        image.load()
+        if orientation != 1:
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        elif image.mode in ("I", "F"):
+            raise ValueError(f"pictures of mode {image.mode} (32 bits) have no fixed range; store 8 or 16 bits")
+        if image.mode in ("P", "PA"):
+            image = image.convert("RGBA" if self.channels == 4 or image.has_transparency_data else "RGB")
+        if self.channels not in (1, 3):
+            self._check_channels(len(image.getbands()))
+            return [image]
+        if image.has_transparency_data:
+            return [image.convert("RGBA")]
+        return [image.convert("L" if self.channels == 1 else "RGB")]
+
+    def _draft(self, image: Image.Image, turned: bool) -> None:
+        """Let the JPEG decoder shrink by 2, 4 or 8 where enough pixels remain; it saves most of the work."""
+        share = self.crop_scale[0] ** 0.5 if self.crop == "random" else 1.0
+        wanted = int(np.ceil(self.width / share)), int(np.ceil(self.height / share))
+        image.draft("L" if self.channels == 1 else "RGB", wanted[::-1] if turned else wanted)
+
+    def _check_channels(self, found: int) -> None:
+        if found != self.channels:
+            raise LatelierError(
+                f"data.channels = {self.channels}, but a picture has {found} channels; set it to {found}."
+            )
+
+    def _random_box(self, width: int, height: int, draw: int) -> Box:
+        """A box of the target's shape at a random place, with a random share of the largest such box's area."""
+        low, high = self.crop_scale
+        share, right, down = (address(self.seed, f"crop {part}", draw) / 2**63 for part in ("area", "x", "y"))
+        scale = min(width / self.width, height / self.height) * (low + (high - low) * share) ** 0.5
+        w, h = self.width * scale, self.height * scale
+        x, y = right * (width - w), down * (height - h)
+        return x, y, min(x + w, width), min(y + h, height)
+
+    def _channels(self, pixels: UInt8[Tensor, "k h w"]) -> UInt8[Tensor, "d h w"]:
+        """RGBA pixels onto the background; or alpha kept, if the background is drawn anew each time."""
+        if self.channels not in (1, 3) or len(pixels) == self.deep == self.channels:
+            return pixels
+        if self.channels == 1 and len(pixels) == 4:  # luminance (ITU-R 601) and alpha
+            luma = pixels[:3].permute(1, 2, 0).numpy()
+            pixels = torch.cat([torch.from_numpy(np.array(Image.fromarray(luma).convert("L")))[None], pixels[3:]])
+        if len(pixels) == self.channels:
+            return torch.cat([pixels, torch.full_like(pixels[:1], 255)])
+        if self.deep > self.channels:
+            return pixels
+        colour = torch.full((1, self.channels), GREYS[self.background], dtype=torch.uint8)
+        return composite(pixels[None], colour)[0]
+
+    def _planar(self, record: dict[str, Any], region: Box) -> dict[str, Any]:
+        """Boxes, segmentation and mask after the crop."""
+        done: dict[str, Any] = {}
+        if "boxes" in record:
+            boxes, kept = crop_boxes(np.asarray(record["boxes"], np.float32).reshape(-1, 4), region)
+            done["boxes"] = torch.from_numpy(boxes)
+            if "box_labels" in record:
+                done["box_labels"] = torch.from_numpy(np.asarray(record["box_labels"], np.int64)[kept])
+        for key in PLANAR:
+            if key in record:
+                done[key] = torch.from_numpy(nearest(np.asarray(record[key]), region, (self.height, self.width)))
+        return done
+
+
+def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The centre of a picture, as ADM does it (Dhariwal and Nichol 2021), for any shape.
+
+    Halve with a box filter while the picture stays twice as large as the target, scale with bicubic so that the target
+    is just covered, cut out the middle.
+
+    Args:
+        image: any mode that PIL can resize.
+        size: width and height in pixels.
+    """
+    width, height = size
+    while image.width >= 2 * width and image.height >= 2 * height:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = max(width / image.width, height / image.height)
+    if scale != 1:
+        scaled = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+        image = image.resize(scaled, Image.Resampling.BICUBIC)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def resize(image: Image.Image, box: Box, size: tuple[int, int]) -> Image.Image:
+    """A box of a picture at a size (width, height), antialiased."""
+    return image.resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
+
+
+def composite(pixels: UInt8[Tensor, "b d h w"], colours: UInt8[Tensor, "b c"]) -> UInt8[Tensor, "b c h w"]:
+    """Pixels whose last channel is alpha, on plain colours: `(a x + (255 - a) y) / 255`, rounded."""
+    alpha = pixels[:, -1:].to(torch.int32)  # (b, 1, h, w)
+    under = colours[..., None, None].to(torch.int32)  # (b, c, 1, 1)
+    mixed = alpha * pixels[:, :-1].to(torch.int32) + (255 - alpha) * under + 127  # (b, c, h, w)
+    return torch.div(mixed, 255, rounding_mode="floor").to(torch.uint8)
+
+
+def to_float(pixels: UInt8[Tensor, "*b c h w"]) -> Float[Tensor, "*b c h w"]:
+    """0..255 to [-1, 1]."""
+    return pixels.float().div_(127.5).sub_(1)
+
+
+def mirror(record: dict[str, Any]) -> dict[str, Any]:
+    """The record of the mirror image, apart from `image`: boxes, planes, and what a caption says of left and right."""
+    done = dict(record)
+    if "boxes" in record:
+        x0, y0, x1, y1 = record["boxes"].unbind(-1)
+        done["boxes"] = torch.stack([1 - x1, y0, 1 - x0, y1], -1)
+    for key in PLANAR:
+        if key in record:
+            done[key] = record[key].flip(-1)
+    if "caption_mirrored" in record:
+        done["caption"], done["caption_mirrored"] = record["caption_mirrored"], record["caption"]
+    return done
+
+
+def crop_boxes(boxes: np.ndarray, region: Box) -> tuple[np.ndarray, np.ndarray]:
+    """Relative boxes `(n, 4)` seen from a region of the picture, cut at its edges, and which of them are in it."""
+    x0, y0, x1, y1 = region
+    offset = np.array([x0, y0, x0, y0], np.float32)
+    scale = np.array([x1 - x0, y1 - y0] * 2, np.float32)
+    boxes = ((boxes - offset) / scale).clip(0, 1)
+    kept = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    return boxes[kept], kept
+
+
+def nearest(plane: np.ndarray, region: Box, size: tuple[int, int]) -> np.ndarray:
+    """A region of a plane `(h, w)` of numbers at a size (height, width), without mixing numbers."""
+    x0, y0, x1, y1 = region
+    rows = ((y0 + (np.arange(size[0]) + 0.5) / size[0] * (y1 - y0)) * plane.shape[0]).astype(int)
+    columns = ((x0 + (np.arange(size[1]) + 0.5) / size[1] * (x1 - x0)) * plane.shape[1]).astype(int)
+    return plane[rows.clip(0, plane.shape[0] - 1)][:, columns.clip(0, plane.shape[1] - 1)]
+
+
+def _center_region(width: int, height: int, target_width: int, target_height: int) -> Box:
+    """The part of a picture that `center_crop` shows, relative."""
+    scale = min(width / target_width, height / target_height)
+    w, h = target_width * scale / width, target_height * scale / height
+    return (1 - w) / 2, (1 - h) / 2, (1 + w) / 2, (1 + h) / 2

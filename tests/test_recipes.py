@@ -1,0 +1,31 @@
+"""Every recipe that comes along is constructed, shrunken, and run."""
+
+import pytest
+from tiny import VMAE
+
+from latelier.experiment import run
+from latelier.recipe import ConvRecipe, VMAERecipe, build_recipe, load_recipe, recipe_files
+
+SMALL_TRAINING = {"images": 16, "batch": 8, "micro_batch": None, "log_every": 8, "compile": False}
+
+
+def shrink(recipe, folder):
+    """The same recipe, with sizes of a test."""
+    tree = recipe.model_dump()
+    tree["runs"] = str(folder)
+    tree["data"] |= {"source": "emoji", "image_size": 32, "length": 24, "streaming": False, "val_source": None}
+    tree["data"] |= {"label_key": None, "caption_key": None, "classes": None}
+    if isinstance(recipe.tokenizer, VMAERecipe):
+        tree["tokenizer"] |= {**SMALL_TRAINING, "model": VMAE}
+    elif isinstance(recipe.tokenizer, ConvRecipe):
+        tree["tokenizer"] |= {**SMALL_TRAINING, "model": {"block_out_channels": [32, 32, 32, 32]}}
+    if recipe.denoiser:
+        tree["denoiser"] |= {**SMALL_TRAINING, "model": {"dim": 32, "depth": 1, "heads": 2}}
+        tree["sample"] |= {"count": 4, "steps": 2}
+    tree["evaluate"] |= {"samples": 16, "batch": 16, "features": "vgg16"}
+    return build_recipe(tree)
+
+
+@pytest.mark.parametrize("path", recipe_files(), ids=lambda path: path.stem)
+def test_recipe_runs(path, tmp_path):
+    assert run(shrink(load_recipe(path), tmp_path)).is_file()

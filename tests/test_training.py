@@ -1,0 +1,195 @@
+"""Both loops: resuming is exact, bad numbers never reach the weights, a full disk loses nothing."""
+
+import json
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_recipe
+
+from latelier.errors import LatelierError
+from latelier.objectives.terms import Terms
+from latelier.recipe import VMAERecipe
+from latelier.tokenizers.codec import Codec
+from latelier.training import checkpoint, runtime
+from latelier.training.denoiser_loop import train_denoiser
+from latelier.training.runtime import Stage, learning_rate
+from latelier.training.tokenizer_loop import train_tokenizer
+
+LOOPS = {"tokenizer": train_tokenizer, "denoiser": train_denoiser}
+
+
+class Killed(Exception):
+    """Stands for a power cut."""
+
+
+def newest(folder, stage):
+    """Everything in the newest checkpoint that decides how training goes on."""
+    path = checkpoint.checkpoints(folder, stage)[-1]
+    optimizer = torch.load(path / "optimizer.bin", weights_only=True)["state"]
+    moments = {f"{i}.{k}": v for i, state in optimizer.items() for k, v in state.items() if torch.is_tensor(v)}
+    return {**load_file(path / "model.safetensors"), **moments}, load_file(path / "ema.safetensors")
+
+
+def assert_same(a, b):
+    for one, other in zip(a, b):
+        assert one.keys() == other.keys()
+        for name in one:
+            assert torch.equal(one[name], other[name]), name
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run that was never interrupted."""
+    recipe = tiny_recipe(tmp_path_factory.mktemp("whole"))
+    train_tokenizer(recipe)
+    train_denoiser(recipe)
+    return recipe
+
+
+@pytest.mark.parametrize("stage", LOOPS)
+@pytest.mark.parametrize("how", ["signal", "kill"])
+def test_resume_equals_uninterrupted(trained, tmp_path, monkeypatch, stage, how):
+    recipe = tiny_recipe(tmp_path)
+    if stage == "denoiser":
+        train_tokenizer(recipe)
+    with monkeypatch.context() as patch:
+        if how == "signal":  # SIGTERM inside the third step: the step is finished and saved
+
+            def advance(self, original=Stage.advance):
+                if self.images == 16:
+                    signal.raise_signal(signal.SIGTERM)
+                original(self)
+
+            patch.setattr(Stage, "advance", advance)
+            with pytest.raises(SystemExit) as stop:
+                LOOPS[stage](recipe)
+            assert stop.value.code == 0
+            assert checkpoint.checkpoints(recipe.folder, stage)[-1].name.endswith("24")
+        else:  # a power cut inside the fourth step: training goes on from the second
+
+            def clip(self, *args, original=Stage.clip):
+                original(self, *args)
+                if self.images == 24:
+                    raise Killed
+
+            patch.setattr(Stage, "clip", clip)
+            with pytest.raises(Killed):
+                LOOPS[stage](recipe)
+            assert checkpoint.checkpoints(recipe.folder, stage)[-1].name.endswith("16")
+    LOOPS[stage](recipe)
+    assert_same(newest(trained.folder, stage), newest(recipe.folder, stage))
+
+
+def test_accumulation_changes_nothing(trained, tmp_path):
+    recipe = tiny_recipe(tmp_path, tokenizer={"micro_batch": 2})
+    train_tokenizer(recipe)
+    whole, parts = (newest(r.folder, "tokenizer")[1] for r in (trained, recipe))
+    for name in whole:
+        torch.testing.assert_close(whole[name], parts[name], rtol=1e-4, atol=1e-5)
+
+
+def test_run_folder(trained):
+    folder = trained.folder
+    codec = Codec.from_pretrained(folder / "tokenizer")
+    assert codec.std.shape == (4,)
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert {"stage", "images", "loss", "mse_visible", "kl", "grad_norm", "lr", "images_per_second"} <= set(rows[0])
+    assert [r["images"] for r in rows if r["stage"] == "tokenizer"] == list(range(8, 65, 8))
+    assert len(checkpoint.checkpoints(folder, "tokenizer")) == 2
+    assert (folder / "previews" / "tokenizer-000000000064.png").is_file()
+    assert (folder / "previews" / "denoiser-000000000064.png").is_file()
+    assert (folder / "pipeline" / "model_index.json").is_file()
+
+
+def test_normalised_latents_have_unit_variance(trained):
+    from latelier.training.tokenizer_loop import open_images
+
+    codec = Codec.from_pretrained(trained.folder / "tokenizer")
+    posteriors = [codec.posterior(batch["image"]) for batch in open_images(trained).once(16)]
+    z = torch.cat([codec.normalise(p.sample(torch.Generator().manual_seed(0))) for p in posteriors])
+    assert z.mean((0, 2, 3)).abs().max() < 0.15
+    assert (z.std((0, 2, 3)) - 1).abs().max() < 0.15
+
+
+def test_a_finished_stage_is_not_trained_again(trained):
+    before = (trained.folder / "log.jsonl").read_text()
+    train_tokenizer(trained)
+    train_denoiser(trained)
+    assert (trained.folder / "log.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_non_finite_numbers_stop_before_the_weights(tmp_path, monkeypatch, what):
+    recipe = tiny_recipe(tmp_path, denoiser=None)
+    weights = []
+
+    def forward(self, batch, original=runtime.Stage.backward):
+        raise NotImplementedError
+
+    from latelier.objectives.vmae import VMAEObjective
+
+    original = VMAEObjective.forward
+
+    def broken(self, batch):
+        terms = original(self, batch)
+        if batch["draw"][0] < 16:
+            return terms
+        weights.append(self.tokenizer.to_latent.weight.detach().clone())
+        if what == "loss":
+            return Terms({**terms.losses, "mse_masked": terms.losses["mse_masked"] * torch.nan}, terms.weights)
+        exploding = self.tokenizer.to_latent.weight.sum().abs().add(1e-30).sqrt() * 0  # its gradient is not finite
+        exploding = exploding + (self.tokenizer.to_latent.weight * 0).sum().clamp(min=0).sqrt()
+        return Terms({**terms.losses, "mse_masked": terms.losses["mse_masked"] + exploding}, terms.weights)
+
+    monkeypatch.setattr(VMAEObjective, "forward", broken)
+    words = "loss term mse_masked is not finite" if what == "loss" else "gradient of tokenizer.to_latent.weight is not"
+    with pytest.raises(LatelierError, match=words):
+        train_tokenizer(recipe)
+    saved = load_file(checkpoint.checkpoints(recipe.folder, "tokenizer")[-1] / "model.safetensors")
+    assert torch.equal(saved["tokenizer.to_latent.weight"], weights[0])
+    diagnostic = next((recipe.folder / "diagnostics").glob("*.safetensors"))
+    assert load_file(diagnostic)["draw"].tolist() == list(range(16, 24))
+
+
+def test_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    recipe = tiny_recipe(tmp_path, denoiser=None)
+    from accelerate import Accelerator
+
+    original = Accelerator.save_state
+
+    def save_state(self, folder, **kwargs):
+        if "32" in folder:
+            raise OSError(28, "No space left on device")
+        return original(self, folder, **kwargs)
+
+    monkeypatch.setattr(Accelerator, "save_state", save_state)
+    with pytest.raises(LatelierError, match=r"No space left on device.*tokenizer-000000000016, stays"):
+        train_tokenizer(recipe)
+    assert [p.name for p in (recipe.folder / "checkpoints").iterdir()] == ["tokenizer-000000000016"]
+    monkeypatch.undo()
+    train_tokenizer(recipe)
+
+
+def test_checkpoint_of_another_architecture(trained, tmp_path):
+    recipe = tiny_recipe(tmp_path, denoiser=None)
+    train_tokenizer(recipe)
+    other = tiny_recipe(tmp_path, denoiser=None, tokenizer={"preset": "vmae-f16d32", "images": 128})
+    with pytest.raises(LatelierError, match="does not fit this recipe"):
+        train_tokenizer(other)
+
+
+def test_learning_rate_in_images():
+    section = VMAERecipe(kind="vmae", images=1000, batch=100, lr=1.0, warmup=200, schedule="cosine", final_lr=0.1)
+    rates = [learning_rate(section, n) for n in range(0, 1000, 100)]
+    assert rates[0] == pytest.approx(1 / 3)
+    assert rates[1] == pytest.approx(2 / 3)
+    assert rates[2] == 1.0
+    assert learning_rate(section, 600) == pytest.approx(0.1 + 0.9 * 0.5)
+    assert learning_rate(section, 1000) == pytest.approx(0.1)
+
+
+def test_batch_must_divide(tmp_path):
+    with pytest.raises(LatelierError, match=r"tokenizer.batch = 8 is not a multiple of micro_batch 3"):
+        train_tokenizer(tiny_recipe(tmp_path, tokenizer={"micro_batch": 3}))

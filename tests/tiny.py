@@ -1,0 +1,35 @@
+"""A recipe so small that both stages train in seconds."""
+
+from pathlib import Path
+
+from latelier.recipe import Recipe, build_recipe
+
+VMAE = {"dim": 32, "depth": 1, "heads": 2, "decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2}
+
+
+def tiny_recipe(folder: Path, **changes: dict) -> Recipe:
+    """The tiny recipe, with sections updated by `tokenizer={...}`, `denoiser={...}`, ...; `None` removes a section."""
+    tree = {
+        "name": "tiny",
+        "runs": str(folder),
+        "data": {"source": "emoji", "image_size": 32, "length": 48},
+        "tokenizer": {
+            "kind": "vmae", "preset": "vmae-f8d16-tiny", "model": {**VMAE, "latent_channels": 4}, "images": 64, "batch": 8,
+            "lr": 1e-3, "warmup": 16, "schedule": "cosine", "perceptual_weight": 0, "precision": "fp32", "ema": 0.9,
+            "checkpoint_every": 16, "preview_every": 64, "log_every": 8,
+        },
+        "denoiser": {
+            "size": "XS", "model": {"dim": 32, "depth": 1, "heads": 2}, "images": 64, "batch": 8, "lr": 1e-3,
+            "precision": "fp32", "ema": 0.9, "checkpoint_every": 16, "preview_every": 64, "log_every": 8,
+        },
+        "sample": {"steps": 2, "count": 4, "batch": 4, "guidance": 2.0},
+        "evaluate": {"samples": 16, "batch": 16},
+    }  # fmt: skip
+    for section, values in changes.items():
+        if values is None:
+            del tree[section]
+        elif isinstance(values, dict):
+            tree[section] = {**tree.get(section, {}), **values}
+        else:
+            tree[section] = values
+    return build_recipe(tree)
