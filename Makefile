@@ -24,7 +24,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks
 
 docs: .venv/.docs
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

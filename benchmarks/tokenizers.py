@@ -16,7 +16,7 @@ BATCH = {"cpu": 2, "cuda": 32}
 
 
 def vmae_against_kl() -> list[tuple[str, float]]:
-    """Images per second of VMAE f8d16 over those of an AutoencoderKL f8c16, 256 px, same precision, best layout each."""
+    """Throughput of VMAE f8d16 over that of an AutoencoderKL f8c16, 256 px, same precision, best layout each."""
     device = default_device()
     images = torch.rand(BATCH[device], 3, 256, 256, device=device) * 2 - 1
     vmae = Codec(VMAE((256, 256), **PRESETS["vmae-f8d16"]).eval().to(device), precision="auto")

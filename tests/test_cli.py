@@ -8,10 +8,10 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from tiny import tiny_recipe
 
 from latelier import cli
 from latelier.recipe import dump
+from tiny import tiny_recipe
 
 
 def call(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_recipe
 
 from latelier.training.denoiser_loop import train_denoiser
 from latelier.training.tokenizer_loop import train_tokenizer
+from tiny import tiny_recipe
 
 HERE = Path(__file__).parent
 

@@ -88,7 +88,7 @@ def test_patches_invert(shape):
 def test_recipe_and_latents_must_fit():
     recipe = DenoiserRecipe(size="XS", patch=2, model={"depth": 1})
     assert build_denoiser(recipe, (4, 8, 8)).config["in_channels"] == 4
-    with pytest.raises(LatelierError, match="denoiser.patch = 2 does not divide the latent grid 7 x 8"):
+    with pytest.raises(LatelierError, match=r"denoiser.patch = 2 does not divide the latent grid 7 x 8"):
         build_denoiser(recipe, (4, 7, 8))
     with pytest.raises(LatelierError, match="allowed: XS"):
         build_denoiser(DenoiserRecipe(size="M"), (4, 8, 8))

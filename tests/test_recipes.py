@@ -1,10 +1,10 @@
 """Every recipe that comes along is constructed, shrunken, and run."""
 
 import pytest
-from tiny import VMAE
 
 from latelier.experiment import run
 from latelier.recipe import ConvRecipe, VMAERecipe, build_recipe, load_recipe, recipe_files
+from tiny import VMAE
 
 SMALL_TRAINING = {"images": 16, "batch": 8, "micro_batch": None, "log_every": 8, "compile": False}
 

@@ -6,16 +6,16 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_recipe
 
 from latelier.errors import LatelierError
 from latelier.objectives.terms import Terms
 from latelier.recipe import VMAERecipe
 from latelier.tokenizers.codec import Codec
-from latelier.training import checkpoint, runtime
+from latelier.training import checkpoint
 from latelier.training.denoiser_loop import train_denoiser
 from latelier.training.runtime import Stage, learning_rate
 from latelier.training.tokenizer_loop import train_tokenizer
+from tiny import tiny_recipe
 
 LOOPS = {"tokenizer": train_tokenizer, "denoiser": train_denoiser}
 
@@ -124,10 +124,6 @@ def test_a_finished_stage_is_not_trained_again(trained):
 def test_non_finite_numbers_stop_before_the_weights(tmp_path, monkeypatch, what):
     recipe = tiny_recipe(tmp_path, denoiser=None)
     weights = []
-
-    def forward(self, batch, original=runtime.Stage.backward):
-        raise NotImplementedError
-
     from latelier.objectives.vmae import VMAEObjective
 
     original = VMAEObjective.forward

@@ -14,8 +14,9 @@ def tiny_recipe(folder: Path, **changes: dict) -> Recipe:
         "runs": str(folder),
         "data": {"source": "emoji", "image_size": 32, "length": 48},
         "tokenizer": {
-            "kind": "vmae", "preset": "vmae-f8d16-tiny", "model": {**VMAE, "latent_channels": 4}, "images": 64, "batch": 8,
-            "lr": 1e-3, "warmup": 16, "schedule": "cosine", "perceptual_weight": 0, "precision": "fp32", "ema": 0.9,
+            "kind": "vmae", "preset": "vmae-f8d16-tiny", "model": {**VMAE, "latent_channels": 4}, "images": 64,
+            "batch": 8, "lr": 1e-3, "warmup": 16, "schedule": "cosine", "perceptual_weight": 0,
+            "precision": "fp32", "ema": 0.9,
             "checkpoint_every": 16, "preview_every": 64, "log_every": 8,
         },
         "denoiser": {

@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny import tiny_recipe
 
 from latelier.training import denoiser_loop, tokenizer_loop
 from latelier.training.runtime import make_accelerator
+from tiny import tiny_recipe
 
 
 def digest(accelerator) -> str:

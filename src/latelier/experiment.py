@@ -224,17 +224,19 @@ def show_measurements(measured: list[Measurement]) -> None:
 def _read_pictures(paths: list[Path], channels: int, size: int) -> Tensor:
     """Picture files, and those in folders, centre-cropped to a square, `(n, c, size, size)` in [-1, 1]."""
     import torch
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
-    from latelier.data.transforms import center_crop, to_tensor
+    from latelier.data.transforms import UNREADABLE, Transform, to_float
+    from latelier.recipe import Data
 
+    transform = Transform(Data(source="files", image_size=(size, size), channels=channels, flip=False))
     files = [f for path in paths for f in (sorted(path.rglob("*")) if path.is_dir() else [path]) if f.is_file()]
     tensors = []
     for file in files:
         try:
             with Image.open(file) as image:
-                tensors.append(to_tensor(center_crop(image, (size, size)), channels))
-        except (UnidentifiedImageError, OSError):
+                tensors.append(to_float(transform.pixels(image)[0]))
+        except UNREADABLE:
             continue
     if not tensors:
         raise LatelierError(f"No picture can be read from {', '.join(map(str, paths)) or 'nothing'}.")

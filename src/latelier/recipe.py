@@ -113,7 +113,7 @@ class VMAERecipe(Training):
     mask_ratio: float = Field(0.6, ge=0, lt=1)
     visible_weight: Unit = Field(0.5, description="v in (1 - v) * masked MSE + v * visible MSE")
     perceptual_weight: Weight = 0.5
-    perceptual_every: int = Field(1, ge=1, description="LPIPS on every so-manieth picture of the stream (it is costly)")
+    perceptual_every: int = Field(1, ge=1, description="n: LPIPS on every n-th picture only, since it costs most")
     kl_weight: Weight = 1e-6
     kl: Literal["free-mean", "standard", "fixed-std"] = "free-mean"
     fixed_std: float = Field(1e-3, gt=0, description="s of `kl: fixed-std`")
@@ -148,6 +148,13 @@ class PretrainedRecipe(Section):
 
 
 TokenizerRecipe = Annotated[VMAERecipe | ConvRecipe | IdentityRecipe | PretrainedRecipe, Field(discriminator="kind")]
+
+
+# The kind of a tokenizer section, as users write it; it is part of the location of pydantic's errors.
+_KINDS = {
+    model.model_fields["kind"].annotation.__args__[0]: model  # type: ignore[union-attr]
+    for model in (VMAERecipe, ConvRecipe, IdentityRecipe, PretrainedRecipe)
+}
 
 
 class Process(Section):
@@ -306,8 +313,7 @@ def _sentence(error: ValidationError) -> str:
     """One sentence for the first problem, unknown keys first, since they often cause the others."""
     problems = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     first = problems[0]
-    tags = {"vmae", "conv", "identity", "pretrained"}  # the tokenizer's kind is part of pydantic's location
-    place = [str(part) for i, part in enumerate(first["loc"]) if not (i == 1 and part in tags)]
+    place = [str(part) for i, part in enumerate(first["loc"]) if not (i == 1 and part in _KINDS)]
     key, value = ".".join(place), first["input"]
     if first["type"] == "extra_forbidden":
         known = _known_keys(first["loc"][:-1])
@@ -318,7 +324,7 @@ def _sentence(error: ValidationError) -> str:
         return f"The recipe lacks {key!r}."
     if first["type"].startswith("union_tag"):
         kind = value.get("kind") if isinstance(value, dict) else value
-        return f"{key}.kind = {kind!r} is not known; allowed: {', '.join(sorted(tags))}."
+        return f"{key}.kind = {kind!r} is not known; allowed: {', '.join(_KINDS)}."
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     return f"{key} = {value!r} is not allowed; it should be {message}."
 
@@ -327,8 +333,7 @@ def _known_keys(location: tuple) -> list[str]:
     """Keys of the section at a pydantic error location."""
     sections: dict[str, type[BaseModel]] = {
         "": Recipe, "data": Data, "denoiser": DenoiserRecipe, "sample": Sample, "evaluate": Evaluate,
-        "process": Process, "vmae": VMAERecipe, "conv": ConvRecipe, "identity": IdentityRecipe,
-        "pretrained": PretrainedRecipe,
+        "process": Process, **_KINDS,
     }  # fmt: skip
     model = sections.get(str(location[-1]) if location else "", Recipe)
     return list(model.model_fields)

@@ -40,6 +40,7 @@ class Memory:
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             for start in _with_bar(range(0, size, CHUNK), size, progress):
                 self._rows += pool.map(self._read, range(start, min(size, start + CHUNK)))
+        self.failures.sort()
         self._readable = torch.tensor([row is not None for row in self._rows])
         self._next = _next_readable(self._readable)
 

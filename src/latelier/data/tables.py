@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import glob
-import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,36 +113,41 @@ class StreamSource:
         data: the recipe's section; integers and strings are labels only if `classes` says which there are.
         facts: what identifies the data.
         where: what to call it in messages.
-        length: how many rows there are, if that is known; `data.length` goes before it.
+        length: use only the first rows, or how many there are; None if that is not known.
+        keep: which row numbers belong to the split; None keeps all.
 
     Attributes:
-        class_names: as given, or those of the label column; None without labels.
-        labels: None, since they are not known before a row is read.
-        fingerprint: changes with the dataset's version.
+        class_names: `data.classes`, or those of the label column; None if there are none.
+        fingerprint: changes with the data.
     """
 
-    labels = None
-
-    def __init__(self, table: Any, data: Data, facts: list[Any], where: str, length: int | None = None):
+    def __init__(
+        self,
+        table: Any,
+        data: Data,
+        facts: list[Any],
+        where: str,
+        length: int | None = None,
+        keep: Callable[[int], bool] | None = None,
+    ):
         if table.features is None:
             raise LatelierError(f"The columns of {where} are not known before it is read; set data.streaming=false.")
         self._columns = Columns(table.features, data, where)
-        self._table = self._columns.undecoded(table).map(_with_number, with_indices=True)
-        self._where = where
+        self._keep = keep
+        self._where, self._length = where, length
         self.class_names: list[str] | None = self._columns.label_names
         if data.classes is not None:
-            if self._columns.label is None:
-                check_classes(data.classes, None)
-            if self._columns.label_names:
-                check_classes(data.classes, self._columns.label_names)
+            check_classes(data.classes, self._columns.label_names or (data.classes if self._columns.label else None))
             self.class_names = data.classes
-        self._length = data.length if data.length is not None else length
-        self.fingerprint = digest("stream", facts, vars(self._columns), data.classes, data.length)
+        table = self._columns.undecoded(table if length is None else table.take(length))
+        self._table = table.map(_with_number, with_indices=True)
+        self.fingerprint = digest("stream", facts, vars(self._columns), data.classes, length)
 
     def __len__(self) -> int:
+        """How many rows the split has, those of classes that are not used included."""
         if self._length is None:
             raise LatelierError(f"{self._where} is streamed, so its length is not known; set data.length.")
-        return self._length
+        return self._length if self._keep is None else sum(map(self._keep, range(self._length)))
 
     def name(self, index: int) -> str:
         """The row's number and the dataset."""
@@ -158,9 +163,12 @@ class StreamSource:
         table = self._table
         if epoch is not None:
             table = table.shuffle(seed=address(seed, "order", epoch) % 2**32, buffer_size=SHUFFLE_BUFFER)
-        wanted = (row for row in table if self._wanted(row))
-        for row in itertools.islice(wanted, self._length):
-            yield row.pop(ROW_NUMBER), row
+        for row in table:
+            number = row.pop(ROW_NUMBER)
+            if self._keep is not None and not self._keep(number):
+                continue
+            if self.class_names is None or self._class_of(row) in self.class_names:
+                yield number, row
 
     def record(self, row: dict[str, Any]) -> dict[str, Any]:
         """The record of a row; raises what PIL raises if the picture cannot be read."""
@@ -169,10 +177,8 @@ class StreamSource:
             record["label"] = self.class_names.index(self._class_of(row))
         return record
 
-    def _wanted(self, row: dict[str, Any]) -> bool:
-        return self.class_names is None or self._class_of(row) in self.class_names
-
     def _class_of(self, row: dict[str, Any]) -> str:
+        assert self._columns.label is not None
         value = row[self._columns.label]
         return self._columns.label_names[value] if self._columns.label_names else str(value)
 
@@ -197,13 +203,14 @@ def open_stream(data: Data, split: str) -> StreamSource:
         raise LatelierError(f"data.streaming is for datasets; {where} is a folder, which needs no streaming.")
     _, _, has_val = _load(data, data.source, "train", streaming=True)
     has_val = has_val or data.val_source is not None
+    fraction, val = data.val_fraction, split == "val"
     table, facts, _ = _load(data, where, split if has_val else "train", streaming=True)
-    if not has_val and data.val_fraction:
-        fraction, val = data.val_fraction, split == "val"
-        table = table.filter(lambda _, i: (name_hash(str(i)) < fraction) == val, with_indices=True)
-    elif not has_val and split == "val":
+    if val and not has_val and not fraction:
         raise LatelierError(f"{where} has no validation split; set data.val_split, data.val_source or val_fraction.")
-    return StreamSource(table, data, [facts, split, data.val_fraction], where, _length(table))
+    keep = None if has_val or not fraction else partial(_belongs, fraction, val)
+    told = getattr((table.info.splits or {}).get(str(table.split)), "num_examples", None)
+    length = (None if val and has_val else data.length) or told
+    return StreamSource(table, data, [facts, split, fraction], where, length, keep)
 
 
 def _load(data: Data, where: str, split: str, streaming: bool) -> tuple[Any, list[Any], bool]:
@@ -220,18 +227,13 @@ def _load(data: Data, where: str, split: str, streaming: bool) -> tuple[Any, lis
         )
     try:
         names = ["train"] if files else datasets.get_dataset_split_names(where)
-        wanted, has_val = _split_name(data, where, split, names, bool(files))
+        wanted, has_val = ("train", False) if files else _split_name(data, where, split, names)
         table = datasets.load_dataset(**arguments, split=wanted, streaming=streaming)
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         raise LatelierError(f"Dataset {where!r} cannot be opened ({str(error).splitlines()[0]}).") from None
     facts: list[Any] = [wanted, str(table.info.version)]
     facts += file_facts(files, files[0].parent) if files else [where, sorted(table.info.download_checksums or {})]
     return table, facts, has_val
-
-
-def _length(table: Any) -> int | None:
-    """How many rows the Hub says that a streamed split has; None if it does not, or if rows are held out."""
-    return getattr((table.info.splits or {}).get(table.split), "num_examples", None) or None
 
 
 def _files(where: str) -> list[Path]:
@@ -249,18 +251,21 @@ def _files(where: str) -> list[Path]:
     return paths
 
 
-def _split_name(data: Data, where: str, split: str, names: list[str], files: bool) -> tuple[str, bool]:
+def _split_name(data: Data, where: str, split: str, names: list[str]) -> tuple[str, bool]:
     """The dataset's name for `train` or `val`, and whether it has a name for `val`."""
-    if files:
-        return "train", False
-    val = data.val_split or next((name for name in VAL_NAMES if name in names and name != data.split), None)
-    own = split == "train" or where == data.val_source
-    wanted = (data.val_split or val or data.split) if where == data.val_source else data.split if own else val
-    for name in (wanted, data.val_split):
+    val = next((name for name in VAL_NAMES if name in names and name != data.split), None)
+    if data.val_split is not None and (not data.val_source or split == "val"):
+        val = data.val_split
+    wanted = data.split if split == "train" or val is None else val
+    for name in (wanted, val):
         if name is not None and name not in names:
             raise LatelierError(f"{where} has no split {name!r}; it has: {', '.join(names)}.")
-    assert wanted is not None
     return wanted, val is not None
+
+
+def _belongs(fraction: float, val: bool, number: int) -> bool:
+    """Whether a row belongs to a split, if rows are held out by a hash of their number."""
+    return (name_hash(str(number)) < fraction) == val
 
 
 def _with_number(row: dict[str, Any], number: int) -> dict[str, Any]:

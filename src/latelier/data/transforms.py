@@ -23,8 +23,8 @@ from latelier.recipe import Data
 
 # What PIL and numpy raise for files that are damaged, cut off, or so large that they must be an attack.
 UNREADABLE = (
-    OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError, struct.error, zlib.error,
-    Image.DecompressionBombError, Image.DecompressionBombWarning,
+    OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError, struct.error,
+    zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning,
 )  # fmt: skip
 GREYS = {"white": 255, "black": 0, "gray": 128}
 ORIENTATION = 0x0112  # EXIF: cameras store how they were held

@@ -13,7 +13,7 @@ from latelier.data.loader import ImageDataset
 from latelier.data.sources import open_source
 from latelier.errors import LatelierError
 from latelier.images import make_pairs, save_png
-from latelier.recipe import ConvRecipe, PretrainedRecipe, Recipe, VMAERecipe
+from latelier.recipe import ConvRecipe, PretrainedRecipe, Recipe, Training, VMAERecipe
 from latelier.tokenizers import build_tokenizer
 from latelier.tokenizers.codec import Codec, check_size
 from latelier.training import checkpoint
@@ -31,7 +31,7 @@ def train_tokenizer(recipe: Recipe, accelerator: Accelerator | None = None) -> P
     """
     folder = recipe.folder / "tokenizer"
     dataset = open_images(recipe)
-    if not isinstance(recipe.tokenizer, VMAERecipe | ConvRecipe):
+    if not isinstance(recipe.tokenizer, Training):
         return import_tokenizer(recipe, dataset, folder)
     training = recipe.tokenizer
     accelerator = accelerator or make_accelerator(training)
@@ -126,8 +126,10 @@ def import_tokenizer(recipe: Recipe, dataset: ImageDataset, folder: Path) -> Pat
     else:
         codec = Codec(build_tokenizer(recipe))
     check_size(recipe.data.image_size, codec.factor)
-    if not (folder / "config.json").is_file():
+    accelerator = Accelerator()
+    if accelerator.is_main_process and not (folder / "config.json").is_file():
         save_codec(codec, dataset, recipe, folder, None)
+    accelerator.wait_for_everyone()
     return folder
 
 

@@ -1,0 +1,82 @@
+"""The built-in scenes: what they say about themselves is true of their pixels."""
+
+import numpy as np
+import pytest
+
+from latelier.data.scenes import SceneSource, background
+from latelier.data.sources import open_source
+from latelier.errors import LatelierError
+from latelier.recipe import Data
+
+SIZE = (64, 96)
+
+
+def test_scenes_are_a_function_of_their_index():
+    one, other = SceneSource(SIZE, 10), SceneSource(SIZE, 10)
+    assert one.fingerprint == other.fingerprint
+    for i in (7, 2):
+        assert np.array_equal(one[i]["image"], other[i]["image"])
+        assert one[i]["caption"] == other[i]["caption"]
+    different = [SceneSource(SIZE, 10, "val"), SceneSource(SIZE, 10, seed=1)]
+    for source in different:
+        assert not np.array_equal(one[2]["image"], source[2]["image"])
+        assert one.fingerprint != source.fingerprint
+
+
+@pytest.mark.parametrize("size", [(64, 96), (48, 32)])
+def test_boxes_are_tight_around_the_segmentation(size):
+    source = SceneSource(size, 40)
+    for i in range(40):
+        record = source[i]
+        assert np.asarray(record["image"]).shape == (*size, 3)
+        assert record["label"] == record["box_labels"][0]
+        left = record["segmentation"].copy()
+        for box, label in zip(record["boxes"], record["box_labels"]):
+            x0, y0, x1, y1 = (box * np.array([size[1], size[0]] * 2)).round().astype(int)
+            inside = record["segmentation"][y0:y1, x0:x1]
+            assert set(np.unique(inside)) <= {0, label + 1}  # objects do not overlap
+            for edge in (inside[0], inside[-1], inside[:, 0], inside[:, -1]):
+                assert edge.any()
+            left[y0:y1, x0:x1] = 0
+        assert not left.any()
+
+
+def test_captions_say_where_things_are():
+    source = SceneSource(SIZE, 200)
+    said = set()
+    for i in range(200):
+        record = source[i]
+        boxes = record["boxes"] * np.array([SIZE[1], SIZE[0]] * 2)
+        if len(boxes) != 2:
+            continue
+        dx, dy = ((boxes[0] - boxes[1]).reshape(2, 2).sum(0)).round()
+        if abs(dx) >= abs(dy):
+            relation = "left of" if dx < 0 else "right of"
+        else:
+            relation = "above" if dy < 0 else "below"
+        assert f" {relation} " in record["caption"]
+        mirrored = record["caption_mirrored"]
+        assert (mirrored == record["caption"]) == (relation in ("above", "below"))
+        said.add(relation)
+    assert said == {"left of", "right of", "above", "below"}
+
+
+def test_backgrounds_vary():
+    rng = np.random.default_rng(0)
+    pictures = [np.asarray(background((16, 24), rng)) for _ in range(20)]
+    assert all(p.shape == (16, 24, 3) for p in pictures)
+    assert len({p.tobytes() for p in pictures}) == 20
+
+
+def test_recipe_options():
+    data = Data(source="scenes", length=100, image_size=32, val_fraction=0.1, classes=["Food & Drink"])
+    train, val = open_source(data), open_source(data, "val")
+    assert (len(train), len(val)) == (100, 10)
+    assert train.class_names == ["Food & Drink"]
+    assert train[0]["label"] == 0
+    with pytest.raises(LatelierError, match="'Foods'"):
+        SceneSource(SIZE, 1, classes=["Foods"])
+    with pytest.raises(LatelierError, match="8x8"):
+        SceneSource((8, 8), 1)
+    with pytest.raises(IndexError):
+        train[100]
