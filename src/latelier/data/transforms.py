@@ -90,7 +90,7 @@ class Transform:
             done = [resize(band, box, (self.width, self.height)) for band in bands]
             region = (box[0] / width, box[1] / height, box[2] / width, box[3] / height)
         elif self.crop == "resize":
-            done = [resize(band, (0, 0, width, height), (self.width, self.height)) for band in bands]
+            done = [resize(band, (0.0, 0.0, float(width), float(height)), (self.width, self.height)) for band in bands]
             region = (0.0, 0.0, 1.0, 1.0)
         else:
             done = [center_crop(band, (self.width, self.height)) for band in bands]
@@ -154,7 +154,7 @@ class Transform:
         scale = min(width / self.width, height / self.height) * (low + (high - low) * share) ** 0.5
         w, h = self.width * scale, self.height * scale
         x, y = right * (width - w), down * (height - h)
-        return x, y, min(x + w, width), min(y + h, height)
+        return x, y, min(x + w, float(width)), min(y + h, float(height))
 
     def _channels(self, pixels: UInt8[Tensor, "k h w"]) -> UInt8[Tensor, "d h w"]:
         """RGBA pixels onto the background; or alpha kept, if the background is drawn anew each time."""

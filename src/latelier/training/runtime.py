@@ -128,10 +128,14 @@ class Stage:
 
     def clip(self, objective: nn.Module, batch: dict[str, Any]) -> None:
         """Clip gradients to the recipe's norm, and stop before the weights if the norm is not finite."""
-        norm = self.accelerator.clip_grad_norm_(objective.parameters(), self.training.clip or math.inf)
+        trained = [p for p in objective.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in trained], foreach=True)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # sharded gradients
         if self._any(not torch.isfinite(norm).item()):
             bad = [n for n, p in objective.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
             self._refuse(f"the gradient of {bad[0] if bad else 'a weight'} is not finite", batch)
+        if self.training.clip:
+            torch.nn.utils.clip_grads_with_norm_(trained, self.training.clip, norm, foreach=True)
         self._sums["grad_norm"] = self._sums.get("grad_norm", 0) + norm.detach().float()
 
     def advance(self) -> None:
