@@ -131,8 +131,9 @@ class ImageDataset:
             yield from self._load(reader, process, processes, jobs, most_workers)
             return
         if self._memory is None:
-            self._memory = Memory(self.source, self.transform, progress=process == 0)
-            self._note(self._memory.failures, log=process == 0)
+            memory = Memory(self.source, self.transform, progress=process == 0)
+            self._note(memory.failures, log=process == 0)
+            self._memory = memory
         for job in jobs:
             batch = self._memory.batch(job)
             if batch is not None:
