@@ -144,3 +144,25 @@ def test_bar_counts_evaluations(capsys):
 def test_what_cannot_be_drawn_is_refused(options, settings, message):
     with pytest.raises(LatelierError, match=message):
         draw(make(**options), **settings)
+
+
+def test_opens_in_a_fresh_process(tmp_path):
+    import subprocess
+    import sys
+
+    from latelier.conditioning.condition import ClassConditioner
+    from latelier.denoisers.dit import DiT
+    from latelier.recipe import Process
+    from latelier.tokenizers.vmae import VMAE
+
+    small = {"dim": 16, "depth": 1, "heads": 2}
+    vmae = VMAE((16, 16), 8, latent_channels=4, **small, **{f"decoder_{k}": v for k, v in small.items()})
+    parts = (DiT(4, (2, 2), **small), ClassConditioner(2, 16))
+    LatentDiffusionPipeline.build(Codec(vmae), *parts, Process(), (16, 16)).save_pretrained(tmp_path)
+    script = f"""if True:
+        from latelier import LatentDiffusionPipeline
+        pipeline = LatentDiffusionPipeline.from_pretrained({str(tmp_path)!r})
+        print(pipeline(classes=[1], steps=1, progress=False).images[0].size)
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "(16, 16)", done.stderr

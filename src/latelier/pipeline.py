@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
@@ -14,10 +15,16 @@ from torch import Tensor
 
 from latelier import recipe
 from latelier.conditioning.condition import Condition
+from latelier.denoisers import DENOISERS
 from latelier.diffusion.process import DDPM, Flow, Scheduler, build_process
 from latelier.diffusion.sampling import sample_latents
 from latelier.errors import LatelierError
+from latelier.tokenizers import CLASSES
 from latelier.tokenizers.codec import Codec, fast_bf16
+
+# diffusers opens a saved pipeline's components only from modules that are imported already.
+for _place in (*CLASSES.values(), *DENOISERS.values()):
+    importlib.import_module(_place.split(":")[0])
 
 OUTPUTS = ("pil", "pt", "np", "latent")
 
