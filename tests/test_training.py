@@ -2,6 +2,7 @@
 
 import json
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from latelier.errors import LatelierError
 from latelier.objectives.terms import Terms
 from latelier.recipe import VMAERecipe
 from latelier.tokenizers.codec import Codec
-from latelier.training import checkpoint
+from latelier.training import checkpoint, runtime
 from latelier.training.denoiser_loop import train_denoiser
 from latelier.training.runtime import Stage, learning_rate
 from latelier.training.tokenizer_loop import train_tokenizer
@@ -189,3 +190,25 @@ def test_learning_rate_in_images():
 def test_batch_must_divide(tmp_path):
     with pytest.raises(LatelierError, match=r"tokenizer.batch = 8 is not a multiple of micro_batch 3"):
         train_tokenizer(tiny_recipe(tmp_path, tokenizer={"micro_batch": 3}))
+
+
+@pytest.mark.parametrize("kind", ["vmae", "dit", "conv"])
+def test_compile_reaches_what_is_run(kind):
+    from latelier.denoisers.dit import DiT
+    from latelier.recipe import ConvRecipe, Data
+    from latelier.tokenizers.conv import build
+    from latelier.tokenizers.vmae import VMAE
+
+    model = {
+        "vmae": lambda: VMAE((32, 32), **{**tiny_recipe(Path()).tokenizer.model}),
+        "dit": lambda: DiT(4, (4, 4), dim=32, depth=2, heads=2),
+        "conv": lambda: build(ConvRecipe(kind="conv", preset="kl-f8c16-tiny"), Data(source="emoji")),
+    }[kind]()
+    names = list(model.state_dict())
+    runtime.compile_model(model)
+    compiled = [name for name, module in model.named_modules() if module._compiled_call_impl is not None]
+    expected = {
+        "vmae": ["blocks.0", "decoder_blocks.0"], "dit": ["blocks.0", "blocks.1"], "conv": ["encoder", "decoder"],
+    }[kind]  # fmt: skip
+    assert compiled == expected
+    assert list(model.state_dict()) == names

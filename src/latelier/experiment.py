@@ -20,11 +20,15 @@ if TYPE_CHECKING:
 
 def prepare(recipe: Recipe) -> Recipe:
     """Make the run folder and write the resolved recipe into it, with versions and git state."""
-    from latelier.receipt import versions
+    from accelerate import PartialState
 
-    recipe.folder.mkdir(parents=True, exist_ok=True)
-    header = "".join(f"# {key}: {value}\n" for key, value in versions().items())
-    (recipe.folder / "recipe.yaml").write_text(header + dump(recipe))
+    from latelier.receipt import device_name, git_state, versions
+
+    if PartialState().is_main_process:
+        recipe.folder.mkdir(parents=True, exist_ok=True)
+        facts = {**versions(), "device": device_name(), **{f"git {k}": v for k, v in (git_state() or {}).items()}}
+        header = "".join(f"# {key}: {value}\n" for key, value in facts.items())
+        (recipe.folder / "recipe.yaml").write_text(header + dump(recipe))
     return recipe
 
 

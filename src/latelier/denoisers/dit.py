@@ -71,6 +71,7 @@ class DiT(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
+    _repeated_blocks = ["Block"]  # noqa: RUF012
 
     @register_to_config
     def __init__(

@@ -65,6 +65,7 @@ class VMAE(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
+    _repeated_blocks = ["TransformerBlock"]  # noqa: RUF012
 
     @register_to_config
     def __init__(

@@ -72,11 +72,12 @@ def learning_rate(training: Training, images: int) -> float:
 
 
 def compile_model(model: nn.Module) -> None:
-    """Compile the repeated blocks in place (fast to compile, names of weights unchanged)."""
+    """Compile in place, names of weights unchanged: transformers block by block, autoencoders by their two halves."""
     if getattr(model, "_repeated_blocks", None):
         model.compile_repeated_blocks()
-    else:
-        model.compile()
+        return
+    for half in (model.encoder, model.decoder):
+        half.compile()
 
 
 class Stage:
