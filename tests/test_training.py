@@ -200,7 +200,7 @@ def test_compile_reaches_what_is_run(kind):
     from latelier.tokenizers.vmae import VMAE
 
     model = {
-        "vmae": lambda: VMAE((32, 32), **{**tiny_recipe(Path()).tokenizer.model}),
+        "vmae": lambda: VMAE((32, 32), **tiny_recipe(Path()).tokenizer.model),
         "dit": lambda: DiT(4, (4, 4), dim=32, depth=2, heads=2),
         "conv": lambda: build(ConvRecipe(kind="conv", preset="kl-f8c16-tiny"), Data(source="emoji")),
     }[kind]()
