@@ -72,3 +72,10 @@ def test_missing_file_and_nearest_name(tmp_path):
 
 def test_schema_knows_every_section():
     assert {"data", "tokenizer", "denoiser", "sample", "evaluate"} <= set(schema()["properties"])
+
+
+def test_run_folder_that_was_moved(recipe_file, tmp_path):
+    moved = tmp_path / "elsewhere" / "renamed"
+    moved.mkdir(parents=True)
+    (moved / "recipe.yaml").write_text(dump(load_recipe(recipe_file)))
+    assert load_recipe(moved).folder == moved

@@ -65,9 +65,11 @@ def run(recipe: Recipe) -> Path:
 def open_run(path: Path) -> tuple[LatentDiffusionPipeline, Recipe | None]:
     """The pipeline of a run folder or a saved pipeline, on the fastest device, and the run's recipe."""
     from accelerate import PartialState
+    from diffusers.utils.logging import disable_progress_bar
 
     from latelier.pipeline import LatentDiffusionPipeline
 
+    disable_progress_bar()  # of loading; sampling has its own
     folder = path / "pipeline" if (path / "pipeline").is_dir() else path
     if not (folder / "model_index.json").is_file():
         raise LatelierError(f"There is no trained pipeline in {path}; run `latelier run` or `latelier train denoiser`.")

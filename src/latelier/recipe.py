@@ -234,13 +234,15 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Raises:
         LatelierError: naming the file, key or value that is wrong.
     """
-    path = find_recipe(path)
+    given, path = Path(path), find_recipe(path)
     try:
         tree = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise LatelierError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise LatelierError(f"{path} must be a YAML mapping with at least `name`, `data` and `tokenizer`.")
+    if given.is_dir():  # a run folder, perhaps moved since
+        tree |= {"runs": str(given.resolve().parent), "name": given.resolve().name}
     return build_recipe(apply_overrides(tree, overrides))
 
 

@@ -138,13 +138,15 @@ def save_codec(
 ) -> None:
     """Measure the latent statistics over the training set and save the tokenizer with them."""
     if codec.mean is None:
-        codec.mean, codec.std = latent_statistics(codec, dataset, STATISTICS_IMAGES, recipe.seed, accelerator)
-        deviation = ", ".join(f"{s:.2f}" for s in (codec.std.min(), codec.std.median(), codec.std.max()))
-        console.print(f"Latent std per channel (min, median, max): {deviation}.")
-        codec.receipt = {"images": min(STATISTICS_IMAGES, len(dataset)), "data": dataset.fingerprint, "sampled": True}
+        mean, std = latent_statistics(codec, dataset, STATISTICS_IMAGES, recipe.seed, accelerator)
+        about = {"images": min(STATISTICS_IMAGES, len(dataset)), "data": dataset.fingerprint, "sampled": True}
+        codec = Codec(codec.tokenizer, mean, std, about, codec.precision)
+        deviation = f"; standard deviations of its latents: {std.min():.2f} to {std.max():.2f}"
+    else:
+        deviation = ""
     if accelerator is None or accelerator.is_main_process:
         codec.save_pretrained(folder)
-        console.print(f"Tokenizer saved in {folder}.")
+        console.print(f"Tokenizer saved in {folder}{deviation}.")
     if accelerator is not None:
         accelerator.wait_for_everyone()
 
