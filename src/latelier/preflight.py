@@ -11,7 +11,8 @@ from torch import nn
 
 from latelier.data.loader import ImageDataset
 from latelier.errors import LatelierError
-from latelier.recipe import PretrainedRecipe, Recipe, Training
+from latelier.objectives import build_objective
+from latelier.recipe import PretrainedRecipe, Recipe, TrainedTokenizer, Training
 from latelier.tokenizers import build_tokenizer
 from latelier.tokenizers.codec import Codec
 from latelier.training import checkpoint, denoiser_loop, tokenizer_loop
@@ -30,8 +31,8 @@ def check(recipe: Recipe) -> list[dict[str, Any]]:
     classes = f", {len(dataset.class_names)} classes" if dataset.class_names else ""
     console.print(f"Data: {len(dataset):,} pictures of {' x '.join(map(str, dataset.shape))}{classes}.")
     codec, rows = _codec(recipe), []
-    if isinstance(recipe.tokenizer, Training):
-        objective = tokenizer_loop.build_objective(recipe.tokenizer, recipe.seed, codec.tokenizer)
+    if isinstance(recipe.tokenizer, TrainedTokenizer):
+        objective = build_objective(recipe.tokenizer, recipe.seed, codec.tokenizer)
         rows.append(_try("tokenizer", recipe.tokenizer, objective, lambda n: next(dataset.stream(n))))
     if recipe.denoiser is not None:
         objective = denoiser_loop.build_objective(recipe, codec, dataset.class_names)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -103,29 +103,33 @@ class Training(Section):
         return self
 
 
-class VMAERecipe(Training):
+class TrainedTokenizer(Training):
+    """What the sections of all tokenizers that are trained here share."""
+
+    kind: str
+    init: str | None = Field(None, description="start from this folder or Hub name instead of random weights")
+    model: dict[str, Any] = Field(default_factory=dict, description="overrides of the preset's architecture")
+    perceptual_weight: Weight = Field(0.5, description="of LPIPS (VGG16); 0 leaves it out")
+
+
+class VMAERecipe(TrainedTokenizer):
     """Variational masked autoencoder (LDMAE, ICCV 2025)."""
 
     kind: Literal["vmae"]
     preset: str = "vmae-f8d16"
-    init: str | None = Field(None, description="start from this folder or Hub name instead of random weights")
-    model: dict[str, Any] = Field(default_factory=dict, description="overrides of the preset's architecture")
     mask_ratio: float = Field(0.6, ge=0, lt=1)
     visible_weight: Unit = Field(0.5, description="v in (1 - v) * masked MSE + v * visible MSE")
-    perceptual_weight: Weight = 0.5
     perceptual_every: int = Field(1, ge=1, description="n: LPIPS on every n-th picture only, since it costs most")
     kl_weight: Weight = 1e-6
     kl: Literal["free-mean", "standard", "fixed-std"] = "free-mean"
     fixed_std: float = Field(1e-3, gt=0, description="s of `kl: fixed-std`")
 
 
-class ConvRecipe(Training):
+class ConvRecipe(TrainedTokenizer):
     """Convolutional autoencoder on diffusers' AutoencoderKL: AE, DAE, VAE."""
 
     kind: Literal["conv"]
     preset: str = "kl-f8c4"
-    init: str | None = None
-    model: dict[str, Any] = Field(default_factory=dict)
     reconstruction: Literal["l1", "l2"] = "l1"
     perceptual_weight: Weight = 1.0
     kl_weight: Weight = 1e-6
@@ -151,10 +155,7 @@ TokenizerRecipe = Annotated[VMAERecipe | ConvRecipe | IdentityRecipe | Pretraine
 
 
 # The kind of a tokenizer section, as users write it; it is part of the location of pydantic's errors.
-_KINDS = {
-    model.model_fields["kind"].annotation.__args__[0]: model  # type: ignore[union-attr]
-    for model in (VMAERecipe, ConvRecipe, IdentityRecipe, PretrainedRecipe)
-}
+_KINDS = {model.model_fields["kind"].annotation.__args__[0]: model for model in get_args(get_args(TokenizerRecipe)[0])}
 
 
 class Process(Section):

@@ -201,8 +201,7 @@ class Codec:
 
     @property
     def _memory_format(self) -> torch.memory_format:
-        convolutional = type(self.tokenizer).__module__.startswith("diffusers")
-        return torch.channels_last if convolutional else torch.contiguous_format
+        return torch.channels_last if is_convolutional(self.tokenizer) else torch.contiguous_format
 
     def _autocast(self):
         device = self.device.type
@@ -213,6 +212,11 @@ class Codec:
     @staticmethod
     def _like(statistic: Tensor, z: Tensor) -> Tensor:
         return statistic.to(z).view(-1, *[1] * (z.ndim - 2))
+
+
+def is_convolutional(tokenizer: torch.nn.Module) -> bool:
+    """Whether the channels_last layout pays: the convolutional autoencoders are all diffusers'."""
+    return type(tokenizer).__module__.startswith("diffusers.")
 
 
 def check_size(size: tuple[int, ...] | torch.Size, factor: int) -> None:

@@ -13,9 +13,10 @@ from latelier.data.loader import ImageDataset
 from latelier.data.sources import open_source
 from latelier.errors import LatelierError
 from latelier.images import make_pairs, save_png
-from latelier.recipe import ConvRecipe, PretrainedRecipe, Recipe, Training, VMAERecipe
+from latelier.objectives import build_objective
+from latelier.recipe import PretrainedRecipe, Recipe, TrainedTokenizer
 from latelier.tokenizers import build_tokenizer
-from latelier.tokenizers.codec import Codec, check_size
+from latelier.tokenizers.codec import Codec, check_size, is_convolutional
 from latelier.training import checkpoint
 from latelier.training.runtime import Stage, adamw, compile_model, console, make_accelerator
 
@@ -31,7 +32,7 @@ def train_tokenizer(recipe: Recipe, accelerator: Accelerator | None = None) -> P
     """
     folder = recipe.folder / "tokenizer"
     dataset = open_images(recipe)
-    if not isinstance(recipe.tokenizer, Training):
+    if not isinstance(recipe.tokenizer, TrainedTokenizer):
         return import_tokenizer(recipe, dataset, folder)
     training = recipe.tokenizer
     accelerator = accelerator or make_accelerator(training)
@@ -41,7 +42,7 @@ def train_tokenizer(recipe: Recipe, accelerator: Accelerator | None = None) -> P
     tokenizer = build_tokenizer(recipe)
     check_size(recipe.data.image_size, Codec(tokenizer).factor)
     objective = build_objective(training, recipe.seed, tokenizer)
-    if isinstance(training, ConvRecipe):
+    if is_convolutional(tokenizer):
         objective.to(memory_format=torch.channels_last)
     objective.to(accelerator.device)
     if training.compile:
@@ -83,22 +84,6 @@ def train_tokenizer(recipe: Recipe, accelerator: Accelerator | None = None) -> P
     tokenizer = accelerator.unwrap_model(objective).tokenizer.eval()
     save_codec(Codec(tokenizer, precision=training.precision), dataset, recipe, folder, accelerator)
     return folder
-
-
-def build_objective(section: VMAERecipe | ConvRecipe, seed: int, tokenizer: nn.Module) -> nn.Module:
-    """The objective of a recipe's tokenizer section."""
-    perceptual = None
-    if section.perceptual_weight:
-        from latelier.losses.perceptual import LPIPS
-
-        perceptual = LPIPS("vgg")
-    if isinstance(section, VMAERecipe):
-        from latelier.objectives.vmae import VMAEObjective
-
-        return VMAEObjective(tokenizer, section, seed, perceptual)
-    from latelier.objectives.autoencoder import AutoencoderObjective
-
-    return AutoencoderObjective(tokenizer, section, seed, perceptual)
 
 
 def open_images(recipe: Recipe, split: str = "train") -> ImageDataset:
