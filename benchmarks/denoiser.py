@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.timing import default_device, matmul_peak, seconds
+from benchmarks.timing import default_device, matmul, seconds
 from latelier.denoisers.dit import SIZES, SWITCHES, DiT
 from latelier.tokenizers.codec import fast_bf16
 
@@ -26,10 +26,11 @@ def run() -> list[tuple[str, float]]:
         optimizer.step()
         optimizer.zero_grad()
 
-    peak = matmul_peak(device, torch.bfloat16 if bf16 else torch.float32)
+    product, product_flops = matmul(device, torch.bfloat16 if bf16 else torch.float32)
     with FlopCounterMode(display=False) as counter:
         step()
-    achieved = counter.get_total_flops() / seconds({"step": step}, 3)["step"]
+    time = seconds({"step": step, "product": product}, 5)
+    achieved, peak = counter.get_total_flops() / time["step"], product_flops / time["product"]
     return [
         ("matrix-product peak, TFLOP/s", peak / 1e12),
         ("LightningDiT-B/1 step, TFLOP/s", achieved / 1e12),

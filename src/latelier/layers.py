@@ -90,19 +90,20 @@ class _RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse = ctx.saved_tensors
+        outer = outer.contiguous()  # after attention it is permuted, and strided element-wise passes are slow
         u = x.float() * inverse
-        product = outer * u
-        gain = product.sum_to_size(weight.shape) if weight.ndim == 1 else _sum_like(product, weight)
-        along = (product * weight).mean(dim=-1, keepdim=True)
-        dx = (outer * weight).sub_(u.mul_(along)).mul_(inverse)
-        return dx.to(x.dtype), gain, None
+        gain = _sum_like(outer * u, weight)
+        g = outer * weight
+        along = torch.linalg.vecdot(g, u)[..., None].div_(x.shape[-1])
+        return g.addcmul_(u, along, value=-1).mul_(inverse).to(x.dtype), gain, None
 
 
 def _sum_like(x: Tensor, weight: Tensor) -> Tensor:
-    """Sum over the axes along which `weight` was broadcast."""
-    leading = list(range(x.ndim - weight.ndim))
-    ones = [x.ndim - weight.ndim + i for i, size in enumerate(weight.shape) if size == 1]
-    return x.sum(leading + ones).view(weight.shape)
+    """Sum over the axes along which `weight` was broadcast; the leading ones by a matrix product, which is fastest."""
+    trailing = x.shape[x.ndim - weight.ndim :]
+    flat = x.reshape(-1, trailing.numel())
+    summed = (flat.new_ones(len(flat)) @ flat).view(trailing)
+    return summed.sum_to_size(weight.shape)
 
 
 class MLP(nn.Module):
