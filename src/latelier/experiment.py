@@ -57,7 +57,7 @@ def run(recipe: Recipe) -> Path:
         console.print(f"Report: {report}\n\nTry next:")
         if recipe.denoiser is not None:
             console.print(f"  latelier sample {recipe.folder} --count 64 --guidance 3 --seed 1000")
-        console.print("  latelier run quickstart data.source=/folder/of/your/pictures name=mine")
+        console.print("  latelier run quickstart data.source=/folder/of/your/pictures data.classes=null name=mine")
     PartialState().wait_for_everyone()
     return report
 
