@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from latelier.errors import LatelierError
 from latelier.objectives.terms import Terms
-from latelier.recipe import VMAERecipe
+from latelier.recipe import VMAERecipe, build_recipe
 from latelier.tokenizers.codec import Codec
 from latelier.training import checkpoint, runtime
 from latelier.training.denoiser_loop import train_denoiser
@@ -212,3 +212,43 @@ def test_compile_reaches_what_is_run(kind):
     }[kind]  # fmt: skip
     assert compiled == expected
     assert list(model.state_dict()) == names
+
+
+CONV = {
+    "kind": "conv", "preset": "kl-f8c16-tiny", "model": {"block_out_channels": [8, 8, 8, 8], "norm_num_groups": 4},
+    "images": 32, "batch": 8, "micro_batch": None, "ema": 0.9, "checkpoint_every": 8, "preview_every": 32,
+    "perceptual_weight": 0, "lr": 1e-3, "schedule": "constant",
+}  # fmt: skip
+
+
+def conv_recipe(folder, **changes):
+    """A tiny KL autoencoder on scenes with a DDPM denoiser."""
+    recipe = tiny_recipe(folder, data={"source": "scenes", "length": 40}, denoiser={"process": {"kind": "ddpm"}})
+    tree = recipe.model_dump()
+    return build_recipe({**tree, "tokenizer": {**CONV, **changes}})
+
+
+def test_convolutional_tokenizer_resumes_exactly_and_opens_in_diffusers(tmp_path, monkeypatch):
+    from diffusers import AutoencoderKL
+
+    whole, stopped = conv_recipe(tmp_path / "whole"), conv_recipe(tmp_path / "stopped")
+    train_tokenizer(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage, "should_stop", lambda self: self.images == 16)
+        with pytest.raises(SystemExit):
+            train_tokenizer(stopped)
+    train_tokenizer(stopped)
+    assert_same(newest(whole.folder, "tokenizer"), newest(stopped.folder, "tokenizer"))
+    assert AutoencoderKL.from_pretrained(whole.folder / "tokenizer").config["latent_channels"] == 16
+    train_denoiser(whole)
+    assert (whole.folder / "pipeline" / "model_index.json").is_file()
+
+
+@pytest.mark.parametrize("kind", ["pretrained", "identity"])
+def test_tokenizers_that_are_not_trained(trained, tmp_path, kind):
+    section = {"kind": kind} | ({"path": str(trained.folder / "tokenizer")} if kind == "pretrained" else {})
+    tree = tiny_recipe(tmp_path, denoiser={"images": 16, "patch": 4}).model_dump()
+    recipe = build_recipe({**tree, "tokenizer": section})
+    train_tokenizer(recipe)
+    train_denoiser(recipe)
+    assert Codec.from_pretrained(recipe.folder / "tokenizer").std is not None

@@ -56,8 +56,10 @@ def run(recipe: Recipe) -> Path:
         show_measurements(evaluate(recipe))
         console.print(f"Report: {report}\n\nTry next:")
         if recipe.denoiser is not None:
-            console.print(f"  latelier sample {recipe.folder} --count 64 --guidance 3 --seed 1000")
-        console.print("  latelier run quickstart data.source=/folder/of/your/pictures data.classes=null name=mine")
+            console.print(f"  latelier sample {recipe.folder} --count 64 --guidance 3 --seed 1000", soft_wrap=True)
+        console.print(
+            "  latelier run quickstart data.source=/folder/of/your/pictures data.classes=null name=mine", soft_wrap=True
+        )
     PartialState().wait_for_everyone()
     return report
 

@@ -181,7 +181,8 @@ def check_classes(classes: list[str], known: list[str] | None) -> None:
     for name in classes:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1, 0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known[:20])}; data.classes=null takes all."
+            everything = f"known: {', '.join(known[:20])}; data.classes=null takes all."
+            hint = f"did you mean {near[0]!r}?" if near else everything
             raise LatelierError(f"Unknown class {name!r}; {hint}")
 
 

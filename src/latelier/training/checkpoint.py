@@ -45,7 +45,8 @@ def save(
         if accelerator.is_main_process:
             if ema is not None:
                 names = _trained_names(accelerator.unwrap_model(objective))
-                save_file(dict(zip(names, ema.shadow_params)), temporary / "ema.safetensors")
+                averages = {name: shadow.contiguous() for name, shadow in zip(names, ema.shadow_params)}
+                save_file(averages, temporary / "ema.safetensors")
             state = {"stage": stage, "images": images, "ema_step": ema.optimization_step if ema else 0}
             (temporary / STATE).write_text(json.dumps(state))
             shutil.rmtree(final, ignore_errors=True)
