@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
-EXPLICIT_TOKENS = 512  # below, training on a CPU is faster with the explicit form (benchmarks/README.md)
+EXPLICIT_TOKENS = 512  # up to here, training on a CPU is faster with the explicit form
 
 
 def attention(

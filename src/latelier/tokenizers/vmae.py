@@ -157,11 +157,6 @@ class VMAE(ModelMixin, ConfigMixin):
         """Reconstruction through the posterior's mean."""
         return self.decode(self.encode(images).latent_dist.mode())
 
-    @property
-    def last_layer(self) -> nn.Parameter:
-        """The weight that an adaptive adversarial loss balances gradients at."""
-        return self.smoother.weight if isinstance(self.smoother, nn.Conv2d) else self.head.weight
-
     def _positions(self, table: Tensor, height: int, width: int) -> Float[Tensor, "1 n d"]:
         return resize_positions(table, self.grid, (height, width))
 

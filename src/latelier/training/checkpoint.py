@@ -117,14 +117,14 @@ def _reason(error: Exception) -> str:
 def export_ema(objective: nn.Module, ema: EMAModel | None) -> None:
     """Put the averaged weights into the model, for good."""
     if ema is not None:
-        ema.copy_to([p for p in objective.parameters() if p.requires_grad])
+        ema.copy_to(trained(objective))
 
 
 def make_ema(objective: nn.Module, decay: float) -> EMAModel | None:
     """An exponential moving average of the trained parameters, or None when the recipe has none."""
     if not decay:
         return None
-    return EMAModel([p for p in objective.parameters() if p.requires_grad], decay=decay, foreach=True)
+    return EMAModel(trained(objective), decay=decay, foreach=True)
 
 
 def trained(objective: nn.Module) -> list[torch.nn.Parameter]:

@@ -64,12 +64,7 @@ def train_denoiser(recipe: Recipe, accelerator: Accelerator | None = None) -> Pa
             for micro in range(stage.accumulation):
                 batch = to_device(next(stream), accelerator.device)
                 stage.backward(objective, batch, last=micro == stage.accumulation - 1)
-            stage.clip(objective, batch)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if ema is not None:
-                ema.step(checkpoint.trained(objective))
-            stage.advance()
+            stage.update(objective, optimizer, ema, batch)
 
             with stage.paused():
                 if stage.due(training.preview_every) and accelerator.is_main_process:

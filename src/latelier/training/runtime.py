@@ -20,6 +20,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
+from diffusers.training_utils import EMAModel
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -138,6 +139,17 @@ class Stage:
         if self.training.clip:
             torch.nn.utils.clip_grads_with_norm_(trained, self.training.clip, norm, foreach=True)
         self._sums["grad_norm"] = self._sums.get("grad_norm", 0) + norm.detach().float()
+
+    def update(
+        self, objective: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel | None, batch: dict[str, Any]
+    ) -> None:
+        """Clip, step, average the weights, count."""
+        self.clip(objective, batch)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if ema is not None:
+            ema.step(checkpoint.trained(objective))
+        self.advance()
 
     def advance(self) -> None:
         """One optimiser step is done: count it, move the bar, write the log when due."""
