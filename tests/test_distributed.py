@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from latelier.training.denoiser_loop import train_denoiser
 from latelier.training.tokenizer_loop import train_tokenizer
 from tiny import tiny_recipe
+from two_processes import TOKENIZER
 
 HERE = Path(__file__).parent
 
@@ -28,7 +29,8 @@ def test_two_processes_equal_one(tmp_path):
     for stage in ("tokenizer", "denoiser"):
         assert (two / f"{stage}-0.txt").read_text() == (two / f"{stage}-1.txt").read_text()
 
-    recipe = tiny_recipe(one, tokenizer={"ema": 0}, denoiser={"ema": 0})
+    assert (two / "tokenizer-0.txt").read_text().startswith("3 ")  # two phases and a discriminator
+    recipe = tiny_recipe(one, tokenizer=TOKENIZER, denoiser={"ema": 0})
     train_tokenizer(recipe)
     train_denoiser(recipe)
     for part in ("tokenizer", "pipeline/denoiser", "pipeline/conditioner"):

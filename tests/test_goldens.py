@@ -72,7 +72,7 @@ def test_vmae_stage1_losses():
         recipe = VMAERecipe(
             kind="vmae", mask_ratio=0.25, visible_weight=v, kl_weight=1e-6, kl=kl, fixed_std=1e-3, perceptual_weight=0
         )
-        return VMAEObjective(model, recipe, seed=0).terms(images, keep, noise)
+        return VMAEObjective(model, recipe, seed=0).terms(images, keep, noise)[0]
 
     free, fixed = objective("free-mean", 0.5), objective("fixed-std", 0.5)
     golden.check("reconstruction", free.images["reconstruction"])

@@ -70,12 +70,12 @@ def test_resume_equals_uninterrupted(trained, tmp_path, monkeypatch, stage, how)
             assert checkpoint.checkpoints(recipe.folder, stage)[-1].name.endswith("24")
         else:  # a power cut inside the fourth step: training goes on from the second
 
-            def clip(self, *args, original=Stage.clip):
+            def step(self, *args, original=Stage.step):
                 original(self, *args)
                 if self.images == 24:
                     raise Killed
 
-            patch.setattr(Stage, "clip", clip)
+            patch.setattr(Stage, "step", step)
             with pytest.raises(Killed):
                 LOOPS[stage](recipe)
             assert checkpoint.checkpoints(recipe.folder, stage)[-1].name.endswith("16")

@@ -7,20 +7,39 @@ from pathlib import Path
 import torch
 
 from latelier.training import denoiser_loop, tokenizer_loop
-from latelier.training.runtime import make_accelerator
+from latelier.training.runtime import Stage, make_accelerator
 from tiny import tiny_recipe
 
+TOKENIZER = {  # masked pretraining, then decoder tuning against a discriminator
+    "ema": 0,
+    "phases": [
+        {"name": "tuning", "images": 32, "train": "decoder", "mask_ratio": 0, "kl_weight": 0, "lr": 1e-3,
+         "sample_posterior": False, "adversarial": {"layers": 1, "channels": 8, "start": 8, "ahead": 8}},
+    ],
+}  # fmt: skip
 
-def digest(accelerator) -> str:
+
+TRAINED: list[torch.nn.Module] = []  # what stepped, tokenizers and discriminators alike
+
+
+def remember(self, objective, *rest, original=Stage.step, **options):
+    """A step that leaves a trace of what it was taken with."""
+    original(self, objective, *rest, **options)
+    if not any(objective is one for one in TRAINED):
+        TRAINED.append(objective)
+
+
+def digest() -> str:
     """Hash of this process's trained weights."""
-    content = b"".join(p.detach().numpy().tobytes() for p in accelerator._models[-1].parameters())
-    return hashlib.sha256(content).hexdigest()
+    content = b"".join(p.detach().numpy().tobytes() for model in TRAINED for p in model.parameters())
+    return f"{len(TRAINED)} {hashlib.sha256(content).hexdigest()}"
 
 
 def main(folder: Path) -> None:
     """Both stages, on this process."""
     torch.set_num_threads(1)
-    recipe = tiny_recipe(folder, tokenizer={"ema": 0}, denoiser={"ema": 0})
+    recipe = tiny_recipe(folder, tokenizer=TOKENIZER, denoiser={"ema": 0})
+    Stage.step = remember
     for name, section, train in (
         ("tokenizer", recipe.tokenizer, tokenizer_loop.train_tokenizer),
         ("denoiser", recipe.denoiser, denoiser_loop.train_denoiser),
@@ -28,7 +47,8 @@ def main(folder: Path) -> None:
         accelerator = make_accelerator(section)
         assert accelerator.num_processes == 2
         train(recipe, accelerator)
-        (folder / f"{name}-{accelerator.process_index}.txt").write_text(digest(accelerator))
+        (folder / f"{name}-{accelerator.process_index}.txt").write_text(digest())
+        TRAINED.clear()
         accelerator.wait_for_everyone()
 
 

@@ -73,7 +73,7 @@ def write_report(folder: Path) -> Path:
 
 
 def read_log(path: Path) -> dict[str, list[Row]]:
-    """Log lines by stage, ascending in images seen.
+    """Log lines by stage in the order in which they began, ascending in images seen.
 
     A resumed run writes again what it had logged after its checkpoint; the later line counts. Half-written lines are
     left out.
@@ -86,7 +86,7 @@ def read_log(path: Path) -> dict[str, list[Row]]:
         while rows and rows[-1]["images"] >= row["images"]:
             rows.pop()
         rows.append(row)
-    return {stage: stages[stage] for stage in sorted(stages, key=lambda s: (STAGES.index(s) if s in STAGES else 9, s))}
+    return stages
 
 
 # -- sections ---------------------------------------------------------------------------------------------------------

@@ -1,11 +1,13 @@
 """Objectives: `forward(batch) -> Terms`.
 
-A tokenizer that is trained has one; its constructor takes the tokenizer, its recipe section, a seed, and LPIPS or
-None.
+A tokenizer that is trained has one; its constructor takes the tokenizer, its recipe section, a seed, and LPIPS and
+the adversary, or None for each.
 """
 
 import importlib
 from typing import TYPE_CHECKING
+
+from latelier.tokenizers import freeze
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,11 +21,17 @@ OBJECTIVES = {
 
 
 def build_objective(section: "TrainedTokenizer", seed: int, tokenizer: "nn.Module") -> "nn.Module":
-    """The objective of a recipe's tokenizer section."""
+    """The objective of a recipe's tokenizer section; what `section.train` leaves out is frozen."""
+    freeze(tokenizer, section.train)
     perceptual = None
     if section.perceptual_weight:
         from latelier.losses.perceptual import LPIPS
 
         perceptual = LPIPS("vgg")
+    adversary = None
+    if section.adversarial is not None:
+        from latelier.objectives.adversarial import Adversary
+
+        adversary = Adversary(section.adversarial, seed, tokenizer.config["in_channels"])  # type: ignore[index]
     module, name = OBJECTIVES[section.kind].split(":")
-    return getattr(importlib.import_module(module), name)(tokenizer, section, seed, perceptual)
+    return getattr(importlib.import_module(module), name)(tokenizer, section, seed, perceptual, adversary)

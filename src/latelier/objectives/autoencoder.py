@@ -1,4 +1,4 @@
-"""Objective of convolutional autoencoders: AE, DAE and VAE from one class with explicit terms."""
+"""Objective of convolutional autoencoders: AE, DAE, VAE and SD-VAE from one class with explicit terms."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from latelier.draws import Draws
 from latelier.losses.kl import mean_kl
+from latelier.objectives.adversarial import Adversary
 from latelier.objectives.terms import Terms
 from latelier.recipe import ConvRecipe
+from latelier.tokenizers import last_layer
 
 
 class AutoencoderObjective(nn.Module):
@@ -22,14 +24,23 @@ class AutoencoderObjective(nn.Module):
         recipe: weights and forms. With `kl_weight: 0` the latent is the posterior's mean: a plain autoencoder.
         seed: of the noises, which are addressed by the images' numbers.
         perceptual: LPIPS; needed when its weight is not zero.
+        adversary: the discriminator's side of the loss, if there is one.
     """
 
-    def __init__(self, tokenizer: AutoencoderKL, recipe: ConvRecipe, seed: int, perceptual: nn.Module | None = None):
+    def __init__(
+        self,
+        tokenizer: AutoencoderKL,
+        recipe: ConvRecipe,
+        seed: int,
+        perceptual: nn.Module | None = None,
+        adversary: Adversary | None = None,
+    ):
         super().__init__()
         self.tokenizer, self.perceptual, self.recipe, self.seed = tokenizer, perceptual, recipe, seed
+        self.adversary = adversary
 
     def forward(self, batch: dict[str, Any]) -> Terms:
-        """Terms of `batch["image"]` `(b, c, h, w)`; `batch["draw"]` addresses the random numbers."""
+        """Terms of `batch["image"]` `(b, c, h, w)`; `draw` addresses the random numbers, `seen` counts images."""
         images = batch["image"]
         draws = Draws(self.seed, batch["draw"], images.device)
         inputs = images
@@ -51,4 +62,7 @@ class AutoencoderObjective(nn.Module):
         if self.perceptual is not None and self.recipe.perceptual_weight:
             losses["lpips"] = self.perceptual(reconstruction, images).mean()
             weights["lpips"] = self.recipe.perceptual_weight
-        return Terms(losses, weights, images={"reconstruction": reconstruction.detach()})
+        terms = Terms(losses, weights, images={"reconstruction": reconstruction.detach()})
+        if self.adversary is not None:
+            self.adversary.add(terms, reconstruction, last_layer(self.tokenizer), batch)
+        return terms

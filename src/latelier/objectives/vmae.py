@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from latelier.draws import Draws
 from latelier.losses.kl import gaussian_kl
+from latelier.objectives.adversarial import Adversary
 from latelier.objectives.terms import Terms
 from latelier.recipe import VMAERecipe
+from latelier.tokenizers import last_layer
 from latelier.tokenizers.vmae import VMAE, visible_patches
 
 
@@ -26,11 +28,22 @@ class VMAEObjective(nn.Module):
         recipe: mask ratio, weights and the form of the KL.
         seed: of the masks and the posterior's noise, which are addressed by the images' numbers.
         perceptual: LPIPS; needed when its weight is not zero.
+        adversary: the discriminator's side of the loss, if there is one; the paper has none.
     """
 
-    def __init__(self, tokenizer: VMAE, recipe: VMAERecipe, seed: int, perceptual: nn.Module | None = None):
+    def __init__(
+        self,
+        tokenizer: VMAE,
+        recipe: VMAERecipe,
+        seed: int,
+        perceptual: nn.Module | None = None,
+        adversary: Adversary | None = None,
+    ):
         super().__init__()
         self.tokenizer, self.perceptual, self.recipe, self.seed = tokenizer, perceptual, recipe, seed
+        self.adversary = adversary
+        if not recipe.mask_ratio:
+            tokenizer.mask_token.requires_grad_(False)  # nothing stands in for a missing patch
         v = recipe.visible_weight if recipe.mask_ratio else 1.0
         self.weights = {
             "mse_visible": v,
@@ -40,7 +53,7 @@ class VMAEObjective(nn.Module):
         }
 
     def forward(self, batch: dict[str, Any]) -> Terms:
-        """Terms of `batch["image"]` `(b, c, h, w)`; `batch["draw"]` addresses the random numbers."""
+        """Terms of `batch["image"]` `(b, c, h, w)`; `draw` addresses the random numbers, `seen` counts images."""
         images, p = batch["image"], self.tokenizer.config["patch_size"]
         grid = (images.shape[2] // p, images.shape[3] // p)
         draws = Draws(self.seed, batch["draw"], images.device)
@@ -48,25 +61,30 @@ class VMAEObjective(nn.Module):
         if self.recipe.mask_ratio:
             keep = visible_patches(draws.uniform("mask", grid[0] * grid[1]), self.recipe.mask_ratio)
         tokens = grid[0] * grid[1] if keep is None else keep.shape[1]
-        noise = draws.normal("posterior", tokens, self.tokenizer.config["latent_channels"])
+        noise = None
+        if self.recipe.sample_posterior:
+            noise = draws.normal("posterior", tokens, self.tokenizer.config["latent_channels"])
         judged = None
         if self.recipe.perceptual_every > 1:
             judged = (batch["draw"] % self.recipe.perceptual_every == 0).to(images.device)
-        return self.terms(images, keep, noise, judged)
+        terms, reconstruction = self.terms(images, keep, noise, judged)
+        if self.adversary is not None:
+            self.adversary.add(terms, reconstruction, last_layer(self.tokenizer), batch)
+        return terms
 
     def terms(
         self,
         images: Float[Tensor, "b c h w"],
         keep: Int[Tensor, "b k"] | None,
-        noise: Float[Tensor, "b k l"],
+        noise: Float[Tensor, "b k l"] | None,
         judged: Bool[Tensor, " b"] | None = None,
-    ) -> Terms:
-        """The same with the mask, the posterior's noise and the choice of pictures that LPIPS judges given."""
+    ) -> tuple[Terms, Float[Tensor, "b c h w"]]:
+        """Terms and reconstruction with the mask, the posterior's noise and the pictures that LPIPS judges given."""
         p = self.tokenizer.config["patch_size"]
         grid = (images.shape[2] // p, images.shape[3] // p)
         mean, logvar = self.tokenizer.moments(images, keep).float().chunk(2, dim=-1)  # (b, k, c)
         logvar = logvar.clamp(-30, 20)
-        z = mean + (0.5 * logvar).exp() * noise
+        z = mean if noise is None else mean + (0.5 * logvar).exp() * noise
         reconstruction = self.tokenizer.paint(z, grid, keep).float()  # (b, c, h, w)
 
         squared = patch_errors(reconstruction, images, p)  # (b, n)
@@ -81,7 +99,7 @@ class VMAEObjective(nn.Module):
             pair = (reconstruction, images) if judged is None else (reconstruction[judged], images[judged])
             losses["lpips"] = self.perceptual(*pair).mean()
         weights = {name: self.weights[name] for name in losses}
-        return Terms(losses, weights, images={"reconstruction": reconstruction.detach()})
+        return Terms(losses, weights, images={"reconstruction": reconstruction.detach()}), reconstruction
 
 
 def patch_errors(x: Float[Tensor, "b c h w"], y: Float[Tensor, "b c h w"], patch: int) -> Float[Tensor, "b n"]:

@@ -7,8 +7,11 @@ line in `TOKENIZERS` (so that recipes name it).
 import importlib
 from typing import TYPE_CHECKING
 
+from latelier.errors import LatelierError
+
 if TYPE_CHECKING:
     from diffusers import ModelMixin
+    from torch import Tensor, nn
 
     from latelier.recipe import Recipe
 
@@ -28,3 +31,37 @@ def build_tokenizer(recipe: "Recipe") -> "ModelMixin":
     """A tokenizer with fresh weights (or those of `init`), as the recipe describes it."""
     module, function = TOKENIZERS[recipe.tokenizer.kind].split(":")
     return getattr(importlib.import_module(module), function)(recipe.tokenizer, recipe.data)
+
+
+def decoder_parts(tokenizer: "nn.Module") -> tuple[str, ...]:
+    """Names of the modules that make images of latents; the rest makes latents of images."""
+    return getattr(tokenizer, "decoder_parts", ("decoder", "post_quant_conv"))
+
+
+def last_layer(tokenizer: "nn.Module") -> "Tensor":
+    """The weight nearest to the pixels, where the gradients of loss terms are compared."""
+    return tokenizer.last_layer if hasattr(tokenizer, "last_layer") else tokenizer.decoder.conv_out.weight
+
+
+def freeze(tokenizer: "nn.Module", train: str | list[str]) -> None:
+    """Let only some modules learn.
+
+    Args:
+        tokenizer: the model.
+        train: `all`, `decoder`, or names of modules such as `decoder.conv_out`.
+
+    Raises:
+        LatelierError: for a name that no weight's name begins with.
+    """
+    wanted = [""] if train == "all" else decoder_parts(tokenizer) if train == "decoder" else train
+    names = [name for name, _ in tokenizer.named_parameters()]
+    for part in wanted if isinstance(train, list) else ():
+        if not any(_belongs(name, part) for name in names):
+            known = ", ".join(dict.fromkeys(name.split(".")[0] for name in names))
+            raise LatelierError(f"tokenizer.train: no weight belongs to {part!r}; the tokenizer has {known}.")
+    for name, parameter in tokenizer.named_parameters():
+        parameter.requires_grad_(any(_belongs(name, part) for part in wanted))
+
+
+def _belongs(name: str, part: str) -> bool:
+    return not part or name == part or name.startswith(part + ".")

@@ -64,6 +64,9 @@ class VMAE(ModelMixin, ConfigMixin):
     token is always there, and attention runs through `layers.attention`.
     """
 
+    decoder_parts = (
+        "from_latent", "decoder_embed", "mask_token", "decoder_blocks", "decoder_norm", "head", "smoother",
+    )  # fmt: skip
     _supports_gradient_checkpointing = True
     _repeated_blocks = ["TransformerBlock"]  # noqa: RUF012
 
@@ -106,6 +109,23 @@ class VMAE(ModelMixin, ConfigMixin):
         self.gradient_checkpointing = False
         init_linear(self)
         nn.init.normal_(self.mask_token, std=0.02)
+
+    @property
+    def last_layer(self) -> Tensor:
+        """The weight nearest to the pixels."""
+        return self.smoother.weight if self.config["smooth"] else self.head.weight
+
+    def resized(self, image_size: Sequence[int]) -> VMAE:
+        """The same weights for another size of pictures, position tables carried over by bilinear interpolation.
+
+        What it computes at that size is what this model computes there.
+        """
+        other = type(self)(**{**{k: v for k, v in self.config.items() if k[0] != "_"}, "image_size": tuple(image_size)})
+        state = self.state_dict()
+        for name in ("pos_embed", "decoder_pos_embed"):
+            state[name] = resize_positions(state[name], self.grid, other.grid)
+        other.load_state_dict(state)
+        return other.to(self.pos_embed.device)
 
     # -- the masked forms that training uses --------------------------------------------------------------------------
 

@@ -94,6 +94,12 @@ def checkpoints(folder: Path, stage: str) -> list[Path]:
     return sorted(p for p in root.glob(f"{stage}-*") if (p / STATE).is_file())
 
 
+def images_trained(folder: Path, stage: str) -> int:
+    """Images seen at the newest checkpoint of a stage, 0 without one."""
+    found = checkpoints(folder, stage)
+    return json.loads((found[-1] / STATE).read_text())["images"] if found else 0
+
+
 def save_diagnostic(folder: Path, stage: str, images: int, batch: dict[str, Any], process: int) -> Path:
     """The tensors of the batch at which training stopped."""
     path = folder / "diagnostics" / f"{stage}-{images:012d}-{process}.safetensors"

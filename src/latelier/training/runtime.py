@@ -103,33 +103,49 @@ class Stage:
                 f"{name}.batch = {training.batch} is not a multiple of micro_batch {self.micro} "
                 f"x {accelerator.num_processes} processes."
             )
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, tuple[Tensor | float, float]] = {}
         self._steps = 0
         self._clock = time.monotonic()
         self._seconds = 0.0
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
-    def set_learning_rate(self, optimizer: torch.optim.Optimizer) -> None:
+    def set_learning_rate(self, optimizer: torch.optim.Optimizer, training: Training | None = None) -> None:
         """Set the rate of the coming step."""
-        self.lr = learning_rate(self.training, self.images)
+        rate = learning_rate(training or self.training, self.images)
         for group in optimizer.param_groups:
-            group["lr"] = self.lr
+            group["lr"] = rate
+        if training is None:
+            self.lr = rate
 
-    def backward(self, objective: nn.Module, batch: dict[str, Any], last: bool) -> Terms:
-        """Forward and backward of one micro-batch; gradients are averaged over processes on the last one."""
+    def backward(self, objective: nn.Module, batch: dict[str, Any], last: bool, total: str = "loss") -> Terms:
+        """Forward and backward of one micro-batch; gradients are averaged over processes on the last one.
+
+        Args:
+            objective: what makes the loss terms.
+            batch: its input.
+            last: whether this is the step's last micro-batch.
+            total: the name under which the weighted sum is logged.
+        """
         with nullcontext() if last else self.accelerator.no_sync(objective):
             terms: Terms = objective(batch)
             bad = terms.non_finite()
             if self._any(bool(bad)):
                 self._refuse(f"the loss term {' and '.join(bad) or '(on another process)'} is not finite", batch)
             self.accelerator.backward(terms.total / self.accumulation)
-        for key, value in {"loss": terms.total, **terms.losses}.items():
-            self._sums[key] = self._sums.get(key, 0) + value.detach().float() / self.accumulation
+        for key, value in {total: terms.total, **terms.losses}.items():
+            self._count(key, value.detach().float(), 1 / self.accumulation)
         return terms
 
-    def clip(self, objective: nn.Module, batch: dict[str, Any]) -> None:
-        """Clip gradients to the recipe's norm, and stop before the weights if the norm is not finite."""
+    def step(
+        self, objective: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Any], norm: str = "grad_norm"
+    ) -> None:
+        """Clip gradients to the recipe's norm and step; stop before the weights if the norm is not finite."""
+        self._clip(objective, batch, norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def _clip(self, objective: nn.Module, batch: dict[str, Any], name: str) -> None:
         trained = [p for p in objective.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in trained], foreach=True)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # sharded gradients
@@ -138,15 +154,18 @@ class Stage:
             self._refuse(f"the gradient of {bad[0] if bad else 'a weight'} is not finite", batch)
         if self.training.clip:
             torch.nn.utils.clip_grads_with_norm_(trained, self.training.clip, norm, foreach=True)
-        self._sums["grad_norm"] = self._sums.get("grad_norm", 0) + norm.detach().float()
+        self._count(name, norm.detach().float(), 1.0)
+
+    def _count(self, name: str, value: Tensor, weight: float) -> None:
+        """Add to a logged mean."""
+        total, weights = self._sums.get(name, (0.0, 0.0))
+        self._sums[name] = (total + weight * value, weights + weight)
 
     def update(
         self, objective: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel | None, batch: dict[str, Any]
     ) -> None:
         """Clip, step, average the weights, count."""
-        self.clip(objective, batch)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        self.step(objective, optimizer, batch)
         if ema is not None:
             ema.step(checkpoint.trained(objective))
         self.advance()
@@ -224,7 +243,8 @@ class Stage:
 
     def _log(self) -> None:
         names = sorted(self._sums)
-        values = torch.stack([self._sums[name] for name in names]).to(self.accelerator.device) / max(1, self._steps)
+        means = [torch.as_tensor(total / weights) for total, weights in (self._sums[name] for name in names)]
+        values = torch.stack([mean.to(self.accelerator.device) for mean in means])
         values = self.accelerator.reduce(values, reduction="mean").tolist()
         self.pause_clock()
         seconds, steps = max(self._seconds, 1e-9), self._steps
@@ -257,7 +277,7 @@ class Stage:
         path = checkpoint.save_diagnostic(self.folder, self.name, self.images, batch, self.accelerator.process_index)
         raise LatelierError(
             f"Training stopped before the weights were touched: at {self.images:,} images {what}. "
-            f"The batch is in {path}; lower {self.name}.lr, or set {self.name}.precision: fp32, and run again to go on "
+            f"The batch is in {path}; lower lr of the {self.name}, or set its precision: fp32, and run again to go on "
             "from the last checkpoint."
         )
 

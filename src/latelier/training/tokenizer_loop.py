@@ -1,11 +1,13 @@
-"""Stage 1: train a tokenizer, measure its latent statistics, and save both as `tokenizer/`."""
+"""Stage 1: train a tokenizer in one or more phases, measure its latent statistics, and save both as `tokenizer/`."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from diffusers import ModelMixin
 from torch import nn
 
 from latelier.data.latents import latent_statistics
@@ -14,10 +16,12 @@ from latelier.data.sources import open_source
 from latelier.errors import LatelierError
 from latelier.images import make_pairs, save_png
 from latelier.objectives import build_objective
+from latelier.objectives.adversarial import Adversary
 from latelier.recipe import PretrainedRecipe, Recipe, TrainedTokenizer
 from latelier.tokenizers import build_tokenizer
-from latelier.tokenizers.codec import Codec, check_size, is_convolutional
+from latelier.tokenizers.codec import Codec, check_size, is_convolutional, model_class
 from latelier.training import checkpoint
+from latelier.training.rival import Rival
 from latelier.training.runtime import Stage, adamw, compile_model, console, make_accelerator
 
 STATISTICS_IMAGES = 10_000
@@ -25,44 +29,67 @@ PREVIEW_IMAGES = 16
 
 
 def train_tokenizer(recipe: Recipe, accelerator: Accelerator | None = None) -> Path:
-    """Train the recipe's tokenizer, or go on where a stopped run left it.
+    """Train the recipe's tokenizer through all its phases, or go on where a stopped run left it.
 
     Returns:
         The folder with weights, configuration and latent statistics; `Codec.from_pretrained` opens it.
     """
-    folder = recipe.folder / "tokenizer"
-    dataset = open_images(recipe)
     if not isinstance(recipe.tokenizer, TrainedTokenizer):
-        return import_tokenizer(recipe, dataset, folder)
-    training = recipe.tokenizer
-    accelerator = accelerator or make_accelerator(training)
-    stage = Stage("tokenizer", recipe, training, accelerator)
+        return import_tokenizer(recipe, open_images(recipe), recipe.folder / "tokenizer")
+    before = 0
+    for number in range(1 + len(recipe.tokenizer.phases)):
+        section = recipe.tokenizer.phase(number)[1]
+        train_phase(recipe, number, before, accelerator or make_accelerator(section))
+        before += section.images
+    return recipe.folder / "tokenizer"
 
+
+def train_phase(recipe: Recipe, number: int, before: int, accelerator: Accelerator) -> None:
+    """One phase: its own optimiser, averages, schedule and checkpoints, on the weights of the phase before.
+
+    Args:
+        recipe: the experiment; its tokenizer is one that is trained.
+        number: of the phase, 0 for the section itself.
+        before: images seen by the earlier phases.
+        accelerator: process group and device.
+    """
+    name, training = recipe.tokenizer.phase(number)  # type: ignore[union-attr]
+    folder = phase_folder(recipe, number)
+    if (folder / "config.json").is_file() and checkpoint.images_trained(recipe.folder, name) >= training.images:
+        return
+    _refuse_later_phases(recipe, number)
+    dataset = open_images(recipe, size=training.image_size)
     torch.manual_seed(recipe.seed)
-    tokenizer = build_tokenizer(recipe)
-    check_size(recipe.data.image_size, Codec(tokenizer).factor)
+    tokenizer = open_phase(recipe, number)
+    check_size(dataset.shape[1:], Codec(tokenizer).factor)
     objective = build_objective(training, recipe.seed, tokenizer)
     if is_convolutional(tokenizer):
         objective.to(memory_format=torch.channels_last)
     objective.to(accelerator.device)
     if training.compile:
         compile_model(tokenizer)
+    adversary: Adversary | None = objective.adversary  # type: ignore[assignment]
+    stage = Stage(name, recipe, training, accelerator)
     optimizer = adamw(objective, training)
     ema = checkpoint.make_ema(objective, training.ema)
     objective, optimizer = accelerator.prepare(objective, optimizer)
+    rival = Rival(adversary, training, accelerator) if adversary is not None else None
     stage.images = checkpoint.resume(recipe.folder, stage.name, accelerator, ema, objective)
-    if stage.images >= training.images and (folder / "config.json").is_file():
-        return folder
 
     stream = dataset.stream(
-        training.batch, stage.images, accelerator.process_index, accelerator.num_processes, stage.accumulation
+        training.batch, before + stage.images, accelerator.process_index, accelerator.num_processes, stage.accumulation
     )
     with stage.running():
         while stage.images < training.images:
             stage.set_learning_rate(optimizer)
             for micro in range(stage.accumulation):
-                batch = to_device(next(stream), accelerator.device)
-                stage.backward(objective, batch, last=micro == stage.accumulation - 1)
+                batch = to_device({**next(stream), "seen": stage.images}, accelerator.device)
+                last = micro == stage.accumulation - 1
+                terms = stage.backward(objective, batch, last)
+                if rival is not None:
+                    rival.backward(stage, batch, terms, last)
+            if rival is not None:
+                rival.update(stage, batch)
             stage.update(objective, optimizer, ema, batch)
 
             with stage.paused():
@@ -77,15 +104,60 @@ def train_tokenizer(recipe: Recipe, accelerator: Accelerator | None = None) -> P
 
     checkpoint.export_ema(objective, ema)
     tokenizer = accelerator.unwrap_model(objective).tokenizer.eval()
-    save_codec(Codec(tokenizer, precision=training.precision), dataset, recipe, folder, accelerator)
-    return folder
+    accelerator.free_memory()
+    if folder.name == "tokenizer":
+        tokenizer = fit(tokenizer, recipe.data.image_size)
+        save_codec(Codec(tokenizer, precision=training.precision), open_images(recipe), recipe, folder, accelerator)
+    elif accelerator.is_main_process:
+        tokenizer.save_pretrained(folder)
+    accelerator.wait_for_everyone()
 
 
-def open_images(recipe: Recipe, split: str = "train") -> ImageDataset:
-    """The recipe's pictures as a stream; unreadable files are noted in the run folder."""
-    return ImageDataset(
-        open_source(recipe.data, split), recipe.data, recipe.seed, skip_log=recipe.folder / "skipped.jsonl"
-    )
+def phase_folder(recipe: Recipe, number: int) -> Path:
+    """Where a phase's weights end: the last one's in `tokenizer/`."""
+    section = recipe.tokenizer
+    assert isinstance(section, TrainedTokenizer)
+    if number == len(section.phases):
+        return recipe.folder / "tokenizer"
+    return recipe.folder / "phases" / section.phase(number)[0]
+
+
+def open_phase(recipe: Recipe, number: int) -> ModelMixin:
+    """The tokenizer with which a phase begins: fresh (or `init`), or what the phase before has left, for its size."""
+    section = recipe.tokenizer.phase(number)[1]  # type: ignore[union-attr]
+    size = section.image_size or recipe.data.image_size
+    if number == 0:
+        return fit(build_tokenizer(recipe), size)
+    folder = phase_folder(recipe, number - 1)
+    cls = model_class(json.loads((folder / "config.json").read_text()))
+    return fit(cls.from_pretrained(folder, low_cpu_mem_usage=False), size).train()
+
+
+def fit(tokenizer: ModelMixin, size: tuple[int, int]) -> ModelMixin:
+    """A tokenizer whose position tables, if it has any, are made for this size."""
+    if not hasattr(tokenizer, "resized") or tuple(tokenizer.config["image_size"]) == tuple(size):  # type: ignore[index]
+        return tokenizer
+    check_size(size, Codec(tokenizer).factor)
+    return tokenizer.resized(size)
+
+
+def _refuse_later_phases(recipe: Recipe, number: int) -> None:
+    """A later phase cannot go on from weights that are trained further now."""
+    section = recipe.tokenizer
+    assert isinstance(section, TrainedTokenizer)
+    for later in range(number + 1, 1 + len(section.phases)):
+        name = section.phase(later)[0]
+        if checkpoint.images_trained(recipe.folder, name):
+            raise LatelierError(
+                f"Phase {section.phase(number)[0]!r} is to be trained further, but phase {name!r} has begun from where "
+                f"it was; give the recipe another name, or delete {recipe.folder / 'checkpoints'}/{name}-* first."
+            )
+
+
+def open_images(recipe: Recipe, split: str = "train", size: tuple[int, int] | None = None) -> ImageDataset:
+    """The recipe's pictures as a stream, at another size on demand; unreadable files are noted in the run folder."""
+    data = recipe.data.model_copy(update={"image_size": size}) if size else recipe.data
+    return ImageDataset(open_source(data, split), data, recipe.seed, skip_log=recipe.folder / "skipped.jsonl")
 
 
 def import_tokenizer(recipe: Recipe, dataset: ImageDataset, folder: Path) -> Path:

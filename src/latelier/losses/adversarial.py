@@ -1,0 +1,151 @@
+"""A patch discriminator and its losses: what makes reconstructions sharp (VQGAN, LDM).
+
+The discriminator sees overlapping patches and says for each whether it is a picture or a reconstruction. The tokenizer
+is rewarded for patches that pass. Esser et al. 2021, "Taming Transformers", section 3.1 and equations 5-7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from latelier.errors import LatelierError
+
+ADAPTIVE_EPSILON, ADAPTIVE_LIMIT = 1e-4, 1e4
+GROUPS = 32
+
+
+class PatchGAN(nn.Module):
+    """Fully convolutional discriminator (Isola et al. 2017): a map of logits, one for each overlapping patch.
+
+    Args:
+        in_channels: of the pictures.
+        channels: of the first layer; doubled at every stride up to eightfold.
+        layers: strided convolutions after the first; 3 judges patches of 70 x 70 pixels.
+        norm: `batch` as in LDM; `group` does not mix the pictures of a batch, so processes and micro-batches agree.
+    """
+
+    def __init__(self, in_channels: int = 3, channels: int = 64, layers: int = 3, norm: str = "group"):
+        super().__init__()
+        widths = [channels * min(2**i, 8) for i in range(layers + 1)]
+        blocks: list[nn.Module] = [nn.Conv2d(in_channels, channels, 4, 2, 1), nn.LeakyReLU(0.2)]
+        for number, (narrow, wide) in enumerate(pairwise(widths)):
+            stride = 1 if number == layers - 1 else 2
+            normalise = nn.BatchNorm2d(wide) if norm == "batch" else nn.GroupNorm(_groups(wide), wide)
+            blocks += [nn.Conv2d(narrow, wide, 4, stride, 1, bias=False), normalise, nn.LeakyReLU(0.2)]
+        self.body = nn.Sequential(*blocks)
+        self.head = nn.Conv2d(widths[-1], 1, 4, 1, 1)
+        self.smallest = 2 ** (layers + 2)
+        self.apply(_initialise)
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 i j"]:
+        """Logits: positive where the patch looks like a picture.
+
+        Raises:
+            LatelierError: for pictures smaller than the last layers need.
+        """
+        if min(images.shape[2:]) < self.smallest:
+            height, width = images.shape[2:]
+            raise LatelierError(
+                f"A discriminator of {self.smallest.bit_length() - 3} layers needs pictures of at least "
+                f"{self.smallest} pixels a side, not {height} x {width}; lower tokenizer.adversarial.layers."
+            )
+        return self.head(self.body(images))
+
+
+def discriminator_loss(
+    real: Float[Tensor, "b 1 i j"], fake: Float[Tensor, "b 1 i j"], kind: str = "hinge"
+) -> Float[Tensor, ""]:
+    """What the discriminator minimises: hinge 0.5 (E relu(1 - D(x)) + E relu(1 + D(y))), or cross-entropy."""
+    if kind == "hinge":
+        return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+    return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
+
+
+def generator_loss(fake: Float[Tensor, "b 1 i j"], kind: str = "hinge") -> Float[Tensor, ""]:
+    """What the tokenizer minimises: -E D(y) for the hinge form, the non-saturating cross-entropy otherwise."""
+    return -fake.mean() if kind == "hinge" else F.softplus(-fake).mean()
+
+
+def lecam(
+    real: Float[Tensor, "b 1 i j"], fake: Float[Tensor, "b 1 i j"], average_real: Tensor, average_fake: Tensor
+) -> Float[Tensor, ""]:
+    """Keeps logits near the other side's running mean (Tseng et al. 2021, equation 3), against overfitting."""
+    return F.relu(real - average_fake).square().mean() + F.relu(average_real - fake).square().mean()
+
+
+def adaptive_weight(
+    reconstruction_loss: Float[Tensor, ""], adversarial_loss: Float[Tensor, ""], last_layer: Tensor
+) -> Float[Tensor, ""]:
+    """lambda = |grad of reconstruction| / (|grad of adversarial| + 1e-4) at the last layer's weight, at most 1e4.
+
+    Taming Transformers, equation 7. Gradients are averaged over processes first, so that all use the same lambda.
+    """
+    ours = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)[0].float()
+    theirs = torch.autograd.grad(adversarial_loss, last_layer, retain_graph=True)[0].float()
+    if dist.is_available() and dist.is_initialized():
+        both = torch.stack([ours, theirs])
+        dist.all_reduce(both)
+        ours, theirs = both / dist.get_world_size()
+    return (ours.norm() / (theirs.norm() + ADAPTIVE_EPSILON)).clamp(0, ADAPTIVE_LIMIT).detach()
+
+
+def augment(
+    images: Float[Tensor, "b c h w"], policy: Sequence[str], numbers: Float[Tensor, "b 7"]
+) -> Float[Tensor, "b c h w"]:
+    """DiffAugment (Zhao et al. 2020): the same differentiable changes to pictures and reconstructions.
+
+    Args:
+        images: in [-1, 1].
+        policy: any of `color`, `translation`, `cutout`, applied in this order.
+        numbers: uniform in [0, 1): brightness, saturation, contrast, shift (y, x), hole (y, x), for each picture.
+    """
+    u = [n.view(-1, 1, 1, 1) for n in numbers.to(images).unbind(1)]
+    if "color" in policy:
+        images = images + (u[0] - 0.5)
+        gray = images.mean(1, keepdim=True)  # (b, 1, h, w)
+        images = (images - gray) * (2 * u[1]) + gray
+        mean = images.mean((1, 2, 3), keepdim=True)  # (b, 1, 1, 1)
+        images = (images - mean) * (0.5 + u[2]) + mean
+    height, width = images.shape[2:]
+    y = torch.arange(height, device=images.device).view(1, -1, 1)
+    x = torch.arange(width, device=images.device).view(1, 1, -1)
+    if "translation" in policy:  # up to an eighth of the side, zeros come in
+        dy, dx = (_steps(n, side // 8) for n, side in ((u[3], height), (u[4], width)))  # (b, 1, 1)
+        rows, columns = y + dy, x + dx
+        inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)  # (b, h, w)
+        batch = torch.arange(len(images), device=images.device).view(-1, 1, 1)
+        moved = images.permute(0, 2, 3, 1)[batch, rows.clamp(0, height - 1), columns.clamp(0, width - 1)]
+        images = moved.permute(0, 3, 1, 2) * inside[:, None]  # (b, c, h, w)
+    if "cutout" in policy:  # a hole of half the side
+        top, left = ((n.view(-1, 1, 1) * side).long() for n, side in ((u[5], height), (u[6], width)))
+        hole = ((y - top).abs() <= height // 4) & ((x - left).abs() <= width // 4)  # (b, h, w)
+        images = images * ~hole[:, None]
+    return images
+
+
+def _steps(u: Tensor, most: int) -> Tensor:
+    """Whole numbers from -most to most."""
+    return (u.view(-1, 1, 1) * (2 * most + 1)).long() - most
+
+
+def _groups(channels: int) -> int:
+    """The most groups, up to 32, that divide the channels."""
+    return next(groups for groups in range(min(GROUPS, channels), 0, -1) if channels % groups == 0)
+
+
+def _initialise(module: nn.Module) -> None:
+    """N(0, 0.02) convolutions, N(1, 0.02) norms, as in pix2pix."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.BatchNorm2d | nn.GroupNorm):
+        nn.init.normal_(module.weight, 1.0, 0.02)
+        nn.init.zeros_(module.bias)

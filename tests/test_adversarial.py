@@ -1,0 +1,186 @@
+"""The game with the discriminator: each side's gradients stay its own, and the weights have closed forms."""
+
+import pytest
+import torch
+from torch import nn
+
+from latelier.errors import LatelierError
+from latelier.losses.adversarial import PatchGAN, adaptive_weight, augment, discriminator_loss, generator_loss, lecam
+from latelier.objectives import build_objective
+from latelier.recipe import Adversarial, build_recipe
+from latelier.tokenizers import build_tokenizer
+from latelier.training.runtime import Stage
+from latelier.training.tokenizer_loop import train_tokenizer
+from test_training import newest
+from tiny import tiny_recipe
+
+GAME = {"layers": 1, "channels": 8}
+CONV = {
+    "kind": "conv", "preset": "kl-f8c16-tiny", "model": {"block_out_channels": [32, 32, 32, 32]}, "images": 32,
+    "batch": 8, "perceptual_weight": 0, "precision": "fp32", "ema": 0.9, "checkpoint_every": 16, "log_every": 8,
+}  # fmt: skip
+
+
+def conv_recipe(folder, **changes):
+    return build_recipe({**tiny_recipe(folder, denoiser=None).model_dump(), "tokenizer": {**CONV, **changes}})
+
+
+@pytest.fixture
+def objective(tmp_path):
+    recipe = conv_recipe(tmp_path, adversarial=GAME)
+    torch.manual_seed(0)
+    return build_objective(recipe.tokenizer, 0, build_tokenizer(recipe))
+
+
+def batch(seen=0):
+    images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    return {"image": images, "draw": torch.arange(4), "seen": seen}
+
+
+def test_the_tokenizers_step_leaves_the_discriminator_alone(objective):
+    terms = objective(batch())
+    terms.total.backward()
+    assert all(p.grad is None for p in objective.adversary.objective.parameters())
+    assert all(p.requires_grad for p in objective.adversary.objective.parameters())
+    assert objective.tokenizer.decoder.conv_out.weight.grad is not None
+    assert not any("discriminator" in name for name, _ in objective.named_parameters())
+
+
+def test_the_discriminators_step_leaves_the_tokenizer_alone(objective):
+    terms = objective(batch())
+    fake = terms.images["reconstruction"]
+    assert not fake.requires_grad
+    rival = objective.adversary.objective
+    rival({"real": batch()["image"], "fake": fake, "draw": torch.arange(4)}).total.backward()
+    assert all(p.grad is None for p in objective.parameters())
+    assert all(p.grad is not None for p in rival.parameters())
+
+
+def test_nothing_before_the_start(tmp_path):
+    recipe = conv_recipe(tmp_path, adversarial={**GAME, "start": 16, "ahead": 8})
+    objective = build_objective(recipe.tokenizer, 0, build_tokenizer(recipe))
+    assert "adversarial" not in objective(batch(seen=15)).losses
+    assert "adversarial" in objective(batch(seen=16)).losses
+    assert objective.adversary.first == 8
+
+
+def test_the_discriminator_learns_from_its_start_on(tmp_path, monkeypatch):
+    recipe = conv_recipe(tmp_path, adversarial={**GAME, "start": 24, "ahead": 8})
+    steps = []
+
+    def step(self, objective, *rest, original=Stage.step, **options):
+        steps.append((type(objective).__name__, self.images))
+        original(self, objective, *rest, **options)
+
+    monkeypatch.setattr(Stage, "step", step)
+    train_tokenizer(recipe)
+    assert [n for name, n in steps if name == "DiscriminatorObjective"] == [16, 24]
+    assert [n for name, n in steps if name == "AutoencoderObjective"] == [0, 8, 16, 24]
+
+
+def test_resume_includes_the_discriminator_and_its_optimiser(tmp_path, monkeypatch):
+    game = {**GAME, "start": 8, "lecam": 0.1, "augment": ["color", "translation", "cutout"]}
+    recipes = [conv_recipe(tmp_path / name, adversarial=game) for name in ("whole", "parts")]
+    train_tokenizer(recipes[0])
+    with monkeypatch.context() as patch:
+
+        def advance(self, original=Stage.advance):
+            original(self)
+            self.stopping = "a test" if self.images == 16 else None
+
+        patch.setattr(Stage, "advance", advance)
+        with pytest.raises(SystemExit):
+            train_tokenizer(recipes[1])
+    train_tokenizer(recipes[1])
+    from safetensors.torch import load_file
+
+    from latelier.training.checkpoint import checkpoints
+
+    files = [checkpoints(recipe.folder, "tokenizer")[-1] for recipe in recipes]
+    for name in ("model.safetensors", "model_1.safetensors"):
+        whole, parts = (load_file(file / name) for file in files)
+        assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    moments = [torch.load(file / "optimizer_1.bin", weights_only=True)["state"] for file in files]
+    assert all(torch.equal(moments[0][i]["exp_avg"], moments[1][i]["exp_avg"]) for i in moments[0])
+    for one, other in zip(newest(recipes[0].folder, "tokenizer"), newest(recipes[1].folder, "tokenizer")):
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_adaptive_weight_has_its_closed_form():
+    layer = torch.tensor([2.0, 0.0], requires_grad=True)
+    reconstruction, adversarial = 3 * layer[0] + 4 * layer[1], 0.5 * layer[0]
+    assert adaptive_weight(reconstruction, adversarial, layer).item() == pytest.approx(5 / (0.5 + 1e-4))
+    assert adaptive_weight(reconstruction * 1e9, adversarial, layer).item() == 1e4
+
+
+def test_adaptive_weight_balances_the_gradients(objective):
+    terms = objective(batch())
+    last = objective.tokenizer.decoder.conv_out.weight
+    rest = {k: v for k, v in terms.weights.items() if k != "adversarial"}
+    ours = torch.autograd.grad(sum(w * terms.losses[k] for k, w in rest.items()), last, retain_graph=True)[0]
+    theirs = torch.autograd.grad(terms.weights["adversarial"] * terms.losses["adversarial"], last)[0]
+    assert theirs.norm().item() == pytest.approx(0.5 * ours.norm().item(), rel=1e-2)
+
+
+def test_losses_have_their_closed_forms():
+    real, fake = torch.full((2, 1, 2, 2), 0.25), torch.full((2, 1, 2, 2), -3.0)
+    assert discriminator_loss(real, fake).item() == pytest.approx(0.5 * 0.75)
+    assert generator_loss(fake).item() == 3.0
+    log2 = torch.log(torch.tensor(2.0)).item()
+    assert discriminator_loss(real * 0, fake * 0, "non-saturating").item() == pytest.approx(log2)
+    assert generator_loss(fake * 0, "non-saturating").item() == pytest.approx(log2)
+    assert lecam(real, fake, torch.tensor(1.0), torch.tensor(-1.0)).item() == pytest.approx(1.25**2 + 4.0**2)
+
+
+def test_group_norm_does_not_mix_pictures():
+    images = torch.rand(4, 3, 32, 32) * 2 - 1
+    network = PatchGAN(channels=8, layers=2)
+    torch.testing.assert_close(network(images)[:2], network(images[:2]))
+    mixing = PatchGAN(channels=8, layers=2, norm="batch")
+    assert not torch.allclose(mixing(images)[:2], mixing(images[:2]))
+
+
+def test_three_layers_judge_70_pixels():
+    """One logit depends on 70 x 70 pixels (Isola et al. 2017)."""
+    network = PatchGAN(channels=4, layers=3, norm="batch").eval()
+    nn.init.constant_(network.head.weight, 1.0)
+    image = torch.rand(1, 3, 256, 256, requires_grad=True)
+    logits = network(image)
+    logits[0, 0, 15, 15].backward()
+    rows = image.grad[0].abs().sum((0, 2)).nonzero().flatten()
+    assert rows.max() - rows.min() + 1 == 70
+    assert sum(p.numel() for p in PatchGAN(norm="batch").parameters()) == 2_765_633
+
+
+def test_too_small_pictures_are_refused():
+    with pytest.raises(LatelierError, match=r"at least 32 pixels a side, not 16 x 16; lower tokenizer.adversarial"):
+        PatchGAN()(torch.zeros(1, 3, 16, 16))
+
+
+def test_augmentation_is_differentiable_and_the_same_for_both():
+    images = (torch.rand(3, 3, 16, 16) * 2 - 1).requires_grad_()
+    numbers = torch.rand(3, 7)
+    changed = augment(images, ["color", "translation", "cutout"], numbers)
+    assert torch.equal(changed, augment(images.detach(), ["color", "translation", "cutout"], numbers))
+    changed.sum().backward()
+    assert images.grad.isfinite().all()
+    assert torch.equal(augment(images, [], numbers), images)
+
+
+def test_augmentations_do_what_they_say():
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    middle = torch.full((2, 7), 0.5)
+    torch.testing.assert_close(augment(images, ["color", "translation"], middle), images)  # the neutral numbers
+    up = middle.clone()
+    up[:, 3] = 0.999  # two rows
+    moved = augment(images, ["translation"], up)
+    assert torch.equal(moved[:, :, :14], images[:, :, 2:])
+    assert (moved[:, :, 14:] == 0).all()
+    hole = augment(images, ["cutout"], middle)
+    assert (hole[:, :, 4:13, 4:13] == 0).all()
+    assert torch.equal(hole[:, :, :4], images[:, :, :4])
+
+
+def test_defaults_are_those_of_ldm():
+    recipe = Adversarial()
+    assert (recipe.weight, recipe.adaptive, recipe.loss, recipe.layers, recipe.channels) == (0.5, True, "hinge", 3, 64)
