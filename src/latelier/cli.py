@@ -157,6 +157,19 @@ def convert(
     console.print(f"{out}: {type(converted.model).__name__}, {parameters:,} parameters")
 
 
+@app.command(epilog="Example:  latelier study ldmae_tokenizers --variant emoji")
+def study(
+    file: Annotated[str, typer.Argument(help="A study file, or the name of one that comes along.")],
+    overrides: Overrides = None,
+    variant: Annotated[str | None, typer.Option(help="The same comparison on other data or at another scale.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Do only this run now; repeat for several.")] = None,
+) -> None:
+    """Train and measure several recipes at equal budget and compare them. Goes on where it was stopped."""
+    from latelier.study import load_study, run_study
+
+    console.print(f"Comparison: {run_study(load_study(file, variant, overrides or ()), only)}")
+
+
 @recipe_app.command("list")
 def recipe_list() -> None:
     """The recipes that come along."""

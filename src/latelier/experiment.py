@@ -10,12 +10,15 @@ from latelier.errors import LatelierError
 from latelier.recipe import Recipe, dump, load_recipe
 
 NEAREST_SHOWN = 16
+RECONSTRUCTIONS_SHOWN = 16
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from latelier.data.loader import ImageDataset
     from latelier.evaluation.metrics import Measurement
     from latelier.pipeline import LatentDiffusionPipeline
+    from latelier.tokenizers.codec import Codec
 
 
 def prepare(recipe: Recipe) -> Recipe:
@@ -33,6 +36,27 @@ def prepare(recipe: Recipe) -> Recipe:
 
 
 def run(recipe: Recipe) -> Path:
+    """Do all of a recipe and tell what can be done next.
+
+    Returns:
+        The report's path.
+    """
+    from accelerate import PartialState
+
+    from latelier.training.runtime import console
+
+    report = complete(recipe)
+    if PartialState().is_main_process:
+        console.print(f"Report: {report}\n\nTry next:")
+        if recipe.denoiser is not None:
+            console.print(f"  latelier sample {recipe.folder} --count 64 --guidance 3 --seed 1000", soft_wrap=True)
+        console.print(
+            "  latelier run quickstart data.source=/folder/of/your/pictures data.classes=null name=mine", soft_wrap=True
+        )
+    return report
+
+
+def complete(recipe: Recipe) -> Path:
     """Train the tokenizer, encode, train the denoiser, sample, evaluate and report; goes on where it was stopped.
 
     Returns:
@@ -48,20 +72,13 @@ def run(recipe: Recipe) -> Path:
     train_tokenizer(recipe)
     if recipe.denoiser is not None:
         train_denoiser(recipe)
-    report = recipe.folder / "report.html"
     if PartialState().is_main_process:
         if recipe.denoiser is not None:
             grid = sample_to_folder(recipe.folder)
             console.print(f"Samples: {grid}")
         show_measurements(evaluate(recipe))
-        console.print(f"Report: {report}\n\nTry next:")
-        if recipe.denoiser is not None:
-            console.print(f"  latelier sample {recipe.folder} --count 64 --guidance 3 --seed 1000", soft_wrap=True)
-        console.print(
-            "  latelier run quickstart data.source=/folder/of/your/pictures data.classes=null name=mine", soft_wrap=True
-        )
     PartialState().wait_for_everyone()
-    return report
+    return recipe.folder / "report.html"
 
 
 def open_run(path: Path) -> tuple[LatentDiffusionPipeline, Recipe | None]:
@@ -133,12 +150,46 @@ def evaluate(recipe: Recipe) -> list[Measurement]:
         {"data": held_out.fingerprint},
     )
     write_measurements(recipe.folder / "metrics.json", measured, "reconstruction")
+    save_reconstructions(codec, held_out, recipe.folder / "reconstructions.png")
+    latent = _evaluate_latents(recipe, codec, held_out)
+    measured = [*measured, *latent]
     if (recipe.folder / "pipeline" / "model_index.json").is_file():
         generated = _evaluate_generation(recipe)
         write_measurements(recipe.folder / "metrics.json", generated, "generation")
         measured = [*measured, *generated]
     write_report(recipe.folder)
     return measured
+
+
+def _evaluate_latents(recipe: Recipe, codec: Codec, held_out: ImageDataset) -> list[Measurement]:
+    """The measures of the latent space and what the tokenizer costs, as far as the recipe asks for them."""
+    from latelier.evaluation.cost import measure_cost
+    from latelier.evaluation.latent_space import measure_compression, measure_smoothness
+    from latelier.evaluation.metrics import write_measurements
+
+    settings, found = recipe.evaluate, []
+    for name, measure in (("smoothness", measure_smoothness), ("compression", measure_compression)):
+        if name in settings.metrics:
+            pictures, reference = held_out.once(settings.batch), f"{recipe.data.source}, held out"
+            found += measure(codec, pictures, settings, reference, {"data": held_out.fingerprint})
+    write_measurements(recipe.folder / "metrics.json", found, "latent space")
+    if "cost" in settings.metrics:
+        cost = measure_cost(codec, *recipe.data.image_size)
+        write_measurements(recipe.folder / "metrics.json", cost, "cost")
+        found = [*found, *cost]
+    return found
+
+
+def save_reconstructions(codec: Codec, pictures: ImageDataset, out: Path) -> None:
+    """The first pictures above their reconstructions, for looking at."""
+    import torch
+
+    from latelier.images import make_pairs, save_png
+
+    images = next(pictures.once(RECONSTRUCTIONS_SHOWN))["image"]
+    with torch.no_grad():
+        result = codec.decode(codec.encode(images.to(codec.device))).clamp(-1, 1).cpu()
+    save_png(make_pairs(images, result, columns=min(8, len(images))), out)
 
 
 def _evaluate_generation(recipe: Recipe) -> list[Measurement]:

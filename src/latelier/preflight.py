@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.table import Table
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from latelier.data.loader import ImageDataset
 from latelier.errors import LatelierError
@@ -21,8 +26,31 @@ from latelier.training.runtime import adamw, console, make_accelerator, peak_mem
 TIMED_STEPS = 3
 
 
-def check(recipe: Recipe) -> list[dict[str, Any]]:
-    """Try a recipe without training it; prints a table and returns its rows.
+@dataclass
+class Trial:
+    """What a few steps of one stage, or of one phase of it, have shown.
+
+    Attributes:
+        stage: `tokenizer`, the name of one of its phases, or `denoiser`.
+        images: the length of training that the recipe asks for.
+        parameters: that are trained.
+        terms: unweighted loss terms of the last step.
+        seconds_per_image: of a training step over all processes, the discriminator's included while it learns.
+        flops_per_image: the same in operations, 2 for a multiply-add; 0 if they were not counted.
+        memory_gb: peak.
+    """
+
+    stage: str
+    images: int
+    parameters: int
+    terms: dict[str, float]
+    seconds_per_image: float
+    flops_per_image: float
+    memory_gb: float
+
+
+def check(recipe: Recipe) -> list[Trial]:
+    """Try a recipe without training it, print a table, and return its rows.
 
     Raises:
         LatelierError: for whatever would stop the run later.
@@ -30,15 +58,36 @@ def check(recipe: Recipe) -> list[dict[str, Any]]:
     dataset = tokenizer_loop.open_images(recipe)
     classes = f", {len(dataset.class_names)} classes" if dataset.class_names else ""
     console.print(f"Data: {len(dataset):,} pictures of {' x '.join(map(str, dataset.shape))}{classes}.")
-    codec, rows = _codec(recipe), []
-    if isinstance(recipe.tokenizer, TrainedTokenizer):
-        objective = build_objective(recipe.tokenizer, recipe.seed, codec.tokenizer)
-        rows.append(_try("tokenizer", recipe.tokenizer, objective, lambda n: next(dataset.stream(n))))
-    if recipe.denoiser is not None:
-        objective = denoiser_loop.build_objective(recipe, codec, dataset.class_names)
-        rows.append(_try("denoiser", recipe.denoiser, objective, lambda n: _latents(codec, dataset, n)))
+    rows = [*try_tokenizer(recipe), *try_denoiser(recipe)]
     console.print(_table(rows))
     return rows
+
+
+def try_tokenizer(recipe: Recipe, count: bool = False) -> Iterator[Trial]:
+    """A trial of each phase of stage 1; none if the tokenizer is not trained."""
+    section = recipe.tokenizer
+    if not isinstance(section, TrainedTokenizer):
+        return
+    for number in range(1 + len(section.phases)):
+        name, training = section.phase(number)
+        dataset = tokenizer_loop.open_images(recipe, size=training.image_size)
+        tokenizer = tokenizer_loop.fit(build_tokenizer(recipe), training.image_size or recipe.data.image_size)
+        objective = build_objective(training, recipe.seed, tokenizer)
+        micro = _micro(training)
+        yield _try(name, training, objective, next(dataset.stream(micro)), count)
+
+
+def try_denoiser(recipe: Recipe, count: bool = False) -> Iterator[Trial]:
+    """A trial of stage 2, on latents of an untrained tokenizer; none if the recipe has no denoiser."""
+    if recipe.denoiser is None:
+        return
+    dataset, codec = tokenizer_loop.open_images(recipe), _codec(recipe)
+    objective = denoiser_loop.build_objective(recipe, codec, dataset.class_names)
+    yield _try("denoiser", recipe.denoiser, objective, _latents(codec, dataset, _micro(recipe.denoiser)), count)
+
+
+def _micro(training: Training) -> int:
+    return training.micro_batch or -(-training.batch // make_accelerator(training).num_processes)
 
 
 def _codec(recipe: Recipe) -> Codec:
@@ -56,48 +105,74 @@ def _latents(codec: Codec, dataset: ImageDataset, n: int) -> dict[str, Any]:
     return {**batch, "mean": posterior.mean, "std": posterior.std}
 
 
-def _try(name: str, training: Training, objective: nn.Module, batch_of) -> dict[str, Any]:
-    """One warming step and a few timed ones, on a micro-batch of the recipe."""
+def _try(name: str, training: Training, objective: nn.Module, batch: dict[str, Any], count: bool) -> Trial:
+    """Steps on one micro-batch of the recipe, before and after a discriminator's start, weighted by their share."""
     accelerator = make_accelerator(training)
-    micro = training.micro_batch or -(-training.batch // accelerator.num_processes)
     parameters = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+    adversary = getattr(objective, "adversary", None)
     optimizer = adamw(objective.to(accelerator.device), training)
     ema = checkpoint.make_ema(objective, training.ema)
     objective, optimizer = accelerator.prepare(objective, optimizer)
-    batch = tokenizer_loop.to_device(batch_of(micro), accelerator.device)
-    seconds = []
-    for _ in range(1 + TIMED_STEPS):
-        start = time.perf_counter()
-        terms = objective(batch)
-        if bad := terms.non_finite():
+    rival = adversary.objective.to(accelerator.device) if adversary else None
+    batch = tokenizer_loop.to_device(batch, accelerator.device)
+
+    def step(seen: float) -> dict[str, float]:
+        terms = objective({**batch, "seen": seen})
+        total, losses = terms.total, dict(terms.losses)
+        if rival is not None and seen >= adversary.first:
+            pair = {"real": batch["image"], "fake": terms.images["reconstruction"], "draw": batch["draw"]}
+            with accelerator.autocast():
+                other = rival(pair)
+            losses |= other.losses
+            total = total + other.total
+        if bad := [k for k, v in losses.items() if not torch.isfinite(v.detach()).all()]:
             raise LatelierError(f"{name}: the loss term {', '.join(bad)} is not finite on the very first step.")
-        accelerator.backward(terms.total)
+        accelerator.backward(total)
         optimizer.step()
         optimizer.zero_grad()
         if ema is not None:
             ema.step(checkpoint.trained(objective))
-        if accelerator.device.type == "cuda":
+        return {key: value.item() for key, value in losses.items()}
+
+    late = adversary.first / training.images if adversary else 0.0  # the share of training without the rival
+    shares = {0.0: min(1.0, late), float("inf"): max(0.0, 1 - late)}
+    images = len(batch["draw"]) * accelerator.num_processes
+    terms, seconds, flops = {}, 0.0, 0.0
+    for seen, share in shares.items():
+        if share or seen:  # every loss term is tried
+            terms = step(seen)
+            seconds += share * _median_seconds(step, seen, accelerator.device) / images
+            flops += share * _flops(step, seen) * accelerator.num_processes / images if count else 0.0
+    memory = peak_memory(accelerator.device)
+    return Trial(name, training.images, parameters, terms, seconds, flops, memory)
+
+
+def _median_seconds(step: Any, seen: float, device: torch.device) -> float:
+    seconds = []
+    for _ in range(TIMED_STEPS):
+        start = time.perf_counter()
+        step(seen)
+        if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    speed = micro * accelerator.num_processes / sorted(seconds[1:])[TIMED_STEPS // 2]
-    return {
-        "stage": name,
-        "parameters": parameters,
-        "terms": {k: round(v.item(), 4) for k, v in terms.losses.items()},
-        "images_per_second": speed,
-        "memory_gb": peak_memory(accelerator.device),
-        "hours": training.images / speed / 3600,
-    }
+    return statistics.median(seconds)
 
 
-def _table(rows: list[dict[str, Any]]) -> Table:
+def _flops(step: Any, seen: float) -> int:
+    # The fused attention of the CPU is not counted; its definition in matrix products is.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        step(seen)
+    return counter.get_total_flops()
+
+
+def _table(rows: list[Trial]) -> Table:
     table = Table("stage", "parameters", "loss terms", "img/s", "peak memory", "expected time")
     for row in rows:
-        terms = "  ".join(f"{k} {v}" for k, v in row["terms"].items())
-        hours = row["hours"]
+        terms = "  ".join(f"{k} {v:.4g}" for k, v in row.terms.items())
+        hours = row.images * row.seconds_per_image / 3600
         expected = f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.1f} min"
         table.add_row(
-            row["stage"], f"{row['parameters']:,}", terms, f"{row['images_per_second']:,.0f}",
-            f"{row['memory_gb']:.1f} GB", expected,
+            row.stage, f"{row.parameters:,}", terms, f"{1 / row.seconds_per_image:,.0f}",
+            f"{row.memory_gb:.1f} GB", expected,
         )  # fmt: skip
     return table

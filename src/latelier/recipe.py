@@ -140,6 +140,7 @@ class TrainedTokenizer(Training):
     image_size: Size | None = Field(None, description="train at this size; by default that of `data`")
     train: Literal["all", "decoder"] | list[str] = Field("all", description="what learns: or the names of modules")
     perceptual_weight: Weight = Field(0.5, description="of LPIPS (VGG16); 0 leaves it out")
+    perceptual_every: int = Field(1, ge=1, description="n: LPIPS on every n-th picture only, since it costs most")
     adversarial: Adversarial | None = Field(None, description="a discriminator; none by default")
     phases: list[dict[str, Any]] = Field([], description="what follows: `name`, `images`, and any key that changes")
 
@@ -182,7 +183,7 @@ class TrainedTokenizer(Training):
         try:
             return name, type(self).model_validate({**inherited, **given})
         except ValidationError as error:
-            raise LatelierError(f"In phase {name!r} of tokenizer.phases: {_sentence(error, type(self))}") from None
+            raise LatelierError(f"In phase {name!r} of tokenizer.phases: {first_problem(error, type(self))}") from None
 
 
 class VMAERecipe(TrainedTokenizer):
@@ -197,7 +198,6 @@ class VMAERecipe(TrainedTokenizer):
     preset: str = "vmae-f8d16"
     mask_ratio: float = Field(0.6, ge=0, lt=1)
     visible_weight: Unit = Field(0.5, description="v in (1 - v) * masked MSE + v * visible MSE")
-    perceptual_every: int = Field(1, ge=1, description="n: LPIPS on every n-th picture only, since it costs most")
     kl_weight: Weight = 1e-6
     kl: Literal["free-mean", "standard", "fixed-std"] = "free-mean"
     fixed_std: float = Field(1e-3, gt=0, description="s of `kl: fixed-std`")
@@ -377,9 +377,9 @@ def apply_overrides(tree: dict, overrides: list[str] | tuple[str, ...]) -> dict:
 def build_recipe(tree: dict) -> Recipe:
     """Validate a tree; the first problem becomes one sentence."""
     try:
-        return Recipe.model_validate(_numbers(tree))
+        return Recipe.model_validate(as_numbers(tree))
     except ValidationError as error:
-        raise LatelierError(_sentence(error)) from None
+        raise LatelierError(first_problem(error)) from None
 
 
 def schema() -> dict:
@@ -392,18 +392,18 @@ def dump(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=100)
 
 
-def _numbers(node: Any) -> Any:
+def as_numbers(node: Any) -> Any:
     """YAML 1.1 reads 1e-4 as a string; numbers that look like numbers become numbers."""
     if isinstance(node, dict):
-        return {k: _numbers(v) for k, v in node.items()}
+        return {k: as_numbers(v) for k, v in node.items()}
     if isinstance(node, list):
-        return [_numbers(v) for v in node]
+        return [as_numbers(v) for v in node]
     if isinstance(node, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", node):
         return float(node)
     return node
 
 
-def _sentence(error: ValidationError, root: type[BaseModel] | None = None) -> str:
+def first_problem(error: ValidationError, root: type[BaseModel] | None = None) -> str:
     """One sentence for the first problem, unknown keys first, since they often cause the others."""
     problems = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     first = problems[0]

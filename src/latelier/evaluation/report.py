@@ -135,6 +135,12 @@ def _samples(folder: Path) -> str:
 
 
 def _reconstructions(folder: Path) -> str:
+    final = folder.parent / "reconstructions.png"
+    if final.is_file():
+        return (
+            '<p class="soft">Held-out originals above their reconstructions.</p>'
+            f'<div class="big">{_image(final, "originals above reconstructions")}</div>'
+        )
     paths = _preview_files(folder, "tokenizer")
     if not paths:
         return ""
@@ -147,8 +153,9 @@ def _reconstructions(folder: Path) -> str:
 
 def _previews(folder: Path) -> str:
     """What each stage showed on the way."""
+    stages = {path.stem.rpartition("-")[0] for path in folder.glob("*-*.png")}
     parts = []
-    for stage in STAGES:
+    for stage in sorted(stages, key=lambda s: (s == "denoiser", s != "tokenizer", s)):
         paths = _spread(_preview_files(folder, stage), MOST_PREVIEWS)
         if len(paths) < 2 and stage == "tokenizer":
             continue  # shown already

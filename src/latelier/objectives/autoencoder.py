@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from latelier.draws import Draws
 from latelier.losses.kl import mean_kl
 from latelier.objectives.adversarial import Adversary
-from latelier.objectives.terms import Terms
+from latelier.objectives.terms import Terms, judged
 from latelier.recipe import ConvRecipe
 from latelier.tokenizers import last_layer
 
@@ -59,8 +59,10 @@ class AutoencoderObjective(nn.Module):
         if self.recipe.kl_weight:
             losses["kl"] = mean_kl(mean, logvar, self.recipe.kl)
             weights["kl"] = self.recipe.kl_weight
-        if self.perceptual is not None and self.recipe.perceptual_weight:
-            losses["lpips"] = self.perceptual(reconstruction, images).mean()
+        rows = judged(batch, self.recipe)
+        if self.perceptual is not None and self.recipe.perceptual_weight and (rows is None or rows.any()):
+            pair = (reconstruction, images) if rows is None else (reconstruction[rows], images[rows])
+            losses["lpips"] = self.perceptual(*pair).mean()
             weights["lpips"] = self.recipe.perceptual_weight
         terms = Terms(losses, weights, images={"reconstruction": reconstruction.detach()})
         if self.adversary is not None:

@@ -1,9 +1,16 @@
 """What an objective returns: named loss terms, their weights, and what was painted."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
+
+from latelier.recipe import TrainedTokenizer
 
 
 @dataclass
@@ -31,3 +38,10 @@ class Terms:
     def non_finite(self) -> list[str]:
         """Names of the terms that are NaN or infinite."""
         return [name for name, value in self.losses.items() if not torch.isfinite(value.detach()).all()]
+
+
+def judged(batch: Mapping[str, Any], recipe: TrainedTokenizer) -> Bool[Tensor, " b"] | None:
+    """Which pictures LPIPS judges: every n-th of the stream, or all (None)."""
+    if recipe.perceptual_every == 1:
+        return None
+    return (batch["draw"] % recipe.perceptual_every == 0).to(batch["image"].device)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from latelier.draws import Draws
 from latelier.losses.kl import gaussian_kl
 from latelier.objectives.adversarial import Adversary
-from latelier.objectives.terms import Terms
+from latelier.objectives.terms import Terms, judged
 from latelier.recipe import VMAERecipe
 from latelier.tokenizers import last_layer
 from latelier.tokenizers.vmae import VMAE, visible_patches
@@ -64,10 +64,7 @@ class VMAEObjective(nn.Module):
         noise = None
         if self.recipe.sample_posterior:
             noise = draws.normal("posterior", tokens, self.tokenizer.config["latent_channels"])
-        judged = None
-        if self.recipe.perceptual_every > 1:
-            judged = (batch["draw"] % self.recipe.perceptual_every == 0).to(images.device)
-        terms, reconstruction = self.terms(images, keep, noise, judged)
+        terms, reconstruction = self.terms(images, keep, noise, judged(batch, self.recipe))
         if self.adversary is not None:
             self.adversary.add(terms, reconstruction, last_layer(self.tokenizer), batch)
         return terms
@@ -77,7 +74,7 @@ class VMAEObjective(nn.Module):
         images: Float[Tensor, "b c h w"],
         keep: Int[Tensor, "b k"] | None,
         noise: Float[Tensor, "b k l"] | None,
-        judged: Bool[Tensor, " b"] | None = None,
+        rows: Bool[Tensor, " b"] | None = None,
     ) -> tuple[Terms, Float[Tensor, "b c h w"]]:
         """Terms and reconstruction with the mask, the posterior's noise and the pictures that LPIPS judges given."""
         p = self.tokenizer.config["patch_size"]
@@ -95,8 +92,8 @@ class VMAEObjective(nn.Module):
             visible = torch.zeros_like(squared).scatter(1, keep, 1.0)
             losses["mse_visible"] = (squared * visible).sum() / visible.sum()
             losses["mse_masked"] = (squared * (1 - visible)).sum() / (1 - visible).sum()
-        if self.perceptual is not None and self.weights["lpips"] and (judged is None or judged.any()):
-            pair = (reconstruction, images) if judged is None else (reconstruction[judged], images[judged])
+        if self.perceptual is not None and self.weights["lpips"] and (rows is None or rows.any()):
+            pair = (reconstruction, images) if rows is None else (reconstruction[rows], images[rows])
             losses["lpips"] = self.perceptual(*pair).mean()
         weights = {name: self.weights[name] for name in losses}
         return Terms(losses, weights, images={"reconstruction": reconstruction.detach()}), reconstruction

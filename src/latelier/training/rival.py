@@ -30,7 +30,7 @@ class Rival:
         model = adversary.objective
         if recipe.norm == "batch" and accelerator.num_processes > 1:
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        model = model.to(accelerator.device, memory_format=torch.channels_last)
+        model = model.to(accelerator.device)
         self.objective, self.optimizer = accelerator.prepare(model, adamw(model, self.training))
 
     def learns(self, images: int) -> bool:

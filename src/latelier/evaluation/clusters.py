@@ -1,0 +1,281 @@
+"""How tightly vectors lie within clusters and how far clusters lie apart, and which regions of pictures they are of.
+
+The clusters are given, and found elsewhere than in the vectors themselves. Both numbers compare variances, summed over
+dimensions, so neither changes when the space is scaled or rotated; both are free of the bias that small clusters bring.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from latelier.draws import Draws
+from latelier.errors import LatelierError
+
+RESAMPLES = 200
+REGIONS_PER_CLUSTER = 8  # k-means makes no more clusters than one for so many regions
+MOST_REGIONS = 20_000
+MOST_NUMBERS = 2**27  # latent numbers kept at each granularity, half a GiB
+TAPS = {"object": 4, "part": 3, "pattern": 1}  # of the five that LPIPS's VGG16 has
+LAYERS = {"object": "relu5_3", "part": "relu4_3", "pattern": "relu2_2"}
+
+Interval = tuple[float, float]
+
+
+# -- estimators -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Spread:
+    """Two estimates with 95 % confidence intervals.
+
+    Attributes:
+        within: share of the variance that lies inside clusters: 0 for points, 1 where the space knows no clusters.
+        separation: half the mean squared distance of two cluster means over the variance inside clusters.
+        within_interval, separation_interval: None where some resample has no finite value.
+    """
+
+    within: float
+    separation: float
+    within_interval: Interval | None
+    separation_interval: Interval | None
+
+
+def measure_spread(
+    x: Float[Tensor, "n d"], clusters: Int[Tensor, " n"], pictures: Int[Tensor, " n"], seed: int = 0
+) -> Spread:
+    """Within and separation, with intervals from a bootstrap over pictures.
+
+    Regions of one picture are not independent, so whole pictures are drawn with replacement (cluster-robust). A
+    resample holds doubles, which makes its clusters seem tighter and farther apart; hence the percentiles are shifted
+    until the resamples' mean is the estimate. The clusters are taken as fixed.
+
+    Args:
+        x: one vector per region.
+        clusters: the region's cluster, any integers.
+        pictures: the region's picture, any integers.
+        seed: of the resamples.
+
+    Raises:
+        LatelierError: for fewer than two clusters, clusters of single regions only, or equal vectors.
+    """
+    clusters = clusters.unique(return_inverse=True)[1]  # (n,), 0 ... k - 1
+    owners, pictures = pictures.unique(return_inverse=True)
+    _check(x, clusters)
+    estimate = torch.cat(within_and_separation(x, clusters, torch.ones(1, len(x)))).tolist()
+    weights = picture_weights(len(owners), seed)  # (r, p)
+    resampled = within_and_separation(x, clusters, weights, pictures)  # 2 x (r,)
+    within, separation = (_recentred(values, value) for values, value in zip(resampled, estimate))
+    return Spread(estimate[0], estimate[1], within and (max(0.0, within[0]), min(1.0, within[1])), separation)
+
+
+def within_and_separation(
+    x: Float[Tensor, "n d"],
+    clusters: Int[Tensor, " n"],
+    weights: Float[Tensor, "r p"],
+    pictures: Int[Tensor, " n"] | None = None,
+) -> tuple[Float[Tensor, " r"], Float[Tensor, " r"]]:
+    """The two estimators, for each of r weightings at once.
+
+    With n_k vectors of mean m_k in each of K clusters, N in all, and the mean squares of a one-way analysis of variance
+
+        MSW = sum_k sum_i |x_i - m_k|^2 / (N - K)        MSB = sum_k n_k |m_k - m|^2 / (K - 1)
+
+    the unbiased variance components (Searle, Casella & McCulloch 1992, section 3.6) and the results are
+
+        s_w^2 = MSW        s_b^2 = max(0, (MSB - MSW) / n_0)        n_0 = (N - sum_k n_k^2 / N) / (K - 1)
+        within = s_w^2 / (s_w^2 + s_b^2)
+        separation = mean over pairs of (|m_i - m_j|^2 - MSW (1/n_i + 1/n_j)) / (2 MSW)
+
+    A mean over pairs of |m_i - m_j|^2 is twice the sample variance of the means, so no pair is ever formed.
+
+    Args:
+        x: the vectors.
+        clusters: 0 ... K - 1.
+        weights: how often each vector, or with `pictures` each picture, is counted; clusters of weight 0 do not exist.
+        pictures: column of `weights` that each vector takes; by default its own.
+    """
+    rows, count = len(weights), int(clusters.max()) + 1
+    weights = weights.double()
+    sizes = torch.zeros(rows, count, dtype=torch.float64)  # (r, k)
+    inside, means_squared, weighted_squared = torch.zeros(3, rows, dtype=torch.float64)  # 3 x (r,)
+    means, total = torch.zeros(2, rows, x.shape[1], dtype=torch.float64)  # 2 x (r, d)
+    centre = x.mean(0).double()  # (d,); sums of squares about it lose fewer digits
+    for k in range(count):
+        members = (clusters == k).nonzero()[:, 0]  # (n_k,)
+        own = x[members].double() - centre  # (n_k, d)
+        weight = weights[:, members if pictures is None else pictures[members]]  # (r, n_k)
+        sizes[:, k] = weight.sum(1)
+        mean = weight @ own / sizes[:, k : k + 1].clamp(min=1)  # (r, d)
+        square = mean.square().sum(1)  # (r,)
+        inside += (weight @ own.square().sum(1) - sizes[:, k] * square).clamp(min=0)
+        means_squared += square
+        weighted_squared += sizes[:, k] * square
+        means += mean
+        total += sizes[:, k : k + 1] * mean
+    return _ratios(sizes, inside, means_squared, weighted_squared, means.square().sum(1), total.square().sum(1))
+
+
+def _ratios(
+    sizes: Tensor, inside: Tensor, means_squared: Tensor, weighted_squared: Tensor, means: Tensor, total: Tensor
+) -> tuple[Tensor, Tensor]:
+    """From sums over clusters, `(r, k)` and `(r,)`, to the two numbers."""
+    number, n = (sizes > 0).sum(1), sizes.sum(1)  # (r,)
+    msw = inside / (n - number)
+    msb = (weighted_squared - total / n) / (number - 1)
+    n0 = (n - sizes.square().sum(1) / n) / (number - 1)
+    between = ((msb - msw) / n0).clamp(min=0)
+    spread = (means_squared - means / number) / (number - 1)  # sample variance of the means
+    inverse = torch.where(sizes > 0, 1 / sizes.clamp(min=1), 0).sum(1) / number  # mean of 1 / n_k
+    return msw / (msw + between), spread / msw - inverse
+
+
+def picture_weights(pictures: int, seed: int, resamples: int = RESAMPLES) -> Float[Tensor, "r p"]:
+    """How often each picture appears in each bootstrap resample."""
+    uniform = Draws(seed, torch.arange(resamples)).uniform("bootstrap", pictures)  # (r, p)
+    picks = (uniform * pictures).long().clamp(max=pictures - 1)  # rounding may reach 1
+    return torch.zeros(resamples, pictures).scatter_add_(1, picks, torch.ones_like(uniform))
+
+
+def _check(x: Tensor, clusters: Tensor) -> None:
+    n, count = len(x), int(clusters.max()) + 1
+    if count < 2 or n <= count:
+        raise LatelierError(
+            f"Within and separation need at least 2 clusters, and more regions than clusters, not {count} clusters of "
+            f"{n} regions; evaluate on more, or more varied, pictures."
+        )
+    if not x.var(0).sum() > 0:
+        raise LatelierError(f"The latents of all {n} regions are equal, or not finite; there is nothing to compare.")
+
+
+def _recentred(values: Float[Tensor, " r"], estimate: float) -> Interval | None:
+    """The middle 95 % of resampled values, shifted so that their mean is the estimate."""
+    if not values.isfinite().all():
+        return None
+    low, high = (values - values.mean()).quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    return estimate + low, estimate + high
+
+
+# -- regions ----------------------------------------------------------------------------------------------------------
+
+
+class Region(NamedTuple):
+    """A batch's regions of one granularity: r of them in each picture."""
+
+    latents: Float[Tensor, "b r d"]
+    looks: Float[Tensor, "b r k"]
+    window: tuple[int, ...]
+
+
+def regions(z: Float[Tensor, "b c *grid"], taps: list[Tensor]) -> dict[str, Region]:
+    """Latents and VGG16 features of the same regions: the whole picture, windows of it, single latent positions.
+
+    Args:
+        z: normalised latents.
+        taps: VGG16's feature maps `(b, k, i, j)`, finest first.
+
+    Returns:
+        object, and for 2-D latents part and pattern.
+    """
+    grid = tuple(z.shape[2:])
+    windows = {"object": grid}
+    if len(grid) == 2:
+        windows |= {"part": (part_side(grid[0]), part_side(grid[1])), "pattern": (1, 1)}
+    result = {}
+    for name, window in windows.items():
+        counts = tuple(side // part for side, part in zip(grid, window)) if len(grid) == 2 else (1, 1)
+        looks = F.adaptive_avg_pool2d(taps[TAPS[name]], counts).flatten(2).transpose(1, 2)  # (b, r, k)
+        blocks = F.unfold(z, window, stride=window).transpose(1, 2) if len(grid) == 2 else z.flatten(1)[:, None]
+        result[name] = Region(blocks, looks, window)  # blocks: (b, r, d)
+    return result
+
+
+def part_side(side: int) -> int:
+    """Side of a part: the largest divisor of the grid's side that is at most a quarter of it, so that parts tile."""
+    return next(part for part in range(max(1, side // 4), 0, -1) if side % part == 0)
+
+
+class Regions:
+    """At most so many regions out of a stream of pictures, each equally likely to stay.
+
+    Every region has a random number that belongs to its picture; those with the smallest are kept.
+
+    Args:
+        name: `object`, `part` or `pattern`.
+        window: its size in latent positions.
+        seed: of the choice.
+        most: how many stay; fewer where their latents would not fit into `MOST_NUMBERS`.
+    """
+
+    def __init__(self, name: str, window: tuple[int, ...], seed: int, most: int = MOST_REGIONS):
+        self.name, self.window, self.seed, self.most = name, window, seed, most
+        self._parts: list[tuple[Tensor, ...]] = []
+        self._count = 0
+
+    def add(
+        self, latents: Float[Tensor, "b r d"], looks: Float[Tensor, "b r k"], labels: Int[Tensor, " b"], first: int
+    ) -> None:
+        """Count in the regions of pictures first, first + 1, ..."""
+        b, r, d = latents.shape
+        self.most = min(self.most, max(1, MOST_NUMBERS // d))
+        numbers = torch.arange(first, first + b)
+        keys = Draws(self.seed, numbers).uniform(f"region-{self.name}", r).flatten()  # (b r,)
+        parts = (keys, latents.flatten(0, 1), looks.flatten(0, 1), numbers.repeat_interleave(r))
+        self._parts.append((*(part.cpu() for part in parts), labels.cpu().repeat_interleave(r)))
+        self._count += len(keys)
+        if self._count > 1.25 * self.most:
+            self._prune()
+
+    @property
+    def latents(self) -> Float[Tensor, "n d"]:
+        """Flattened latents of the regions that stayed."""
+        return self._column(1)
+
+    @property
+    def looks(self) -> Float[Tensor, "n k"]:
+        """Their VGG16 features."""
+        return self._column(2)
+
+    @property
+    def pictures(self) -> Int[Tensor, " n"]:
+        """Numbers of their pictures."""
+        return self._column(3)
+
+    @property
+    def labels(self) -> Int[Tensor, " n"]:
+        """Labels of their pictures."""
+        return self._column(4)
+
+    def _column(self, index: int) -> Tensor:
+        if len(self._parts) > 1 or self._count > self.most:
+            self._prune()
+        return self._parts[0][index]
+
+    def _prune(self) -> None:
+        columns = [torch.cat(column) for column in zip(*self._parts)]
+        stay = columns[0].argsort(stable=True)[: self.most].sort().values  # (most,), in the order of the stream
+        self._parts, self._count = [tuple(column[stay] for column in columns)], len(stay)
+
+
+def perceptual_clusters(looks: Float[Tensor, "n k"], count: int, seed: int) -> Int[Tensor, " n"]:
+    """k-means of unit-normalised feature vectors.
+
+    Args:
+        looks: one feature vector per region.
+        count: how many clusters; never more than n / 8, nor than there are different vectors.
+        seed: of the starting points.
+    """
+    import numpy as np
+    from sklearn.cluster import KMeans
+
+    unit = F.normalize(looks.float(), dim=1).cpu().numpy()  # (n, k)
+    count = min(count, len(unit) // REGIONS_PER_CLUSTER, len(np.unique(unit.round(4), axis=0)))
+    if count < 2:
+        return torch.zeros(len(unit), dtype=torch.long)
+    labels = KMeans(count, n_init=1, max_iter=100, random_state=seed % 2**32).fit_predict(unit)
+    return torch.from_numpy(labels).long()  # (n,)

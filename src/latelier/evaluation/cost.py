@@ -1,0 +1,210 @@
+"""What a tokenizer costs: parameters, bytes, floating-point operations, pictures per second, memory.
+
+Operations are counted on a copy without memory ("meta" tensors), so counting takes no time and any model fits. One
+multiply-add is two operations. Papers count differently, so two rules are kept apart: everything, attention's matrix
+products included, for one picture; and that of LDMAE's table, which is the encoder's convolutions and linear layers
+for 64 pictures.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from latelier.draws import Draws
+from latelier.evaluation.metrics import Measurement
+from latelier.receipt import make_receipt
+from latelier.tokenizers import decoder_parts
+from latelier.tokenizers.codec import Codec
+
+PAPER_BATCH = 64
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass
+class Cost:
+    """What can be counted without running anything.
+
+    Attributes:
+        parameters: of encoder and decoder.
+        decoder_parameters: of what makes images of latents; the rest makes latents of images.
+        mib: the weights file in float32, MiB; fixed tables that are stored, such as positions, included.
+        encode: GFLOP of one picture, by operator.
+        encode_layers: GFLOP of one picture in convolutions and linear layers alone.
+        decode: GFLOP of one picture's latents, by operator.
+    """
+
+    parameters: int
+    decoder_parameters: int
+    mib: float
+    encode: dict[str, float]
+    encode_layers: float
+    decode: dict[str, float]
+
+    @property
+    def gflop_encode(self) -> float:
+        """GFLOP to encode one picture, everything counted."""
+        return float(sum(self.encode.values()))
+
+    @property
+    def gflop_decode(self) -> float:
+        """GFLOP to decode one picture, everything counted."""
+        return float(sum(self.decode.values()))
+
+    @property
+    def gflop_paper(self) -> float:
+        """GFLOP by the rule of LDMAE's table: encoder, 64 pictures, convolutions and linear layers only."""
+        return PAPER_BATCH * self.encode_layers
+
+
+@torch.no_grad()
+def count_cost(codec: Codec, height: int, width: int) -> Cost:
+    """Count parameters, bytes and operations.
+
+    Args:
+        codec: the tokenizer; its weights are neither read nor moved.
+        height, width: of the pictures, in pixels.
+
+    Raises:
+        LatelierError: if the tokenizer's factor does not divide the size.
+    """
+    tokenizer = codec.tokenizer
+    parts = decoder_parts(tokenizer)
+    parameters = {name: p.numel() for name, p in tokenizer.named_parameters()}
+    decoder = sum(n for name, n in parameters.items() if name.split(".")[0] in parts)
+    stored = sum(
+        t.numel() * (4 if t.is_floating_point() else t.element_size()) for t in tokenizer.state_dict().values()
+    )
+    shadow = Codec(without_memory(tokenizer).float())
+    images = torch.empty(1, codec.image_channels, height, width, device="meta")
+    latents = torch.empty(1, *codec.latent_shape(height, width), device="meta")
+    encode, layers = _count(shadow.tokenizer, lambda: shadow.encode(images))
+    decode, _ = _count(shadow.tokenizer, lambda: shadow.decode(latents))
+    return Cost(sum(parameters.values()), decoder, stored / 2**20, encode, layers, decode)
+
+
+@torch.no_grad()
+def measure_cost(
+    codec: Codec,
+    height: int,
+    width: int,
+    batch: int = 16,
+    seconds: float = 2.0,
+    extra: Mapping[str, Any] | None = None,
+) -> list[Measurement]:
+    """Count, then run.
+
+    Args:
+        codec: the tokenizer, on the device that is to be measured.
+        height, width: of the pictures, in pixels.
+        batch: pictures at once, in the measured numbers only.
+        seconds: how long encoding, and decoding, are repeated; a batch that has begun is finished.
+        extra: fields for the receipts beyond those gathered here.
+
+    Returns:
+        `parameters`, `size-mib`, `gflop-encode`, `gflop-decode`, `gflop-paper`, `encode-images-per-second`,
+        `decode-images-per-second` (medians) and `memory-gb` (peak).
+
+    Raises:
+        LatelierError: if the tokenizer's factor does not divide the size.
+    """
+    from latelier.training.runtime import peak_memory
+
+    cost, device = count_cost(codec, height, width), codec.device
+    receipt = make_receipt(image_size=(height, width), tokenizer=codec.hash(), **(extra or {}))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    pictures = Draws(0, torch.arange(batch), device).uniform("cost", codec.image_channels, height, width) * 2 - 1
+    latents = codec.encode(pictures)
+    encode, decode = (
+        _speed(action, batch, seconds, device)
+        for action in (lambda: codec.encode(pictures), lambda: codec.decode(latents))
+    )
+    run = {**receipt, "batch": batch, "precision": codec.precision, "seconds": seconds}
+    kind = "accelerator, weights included" if device.type == "cuda" else "the whole process since it began"
+    return [
+        *_counted(cost, receipt),
+        Measurement("encode-images-per-second", encode[0], {**run, "repetitions": encode[1]}),
+        Measurement("decode-images-per-second", decode[0], {**run, "repetitions": decode[1]}),
+        Measurement("memory-gb", peak_memory(device), {**run, "peak": kind}),
+    ]
+
+
+def _counted(cost: Cost, receipt: dict[str, Any]) -> list[Measurement]:
+    every = {**receipt, "rule": "one picture, 2 FLOP per multiply-add, attention included"}
+    layers = f"encoder, {PAPER_BATCH} pictures, 2 FLOP per multiply-add, convolutions and linear layers only"
+    split = {"encoder": cost.parameters - cost.decoder_parameters, "decoder": cost.decoder_parameters}
+    return [
+        Measurement("parameters", float(cost.parameters), {**receipt, **split}),
+        Measurement("size-mib", cost.mib, {**receipt, "stored": "float32, position tables included"}),
+        Measurement("gflop-encode", cost.gflop_encode, {**every, "operators": cost.encode}),
+        Measurement("gflop-decode", cost.gflop_decode, {**every, "operators": cost.decode}),
+        Measurement("gflop-paper", cost.gflop_paper, {**receipt, "rule": layers}),
+    ]
+
+
+def without_memory(module: nn.Module) -> nn.Module:
+    """A copy whose weights have shapes but no numbers; the original's are never copied."""
+    memo: dict[int, Any] = {}
+    for p in module.parameters():
+        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+    for b in module.buffers():
+        memo[id(b)] = torch.empty_like(b, device="meta")
+    return copy.deepcopy(module, memo)
+
+
+def _count(module: nn.Module, action: Callable[[], Any]) -> tuple[dict[str, float], float]:
+    """GFLOP of what the action computes by operator, and how much of it in the module's convolutions and linears.
+
+    Operators alone do not tell the second: a linear layer may run as the same batched product as attention.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counter = FlopCounterMode(display=False)
+    layers = 0
+
+    def enter(*_: Any) -> None:
+        nonlocal layers
+        layers -= counter.get_total_flops()
+
+    def leave(*_: Any) -> None:
+        nonlocal layers
+        layers += counter.get_total_flops()
+
+    found = [layer for layer in module.modules() if isinstance(layer, LAYERS)]
+    hooks = [
+        hook for layer in found for hook in (layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave))
+    ]
+    with counter, sdpa_kernel(SDPBackend.MATH):  # fused kernels are not all known to the counter
+        action()
+    for hook in hooks:
+        hook.remove()
+    counts = counter.get_flop_counts().get("Global", {})
+    return {str(operator).split(".")[-1]: flops / 1e9 for operator, flops in counts.items()}, layers / 1e9
+
+
+def _speed(action: Callable[[], Any], batch: int, seconds: float, device: torch.device) -> tuple[float, int]:
+    """Pictures per second, the median over repetitions, and how many there were; one to warm up is not counted."""
+    action()
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while not times or time.perf_counter() < end:
+        _wait(device)
+        begin = time.perf_counter()
+        action()
+        _wait(device)
+        times.append(time.perf_counter() - begin)
+    return batch / median(times), len(times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)

