@@ -83,7 +83,7 @@ def test_variants_and_overrides_reach_every_run(tmp_path):
         ({}, {"variant": "big"}, "has no variant 'big'; it has small"),
         ({"collumns": ["psnr"]}, {}, "'collumns'.*did you mean 'columns'"),
         ({"budget": {"tokenizer": {"images": 8, "flops": 1e9}}}, {}, "one of images, minutes or flops"),
-        ({}, {"overrides": ["name=x"]}, "does not work on a study"),
+        ({}, {"overrides": ["budget.tokenizer.images=x"]}, r"budget.tokenizer.images = 'x'"),
     ],
 )
 def test_wrong_studies_are_one_sentence(tmp_path, changes, arguments, message):

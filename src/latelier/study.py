@@ -22,6 +22,7 @@ from latelier.recipe import Recipe, Section, apply_overrides, as_numbers, build_
 
 _FOLDERS = (Path(__file__).parent / "studies", Path(__file__).parents[2] / "studies")
 RESULT = "result.json"
+OWN = ("name", "folder", "budget", "columns")  # overrides of these are the study's, not its runs'
 
 
 class PublishedValues(Section):
@@ -61,24 +62,33 @@ class Study(Section):
 
 
 def load_study(path: str | Path, variant: str | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Study:
-    """Read a study file, and apply a variant and `a.b=c` overrides, which go to the recipe of every run.
+    """Read a study file, and apply a variant and `a.b=c` overrides.
+
+    Overrides of `name`, `folder`, `budget` and `columns` are the study's; all others go to the recipe of every run.
 
     Raises:
         LatelierError: naming the file, key or value that is wrong.
     """
     path = find_study(path)
     try:
-        study = Study.model_validate(as_numbers(yaml.safe_load(path.read_text())))
+        study = _validate(yaml.safe_load(path.read_text()), path)
     except yaml.YAMLError as error:
         raise LatelierError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    except ValidationError as error:
-        raise LatelierError(f"{path}: {first_problem(error, Study)}") from None
     if variant is not None:
         study = _vary(study, variant)
-    for key in ("name", "runs"):
-        if any(override.startswith(f"{key}=") for override in overrides):
-            raise LatelierError(f"Override {key}=... does not work on a study; runs are named after it.")
-    return study.model_copy(update={"base": apply_overrides(copy.deepcopy(study.base), overrides)})
+    own = [override for override in overrides if override.partition("=")[0].split(".")[0] in OWN]
+    tree = apply_overrides(study.model_dump(), own)
+    apply_overrides(tree["base"], [override for override in overrides if override not in own])
+    return _validate(tree, path)
+
+
+def _validate(tree: Any, path: Path) -> Study:
+    if not isinstance(tree, dict):
+        raise LatelierError(f"{path} must be a YAML mapping with at least `name`, `title`, `base` and `runs`.")
+    try:
+        return Study.model_validate(as_numbers(tree))
+    except ValidationError as error:
+        raise LatelierError(f"{path}: {first_problem(error, Study)}") from None
 
 
 def find_study(name: str | Path) -> Path:

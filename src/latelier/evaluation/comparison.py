@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Published", "Shown", "write_comparison"]
 
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8a8a8a", "#000000")  # Okabe & Ito 2008
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8a8a8a", "#5b4a8a")  # Okabe & Ito 2008
 MARKERS = "osD^vPX"
 INK, SOFT, LINE = "#1d1f23", "#5f6570", "#e2e2de"  # of the page
 WIDTH = 9.0  # inches, 900 px at 100 dpi
@@ -159,11 +159,10 @@ def _save(folder: Path, name: str, figure: Figure, words: str) -> Picture:
 
 def _overview(shown: Sequence[Shown], columns: Sequence[str]) -> Figure:
     """Horizontal bars, one panel for each metric, the runs in the same order and colours everywhere."""
-    across = min(4, len(columns))
-    figure, panels = _panels(len(columns), across, height=0.55 + 0.24 * len(shown))
+    figure, panels = _panels(len(columns), 4, height=0.55 + 0.24 * len(shown))
     for i, (name, axes) in enumerate(zip(columns, panels)):
         _bars(axes, shown, name)
-        axes.set_yticks(range(len(shown)), [_fit(run.name) for run in shown] if i % across == 0 else [])
+        axes.set_yticks(range(len(shown)), [_fit(run.name) for run in shown] if i % 4 == 0 else [])
     return figure
 
 
@@ -186,7 +185,8 @@ def _bars(axes: Axes, shown: Sequence[Shown], name: str) -> None:
     axes.set_title(heading(name))
     axes.set_xticks([])
     axes.tick_params(axis="y", length=0)
-    axes.spines["bottom"].set_visible(False)
+    axes.spines[["bottom", "left"]].set_visible(False)
+    axes.axvline(0, color=LINE, linewidth=0.8)
 
 
 def _smoothness(shown: Iterable[Shown]) -> list[str]:
@@ -208,7 +208,7 @@ def _smooth(shown: Sequence[Shown], curves: Mapping[str, Mapping[int, list[tuple
     """One panel for each metric over the noise level; its square root has a zero and room for small levels."""
     from matplotlib.lines import Line2D
 
-    figure, panels = _panels(len(curves), min(3, len(curves)), height=2.7, above=0.4)
+    figure, panels = _panels(len(curves), 3, height=2.7, above=0.4)
     styles: list[dict[str, Any]] = [
         {"color": colour, "marker": marker, "linewidth": 1.6, "markersize": 4}
         for _, colour, marker in zip(shown, cycle(COLOURS), cycle(MARKERS))
@@ -230,7 +230,7 @@ def _smooth(shown: Sequence[Shown], curves: Mapping[str, Mapping[int, list[tuple
     there = [i for i in range(len(shown)) if any(i in runs for runs in curves.values())]
     figure.legend(
         [Line2D([], [], **styles[i]) for i in there], [_fit(shown[i].name) for i in there],
-        loc="outside upper left", ncols=min(6, len(there)), frameon=False, fontsize=8.5,
+        loc="outside upper left", ncols=2 * max(2, min(3, len(curves))), frameon=False, fontsize=8.5,
     )  # fmt: skip
     return figure
 
@@ -249,12 +249,14 @@ def _level_axis(axes: Axes, levels: Sequence[float]) -> None:
     axes.axvspan(0, min(FLAT, last), color="#f1f1ee", zorder=0)
 
 
-def _panels(count: int, across: int, height: float, above: float = 0.0) -> tuple[Figure, list[Axes]]:
-    """A figure of the page's width and its panels, row by row."""
+def _panels(count: int, most: int, height: float, above: float = 0.0) -> tuple[Figure, list[Axes]]:
+    """A figure as wide as the page, or less for few panels, and its panels, row by row, so many in a row at most."""
     from matplotlib.figure import Figure
 
-    down = -(-count // across)
-    figure = Figure(figsize=(WIDTH, down * height + above), layout="constrained", facecolor="white")
+    across, down = min(most, count), -(-count // most)
+    figure = Figure(
+        figsize=(WIDTH * max(across, 2) / most, down * height + above), layout="constrained", facecolor="white"
+    )
     panels = list(figure.subplots(down, across, squeeze=False).flat)
     for spare in panels[count:]:
         spare.set_axis_off()
@@ -284,7 +286,7 @@ def _stack(pictures: Sequence[tuple[str, Path]]) -> Image.Image:
     from matplotlib import get_data_path
 
     font = ImageFont.truetype(str(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), 15)
-    grids = [(name, _cut(Image.open(path).convert("RGB"))) for name, path in pictures]
+    grids = [(name, _cut(path)) for name, path in pictures]
     width = max([grid.width for _, grid in grids] + [math.ceil(font.getlength(name)) + 4 for name, _ in grids])
     height = sum(grid.height + NAME_HEIGHT for _, grid in grids) + 6 * (len(grids) - 1)
     canvas = Image.new("RGB", (width, height), "white")
@@ -296,8 +298,10 @@ def _stack(pictures: Sequence[tuple[str, Path]]) -> Image.Image:
     return canvas
 
 
-def _cut(grid: Image.Image) -> Image.Image:
+def _cut(path: Path) -> Image.Image:
     """The top of a grid, enlarged twice where there is room; whole rows, an even number: they may be pairs."""
+    with Image.open(path) as opened:
+        grid = opened.convert("RGB")
     scale = 2 if 2 * grid.width <= PICTURE_WIDTH else 1
     room = PICTURE_HEIGHT // scale
     if grid.height > room:

@@ -362,7 +362,7 @@ def heading(name: str) -> str:
 
 
 def texts(values: Sequence[float | None], like: Sequence[float | None] | None = None) -> list[str]:
-    """A column of numbers with equally many decimals: four digits of the largest, a fifth for the smallest's sake.
+    """A column of numbers with equally many decimals: four digits of the largest, five if others are far smaller.
 
     Args:
         values: the numbers.
@@ -372,7 +372,7 @@ def texts(values: Sequence[float | None], like: Sequence[float | None] | None = 
     if sizes and not 1e-3 <= max(sizes) < 1e4:
         return [MISSING if v is None else short(v) for v in values]
     most = _power(max(sizes)) if sizes else 3
-    decimals = 3 - most + (bool(sizes) and _power(min(sizes)) < most)
+    decimals = 3 - most + (bool(sizes) and _power(min(sizes)) < most - 1)
     return [MISSING if v is None else f"{v:.{decimals}f}" for v in values]
 
 
