@@ -28,8 +28,13 @@ MEANINGS: dict[type[BaseModel], dict[str, str]] = {
         "flip": "mirror half of the pictures",
         "streaming": "read a Hub dataset without downloading it first",
     },
+    recipe.TrainedTokenizer: {
+        "method": "a paper's name for a set of values, which lie under those that are given; see the kind's table",
+        "phases": "sections that follow, each with `name`, `images` and what changes; see [VMAE](vmae.md#phases)",
+    },
     recipe.VMAERecipe: {
         "preset": "see [VMAE](vmae.md#presets)",
+        "method": "`paper`, `released`: the values of the paper's text, and of its released script",
         "mask_ratio": "share of patches that the encoder does not see in training",
         "perceptual_weight": "of LPIPS; 0 needs no LPIPS weights",
         "kl_weight": "of the KL term",
@@ -37,6 +42,7 @@ MEANINGS: dict[type[BaseModel], dict[str, str]] = {
     },
     recipe.ConvRecipe: {
         "preset": "`kl-f8c4`, `kl-f8c16`, `kl-f4c4-small`, `kl-f8c16-small`, `kl-f8c16-tiny`",
+        "method": "`ae`, `dae`, `vae`, `sd-vae`: the baselines of [LDMAE](ldmae.md)",
         "init": "an `AutoencoderKL`, folder or Hub name, to start from",
         "model": "arguments of `AutoencoderKL` that replace the preset's",
         "reconstruction": "absolute or squared error of pixels",
@@ -97,6 +103,8 @@ YAML = str.maketrans({"(": "[", ")": "]", "'": None})  # Python's tuples and str
 SECTIONS: dict[str, type[BaseModel]] = {
     "(top level)": recipe.Recipe,
     "data": recipe.Data,
+    "keys of all tokenizers that are trained": recipe.TrainedTokenizer,
+    "tokenizer.adversarial": recipe.Adversarial,
     "tokenizer: {kind: vmae}": recipe.VMAERecipe,
     "tokenizer: {kind: conv}": recipe.ConvRecipe,
     "tokenizer: {kind: identity}": recipe.IdentityRecipe,
@@ -120,8 +128,11 @@ def tables() -> str:
 
 
 def table(model: type[BaseModel]) -> str:
-    """Key, what it takes, default and meaning of a section's fields; those of `Training` have a table of their own."""
-    shared = recipe.Training.model_fields if model is not recipe.Training else {}
+    """Key, what it takes, default and meaning of a section's own fields; those it shares have a table of their own."""
+    shared: dict[str, FieldInfo] = {}
+    for base in (recipe.Training, recipe.TrainedTokenizer):
+        if issubclass(model, base) and model is not base:
+            shared |= base.model_fields
     properties = model.model_json_schema()["properties"]
     rows = ["| key | takes | default | meaning |", "|---|---|---|---|"]
     for name, field in model.model_fields.items():

@@ -1,5 +1,6 @@
 """The command line: fast help, one sentence and exit code 2 for every mistake."""
 
+import json
 import subprocess
 import sys
 import time
@@ -151,3 +152,27 @@ def test_check_tells_the_cost(monkeypatch, capsys, recipe_file):
     assert code == 0
     for word in ("48 pictures", "9 classes", "tokenizer", "denoiser", "mse_masked", "img/s", "memory"):
         assert word in shown
+
+
+def test_inspect_judges_a_trained_tokenizer(monkeypatch, capsys, tmp_path, recipe_file, folder_of_pictures):
+    assert call(monkeypatch, capsys, "train", "tokenizer", str(recipe_file))[0] == 0
+    run, out = str(tmp_path / "runs" / "tiny"), tmp_path / "judged"
+    options = ("--size", "32", "--samples", "64", "--out", str(out))
+    metrics = "evaluate.metrics=[psnr,smoothness,compression]"
+    code, shown, error = call(monkeypatch, capsys, "inspect", run, "emoji", metrics, *options)
+    assert code == 0, error
+    assert "report.html" in shown.replace("\n", "")
+    measured = json.loads((out / "metrics.json").read_text())
+    assert {"smoothness-psnr", "within-class", "within-object", "within-part"} <= set(measured["latent space"])
+    code, _, error = call(monkeypatch, capsys, "inspect", str(tmp_path / "nowhere"), "emoji", *options)
+    assert code == 2
+    assert "nowhere" in error
+
+
+def test_study_from_the_command_line(monkeypatch, capsys, tmp_path):
+    code, _, error = call(monkeypatch, capsys, "study", "ldmae_tokeniser")
+    assert code == 2
+    assert "did you mean 'ldmae_tokenizers'" in error
+    code, _, error = call(monkeypatch, capsys, "study", "ldmae_tokenizers", "--variant", "emojis")
+    assert code == 2
+    assert "has no variant 'emojis'; it has emoji, imagenet" in error

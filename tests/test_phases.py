@@ -5,6 +5,7 @@ import signal
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from latelier.errors import LatelierError
@@ -114,7 +115,7 @@ def test_phases_inherit_and_survive_the_run_folder(trained):
     section = trained.tokenizer.phase(1)[1]
     assert (section.batch, section.schedule, section.ema) == (8, "cosine", 0.9)
     assert (section.mask_ratio, section.log_every, section.phases) == (0, 8, [])
-    assert build_recipe(__import__("yaml").safe_load(dump(trained))) == trained
+    assert build_recipe(yaml.safe_load(dump(trained))) == trained
 
 
 @pytest.mark.parametrize(

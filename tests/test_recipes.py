@@ -3,10 +3,11 @@
 import pytest
 
 from latelier.experiment import run
-from latelier.recipe import ConvRecipe, VMAERecipe, build_recipe, load_recipe, recipe_files
+from latelier.recipe import ConvRecipe, TrainedTokenizer, VMAERecipe, build_recipe, load_recipe, recipe_files
 from tiny import VMAE
 
-SMALL_TRAINING = {"images": 16, "batch": 8, "micro_batch": None, "log_every": 8, "compile": False}
+SMALL_TRAINING = {"images": 16, "batch": 8, "micro_batch": None, "log_every": 8, "compile": False, "warmup": 0}
+SMALL_GAME = {"layers": 1, "channels": 8, "start": 8}
 
 
 def shrink(recipe, folder):
@@ -15,6 +16,12 @@ def shrink(recipe, folder):
     tree["runs"] = str(folder)
     tree["data"] |= {"source": "emoji", "image_size": 32, "length": 24, "streaming": False, "val_source": None}
     tree["data"] |= {"label_key": None, "caption_key": None, "classes": None}
+    if isinstance(recipe.tokenizer, TrainedTokenizer):
+        tree["tokenizer"] |= {"image_size": recipe.tokenizer.image_size and 16}
+        if recipe.tokenizer.adversarial:
+            tree["tokenizer"]["adversarial"] |= SMALL_GAME
+        for phase in tree["tokenizer"]["phases"]:
+            phase |= {**SMALL_TRAINING, "image_size": phase.get("image_size") and 32}
     if isinstance(recipe.tokenizer, VMAERecipe):
         tree["tokenizer"] |= {**SMALL_TRAINING, "model": VMAE}
     elif isinstance(recipe.tokenizer, ConvRecipe):
@@ -22,7 +29,8 @@ def shrink(recipe, folder):
     if recipe.denoiser:
         tree["denoiser"] |= {**SMALL_TRAINING, "model": {"dim": 32, "depth": 1, "heads": 2}}
         tree["sample"] |= {"count": 4, "steps": 2}
-    tree["evaluate"] |= {"samples": 16, "batch": 16, "features": "vgg16"}
+    tree["evaluate"] |= {"samples": 16, "batch": 16, "features": "vgg16", "noise_levels": [0, 0.3]}
+    tree["evaluate"]["metrics"] = [name for name in recipe.evaluate.metrics if name != "cost"]  # it is timed
     return build_recipe(tree)
 
 

@@ -122,3 +122,16 @@ def test_chart_helpers():
     assert average([float(i) for i in range(100)])[50] == 50
     assert thin([(float(i), 1.0) for i in range(1000)])[-1] == (999.0, 1.0)
     assert len(thin([(float(i), 1.0) for i in range(1000)])) <= 400
+
+
+def test_curves_and_held_out_reconstructions(tmp_path):
+    fill(tmp_path)
+    assert "Noise on latents" not in write_report(tmp_path).read_text()
+    curve = Measurement("smoothness-psnr", 20.0, {"n": 8, "curve": [[0, 22.0], [0.3, 18.0]]})
+    write_measurements(tmp_path / "metrics.json", [curve], "latent space")
+    save_png(make_grid(torch.zeros(4, 3, 8, 8), 2), tmp_path / "reconstructions.png")
+    save_png(make_grid(torch.zeros(4, 3, 8, 8), 2), tmp_path / "previews" / "tuning-000000064000.png")
+    page = write_report(tmp_path).read_text()
+    assert "psnr over noise level, last value 18" in page
+    assert "Held-out originals above their reconstructions" in page
+    assert page.index("tokenizer at 64000") < page.index("tuning at 64000") < page.index("denoiser at 64000")

@@ -157,6 +157,21 @@ def convert(
     console.print(f"{out}: {type(converted.model).__name__}, {parameters:,} parameters")
 
 
+@app.command(epilog="Example:  latelier inspect stabilityai/sd-vae-ft-mse ./photos --size 256")
+def inspect(
+    tokenizer: Annotated[str, typer.Argument(help="A run folder, a tokenizer folder, or a diffusers Hub name.")],
+    data: Annotated[str, typer.Argument(help="Pictures to measure on: a folder, a dataset, `emoji`, ...")],
+    overrides: Overrides = None,
+    size: Annotated[int, typer.Option(help="Side in pixels to which pictures are cropped.")] = 256,
+    samples: Annotated[int, typer.Option(help="How many pictures are measured.")] = 2000,
+    out: Annotated[Path, typer.Option(help="Folder of metrics.json and report.html.")] = Path("inspection"),
+) -> None:
+    """Judge a latent space: reconstruction, smoothness, perceptual compression, cost."""
+    from latelier.experiment import inspect as inspect_tokenizer
+
+    console.print(f"Report: {inspect_tokenizer(tokenizer, data, size, samples, out, overrides or [])}")
+
+
 @app.command(epilog="Example:  latelier study ldmae_tokenizers --variant emoji")
 def study(
     file: Annotated[str, typer.Argument(help="A study file, or the name of one that comes along.")],

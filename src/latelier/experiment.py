@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from latelier.errors import LatelierError
 from latelier.recipe import Recipe, dump, load_recipe
 
+INSPECTED = ["l1", "psnr", "ssim", "lpips", "rfd", "smoothness", "compression", "cost"]
 NEAREST_SHOWN = 16
 RECONSTRUCTIONS_SHOWN = 16
 
@@ -265,6 +266,33 @@ def reconstruct(tokenizer: str, images: list[Path], out: Path, size: int) -> flo
         result = torch.cat([codec.decode(codec.encode(x[None].to(codec.device))).clamp(-1, 1).cpu() for x in pictures])
     save_png(make_pairs(pictures, result, columns=min(8, len(pictures))), out)
     return psnr(result, pictures).mean().item()
+
+
+def inspect(tokenizer: str, source: str, size: int, samples: int, out: Path, options: list[str]) -> Path:
+    """Measure the latent space of any trained tokenizer on any pictures: a run without training.
+
+    Args:
+        tokenizer: a run folder, a tokenizer folder, or a diffusers Hub name.
+        source: pictures, as in `data.source`; they are all held out, since nothing is trained.
+        size: side in pixels.
+        samples: how many pictures are measured.
+        out: folder of metrics.json and report.html.
+        options: `a.b=c` changes, such as `data.label_key=class`.
+
+    Returns:
+        The report's path.
+    """
+    from latelier.recipe import apply_overrides, build_recipe
+
+    folder = Path(tokenizer) / "tokenizer"
+    tree = {
+        "name": out.name,
+        "runs": str(out.parent),
+        "data": {"source": source, "val_source": source, "image_size": size, "flip": False},
+        "tokenizer": {"kind": "pretrained", "path": str(folder) if folder.is_dir() else tokenizer},
+        "evaluate": {"metrics": INSPECTED, "samples": samples},
+    }
+    return complete(build_recipe(apply_overrides(tree, options)))
 
 
 def show_measurements(measured: list[Measurement]) -> None:

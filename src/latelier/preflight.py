@@ -114,12 +114,13 @@ def _try(name: str, training: Training, objective: nn.Module, batch: dict[str, A
     ema = checkpoint.make_ema(objective, training.ema)
     objective, optimizer = accelerator.prepare(objective, optimizer)
     rival = adversary.objective.to(accelerator.device) if adversary else None
+    first = adversary.first if adversary else 0  # images seen before the rival learns
     batch = tokenizer_loop.to_device(batch, accelerator.device)
 
     def step(seen: float) -> dict[str, float]:
         terms = objective({**batch, "seen": seen})
         total, losses = terms.total, dict(terms.losses)
-        if rival is not None and seen >= adversary.first:
+        if rival is not None and seen >= first:
             pair = {"real": batch["image"], "fake": terms.images["reconstruction"], "draw": batch["draw"]}
             with accelerator.autocast():
                 other = rival(pair)
@@ -134,7 +135,7 @@ def _try(name: str, training: Training, objective: nn.Module, batch: dict[str, A
             ema.step(checkpoint.trained(objective))
         return {key: value.item() for key, value in losses.items()}
 
-    late = adversary.first / training.images if adversary else 0.0  # the share of training without the rival
+    late = first / training.images  # the share of training without the rival
     shares = {0.0: min(1.0, late), float("inf"): max(0.0, 1 - late)}
     images = len(batch["draw"]) * accelerator.num_processes
     terms, seconds, flops = {}, 0.0, 0.0

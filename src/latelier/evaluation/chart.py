@@ -1,4 +1,4 @@
-"""A line chart as SVG text: one quantity over images seen, in colours that the page's style sheet chooses."""
+"""A line chart as SVG text: one quantity over another, in colours that the page's style sheet chooses."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ Number = float | int
 Points = Sequence[tuple[Number, Number]]
 
 
-def line_chart(title: str, points: Points, smooth: bool = True) -> str:
+def line_chart(title: str, points: Points, smooth: bool = True, over: str = "images seen") -> str:
     """A figure with one line.
 
     Args:
         title: what is drawn.
-        points: (images seen, value), ascending; values that are not finite are left out.
+        points: (x, value), ascending; values that are not finite are left out.
         smooth: draw a moving average over the raw values.
+        over: what x is, for those who hear the page.
 
     Returns:
         HTML of the figure, empty if there is no finite value.
@@ -45,7 +46,7 @@ def line_chart(title: str, points: Points, smooth: bool = True) -> str:
         parts.append(_path("raw", place, points))
         parts.append(_path("smooth", place, [(x, y) for (x, _), y in zip(points, smoothed)]))
     last = (smoothed or values)[-1]
-    label = f"{title} over images seen, last value {short(last)}"
+    label = f"{title} over {over}, last value {short(last)}"
     return (
         f'<figure class="chart card"><figcaption><b>{escape(title)}</b><span>{short(last)}'
         f"{' · log' if logarithmic else ''}</span></figcaption>"

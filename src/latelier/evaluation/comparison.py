@@ -42,7 +42,7 @@ from latelier.evaluation.orderings import (
     value,
     verdicts,
 )
-from latelier.evaluation.report import _image, _page
+from latelier.evaluation.report import inline_image, page
 from latelier.images import GAP_COLOUR, save_png
 
 if TYPE_CHECKING:
@@ -387,13 +387,12 @@ def _html(title: str, about: str, sections: Sequence[Section]) -> str:
                 body.append(_html_table(part))
             elif isinstance(part, Picture):
                 kind = "figure" if part.figure else "picture"
-                body.append(
-                    f'<div class="{kind}">{_image(part.png, part.words)}</div><p class="soft">{escape(part.words)}.</p>'
-                )
+                body.append(f'<div class="{kind}">{inline_image(part.png, part.words)}</div>')
+                body.append(f'<p class="soft">{escape(part.words)}.</p>')
             else:
                 body.append(f'<p class="soft">{escape(part)}</p>')
         body.append("</section>")
-    return _page(title, "".join(body))
+    return page(title, "".join(body))
 
 
 def _html_table(table: Table) -> str:

@@ -19,10 +19,11 @@ from torch import Tensor
 from latelier.draws import Draws
 from latelier.errors import LatelierError
 from latelier.evaluation.clusters import LAYERS, RESAMPLES, Regions, measure_spread, perceptual_clusters, regions
-from latelier.evaluation.features import FeatureExtractor, load_extractor
-from latelier.evaluation.metrics import FeatureStatistics, Measurement, mean_with_interval, size_warning
-from latelier.evaluation.reconstruction import SETTINGS, _per_picture
+from latelier.evaluation.features import load_extractor
+from latelier.evaluation.metrics import FeatureStatistics, Measurement, mean_with_interval, psnr, size_warning
+from latelier.evaluation.reconstruction import SETTINGS
 from latelier.images import round_to_8_bit
+from latelier.losses.perceptual import LPIPS
 from latelier.receipt import make_receipt
 from latelier.recipe import Evaluate
 from latelier.tokenizers.codec import Codec
@@ -30,6 +31,7 @@ from latelier.tokenizers.codec import Codec
 Pictures = Iterable[tuple[Tensor, Tensor]]  # images (b, c, h, w) and labels (b,), -1 for none
 
 AREA_END = 0.3  # the paper's largest noise level
+PIXELS = 2**20  # of pictures whose feature maps are held at once: half a gigabyte
 STATISTICS_PICTURES = 256  # what the scale of a codec without statistics is measured on
 
 
@@ -65,33 +67,23 @@ def measure_smoothness(
     levels = sorted({0.0, *evaluate.noise_levels})
     if len(levels) < 2:
         raise LatelierError("evaluate.noise_levels has no level above 0; smoothness needs one, such as 0.3.")
-    wanted = [name for name in evaluate.metrics if name in ("psnr", "lpips")]
-    per_picture = _per_picture(evaluate.model_copy(update={"metrics": wanted}), codec.device)
-    extractor = load_extractor(evaluate.features, codec.device) if "rfd" in evaluate.metrics else None
-    if not per_picture and extractor is None:
+    if not {"psnr", "lpips", "rfd"} & set(evaluate.metrics):
         return []
+    judge = _Judge(evaluate, codec.device, len(levels))
     scaled, pictures, scale = with_statistics(codec, read(batches, evaluate.samples))
-    curves: dict[str, list[Tensor]] = {name: [] for name in per_picture}  # of (b, levels)
-    distances = _Distances(extractor, len(levels))
     n, size = 0, (0, 0)
     for images, _ in pictures:
-        images = images.to(codec.device)
-        noisy = list(decode_noisy(scaled, images, levels, evaluate.seed, n))  # levels x (b, c, h, w)
-        for name, metric in per_picture.items():
-            curves[name].append(torch.stack([metric(picture, images).cpu() for picture in noisy], 1))
-        distances.update(images, noisy)
-        n, size = n + len(images), (images.shape[2], images.shape[3])
+        size = (images.shape[2], images.shape[3])
+        for part in images.to(codec.device).split(max(1, PIXELS // (size[0] * size[1]))):
+            judge.compare(part, decode_noisy(scaled, part, levels, evaluate.seed, n))
+            n += len(part)
     if n == 0:
         raise LatelierError(f"There are no pictures in {reference} to measure smoothness on.")
     receipt = make_receipt(
         n=n, reference=reference, image_size=size, latents="posterior mean", latent_scale=scale, seed=evaluate.seed,
         noise="z + level * standard deviation of the channel * normal noise", tokenizer=codec.hash(), **(extra or {}),
     )  # fmt: skip
-    return [
-        *(_area(name, levels, torch.cat(parts), {**receipt, "settings": SETTINGS[name]})
-          for name, parts in curves.items()),
-        *distances.measure(levels, receipt),
-    ]  # fmt: skip
+    return judge.measure(levels, receipt)
 
 
 def decode_noisy(
@@ -128,30 +120,65 @@ def area_weights(levels: list[float], end: float = AREA_END) -> Float[Tensor, " 
     return torch.tensor(areas, dtype=torch.float64) / (end - levels[0])
 
 
-class _Distances:
-    """Fréchet distance of each level's pictures to the originals; does nothing without an extractor."""
+class _Judge:
+    """PSNR, LPIPS and Fréchet distance of each level's pictures to the originals, in one pass of VGG16 where it can be.
 
-    def __init__(self, extractor: FeatureExtractor | None, levels: int):
-        self.extractor = extractor
-        dims = extractor.dims if extractor else 0
+    Args:
+        evaluate: which of the three, in which features.
+        device: of the networks.
+        levels: how many there are.
+    """
+
+    def __init__(self, evaluate: Evaluate, device: torch.device, levels: int):
+        self.names = [name for name in ("psnr", "lpips") if name in evaluate.metrics]
+        self.extractor = load_extractor(evaluate.features, device) if "rfd" in evaluate.metrics else None
+        shared = self.extractor is not None and isinstance(self.extractor.module, LPIPS)
+        if shared:
+            self.network = self.extractor.module  # type: ignore[union-attr]
+        elif "lpips" in self.names:
+            self.network = LPIPS("vgg").to(device)
+        self.shared = shared and "lpips" in self.names
+        self.curves: dict[str, list[Tensor]] = {name: [] for name in self.names}  # of (b, levels)
+        dims = self.extractor.dims if self.extractor else 0
         self.theirs, self.ours = FeatureStatistics(dims), [FeatureStatistics(dims) for _ in range(levels)]
 
-    def update(self, images: Tensor, noisy: list[Tensor]) -> None:
-        """Count a batch in."""
-        if self.extractor is None:
-            return
-        self.theirs.update(self.extractor(images))
+    def compare(self, images: Tensor, noisy: Iterable[Tensor]) -> None:
+        """Count a batch in: originals and, level by level, what became of them."""
+        maps, vector = self._look(images)
+        if vector is not None:
+            self.theirs.update(vector)
+        rows: dict[str, list[Tensor]] = {name: [] for name in self.names}
         for statistics, pictures in zip(self.ours, noisy):
-            statistics.update(self.extractor(pictures))
+            theirs, vector = self._look(pictures)
+            if "psnr" in rows:
+                rows["psnr"].append(psnr(pictures, images).cpu())
+            if "lpips" in rows:
+                rows["lpips"].append(self.network.compare(theirs, maps).cpu())
+            if vector is not None:
+                statistics.update(vector)
+        for name, values in rows.items():
+            self.curves[name].append(torch.stack(values, 1))  # (b, levels)
 
     def measure(self, levels: list[float], receipt: dict[str, Any]) -> list[Measurement]:
-        """`smoothness-rfd-<features>`, without an interval."""
+        """`smoothness-<metric>`: psnr and lpips with an interval, rfd without."""
+        result = [
+            _area(name, levels, torch.cat(parts), {**receipt, "settings": SETTINGS[name]})
+            for name, parts in self.curves.items()
+        ]
+        if self.extractor is not None:
+            n, curve = self.theirs.n, [statistics.distance(self.theirs) for statistics in self.ours]
+            warning = size_warning(n, self.extractor.dims)
+            about = {**receipt, **self.extractor.describe(), "n_reference": n, **warning}
+            distances = torch.tensor([curve], dtype=torch.float64)  # (1, levels)
+            result.append(_area(f"rfd-{self.extractor.name}", levels, distances, about))
+        return result
+
+    def _look(self, images: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        """VGG16's feature maps for LPIPS, and the extractor's vectors, which are a mean of the last where it is VGG16."""
+        maps = self.network.features(round_to_8_bit(images)) if "lpips" in self.names else []
         if self.extractor is None:
-            return []
-        n, curve = self.theirs.n, [statistics.distance(self.theirs) for statistics in self.ours]
-        warning = size_warning(n, self.extractor.dims)
-        about = {**receipt, **self.extractor.describe(), "n_reference": n, **warning}
-        return [_area(f"rfd-{self.extractor.name}", levels, torch.tensor([curve], dtype=torch.float64), about)]
+            return maps, None
+        return maps, maps[-1].mean((2, 3)) if self.shared else self.extractor(images)  # (b, d)
 
 
 def _area(name: str, levels: list[float], curves: Float[Tensor, "n l"], receipt: dict[str, Any]) -> Measurement:
@@ -200,7 +227,6 @@ def measure_compression(
     Raises:
         LatelierError: if there are too few pictures, or VGG16 has no features for them.
     """
-    from latelier.losses.perceptual import LPIPS
     from latelier.weights import LPIPS_WEIGHTS
 
     network = LPIPS("vgg").to(codec.device)

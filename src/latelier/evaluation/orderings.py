@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from latelier.evaluation.chart import short
-from latelier.evaluation.report import BETTER, _words
+from latelier.evaluation.report import BETTER, in_words
 
 Better = Literal["lower", "higher"]
 Verdict = Literal["reproduced", "reversed", "undecided"]
@@ -392,5 +392,5 @@ def _fact(content: Any) -> str:
         return MISSING
     single = number(content)
     if single is None:
-        return _words(content)
+        return in_words(content)
     return f"{single / 1e12:.4g}T" if abs(single) >= 1e12 else short(single)

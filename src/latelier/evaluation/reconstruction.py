@@ -54,7 +54,7 @@ def evaluate_reconstruction(
     Raises:
         LatelierError: if there are no pictures, or a metric is not defined for them.
     """
-    per_picture = _per_picture(evaluate, codec.device)
+    per_picture = picture_metrics(evaluate, codec.device)
     extractor = load_extractor(evaluate.features, codec.device) if "rfd" in evaluate.metrics else None
     values: dict[str, list[Tensor]] = {name: [] for name in per_picture}
     theirs = FeatureStatistics(extractor.dims if extractor else 0)
@@ -95,7 +95,7 @@ def pictures(batches: Iterable[Mapping[str, Any]], count: int) -> Iterator[Tenso
         yield images
 
 
-def _per_picture(evaluate: Evaluate, device: torch.device) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+def picture_metrics(evaluate: Evaluate, device: torch.device) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """The metrics that are means over pictures."""
     from latelier.images import round_to_8_bit
     from latelier.losses.perceptual import LPIPS

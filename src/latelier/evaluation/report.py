@@ -55,6 +55,7 @@ def write_report(folder: Path) -> Path:
         "Samples": _samples(folder / "samples"),
         "Reconstructions": _reconstructions(folder / "previews"),
         "Metrics": _metrics(metrics),
+        "Noise on latents": _curves(metrics),
         "Training": _training(log),
         "Previews": _previews(folder / "previews"),
         "Skipped files": _skipped(folder / "skipped.jsonl"),
@@ -67,7 +68,7 @@ def write_report(folder: Path) -> Path:
     )
     path = folder / "report.html"
     partial = folder / f".report.html.{os.getpid()}.tmp"
-    partial.write_text(_page(name, body), encoding="utf-8")
+    partial.write_text(page(name, body), encoding="utf-8")
     partial.replace(path)
     return path
 
@@ -120,16 +121,18 @@ def _samples(folder: Path) -> str:
     grid, near = folder / "grid.png", folder / "nearest.png"
     left = ""
     if grid.is_file():
-        left = f'<div class="big">{_image(grid, "samples")}</div>'
+        left = f'<div class="big">{inline_image(grid, "samples")}</div>'
     else:
         singles = [path for path in sorted(folder.glob("*.png")) if path != near][:MOST_THUMBS]
-        left = f'<div class="thumbs">{"".join(_image(path, path.stem) for path in singles)}</div>' if singles else ""
+        left = (
+            f'<div class="thumbs">{"".join(inline_image(path, path.stem) for path in singles)}</div>' if singles else ""
+        )
     if not near.is_file():
         return left
     return (
         f'<div class="two">{f"<div><h3>Generated</h3>{left}</div>" if left else ""}<div class="big">'
         "<h3>Samples (upper rows) above their nearest training pictures (lower rows)</h3>"
-        f"{_image(near, 'samples above nearest training pictures')}"
+        f"{inline_image(near, 'samples above nearest training pictures')}"
         '<p class="soft">Pairs that look the same are remembered rather than invented.</p></div></div>'
     )
 
@@ -139,7 +142,7 @@ def _reconstructions(folder: Path) -> str:
     if final.is_file():
         return (
             '<p class="soft">Held-out originals above their reconstructions.</p>'
-            f'<div class="big">{_image(final, "originals above reconstructions")}</div>'
+            f'<div class="big">{inline_image(final, "originals above reconstructions")}</div>'
         )
     paths = _preview_files(folder, "tokenizer")
     if not paths:
@@ -147,7 +150,7 @@ def _reconstructions(folder: Path) -> str:
     images, path = paths[-1]
     return (
         f'<p class="soft">Originals above their reconstructions, after {short(images)} images.</p>'
-        f'<div class="big">{_image(path, "originals above reconstructions")}</div>'
+        f'<div class="big">{inline_image(path, "originals above reconstructions")}</div>'
     )
 
 
@@ -160,8 +163,8 @@ def _previews(folder: Path) -> str:
         if len(paths) < 2 and stage == "tokenizer":
             continue  # shown already
         figures = "".join(
-            f"<figure><figcaption>{short(images)} images</figcaption>{_image(path, f'{stage} at {images}')}</figure>"
-            for images, path in paths
+            f"<figure><figcaption>{short(n)} images</figcaption>{inline_image(path, f'{stage} at {n}')}</figure>"
+            for n, path in paths
         )
         parts.append(f'<h3>{stage}</h3><div class="strip">{figures}</div>' if figures else "")
     return "".join(parts)
@@ -214,7 +217,7 @@ def _metric(name: str, entry: Row) -> str:
     warning = f'<div><span class="note">{escape(str(receipt["warning"]))}</span></div>' if "warning" in receipt else ""
     summary = ", ".join(
         [f"n = {receipt['n']:,}" if isinstance(receipt.get("n"), int) else ""] * ("n" in receipt)
-        + [str(receipt["reference"])] * ("reference" in receipt)
+        + [str(receipt.get("reference"))] * ("reference" in receipt)
     )
     return (
         f"<tr><td>{escape(name)}{f'<br><span class=soft>{better} is better</span>' if better else ''}</td>"
@@ -223,9 +226,25 @@ def _metric(name: str, entry: Row) -> str:
     )
 
 
+def _curves(metrics: Row) -> str:
+    """What noise on the latents does, for each metric that has a curve."""
+    charts = [
+        line_chart(
+            name.removeprefix("smoothness-"), [(x, y) for x, y in entry["receipt"]["curve"]], False, "noise level"
+        )
+        for entries in metrics.values()
+        for name, entry in (entries.items() if isinstance(entries, dict) else ())
+        if isinstance(entry, dict) and (entry.get("receipt") or {}).get("curve")
+    ]
+    if not charts:
+        return ""
+    words = "Noise in standard deviations of each latent channel; the smoother the latent space, the flatter the line."
+    return f'<p class="soft">{words}</p><div class="charts">{"".join(charts)}</div>'
+
+
 def _list(values: Mapping[str, Any]) -> str:
     """A definition list; nested values in one line."""
-    rows = "".join(f"<dt>{escape(str(k))}</dt><dd>{escape(_words(v))}</dd>" for k, v in values.items())
+    rows = "".join(f"<dt>{escape(str(k))}</dt><dd>{escape(in_words(v))}</dd>" for k, v in values.items())
     return f"<dl>{rows}</dl>"
 
 
@@ -237,7 +256,7 @@ def _skipped(path: Path) -> str:
     keys = list(dict.fromkeys(key for row in shown for key in row))
     head = "".join(f"<th>{escape(key)}</th>" for key in keys)
     body = "".join(
-        "<tr>" + "".join(f"<td>{escape(_words(row.get(key, '')))}</td>" for key in keys) + "</tr>" for row in shown
+        "<tr>" + "".join(f"<td>{escape(in_words(row.get(key, '')))}</td>" for key in keys) + "</tr>" for row in shown
     )
     more = f'<p class="soft">and {len(rows) - len(shown):,} more in skipped.jsonl</p>' if len(rows) > len(shown) else ""
     return (
@@ -253,7 +272,7 @@ def _recipe_text(path: Path) -> str:
     return f'<details><summary>Show the whole recipe</summary><div class="card"><pre>{text}</pre></div></details>'
 
 
-def _page(name: str, body: str) -> str:
+def page(name: str, body: str) -> str:
     style = importlib.resources.files("latelier.evaluation").joinpath("report.css").read_text(encoding="utf-8")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -308,7 +327,7 @@ def _spread(items: list[Any], most: int) -> list[Any]:
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
-def _image(path: Path, words: str) -> str:
+def inline_image(path: Path, words: str) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
     return f'<img src="data:image/png;base64,{data}" alt="{escape(words)}" loading="lazy">'
 
@@ -346,11 +365,13 @@ def _digits(value: Any) -> str:
     return f"{value:.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
 
 
-def _words(value: Any) -> str:
+def in_words(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{k} {_words(v)}" for k, v in value.items())
+        return ", ".join(f"{k} {in_words(v)}" for k, v in value.items())
     if isinstance(value, list | tuple):
         return (
-            " x ".join(map(_words, value)) if all(isinstance(v, int) for v in value) else ", ".join(map(_words, value))
+            " x ".join(map(in_words, value))
+            if all(isinstance(v, int) for v in value)
+            else ", ".join(map(in_words, value))
         )
     return "none" if value is None else str(value)

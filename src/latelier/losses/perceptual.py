@@ -98,13 +98,18 @@ class LPIPS(nn.Module):
                 number += 1
         return taps
 
+    def compare(
+        self, ours: list[Float[Tensor, "b k i j"]], theirs: list[Float[Tensor, "b k i j"]]
+    ) -> Float[Tensor, " b"]:
+        """Distance of pictures whose `features` are known already."""
+        distances = [_Distance.apply(x, y, getattr(self, f"head{i}")) for i, (x, y) in enumerate(zip(ours, theirs))]
+        return torch.stack(distances).sum(0)  # (b,)
+
     def _distance(self, images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
         """The definition, for one piece of a batch."""
         with torch.no_grad():
             theirs = self.features(reference)
-        ours = self.features(images)
-        distances = [_Distance.apply(x, y, getattr(self, f"head{i}")) for i, (x, y) in enumerate(zip(ours, theirs))]
-        return torch.stack(distances).sum(0)  # (b,)
+        return self.compare(self.features(images), theirs)
 
     def _check(self, images: Tensor) -> Tensor:
         channels, height, width = images.shape[1:]

@@ -105,7 +105,7 @@ def train_phase(recipe: Recipe, number: int, before: int, accelerator: Accelerat
     checkpoint.export_ema(objective, ema)
     tokenizer = accelerator.unwrap_model(objective).tokenizer.eval()
     accelerator.free_memory()
-    if folder.name == "tokenizer":
+    if number == len(recipe.tokenizer.phases):  # type: ignore[union-attr]
         tokenizer = fit(tokenizer, recipe.data.image_size)
         save_codec(Codec(tokenizer, precision=training.precision), open_images(recipe), recipe, folder, accelerator)
     elif accelerator.is_main_process:
