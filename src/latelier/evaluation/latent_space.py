@@ -174,7 +174,7 @@ class _Judge:
         return result
 
     def _look(self, images: Tensor) -> tuple[list[Tensor], Tensor | None]:
-        """VGG16's feature maps for LPIPS, and the extractor's vectors, which are a mean of the last where it is VGG16."""
+        """VGG16's feature maps for LPIPS, and the extractor's vectors: where it is VGG16, a mean of the last."""
         maps = self.network.features(round_to_8_bit(images)) if "lpips" in self.names else []
         if self.extractor is None:
             return maps, None

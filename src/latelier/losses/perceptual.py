@@ -98,9 +98,7 @@ class LPIPS(nn.Module):
                 number += 1
         return taps
 
-    def compare(
-        self, ours: list[Float[Tensor, "b k i j"]], theirs: list[Float[Tensor, "b k i j"]]
-    ) -> Float[Tensor, " b"]:
+    def compare(self, ours: list[Tensor], theirs: list[Tensor]) -> Float[Tensor, " b"]:
         """Distance of pictures whose `features` are known already."""
         distances = [_Distance.apply(x, y, getattr(self, f"head{i}")) for i, (x, y) in enumerate(zip(ours, theirs))]
         return torch.stack(distances).sum(0)  # (b,)
