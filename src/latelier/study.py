@@ -127,6 +127,8 @@ def run_study(study: Study, only: list[str] | None = None) -> Path:
     Raises:
         LatelierError: for unknown runs and wrong recipes before anything is trained; afterwards for those that failed.
     """
+    from accelerate import PartialState
+
     from latelier.training.runtime import console
 
     for name in only or ():
@@ -142,7 +144,8 @@ def run_study(study: Study, only: list[str] | None = None) -> Path:
         except LatelierError as error:
             failed[name] = str(error)
             console.print(f"[bold red]{name} failed:[/] {error}", highlight=False)
-    page = show(study)
+    page = show(study) if PartialState().is_main_process else study.root / "comparison.html"
+    PartialState().wait_for_everyone()
     if failed:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
         raise LatelierError(f"{len(failed)} of {len(chosen)} runs failed ({reasons}). What is done is in {page}.")
@@ -159,22 +162,33 @@ def _do(study: Study, recipe: Recipe) -> None:
     plan = json.loads(plan_file.read_text()) if plan_file.is_file() else None
     if plan is None:
         spent, facts = spend(recipe, study.budget)
-        plan = {"asked": asked, "recipe": spent.model_dump(mode="json"), "facts": facts}
-        recipe.folder.mkdir(parents=True, exist_ok=True)
-        plan_file.write_text(json.dumps(plan, indent=2))
-    trained_alike = _training_part(plan["asked"]) == _training_part(asked)
-    if not trained_alike:
+        _write(plan_file, {"asked": asked, "recipe": spent.model_dump(mode="json"), "facts": facts})
+        plan = json.loads(plan_file.read_text())  # the main process's, should another have measured other times
+    if _training_part(plan["asked"]) != _training_part(asked):
         raise LatelierError(
             f"{recipe.folder} was made by another recipe or budget; delete it, or give the study another name."
         )
     if result_file.is_file() and plan["asked"] == asked:
         console.print(f"{recipe.folder} is done.")
         return
-    result_file.unlink(missing_ok=True)
     planned = {**plan["recipe"], "sample": asked["recipe"]["sample"], "evaluate": asked["recipe"]["evaluate"]}
-    plan_file.write_text(json.dumps({**plan, "asked": asked, "recipe": planned}, indent=2))
+    _write(plan_file, {**plan, "asked": asked, "recipe": planned})
+    _write(result_file, None)
     complete(build_recipe({**planned, "runs": str(recipe.folder.parent)}))
-    result_file.write_text(json.dumps({"done": True}))
+    _write(result_file, {"done": True})
+
+
+def _write(path: Path, content: dict[str, Any] | None) -> None:
+    """Write a file, or delete it, on the main process; all go on together."""
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if content is None:
+            path.unlink(missing_ok=True)
+        else:
+            path.write_text(json.dumps(content, indent=2))
+    PartialState().wait_for_everyone()
 
 
 def _training_part(asked: dict[str, Any]) -> dict[str, Any]:
