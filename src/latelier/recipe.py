@@ -203,6 +203,11 @@ class VMAERecipe(TrainedTokenizer):
     fixed_std: float = Field(1e-3, gt=0, description="s of `kl: fixed-std`")
     sample_posterior: bool = Field(True, description="decode a draw of the posterior in training; false: its mean")
 
+    @property
+    def deterministic(self) -> bool:
+        """Whether the posterior's spread is neither used nor trained."""
+        return not self.sample_posterior and not self.kl_weight
+
 
 class ConvRecipe(TrainedTokenizer):
     """Convolutional autoencoder on diffusers' AutoencoderKL: AE, DAE, VAE, SD-VAE."""
@@ -221,6 +226,11 @@ class ConvRecipe(TrainedTokenizer):
     kl_weight: Weight = 1e-6
     kl: Literal["standard", "free-mean"] = "standard"
     input_noise: Weight = Field(0.0, description="standard deviation of noise on the encoder's input (DAE)")
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether the posterior's spread is neither used nor trained."""
+        return not self.kl_weight
 
 
 class IdentityRecipe(Section):

@@ -30,7 +30,24 @@ TOKENIZERS = {
 def build_tokenizer(recipe: "Recipe") -> "ModelMixin":
     """A tokenizer with fresh weights (or those of `init`), as the recipe describes it."""
     module, function = TOKENIZERS[recipe.tokenizer.kind].split(":")
-    return getattr(importlib.import_module(module), function)(recipe.tokenizer, recipe.data)
+    tokenizer = getattr(importlib.import_module(module), function)(recipe.tokenizer, recipe.data)
+    if getattr(recipe.tokenizer, "deterministic", False) and not getattr(recipe.tokenizer, "init", None):
+        remove_spread(tokenizer)
+    return tokenizer
+
+
+def remove_spread(tokenizer: "nn.Module") -> None:
+    """Make a posterior a point: log-variance -30, whatever the picture.
+
+    Where nothing trains the log-variance, it would otherwise keep what its random weights say, about 0: noise as large
+    as the latents, which everything that samples the posterior would see.
+    """
+    layer = (
+        getattr(tokenizer, "to_latent", None) or getattr(tokenizer, "quant_conv", None) or tokenizer.encoder.conv_out
+    )
+    half = len(layer.weight) // 2
+    layer.weight.data[half:] = 0.0
+    layer.bias.data[half:] = -30.0
 
 
 def decoder_parts(tokenizer: "nn.Module") -> tuple[str, ...]:
