@@ -78,6 +78,26 @@ def dropped_tokens() -> list[tuple[str, float]]:
     return [("VMAE step, mask 0 / mask 0.75 (at least 1.8)", time["all"] / time["quarter"])]
 
 
+def training_layout() -> list[tuple[str, float]]:
+    """A training step of a small AutoencoderKL in channels_last over one in the contiguous layout, 64 px."""
+    device = default_device()
+    images = torch.rand(32, 3, 64, 64, device=device) * 2 - 1
+
+    def step(layout: torch.memory_format):
+        tokenizer = AutoencoderKL(**CONV["kl-f8c16-tiny"]).to(device, memory_format=layout)
+
+        def run() -> None:
+            with torch.autocast(device, torch.bfloat16) if fast_bf16(device) else nullcontext():
+                error = (tokenizer(images.contiguous(memory_format=layout)).sample.float() - images).square().mean()
+            error.backward()
+            tokenizer.zero_grad()
+
+        return run
+
+    time = seconds({"last": step(torch.channels_last), "contiguous": step(torch.contiguous_format)})
+    return [("AutoencoderKL step, channels_last / contiguous", time["last"] / time["contiguous"])]
+
+
 def run() -> list[tuple[str, float]]:
     """All of this file."""
-    return [*vmae_against_kl(), *codec_against_plain(), *dropped_tokens()]
+    return [*vmae_against_kl(), *codec_against_plain(), *dropped_tokens(), *training_layout()]

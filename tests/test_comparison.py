@@ -195,7 +195,7 @@ def study(tmp_path):
 
 def write(folder, study, title="Five & more"):
     shown, columns, published = study
-    return write_comparison(folder, title, "What <this> is.\n\nAnd why.", shown, columns, published)
+    return write_comparison(folder, title, "What <this> is.\n\nAnd why.", shown, {"Measured": columns}, published)
 
 
 def test_files(tmp_path, study):
@@ -254,7 +254,7 @@ def test_pictures_keep_whole_pairs(tmp_path, study):
     assert image.height == 2 * (2 * (rows * (16 + gap) - gap) + name) + 6  # 142 pixels fit 300 when doubled
     tall = save_png(make_grid(torch.rand(30, 3, 32, 32), columns=5), tmp_path / "tall.png")
     one = run("A", {"samples": tall}, psnr=1.0)
-    write_comparison(tmp_path / "tall", "t", "", [one], ["psnr"], None)
+    write_comparison(tmp_path / "tall", "t", "", [one], {"Measured": ["psnr"]}, None)
     shown = opened(tmp_path / "tall" / "samples.png")
     assert shown.size == (2 * (5 * 34 - 2), name + 2 * (4 * 34 - 2))  # four rows of six
     block = shown.crop((0, name, shown.width, shown.height)).resize((168, 134), Image.Resampling.NEAREST)
@@ -262,7 +262,7 @@ def test_pictures_keep_whole_pairs(tmp_path, study):
 
 
 def test_one_run_and_nothing_published(tmp_path):
-    page = write_comparison(tmp_path, "One", "", [run("Alone", psnr=20.0)], ["psnr"], None)
+    page = write_comparison(tmp_path, "One", "", [run("Alone", psnr=20.0)], {"Measured": ["psnr"]}, None)
     html = page.read_text()
     assert "Alone" in html
     assert "Orderings" not in html
@@ -272,6 +272,6 @@ def test_one_run_and_nothing_published(tmp_path):
 
 def test_runs_need_names_of_their_own(tmp_path):
     with pytest.raises(LatelierError, match=r"different names, not \['A', 'A'\]"):
-        write_comparison(tmp_path, "t", "", [run("A"), run("A")], ["psnr"], None)
+        write_comparison(tmp_path, "t", "", [run("A"), run("A")], {"Measured": ["psnr"]}, None)
     with pytest.raises(LatelierError, match="not \\[\\]"):
-        write_comparison(tmp_path, "t", "", [], ["psnr"], None)
+        write_comparison(tmp_path, "t", "", [], {"Measured": ["psnr"]}, None)

@@ -21,7 +21,7 @@ def write_study(folder, **changes):
     base = tiny_recipe(folder).model_dump(exclude={"name", "runs"}, exclude_unset=True)
     base["evaluate"] |= {"metrics": ["psnr", "l1"]}
     tree = {
-        "name": "pair", "title": "Two of them", "about": "A test.", "columns": ["psnr", "l1"], "folder": str(folder),
+        "name": "pair", "title": "Two of them", "about": "A test.", "columns": {"Reconstruction": ["psnr", "l1"]}, "folder": str(folder),
         "budget": {"tokenizer": {"images": 32}, "denoiser": {"images": 16}},
         "base": base,
         "runs": {"Plain": {}, "+ masking": {"tokenizer": {"mask_ratio": 0.5}}},
@@ -81,7 +81,7 @@ def test_variants_and_overrides_reach_every_run(tmp_path):
     ("changes", "arguments", "message"),
     [
         ({}, {"variant": "big"}, "has no variant 'big'; it has small"),
-        ({"collumns": ["psnr"]}, {}, "'collumns'.*did you mean 'columns'"),
+        ({"collumns": {"A": ["psnr"]}}, {}, "'collumns'.*did you mean 'columns'"),
         ({"budget": {"tokenizer": {"images": 8, "flops": 1e9}}}, {}, "one of images, minutes or flops"),
         ({}, {"overrides": ["budget.tokenizer.images=x"]}, r"budget.tokenizer.images = 'x'"),
     ],

@@ -11,6 +11,7 @@ from latelier.recipe import Recipe, dump, load_recipe
 
 INSPECTED = ["l1", "psnr", "ssim", "lpips", "rfd", "smoothness", "compression", "cost"]
 NEAREST_SHOWN = 16
+NEAREST_SEARCHED = 2_000
 RECONSTRUCTIONS_SHOWN = 16
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def evaluate(recipe: Recipe) -> list[Measurement]:
     settings = recipe.evaluate
     measured = evaluate_reconstruction(
         codec,
-        held_out.once(settings.batch),
+        held_out.once(settings.batch, limit=settings.samples),
         settings,
         f"{recipe.data.source}, held out",
         {"data": held_out.fingerprint},
@@ -171,7 +172,8 @@ def _evaluate_latents(recipe: Recipe, codec: Codec, held_out: ImageDataset) -> l
     settings, found = recipe.evaluate, []
     for name, measure in (("smoothness", measure_smoothness), ("compression", measure_compression)):
         if name in settings.metrics:
-            pictures, reference = held_out.once(settings.batch), f"{recipe.data.source}, held out"
+            pictures = held_out.once(settings.batch, limit=settings.samples)
+            reference = f"{recipe.data.source}, held out"
             found += measure(codec, pictures, settings, reference, {"data": held_out.fingerprint})
     write_measurements(recipe.folder / "metrics.json", found, "latent space")
     if "cost" in settings.metrics:
@@ -187,7 +189,7 @@ def save_reconstructions(codec: Codec, pictures: ImageDataset, out: Path) -> Non
 
     from latelier.images import make_pairs, save_png
 
-    images = next(pictures.once(RECONSTRUCTIONS_SHOWN))["image"]
+    images = next(pictures.once(RECONSTRUCTIONS_SHOWN, limit=RECONSTRUCTIONS_SHOWN))["image"]
     with torch.no_grad():
         result = codec.decode(codec.encode(images.to(codec.device))).clamp(-1, 1).cpu()
     save_png(make_pairs(images, result, columns=min(8, len(images))), out)
@@ -213,9 +215,11 @@ def _evaluate_generation(recipe: Recipe) -> list[Measurement]:
     }
     samples = _samples(pipeline, recipe, count)
     first = next(samples)
-    measured = evaluate_generation(_chain(first, samples), training.once(settings.batch), settings, receipt)
+    references = training.once(settings.batch, limit=settings.samples)  # spread over the classes, should they be sorted
+    measured = evaluate_generation(_chain(first, samples), references, settings, receipt)
     shown = first[:NEAREST_SHOWN]
-    neighbours = nearest(shown, training.once(settings.batch), load_extractor("vgg16"))
+    searched = max(NEAREST_SEARCHED, 5 * settings.samples)  # all of a small set, a part of a large one
+    neighbours = nearest(shown, training.once(settings.batch, limit=searched), load_extractor("vgg16"))
     pairs = make_pairs(shown, neighbours.images[:, 0], columns=min(8, len(shown)))
     save_png(pairs, recipe.folder / "samples" / "nearest.png")
     return measured

@@ -48,7 +48,7 @@ class Study(Section):
     title: str
     about: str = ""
     budget: Budget = Budget()
-    columns: list[str] = Field(description="metrics of the table, by name or by the beginning of it: `rfd`")
+    columns: dict[str, list[str]] = Field(description="tables by title: metrics, by name or the beginning of it: `rfd`")
     base: dict[str, Any] = Field(description="the recipe that all runs share")
     runs: dict[str, dict[str, Any]] = Field(description="by name: what is different in each")
     variants: dict[str, Variant] = Field({}, description="by name: the same on other data or at another scale")
@@ -216,10 +216,16 @@ def show(study: Study) -> Path:
         raise LatelierError(f"No run of study {study.name} has a result yet.")
     published = Published(study.published.source, study.published.values) if study.published else None
     known = list(dict.fromkeys(name for run in shown for name in run.metrics))
-    columns = [name for column in study.columns for name in known if name == column or name.startswith(f"{column}-")]
+    columns = {title: _found(wanted, known) for title, wanted in study.columns.items()}
     budget = ", ".join(f"{stage} {amount}" for stage, amount in study.budget if amount is not None)
     about = f"{study.about.strip()} Budget of each run: {budget or 'as its recipe says'}."
-    return write_comparison(study.root, study.title, about, shown, list(dict.fromkeys(columns)), published)
+    return write_comparison(study.root, study.title, about, shown, columns, published)
+
+
+def _found(wanted: list[str], known: list[str]) -> list[str]:
+    """Measured names that are wanted, or begin like one that is."""
+    found = (name for begin in wanted for name in known if name == begin or name.startswith(f"{begin}-"))
+    return list(dict.fromkeys(found))
 
 
 def _facts(folder: Path, planned: dict[str, dict[str, float]]) -> dict[str, Any]:

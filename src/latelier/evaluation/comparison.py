@@ -83,7 +83,12 @@ class Section:
 
 
 def write_comparison(
-    folder: Path, title: str, about: str, shown: list[Shown], columns: list[str], published: Published | None
+    folder: Path,
+    title: str,
+    about: str,
+    shown: list[Shown],
+    columns: Mapping[str, Sequence[str]],
+    published: Published | None,
 ) -> Path:
     """Write `table.md`, `comparison.html`, `comparison.json`, figures and pictures into a folder.
 
@@ -92,7 +97,7 @@ def write_comparison(
         title: a heading.
         about: what was compared, plain text; blank lines divide paragraphs.
         shown: the runs, in the order in which they are shown everywhere.
-        columns: metric names of the main table and of the overview, in this order.
+        columns: metric names of each table, by its title; the overview has all of them, in this order.
         published: what a paper printed, to compare orders with.
 
     Returns:
@@ -106,18 +111,20 @@ def write_comparison(
         raise LatelierError(f"A comparison needs runs of different names, not {names}.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    orders = orderings(shown, published, columns) if published else []
+    every = list(dict.fromkeys(name for names in columns.values() for name in names))
+    orders = orderings(shown, published, every) if published else []
     sections = [
-        Section("Measured", measured(shown, columns)),
+        *(Section(name, measured(shown, names)[:1]) for name, names in columns.items() if names),
+        Section("How to read the tables", measured(shown, every)[1:]),
         Section("Published", printed(shown, published) if published else []),
         Section("Orderings", verdicts(orders, published) if published else []),
-        Section("Cost", costs(shown)),
-        Section("Figures", _figures(folder, shown, columns)),
+        Section("What each run took", costs(shown)),
+        Section("Figures", _figures(folder, shown, every)),
         Section("Pictures", _pictures(folder, shown)),
-        Section("Receipt", receipts(shown, columns)),
+        Section("Receipt", receipts(shown, every)),
     ]
     sections = [section for section in sections if section.parts]
-    _write(folder / "comparison.json", _json(title, about, shown, columns, published, orders))
+    _write(folder / "comparison.json", _json(title, about, shown, every, published, orders))
     _write(folder / "table.md", _markdown(title, about, sections).encode())
     return _write(folder / "comparison.html", _html(title, about, sections).encode())
 
