@@ -21,7 +21,8 @@ def write_study(folder, **changes):
     base = tiny_recipe(folder).model_dump(exclude={"name", "runs"}, exclude_unset=True)
     base["evaluate"] |= {"metrics": ["psnr", "l1"]}
     tree = {
-        "name": "pair", "title": "Two of them", "about": "A test.", "columns": {"Reconstruction": ["psnr", "l1"]}, "folder": str(folder),
+        "name": "pair", "title": "Two of them", "about": "A test.", "folder": str(folder),
+        "columns": {"Reconstruction": ["psnr", "l1"]},
         "budget": {"tokenizer": {"images": 32}, "denoiser": {"images": 16}},
         "base": base,
         "runs": {"Plain": {}, "+ masking": {"tokenizer": {"mask_ratio": 0.5}}},
