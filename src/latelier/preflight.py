@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from latelier.recipe import PretrainedRecipe, Recipe, TrainedTokenizer, Training
 from latelier.tokenizers import build_tokenizer
 from latelier.tokenizers.codec import Codec
 from latelier.training import checkpoint, denoiser_loop, tokenizer_loop
-from latelier.training.runtime import adamw, console, make_accelerator, peak_memory
+from latelier.training.runtime import adamw, best_device, console, make_accelerator, peak_memory
 
 TIMED_STEPS = 3
 
@@ -92,10 +93,10 @@ def _micro(training: Training) -> int:
 
 def _codec(recipe: Recipe) -> Codec:
     if isinstance(recipe.tokenizer, PretrainedRecipe):
-        return Codec.from_pretrained(recipe.tokenizer.path, precision="auto")
+        return Codec.from_pretrained(recipe.tokenizer.path, precision="auto").to(best_device())
     codec = Codec(build_tokenizer(recipe), precision="auto")
     codec.latent_shape(*recipe.data.image_size)
-    return codec
+    return codec.to(best_device())
 
 
 def _latents(codec: Codec, dataset: ImageDataset, n: int) -> dict[str, Any]:
@@ -143,7 +144,8 @@ def _try(name: str, training: Training, objective: nn.Module, batch: dict[str, A
         if share or seen:  # every loss term is tried
             terms = step(seen)
             seconds += share * _median_seconds(step, seen, accelerator.device) / images
-            flops += share * _flops(step, seen) * accelerator.num_processes / images if count else 0.0
+            counted = _flops(step, seen, accelerator.device) if count else 0
+            flops += share * counted * accelerator.num_processes / images
     memory = peak_memory(accelerator.device)
     return Trial(name, training.images, parameters, terms, seconds, flops, memory)
 
@@ -159,9 +161,10 @@ def _median_seconds(step: Any, seen: float, device: torch.device) -> float:
     return statistics.median(seconds)
 
 
-def _flops(step: Any, seen: float) -> int:
-    # The fused attention of the CPU is not counted; its definition in matrix products is.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+def _flops(step: Any, seen: float, device: torch.device) -> int:
+    # The fused attention of the CPU is not counted; its definition in matrix products is, but takes more memory.
+    attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+    with FlopCounterMode(display=False) as counter, attention:
         step(seen)
     return counter.get_total_flops()
 
