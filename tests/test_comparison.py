@@ -59,6 +59,7 @@ def test_best_follows_the_direction():
     assert best([3.0, 3.0, 2.0], "psnr") == {0, 1}
     assert best([3.0, 1.0], "beauty") == set()
     assert best([3.0, None], "psnr") == set()  # nothing to compare with
+    assert best([3.0, 3.0], "psnr") == set()  # nothing to choose
 
 
 def test_measured_table():

@@ -162,10 +162,10 @@ def number(content: Any) -> float | None:
 
 
 def best(values: Sequence[float | None], name: str) -> set[int]:
-    """Positions of the best value; all of them where several are equal, none where there is nothing to compare."""
+    """Positions of the best value, several if they share it; none where there is nothing to choose."""
     present = [v for v in values if v is not None]
     direction = better(name)
-    if direction is None or len(present) < 2:
+    if direction is None or len(set(present)) < 2:
         return set()
     winner = min(present) if direction == "lower" else max(present)
     return {i for i, v in enumerate(values) if v == winner}
