@@ -15,6 +15,7 @@ from PIL import Image
 from latelier.cli import app
 from latelier.losses import perceptual
 from latelier.recipe import build_recipe
+from latelier.study import build_run, load_study
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(not (ROOT / "README.md").is_file(), reason="the tests are not in a clone")
@@ -121,10 +122,15 @@ def test_commands_exist(file):
 
 
 @pytest.mark.parametrize("file", PAGES)
-def test_recipes_are_valid(file):
+def test_recipes_are_valid(file, tmp_path):
     for text in blocks(file, "yaml"):
-        rest = {"name": "page", "data": {"source": "emoji"}, "tokenizer": {"kind": "identity"}}
-        build_recipe({**rest, **yaml.safe_load(text)})
+        if "title" in yaml.safe_load(text):
+            (tmp_path / "study.yaml").write_text(text)
+            study = load_study(tmp_path / "study.yaml")
+            assert all(build_run(study, name) for name in study.runs)
+        else:
+            rest = {"name": "page", "data": {"source": "emoji"}, "tokenizer": {"kind": "identity"}}
+            build_recipe({**rest, **yaml.safe_load(text)})
 
 
 def test_wrong_commands_are_noticed():
