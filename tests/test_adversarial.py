@@ -184,3 +184,9 @@ def test_augmentations_do_what_they_say():
 def test_defaults_are_those_of_ldm():
     recipe = Adversarial()
     assert (recipe.weight, recipe.adaptive, recipe.loss, recipe.layers, recipe.channels) == (0.5, True, "hinge", 3, 64)
+
+
+def test_a_frozen_last_layer_is_refused(tmp_path):
+    recipe = conv_recipe(tmp_path, adversarial=GAME, train=["encoder"])
+    with pytest.raises(LatelierError, match=r"last layer, which tokenizer.train = \['encoder'\] freezes"):
+        build_objective(recipe.tokenizer, 0, build_tokenizer(recipe))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -285,9 +286,17 @@ def inspect(tokenizer: str, source: str, size: int, samples: int, out: Path, opt
 
     Returns:
         The report's path.
+
+    Raises:
+        LatelierError: if `out` is a run folder, or what is to be opened cannot be.
     """
     from latelier.recipe import apply_overrides, build_recipe
 
+    if (out / "recipe.yaml").is_file() and load_recipe(out).tokenizer.kind != "pretrained":
+        raise LatelierError(f"{out} is the folder of a trained run; choose another one with --out.")
+    shutil.rmtree(
+        out / "tokenizer", ignore_errors=True
+    )  # a copy, perhaps of another tokenizer or with other statistics
     folder = Path(tokenizer) / "tokenizer"
     tree = {
         "name": out.name,

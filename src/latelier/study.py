@@ -18,18 +18,12 @@ from pydantic import Field, ValidationError
 
 from latelier.budget import Budget, spend
 from latelier.errors import LatelierError
+from latelier.evaluation.orderings import Published
 from latelier.recipe import Recipe, Section, apply_overrides, as_numbers, build_recipe, first_problem
 
 _FOLDERS = (Path(__file__).parent / "studies", Path(__file__).parents[2] / "studies")
-RESULT = "result.json"
+PLAN = "plan.json"  # what was asked, what was planned, and whether it is done
 OWN = ("name", "folder", "budget", "columns")  # overrides of these are the study's, not its runs'
-
-
-class PublishedValues(Section):
-    """What a paper printed, to be compared by order."""
-
-    source: str
-    values: dict[str, dict[str, float]]
 
 
 class Variant(Section):
@@ -52,7 +46,7 @@ class Study(Section):
     base: dict[str, Any] = Field(description="the recipe that all runs share")
     runs: dict[str, dict[str, Any]] = Field(description="by name: what is different in each")
     variants: dict[str, Variant] = Field({}, description="by name: the same on other data or at another scale")
-    published: PublishedValues | None = None
+    published: Published | None = Field(None, description="what a paper printed, to be compared by order")
     folder: str = Field("runs", description="in which a folder of the study's name is made")
 
     @property
@@ -157,37 +151,33 @@ def _do(study: Study, recipe: Recipe) -> None:
     from latelier.experiment import complete
     from latelier.training.runtime import console
 
-    plan_file, result_file = (recipe.folder / name for name in ("plan.json", RESULT))
-    asked = json.loads(json.dumps({"recipe": recipe.model_dump(mode="json"), "budget": study.budget.model_dump()}))
-    plan = json.loads(plan_file.read_text()) if plan_file.is_file() else None
-    if plan is None:
+    file = recipe.folder / PLAN
+    asked = {"recipe": recipe.model_dump(mode="json"), "budget": study.budget.model_dump(mode="json")}
+    if not file.is_file():
         spent, facts = spend(recipe, study.budget)
-        _write(plan_file, {"asked": asked, "recipe": spent.model_dump(mode="json"), "facts": facts})
-        plan = json.loads(plan_file.read_text())  # the main process's, should another have measured other times
+        _write(file, {"asked": asked, "recipe": spent.model_dump(mode="json"), "facts": facts, "done": False})
+    plan = json.loads(file.read_text())  # the main process's, should another have measured other times
     if _training_part(plan["asked"]) != _training_part(asked):
         raise LatelierError(
             f"{recipe.folder} was made by another recipe or budget; delete it, or give the study another name."
         )
-    if result_file.is_file() and plan["asked"] == asked:
+    if plan["done"] and plan["asked"] == asked:
         console.print(f"{recipe.folder} is done.")
         return
     planned = {**plan["recipe"], "sample": asked["recipe"]["sample"], "evaluate": asked["recipe"]["evaluate"]}
-    _write(plan_file, {**plan, "asked": asked, "recipe": planned})
-    _write(result_file, None)
+    plan |= {"asked": asked, "recipe": planned}
+    _write(file, {**plan, "done": False})
     complete(build_recipe({**planned, "runs": str(recipe.folder.parent)}))
-    _write(result_file, {"done": True})
+    _write(file, {**plan, "done": True})
 
 
-def _write(path: Path, content: dict[str, Any] | None) -> None:
-    """Write a file, or delete it, on the main process; all go on together."""
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """Write a file on the main process; all go on together."""
     from accelerate import PartialState
 
     if PartialState().is_main_process:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if content is None:
-            path.unlink(missing_ok=True)
-        else:
-            path.write_text(json.dumps(content, indent=2))
+        path.write_text(json.dumps(content, indent=2))
     PartialState().wait_for_everyone()
 
 
@@ -200,26 +190,24 @@ def _training_part(asked: dict[str, Any]) -> dict[str, Any]:
 def show(study: Study) -> Path:
     """Write table, figures and page of all runs that have results."""
     from latelier.evaluation.comparison import write_comparison
-    from latelier.evaluation.orderings import Published, Shown
+    from latelier.evaluation.orderings import Shown
 
     shown = []
     for name in study.runs:
         folder = study.root / file_name(name)
-        if not (folder / RESULT).is_file():
+        if not (folder / PLAN).is_file() or not (plan := json.loads((folder / PLAN).read_text()))["done"]:
             continue
         sections = json.loads((folder / "metrics.json").read_text())
-        plan = json.loads((folder / "plan.json").read_text())
         metrics = {key: entry for section in sections.values() for key, entry in section.items()}
         pictures = {"reconstructions": folder / "reconstructions.png", "samples": folder / "samples" / "grid.png"}
         shown.append(Shown(name, metrics, _facts(folder, plan["facts"]), pictures))
     if not shown:
         raise LatelierError(f"No run of study {study.name} has a result yet.")
-    published = Published(study.published.source, study.published.values) if study.published else None
     known = list(dict.fromkeys(name for run in shown for name in run.metrics))
     columns = {title: _found(wanted, known) for title, wanted in study.columns.items()}
     budget = ", ".join(f"{stage} {amount}" for stage, amount in study.budget if amount is not None)
     about = f"{study.about.strip()} Budget of each run: {budget or 'as its recipe says'}."
-    return write_comparison(study.root, study.title, about, shown, columns, published)
+    return write_comparison(study.root, study.title, about, shown, columns, study.published)
 
 
 def _found(wanted: list[str], known: list[str]) -> list[str]:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from accelerate.utils import reduce
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -89,10 +89,7 @@ def adaptive_weight(
     """
     ours = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)[0].float()
     theirs = torch.autograd.grad(adversarial_loss, last_layer, retain_graph=True)[0].float()
-    if dist.is_available() and dist.is_initialized():
-        both = torch.stack([ours, theirs])
-        dist.all_reduce(both)
-        ours, theirs = both / dist.get_world_size()
+    ours, theirs = reduce(torch.stack([ours, theirs]), reduction="mean")
     return (ours.norm() / (theirs.norm() + ADAPTIVE_EPSILON)).clamp(0, ADAPTIVE_LIMIT).detach()
 
 

@@ -7,7 +7,8 @@ the adversary, or None for each.
 import importlib
 from typing import TYPE_CHECKING
 
-from latelier.tokenizers import freeze
+from latelier.errors import LatelierError
+from latelier.tokenizers import freeze, last_layer
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,6 +33,11 @@ def build_objective(section: "TrainedTokenizer", seed: int, tokenizer: "nn.Modul
     if section.adversarial is not None:
         from latelier.objectives.adversarial import Adversary
 
+        if section.adversarial.adaptive and not last_layer(tokenizer).requires_grad:
+            raise LatelierError(
+                "tokenizer.adversarial.adaptive compares gradients at the tokenizer's last layer, which "
+                f"tokenizer.train = {section.train} freezes; set adaptive: false, or train that layer too."
+            )
         adversary = Adversary(section.adversarial, seed, tokenizer.config["in_channels"])  # type: ignore[index]
     module, name = OBJECTIVES[section.kind].split(":")
     return getattr(importlib.import_module(module), name)(tokenizer, section, seed, perceptual, adversary)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate.utils import reduce
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -57,7 +58,8 @@ class DiscriminatorObjective(nn.Module):
         }
         weights = {"d_loss": 1.0}
         if self.recipe.lecam:
-            self.averages.lerp_(torch.stack([losses["d_real"], losses["d_fake"]]), 1 - LECAM_DECAY)
+            means = reduce(torch.stack([losses["d_real"], losses["d_fake"]]), reduction="mean")  # over processes
+            self.averages.lerp_(means, 1 - LECAM_DECAY)
             losses["d_lecam"] = lecam(on_real, on_fake, *self.averages.clone())
             weights["d_lecam"] = self.recipe.lecam
         return Terms(losses, weights)

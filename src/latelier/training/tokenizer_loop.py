@@ -178,8 +178,12 @@ def import_tokenizer(recipe: Recipe, dataset: ImageDataset, folder: Path) -> Pat
     else:
         codec = Codec(build_tokenizer(recipe))
     check_size(recipe.data.image_size, codec.factor)
-    accelerator = Accelerator()
-    if accelerator.is_main_process and not (folder / "config.json").is_file():
+    accelerator, there = Accelerator(), (folder / "config.json").is_file()
+    if there and Codec(Codec.from_pretrained(folder).tokenizer).hash() != Codec(codec.tokenizer).hash():
+        raise LatelierError(
+            f"{folder} holds another tokenizer; give the recipe another name, or delete the run folder."
+        )
+    if accelerator.is_main_process and not there:
         save_codec(codec, dataset, recipe, folder, None)
     accelerator.wait_for_everyone()
     return folder
