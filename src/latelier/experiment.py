@@ -294,9 +294,8 @@ def inspect(tokenizer: str, source: str, size: int, samples: int, out: Path, opt
 
     if (out / "recipe.yaml").is_file() and load_recipe(out).tokenizer.kind != "pretrained":
         raise LatelierError(f"{out} is the folder of a trained run; choose another one with --out.")
-    shutil.rmtree(
-        out / "tokenizer", ignore_errors=True
-    )  # a copy, perhaps of another tokenizer or with other statistics
+    shutil.rmtree(out / "tokenizer", ignore_errors=True)  # a copy, perhaps of another tokenizer, and its numbers
+    (out / "metrics.json").unlink(missing_ok=True)
     folder = Path(tokenizer) / "tokenizer"
     tree = {
         "name": out.name,
