@@ -1,0 +1,142 @@
+"""A recipe: one experiment from data to report, as a user writes it.
+
+The models in this package *are* the schema, one file for each section. Unknown keys, wrong values and impossible
+combinations become one sentence that names the key, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from latelier.errors import LatelierError
+from latelier.recipe.base import Count, Section, Training, parse_count
+from latelier.recipe.data import Data
+from latelier.recipe.denoiser import DenoiserRecipe, Process
+from latelier.recipe.evaluate import Evaluate
+from latelier.recipe.problems import first_problem
+from latelier.recipe.sample import Sample
+from latelier.recipe.tokenizer import (
+    Adversarial,
+    ConvRecipe,
+    IdentityRecipe,
+    PretrainedRecipe,
+    TokenizerRecipe,
+    TrainedTokenizer,
+    VMAERecipe,
+)
+
+__all__ = [
+    "Adversarial", "ConvRecipe", "Count", "Data", "DenoiserRecipe", "Evaluate", "IdentityRecipe", "PretrainedRecipe", "Process",
+    "Recipe", "Sample", "Section", "TokenizerRecipe", "TrainedTokenizer", "Training", "VMAERecipe", "apply_overrides",
+    "as_numbers", "build_recipe", "dump", "find_recipe", "first_problem", "load_recipe", "parse_count", "recipe_files", "schema",
+]  # fmt: skip
+
+# Recipes lie in the package when it is installed from a wheel, and at the root of a clone.
+_FOLDERS = (Path(__file__).parents[1] / "recipes", Path(__file__).parents[3] / "recipes")
+
+
+class Recipe(Section):
+    """One experiment, from data to report."""
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    seed: int = Field(0, ge=0)
+    runs: str = Field("runs", description="folder in which the run folder is made")
+    data: Data
+    tokenizer: TokenizerRecipe
+    denoiser: DenoiserRecipe | None = None
+    sample: Sample = Sample()
+    evaluate: Evaluate = Evaluate()
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.runs) / self.name
+
+
+def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe file and apply `a.b=c` overrides.
+
+    Raises:
+        LatelierError: naming the file, key or value that is wrong.
+    """
+    given, path = Path(path), find_recipe(path)
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise LatelierError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise LatelierError(f"{path} must be a YAML mapping with at least `name`, `data` and `tokenizer`.")
+    if given.is_dir():  # a run folder, perhaps moved since
+        tree |= {"runs": str(given.resolve().parent), "name": given.resolve().name}
+    return build_recipe(apply_overrides(tree, overrides))
+
+
+def recipe_files() -> list[Path]:
+    """The recipes that come along."""
+    return sorted(path for folder in _FOLDERS if folder.is_dir() for path in folder.rglob("*.yaml"))
+
+
+def find_recipe(name: str | Path) -> Path:
+    """A recipe file from its path, a run folder, or the name of one that comes along."""
+    path = Path(name)
+    if (path / "recipe.yaml").is_file():
+        return path / "recipe.yaml"
+    if path.is_file():
+        return path
+    for candidate in recipe_files():
+        if str(name) in (candidate.stem, f"{candidate.parent.name}/{candidate.stem}"):
+            return candidate
+    near = difflib.get_close_matches(path.stem, [c.stem for c in recipe_files()], 1, 0.6)
+    hint = f"did you mean {near[0]!r}?" if near else "`latelier recipe list` shows those that come along."
+    raise LatelierError(f"There is no recipe at {path}; {hint}")
+
+
+def apply_overrides(tree: dict, overrides: list[str] | tuple[str, ...]) -> dict:
+    """Set `a.b=c` in a tree of dicts; `c` is read as YAML."""
+    for override in overrides:
+        keys, equals, value = override.partition("=")
+        if not equals or not keys:
+            raise LatelierError(f"Override {override!r} is not of the form key=value, such as tokenizer.lr=1e-4.")
+        *parents, last = keys.split(".")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                raise LatelierError(f"Override {override!r}: {key!r} is a value, not a section.")
+        node[last] = yaml.safe_load(value)
+    return tree
+
+
+def build_recipe(tree: dict) -> Recipe:
+    """Validate a tree; the first problem becomes one sentence."""
+    try:
+        return Recipe.model_validate(as_numbers(tree))
+    except ValidationError as error:
+        raise LatelierError(first_problem(error, Recipe)) from None
+
+
+def schema() -> dict:
+    """The JSON schema, for editors."""
+    return Recipe.model_json_schema()
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=100)
+
+
+def as_numbers(node: Any) -> Any:
+    """YAML 1.1 reads 1e-4 as a string; numbers that look like numbers become numbers."""
+    if isinstance(node, dict):
+        return {k: as_numbers(v) for k, v in node.items()}
+    if isinstance(node, list):
+        return [as_numbers(v) for v in node]
+    if isinstance(node, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", node):
+        return float(node)
+    return node

@@ -1,0 +1,109 @@
+"""What a denoiser is told: one model for each kind of condition."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from latelier.recipe.base import Section, Unit
+
+
+class ClassCondition(Section):
+    """The picture's class."""
+
+    kind: Literal["class"]
+    inject: Literal["auto", "vector", "tokens"] = Field(
+        "auto",
+        description="vector: added to the time embedding; tokens: cross-attention; auto: what the denoiser is for",
+    )
+    dim: int = Field(512, ge=1, description="width of the token, when it is one")
+    dropout: Unit = Field(0.1, description="share of pictures that are not told, for classifier-free guidance")
+
+
+class TextCondition(Section):
+    """The picture's caption: a transformer that is trained along, or a frozen one."""
+
+    kind: Literal["text"]
+    encoder: str = Field("trained", description="`trained`, or a text encoder's Hub name or folder, which stays frozen")
+    vocabulary: str = Field("data", description="`data`: word pieces of the captions; or a tokenizer's name or folder")
+    vocabulary_size: int = Field(8192, ge=300, description="of `vocabulary: data`, at most")
+    length: int = Field(77, ge=1, description="tokens")
+    dim: int = Field(640, ge=1)
+    layers: int = Field(32, ge=1)
+    heads: int = Field(8, ge=1)
+    head_dim: int = Field(64, ge=1)
+    dropout: Unit = Field(0.1, description="share of pictures whose caption is empty, for classifier-free guidance")
+
+
+class LayoutCondition(Section):
+    """Boxes with classes, as tokens."""
+
+    kind: Literal["layout"]
+    form: Literal["coco", "openimages"] = Field("coco", description="which flags of a box its class token may carry")
+    objects: int = Field(30, ge=1, description="that are told at most; more are left out")
+    crop: bool = Field(True, description="whether two more tokens tell which part of the picture is seen")
+    tokens: int = Field(8192, ge=16, description="size of the vocabulary; its root is the grid of corners")
+    dim: int = Field(512, ge=1)
+    layers: int = Field(16, ge=1)
+    heads: int = Field(8, ge=1)
+    head_dim: int = Field(64, ge=1)
+    dropout: Unit = Field(0.1, description="share of pictures whose layout is empty")
+
+
+class SegmentationCondition(Section):
+    """A map of classes, one-hot, rescaled to the latents' grid and projected."""
+
+    kind: Literal["segmentation"]
+    classes: int | None = Field(None, ge=2, description="how many ids the maps have; by default what the data say")
+    channels: int = Field(3, ge=1, description="after the projection")
+    dropout: Unit = Field(0.1, description="share of pictures whose map is empty")
+
+
+class LowResolutionCondition(Section):
+    """A smaller picture: super-resolution."""
+
+    kind: Literal["low-resolution"]
+    factor: int = Field(4, ge=2, description="how many times smaller a side is")
+    degradation: Literal["bicubic", "bsrgan-light"] = "bicubic"
+    dropout: Unit = 0.0
+
+
+class InpaintingCondition(Section):
+    """The picture with holes."""
+
+    kind: Literal["inpainting"]
+    masks: Literal["train", "thick", "medium"] = Field(
+        "train", description="LaMa's settings of strokes and boxes: for training, or of its evaluation sets"
+    )
+    dropout: Unit = 0.0
+
+
+class MapCondition(Section):
+    """Any other image-like map, such as depth or edges."""
+
+    kind: Literal["map"]
+    map_channels: int = Field(1, ge=1, description="of the map")
+    channels: int | None = Field(None, ge=1, description="after a learned projection; by default none")
+    dropout: Unit = Field(0.1, description="share of pictures whose map is empty")
+
+
+ConditionSection = Annotated[
+    ClassCondition
+    | TextCondition
+    | LayoutCondition
+    | SegmentationCondition
+    | LowResolutionCondition
+    | InpaintingCondition
+    | MapCondition,
+    Field(discriminator="kind"),
+]
+
+
+def parse_conditions(value: Any) -> Any:
+    """`none`, a kind, a section, or a list of these, to a list of sections."""
+    items = value if isinstance(value, list) else [] if value in (None, "none") else [value]
+    return [{"kind": item} if isinstance(item, str) else item for item in items]
+
+
+Conditions = Annotated[list[ConditionSection], BeforeValidator(parse_conditions)]

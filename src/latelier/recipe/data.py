@@ -1,0 +1,34 @@
+"""The recipe's `data` section: where pictures come from."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from latelier.recipe.base import Count, Section, Size, Unit
+
+
+class Data(Section):
+    """Where pictures come from and how they become tensors."""
+
+    source: str = Field(description="`emoji`, `scenes`, a folder, a parquet/tar file or glob, or a Hub dataset name")
+    image_size: Size = (64, 64)
+    channels: int = Field(3, ge=1)
+    split: str = "train"
+    val_split: str | None = Field(None, description="the split that evaluation reads; built-in sources know theirs")
+    val_source: str | None = Field(None, description="another source for evaluation, when it is not a split")
+    val_fraction: float = Field(0.05, ge=0, lt=1, description="held out when the source has no validation split")
+    image_key: str = "image"
+    label_key: str | None = Field(None, description="the column of labels; found by itself when it is `label`")
+    caption_key: str | None = Field(None, description="the column of captions; found when `caption` or `text`")
+    classes: list[str] | None = Field(None, description="use only these classes, in this order")
+    crop: Literal["center", "random", "resize"] = "center"
+    crop_scale: tuple[float, float] = Field((0.75, 1.0), description="area kept by `crop: random`")
+    flip: bool = True
+    background: Literal["white", "black", "gray", "random"] = Field("white", description="behind transparent pictures")
+    streaming: bool = False
+    in_memory: bool | None = Field(None, description="keep decoded pictures in memory; by default when they fit 1 GB")
+    workers: int | None = Field(None, ge=0, description="loader processes; by default none in memory, else the cores")
+    max_skipped: Unit = Field(0.01, description="share of unreadable files that is tolerated")
+    length: Count | None = Field(None, description="how many pictures a generated source has, or how many to use")

@@ -1,0 +1,37 @@
+"""The recipe's `denoiser` section: the diffusion process, the model, what it is told, how it is trained."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from latelier.recipe.base import Section, Training, Unit, Weight
+
+
+class Process(Section):
+    """The diffusion process and its training target."""
+
+    kind: Literal["flow", "ddpm"] = "flow"
+    t_distribution: Literal["uniform", "logit-normal"] = Field("logit-normal", description="flow: density of t")
+    shift: float = Field(1.0, gt=0, description="flow: t' = shift t / (1 + (shift - 1) t) in training")
+    prediction: Literal["velocity", "epsilon", "v", "sample"] | None = Field(None, description="ddpm: what is learned")
+    beta_schedule: Literal["linear", "scaled_linear", "cosine"] = "scaled_linear"
+    beta_start: float = Field(0.0015, gt=0, lt=1)
+    beta_end: float = Field(0.0195, gt=0, lt=1)
+
+
+class DenoiserRecipe(Training):
+    """A latent diffusion model."""
+
+    kind: Literal["dit", "sit", "lightning-dit"] = "lightning-dit"
+    size: str = "B"
+    patch: int = Field(1, ge=1)
+    model: dict[str, Any] = Field(default_factory=dict, description="overrides of the size's architecture")
+    init: str | None = None
+    process: Process = Process()
+    condition: Literal["none", "class"] = "class"
+    condition_dropout: Unit = 0.1
+    cosine_weight: Weight = Field(0.0, description="weight of 1 - cos(prediction, target), LightningDiT")
+    sample_posterior: bool = Field(True, description="draw z anew each time; false uses the posterior's mean")
+    cache: bool = Field(True, description="encode once to disk; false encodes on the fly, with all augmentations")

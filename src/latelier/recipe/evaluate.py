@@ -1,0 +1,27 @@
+"""The recipe's `evaluate` section: what is measured."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from latelier.recipe.base import Count, Section, Weight
+
+Metric = Literal[
+    "psnr", "ssim", "lpips", "l1", "rfd", "gfd", "precision", "recall", "smoothness", "compression", "cost"
+]
+
+
+class Evaluate(Section):
+    """Which numbers are measured, on how many pictures."""
+
+    metrics: list[Metric] = ["psnr", "ssim", "lpips", "rfd", "gfd"]
+    features: Literal["vgg16", "inception"] = "vgg16"
+    samples: Count = 5_000
+    batch: int = Field(64, ge=1)
+    noise_levels: list[Weight] = Field(
+        [0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0], description="of smoothness, in standard deviations of each channel"
+    )
+    clusters: int = Field(64, ge=2, description="of compression, at each granularity")
+    seed: int = Field(0, ge=0, description="of the noise and of the clusters")
