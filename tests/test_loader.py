@@ -165,6 +165,85 @@ def test_fingerprint_says_what_evaluation_sees(folder):
     assert len({base, *(opened(folder, **options).fingerprint for options in others)}) == 6
 
 
+# -- pictures in a given order ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"in_memory": True}, {"in_memory": False}, {"in_memory": False, "workers": 2}])
+@pytest.mark.parametrize("source", ["folder", "scenes"])
+def test_following_is_once_in_another_order(folder, source, options):
+    """Any crop of the recipe, any plan: the pictures of `once`, mirrored where the plan says it."""
+    if not options["in_memory"]:
+        options = {**options, "crop": "random", "background": "random"}
+    dataset = opened(folder if source == "folder" else source, length=12, **{"image_size": 32, **options})
+    sides = [next(dataset.once(12, flip=flip)) for flip in (False, True)]
+    asked = []
+
+    def plan():
+        for n in range(40):
+            index = torch.tensor([(5 * n + k) % 12 for k in range(4)])
+            flipped = [bool((n + k) % 3) for k in range(4)]
+            asked.append((index, flipped))
+            yield index, flipped
+
+    batches = list(islice(dataset.follow(plan()), 6))
+    assert len(asked) < 20  # an endless plan is taken as it is needed
+    for batch, (index, flipped) in zip(batches, asked):
+        assert batch.keys() == sides[0].keys()
+        assert torch.equal(batch["index"], index)
+        for row, (i, flip) in enumerate(zip(index.tolist(), flipped)):
+            for key, values in batch.items():
+                a, b = values[row], sides[flip][key][i]
+                assert torch.equal(a, b) if torch.is_tensor(a) else a == b, key
+
+
+@pytest.mark.parametrize("options", [{"in_memory": True}, {"in_memory": False}, {"in_memory": False, "workers": 1}])
+def test_a_picture_that_is_gone_is_named(folder, options):
+    spoil(folder, "02.png")
+    dataset = opened(folder, max_skipped=0.5, **options)
+    plan = [(torch.tensor([0]), [False]), (torch.tensor([0, 1]), [False, False])]
+    batches = dataset.follow(plan)
+    assert len(next(batches)["image"]) == 1
+    with pytest.raises(LatelierError, match=r"^class 0/02.png could be read when .* encode again\.$"):
+        next(batches)
+
+
+def test_streams_cannot_be_followed(tmp_path):
+    dataset = opened(parquet(tmp_path / "a.parquet", 4), streaming=True, length=4, image_size=8)
+    with pytest.raises(LatelierError, match=r"data.streaming.*denoiser.cache=false"):
+        next(dataset.follow([(torch.tensor([0]), [False])]))
+
+
+def test_captions(folder, tmp_path):
+    assert sorted(opened(folder).captions()) == sorted(f"number {i}" for i in range(12))
+    some = opened(folder, length=3)
+    assert list(some.captions()) == joined(some.once(3), "caption")
+    chosen = opened(folder, classes=["class 1"])
+    assert list(chosen.captions()) == joined(chosen.once(3), "caption")
+    spoil(folder, *(f"{i:02d}.png" for i in range(12)))
+    assert len(list(opened(folder).captions())) == 12  # no picture is read
+    emoji = opened("emoji", length=5, image_size=32)
+    assert list(emoji.captions()) == joined(emoji.once(5), "caption")
+    texts = [f"text {i}" for i in range(5)]
+    for options in ({}, {"streaming": True, "length": 5}):
+        path = parquet(tmp_path / "a.parquet", 5, text=texts)
+        assert list(opened(path, **options).captions()) == texts
+    assert list(opened(parquet(tmp_path / "b.parquet", 5)).captions()) == []
+
+
+def test_many_boxes_take_few_files():
+    """A worker that handed over each of 3 x 512 small tensors by itself would need as many open files."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, before[1]), before[1]))
+    try:
+        dataset = opened("scenes", image_size=16, length=512, in_memory=False, workers=1)
+        (batch,) = dataset.once(512)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    expected = [dataset.source[i]["boxes"] for i in range(512)]
+    assert all(np.allclose(a, b, atol=1e-6) for a, b in zip(batch["boxes"], expected, strict=True))
+
+
 # -- damaged files ------------------------------------------------------------------------------------------------
 
 
@@ -211,14 +290,15 @@ def test_a_worker_reports_wrong_channels_in_one_sentence(folder, workers):
 # -- streams ------------------------------------------------------------------------------------------------------
 
 
-def parquet(path, count, broken=()):
+def parquet(path, count, broken=(), **columns):
     rows = []
     for i in range(count):
         file = io.BytesIO()
         Image.new("RGB", (8, 8), (i, i, i)).save(file, "PNG")
         rows.append({"bytes": file.getvalue()[: 40 if i in broken else None], "path": None})
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["x", "y"]))
-    table = {"image": rows, "label": [i % 2 for i in range(count)]}
+    features |= {name: datasets.Value("string") for name in columns}
+    table = {"image": rows, "label": [i % 2 for i in range(count)], **columns}
     datasets.Dataset.from_dict(table, features=features).to_parquet(path)
     return path
 

@@ -136,7 +136,7 @@ def test_bar_counts_evaluations(capsys):
         ({}, {"sampler": "ddim"}, "'ddim' does not go with a flow process"),
         ({}, {"eta": 0.5}, "eta = 0.5 acts in the ddim sampler only"),
         ({"condition": False}, {"guidance": 2.0}, "guidance = 2.0, but this model is unconditional"),
-        ({"condition": False}, {"classes": ["cat"]}, r"classes = \['cat'\] were asked for"),
+        ({"condition": False}, {"classes": ["cat"]}, "classes = 'cat' cannot be asked of this model"),
         ({"null": False}, {"guidance": 2.0}, "no null class"),
         ({"channels": 4}, {"output_type": "pil"}, "4 channels are no PIL images"),
     ],

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from latelier import recipe
 from latelier.diffusion.process import DDPM, Flow, build_process, flow_sigmas
@@ -92,12 +92,69 @@ def test_heun_has_the_same_grid():
     torch.testing.assert_close(scheduler.sigmas.unique().flip(0), torch.from_numpy(flow_sigmas(3, 2.0)).float())
 
 
-@pytest.mark.parametrize("steps", [1, 2, 50, 1000])
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "plms", "dpm++"])
-def test_ddpm_samplers_stay_inside_the_noise_levels(sampler, steps):
-    timesteps = DDPM().scheduler(recipe.Sample(steps=steps, sampler=sampler)).timesteps
+@pytest.mark.parametrize("steps", [1, 2, 3, 50, 301, 999, 1000])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "plms", "dpm++", "unipc", "euler", "heun"])
+@pytest.mark.parametrize("schedule", ["scaled_linear", "cosine"])
+def test_ddpm_samplers_stay_inside_the_noise_levels(sampler, steps, schedule):
+    scheduler = DDPM(schedule).scheduler(recipe.Sample(steps=steps, sampler=sampler))
+    timesteps = scheduler.timesteps
     assert 0 <= timesteps.min() <= timesteps.max() <= 999
-    assert len(timesteps) - steps in (0, 1)
+    fast = sampler in ("dpm++", "unipc", "euler", "heun")
+    steps = min(steps, 996) if schedule == "cosine" and fast else steps  # it has less than 1000 usable levels
+    assert len(timesteps) in ((2 * steps - 1,) if sampler == "heun" else (steps, steps + 1))
+    assert len(timesteps.unique()) in (steps, steps + 1)
+
+
+@pytest.mark.parametrize("steps", range(1, 1001, 37))
+def test_every_number_of_steps_is_evenly_spread(steps):
+    for sampler in ("ddim", "plms"):
+        levels = DDPM().scheduler(recipe.Sample(steps=steps, sampler=sampler)).timesteps.unique()
+        assert len(levels) == steps
+        assert levels[0] <= 1
+        assert 1000 - levels[-1] <= 1000 / steps + 1  # nothing noisier than a step is missed
+        if steps > 1:
+            assert levels.diff().max() - levels.diff().min() <= 1
+
+
+@pytest.mark.parametrize("steps", [20, 50, 100, 200, 250])
+def test_grid_of_ldm(steps):
+    levels = DDPM().scheduler(recipe.Sample(steps=steps)).timesteps.flip(0)
+    assert levels.tolist() == list(range(1, 1001, 1000 // steps))
+
+
+def test_schedulers_of_ours_are_saved_and_opened(tmp_path):
+    saved = DDPM("linear", 1e-4, 0.02, "v").scheduler(recipe.Sample(steps=7, sampler="plms"))
+    saved.save_pretrained(tmp_path)
+    opened = type(saved).from_pretrained(tmp_path)
+    assert opened.config["prediction_type"] == "v_prediction"
+    torch.testing.assert_close(opened.alphas_cumprod, saved.alphas_cumprod)
+    theirs = DDIMScheduler.from_config(saved.config)  # diffusers' own, of the same config, samples alike
+    theirs.set_timesteps(50)
+    assert torch.equal(theirs.timesteps, DDPM().scheduler(recipe.Sample(steps=50)).timesteps)
+    assert theirs.final_alpha_cumprod == saved.alphas_cumprod[0]
+
+
+@pytest.mark.parametrize("sampler", ["dpm++", "unipc"])
+def test_multistep_solvers_visit_the_flow_grid(sampler):
+    scheduler = Flow().scheduler(recipe.Sample(steps=7, shift=3.0, sampler=sampler))
+    torch.testing.assert_close(scheduler.sigmas, torch.from_numpy(flow_sigmas(7, 3.0)).float(), atol=2e-6, rtol=0)
+    torch.testing.assert_close(scheduler.timesteps, 1000 * scheduler.sigmas[:-1])
+
+
+def test_cosine_begins_where_diffusers_would():
+    theirs = DPMSolverMultistepScheduler(beta_schedule="squaredcos_cap_v2", lambda_min_clipped=-5.1)
+    theirs.set_timesteps(20)
+    ours = DDPM("cosine").scheduler(recipe.Sample(steps=20, sampler="dpm++"))
+    assert torch.equal(ours.timesteps, theirs.timesteps)
+    torch.testing.assert_close(ours.sigmas, theirs.sigmas)
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_shares_of_data_and_noise(process):
+    z, eps = torch.randn(2, 3, 2, 4)
+    t = torch.tensor([0.1, 0.5, 0.9])
+    alpha, sigma = process.alpha_sigma(t, z)
+    torch.testing.assert_close(process.noise(z, t, eps), alpha * z + sigma * eps)
 
 
 def test_build_process():
@@ -111,13 +168,14 @@ def test_build_process():
     [
         (lambda: build_process(recipe.Process(prediction="v")), "prediction = 'v' is not for a flow"),
         (lambda: build_process(recipe.Process(kind="ddpm", prediction="velocity")), "is for a flow"),
-        (lambda: Flow().scheduler(recipe.Sample(sampler="ddim")), "'ddim' does not go with a flow.*auto, euler, heun"),
-        (lambda: DDPM().scheduler(recipe.Sample(sampler="euler")), "'euler' does not go with a ddpm"),
+        (
+            lambda: Flow().scheduler(recipe.Sample(sampler="ddim")),
+            "'ddim' does not go with a flow.*auto, euler, heun, dpm",
+        ),
         (lambda: Flow().scheduler(recipe.Sample(eta=0.5)), "eta = 0.5 acts in the ddim sampler only"),
         (lambda: DDPM().scheduler(recipe.Sample(shift=2)), "shift = 2.0 acts in flow processes only"),
-        (lambda: DDPM().scheduler(recipe.Sample(steps=400)), "use 333 or 500"),
+        (lambda: DDPM().set_timesteps(DDIMScheduler(), recipe.Sample(steps=400)), "use 333 or 500"),
         (lambda: DDPM().scheduler(recipe.Sample(steps=1001)), "more than the 1000 noise levels"),
-        (lambda: DDPM(prediction="sample").scheduler(recipe.Sample(sampler="plms")), "choose ddim or"),
     ],
 )
 def test_what_does_not_fit_is_refused(call, message):

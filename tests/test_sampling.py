@@ -67,6 +67,93 @@ def test_known_gaussian_is_recovered(process, sample, tolerance):
     assert abs(z.std() - STD) < tolerance
 
 
+def flowed(process, x, begin, end):
+    """Where the probability flow takes x from noise level `begin` to `end`: (x - its mean) / deviation is kept."""
+    levels = []
+    for level in (begin, end):
+        alpha, sigma = process.alpha_sigma(torch.tensor([float(level)]), x) if level is not None else (1.0, 0.0)
+        levels.append((alpha * MEAN, (torch.as_tensor(alpha) ** 2 * STD**2 + torch.as_tensor(sigma) ** 2).sqrt()))
+    (mean, deviation), (mean_below, deviation_below) = levels
+    return mean_below + deviation_below * (x - mean) / deviation
+
+
+def errors_of(process, sampler, numbers, reference, **settings):
+    x = initial_noise((2, 4, 4), list(range(8)))
+    drawn = [draw(process, Sample(steps=n, sampler=sampler, **settings), GaussianData(process)) for n in numbers]
+    return [(z - reference(x, n)).abs().max().item() for z, n in zip(drawn, numbers)]
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "sample"])
+@pytest.mark.parametrize("sampler", ["ddim", "plms", "dpm++", "unipc", "euler", "heun"])
+def test_samplers_of_ddpm_converge_to_the_exact_solution(sampler, prediction):
+    """The whole way from N(0, 1) to the data, or for LDM's own two to their last level, a_0."""
+    process = DDPM(prediction=prediction)
+    end = 0.0 if sampler in ("ddim", "plms") else None
+    few, many = errors_of(process, sampler, (20, 500), lambda x, n: flowed(process, x, 0.999, end))
+    assert many < 0.03
+    assert many < few / 10
+
+
+@pytest.mark.parametrize("sampler", ["dpm++", "unipc", "heun"])
+@pytest.mark.parametrize("steps", [40, 100])
+def test_fast_samplers_of_ddpm_are_better_than_euler(sampler, steps):
+    """Down to the lowest level that they visit; the step from there, to the estimate of z, is the same for all."""
+    process = DDPM()
+
+    def reference(x, n):
+        levels = process.scheduler(Sample(steps=n, sampler=sampler)).timesteps / 1000
+        last = flowed(process, x, levels[0], levels[-1])
+        t = levels[-1].float().expand(len(x))
+        return process.denoised(last, t, GaussianData(process)(last, t, None))
+
+    fast, slow = (errors_of(process, kind, (steps,), reference)[0] for kind in (sampler, "euler"))
+    assert fast < 0.005
+    assert fast < slow / 5
+
+
+@pytest.mark.parametrize(("sampler", "gain"), [("euler", 7), ("heun", 50), ("dpm++", 5), ("unipc", 5)])
+@pytest.mark.parametrize("shift", [1.0, 2.0])
+def test_samplers_of_a_flow_converge_to_the_exact_solution(sampler, gain, shift):
+    few, many = errors_of(Flow(), sampler, (20, 160), lambda x, n: flowed(Flow(), x, 1.0, 0.0), shift=shift)
+    assert many < 0.02
+    assert many < few / gain  # multistep solvers are good already with 20
+
+
+@pytest.mark.parametrize(
+    "sample", [Sample(steps=1000, sampler="ddpm"), Sample(steps=1000, eta=1.0), Sample(steps=700, eta=0.5)]
+)
+def test_random_samplers_have_the_exact_distribution(sample):
+    """Mean and deviation of 64 x 256 numbers, to within four standard errors and the steps' own error."""
+    process = DDPM()
+    z = draw(process, sample, GaussianData(process), shape=(4, 64), seeds=range(64))
+    assert abs(z.mean() - MEAN) < 4 * STD / z.numel() ** 0.5 + 0.002
+    assert abs(z.std() - STD) < 4 * STD / (2 * z.numel()) ** 0.5 + 0.003
+
+
+@pytest.mark.parametrize("sampler", ["dpm++", "unipc", "euler", "heun"])
+def test_cosine_is_sampled_from_a_little_below_pure_noise(sampler):
+    process = DDPM("cosine", prediction="v")
+    z = draw(process, Sample(steps=60, sampler=sampler), GaussianData(process), shape=(4, 64), seeds=range(64))
+    assert abs(z.mean() - MEAN) < 0.03
+    assert abs(z.std() - STD) < 0.03
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_input_is_scaled_as_in_training(sampler):
+    """Whatever space a scheduler keeps x in, the denoiser sees alpha z + sigma eps: here, of z = 0, eps itself."""
+    process, seen = DDPM(), []
+
+    class Spy(nn.Module):
+        def forward(self, x_t, t, condition):
+            _, sigma = process.alpha_sigma(t, x_t)
+            seen.append((x_t / sigma).std().item())
+            return x_t / sigma  # the eps of z = 0
+
+    draw(process, Sample(steps=5, sampler=sampler), Spy(), shape=(4, 64))
+    assert seen == pytest.approx(seen[:1] * len(seen), rel=1e-4)
+    assert seen[0] == pytest.approx(1, abs=0.05)
+
+
 def test_euler_is_the_hand_written_loop():
     x = initial_noise((2, 4, 4), list(range(8)))
     sigmas = torch.from_numpy(flow_sigmas(7, 2.0)).float()

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from latelier.data.emoji import list_emoji
 from latelier.data.scenes import SceneSource, background
 from latelier.data.sources import open_source
 from latelier.errors import LatelierError
@@ -39,6 +40,44 @@ def test_boxes_are_tight_around_the_segmentation(size):
                 assert edge.any()
             left[y0:y1, x0:x1] = 0
         assert not left.any()
+
+
+def test_single_emoji_as_classes():
+    classes = ["owl", "red apple", "bicycle"]
+    source = SceneSource(SIZE, 60, classes=classes)
+    assert source.class_names == source.box_names == classes
+    assert source.segmentation_classes == 4
+    seen = set()
+    for i in range(60):
+        record = source[i]
+        seen |= {classes[label] for label in record["box_labels"]}
+        assert classes[record["label"]] in record["caption"]
+        assert set(np.unique(record["segmentation"])) == {0, *(record["box_labels"] + 1)}
+    assert seen == set(classes)
+    assert source.fingerprint != SceneSource(SIZE, 60, classes=classes[::-1]).fingerprint
+    with pytest.raises(LatelierError, match=r"category 'Objects' with the single emoji 'owl'"):
+        SceneSource(SIZE, 1, classes=["owl", "Objects"])
+    with pytest.raises(LatelierError, match=r"'bicycl'; did you mean 'bicycle'"):
+        SceneSource(SIZE, 1, classes=["bicycl"])
+
+
+def test_more_classes_than_a_byte_has_ids():
+    names = sorted({emoji.name for emoji in list_emoji()})[:300]
+    source = SceneSource(SIZE, 20, classes=names)
+    for i in range(20):
+        record = source[i]
+        assert set(np.unique(record["segmentation"])) == {0, *(record["box_labels"] + 1)}
+
+
+def test_captions_without_painting():
+    source = SceneSource(SIZE, 30)
+    assert list(source.captions(range(5, 30))) == [source[i]["caption"] for i in range(5, 30)]
+
+
+def test_what_scenes_tell():
+    source = SceneSource(SIZE, 1)
+    assert source.box_names == source.class_names
+    assert source.segmentation_classes == 6
 
 
 def test_captions_say_where_things_are():

@@ -14,6 +14,7 @@ from latelier.data.transforms import (
     crop_boxes,
     mirror,
     nearest,
+    smooth,
     to_float,
 )
 from latelier.errors import LatelierError
@@ -233,10 +234,63 @@ def test_boxes_and_segmentation_follow_the_crop():
     assert record["boxes"] is boxes
 
 
+@pytest.mark.parametrize("shape", [(120, 64), (63, 171), (333, 251)])
+@pytest.mark.parametrize("crop", ["center", "random", "resize"])
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_rectangle_stays_in_its_box(shape, crop, flip):
+    """Pixels, box, label map and a map of half the size show the same rectangle, whatever is done to the picture."""
+    w, h = shape
+    x0, y0, x1, y1 = w // 3, h // 3, w // 3 + w // 4, h // 3 + h // 3
+    image = Image.new("RGB", shape)
+    image.paste((255, 0, 0), (x0, y0, x1, y1))
+    plane = (np.asarray(image)[..., 0] > 0).astype(np.uint8)
+    small = np.asarray(image.getchannel(0).resize((-(-w // 2), -(-h // 2)), Image.Resampling.BOX))
+    record = {
+        "image": image,
+        "boxes": np.array([[0, 0, 0, 0], [x0 / w, y0 / h, x1 / w, y1 / h]], np.float32),
+        "box_labels": np.array([0, 1]),
+        "box_flags": np.array([0, 8]),
+        "segmentation": plane,
+        "map": small,
+    }
+    for draw in range(4):
+        done = transform(crop=crop, image_size=(40, 40)).record(record, draw)
+        done = mirror(done) | {"image": done["image"].flip(-1)} if flip else done
+        red = done["image"][0].float() / 255
+        assert (done["box_labels"].tolist(), done["box_flags"].tolist()) == ([1], [8])
+        centres = (torch.arange(40) + 0.5) / 40
+        left, top, right, bottom = done["boxes"][0].tolist()
+        boxed = ((centres > left) & (centres < right)) & ((centres > top) & (centres < bottom))[:, None]
+        covered = torch.tensor([right - left, bottom - top]).prod() * 1600  # pixels
+        rim = 2 * 40 * (right - left + bottom - top)
+        assert (boxed.float() - red).abs().sum() < 0.5 * rim
+        assert red.sum().item() == pytest.approx(covered.item(), rel=0.04)
+        assert (done["segmentation"].float() - red).abs().sum() < 0.5 * rim
+        assert (done["map"][0].float() / 255 - red).abs().sum() < 0.5 * rim
+        for axis, (low, high) in enumerate(((left, right), (top, bottom))):  # centres of mass
+            if low > 0.01 and high < 0.99:
+                planes = ((red, 0.25), (done["map"][0].float(), 0.25), (done["segmentation"].float(), 0.55))
+                for seen, pixels in planes:  # whole pixels are all that a map without mixing can show
+                    mass = seen.sum(axis)
+                    assert (mass * centres).sum() / mass.sum() == pytest.approx((low + high) / 2, abs=pixels / 40)
+
+
+def test_maps_of_one_and_two_bytes_alike():
+    plane = np.random.default_rng(0).integers(0, 256, (30, 20, 2), np.uint8)
+    region, size = (0.1, 0.2, 0.8, 0.9), (8, 9)
+    one, two = smooth(plane, region, size), smooth(plane.astype(np.uint16) * 257, region, size)
+    assert (one.dtype, two.dtype, one.shape) == (np.uint8, np.int32, (2, 8, 9))
+    assert np.abs(two / 257 - one).max() <= 1
+    flat = smooth(np.full((7, 5), 65535, np.uint16), region, size)
+    assert (flat == 65535).all()
+
+
 def test_mirror():
     record = {
         "boxes": torch.tensor([[0.1, 0.2, 0.4, 0.8]]),
+        "box_flags": torch.tensor([1]),
         "segmentation": torch.arange(6).reshape(2, 3),
+        "map": torch.arange(6).reshape(1, 2, 3),
         "caption": "left",
         "caption_mirrored": "right",
         "label": 3,
@@ -244,6 +298,8 @@ def test_mirror():
     done = mirror(record)
     assert torch.allclose(done["boxes"], torch.tensor([[0.6, 0.2, 0.9, 0.8]]))
     assert done["segmentation"].tolist() == [[2, 1, 0], [5, 4, 3]]
+    assert done["map"].tolist() == [[[2, 1, 0], [5, 4, 3]]]
+    assert done["box_flags"].tolist() == [1]
     assert (done["caption"], done["label"]) == ("right", 3)
     again = mirror(done)
     assert torch.allclose(again["boxes"], record["boxes"])
@@ -254,6 +310,8 @@ def test_crop_boxes_and_nearest():
     boxes, kept = crop_boxes(np.array([[0.25, 0, 1, 1], [0, 0, 0.2, 0.2]], np.float32), (0.5, 0.5, 1.0, 1.0))
     assert kept.tolist() == [True, False]
     assert boxes.tolist() == [[0, 0, 1, 1]]
+    _, kept = crop_boxes(np.array([[0.1, 0, 0.3, 1], [0.3, 0, 0.31, 1]], np.float32), (0.3, 0.0, 0.9, 1.0))
+    assert kept.tolist() == [False, True]  # the first only touches the crop
     plane = np.arange(16).reshape(4, 4)
     assert nearest(plane, (0.5, 0.0, 1.0, 0.5), (2, 2)).tolist() == [[2, 3], [6, 7]]
     assert np.array_equal(nearest(plane, (0.0, 0.0, 1.0, 1.0), (8, 8)), plane.repeat(2, 0).repeat(2, 1))

@@ -94,17 +94,69 @@ def reconstruct(
 def sample(
     run: Annotated[Path, typer.Argument(help="A run folder or a saved pipeline.")],
     classes: Annotated[list[str] | None, typer.Option(help="Class names or indices; repeat for several.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="What to draw, in words; repeat for several.")] = None,
+    negative: Annotated[str | None, typer.Option(help="What guidance shall lead away from, in words.")] = None,
+    layout: Annotated[
+        list[str] | None,
+        typer.Option(help="Boxes 'owl 0.1 0.2 0.5 0.9; apple 0.6 0.5 0.9 0.8' (x0 y0 x1 y1), or a JSON file of them."),
+    ] = None,
+    segmentation: Annotated[list[str] | None, typer.Option(help="PNG map of ids; repeat for several.")] = None,
+    map: Annotated[list[str] | None, typer.Option(help="Any other map, such as depth; repeat for several.")] = None,
     count: Annotated[int, typer.Option(help="How many pictures.")] = 16,
     steps: Annotated[int | None, typer.Option(help="Sampling steps; default: the recipe's.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="ddim, plms, dpm++, unipc, euler, heun, ...")] = None,
     size: Annotated[int | None, typer.Option(help="Side in pixels; default: the trained size.")] = None,
+    window: Annotated[int | None, typer.Option(help="Draw in overlapping windows of so many latent positions.")] = None,
     seed: Annotated[int, typer.Option(help="Picture i is drawn from seed + i.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder of the pictures; default: samples/ of the run.")] = None,
 ) -> None:
     """Draw pictures from a trained pipeline."""
     from latelier.experiment import sample_to_folder
+    from latelier.tasks import read_layout
 
-    console.print(f"Grid: {sample_to_folder(run, classes, count, steps, guidance, size, seed, out)}")
+    asked = {
+        "classes": classes, "prompts": prompt, "negative_prompts": [negative] if negative else None,
+        "layouts": [read_layout(text) for text in layout or []], "segmentations": segmentation, "maps": map,
+    }  # fmt: skip
+    settings = {
+        "count": count, "steps": steps, "guidance": guidance, "sampler": sampler, "window": window, "seed": seed,
+    }  # fmt: skip
+    console.print(f"Grid: {sample_to_folder(run, asked, settings, size, out)}")
+
+
+@app.command(epilog="Example:  latelier upscale small.png large.png --run runs/super-resolution")
+def upscale(
+    image: Annotated[Path, typer.Argument(help="The picture, of any size.")],
+    out: Annotated[Path, typer.Argument(help="Where the large one goes.")],
+    run: Annotated[Path, typer.Option(help="A run folder or pipeline, trained with condition: low-resolution.")],
+    factor: Annotated[int | None, typer.Option(help="How many times larger; checked against the model's.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps; default: the recipe's.")] = None,
+    seed: Annotated[int, typer.Option(help="Another seed is another picture.")] = 0,
+    window: Annotated[int | None, typer.Option(help="Draw in windows of so many latent positions.")] = None,
+) -> None:
+    """Enlarge a picture with a super-resolution model."""
+    from latelier.experiment import upscale_file
+
+    size = upscale_file(run, image, out, factor, {"steps": steps, "seed": seed, "window": window})
+    console.print(f"{out}: {size[0]} x {size[1]}")
+
+
+@app.command(epilog="Example:  latelier inpaint photo.png mask.png --run runs/inpainting --out filled.png")
+def inpaint(
+    image: Annotated[Path, typer.Argument(help="The picture, of any size.")],
+    mask: Annotated[Path, typer.Argument(help="A picture of the same size, white where it is to be filled.")],
+    run: Annotated[Path, typer.Option(help="A run folder or pipeline, trained with condition: inpainting.")],
+    out: Annotated[Path, typer.Option(help="Where the result goes.")] = Path("inpainted.png"),
+    steps: Annotated[int | None, typer.Option(help="Sampling steps; default: the recipe's.")] = None,
+    seed: Annotated[int, typer.Option(help="Another seed is another picture.")] = 0,
+    window: Annotated[int | None, typer.Option(help="Draw in windows of so many latent positions.")] = None,
+) -> None:
+    """Fill the holes of a picture; the rest comes back untouched."""
+    from latelier.experiment import inpaint_file
+
+    inpaint_file(run, image, mask, out, {"steps": steps, "seed": seed, "window": window})
+    console.print(f"{out}")
 
 
 @app.command(epilog="Example:  latelier evaluate runs/quickstart evaluate.samples=1000")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from latelier.data.loader import ImageDataset
     from latelier.evaluation.metrics import Measurement
     from latelier.pipeline import LatentDiffusionPipeline
+    from latelier.recipe import Sample
     from latelier.tokenizers.codec import Codec
 
 
@@ -102,36 +103,87 @@ def open_run(path: Path) -> tuple[LatentDiffusionPipeline, Recipe | None]:
 
 def sample_to_folder(
     run: Path,
-    classes: list[str] | None = None,
-    count: int | None = None,
-    steps: int | None = None,
-    guidance: float | None = None,
+    asked: dict[str, list] | None = None,
+    settings: dict | None = None,
     size: int | None = None,
-    seed: int | None = None,
     out: Path | None = None,
 ) -> Path:
     """Draw pictures into a folder; what is not given is the recipe's.
+
+    A model that is told more than classes, and is told nothing here, draws what the held-out pictures say.
+
+    Args:
+        run: a run folder or a saved pipeline.
+        asked: what to draw: lists `classes`, `prompts`, `layouts`, ..., see `LatentDiffusionPipeline.__call__`.
+        settings: of `sample`: `steps`, `count`, `guidance`, ...; None is the recipe's.
+        size: side in pixels.
+        out: the folder; by default `samples` of the run.
 
     Returns:
         The grid of all pictures, `grid.png` beside the single ones.
     """
     from latelier.images import make_grid, save_png
     from latelier.recipe import Sample
+    from latelier.training.denoiser_loop import shown_records
 
     pipeline, recipe = open_run(run)
-    given = {"classes": classes, "count": count, "steps": steps, "guidance": guidance, "seed": seed}
-    settings = (recipe.sample if recipe else Sample()).model_copy(
-        update={k: v for k, v in given.items() if v is not None and v != []}
-    )
+    asked = {name: values for name, values in (asked or {}).items() if values}
+    given = {k: v for k, v in {**(settings or {}), "classes": asked.pop("classes", None)}.items() if v is not None}
+    chosen = (recipe.sample if recipe else Sample()).model_copy(update=given)
+    records = shown_records(recipe, pipeline, chosen.count) if recipe and not asked else {}
     out = out or run / "samples"
     out.mkdir(parents=True, exist_ok=True)
-    images = pipeline(sample=settings, height=size, width=size, output_type="pt").images
+    images = pipeline(sample=chosen, records=records, height=size, width=size, output_type="pt", **asked).images
     for i, image in enumerate(images):
-        save_png(make_grid(image[None], columns=1), out / f"{settings.seed + i:06d}.png")
+        save_png(make_grid(image[None], columns=1), out / f"{chosen.seed + i:06d}.png")
     columns = max(1, round(len(images) ** 0.5))
     save_png(make_grid(images, columns=columns), out / "grid.png")
-    (out / "settings.json").write_text(settings.model_dump_json(indent=2))
+    (out / "settings.json").write_text(chosen.model_dump_json(indent=2))
     return out / "grid.png"
+
+
+def upscale_file(run: Path, image: Path, out: Path, factor: int | None, settings: dict) -> tuple[int, int]:
+    """Enlarge a picture file.
+
+    Returns:
+        Width and height of the result.
+
+    Raises:
+        LatelierError: if the picture cannot be read, or the model has another factor.
+    """
+    from latelier.conditioning import parts
+    from latelier.images import make_grid, save_png
+    from latelier.tasks import upscale
+
+    pipeline, recipe = open_run(run)
+    part = parts(pipeline.conditioner).get("low_resolution")
+    if factor is not None and part is not None and factor != part.config["factor"]:
+        raise LatelierError(f"--factor {factor}, but this model enlarges {part.config['factor']} times.")
+    large = upscale(pipeline, image, sample=_one(recipe, settings))
+    save_png(make_grid(large[None], columns=1), out)
+    return large.shape[2], large.shape[1]
+
+
+def inpaint_file(run: Path, image: Path, mask: Path, out: Path, settings: dict) -> None:
+    """Fill the holes of a picture file.
+
+    Raises:
+        LatelierError: if a file cannot be read, or the mask has another size than the picture.
+    """
+    from latelier.images import make_grid, save_png
+    from latelier.tasks import inpaint
+
+    pipeline, recipe = open_run(run)
+    filled = inpaint(pipeline, image, mask, sample=_one(recipe, settings))
+    save_png(make_grid(filled[None], columns=1), out)
+
+
+def _one(recipe: Recipe | None, settings: dict) -> Sample:
+    """The recipe's settings of sampling, or given ones, for a single picture without guidance."""
+    from latelier.recipe import Sample
+
+    given = {k: v for k, v in settings.items() if v is not None}
+    return (recipe.sample if recipe else Sample()).model_copy(update={"guidance": 1.0, **given, "count": 1})
 
 
 def evaluate(recipe: Recipe) -> list[Measurement]:
@@ -227,12 +279,18 @@ def _evaluate_generation(recipe: Recipe) -> list[Measurement]:
 
 
 def _samples(pipeline: LatentDiffusionPipeline, recipe: Recipe, count: int) -> Iterator[Tensor]:
-    """Batches of samples of the recipe's settings; picture i has the seed `sample.seed + i`."""
+    """Batches of samples of the recipe's settings; picture i has the seed `sample.seed + i`.
+
+    A model that is told more than classes draws what the held-out pictures say, in turn.
+    """
+    from latelier.training.denoiser_loop import shown_records
+
     start, batch = recipe.sample.seed, recipe.sample.batch
     for done in range(0, count, batch):
         update = {"seed": start + done, "count": min(batch, count - done), "classes": _classes_from(recipe, done)}
         settings = recipe.sample.model_copy(update=update)
-        yield pipeline(sample=settings, output_type="pt", progress=False).images
+        records = shown_records(recipe, pipeline, settings.count, done)
+        yield pipeline(sample=settings, records=records, output_type="pt", progress=False).images
 
 
 def _classes_from(recipe: Recipe, done: int) -> list[int | str] | None:

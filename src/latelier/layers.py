@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Complex, Float
+from jaxtyping import Bool, Complex, Float
 from torch import Tensor, nn
 
 EXPLICIT_TOKENS = 512  # up to here, training on a CPU is faster with the explicit form
@@ -52,6 +52,27 @@ class Attention(nn.Module):
         q, k = qk.to(v.dtype).permute(2, 0, 3, 1, 4)  # 2 x (b, h, n, k)
         x = attention(q, k, v[:, :, 0].transpose(1, 2)).transpose(1, 2).reshape(b, n, d)  # (b, n, d)
         return self.proj(x)
+
+
+class CrossAttention(nn.Module):
+    """Tokens of a picture attend to those of a condition, `(b, m, context)`, of which only those in the mask count."""
+
+    def __init__(self, dim: int, heads: int, context: int):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(context, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(
+        self, x: Float[Tensor, "b n d"], tokens: Float[Tensor, "b m k"], mask: Bool[Tensor, "b m"] | None = None
+    ) -> Float[Tensor, "b n d"]:
+        b, n, d = x.shape
+        q = self.q(x).view(b, n, self.heads, -1).transpose(1, 2)  # (b, h, n, d / h)
+        k, v = self.kv(tokens).view(b, tokens.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)  # (b, h, m, d / h)
+        allowed = None if mask is None else mask[:, None, None]  # (b, 1, 1, m)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)  # (b, h, n, d / h)
+        return self.proj(x.transpose(1, 2).reshape(b, n, d))
 
 
 class RMSNorm(nn.Module):

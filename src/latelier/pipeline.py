@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -14,16 +14,21 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from latelier import recipe
-from latelier.conditioning.condition import Condition
+from latelier.conditioning import CONDITIONERS
+from latelier.conditioning.asking import Asked
+from latelier.conditioning.inpainting import compose
 from latelier.denoisers import DENOISERS
+from latelier.diffusion.guiding import Guide
 from latelier.diffusion.process import DDPM, Flow, Scheduler, build_process
 from latelier.diffusion.sampling import sample_latents
+from latelier.diffusion.windows import windowed
 from latelier.errors import LatelierError
 from latelier.tokenizers import CLASSES
 from latelier.tokenizers.codec import Codec, fast_bf16
+from latelier.tokenizers.tiling import decode_tiled
 
 # diffusers opens a saved pipeline's components only from modules that are imported already.
-for _place in (*CLASSES.values(), *DENOISERS.values()):
+for _place in (*CLASSES.values(), *DENOISERS.values(), *CONDITIONERS.values(), "latelier.conditioning.together:"):
     importlib.import_module(_place.split(":")[0])
 
 OUTPUTS = ("pil", "pt", "np", "latent")
@@ -37,11 +42,13 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     Args:
         tokenizer: a diffusers-style autoencoder.
         denoiser: `forward(x_t, t, condition) -> prediction`.
-        conditioner: makes conditions from class names or indices; None is an unconditional model.
+        conditioner: makes conditions of what is asked for; None is an unconditional model.
         scheduler: the default sampler, used by `sampler="auto"`; any diffusers scheduler may be put in its place.
         process: the diffusion process, as a recipe's `denoiser.process`.
         statistics: `mean` and `std` of the latents, one number per channel; empty leaves latents as they are.
         height, width: default size of the pictures, in pixels.
+        dropped: what the denoiser was sometimes not told in training, so that guidance can leave it out; by default
+            `classes`.
     """
 
     _optional_components = ["conditioner"]  # noqa: RUF012
@@ -57,10 +64,17 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         statistics: dict[str, list[float]] | None = None,
         height: int = 64,
         width: int = 64,
+        dropped: list[str] | None = None,
     ):
         super().__init__()
         self.register_modules(tokenizer=tokenizer, denoiser=denoiser, conditioner=conditioner, scheduler=scheduler)
-        self.register_to_config(process=process or {}, statistics=statistics or {}, height=height, width=width)
+        self.register_to_config(
+            process=process or {},
+            statistics=statistics or {},
+            height=height,
+            width=width,
+            dropped=["classes"] if dropped is None else dropped,
+        )
 
     @classmethod
     def build(
@@ -70,6 +84,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         conditioner: ModelMixin | None,
         process: recipe.Process,
         image_size: tuple[int, int],
+        dropped: list[str] | None = None,
     ) -> LatentDiffusionPipeline:
         """A pipeline of trained parts.
 
@@ -78,13 +93,15 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             denoiser, conditioner: trained with `process` on the codec's latents.
             process: the recipe's `denoiser.process`.
             image_size: height and width in pixels that `__call__` draws by default.
+            dropped: what was dropped in training, see the class.
         """
         statistics = {}
         if codec.mean is not None and codec.std is not None:
             statistics = {"mean": codec.mean.tolist(), "std": codec.std.tolist()}
         scheduler = build_process(process).scheduler(recipe.Sample())
         height, width = image_size
-        return cls(codec.tokenizer, denoiser, conditioner, scheduler, process.model_dump(), statistics, height, width)
+        about = process.model_dump()
+        return cls(codec.tokenizer, denoiser, conditioner, scheduler, about, statistics, height, width, dropped)
 
     @property
     def codec(self) -> Codec:
@@ -102,6 +119,14 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     def __call__(
         self,
         classes: list[int | str] | None = None,
+        prompts: list[str] | None = None,
+        negative_prompts: list[str] | None = None,
+        layouts: list[Any] | None = None,
+        segmentations: list[Any] | None = None,
+        maps: list[Any] | None = None,
+        low_resolution: list[Any] | None = None,
+        inpainting: list[Any] | None = None,
+        records: Mapping[str, Any] | None = None,
         count: int | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -114,6 +139,9 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         eta: float = 0.0,
         seed: int = 0,
         batch: int = 64,
+        window: int | None = None,
+        stride: int | None = None,
+        guide: Guide | None = None,
         precision: Literal["auto", "bf16", "fp32"] = "auto",
         output_type: str = "pil",
         progress: bool = True,
@@ -121,20 +149,35 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     ) -> ImagePipelineOutput:
         """Draw pictures. Picture i is drawn from `seed + i`, whatever the batch.
 
+        A model draws from what it was told in training. Picture i gets entry `i % len` of each list.
+
         Args:
-            classes: names or indices; picture i gets class `i % len(classes)`. None goes through all classes in turn.
-            count: how many pictures; default one for each of `classes`, or one.
+            classes: names or indices. None goes through all classes in turn.
+            prompts: captions.
+            negative_prompts: what guidance leads away from, instead of the empty caption.
+            layouts: for each picture a list of (class, x0, y0, x1, y1), relative to the picture.
+            segmentations: maps of ids: arrays, pictures or paths.
+            maps: other image-like maps, such as depth.
+            low_resolution: pictures to enlarge.
+            inpainting: pairs of a picture and its mask, whose holes are white.
+            records: entries of records, as batches of training have them, instead of the lists above.
+            count: how many pictures; default the length of the longest list.
             height, width: in pixels; default those of training.
             steps: sampling steps.
             guidance: scale of classifier-free guidance; 1 is none.
             guidance_interval: noise levels at which guidance acts.
             guidance_channels: guide only the first so many latent channels.
-            sampler: `euler`, `heun` for a flow, `ddim`, `ddpm`, `plms`, `dpm++` for a ddpm process; `auto` is
-                `self.scheduler`.
+            sampler: `euler`, `heun`, `dpm++`, `unipc` for any process; `ddim`, `ddpm`, `plms` for a ddpm process; or
+                `auto`, which is `self.scheduler`.
             shift: flow: above 1 spends more steps near noise.
             eta: ddim: 0 is deterministic, 1 ancestral.
             seed: of the first picture.
-            batch: pictures per forward pass.
+            batch: pictures, or windows of them, per forward pass.
+            window: side in latent positions: the denoiser sees overlapping windows, and the decoder tiles, of this
+                size, so that memory does not grow with the picture; for pictures beyond the size of training.
+            stride: from one window to the next; by default half a window.
+            guide: pulls the pictures towards a target while they are drawn; see `latelier.diffusion.guiding.Guide`,
+                whose target has a row for each picture, or one for all.
             precision: `bf16` under autocast, `fp32`, or `auto`, which is what the device is fast at.
             output_type: `pil`; `np`, `(b, h, w, c)` in [0, 1]; `pt`, `(b, c, h, w)` in [-1, 1]; or `latent`, normalised
                 latents `(b, c, *grid)`.
@@ -150,48 +193,41 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         """
         if output_type not in OUTPUTS:
             raise LatelierError(f"output_type = {output_type!r} is not known; allowed: {', '.join(OUTPUTS)}.")
+        given = {
+            "classes": classes or (sample.classes if sample else None), "prompts": prompts, "layouts": layouts,
+            "segmentations": segmentations, "maps": maps, "low_resolution": low_resolution, "inpainting": inpainting,
+        }  # fmt: skip
+        asked = Asked({k: list(v) for k, v in given.items() if v}, records or {}, negative_prompts)
         settings = sample or _settings(
-            classes=classes, count=count if count is not None else len(classes or [0]), steps=steps, guidance=guidance,
+            classes=classes, count=count if count is not None else len(asked), steps=steps, guidance=guidance,
             guidance_interval=guidance_interval, guidance_channels=guidance_channels, sampler=sampler, shift=shift,
-            eta=eta, seed=seed, batch=batch,
+            eta=eta, seed=seed, batch=batch, window=window, stride=stride,
         )  # fmt: skip
-        wanted = self._wanted(settings)
+        dropped = self.config["dropped"]
+        asked = asked.check(self.conditioner, settings.guidance, dropped)
         codec, process = self.codec, self.process
         codec.precision = precision
-        shape = codec.latent_shape(height or self.config["height"], width or self.config["width"])
+        size = (height or self.config["height"], width or self.config["width"])
+        shape = codec.latent_shape(*size)
         device, drawn = self._execution_device, []
+        denoiser = windowed(self.denoiser, settings.window, settings.stride, settings.batch)
         batches = range(settings.seed, settings.seed + settings.count, settings.batch)
         with self._bar(progress, len(batches)) as advance:
             for first in batches:
                 seeds = list(range(first, min(first + settings.batch, batches.stop)))
-                condition, null = self._conditions(wanted, [s - settings.seed for s in seeds], settings.guidance)
+                condition, null, record = asked.conditions(
+                    self.conditioner, seeds, settings.seed, size, codec, settings.guidance, dropped
+                )
                 scheduler = self._scheduler(process, settings)
                 with self._autocast(precision):
                     latents = sample_latents(
-                        self.denoiser, process, settings, shape, condition, null, seeds, device, advance, scheduler
-                    )
-                drawn.append(latents.cpu() if output_type == "latent" else codec.decode(latents).clamp(-1, 1).cpu())
+                        denoiser, process, settings, shape, condition, null, seeds, device, advance, scheduler,
+                        guide and guide.of([seed - settings.seed for seed in seeds]),
+                    )  # fmt: skip
+                finished = latents if output_type == "latent" else _finish(codec, latents, record, settings.window)
+                drawn.append(finished.cpu())
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=_convert(torch.cat(drawn), output_type))
-
-    def _wanted(self, settings: recipe.Sample) -> list[int | str] | None:
-        """The classes to go through in turn, or None for an unconditional model."""
-        if self.conditioner is not None:
-            return settings.classes or list(range(self.conditioner.config["num_classes"]))
-        if settings.classes:
-            raise LatelierError(f"classes = {settings.classes} were asked for, but this model is unconditional.")
-        if settings.guidance != 1:
-            raise LatelierError(f"guidance = {settings.guidance}, but this model is unconditional; set guidance to 1.")
-        return None
-
-    def _conditions(
-        self, wanted: list[int | str] | None, pictures: list[int], guidance: float
-    ) -> tuple[Condition | None, Condition | None]:
-        """The condition of some pictures, and the one that says nothing when guidance needs it."""
-        if wanted is None:
-            return None, None
-        condition = self.conditioner(self.conditioner.inputs([wanted[i % len(wanted)] for i in pictures]))
-        return condition, None if guidance == 1 else self.conditioner.null(len(pictures))
 
     def _scheduler(self, process: Flow | DDPM, settings: recipe.Sample) -> Scheduler:
         """A scheduler with its timesteps set: a copy of the pipeline's own, or the one that the settings name."""
@@ -223,13 +259,23 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             yield advance
 
 
+def _finish(codec: Codec, latents: Tensor, record: Mapping[str, Any], window: int | None) -> Float[Tensor, "b c h w"]:
+    """Pictures of latents; where a record has holes, everything outside of them is the picture that was given."""
+    if window is None or max(latents.shape[2:]) <= window:
+        images = codec.decode(latents)  # (b, c, h, w)
+    else:
+        images = torch.cat([decode_tiled(codec, row, window, window // 2) for row in latents.split(1)])
+    images = images.clamp(-1, 1)
+    return compose(images, record["image"].to(images), record["hole"]) if "hole" in record else images
+
+
 def _settings(**values: Any) -> recipe.Sample:
     """Checked settings; the first that is wrong becomes one sentence."""
     try:
         return recipe.Sample(**values)
     except ValidationError as error:
         first = error.errors()[0]
-        message = first["msg"].removeprefix("Input should be ")
+        message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         key = ".".join(map(str, first["loc"]))
         raise LatelierError(f"{key} = {first['input']!r} is not allowed; it should be {message}.") from None
 

@@ -83,8 +83,12 @@ def try_denoiser(recipe: Recipe, count: bool = False) -> Iterator[Trial]:
     if recipe.denoiser is None:
         return
     dataset, codec = tokenizer_loop.open_images(recipe), _codec(recipe)
-    objective = denoiser_loop.build_objective(recipe, codec, dataset.class_names)
-    yield _try("denoiser", recipe.denoiser, objective, _latents(codec, dataset, _micro(recipe.denoiser)), count)
+    objective = denoiser_loop.build_objective(recipe, codec, dataset)
+    batch = _latents(codec, dataset, _micro(recipe.denoiser))
+    if objective.conditioner is not None:
+        with torch.no_grad():
+            batch |= objective.conditioner.to(codec.device).prepare(batch, codec)
+    yield _try("denoiser", recipe.denoiser, objective, batch, count)
 
 
 def _micro(training: Training) -> int:
@@ -100,9 +104,9 @@ def _codec(recipe: Recipe) -> Codec:
 
 
 def _latents(codec: Codec, dataset: ImageDataset, n: int) -> dict[str, Any]:
-    batch = next(dataset.stream(n))
+    batch = tokenizer_loop.to_device(next(dataset.stream(n)), codec.device)
     with torch.no_grad():
-        posterior = codec.posterior(batch.pop("image").to(codec.device))
+        posterior = codec.posterior(batch["image"])
     return {**batch, "mean": posterior.mean, "std": posterior.std}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -17,6 +17,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from latelier.errors import LatelierError
+
+if TYPE_CHECKING:
+    from latelier.conditioning import World
+    from latelier.recipe.condition import ClassCondition
 
 
 @dataclass
@@ -47,29 +51,45 @@ class ClassConditioner(ModelMixin, ConfigMixin):
 
     Args:
         num_classes: number of classes, `y` in [0, num_classes).
-        dim: width of the vector, the denoiser's width.
+        dim: width of the vector: the denoiser's, or that of its cross-attention.
         null: whether the table has a row for "no class" (DiT: only if labels are dropped in training).
         names: the classes' names, index = label, so that sampling can ask by name.
+        inject: `vector` is added to the time embedding (DiT), `tokens` is the one token of cross-attention (LDM).
     """
 
+    asks = "classes"
+    spatial_channels = 0
+
     @register_to_config
-    def __init__(self, num_classes: int, dim: int, null: bool = True, names: list[str] | None = None):
+    def __init__(
+        self, num_classes: int, dim: int, null: bool = True, names: list[str] | None = None, inject: str = "vector"
+    ):
         super().__init__()
         self.embedding_table = nn.Embedding(num_classes + int(null), dim)
         nn.init.normal_(self.embedding_table.weight, std=0.02)
+
+    @property
+    def token_width(self) -> int:
+        """Width of the token; 0 if it is a vector."""
+        return self.config["dim"] if self.config["inject"] == "tokens" else 0
+
+    def prepare(self, batch: Mapping[str, Any], codec: Any) -> dict[str, Tensor]:
+        """Nothing is made from the pictures."""
+        return {}
 
     def forward(self, batch: Mapping[str, Any], drop: Bool[Tensor, " b"] | None = None) -> Condition:
         """Condition of `batch["label"]` `(b,)`; rows where `drop` is true get the null class."""
         labels = batch["label"].to(self.device)
         if drop is not None and drop.any():
             labels = torch.where(drop.to(labels.device), self._null_index(), labels)
-        return Condition(vector=self.embedding_table(labels))  # (b, d)
+        embedded = self.embedding_table(labels)  # (b, d)
+        return Condition(tokens=embedded[:, None]) if self.token_width else Condition(vector=embedded)
 
     def null(self, batch_size: int) -> Condition:
         """The condition that says nothing, for guidance."""
         return self({"label": torch.full((batch_size,), self._null_index(), device=self.device)})
 
-    def inputs(self, wanted: list[Any]) -> dict[str, Tensor]:
+    def inputs(self, wanted: list[Any], size: tuple[int, int] | None = None) -> dict[str, Tensor]:
         """Class names or indices, as a user gives them, to the batch that `forward` takes."""
         return {"label": torch.tensor([self.index(w) for w in wanted])}
 
@@ -87,3 +107,24 @@ class ClassConditioner(ModelMixin, ConfigMixin):
         if not self.config["null"]:
             raise LatelierError("This model has no null class (no label dropout in training): guidance must be 1.")
         return self.config["num_classes"]
+
+
+def build(section: ClassCondition, world: World) -> ClassConditioner:
+    """A class conditioner for the data's classes.
+
+    Raises:
+        LatelierError: if the pictures have no classes.
+    """
+    if not world.class_names:
+        raise LatelierError(
+            "denoiser.condition = 'class', but the data has no classes; put pictures into one folder per class, "
+            "name the column with data.label_key, or set denoiser.condition=none."
+        )
+    tokens = section.inject == "tokens" or (section.inject == "auto" and world.prefers_tokens)
+    return ClassConditioner(
+        len(world.class_names),
+        section.dim if tokens else world.vector_width,
+        null=section.dropout > 0,
+        names=list(world.class_names),
+        inject="tokens" if tokens else "vector",
+    )

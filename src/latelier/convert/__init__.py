@@ -18,12 +18,21 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin
     from torch import Tensor
 
+    from latelier.pipeline import LatentDiffusionPipeline
+
 KINDS = {
     "vmae": "latelier.convert.vmae:convert",
     "sit": "latelier.convert.dit:convert_sit",
     "lightning-dit": "latelier.convert.dit:convert_lightning_dit",
     "maetok-sit": "latelier.convert.dit:convert_maetok_sit",
+    "ldm": "latelier.convert.ldm:convert",
+    "ldm-kl": "latelier.convert.ldm_autoencoder:convert_kl",
+    "ldm-vq": "latelier.convert.ldm_autoencoder:convert_vq",
+    "patchgan": "latelier.convert.ldm_autoencoder:convert_patchgan",
+    "ldm-unet": "latelier.convert.ldm_unet:convert",
+    "ldm-text": "latelier.convert.ldm_text:convert",
 }
+WHOLE = ("ldm",)  # kinds whose parts are told apart by prefixes
 PREFIXES = ("module.", "_orig_mod.", "model.diffusion_model.", "first_stage_model.")
 WRAPPERS = ("ema", "model_ema", "state_dict", "model")  # what checkpoints of these projects wrap their weights in
 
@@ -35,10 +44,12 @@ class Converted:
     Attributes:
         model: in eval mode.
         conditioner: of a denoiser that has one.
+        pipeline: the whole, if the checkpoint has tokenizer and denoiser.
     """
 
     model: ModelMixin
     conditioner: ModelMixin | None = None
+    pipeline: LatentDiffusionPipeline | None = None
 
 
 def from_official(kind: str, state_dict: Mapping[str, Tensor], **config: Any) -> Converted:
@@ -55,20 +66,25 @@ def from_official(kind: str, state_dict: Mapping[str, Tensor], **config: Any) ->
     if kind not in KINDS:
         raise LatelierError(f"Unknown checkpoint kind {kind!r}; allowed: {', '.join(KINDS)}.")
     module, function = KINDS[kind].split(":")
-    weights = {_bare(name): tensor.detach().float() for name, tensor in state_dict.items()}
+    bare = (lambda name: name) if kind in WHOLE else _bare
+    weights = {bare(name): tensor.detach().float() for name, tensor in state_dict.items()}
     return getattr(importlib.import_module(module), function)(weights, config)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """The weights in a checkpoint file, EMA weights where there are any. Nothing is unpickled but tensors.
+    """The weights in a checkpoint file, EMA weights where there are any.
+
+    Of pickles nothing is rebuilt but tensors and plain containers, see `latelier.convert.pickles`.
 
     Raises:
-        LatelierError: if there is no such file, or it holds more than tensors.
+        LatelierError: if there is no such file, or no tensors are in it.
     """
     import pickle
 
     import torch
     from safetensors.torch import load_file
+
+    from latelier.convert.pickles import read_tensors
 
     path = Path(path)
     if not path.is_file():
@@ -76,10 +92,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return load_file(path)
     try:
-        tree = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError):
+        tree = read_tensors(path)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, IndexError) as error:
         raise LatelierError(
-            f"{path} is not a file of plain tensors, and unpickling anything else could run code; "
+            f"{path} is not a checkpoint that can be read ({error}); "
             "save its state_dict with safetensors.torch.save_file in the environment it came from."
         ) from None
     while isinstance(tree, dict) and (inner := next((k for k in WRAPPERS if isinstance(tree.get(k), dict)), None)):

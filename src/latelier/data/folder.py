@@ -1,4 +1,8 @@
-"""A folder of pictures: class folders become labels, captions come from text files or a metadata table."""
+"""A folder of pictures: class folders become labels, captions come from text files or a metadata table.
+
+Boxes, label maps and maps come from files that are named in the recipe, see `latelier.data.boxes` and
+`latelier.data.planes`.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,15 @@ import csv
 import io
 import json
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from latelier.data.boxes import annotation_file, folder_boxes
+from latelier.data.planes import LabelMaps, open_plane, partners, read_map
 from latelier.data.sources import VAL_NAMES, check_classes, digest, file_facts
 from latelier.errors import LatelierError
 from latelier.recipe import Data
@@ -29,25 +36,51 @@ class FolderSource:
     The folder of a picture, relative to the root, is its class, unless pictures lie in the root itself. A
     `metadata.csv` or `metadata.jsonl` with a `file_name` column, as in Hugging Face's `imagefolder`, gives captions
     and labels; so does, for captions, a `.txt` file beside each picture. Multi-channel pictures that PIL cannot open
-    may be `.npy` files of `(h, w, c)` uint8.
+    may be `.npy` files of `(h, w, c)` uint8. With `data.boxes: yolo` text files hold boxes instead, and folders such as
+    `images` are no classes. With a COCO file only the pictures that it lists are used.
 
     Args:
         root: the folder.
-        data: the recipe's section, for `label_key` and `caption_key`.
+        data: the recipe's section, for `label_key`, `caption_key`, `boxes`, `segmentation` and `maps`.
         class_names: numbering of the classes; by default all classes found, sorted.
+        split: `train` or `val`, for COCO files that have the split in their name.
+        top: folder of the splits, to which the names of label maps and maps may be relative; by default `root`.
+        box_names: numbering of the classes of boxes; by default as the files have it.
 
     Raises:
-        LatelierError: if there are no pictures, or a class is not in `class_names`.
+        LatelierError: if there are no pictures, a class is not in `class_names`, or what the recipe names is not there.
     """
 
-    def __init__(self, root: Path, data: Data, class_names: list[str] | None = None):
-        self.root = root
-        self.paths = list_pictures(root)
-        if not self.paths:
+    def __init__(
+        self,
+        root: Path,
+        data: Data,
+        class_names: list[str] | None = None,
+        split: str = "train",
+        top: Path | None = None,
+        box_names: list[str] | None = None,
+    ):
+        self.root, top = root, top or root
+        maps = [Path(folder).expanduser().resolve() for folder in (data.segmentation, data.maps) if folder]
+        paths = [path for path in list_pictures(root) if not _lies_in(path, maps)]
+        if not paths:
             raise LatelierError(f"There are no pictures in {root}; it needs files such as .jpg, .png or .webp.")
         metadata, metadata_files = _read_metadata(root)
+        file = annotation_file(data, split, root.name if root != top else None)
+        self._boxes = folder_boxes(data, file, root, paths, metadata, box_names)
+        self.box_names = self._boxes.names if self._boxes else None
+        self.paths = [path for path in paths if self._boxes is None or self._boxes.knows(path)]
+        self._sidecars = data.boxes != "yolo"  # else text files hold boxes
         self._captions = _captions(self.paths, metadata, data)
-        named = _class_of_each(self.paths, root, metadata, data)
+        self._number(_class_of_each(self.paths, root, metadata, data), class_names)
+        beside = self._captions and self._sidecars
+        extra = [path for path in map(_sidecar, self.paths) if path.is_file()] if beside else []
+        facts = [file_facts([*self.paths, *metadata_files, *extra], root), self.class_names]
+        self._open_planes(data, [top, root])
+        self.fingerprint = digest(*facts, *self._more_facts())
+
+    def _number(self, named: list[str] | None, class_names: list[str] | None) -> None:
+        """Labels from the pictures' class names."""
         self.class_names: list[str] | None = None
         self.labels: list[int] | None = None
         if named is not None:
@@ -55,8 +88,28 @@ class FolderSource:
             check_classes(sorted(set(named)), self.class_names)
             number = {name: i for i, name in enumerate(self.class_names)}
             self.labels = [number[name] for name in named]
-        extra = [path for path in map(_sidecar, self.paths) if path.is_file()] if self._captions else []
-        self.fingerprint = digest(file_facts([*self.paths, *metadata_files, *extra], root), self.class_names)
+
+    def _open_planes(self, data: Data, roots: list[Path]) -> None:
+        """Find the pictures' label maps and maps."""
+        self._label_maps = LabelMaps(data)
+        self.segmentation_classes = self._label_maps.count if data.segmentation else None
+        if data.segmentation and self.segmentation_classes is None:
+            raise LatelierError("data.segmentation needs data.segmentation_classes, how many ids the label maps have.")
+        self._segmentation, self._maps = (
+            partners(f"data.{key}", Path(folder).expanduser(), self.paths, roots) if folder else None
+            for key, folder in (("segmentation", data.segmentation), ("maps", data.maps))
+        )
+
+    def _more_facts(self) -> list[Any]:
+        """What the fingerprint depends on beside pictures, captions and classes."""
+        facts: list[Any] = []
+        if self._boxes is not None:
+            facts.append(["boxes", file_facts(self._boxes.files, self.root), self.box_names])
+        if self._segmentation is not None:
+            facts.append([file_facts(list(self._segmentation.values()), self.root), vars(self._label_maps)])
+        if self._maps is not None:
+            facts.append(["maps", file_facts(list(self._maps.values()), self.root)])
+        return facts
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -67,9 +120,27 @@ class FolderSource:
         if self.labels is not None:
             record["label"] = self.labels[index]
         if self._captions is not None:
-            caption = self._captions.get(path)
-            record["caption"] = _sidecar_text(path) if caption is None else caption
+            record["caption"] = self._caption(path)
+        if self._boxes is not None:
+            record |= self._boxes.entries(path, record["image"])
+        if self._segmentation is not None:
+            file = self._segmentation[path]
+            record["segmentation"] = self._label_maps.read(open_plane(file), str(file))
+        if self._maps is not None:
+            file = self._maps[path]
+            record["map"] = read_map(open_plane(file), str(file))
         return record
+
+    def captions(self, indices: Iterable[int]) -> Iterator[str]:
+        """Captions of these pictures, which are not opened; none if there are none."""
+        if self._captions is not None:
+            yield from (self._caption(self.paths[i]) for i in indices)
+
+    def _caption(self, path: Path) -> str:
+        known = (self._captions or {}).get(path)
+        if known is not None or not self._sidecars:
+            return known or ""
+        return _sidecar_text(path)
 
     def name(self, index: int) -> str:
         return self.paths[index].relative_to(self.root).as_posix()
@@ -91,6 +162,11 @@ def list_pictures(root: Path) -> list[Path]:
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
         ]
     return sorted(found)
+
+
+def _lies_in(path: Path, folders: list[Path]) -> bool:
+    """Whether a file is a label map or a map: they may be kept below the folder of pictures."""
+    return bool(folders) and any(path.resolve().is_relative_to(folder) for folder in folders)
 
 
 def split_folders(root: Path, data: Data) -> dict[str, Path | None]:
@@ -141,6 +217,8 @@ def _class_of_each(paths: list[Path], root: Path, metadata: dict[Path, dict[str,
         return [str(metadata[path][key]) for path in paths]
     if data.label_key:
         raise LatelierError(f"data.label_key = {data.label_key!r}, but no metadata file in {root} has that column.")
+    if data.boxes == "yolo":
+        return None
     names = [path.parent.relative_to(root).as_posix() for path in paths]
     return None if "." in names else names
 
@@ -155,7 +233,7 @@ def _captions(paths: list[Path], metadata: dict[Path, dict[str, Any]], data: Dat
             found[path] = str(text)
     if data.caption_key and not found:
         raise LatelierError(f"data.caption_key = {data.caption_key!r} is in no metadata.csv or metadata.jsonl.")
-    return found if found or any(_sidecar(path).is_file() for path in paths) else None
+    return found if found or (data.boxes != "yolo" and any(_sidecar(path).is_file() for path in paths)) else None
 
 
 def _sidecar(path: Path) -> Path:

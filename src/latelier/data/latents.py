@@ -175,12 +175,19 @@ class LatentCache:
             `mean` and `std` `(b, c, *grid)` float32, `draw` and `index` `(b,)`, and `label` `(b,)` and `caption` where
             the data have them.
         """
+        for draws, positions, flipped in self.plan(batch, start, process, processes, accumulation, seed):
+            yield {**self.gather(positions, flipped), "draw": draws}
+
+    def plan(
+        self, batch: int, start: int, process: int, processes: int, accumulation: int, seed: int
+    ) -> Iterator[tuple[Int[Tensor, " b"], Int[Tensor, " b"], Bool[Tensor, " b"]]]:
+        """Draws, positions and flips of the micro-batches of `stream`, without end."""
         micro_batches = [torch.arange(part.start, part.stop) for part in share(batch, process, processes, accumulation)]
         while True:
             for offsets in micro_batches:
                 draws = start + offsets  # (b,)
                 flipped = Draws(seed, draws).uniform("flip") < 0.5 if self.flip else torch.zeros(len(draws)).bool()
-                yield {**self.gather(permuted_index(draws, len(self), seed), flipped), "draw": draws}
+                yield draws, permuted_index(draws, len(self), seed), flipped
             start += batch
 
     def gather(self, positions: Int[Tensor, " b"], flipped: Bool[Tensor, " b"] | None = None) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from latelier.data.memory import Memory
 from latelier.data.order import permuted_index, share
-from latelier.data.reading import Failures, Job, Reader, RowReader
-from latelier.data.sources import Source, digest
+from latelier.data.reading import Failures, Job, Reader, RowReader, pack, unpack
+from latelier.data.sources import Source, captions_of, digest
 from latelier.data.tables import StreamSource
 from latelier.data.transforms import Transform
 from latelier.errors import LatelierError
@@ -40,6 +40,8 @@ class ImageDataset:
 
     Attributes:
         class_names: index = label; None without labels.
+        box_names: names of the classes of boxes, index = box label; None without boxes, or if they are not known.
+        segmentation_classes: how many ids the label maps have; None without them, or if it is not known.
         fingerprint: changes when evaluation would see other pictures.
         shape: `(c, h, w)`.
 
@@ -52,6 +54,8 @@ class ImageDataset:
         self.transform = Transform(data, seed)
         self.shape: tuple[int, int, int] = (data.channels, *data.image_size)
         self.class_names: list[str] | None = source.class_names
+        self.box_names: list[str] | None = getattr(source, "box_names", None)
+        self.segmentation_classes: int | None = getattr(source, "segmentation_classes", None)
         self.fingerprint: str = digest(source.fingerprint, self.transform.fingerprint)
         self.in_memory = self._fits()
         self._memory: Memory | None = None
@@ -77,7 +81,7 @@ class ImageDataset:
         Yields:
             `image` `(b, c, h, w)` in [-1, 1], `draw` and `index` `(b,)` int64, and where the source has them `label`
             `(b,)` int64, `caption` (list of str), `boxes` (list of `(n, 4)`, relative x0 y0 x1 y1), `box_labels` (list
-            of `(n,)`), `segmentation` and `mask` `(b, h, w)`.
+            and `box_flags` of `(n,)`), `segmentation` and `mask` `(b, h, w)`, `map` `(b, c, h, w)` in [-1, 1].
 
         Raises:
             LatelierError: if `batch` cannot be divided, or more than `max_skipped` of the pictures cannot be read.
@@ -111,6 +115,37 @@ class ImageDataset:
         mine = torch.arange(process, count, processes) * len(self) // max(count, 1)
         jobs = [Job(part, part, False, [flip] * len(part)) for part in mine.split(batch) if len(part)]
         yield from self._run(jobs, process, processes, most_workers=len(jobs))
+
+    def follow(
+        self, plan: Iterable[tuple[Tensor, list[bool]]], process: int = 0, processes: int = 1
+    ) -> Iterator[dict[str, Any]]:
+        """The pictures of a plan, with the crop of `once`: what a cache's latents were made from, and all that is known
+        of it.
+
+        Args:
+            plan: for each batch, which pictures `(b,)` int64 and which of them are mirrored; it may have no end.
+            process, processes: this process, for the number of workers.
+
+        Yields:
+            What `once` yields, one batch for each of the plan's, with all of its pictures in order.
+
+        Raises:
+            LatelierError: if a picture cannot be read any more, or the data are streamed.
+        """
+        if isinstance(self.source, StreamSource):
+            raise LatelierError(
+                "data.streaming = true: streamed pictures cannot be looked up by number, so that latents from a cache "
+                "cannot be given their boxes, maps or pictures; set denoiser.cache=false."
+            )
+        jobs = (Job(index, index, False, list(flipped), whole=True) for index, flipped in plan)
+        yield from self._run(jobs, process, processes)
+
+    def captions(self) -> Iterator[str]:
+        """One pass over the captions, of which pictures are not decoded; nothing if there are none."""
+        if isinstance(self.source, StreamSource):
+            yield from self.source.captions()
+        else:
+            yield from captions_of(self.source, range(len(self)))
 
     def _jobs(self, batch: int, start: int, parts: list[range]) -> Iterator[Job]:
         """The endless plan: which draws show which pictures."""
@@ -156,7 +191,7 @@ class ImageDataset:
             sampler=jobs,
             batch_size=None,
             num_workers=workers,
-            collate_fn=_as_it_is,
+            collate_fn=pack,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
@@ -165,7 +200,7 @@ class ImageDataset:
                 raise LatelierError(batch["error"])
             self._note(batch.pop("failures"), log=True)
             if "image" in batch:
-                yield batch
+                yield unpack(batch)
 
     def _workers(self, processes: int) -> int:
         """Worker processes of this process."""
@@ -221,10 +256,6 @@ class _Pass(IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return self.rows.once(*self.arguments)
-
-
-def _as_it_is(batch: dict[str, Any | Tensor]) -> dict[str, Any]:
-    return batch
 
 
 def _append(path: Path, entries: list[dict[str, Any]]) -> None:

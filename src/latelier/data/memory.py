@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from latelier.data.reading import Failures, Job, columns, finish, reason
+from latelier.data.reading import Failures, Job, columns, finish, gone, reason
 from latelier.data.sources import Source
 from latelier.data.transforms import UNREADABLE, Transform
 from latelier.errors import LatelierError
@@ -45,12 +45,19 @@ class Memory:
         self._next = _next_readable(self._readable)
 
     def batch(self, job: Job) -> dict[str, Any] | None:
-        """The batch of a job; None if none of its pictures can be read."""
+        """The batch of a job; None if none of its pictures can be read.
+
+        Raises:
+            LatelierError: if the job is to be done as a whole and a picture cannot be read.
+        """
         if job.training:
             index, places = self._next[job.index], list(range(len(job.index)))
         else:
             places = self._readable[job.index].nonzero()[:, 0].tolist()
             index = job.index[places]
+        if job.whole and len(places) < len(job.index):
+            lost = int(job.index[~self._readable[job.index]][0])
+            raise LatelierError(gone(self.source.name(lost), dict(self.failures)[lost]))
         if not places:
             return None
         rows = [row for i in index.tolist() if (row := self._rows[i]) is not None]

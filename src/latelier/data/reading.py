@@ -8,13 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from latelier.data.sources import Source
 from latelier.data.tables import StreamSource
-from latelier.data.transforms import PLANAR, UNREADABLE, Transform, mirror
+from latelier.data.transforms import BOXES, PLANAR, UNREADABLE, Transform, mirror
 from latelier.errors import LatelierError
 
 Failures = list[tuple[int, str]]  # index and reason of pictures that cannot be read
@@ -29,12 +29,14 @@ class Job(NamedTuple):
         index: `(b,)` which pictures.
         training: draw crops at random, and replace unreadable pictures instead of leaving them out.
         flipped: which are mirrored.
+        whole: nothing may be left out: a picture that cannot be read is an error.
     """
 
     numbers: Tensor
     index: Tensor
     training: bool
     flipped: list[bool]
+    whole: bool = False
 
 
 class Reader(Dataset):
@@ -59,14 +61,16 @@ class Reader(Dataset):
                         record = self.source[candidate]
                         row = self.transform.record(record, number if job.training else None)
                     except UNREADABLE as error:
+                        if job.whole:
+                            raise LatelierError(gone(self.source.name(candidate), reason(error))) from None
                         failures.append((candidate, reason(error)))
                         continue
                     rows.append({**row, "index": candidate})
                     places.append(place)
                     break
+            return {**assemble(rows, places, job, self.transform), "failures": failures}
         except LatelierError as error:  # a worker's exception would arrive with its traceback as its message
             return {"error": str(error)}
-        return {**assemble(rows, places, job, self.transform), "failures": failures}
 
 
 class RowReader:
@@ -114,12 +118,12 @@ class RowReader:
         try:
             with ThreadPoolExecutor(DECODING_THREADS) as pool:
                 found = list(pool.map(self._first, candidates, job.numbers.tolist(), [job.training] * len(candidates)))
+            failures = [failure for _, failed in found for failure in failed]
+            places = [place for place, (row, _) in enumerate(found) if row is not None]
+            rows = [row for row, _ in found if row is not None]
+            return {**assemble(rows, places, job, self.transform), "failures": failures}
         except LatelierError as error:
             return {"error": str(error)}
-        failures = [failure for _, failed in found for failure in failed]
-        places = [place for place, (row, _) in enumerate(found) if row is not None]
-        rows = [row for row, _ in found if row is not None]
-        return {**assemble(rows, places, job, self.transform), "failures": failures}
 
     def _first(
         self, candidates: list[tuple[int, dict[str, Any]]], number: int, training: bool
@@ -162,13 +166,53 @@ def columns(rows: list[dict[str, Any]], flipped: list[bool]) -> dict[str, Any]:
     batch: dict[str, Any] = {"index": torch.tensor([row["index"] for row in rows])}
     if "label" in rows[0]:
         batch["label"] = torch.tensor([row["label"] for row in rows])
-    for key in ("caption", "boxes", "box_labels"):
+    for key in ("caption", *BOXES):
         if key in rows[0]:
             batch[key] = [row[key] for row in rows]
     for key in PLANAR:
         if key in rows[0]:
             batch[key] = torch.stack([row[key] for row in rows])
+    if "map" in rows[0]:
+        batch["map"] = _stack_maps([row["map"] for row in rows])  # (b, c, h, w)
     return batch
+
+
+def _stack_maps(maps: list[Tensor]) -> Float[Tensor, "b c h w"]:
+    """Maps of 8 bits (uint8) and 16 bits (int32), to [-1, 1].
+
+    Raises:
+        LatelierError: if they do not have the same number of channels.
+    """
+    depths = sorted({len(m) for m in maps})
+    if len(depths) > 1:
+        raise LatelierError(f"data.maps: some maps have {depths[0]} channels, others {depths[-1]}; make them alike.")
+    return torch.stack([m.float() / (127.5 if m.dtype == torch.uint8 else 32767.5) - 1 for m in maps])
+
+
+class Ragged(NamedTuple):
+    """Tensors of different lengths as one, so that a worker process hands over one piece of shared memory."""
+
+    values: Tensor
+    lengths: list[int]
+
+
+def pack(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch whose lists of tensors are `Ragged`."""
+    packed = dict(batch)
+    for key in BOXES:
+        if key in batch:
+            packed[key] = Ragged(torch.cat(batch[key]), [len(values) for values in batch[key]])
+    return packed
+
+
+def unpack(batch: dict[str, Any]) -> dict[str, Any]:
+    """What was packed."""
+    return {k: list(v.values.split(v.lengths)) if isinstance(v, Ragged) else v for k, v in batch.items()}
+
+
+def gone(name: str, why: str) -> str:
+    """What to say of a picture that was there when latents were made of it."""
+    return f"{name} could be read when the latents were made and now it cannot ({why}); put it back or encode again."
 
 
 def reason(error: BaseException) -> str:

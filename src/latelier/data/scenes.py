@@ -5,6 +5,7 @@ Scene i is a function of (size, split, seed, i) alone: nothing is stored, any si
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ OBJECTS = (1, 3)
 MAIN_SIZE, OTHER_SIZE = (0.4, 0.6), (0.22, 0.4)  # of the shorter side
 TRIES = 30
 OPAQUE = 128
+IS_OPAQUE = [255 * (alpha >= OPAQUE) for alpha in range(256)]
 MIRRORED = {"left of": "right of", "right of": "left of", "above": "above", "below": "below"}
 
 
@@ -39,17 +41,23 @@ class SceneSource:
 
     A record holds `image` (RGB), `label` (class of the main object, the largest), `caption`, `caption_mirrored` (what
     is true of the mirror image), `boxes` `(n, 4)` float32, relative x0 y0 x1 y1, tight around the objects' opaque
-    pixels, main object first, `box_labels` `(n,)`, and `segmentation` `(h, w)` uint8: 0 for background, else label + 1.
+    pixels, main object first, `box_labels` `(n,)`, and `segmentation` `(h, w)`: 0 for background, else label + 1.
 
     Args:
         size: height and width in pixels.
         length: how many scenes.
         split: `train` and `val` are different scenes.
-        classes: categories of emoji that are used, in this order; by default those that are things.
+        classes: categories of emoji that are used, in this order, by default those that are things; or names of emoji
+            such as `owl`, of which each is a class then.
         seed: another seed is another dataset.
 
+    Attributes:
+        box_names: names of the classes, index = box label.
+        segmentation_classes: how many ids the segmentation has, the background's included.
+
     Raises:
-        LatelierError: for an unknown class, a picture smaller than 16 pixels, or if there are no scenes.
+        LatelierError: for an unknown class, categories mixed with names, a picture smaller than 16 pixels, or if there
+            are no scenes.
     """
 
     def __init__(
@@ -63,10 +71,14 @@ class SceneSource:
         if min(size) < 16 or not length:
             raise LatelierError(f"Scenes of {size[0]}x{size[1]} pixels, length {length}: use 16 pixels and 1 at least.")
         everything = list_emoji()
-        check_classes(classes or [], sorted({emoji.category for emoji in everything}))
         names = list(classes or CATEGORIES)
+        single = _are_emoji(names)
+        number = {name: i for i, name in enumerate(names)}
+        classed = [(emoji, number.get(emoji.name if single else emoji.category)) for emoji in everything]
+        self._pool = [(emoji, label) for emoji, label in classed if label is not None]
         self.class_names: list[str] | None = names
-        self._pool = [(e, names.index(e.category)) for e in everything if e.category in names]
+        self.box_names: list[str] | None = names
+        self.segmentation_classes = 1 + len(names)
         self.labels: list[int] | None = None
         self.size, self._length, self._purpose, self._seed = size, length, f"scene {split}", seed
         self.fingerprint = digest("scenes", VERSION, emoji_versions(), size, length, split, seed, names)
@@ -77,17 +89,17 @@ class SceneSource:
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < self._length:
             raise IndexError(index)
-        rng = np.random.default_rng(address(self._seed, self._purpose, index))
+        rng = self._rng(index)
         height, width = self.size
-        image = background(self.size, rng)
+        image = paint(self.size, Style.draw(rng))
         objects = self._place(rng)
-        segmentation = np.zeros(self.size, np.uint8)
+        segmentation = np.zeros(self.size, np.uint8 if self.segmentation_classes <= 256 else np.int32)
         for placed in objects:
             x0, y0, x1, y1 = placed.box
             image.paste(placed.picture, (x0, y0), placed.picture)
             opaque = np.asarray(placed.picture)[..., 3] >= OPAQUE
             segmentation[y0:y1, x0:x1][opaque] = placed.label + 1
-        relations = [_relation(objects[0].box, other.box) for other in objects[1:]]
+        relations = _relations(objects)
         return {
             "image": image,
             "label": objects[0].label,
@@ -97,6 +109,17 @@ class SceneSource:
             "box_labels": np.array([p.label for p in objects], np.int64),
             "segmentation": segmentation,
         }
+
+    def captions(self, indices: Iterable[int]) -> Iterator[str]:
+        """Captions of these scenes, which are not painted."""
+        for index in indices:
+            rng = self._rng(index)
+            Style.draw(rng)  # the objects are drawn behind it
+            objects = self._place(rng)
+            yield _caption(objects, _relations(objects))
+
+    def _rng(self, index: int) -> np.random.Generator:
+        return np.random.default_rng(address(self._seed, self._purpose, index))
 
     def name(self, index: int) -> str:
         """The scene's number."""
@@ -119,13 +142,35 @@ class SceneSource:
         return placed
 
 
+class Style(NamedTuple):
+    """How a background looks: a plain colour, gradient, stripes, checks or smooth noise in two colours."""
+
+    kind: str
+    colours: np.ndarray  # (2, 3)
+    angle: float
+    cells: int
+    coarse: np.ndarray  # (4, 4), of noise
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator) -> Style:
+        """A style at random."""
+        kind = str(rng.choice(["plain", "gradient", "stripes", "checks", "noise"]))
+        colours = rng.uniform(60, 255, (2, 3))
+        angle, cells = rng.uniform(0, 2 * np.pi), int(rng.integers(3, 9))
+        coarse = rng.random((4, 4), np.float32) if kind == "noise" else np.zeros((4, 4), np.float32)
+        return cls(kind, colours, angle, cells, coarse)
+
+
 def background(size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
-    """A plain colour, gradient, stripes, checks or smooth noise in two colours."""
+    """A background in a style drawn at random."""
+    return paint(size, Style.draw(rng))
+
+
+def paint(size: tuple[int, int], style: Style) -> Image.Image:
+    """A background of a size (height, width)."""
     height, width = size
-    kind = rng.choice(["plain", "gradient", "stripes", "checks", "noise"])
-    first, second = rng.uniform(60, 255, (2, 3))
+    kind, (first, second), angle, cells, noise = style
     y, x = np.mgrid[0:height, 0:width] / max(size)  # (h, w), the longer side is 1
-    angle, cells = rng.uniform(0, 2 * np.pi), rng.integers(3, 9)
     along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
     if kind == "plain":
         mix = np.zeros(size)
@@ -136,7 +181,7 @@ def background(size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
     elif kind == "checks":
         mix = (np.floor(cells * along) + np.floor(cells * across)) % 2
     else:
-        coarse = Image.fromarray(rng.random((4, 4), np.float32))
+        coarse = Image.fromarray(noise)
         mix = np.clip(np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)), 0, 1)
     colours = first + mix[..., None] * (second - first)  # (h, w, 3)
     return Image.fromarray(colours.round().astype(np.uint8))
@@ -150,7 +195,7 @@ def _whole(emoji: Emoji) -> Image.Image:
 def _sprite(emoji: Emoji, side: int) -> Image.Image:
     """The emoji at a size, cropped to its opaque pixels, RGBA."""
     picture = _whole(emoji).resize((side, side), Image.Resampling.BICUBIC)
-    box = picture.getchannel("A").point(lambda alpha: 255 * (alpha >= OPAQUE)).getbbox()
+    box = picture.getchannel("A").point(IS_OPAQUE).getbbox()
     return picture.crop(box) if box else picture
 
 
@@ -164,6 +209,29 @@ def _relation(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> str
     if abs(dx) >= abs(dy):
         return "left of" if dx < 0 else "right of"
     return "above" if dy < 0 else "below"
+
+
+def _relations(objects: list[Placed]) -> list[str]:
+    """Where the main object lies, seen from each of the others."""
+    return [_relation(objects[0].box, other.box) for other in objects[1:]]
+
+
+def _are_emoji(names: list[str]) -> bool:
+    """Whether these classes are single emoji, and not categories.
+
+    Raises:
+        LatelierError: for an unknown class, or if some are emoji and some are categories.
+    """
+    categories = sorted({emoji.category for emoji in list_emoji()})
+    check_classes(names, [*categories, *(emoji.name for emoji in list_emoji())])
+    wide = [name for name in names if name in categories]
+    if wide and len(wide) < len(names):
+        single = next(name for name in names if name not in wide)
+        raise LatelierError(
+            f"data.classes mixes the category {wide[0]!r} with the single emoji {single!r}; give only categories, or "
+            "only names of emoji."
+        )
+    return not wide
 
 
 def _caption(objects: list[Placed], relations: list[str]) -> str:

@@ -1,7 +1,7 @@
 """Where pictures come from: a source is a sequence of records; `open_source` finds the one that a recipe means.
 
-A record is a dict with `image` and any of `label`, `caption`, `boxes`, `box_labels`, `segmentation`, `mask`. Pictures
-are opened but not decoded here; `latelier.data.transforms` does that.
+A record is a dict with `image` and any of `label`, `caption`, `boxes`, `box_labels`, `box_flags`, `segmentation`,
+`mask`, `map`. Pictures are opened but not decoded here; `latelier.data.transforms` does that.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -28,6 +28,9 @@ GENERATED_LENGTH = 20_000
 @runtime_checkable
 class Source(Protocol):
     """A finite sequence of records.
+
+    A source may also have `box_names` (names of the classes of boxes, index = box label), `segmentation_classes` (how
+    many ids its label maps have), and `captions(indices)`, which yields captions without opening pictures.
 
     Attributes:
         class_names: names of the classes, index = label; None if there are no labels.
@@ -61,6 +64,8 @@ class Selection:
         self.source, self.indices = source, list(indices)
         old = source.class_names
         self.class_names = classes or old
+        self.box_names: list[str] | None = getattr(source, "box_names", None)
+        self.segmentation_classes: int | None = getattr(source, "segmentation_classes", None)
         self._new = {old.index(name): i for i, name in enumerate(classes)} if classes and old else None
         self.labels = None if source.labels is None else [self._label(source.labels[i]) for i in self.indices]
         self.fingerprint = digest(source.fingerprint, self.indices, classes)
@@ -71,6 +76,10 @@ class Selection:
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.source[self.indices[index]]
         return {**record, "label": self._label(record["label"])} if "label" in record else record
+
+    def captions(self, indices: Iterable[int]) -> Iterator[str]:
+        """Captions of these records; none if there are none."""
+        return captions_of(self.source, [self.indices[i] for i in indices])
 
     def name(self, index: int) -> str:
         """The name that the source gives it."""
@@ -95,6 +104,7 @@ def open_source(data: Data, split: str = "train") -> Source | StreamSource:
     """
     if split not in ("train", "val"):
         raise ValueError(f"split must be 'train' or 'val', not {split!r}.")
+    _check_annotations(data)
     if data.streaming:
         from latelier.data.tables import open_stream
 
@@ -125,10 +135,8 @@ def _open_split(data: Data, split: str) -> Source:
     source, has_own = _open(data, data.source, "train")
     if split == "train":
         return source if has_own or data.val_source else hold_out(source, data.val_fraction, "train")
-    if data.val_source:
-        return _open(data, data.val_source, "val", source.class_names)[0]
-    if has_own:
-        return _open(data, data.source, "val", source.class_names)[0]
+    if data.val_source or has_own:
+        return _open(data, data.val_source or data.source, "val", source)[0]
     if not data.val_fraction:
         raise LatelierError(
             f"{data.source} has no validation split; set data.val_split, data.val_source or data.val_fraction."
@@ -136,10 +144,12 @@ def _open_split(data: Data, split: str) -> Source:
     return hold_out(source, data.val_fraction, "val")
 
 
-def _open(data: Data, where: str, split: str, class_names: list[str] | None = None) -> tuple[Source, bool]:
-    """One split of a folder or dataset, and whether it has a validation split of its own."""
+def _open(data: Data, where: str, split: str, like: Source | None = None) -> tuple[Source, bool]:
+    """One split of a folder or dataset, numbered like another, and whether it has a validation split of its own."""
+    from latelier.data.boxes import SPLIT, annotation_file
     from latelier.data.folder import FolderSource, split_folders
 
+    class_names, box_names = (like.class_names, getattr(like, "box_names", None)) if like else (None, None)
     path = Path(where).expanduser()
     if where == "emoji":
         from latelier.data.emoji import EmojiSource
@@ -148,11 +158,33 @@ def _open(data: Data, where: str, split: str, class_names: list[str] | None = No
     if not path.is_dir():
         from latelier.data.tables import open_table
 
-        return open_table(data, where, split, class_names)
+        return open_table(data, where, split, class_names, box_names)
     if where == data.val_source and data.val_split is None:
-        return FolderSource(path, data, class_names), False
+        return FolderSource(path, data, class_names, split, box_names=box_names), False
     folders = split_folders(path, data)
-    return FolderSource(folders[split] or path, data, class_names), folders["val"] is not None
+    has_val = folders["val"] is not None
+    if folders["train"] is None and SPLIT in (data.boxes or ""):  # one folder; which pictures, the files say
+        file = annotation_file(data, "val")
+        has_val = file is not None and file.is_file()
+    return FolderSource(folders[split] or path, data, class_names, split, path, box_names), has_val
+
+
+def _check_annotations(data: Data) -> None:
+    """Refuse files of annotations for pictures that are not in files."""
+    for key in ("boxes", "segmentation", "maps"):
+        if getattr(data, key) is not None and data.source in ("emoji", "scenes"):
+            raise LatelierError(f"data.{key} is for folders and datasets; remove it for the source {data.source!r}.")
+
+
+def captions_of(source: Source, indices: Iterable[int]) -> Iterator[str]:
+    """Captions of some records, without opening pictures where the source can; none if there are none."""
+    if hasattr(source, "captions"):
+        yield from source.captions(indices)
+        return
+    for index in indices:
+        record = source[index]
+        if "caption" in record:
+            yield record["caption"]
 
 
 def select_classes(source: Source, classes: list[str] | None) -> Source:

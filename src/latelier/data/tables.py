@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL.Image import Image as Picture
 
+from latelier.data.boxes import TableBoxes
 from latelier.data.folder import CAPTION_NAMES, open_bytes
+from latelier.data.planes import LabelMaps, read_map
 from latelier.data.sources import (
     VAL_NAMES,
     check_classes,
@@ -25,7 +29,9 @@ from latelier.recipe import Data
 
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 LABEL_NAMES = ("label", "cls")
-PASSED_ON = ("boxes", "box_labels", "segmentation", "mask")
+KNOWN = ("boxes", "box_labels", "segmentation", "mask", "box_flags")
+LABEL_MAPS = ("segmentation", "annotation", "label_map")
+CAPTIONS_AT_ONCE = 1_000
 SHUFFLE_BUFFER = 1_000
 ROW_NUMBER = "row number"
 
@@ -39,9 +45,18 @@ class TableSource:
         facts: what identifies the data.
         where: what to call it in messages.
         class_names: numbering of the classes; by default the column's own names, or its values, sorted.
+        box_names: numbering of the classes of boxes, likewise.
     """
 
-    def __init__(self, table: Any, data: Data, facts: list[Any], where: str, class_names: list[str] | None = None):
+    def __init__(
+        self,
+        table: Any,
+        data: Data,
+        facts: list[Any],
+        where: str,
+        class_names: list[str] | None = None,
+        box_names: list[str] | None = None,
+    ):
         self._columns = Columns(table.features, data, where)
         self._table = self._columns.undecoded(table)
         self._where = where
@@ -52,7 +67,11 @@ class TableSource:
             own = self._columns.label_names or [str(value) for value in sorted(set(raw))]
             self.class_names = class_names or own
             self.labels = _number(raw, self._columns.label_names, self.class_names)
-        self.fingerprint = digest(facts, len(table), vars(self._columns), self.class_names)
+        self._columns.boxes.number(table, box_names)
+        self.box_names = self._columns.boxes.names
+        self.segmentation_classes = self._columns.segmentation_classes
+        about = self._columns.about()
+        self.fingerprint = digest(facts, len(table), about[0], self.class_names, *about[1:])
 
     def __len__(self) -> int:
         return len(self._table)
@@ -60,6 +79,14 @@ class TableSource:
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self._columns.record(self._table[index])
         return record if self.labels is None else {**record, "label": self.labels[index]}
+
+    def captions(self, indices: Iterable[int]) -> Iterator[str]:
+        """Captions of these rows, whose pictures are not read; none if there is no such column."""
+        if self._columns.caption is None:
+            return
+        texts, wanted = self._table.select_columns([self._columns.caption]), iter(indices)
+        while numbers := list(islice(wanted, CAPTIONS_AT_ONCE)):
+            yield from (text or "" for text in texts[numbers][self._columns.caption])
 
     def name(self, index: int) -> str:
         return f"row {index} of {self._where}"
@@ -79,29 +106,48 @@ class Columns:
         self.image = _image_column(features, data, where)
         self.label = data.label_key or next((name for name in LABEL_NAMES if name in features), None)
         self.caption = data.caption_key or next((n for n in (*CAPTION_NAMES, "txt") if n in features), None)
-        self.others = [name for name in PASSED_ON if name in features]
+        self.others = [name for name in KNOWN if name in features]
         self.label_names: list[str] | None = getattr(features[self.label], "names", None) if self.label else None
+        self.boxes = TableBoxes(features, data.box_format, where)
+        self.segmentation, self.map = _plane_columns(features, data, where)
+        self._label_maps, self._where, self._form = LabelMaps(data), where, data.box_format
+        self.segmentation_classes = self._label_maps.count if self.segmentation else None
+
+    def about(self) -> list[Any]:
+        """What a fingerprint depends on; columns beside the plainest ones come behind, if there are any."""
+        keys = ("image", "label", "caption", "others", "label_names")
+        more: list[Any] = []
+        if self.map or self.segmentation_classes or self.segmentation not in (None, "segmentation"):
+            more.append([self.map, self.segmentation, vars(self._label_maps)])
+        if self.boxes.columns == ["objects"]:
+            more.append([self._form, self.boxes.names])
+        return [{key: getattr(self, key) for key in keys}, *more]
 
     def undecoded(self, table: Any) -> Any:
         """The same table without other columns, its pictures as file contents."""
         from datasets import Image
 
-        keep = [name for name in (self.image, self.label, self.caption, *self.others) if name is not None]
-        return table.select_columns(keep).cast_column(self.image, Image(decode=False))
+        wanted = [self.image, self.label, self.caption, *self.others, *self.boxes.columns, self.segmentation, self.map]
+        table = table.select_columns(list(dict.fromkeys(name for name in wanted if name is not None)))
+        for name in (self.image, self.segmentation, self.map):
+            if name is not None and isinstance(table.features[name], Image):
+                table = table.cast_column(name, Image(decode=False))
+        return table
 
     def record(self, row: dict[str, Any]) -> dict[str, Any]:
         """A row as a record; its label is not numbered yet and left out."""
-        stored = row[self.image]
-        if stored is None:
-            raise ValueError("there is no picture in this row")
-        content = stored["bytes"]
-        record: dict[str, Any] = {
-            "image": open_bytes(Path(stored["path"]).read_bytes() if content is None else content)
-        }
+        image = _opened(row[self.image])
+        record: dict[str, Any] = {"image": image}
         if self.caption is not None:
             record["caption"] = row[self.caption] or ""
-        for name in self.others:
-            record[name] = np.asarray(row[name])
+        if self.boxes.columns:
+            record |= self.boxes.entries(row, image)
+        if self.segmentation is not None:
+            record["segmentation"] = self._label_maps.read(_plane(row[self.segmentation]), f"a row of {self._where}")
+        if "mask" in self.others:
+            record["mask"] = np.asarray(row["mask"])
+        if self.map is not None:
+            record["map"] = read_map(_opened(row[self.map]), f"a row of {self._where}")
         return record
 
 
@@ -118,6 +164,8 @@ class StreamSource:
 
     Attributes:
         class_names: `data.classes`, or those of the label column; None if there are none.
+        box_names: names of the classes of boxes, if the columns tell them.
+        segmentation_classes: how many ids the label maps have, if there are any and the recipe says it.
         fingerprint: changes with the data.
     """
 
@@ -141,7 +189,10 @@ class StreamSource:
             self.class_names = data.classes
         table = self._columns.undecoded(table if length is None else table.take(length))
         self._table = table.map(_with_number, with_indices=True)
-        self.fingerprint = digest("stream", facts, vars(self._columns), data.classes, length)
+        self.box_names = self._columns.boxes.names
+        self.segmentation_classes = self._columns.segmentation_classes
+        about = self._columns.about()
+        self.fingerprint = digest("stream", facts, about[0], data.classes, length, *about[1:])
 
     def __len__(self) -> int:
         """How many rows the split has, those of classes that are not used included."""
@@ -170,6 +221,11 @@ class StreamSource:
             if self.class_names is None or self._class_of(row) in self.class_names:
                 yield number, row
 
+    def captions(self) -> Iterator[str]:
+        """Captions in one pass; none if there is no such column."""
+        if self._columns.caption is not None:
+            yield from (row[self._columns.caption] or "" for _, row in self.rows())
+
     def record(self, row: dict[str, Any]) -> dict[str, Any]:
         """The record of a row; raises what PIL raises if the picture cannot be read."""
         record = self._columns.record(row)
@@ -183,7 +239,13 @@ class StreamSource:
         return self._columns.label_names[value] if self._columns.label_names else str(value)
 
 
-def open_table(data: Data, where: str, split: str, class_names: list[str] | None = None) -> tuple[TableSource, bool]:
+def open_table(
+    data: Data,
+    where: str,
+    split: str,
+    class_names: list[str] | None = None,
+    box_names: list[str] | None = None,
+) -> tuple[TableSource, bool]:
     """One split of a dataset, and whether it has a validation split of its own.
 
     Args:
@@ -191,9 +253,10 @@ def open_table(data: Data, where: str, split: str, class_names: list[str] | None
         where: Hub name, file, glob, or folder of a dataset.
         split: `train` or `val`.
         class_names: numbering of the classes.
+        box_names: numbering of the classes of boxes.
     """
     table, facts, has_val = _load(data, where, split, streaming=False)
-    return TableSource(table, data, facts, where, class_names), has_val
+    return TableSource(table, data, facts, where, class_names, box_names), has_val
 
 
 def open_stream(data: Data, split: str) -> StreamSource:
@@ -211,6 +274,41 @@ def open_stream(data: Data, split: str) -> StreamSource:
     told = getattr((table.info.splits or {}).get(str(table.split)), "num_examples", None)
     length = (None if val and has_val else data.length) or told
     return StreamSource(table, data, [facts, split, fraction], where, length, keep)
+
+
+def _plane_columns(features: Any, data: Data, where: str) -> tuple[str | None, str | None]:
+    """Columns of label maps, named by the recipe or found, and of maps, named by the recipe.
+
+    Raises:
+        LatelierError: if the recipe names one that is not there, or files of boxes, which datasets have no use for.
+    """
+    from datasets import Image
+
+    if data.boxes is not None:
+        raise LatelierError(
+            f"data.boxes is for folders; boxes of {where} are columns, `objects` or `boxes`; remove it."
+        )
+    for key in ("segmentation", "maps"):
+        name = getattr(data, key)
+        if name is not None and name not in features:
+            raise LatelierError(f"data.{key} = {name!r} is no column of {where}; it has: {', '.join(features)}.")
+        if key == "maps" and name is not None and not isinstance(features[name], Image):
+            raise LatelierError(f"data.maps = {name!r} is no column of pictures.")
+    pictures = [name for name in LABEL_MAPS if isinstance(features.get(name), Image)]
+    found = "segmentation" if "segmentation" in features else next(iter(pictures), None)
+    return data.segmentation or found, data.maps
+
+
+def _opened(stored: dict[str, Any] | None) -> Picture:
+    """The picture of a column that is not decoded."""
+    if stored is None:
+        raise ValueError("there is no picture in this row")
+    return open_bytes(Path(stored["path"]).read_bytes() if stored["bytes"] is None else stored["bytes"])
+
+
+def _plane(stored: Any) -> Picture | np.ndarray:
+    """A label map from a column of pictures, or of lists of numbers."""
+    return _opened(stored) if isinstance(stored, dict) else np.asarray(stored)
 
 
 def _load(data: Data, where: str, split: str, streaming: bool) -> tuple[Any, list[Any], bool]:

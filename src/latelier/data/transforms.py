@@ -1,7 +1,7 @@
 """From an opened picture to uint8 pixels of the wanted size, and to floats in [-1, 1].
 
 Everything random is a function of `(seed, draw)`, see `latelier.draws`. The parts of a record that live in the
-picture's plane (boxes, segmentation, mask) go through the same crop and flip.
+picture's plane (boxes, segmentation, mask, map) go through the same crop and flip.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ UNREADABLE = (
 )  # fmt: skip
 GREYS = {"white": 255, "black": 0, "gray": 128}
 ORIENTATION = 0x0112  # EXIF: cameras store how they were held
-PLANAR = ("segmentation", "mask")
+PLANAR = ("segmentation", "mask")  # numbers that are not mixed
+BOXES = ("boxes", "box_labels", "box_flags")  # as many as there are objects
+SLIVER = 1e-6  # what is left of a box that only touches the crop, by rounding
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1
 
 
@@ -116,11 +118,11 @@ class Transform:
                 raise LatelierError(f"Arrays must be (h, w, c) of uint8, not {image.shape} of {image.dtype}.")
             self._check_channels(1 if image.ndim == 2 else image.shape[2])
             return [Image.fromarray(band) for band in np.atleast_3d(image).transpose(2, 0, 1)]
-        orientation = image.getexif().get(ORIENTATION, 1) if image.format in ("JPEG", "MPO", "TIFF", "WEBP") else 1
+        turn = orientation(image)
         if image.format in ("JPEG", "MPO"):
-            self._draft(image, turned=orientation >= 5)
+            self._draft(image, turned=turn >= 5)
         image.load()
-        if orientation != 1:
+        if turn != 1:
             image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -171,17 +173,25 @@ class Transform:
         return composite(pixels[None], colour)[0]
 
     def _planar(self, record: dict[str, Any], region: Box) -> dict[str, Any]:
-        """Boxes, segmentation and mask after the crop."""
+        """Boxes, segmentation, mask and map after the crop; a map becomes `(c, h, w)`, uint8 or of 16 bits in int32."""
         done: dict[str, Any] = {}
         if "boxes" in record:
             boxes, kept = crop_boxes(np.asarray(record["boxes"], np.float32).reshape(-1, 4), region)
             done["boxes"] = torch.from_numpy(boxes)
-            if "box_labels" in record:
-                done["box_labels"] = torch.from_numpy(np.asarray(record["box_labels"], np.int64)[kept])
+            for key in BOXES[1:]:
+                if key in record:
+                    done[key] = torch.from_numpy(np.asarray(record[key], np.int64)[kept])
         for key in PLANAR:
             if key in record:
                 done[key] = torch.from_numpy(nearest(np.asarray(record[key]), region, (self.height, self.width)))
+        if "map" in record:
+            done["map"] = torch.from_numpy(smooth(record["map"], region, (self.height, self.width)))
         return done
+
+
+def orientation(image: Image.Image) -> int:
+    """How a camera was held, 1 is upright, from 5 on a quarter is turned; other formats than a camera's are upright."""
+    return image.getexif().get(ORIENTATION, 1) if image.format in ("JPEG", "MPO", "TIFF", "WEBP") else 1
 
 
 def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -229,7 +239,7 @@ def mirror(record: dict[str, Any]) -> dict[str, Any]:
     if "boxes" in record:
         x0, y0, x1, y1 = record["boxes"].unbind(-1)
         done["boxes"] = torch.stack([1 - x1, y0, 1 - x0, y1], -1)
-    for key in PLANAR:
+    for key in (*PLANAR, "map"):
         if key in record:
             done[key] = record[key].flip(-1)
     if "caption_mirrored" in record:
@@ -243,7 +253,7 @@ def crop_boxes(boxes: np.ndarray, region: Box) -> tuple[np.ndarray, np.ndarray]:
     offset = np.array([x0, y0, x0, y0], np.float32)
     scale = np.array([x1 - x0, y1 - y0] * 2, np.float32)
     boxes = ((boxes - offset) / scale).clip(0, 1)
-    kept = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    kept = (boxes[:, 2:] - boxes[:, :2] > SLIVER).all(1)
     return boxes[kept], kept
 
 
@@ -255,8 +265,25 @@ def nearest(plane: np.ndarray, region: Box, size: tuple[int, int]) -> np.ndarray
     return plane[rows.clip(0, plane.shape[0] - 1)][:, columns.clip(0, plane.shape[1] - 1)]
 
 
+def smooth(plane: np.ndarray, region: Box, size: tuple[int, int]) -> np.ndarray:
+    """A region of an image-like plane, `(h, w)` or `(h, w, c)` uint8 or uint16, at a size (height, width), antialiased.
+
+    Returns:
+        `(c, height, width)`, uint8, or int32 for 16 bits.
+    """
+    h, w = plane.shape[:2]
+    box = (region[0] * w, region[1] * h, min(region[2] * w, float(w)), min(region[3] * h, float(h)))
+    small = plane.dtype == np.uint8
+    bands = [Image.fromarray(b if small else b.astype(np.float32)) for b in np.atleast_3d(plane).transpose(2, 0, 1)]
+    done = [np.asarray(band.resize(size[::-1], Image.Resampling.BILINEAR, box=box)) for band in bands]
+    return np.stack(done if small else [band.round().astype(np.int32) for band in done])
+
+
 def _center_region(width: int, height: int, target_width: int, target_height: int) -> Box:
-    """The part of a picture that `center_crop` shows, relative."""
-    scale = min(width / target_width, height / target_height)
-    w, h = target_width * scale / width, target_height * scale / height
-    return (1 - w) / 2, (1 - h) / 2, (1 + w) / 2, (1 + h) / 2
+    """The part of a picture that `center_crop` shows, relative; its whole pixels are counted as there."""
+    while width >= 2 * target_width and height >= 2 * target_height:
+        width, height = width // 2, height // 2
+    scale = max(target_width / width, target_height / height)
+    width, height = max(target_width, round(width * scale)), max(target_height, round(height * scale))
+    left, top = (width - target_width) // 2, (height - target_height) // 2
+    return left / width, top / height, (left + target_width) / width, (top + target_height) / height

@@ -1,9 +1,11 @@
 """Denoisers: `forward(x_t, t, condition) -> prediction`.
 
-A new one is a file with a `ModelMixin, ConfigMixin` class and a line in `DENOISERS`.
+A new one is a file with a `ModelMixin, ConfigMixin` class, functions `build` and `vector_width`, and a line in
+`DENOISERS`.
 """
 
 import importlib
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,13 +14,39 @@ if TYPE_CHECKING:
     from latelier.recipe import DenoiserRecipe
 
 DENOISERS = {
-    "dit": "latelier.denoisers.dit:build",
-    "sit": "latelier.denoisers.dit:build",
-    "lightning-dit": "latelier.denoisers.dit:build",
+    "dit": "latelier.denoisers.dit",
+    "sit": "latelier.denoisers.dit",
+    "lightning-dit": "latelier.denoisers.dit",
+    "unet": "latelier.denoisers.unet",
 }
 
 
-def build_denoiser(recipe: "DenoiserRecipe", latent_shape: tuple[int, ...]) -> "ModelMixin":
-    """A denoiser with fresh weights (or those of `init`) for latents `(c, *grid)`."""
-    module, function = DENOISERS[recipe.kind].split(":")
-    return getattr(importlib.import_module(module), function)(recipe, latent_shape)
+def build_denoiser(
+    recipe: "DenoiserRecipe",
+    latent_shape: tuple[int, ...],
+    token_width: int = 0,
+    spatial_channels: int = 0,
+    vector: bool = False,
+) -> "ModelMixin":
+    """A denoiser with fresh weights, or those of `init`.
+
+    Args:
+        recipe: kind, size and overrides.
+        latent_shape: `(c, *grid)` of one picture.
+        token_width: of the tokens that a condition has; 0 for none.
+        spatial_channels: how many channels a condition concatenates to `x_t`.
+        vector: whether a condition has a vector.
+
+    Raises:
+        LatelierError: if the recipe's denoiser does not fit the latents or the condition.
+    """
+    return _module(recipe).build(recipe, latent_shape, token_width, spatial_channels, vector)
+
+
+def vector_width(recipe: "DenoiserRecipe") -> int:
+    """Width that a condition's vector must have: that of the time embedding to which it is added."""
+    return _module(recipe).vector_width(recipe)
+
+
+def _module(recipe: "DenoiserRecipe") -> ModuleType:
+    return importlib.import_module(DENOISERS[recipe.kind])

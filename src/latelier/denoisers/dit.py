@@ -7,12 +7,13 @@ LightningDiT   RMSNorm, SwiGLU, rotary positions on top of the fixed table, opti
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from latelier.conditioning.condition import Condition
@@ -20,6 +21,7 @@ from latelier.errors import LatelierError
 from latelier.layers import (
     MLP,
     Attention,
+    CrossAttention,
     RMSNorm,
     SwiGLU,
     TimeEmbedding,
@@ -64,6 +66,7 @@ class DiT(ModelMixin, ConfigMixin):
         rope: rotary positions in attention.
         qk_norm: RMS norm of queries and keys.
         spatial_channels: channels that a condition concatenates to `x_t`.
+        context_dim: width of a condition's tokens, to which every block attends; 0 leaves cross-attention out.
         learn_sigma: the head has twice the channels, the second half is dropped (DiT and SiT checkpoints).
         reversed_time: the weights were trained with t = 0 noise and predict data - noise (SiT, LightningDiT): the
             time is turned and the prediction negated, so that callers see our convention.
@@ -88,6 +91,7 @@ class DiT(ModelMixin, ConfigMixin):
         rope: bool = True,
         qk_norm: bool = True,
         spatial_channels: int = 0,
+        context_dim: int = 0,
         learn_sigma: bool = False,
         reversed_time: bool = False,
         time_scale: float = 1.0,
@@ -97,7 +101,7 @@ class DiT(ModelMixin, ConfigMixin):
         volume = patch_size ** len(self.grid)
         self.x_embed = nn.Linear((in_channels + spatial_channels) * volume, dim)
         self.t_embed = TimeEmbedding(dim)
-        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, norm, mlp, qk_norm) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, norm, mlp, qk_norm, context_dim) for _ in range(depth))
         self.final_norm = _norm(norm, dim)
         self.modulation = nn.Linear(dim, 2 * dim)
         self.head = nn.Linear(dim, in_channels * (1 + learn_sigma) * volume)
@@ -112,6 +116,9 @@ class DiT(ModelMixin, ConfigMixin):
         # Zero gates make every block the identity at the start, a zero head makes the first prediction zero.
         for layer in (*(block.modulation for block in self.blocks), self.modulation, self.head):
             nn.init.zeros_(layer.weight)
+        for block in self.blocks:
+            if block.cross is not None:
+                nn.init.zeros_(block.cross.proj.weight)
 
     def forward(
         self, x_t: Float[Tensor, "b c *grid"], t: Float[Tensor, " b"], condition: Condition | None = None
@@ -121,7 +128,8 @@ class DiT(ModelMixin, ConfigMixin):
         Args:
             x_t: noisy normalised latents.
             t: noise level in [0, 1], 0 data, 1 noise.
-            condition: `vector` is added to the time embedding, `spatial` is concatenated to `x_t`.
+            condition: `vector` is added to the time embedding, `spatial` is concatenated to `x_t`, `tokens` are what
+                all blocks attend to.
         """
         channels, p = x_t.shape[1], self.config["patch_size"]
         grid = tuple(g // p for g in x_t.shape[2:])
@@ -132,11 +140,12 @@ class DiT(ModelMixin, ConfigMixin):
         if condition is not None and condition.vector is not None:
             c = c + condition.vector
         c, rope = F.silu(c), self._rope(grid, x.device)
+        told = (None, None) if condition is None else (condition.tokens, condition.mask)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = self._gradient_checkpointing_func(block, x, c, rope)
+                x = self._gradient_checkpointing_func(block, x, c, rope, *told)
             else:
-                x = block(x, c, rope)
+                x = block(x, c, rope, *told)
         shift, scale = self.modulation(c)[:, None].chunk(2, dim=-1)  # (b, 1, d)
         x = self.head(modulate(self.final_norm(x), shift, scale))  # (b, n, p p c)
         prediction = unpatchify(x, p, grid)[:, :channels].float()  # (b, c, *grid)
@@ -153,22 +162,33 @@ class DiT(ModelMixin, ConfigMixin):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each shifted, scaled and gated by the condition (adaLN-zero)."""
+    """Attention and MLP, each shifted, scaled and gated by the condition (adaLN-zero).
 
-    def __init__(self, dim: int, heads: int, mlp_ratio: float, norm: str, mlp: str, qk_norm: bool):
+    With a context, cross-attention lies between them, its output zero at the start (PixArt, Chen et al. 2024).
+    """
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: float, norm: str, mlp: str, qk_norm: bool, context: int = 0):
         super().__init__()
         hidden = int(dim * mlp_ratio)
         self.norm1 = _norm(norm, dim)
         self.attn = Attention(dim, heads, qk_norm)
+        self.cross = CrossAttention(dim, heads, context) if context else None
         self.norm2 = _norm(norm, dim)
         self.mlp = SwiGLU(dim, int(2 / 3 * hidden)) if mlp == "swiglu" else MLP(dim, hidden, "tanh")
         self.modulation = nn.Linear(dim, 6 * dim)
 
     def forward(
-        self, x: Float[Tensor, "b n d"], c: Float[Tensor, "b d"], rope: Tensor | None
+        self,
+        x: Float[Tensor, "b n d"],
+        c: Float[Tensor, "b d"],
+        rope: Tensor | None,
+        tokens: Float[Tensor, "b m k"] | None = None,
+        mask: Bool[Tensor, "b m"] | None = None,
     ) -> Float[Tensor, "b n d"]:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, dim=-1)  # (b, 1, d)
         x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), rope)
+        if self.cross is not None and tokens is not None:
+            x = x + self.cross(x, tokens, mask)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
@@ -181,11 +201,24 @@ def _norm(kind: str, dim: int) -> nn.Module:
     return RMSNorm(dim) if kind == "rms" else nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
 
 
-def build(recipe: DenoiserRecipe, latent_shape: tuple[int, ...]) -> DiT:
+def build(
+    recipe: DenoiserRecipe,
+    latent_shape: tuple[int, ...],
+    token_width: int = 0,
+    spatial_channels: int = 0,
+    vector: bool = False,
+) -> DiT:
     """A DiT for latents `(c, *grid)`, fresh or from `init`.
 
+    Args:
+        recipe: kind, size, patch and overrides.
+        latent_shape: of one picture.
+        token_width: of a condition's tokens; 0 for none.
+        spatial_channels: that a condition concatenates.
+        vector: whether a condition has a vector, which every DiT takes.
+
     Raises:
-        LatelierError: if the recipe's denoiser does not fit the tokenizer's latents.
+        LatelierError: if the recipe's denoiser does not fit the tokenizer's latents or the condition.
     """
     channels, *grid = latent_shape
     if any(g % recipe.patch for g in grid):
@@ -193,16 +226,26 @@ def build(recipe: DenoiserRecipe, latent_shape: tuple[int, ...]) -> DiT:
             f"denoiser.patch = {recipe.patch} does not divide the latent grid {' x '.join(map(str, grid))}; "
             "choose a patch that does, or another image_size."
         )
+    wanted = {"in_channels": channels, "context_dim": token_width, "spatial_channels": spatial_channels}
     if recipe.init:
         model = open_init(DiT, recipe.init)
-        if model.config["in_channels"] != channels:
-            raise LatelierError(
-                f"denoiser.init = {recipe.init} takes {model.config['in_channels']} latent channels, "
-                f"but the tokenizer makes {channels}."
-            )
+        for key, value in wanted.items():
+            if model.config[key] != value:
+                raise LatelierError(
+                    f"denoiser.init = {recipe.init} has {key} = {model.config[key]}, but the tokenizer and the "
+                    f"condition need {value}."
+                )
         return model
-    arguments = preset_arguments(DiT, SIZES, recipe.size, recipe.model, "denoiser")
-    arguments = {**SWITCHES[recipe.kind], "patch_size": recipe.patch, **arguments}
+    arguments = {**SWITCHES[recipe.kind], "patch_size": recipe.patch, **_size(recipe)}
     if recipe.process.kind == "ddpm":
         arguments.setdefault("time_scale", 1000.0)
-    return DiT(**{**arguments, "in_channels": channels, "grid": tuple(grid)})
+    return DiT(**{**arguments, **wanted, "grid": tuple(grid)})
+
+
+def vector_width(recipe: DenoiserRecipe) -> int:
+    """Width of the time embedding, to which a condition's vector is added."""
+    return open_init(DiT, recipe.init).config["dim"] if recipe.init else _size(recipe)["dim"]
+
+
+def _size(recipe: DenoiserRecipe) -> dict[str, Any]:
+    return preset_arguments(DiT, SIZES, recipe.size, recipe.model, "denoiser")

@@ -12,16 +12,26 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from latelier import recipe
+from latelier.diffusion.schedulers import (
+    DDPM_SAMPLERS,
+    FLOW_SAMPLERS,
+    TIMESTEPS,
+    Scheduler,
+    ddpm_scheduler,
+    flow_scheduler,
+    flow_sigmas,
+    place_ddpm,
+    place_flow,
+    shifted,
+)
 from latelier.errors import LatelierError
 
-Scheduler = Any  # a diffusers scheduler; they share `set_timesteps`, `timesteps` and `step` by custom, not by a base
-TIMESTEPS = 1000  # diffusers' schedulers count noise levels in thousandths of t
+__all__ = ["DDPM", "TIMESTEPS", "Flow", "Scheduler", "build_process", "choose_sampler", "flow_sigmas", "shifted"]
 
 
 @dataclass(frozen=True)
@@ -65,29 +75,17 @@ class Flow:
         Raises:
             LatelierError: if the sampler or eta is not one of this process.
         """
-        from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
-
-        kind = choose_sampler(sample, "flow", {"auto": "euler", "euler": "euler", "heun": "heun"})
-        classes = {"euler": FlowMatchEulerDiscreteScheduler, "heun": FlowMatchHeunDiscreteScheduler}
-        scheduler = classes[kind](num_train_timesteps=TIMESTEPS, shift=1.0)
+        scheduler = flow_scheduler(choose_sampler(sample, "flow", FLOW_SAMPLERS))
         self.set_timesteps(scheduler, sample)
         return scheduler
 
     def set_timesteps(self, scheduler: Scheduler, sample: recipe.Sample) -> None:
         """Put a scheduler onto the grid of `flow_sigmas`; a foreign one gets its own grid of as many steps."""
-        from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+        place_flow(scheduler, sample.steps, sample.shift)
 
-        sigmas = flow_sigmas(sample.steps, sample.shift)
-        if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and scheduler.config["shift"] == 1:
-            scheduler.set_timesteps(sigmas=sigmas[:-1].tolist())  # diffusers appends the 0
-        elif isinstance(scheduler, FlowMatchHeunDiscreteScheduler) and scheduler.config["shift"] == 1:
-            # Its own grid cannot be chosen. Inner points are visited twice; the step to 0 is an Euler step.
-            scheduler.set_timesteps(sample.steps)
-            points = torch.from_numpy(sigmas).float()
-            scheduler.sigmas = torch.cat([points[:1], points[1:-1].repeat_interleave(2), points[-1:]])
-            scheduler.timesteps = scheduler.sigmas[:-1] * TIMESTEPS
-        else:
-            scheduler.set_timesteps(sample.steps)
+    def alpha_sigma(self, t: Float[Tensor, " b"], like: Tensor) -> tuple[Tensor, Tensor]:
+        """The shares of z and eps in x_t, 1 - t and t, `(b, 1, ...)`."""
+        return _like(1 - t, like), _like(t, like)
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,7 @@ class DDPM:
         self, z: Float[Tensor, "b c *grid"], t: Float[Tensor, " b"], eps: Float[Tensor, "b c *grid"]
     ) -> Float[Tensor, "b c *grid"]:
         """x_t = sqrt(a) z + sqrt(1 - a) eps."""
-        alpha, sigma = self._alpha_sigma(t, z)
+        alpha, sigma = self.alpha_sigma(t, z)
         return alpha * z + sigma * eps
 
     def target(
@@ -126,7 +124,7 @@ class DDPM:
             return eps
         if self.prediction == "sample":
             return z
-        alpha, sigma = self._alpha_sigma(t, z)
+        alpha, sigma = self.alpha_sigma(t, z)
         return alpha * eps - sigma * z
 
     def denoised(
@@ -135,7 +133,7 @@ class DDPM:
         """The estimate of z that a prediction means."""
         if self.prediction == "sample":
             return prediction
-        alpha, sigma = self._alpha_sigma(t, x_t)
+        alpha, sigma = self.alpha_sigma(t, x_t)
         if self.prediction == "epsilon":
             return (x_t - sigma * prediction) / alpha
         return alpha * x_t - sigma * prediction
@@ -151,27 +149,8 @@ class DDPM:
         Raises:
             LatelierError: if sampler, shift, eta or steps do not go with this process.
         """
-        import diffusers
-
-        samplers = {"auto": "ddim", "ddpm": "ddpm", "ddim": "ddim", "plms": "plms", "dpm++": "dpm++"}
-        kind = choose_sampler(sample, "ddpm", samplers)
-        if kind == "plms" and self.prediction == "sample":
-            raise LatelierError(
-                "sample.sampler = 'plms' cannot use process.prediction = 'sample'; choose ddim or dpm++."
-            )
-        arguments = self._scheduler_arguments()
-        # As LDM samples: levels 1, 1 + r, 1 + 2 r, ..., and a_0, not 1, below the last of them.
-        leading = {"set_alpha_to_one": False, "steps_offset": int(sample.steps < self.num_train_timesteps)}
-        if kind == "ddpm":
-            scheduler = diffusers.DDPMScheduler(**arguments, clip_sample=False)
-        elif kind == "ddim":
-            scheduler = diffusers.DDIMScheduler(**arguments, clip_sample=False, **leading)
-        elif kind == "plms":
-            scheduler = diffusers.PNDMScheduler(**arguments, skip_prk_steps=True, **leading)
-        else:
-            # The cosine schedule ends in almost pure noise, where z cannot be told from epsilon.
-            clip = {"lambda_min_clipped": -5.1} if self.beta_schedule == "cosine" else {}
-            scheduler = diffusers.DPMSolverMultistepScheduler(**arguments, **clip)
+        kind = choose_sampler(sample, "ddpm", DDPM_SAMPLERS)
+        scheduler = ddpm_scheduler(kind, self._scheduler_arguments())
         self.set_timesteps(scheduler, sample)
         return scheduler
 
@@ -179,22 +158,15 @@ class DDPM:
         """Spread a scheduler's steps over the noise levels.
 
         Raises:
-            LatelierError: if there are more steps than levels, or evenly spaced ones would miss the noisiest levels.
+            LatelierError: if there are more steps than levels, or a foreign scheduler cannot reach the noisiest ones.
         """
-        from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler
+        place_ddpm(scheduler, sample.steps)
 
-        levels, steps = self.num_train_timesteps, sample.steps
-        if steps > levels:
-            raise LatelierError(f"sample.steps = {steps} is more than the {levels} noise levels of a ddpm process.")
-        if isinstance(scheduler, DDIMScheduler | PNDMScheduler) and steps * (levels // steps) < 0.9 * levels:
-            raise LatelierError(
-                f"sample.steps = {steps} cannot be spaced evenly over {levels} noise levels by this sampler; "
-                f"use {levels // (levels // steps + 1)} or {levels // (levels // steps)}."
-            )
-        if isinstance(scheduler, DDPMScheduler):
-            scheduler.set_timesteps(timesteps=np.linspace(levels - 1, 0, steps).round().astype(int).tolist())
-        else:
-            scheduler.set_timesteps(steps)
+    def alpha_sigma(self, t: Float[Tensor, " b"], like: Tensor) -> tuple[Tensor, Tensor]:
+        """The shares of z and eps in x_t, sqrt(a) and sqrt(1 - a), `(b, 1, ...)`."""
+        level = (t * self.num_train_timesteps).round().long().clamp(0, self.num_train_timesteps - 1)  # (b,)
+        a = _alphas_cumprod(self, t.device)[level]  # (b,)
+        return _like(a.sqrt(), like), _like((1 - a).sqrt(), like)
 
     def _scheduler_arguments(self) -> dict[str, Any]:
         return {
@@ -204,12 +176,6 @@ class DDPM:
             "beta_end": self.beta_end,
             "prediction_type": "v_prediction" if self.prediction == "v" else self.prediction,
         }
-
-    def _alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """sqrt(a) and sqrt(1 - a) at t, `(b, 1, ...)`."""
-        level = (t * self.num_train_timesteps).round().long().clamp(0, self.num_train_timesteps - 1)  # (b,)
-        a = _alphas_cumprod(self, t.device)[level]  # (b,)
-        return _like(a.sqrt(), like), _like((1 - a).sqrt(), like)
 
 
 def build_process(section: recipe.Process) -> Flow | DDPM:
@@ -232,23 +198,14 @@ def build_process(section: recipe.Process) -> Flow | DDPM:
     return DDPM(section.beta_schedule, section.beta_start, section.beta_end, section.prediction or "epsilon")
 
 
-def flow_sigmas(steps: int, shift: float) -> np.ndarray:
-    """Noise levels visited by a flow sampler, `(steps + 1,)` from 1 to 0: even ones, shifted once."""
-    return shifted(np.linspace(1.0, 0.0, steps + 1), shift)
-
-
-def shifted(t: Any, shift: float) -> Any:
-    """t' = shift t / (1 + (shift - 1) t): 0 and 1 stay, above 1 moves the rest towards noise (Esser et al. 2024)."""
-    return t if shift == 1 else shift * t / (1 + (shift - 1) * t)
-
-
-def choose_sampler(sample: recipe.Sample, process: str, allowed: dict[str, str]) -> str:
-    """The sampler that a recipe's `sample` means for a process; settings that would do nothing are refused."""
-    if sample.sampler not in allowed:
+def choose_sampler(sample: recipe.Sample, process: str, allowed: tuple[str, ...]) -> str:
+    """The sampler that a recipe's `sample` means, `auto` the first; settings that would do nothing are refused."""
+    kind = allowed[0] if sample.sampler == "auto" else sample.sampler
+    if kind not in allowed:
         raise LatelierError(
-            f"sample.sampler = {sample.sampler!r} does not go with a {process} process; allowed: {', '.join(allowed)}."
+            f"sample.sampler = {sample.sampler!r} does not go with a {process} process; "
+            f"allowed: auto, {', '.join(allowed)}."
         )
-    kind = allowed[sample.sampler]
     if sample.eta and kind != "ddim":
         raise LatelierError(f"sample.eta = {sample.eta} acts in the ddim sampler only, not in {kind}; set it to 0.")
     if sample.shift != 1 and process != "flow":

@@ -1,4 +1,12 @@
-"""Sampling: from one seed per picture to latents, through any diffusers scheduler."""
+"""Sampling: from one seed per picture to latents, through any diffusers scheduler.
+
+Latents are drawn normalised: the Codec takes mean and standard deviation out of every channel, in training and here,
+so the signal-to-noise ratio of a process is the same for all tokenizers and no `scale_factor` (LDM, appendix G) is
+needed, neither for KL latents of large variance nor for sizes beyond that of training.
+
+Beside classifier-free guidance there are two wrappers: `windows.windowed` around the denoiser, for pictures larger
+than those of training, and `guiding.Guide`, which pulls towards a picture.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +21,7 @@ from torch import Tensor, nn
 from latelier import recipe
 from latelier.conditioning.condition import Condition
 from latelier.diffusion.guidance import guided
+from latelier.diffusion.guiding import Guide
 from latelier.diffusion.process import DDPM, TIMESTEPS, Flow, Scheduler
 
 
@@ -33,6 +42,7 @@ def sample_latents(
     device: torch.device | str,
     progress: Callable[[int, int], None] | None = None,
     scheduler: Scheduler | None = None,
+    guide: Guide | None = None,
 ) -> Float[Tensor, "b c *grid"]:
     """Normalised latents, one for each seed.
 
@@ -50,17 +60,25 @@ def sample_latents(
         device: where the denoiser is.
         progress: called after each evaluation with how many are done and how many there are.
         scheduler: a diffusers scheduler with timesteps set, instead of the one that `sample.sampler` names.
+        guide: pulls the pictures towards what it holds; None leaves them alone.
     """
     scheduler = scheduler or process.scheduler(sample)
     generators = _generators(seeds)
     x = _normal(shape, generators).to(device) * getattr(scheduler, "init_noise_sigma", 1.0)  # (b, c, *grid)
     options = _step_options(scheduler, generators, sample.eta)
+    # Schedulers of sigma space (Karras et al. 2022) keep x = z + sigma eps; the denoiser wants alpha z + sigma' eps.
+    scale_input = getattr(scheduler, "scale_model_input", lambda x, timestep: x)
     total = len(scheduler.timesteps)
+
+    def predict(x_t: Tensor, t: Tensor) -> Tensor:
+        return guided(
+            denoiser, x_t, t, condition, null, sample.guidance, sample.guidance_interval, sample.guidance_channels
+        )
+
     for done, timestep in enumerate(scheduler.timesteps, 1):
         t = torch.full((len(seeds),), float(timestep) / TIMESTEPS, device=device)  # (b,)
-        prediction = guided(
-            denoiser, x, t, condition, null, sample.guidance, sample.guidance_interval, sample.guidance_channels
-        )
+        x_t = scale_input(x, timestep)  # (b, c, *grid)
+        prediction = predict(x_t, t) if guide is None else guide(predict, x_t, t, process)
         x = scheduler.step(prediction.float(), timestep, x, **options).prev_sample  # (b, c, *grid)
         if progress is not None:
             progress(done, total)

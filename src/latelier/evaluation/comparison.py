@@ -7,71 +7,43 @@ column asked for is shown, and the orderings say where a paper's order came out 
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import math
-import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
 from latelier.errors import LatelierError
-from latelier.evaluation.chart import LOG_RATIO
+from latelier.evaluation.figures import INK, Picture, draw_figures, write
 from latelier.evaluation.orderings import (
     Ordering,
     Published,
     Shown,
     Table,
-    best,
     better,
     costs,
-    heading,
-    interval,
     measured,
-    number,
     orderings,
     printed,
     receipts,
-    texts,
-    value,
     verdicts,
 )
 from latelier.evaluation.report import inline_image, page
 from latelier.images import GAP_COLOUR, save_png
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 __all__ = ["Published", "Shown", "write_comparison"]
 
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8a8a8a", "#5b4a8a")  # Okabe & Ito 2008
-MARKERS = "osD^vPX"
-INK, SOFT, LINE = "#1d1f23", "#5f6570", "#e2e2de"  # of the page
-WIDTH = 9.0  # inches, 900 px at 100 dpi
-FLAT = 0.3  # levels up to here are what the areas under the curves are taken over
 PICTURE_HEIGHT, PICTURE_WIDTH, NAME_HEIGHT = 300, 1100, 26
 
 DARK = "@media (prefers-color-scheme: dark) { .figure img { filter: invert(.89) hue-rotate(180deg); } }"
 STYLE = (
     f"<style>.card, .figure, .picture {{ margin-bottom: 10px; }} th.number {{ white-space: normal; }} {DARK}</style>"
 )
-
-
-@dataclass
-class Picture:
-    """A PNG for the page, and the file that Markdown links to; figures may change colours with the page's scheme."""
-
-    png: Path
-    link: str
-    words: str
-    figure: bool
 
 
 @dataclass
@@ -119,159 +91,14 @@ def write_comparison(
         Section("Published", printed(shown, published) if published else []),
         Section("Orderings", verdicts(orders, published) if published else []),
         Section("What each run took", costs(shown)),
-        Section("Figures", _figures(folder, shown, every)),
+        Section("Figures", draw_figures(folder, shown, every)),
         Section("Pictures", _pictures(folder, shown)),
         Section("Receipt", receipts(shown, every)),
     ]
     sections = [section for section in sections if section.parts]
-    _write(folder / "comparison.json", _json(title, about, shown, every, published, orders))
-    _write(folder / "table.md", _markdown(title, about, sections).encode())
-    return _write(folder / "comparison.html", _html(title, about, sections).encode())
-
-
-# -- figures ----------------------------------------------------------------------------------------------------------
-
-
-def _figures(folder: Path, shown: Sequence[Shown], columns: Sequence[str]) -> list[Picture]:
-    """Draw what there is to draw, as SVG for docs and as PNG."""
-    from matplotlib import rc_context
-
-    settings: Any = {
-        "font.size": 8.5, "axes.edgecolor": LINE, "axes.spines.top": False, "axes.spines.right": False,
-        "axes.titlesize": 9, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.labelcolor": SOFT,
-        "xtick.color": LINE, "ytick.color": LINE, "ytick.labelcolor": INK, "xtick.labelcolor": SOFT,
-        "xtick.labelsize": 8, "text.parse_math": False, "svg.hashsalt": "latelier",
-        "axes.axisbelow": True, "grid.color": LINE, "grid.linewidth": 0.7,
-    }  # fmt: skip
-    there = [name for name in columns if any(value(run, name) is not None for run in shown)]
-    curves = {name: found for name in _smoothness(shown) if (found := _curves(shown, name))}
-    parts: list[Picture] = []
-    with rc_context(settings):
-        if there:
-            words = "Every metric of every run; lines are 95 % intervals"
-            parts.append(_save(folder, "overview", _overview(shown, there), words))
-        if curves:
-            words = f"Quality of pictures decoded from noisy latents; the shaded levels, up to {FLAT}, make the mean"
-            parts.append(_save(folder, "smoothness", _smooth(shown, curves), words))
-    return parts
-
-
-def _save(folder: Path, name: str, figure: Figure, words: str) -> Picture:
-    for kind in ("svg", "png"):
-        stream = io.BytesIO()
-        figure.savefig(stream, format=kind, dpi=200, metadata={"Date": None} if kind == "svg" else None)
-        _write(folder / f"{name}.{kind}", stream.getvalue())
-    return Picture(folder / f"{name}.png", f"{name}.svg", words, figure=True)
-
-
-def _overview(shown: Sequence[Shown], columns: Sequence[str]) -> Figure:
-    """Horizontal bars, one panel for each metric, the runs in the same order and colours everywhere."""
-    figure, panels = _panels(len(columns), 4, height=0.55 + 0.24 * len(shown))
-    for i, (name, axes) in enumerate(zip(columns, panels)):
-        _bars(axes, shown, name)
-        axes.set_yticks(range(len(shown)), [_fit(run.name) for run in shown] if i % 4 == 0 else [])
-    return figure
-
-
-def _bars(axes: Axes, shown: Sequence[Shown], name: str) -> None:
-    values = [value(run, name) for run in shown]
-    winners, words = best(values, name), texts(values)
-    ends = [interval(run, name) if v is not None else None for run, v in zip(shown, values)]
-    reach = [max(0.0, v or 0.0, *(e or ())) for v, e in zip(values, ends)]
-    low = min(min(0.0, v or 0.0, *(e or ())) for v, e in zip(values, ends))
-    span = (max(reach) - low) or 1.0
-    for i, (v, colour) in enumerate(zip(values, cycle(COLOURS))):
-        if v is not None:
-            axes.barh(i, v, color=colour, height=0.62)
-        if e := ends[i]:
-            axes.plot(e, (i, i), color=INK, linewidth=1.1)
-        weight = "bold" if i in winners else "normal"
-        axes.text(reach[i] + span * 0.04, i, words[i], va="center", fontsize=8, fontweight=weight)
-    axes.set_xlim(low * 1.05, max(reach) + span * 0.42)  # room for the values
-    axes.set_ylim(len(shown) - 0.45, -0.55)  # the first run on top
-    axes.set_title(heading(name))
-    axes.set_xticks([])
-    axes.tick_params(axis="y", length=0)
-    axes.spines[["bottom", "left"]].set_visible(False)
-    axes.axvline(0, color=LINE, linewidth=0.8)
-
-
-def _smoothness(shown: Iterable[Shown]) -> list[str]:
-    return list(dict.fromkeys(name for run in shown for name in run.metrics if name.startswith("smoothness-")))
-
-
-def _curves(shown: Sequence[Shown], name: str) -> dict[int, list[tuple[float, float]]]:
-    """(noise level, value), ascending, by the run's position; without runs that have none."""
-    found = {}
-    for i, run in enumerate(shown):
-        points = (run.metrics.get(name, {}).get("receipt") or {}).get("curve") or []
-        finite = sorted((float(x), float(y)) for x, y in points if number(x) is not None and number(y) is not None)
-        if finite:
-            found[i] = finite
-    return found
-
-
-def _smooth(shown: Sequence[Shown], curves: Mapping[str, Mapping[int, list[tuple[float, float]]]]) -> Figure:
-    """One panel for each metric over the noise level; its square root has a zero and room for small levels."""
-    from matplotlib.lines import Line2D
-
-    figure, panels = _panels(len(curves), 3, height=2.7, above=0.4)
-    styles: list[dict[str, Any]] = [
-        {"color": colour, "marker": marker, "linewidth": 1.6, "markersize": 4}
-        for _, colour, marker in zip(shown, cycle(COLOURS), cycle(MARKERS))
-    ]
-    for (name, runs), axes in zip(curves.items(), panels):
-        for i, points in runs.items():
-            axes.plot(*zip(*points), clip_on=False, zorder=3, **styles[i])
-        _level_axis(axes, [x for points in runs.values() for x, _ in points])
-        heights = [y for points in runs.values() for _, y in points]
-        logarithmic = min(heights) > 0 and max(heights) / min(heights) > LOG_RATIO
-        axes.set_yscale("log" if logarithmic else "linear")
-        axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
-        axes.yaxis.set_minor_formatter(lambda y, _: "")
-        axes.set_title(f"{heading(name.removeprefix('smoothness-'))}{' · log' if logarithmic else ''}")
-        axes.grid(axis="y")
-        axes.tick_params(length=0)
-        axes.tick_params(axis="y", labelcolor=SOFT)
-    figure.supxlabel("noise level, standard deviations of each latent channel", fontsize=8.5, color=SOFT)
-    there = [i for i in range(len(shown)) if any(i in runs for runs in curves.values())]
-    figure.legend(
-        [Line2D([], [], **styles[i]) for i in there], [_fit(shown[i].name) for i in there],
-        loc="outside upper left", ncols=2 * max(2, min(3, len(curves))), frameon=False, fontsize=8.5,
-    )  # fmt: skip
-    return figure
-
-
-def _level_axis(axes: Axes, levels: Sequence[float]) -> None:
-    """Square roots of levels; ticks at the levels themselves, as far as their numbers do not touch."""
-    last = max(max(levels), 1e-6)
-    kept: list[float] = []
-    for level in sorted(set(levels), key=lambda x: (x not in (0, FLAT, last), x)):  # these three come first
-        if all(abs(math.sqrt(level / last) - math.sqrt(other / last)) > 0.11 for other in kept):
-            kept.append(level)
-    axes.set_xscale("function", functions=(lambda x: abs(x) ** 0.5, lambda x: x**2))
-    axes.set_xlim(0, last)
-    axes.set_xticks(kept, [f"{level:g}" for level in kept])
-    axes.minorticks_off()
-    axes.axvspan(0, min(FLAT, last), color="#f1f1ee", zorder=0)
-
-
-def _panels(count: int, most: int, height: float, above: float = 0.0) -> tuple[Figure, list[Axes]]:
-    """A figure as wide as the page, or less for few panels, and its panels, row by row, so many in a row at most."""
-    from matplotlib.figure import Figure
-
-    across, down = min(most, count), -(-count // most)
-    figure = Figure(
-        figsize=(WIDTH * max(across, 2) / most, down * height + above), layout="constrained", facecolor="white"
-    )
-    panels = list(figure.subplots(down, across, squeeze=False).flat)
-    for spare in panels[count:]:
-        spare.set_axis_off()
-    return figure, panels
-
-
-def _fit(name: str, most: int = 22) -> str:
-    return name if len(name) <= most else f"{name[: most - 1]}…"
+    write(folder / "comparison.json", _json(title, about, shown, every, published, orders))
+    write(folder / "table.md", _markdown(title, about, sections).encode())
+    return write(folder / "comparison.html", _html(title, about, sections).encode())
 
 
 # -- pictures ---------------------------------------------------------------------------------------------------------
@@ -414,10 +241,3 @@ def _html_table(table: Table) -> str:
 
 def _paragraphs(text: str) -> list[str]:
     return [paragraph for paragraph in re.split(r"\n\s*\n", text.strip()) if paragraph.strip()]
-
-
-def _write(path: Path, content: bytes) -> Path:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_bytes(content)
-    partial.replace(path)
-    return path

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
-from torch import nn
+from jaxtyping import Bool
+from torch import Tensor, nn
 
 from latelier.data.latents import draw_latents
 from latelier.diffusion.process import DDPM, Flow
@@ -14,14 +17,15 @@ from latelier.objectives.terms import Terms
 
 
 class DenoisingObjective(nn.Module):
-    """Mean squared error of the prediction, and LightningDiT's cosine term on demand.
+    """Squared or absolute error of the prediction, and LightningDiT's cosine term on demand.
 
     Args:
         denoiser: the model to train.
         conditioner: makes the condition from the batch; None is unconditional.
         process: noises latents and names the target.
         seed: of posterior, time, noise and label dropout, addressed by the latents' numbers in the stream.
-        dropout: probability of the null condition.
+        dropout: probability of the null condition, for each of the conditioner's parts.
+        loss: `l2`, the mean squared error, or `l1`, the mean absolute error (some models of LDM).
         cosine_weight: weight of mean(1 - cos(prediction, target)) along channels.
         sample_posterior: whether z is drawn from the posterior anew each time.
     """
@@ -32,13 +36,14 @@ class DenoisingObjective(nn.Module):
         conditioner: nn.Module | None,
         process: Flow | DDPM,
         seed: int,
-        dropout: float = 0.1,
+        dropout: Sequence[float] = (0.1,),
+        loss: str = "l2",
         cosine_weight: float = 0.0,
         sample_posterior: bool = True,
     ):
         super().__init__()
         self.denoiser, self.conditioner, self.process = denoiser, conditioner, process
-        self.seed, self.dropout, self.cosine_weight = seed, dropout, cosine_weight
+        self.seed, self.dropout, self.loss, self.cosine_weight = seed, tuple(dropout), loss, cosine_weight
         self.sample_posterior = sample_posterior
 
     def forward(self, batch: dict[str, Any]) -> Terms:
@@ -49,13 +54,24 @@ class DenoisingObjective(nn.Module):
         t = self.process.sample_t(draws.uniform("time"))  # (b,)
         condition = None
         if self.conditioner is not None:
-            drop = draws.uniform("drop") < self.dropout if self.dropout else None
-            condition = self.conditioner(batch, drop)
+            condition = self.conditioner(batch, self._drop(draws))
         prediction = self.denoiser(self.process.noise(z, t, eps), t, condition).float()
         target = self.process.target(z, t, eps)
 
-        losses, weights = {"mse": F.mse_loss(prediction, target)}, {"mse": 1.0}
+        if self.loss == "l1":
+            losses, weights = {"l1": F.l1_loss(prediction, target)}, {"l1": 1.0}
+        else:
+            losses, weights = {"mse": F.mse_loss(prediction, target)}, {"mse": 1.0}
         if self.cosine_weight:
             losses["cosine"] = (1 - F.cosine_similarity(prediction, target, dim=1)).mean()
             weights["cosine"] = self.cosine_weight
         return Terms(losses, weights)
+
+    def _drop(self, draws: Draws) -> Bool[Tensor, "b ..."] | None:
+        """Which pictures are told nothing: `(b,)`, or `(b, k)` with a column for each of several conditions."""
+        if not any(self.dropout):
+            return None
+        if len(self.dropout) == 1:
+            return draws.uniform("drop") < self.dropout[0]  # (b,)
+        uniform = draws.uniform("drop", len(self.dropout))  # (b, k)
+        return uniform < torch.tensor(self.dropout, device=uniform.device)

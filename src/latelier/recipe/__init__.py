@@ -32,9 +32,10 @@ from latelier.recipe.tokenizer import (
 )
 
 __all__ = [
-    "Adversarial", "ConvRecipe", "Count", "Data", "DenoiserRecipe", "Evaluate", "IdentityRecipe", "PretrainedRecipe", "Process",
-    "Recipe", "Sample", "Section", "TokenizerRecipe", "TrainedTokenizer", "Training", "VMAERecipe", "apply_overrides",
-    "as_numbers", "build_recipe", "dump", "find_recipe", "first_problem", "load_recipe", "parse_count", "recipe_files", "schema",
+    "Adversarial", "ConvRecipe", "Count", "Data", "DenoiserRecipe", "Evaluate", "IdentityRecipe",
+    "PretrainedRecipe", "Process", "Recipe", "Sample", "Section", "TokenizerRecipe", "TrainedTokenizer",
+    "Training", "VMAERecipe", "apply_overrides", "as_numbers", "build_recipe", "dump", "find_recipe",
+    "first_problem", "load_recipe", "parse_count", "recipe_files", "schema",
 ]  # fmt: skip
 
 # Recipes lie in the package when it is installed from a wheel, and at the root of a clone.

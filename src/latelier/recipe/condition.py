@@ -15,7 +15,7 @@ class ClassCondition(Section):
     kind: Literal["class"]
     inject: Literal["auto", "vector", "tokens"] = Field(
         "auto",
-        description="vector: added to the time embedding; tokens: cross-attention; auto: what the denoiser is for",
+        description="added to the time embedding, or through cross-attention; auto: what the denoiser has",
     )
     dim: int = Field(512, ge=1, description="width of the token, when it is one")
     dropout: Unit = Field(0.1, description="share of pictures that are not told, for classifier-free guidance")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -22,7 +22,25 @@ class Data(Section):
     image_key: str = "image"
     label_key: str | None = Field(None, description="the column of labels; found by itself when it is `label`")
     caption_key: str | None = Field(None, description="the column of captions; found when `caption` or `text`")
-    classes: list[str] | None = Field(None, description="use only these classes, in this order")
+    classes: list[str] | None = Field(
+        None, description="use only these classes, in this order; of `scenes`: categories, or single emoji by name"
+    )
+    boxes: str | None = Field(
+        None,
+        description="boxes of a folder's pictures: a COCO annotation file ({split} stands for the split's name), or "
+        "`yolo`; by default `objects` of its metadata.jsonl, and of datasets the column `objects` or `boxes`",
+    )
+    box_format: Literal["xywh", "xyxy"] = Field("xywh", description="of `objects.bbox`, in pixels")
+    segmentation: str | None = Field(
+        None, description="folder of label maps with the pictures' names, or a dataset's column of them"
+    )
+    segmentation_classes: Annotated[int, Field(ge=1)] | list[str] | None = Field(
+        None, description="how many ids the label maps have, or the classes' names"
+    )
+    ignore_id: int | None = Field(None, description="id of pixels nobody labelled; it becomes one more class, the last")
+    maps: str | None = Field(
+        None, description="folder of image-like maps (depth, edges) with the pictures' names, or a dataset's column"
+    )
     crop: Literal["center", "random", "resize"] = "center"
     crop_scale: tuple[float, float] = Field((0.75, 1.0), description="area kept by `crop: random`")
     flip: bool = True

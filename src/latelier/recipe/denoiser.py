@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from latelier.recipe.base import Section, Training, Unit, Weight
+from latelier.recipe.base import Section, Training, Weight
+from latelier.recipe.condition import Conditions
 
 
 class Process(Section):
@@ -24,14 +25,14 @@ class Process(Section):
 class DenoiserRecipe(Training):
     """A latent diffusion model."""
 
-    kind: Literal["dit", "sit", "lightning-dit"] = "lightning-dit"
-    size: str = "B"
-    patch: int = Field(1, ge=1)
+    kind: Literal["dit", "sit", "lightning-dit", "unet"] = "lightning-dit"
+    size: str = Field("B", description="of the transformer, or the preset of the U-Net")
+    patch: int = Field(1, ge=1, description="side of a transformer's patch in latent positions")
     model: dict[str, Any] = Field(default_factory=dict, description="overrides of the size's architecture")
     init: str | None = None
     process: Process = Process()
-    condition: Literal["none", "class"] = "class"
-    condition_dropout: Unit = 0.1
+    condition: Conditions = Field(["class"], description="what it is told: `none`, a kind, a section, or a list")
+    loss: Literal["l2", "l1"] = Field("l2", description="squared or absolute error of the prediction")
     cosine_weight: Weight = Field(0.0, description="weight of 1 - cos(prediction, target), LightningDiT")
     sample_posterior: bool = Field(True, description="draw z anew each time; false uses the posterior's mean")
     cache: bool = Field(True, description="encode once to disk; false encodes on the fly, with all augmentations")

@@ -24,4 +24,7 @@ class Evaluate(Section):
         [0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0], description="of smoothness, in standard deviations of each channel"
     )
     clusters: int = Field(64, ge=2, description="of compression, at each granularity")
-    seed: int = Field(0, ge=0, description="of the noise and of the clusters")
+    seed: int = Field(0, ge=0, description="of the noise, of the clusters, of the holes of inpainting")
+    clip: str | None = Field(
+        None, description="Hub name or folder of a CLIP, which judges how well drawn pictures fit their captions"
+    )

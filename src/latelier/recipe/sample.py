@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from latelier.recipe.base import Section, Unit
 
@@ -16,10 +16,20 @@ class Sample(Section):
     guidance: float = Field(1.0, ge=0)
     guidance_interval: tuple[Unit, Unit] = Field((0.0, 1.0), description="noise levels t at which guidance acts")
     guidance_channels: int | None = Field(None, ge=1, description="guide only the first channels (LightningDiT: 3)")
-    sampler: Literal["auto", "euler", "heun", "ddpm", "ddim", "plms", "dpm++"] = "auto"
+    sampler: Literal["auto", "euler", "heun", "ddpm", "ddim", "plms", "dpm++", "unipc"] = "auto"
     shift: float = Field(1.0, gt=0, description="flow: spends more steps near noise when above 1")
     eta: Unit = Field(0.0, description="ddim: 0 deterministic, 1 ancestral")
+    window: int | None = Field(None, ge=1, description="side of the denoiser's windows, in latent positions")
+    stride: int | None = Field(None, ge=1, description="from one window to the next; default half a window")
     count: int = Field(64, ge=1)
     batch: int = Field(64, ge=1)
     classes: list[int | str] | None = None
     seed: int = 0
+
+    @field_validator("stride")
+    @classmethod
+    def _fits(cls, stride: int | None, info: Any) -> int | None:
+        window = info.data.get("window")
+        if stride is not None and (window is None or stride > window):
+            raise ValueError(f"at most sample.window, which is {'not set' if window is None else window}")
+        return stride

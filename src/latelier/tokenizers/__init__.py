@@ -52,7 +52,10 @@ def remove_spread(tokenizer: "nn.Module") -> None:
 
 def decoder_parts(tokenizer: "nn.Module") -> tuple[str, ...]:
     """Names of the modules that make images of latents; the rest makes latents of images."""
-    return getattr(tokenizer, "decoder_parts", ("decoder", "post_quant_conv"))
+    if hasattr(tokenizer, "decoder_parts"):
+        return tokenizer.decoder_parts
+    codebook = ("quantize",) if hasattr(tokenizer, "quantize") else ()  # a VQModel's decoder begins with the codes
+    return (*codebook, "decoder", "post_quant_conv")
 
 
 def last_layer(tokenizer: "nn.Module") -> "Tensor":

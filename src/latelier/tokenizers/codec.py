@@ -147,7 +147,9 @@ class Codec:
         check_size((height, width), self.factor)
         if hasattr(self.tokenizer, "latent_shape"):
             return self.tokenizer.latent_shape(height, width)
-        return (self.tokenizer.config["latent_channels"], height // self.factor, width // self.factor)
+        config = self.tokenizer.config
+        channels = config.get("vq_embed_dim") or config["latent_channels"]  # a VQModel may squeeze its latents
+        return (channels, height // self.factor, width // self.factor)
 
     @property
     def device(self) -> torch.device:

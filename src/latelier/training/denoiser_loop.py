@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from latelier.conditioning.condition import ClassConditioner
+from latelier.conditioning import CACHED, World, build_conditioner, parts
 from latelier.data.latents import LatentCache
 from latelier.data.loader import ImageDataset
-from latelier.denoisers import build_denoiser
+from latelier.denoisers import build_denoiser, vector_width
 from latelier.diffusion.process import build_process
-from latelier.diffusion.sampling import sample_latents
 from latelier.errors import LatelierError
 from latelier.images import make_grid, save_png
 from latelier.objectives.denoising import DenoisingObjective
@@ -46,7 +46,7 @@ def train_denoiser(recipe: Recipe, accelerator: Accelerator | None = None) -> Pa
     dataset = open_images(recipe)
 
     torch.manual_seed(recipe.seed)
-    objective = build_objective(recipe, codec, dataset.class_names).to(accelerator.device)
+    objective = build_objective(recipe, codec, dataset).to(accelerator.device)
     if training.compile:
         compile_model(objective.denoiser)
     optimizer = adamw(objective, training)
@@ -57,12 +57,13 @@ def train_denoiser(recipe: Recipe, accelerator: Accelerator | None = None) -> Pa
     if stage.images >= training.images and (folder / "model_index.json").is_file():
         return folder
 
-    stream = latent_stream(recipe, codec, dataset, stage)
+    conditioner = accelerator.unwrap_model(objective).conditioner
+    stream = latent_stream(recipe, codec, dataset, stage, conditioner)
     with stage.running():
         while stage.images < training.images:
             stage.set_learning_rate(optimizer)
             for micro in range(stage.accumulation):
-                batch = to_device(next(stream), accelerator.device)
+                batch = next(stream)
                 stage.backward(objective, batch, last=micro == stage.accumulation - 1)
             stage.update(objective, optimizer, ema, batch)
 
@@ -103,32 +104,42 @@ def open_codec(recipe: Recipe) -> Codec:
     return codec
 
 
-def build_objective(recipe: Recipe, codec: Codec, class_names: list[str] | None) -> DenoisingObjective:
+def build_objective(recipe: Recipe, codec: Codec, dataset: ImageDataset) -> DenoisingObjective:
     """Denoiser, conditioner and process of the recipe, in their objective."""
     section = denoiser_section(recipe)
-    denoiser = build_denoiser(section, codec.latent_shape(*recipe.data.image_size))
-    conditioner = build_conditioner(section, denoiser.config["dim"], class_names)
+    shape = codec.latent_shape(*recipe.data.image_size)
+    captions = cache(lambda: tuple(dataset.captions()))  # read at most once
+    world = World(
+        class_names=dataset.class_names,
+        box_names=dataset.box_names,
+        segmentation_classes=dataset.segmentation_classes,
+        captions=lambda: iter(captions()),
+        latent_shape=shape,
+        factor=codec.factor,
+        image_channels=codec.image_channels,
+        vector_width=vector_width(section),
+        prefers_tokens=section.kind == "unet",
+        seed=recipe.seed,
+    )
+    conditioner = build_conditioner(section.condition, world)
+    told = parts(conditioner).values()
+    denoiser = build_denoiser(
+        section,
+        shape,
+        token_width=max((part.token_width for part in told), default=0),
+        spatial_channels=sum(part.spatial_channels for part in told),
+        vector=any(part.asks == "classes" and not part.token_width for part in told),
+    )
     return DenoisingObjective(
         denoiser,
         conditioner,
         build_process(section.process),
         seed=recipe.seed + 1,
-        dropout=section.condition_dropout,
+        dropout=[condition.dropout for condition in section.condition],
+        loss=section.loss,
         cosine_weight=section.cosine_weight,
         sample_posterior=section.sample_posterior,
     )
-
-
-def build_conditioner(section: DenoiserRecipe, dim: int, class_names: list[str] | None) -> nn.Module | None:
-    """What tells the denoiser about its picture."""
-    if section.condition == "none":
-        return None
-    if not class_names:
-        raise LatelierError(
-            "denoiser.condition = 'class', but the data has no classes; put pictures into one folder per class, "
-            "name the column with data.label_key, or set denoiser.condition=none."
-        )
-    return ClassConditioner(len(class_names), dim, null=section.condition_dropout > 0, names=list(class_names))
 
 
 def encode_latents(recipe: Recipe, accelerator: Accelerator | None = None, overwrite: bool = False) -> LatentCache:
@@ -154,28 +165,67 @@ def open_cache(
     return LatentCache.write(folder, codec, dataset, key, flip, batch, accelerator, overwrite=overwrite)
 
 
-def latent_stream(recipe: Recipe, codec: Codec, dataset: ImageDataset, stage: Stage) -> Iterator[dict[str, Any]]:
-    """Micro-batches of normalised latents, from the cache or encoded on the fly with all augmentations."""
+def latent_stream(
+    recipe: Recipe, codec: Codec, dataset: ImageDataset, stage: Stage, conditioner: nn.Module | None
+) -> Iterator[dict[str, Any]]:
+    """Micro-batches of normalised latents and of all that the conditioner needs.
+
+    Latents come from the cache, or are encoded on the fly with all augmentations. Pictures, boxes and maps are read
+    beside cached latents, if the conditioner asks for more than labels and captions.
+    """
     accelerator, training = stage.accelerator, stage.training
     place = (stage.images, accelerator.process_index, accelerator.num_processes, stage.accumulation)
     if denoiser_section(recipe).cache:
-        yield from open_cache(recipe, codec, dataset, accelerator).stream(training.batch, *place, seed=recipe.seed)
-    for batch in dataset.stream(training.batch, *place):
-        with torch.no_grad():
-            posterior = codec.posterior(batch.pop("image").to(accelerator.device))
-        batch["mean"] = codec.normalise(posterior.mean)
-        batch["std"] = codec.scale(posterior.std)
+        latents = open_cache(recipe, codec, dataset, accelerator)
+        batches = latents.stream(training.batch, *place, seed=recipe.seed)
+        if any(name not in CACHED for name in parts(conditioner)):
+            plan = latents.plan(training.batch, *place, seed=recipe.seed)
+            records = dataset.follow((latents.index[positions], flips.tolist()) for _, positions, flips in plan)
+            batches = ({**batch, **record} for record, batch in zip(records, batches))  # captions may be mirrored
+    else:
+        batches = _encoded(codec, dataset.stream(training.batch, *place), accelerator.device)
+    for batch in batches:
+        batch = to_device(batch, accelerator.device)
+        if conditioner is not None:
+            with torch.no_grad(), accelerator.autocast():
+                batch |= conditioner.prepare(batch, codec)
+        batch.pop("image", None)
         yield batch
+
+
+@torch.no_grad()
+def _encoded(codec: Codec, batches: Iterator[dict[str, Any]], device: torch.device) -> Iterator[dict[str, Any]]:
+    """Batches of pictures with their posteriors."""
+    for batch in batches:
+        posterior = codec.posterior(batch["image"].to(device))
+        yield {**batch, "mean": codec.normalise(posterior.mean), "std": codec.scale(posterior.std)}
 
 
 def make_pipeline(recipe: Recipe, codec: Codec, objective: DenoisingObjective) -> LatentDiffusionPipeline:
     """Everything that sampling needs, in one object that saves and loads whole."""
+    section = denoiser_section(recipe)
+    dropped = [name for name, share in zip(parts(objective.conditioner), objective.dropout) if share]
     return LatentDiffusionPipeline.build(
-        codec, objective.denoiser, objective.conditioner, denoiser_section(recipe).process, recipe.data.image_size
+        codec, objective.denoiser, objective.conditioner, section.process, recipe.data.image_size, dropped
     )
 
 
-@torch.no_grad()
+def shown_records(recipe: Recipe, pipeline: LatentDiffusionPipeline, count: int, first: int = 0) -> dict[str, Any]:
+    """Held-out records that tell a pipeline what to draw, when it needs more than a class; else nothing.
+
+    Args:
+        recipe: the experiment.
+        pipeline: what asks.
+        count: how many records; the held-out pictures are gone through again when they are fewer.
+        first: the number of the first.
+    """
+    if set(parts(pipeline.conditioner)) <= {"classes"}:
+        return {}
+    held_out = open_images(recipe, "val")
+    numbers = torch.arange(first, first + count) % len(held_out)
+    return next(held_out.follow([(numbers, [False] * count)]))
+
+
 def save_preview(recipe: Recipe, codec: Codec, stage: Stage, objective: DenoisingObjective, ema: Any) -> None:
     """Samples of the averaged weights on noise that stays the same through training."""
     parameters = checkpoint.trained(objective)
@@ -183,21 +233,15 @@ def save_preview(recipe: Recipe, codec: Codec, stage: Stage, objective: Denoisin
         ema.store(parameters)
         ema.copy_to(parameters)
     objective.eval()
-    device = stage.accelerator.device
-    condition = null = None
-    if objective.conditioner is not None:
-        classes = [i % objective.conditioner.config["num_classes"] for i in range(PREVIEW_SAMPLES)]
-        condition = objective.conditioner(objective.conditioner.inputs(classes))
-        if objective.conditioner.config["null"]:
-            null = objective.conditioner.null(PREVIEW_SAMPLES)
-    settings = recipe.sample.model_copy(update={"steps": min(PREVIEW_STEPS, recipe.sample.steps)})
-    with stage.accelerator.autocast():
-        latents = sample_latents(
-            objective.denoiser, objective.process, settings, codec.latent_shape(*recipe.data.image_size),
-            condition, null, list(range(PREVIEW_SAMPLES)), device,
-        )  # fmt: skip
-    images = codec.decode(latents).clamp(-1, 1)
-    save_png(make_grid(images.cpu(), columns=8), stage.folder / "previews" / f"{stage.name}-{stage.images:012d}.png")
+    pipeline = make_pipeline(recipe, codec, objective)
+    settings = recipe.sample.model_copy(
+        update={"steps": min(PREVIEW_STEPS, recipe.sample.steps), "count": PREVIEW_SAMPLES, "batch": PREVIEW_SAMPLES}
+    )
+    records = shown_records(recipe, pipeline, PREVIEW_SAMPLES)
+    images = pipeline(
+        sample=settings, records=records, precision=stage.training.precision, output_type="pt", progress=False
+    ).images
+    save_png(make_grid(images, columns=8), stage.folder / "previews" / f"{stage.name}-{stage.images:012d}.png")
     objective.train()
     if ema is not None:
         ema.restore(parameters)

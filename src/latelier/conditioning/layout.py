@@ -1,0 +1,287 @@
+"""Layouts: boxes with classes as a sequence of tokens, read by a transformer that is trained along.
+
+An object is three tokens: its class (with flags such as "a group of"), its top-left and its bottom-right corner on a
+grid. Two more tokens may tell which part of the picture is seen (Rombach et al. 2022, after Esser et al. 2021).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from latelier.conditioning.condition import Condition
+from latelier.conditioning.transformer import TokenTransformer
+from latelier.draws import address
+from latelier.errors import LatelierError
+
+if TYPE_CHECKING:
+    from latelier.conditioning import World
+    from latelier.recipe.condition import LayoutCondition
+    from latelier.tokenizers.codec import Codec
+
+# Bits of a box's flags that a class token carries: 1 group of, 2 occluded, 4 depiction, 8 inside.
+FLAG_BITS = {"coco": 0b0001, "openimages": 0b1111}
+WHOLE = (0.0, 0.0, 1.0, 1.0)
+
+
+def layout_tokens(
+    boxes: Float[Tensor, "n 4"],
+    labels: Int[Tensor, " n"],
+    flags: Int[Tensor, " n"] | None,
+    n_classes: int,
+    form: str = "openimages",
+    tokens: int = 8192,
+    objects: int = 30,
+    tell_crop: bool = True,
+    crop: Sequence[float] = WHOLE,
+    flip: bool = False,
+    order: Sequence[int] | None = None,
+) -> Int[Tensor, " m"]:
+    """The tokens of one picture's layout.
+
+    Objects outside of the crop are left out. When there are more than `objects`, the largest stay; the original leaves
+    such pictures out of the training set.
+
+    Args:
+        boxes: x0 y0 x1 y1 relative to the whole picture.
+        labels: classes in [0, n_classes).
+        flags: bits of `FLAG_BITS`; None for no flags.
+        n_classes: number of classes.
+        form: which flags a class token carries: class + n_classes * flags.
+        tokens: size of the vocabulary; the last one stands for nothing.
+        objects: most objects.
+        tell_crop: whether boxes are told in the whole picture, and the crop is too; else boxes are told in the crop.
+        crop: x0 y0 x1 y1 of the part that is seen.
+        flip: whether the picture is mirrored, after it was cropped.
+        order: permutation of the boxes; by default they keep their order.
+
+    Returns:
+        `3 * objects` tokens, and two more if the crop is told.
+    """
+    boxes, frame = boxes.double(), torch.tensor(crop, dtype=torch.float64)
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)  # (n,)
+    seen = (torch.minimum(boxes[:, 2:], frame[2:]) > torch.maximum(boxes[:, :2], frame[:2])).all(dim=1)  # (n,)
+    kept = [i for i in (range(len(boxes)) if order is None else order) if seen[i]]
+    largest = set(sorted(kept, key=lambda i: -area[i])[:objects])
+    kept = [i for i in kept if i in largest]
+    boxes = boxes[kept]  # (k, 4)
+    if not tell_crop:
+        boxes = _within(boxes, frame)
+    kinds = labels[kept]
+    if flags is not None:
+        kinds = kinds + n_classes * (flags[kept] & FLAG_BITS[form])
+    triples = torch.cat([kinds[:, None], _corners(boxes, tokens, flip)], dim=1)  # (k, 3)
+    out = torch.full((3 * objects + 2 * tell_crop,), tokens - 1)
+    out[: triples.numel()] = triples.flatten()
+    if tell_crop:
+        out[-2:] = _corners(frame[None], tokens, flip)[0]
+    return out
+
+
+def _corners(boxes: Float[Tensor, "n 4"], tokens: int, flip: bool) -> Int[Tensor, "n 2"]:
+    """Tokens of the top-left and the bottom-right corner on a `side` x `side` grid: row * side + column."""
+    side = grid_side(tokens)
+    x0, y0, x1, y1 = boxes.clamp(0, 1).unbind(dim=1)
+    if flip:
+        x0, x1 = 1 - x1, 1 - x0
+    corners = torch.stack([torch.stack([x0, x1], dim=1), torch.stack([y0, y1], dim=1)])  # (2, n, 2)
+    column, row = (corners * (side - 1)).round().long()  # halves to the even number, as the original
+    return row * side + column
+
+
+def _within(boxes: Float[Tensor, "n 4"], frame: Float[Tensor, " 4"]) -> Float[Tensor, "n 4"]:
+    """Boxes relative to a crop. A corner before the crop's is moved to it but the size stays, as in the original."""
+    size = frame[2:] - frame[:2]  # (2,)
+    corner = ((boxes[:, :2] - frame[:2]) / size).clamp(0, 1)  # (n, 2)
+    return torch.cat([corner, corner + (boxes[:, 2:] - boxes[:, :2]) / size], dim=1)
+
+
+def grid_side(tokens: int) -> int:
+    """Side of the grid of corners: 90 of 8192 tokens, of which the last stands for nothing."""
+    return math.isqrt(tokens - 1)
+
+
+class LayoutConditioner(ModelMixin, ConfigMixin):
+    """Tokens of layouts through a `TokenTransformer`; no padding is masked.
+
+    Args:
+        names: of the classes of boxes, index = label.
+        form: `coco` or `openimages`, see `layout_tokens`.
+        objects: most objects of a picture.
+        crop: whether two tokens tell which part of the picture is seen.
+        tokens: size of the vocabulary.
+        dim, layers, heads, head_dim: of the transformer.
+        seed: of the order of objects, which is another one each time a picture is seen.
+
+    Raises:
+        LatelierError: if classes with flags do not fit into the vocabulary.
+    """
+
+    asks = "layouts"
+    spatial_channels = 0
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        names: list[str],
+        form: str = "coco",
+        objects: int = 30,
+        crop: bool = True,
+        tokens: int = 8192,
+        dim: int = 512,
+        layers: int = 16,
+        heads: int = 8,
+        head_dim: int = 64,
+        seed: int = 0,
+    ):
+        super().__init__()
+        kinds = len(names) * (FLAG_BITS[form] + 1)
+        if kinds >= tokens:
+            raise LatelierError(
+                f"condition.tokens = {tokens} has no room for {len(names)} classes in form {form}; set it over {kinds}."
+            )
+        self.length = 3 * objects + 2 * crop
+        self.transformer = TokenTransformer(tokens, self.length, dim, layers, heads, head_dim)
+
+    @property
+    def token_width(self) -> int:
+        """Width of the tokens that come out."""
+        return self.config["dim"]
+
+    # -- what a user asks for -----------------------------------------------------------------------------------------
+
+    def inputs(self, wanted: list[Any], size: tuple[int, int]) -> dict[str, list[Tensor]]:
+        """Layouts, a list of objects for each picture, as record entries.
+
+        Args:
+            wanted: objects are `(class, x0, y0, x1, y1)` or `{"class": ..., "box": [x0, y0, x1, y1], "flags": bits}`;
+                the class by name or index, the box relative to the picture, flags as in `FLAG_BITS`, 0 by default.
+            size: not used.
+
+        Raises:
+            LatelierError: for an unknown class, a box that is none, or too many objects.
+        """
+        entries: dict[str, list[Tensor]] = {"boxes": [], "box_labels": [], "box_flags": []}
+        for layout in wanted:
+            if not isinstance(layout, Sequence) or isinstance(layout, str):
+                raise LatelierError(f"layouts has {layout!r}; give a list of objects (class, x0, y0, x1, y1) for each.")
+            if len(layout) > self.config["objects"]:
+                raise LatelierError(
+                    f"A layout has {len(layout)} objects, but this model is told {self.config['objects']} at most."
+                )
+            objects = [self._object(item) for item in layout]
+            entries["boxes"].append(torch.tensor([box for _, box, _ in objects]).view(-1, 4))  # (n, 4)
+            entries["box_labels"].append(torch.tensor([label for label, _, _ in objects], dtype=torch.int64))
+            entries["box_flags"].append(torch.tensor([flags for _, _, flags in objects], dtype=torch.int64))
+        return entries
+
+    def _object(self, item: Any) -> tuple[int, list[float], int]:
+        """Class, box and flags of one object."""
+        try:
+            if isinstance(item, Mapping):
+                kind, box, flags = item["class"], [float(side) for side in item["box"]], int(item.get("flags", 0))
+            else:
+                kind, *rest = item
+                box, flags = [float(side) for side in rest], 0
+            x0, y0, x1, y1 = box
+        except (KeyError, TypeError, ValueError):
+            raise LatelierError(
+                f"layouts has the object {item!r}; give (class, x0, y0, x1, y1) or {{'class': ..., 'box': [...]}}."
+            ) from None
+        if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
+            raise LatelierError(f"The box {box} of {kind!r} is not x0 < x1, y0 < y1 within [0, 1].")
+        allowed = FLAG_BITS[self.config["form"]]
+        if not 0 <= flags <= allowed:
+            raise LatelierError(f"flags = {flags} of {kind!r} is not within 0..{allowed}.")
+        return self.index(kind), box, flags
+
+    def index(self, wanted: Any) -> int:
+        """A class's index from its index or its name.
+
+        Raises:
+            LatelierError: for an unknown class.
+        """
+        names = self.config["names"]
+        if wanted in names:
+            return names.index(wanted)
+        if isinstance(wanted, int) and 0 <= wanted < len(names):
+            return wanted
+        shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+        raise LatelierError(f"Unknown class of boxes {wanted!r}; this model knows: {shown}.")
+
+    # -- batches ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def prepare(self, batch: Mapping[str, Any], codec: Codec | None = None) -> dict[str, Tensor]:
+        """`layout_tokens (b, n)` int64 of a batch's boxes.
+
+        Boxes are relative to what is seen, so that what is seen is the whole picture; unless the batch has `crop`,
+        `(b, 4)` x0 y0 x1 y1 of what is seen in the picture that it was cut from. Objects are shuffled by
+        `batch["draw"]`; without it, as when a user asks for a layout, they keep their order.
+        """
+        rows = [self._row(batch, i) for i in range(len(batch["boxes"]))]
+        return {"layout_tokens": torch.stack(rows).to(self.device)}  # (b, n)
+
+    def _row(self, batch: Mapping[str, Any], i: int) -> Int[Tensor, " n"]:
+        boxes, labels = batch["boxes"][i].cpu().double(), batch["box_labels"][i].cpu()  # (n, 4), (n,)
+        order, crop = None, WHOLE
+        if "draw" in batch:
+            generator = torch.Generator().manual_seed(
+                address(self.config["seed"], "order of objects", int(batch["draw"][i]))
+            )
+            order = torch.randperm(len(boxes), generator=generator).tolist()
+        if "crop" in batch and self.config["crop"]:
+            corner, end = batch["crop"][i].cpu().double().split(2)  # (2,), (2,)
+            boxes = corner.repeat(2) + boxes * (end - corner).repeat(2)  # (n, 4), in the whole picture
+            crop = (*corner.tolist(), *end.tolist())
+        return layout_tokens(
+            boxes,
+            labels,
+            batch["box_flags"][i].cpu() if "box_flags" in batch else None,
+            len(self.config["names"]),
+            form=self.config["form"],
+            tokens=self.config["tokens"],
+            objects=self.config["objects"],
+            tell_crop=self.config["crop"],
+            crop=crop,
+            order=order,
+        )
+
+    def forward(self, batch: Mapping[str, Any], drop: Bool[Tensor, " b"] | None = None) -> Condition:
+        """Tokens `(b, n, d)` of `batch["layout_tokens"]`; rows where `drop` is true get those of no layout at all."""
+        tokens = batch["layout_tokens"].to(self.device)  # (b, n)
+        if drop is not None:
+            tokens = tokens.masked_fill(drop.to(tokens.device)[:, None], self.config["tokens"] - 1)
+        return Condition(tokens=self.transformer(tokens))
+
+
+def build(section: LayoutCondition, world: World) -> LayoutConditioner:
+    """The conditioner of a recipe's section.
+
+    Raises:
+        LatelierError: if the data have no boxes, or too many classes.
+    """
+    if world.box_names is None:
+        raise LatelierError(
+            "denoiser.condition is layout, but the data have no boxes; give them by data.boxes or a column `objects`."
+        )
+    return LayoutConditioner(
+        names=list(world.box_names),
+        form=section.form,
+        objects=section.objects,
+        crop=section.crop,
+        tokens=section.tokens,
+        dim=section.dim,
+        layers=section.layers,
+        heads=section.heads,
+        head_dim=section.head_dim,
+        seed=world.seed,
+    )

@@ -1,0 +1,116 @@
+"""Super-resolution: the small picture beside `x_t` (LDM, section 4.4).
+
+The small picture is not encoded. Where it has the latents' size, as in the paper (64 x 64 for 256 x 256, f = 4), it is
+concatenated as it is; larger ones are folded into channels without loss, smaller ones are enlarged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from jaxtyping import Bool
+from torch import Tensor
+
+from latelier.conditioning.condition import Condition
+from latelier.conditioning.spatial import blank, grid_of, needed, read_picture, require_grid
+from latelier.data.degradations import degrade
+from latelier.errors import LatelierError
+
+if TYPE_CHECKING:
+    from latelier.conditioning import World
+    from latelier.recipe.condition import LowResolutionCondition
+
+
+class LowResolutionConditioner(ModelMixin, ConfigMixin):
+    """A smaller picture on the latents' grid; nothing is learned.
+
+    Args:
+        factor: how many times smaller a side is.
+        degradation: how small pictures are made in training, see `latelier.data.degradations`.
+        image_channels: of the pictures.
+        latent_factor: pixels along a side of a latent position; `factor` divides it, or is larger.
+        seed: of random degradations, addressed by `batch["draw"]`.
+
+    Raises:
+        LatelierError: if the small picture's pixels do not make whole latent positions.
+    """
+
+    asks = "low_resolution"
+    token_width = 0
+
+    @register_to_config
+    def __init__(
+        self, factor: int, degradation: str = "bicubic", image_channels: int = 3, latent_factor: int = 4, seed: int = 0
+    ):
+        super().__init__()
+        if factor < latent_factor and latent_factor % factor:
+            raise LatelierError(
+                f"condition.factor = {factor} does not divide the tokenizer's factor {latent_factor}; "
+                f"use a divisor of {latent_factor}, or more than it."
+            )
+        self.register_buffer("one", torch.ones(1))  # gives the module a device and its weights file a content
+
+    @property
+    def spatial_channels(self) -> int:
+        """Channels that are concatenated to `x_t`."""
+        return self.config["image_channels"] * self._fold**2
+
+    @property
+    def _fold(self) -> int:
+        """Pixels of the small picture along a side of a latent position, at least one."""
+        return max(1, self.config["latent_factor"] // self.config["factor"])
+
+    def prepare(self, batch: Mapping[str, Any], codec: Any) -> dict[str, Tensor]:
+        """`low` `(b, c, h / factor, w / factor)` of `image`, unless it is there already."""
+        if "low" in batch:
+            return {}
+        image, config = needed(batch, "image", "low-resolution"), self.config
+        return {"low": degrade(image, config["factor"], config["degradation"], config["seed"], batch["draw"])}
+
+    def forward(self, batch: Mapping[str, Any], drop: Bool[Tensor, " b"] | None = None) -> Condition:
+        """The condition of `batch["low"]` in [-1, 1]; rows where `drop` is true get zeros."""
+        low, factor = batch["low"].to(self.device, self.dtype), self.config["factor"]  # (b, c, h / s, w / s)
+        grid = grid_of((low.shape[2] * factor, low.shape[3] * factor), self.config["latent_factor"])
+        if self._fold > 1:
+            low = F.pixel_unshuffle(low, self._fold)  # (b, c fold fold, *grid)
+        elif low.shape[2:] != grid:
+            low = F.interpolate(low, size=grid, mode="bicubic", align_corners=False)  # (b, c, *grid)
+        return Condition(spatial=blank(low, drop))
+
+    def inputs(self, wanted: list[Any], size: tuple[int, int]) -> dict[str, Any]:
+        """Small pictures as a user gives them (see `read_picture`) to `low`.
+
+        Raises:
+            LatelierError: if one has not `size`, height and width of the pictures to draw, over the factor.
+        """
+        pictures = [read_picture(entry, self.config["image_channels"], self.asks) for entry in wanted]
+        for picture in pictures:
+            self._check(picture.shape[1], picture.shape[2], size)
+        return {"low": torch.stack(pictures)}  # (b, c, h / s, w / s)
+
+    def _check(self, height: int, width: int, size: tuple[int, int]) -> None:
+        factor = self.config["factor"]
+        if (height * factor, width * factor) == size:
+            return
+        fits = f"from {size[0] // factor} x {size[1] // factor} ones"
+        if size[0] % factor or size[1] % factor:
+            fits = f"from none, as {factor} does not divide it"
+        raise LatelierError(
+            f"{self.asks}: a model for factor {factor} draws {size[0]} x {size[1]} pictures (height x width) {fits}; "
+            f"this one is {height} x {width}: resize it, or ask for height={height * factor}, width={width * factor}."
+        )
+
+
+def build_low_resolution(section: LowResolutionCondition, world: World) -> LowResolutionConditioner:
+    """A conditioner for the recipe's factor and degradation.
+
+    Raises:
+        LatelierError: if the factor does not go with the tokenizer's, or the latents are no grid.
+    """
+    require_grid(world, section.kind)
+    return LowResolutionConditioner(section.factor, section.degradation, world.image_channels, world.factor, world.seed)

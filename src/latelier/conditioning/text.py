@@ -1,0 +1,422 @@
+"""Captions: tokens of a transformer that is trained along with the denoiser, or of a frozen text encoder.
+
+trained   word pieces -> `TokenTransformer` -> tokens; padding is not masked (Rombach et al. 2022)
+frozen    any text encoder of `transformers`, computed once for a batch and without gradients; padding is masked
+
+The conditioner carries all that it needs in its own weights and config, the frozen encoder and the word pieces too: it
+opens where neither the encoder's folder nor the Hub is at hand. Who is told nothing is told the empty caption.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from latelier.conditioning.condition import Condition
+from latelier.conditioning.transformer import TokenTransformer
+from latelier.errors import LatelierError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from latelier.conditioning import World
+    from latelier.recipe.condition import TextCondition
+    from latelier.tokenizers.codec import Codec
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+CHARACTERS = 1000  # that word pieces are made of, the most frequent ones
+# Classes that hold only the text half of a model; other kinds are opened by AutoModel.
+TEXT_HALF = {
+    "clip": "CLIPTextModel",
+    "clip_text_model": "CLIPTextModel",
+    "t5": "T5EncoderModel",
+    "mt5": "MT5EncoderModel",
+    "umt5": "UMT5EncoderModel",
+}
+NOT_THE_ENCODER = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
+
+
+class TextConditioner(ModelMixin, ConfigMixin):
+    """Tokens of captions. `TextConditioner.trained` and `TextConditioner.frozen` make one.
+
+    Args:
+        vocabulary_bytes: length of the tokenizer's JSON, which is the buffer `vocabulary`.
+        vocabulary_size: number of different tokens.
+        length: tokens of a caption; longer ones are cut, shorter ones are padded.
+        dim: width of the tokens that come out.
+        layers, heads, head_dim: of the trained transformer.
+        encoder_class: name of the frozen encoder's class in `transformers`; None for the trained transformer.
+        encoder_config: its config.
+    """
+
+    asks = "prompts"
+    spatial_channels = 0
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        vocabulary_bytes: int,
+        vocabulary_size: int,
+        length: int = 77,
+        dim: int = 640,
+        layers: int = 32,
+        heads: int = 8,
+        head_dim: int = 64,
+        encoder_class: str | None = None,
+        encoder_config: dict[str, Any] | None = None,
+    ):
+        super().__init__()
+        self._words: Tokenizer | None = None
+        self.register_buffer("vocabulary", torch.zeros(vocabulary_bytes, dtype=torch.uint8))
+        self.register_buffer("null_tokens", torch.zeros(length, dtype=torch.int64))
+        self.register_buffer("null_mask", torch.ones(length, dtype=torch.bool))
+        self.encoder: nn.Module | None = None
+        if encoder_class is None:
+            self.transformer = TokenTransformer(vocabulary_size, length, dim, layers, heads, head_dim)
+        else:
+            self.encoder = _new_encoder(encoder_class, encoder_config or {})
+            self.register_buffer("null_features", torch.zeros(length, dim))
+
+    # -- two ways to make one -----------------------------------------------------------------------------------------
+
+    @classmethod
+    def trained(cls, words: Tokenizer, length: int = 77, **sizes: int) -> TextConditioner:
+        """A transformer with fresh weights over the tokens of `words`; `sizes` are dim, layers, heads, head_dim.
+
+        Raises:
+            LatelierError: if `length` leaves no room for a word.
+        """
+        words = _framed(words, length)
+        text = words.to_str().encode()
+        conditioner = cls(len(text), vocabulary_size(words), length, **sizes)
+        conditioner._remember(text, words)
+        return conditioner
+
+    @classmethod
+    def frozen(cls, name: str, length: int = 77) -> TextConditioner:
+        """A text encoder of `transformers`, frozen, with its tokenizer.
+
+        Args:
+            name: on the Hugging Face Hub, or a folder.
+            length: tokens of a caption.
+
+        Raises:
+            LatelierError: if it cannot be loaded, encodes no text, or has no room for so many tokens.
+        """
+        encoder, class_name, config = read_encoder(name)
+        room = config.get("max_position_embeddings")
+        if room is not None and length > room:
+            raise LatelierError(f"condition.length = {length}, but {name} reads {room} tokens at most.")
+        words = _framed(read_tokenizer(name), length)
+        if vocabulary_size(words) > config["vocab_size"]:
+            raise LatelierError(
+                f"The tokenizer of {name} has {vocabulary_size(words)} tokens, its encoder {config['vocab_size']}; "
+                "put the encoder's own tokenizer into the folder."
+            )
+        text = words.to_str().encode()
+        try:
+            features = _features(encoder, *_encode(words, [""]))  # (1, n, d)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise LatelierError(
+                f"condition.encoder = {name!r} is a {class_name}, which does not read text alone ({_first(error)}); "
+                "give a text encoder, such as the folder of a CLIP text model, a T5 or a BERT."
+            ) from None
+        with init_empty_weights():  # of the encoder, whose weights are here already
+            conditioner = cls(
+                len(text), vocabulary_size(words), length, features.shape[-1],
+                encoder_class=class_name, encoder_config=config,
+            )  # fmt: skip
+        conditioner.encoder = encoder
+        conditioner._remember(text, words)
+        conditioner.null_features.copy_(features[0])
+        return conditioner
+
+    def _remember(self, text: bytes, words: Tokenizer) -> None:
+        """Put the tokenizer and the empty caption into the buffers."""
+        self.vocabulary.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+        tokens, mask = _encode(words, [""])  # (1, n)
+        self.null_tokens.copy_(tokens[0])
+        self.null_mask.copy_(mask[0])
+
+    # -- what conditioners do -----------------------------------------------------------------------------------------
+
+    @property
+    def token_width(self) -> int:
+        """Width of the tokens."""
+        return self.config["dim"]
+
+    @property
+    def words(self) -> Tokenizer:
+        """The tokenizer in the buffer `vocabulary`."""
+        if self._words is None:
+            text = self.vocabulary.cpu().numpy().tobytes().decode()
+            self._words = _library("tokenizers").Tokenizer.from_str(text)
+        return self._words
+
+    def inputs(self, wanted: list[Any], size: tuple[int, int]) -> dict[str, list[str]]:
+        """Prompts, one for each picture, as captions.
+
+        Raises:
+            LatelierError: if one is no text.
+        """
+        for prompt in wanted:
+            if not isinstance(prompt, str):
+                raise LatelierError(f"prompts has {prompt!r}, which is no text; give one string for each picture.")
+        return {"caption": list(wanted)}
+
+    @torch.no_grad()
+    def prepare(self, batch: Mapping[str, Any], codec: Codec | None = None) -> dict[str, Tensor]:
+        """Token ids of `batch["caption"]`, and what a frozen encoder makes of them.
+
+        Returns:
+            `text_tokens (b, n)` int64, `text_mask (b, n)`, true where a token is no padding, and for a frozen encoder
+            `text_features (b, n, d)`.
+        """
+        tokens, mask = (x.to(self.device) for x in _encode(self.words, batch["caption"]))  # (b, n)
+        entries = {"text_tokens": tokens, "text_mask": mask}
+        if self.encoder is not None:
+            entries["text_features"] = _features(self.encoder, tokens, mask)  # (b, n, d)
+        return entries
+
+    def forward(self, batch: Mapping[str, Any], drop: Bool[Tensor, " b"] | None = None) -> Condition:
+        """Tokens `(b, n, d)` of what `prepare` made; rows where `drop` is true get those of the empty caption."""
+        tokens, mask = (batch[name].to(self.device) for name in ("text_tokens", "text_mask"))  # (b, n)
+        if drop is None:
+            drop = torch.zeros(len(tokens), dtype=torch.bool)
+        drop = drop.to(self.device)[:, None]  # (b, 1)
+        if self.encoder is None:
+            return Condition(tokens=self.transformer(torch.where(drop, self.null_tokens, tokens)))
+        features = batch["text_features"].to(self.device)  # (b, n, d)
+        features = torch.where(drop[..., None], self.null_features.to(features.dtype), features)
+        return Condition(tokens=features, mask=torch.where(drop, self.null_mask, mask))
+
+    def train(self, mode: bool = True) -> TextConditioner:
+        """Training mode; a frozen encoder has no part in it."""
+        super().train(mode)
+        if self.encoder is not None:
+            self.encoder.eval()
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._words = None  # the vocabulary may be another
+
+
+# -- tokenizers -------------------------------------------------------------------------------------------------------
+
+
+def train_words(captions: Callable[[], Iterator[str]], size: int) -> Tokenizer:
+    """Word pieces (BERT's, lower case) of captions: the same captions give the same pieces.
+
+    Args:
+        captions: one pass over the captions; it is called twice.
+        size: of the vocabulary, at most.
+
+    Raises:
+        LatelierError: if there is not a single word.
+    """
+    library = _library("tokenizers")
+    words = _word_pieces(library, {name: i for i, name in enumerate(SPECIAL)})
+    counts = Counter(c for caption in captions() for c in words.normalizer.normalize_str(caption) if not c.isspace())
+    if not counts:
+        raise LatelierError("condition.vocabulary = 'data', but all captions are empty; name a tokenizer instead.")
+    ranked = sorted(counts, key=lambda c: (-counts[c], c))[: min(CHARACTERS, size // 4)]
+    alphabet = sorted(ranked)
+    # The trainer numbers characters in the order of a hash table, another one in each process, and ties between
+    # pieces are broken by number. Given as special tokens, in order, they are numbered already.
+    first = [*SPECIAL, *alphabet, *(f"##{c}" for c in alphabet)]
+    trainer = library.trainers.WordPieceTrainer(
+        vocab_size=size, min_frequency=2, special_tokens=first, initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet), show_progress=False,
+    )  # fmt: skip
+    words.train_from_iterator(captions(), trainer)
+    return _word_pieces(library, words.get_vocab())
+
+
+def _word_pieces(library: Any, vocabulary: dict[str, int]) -> Tokenizer:
+    """BERT's tokenizer, uncased, over a vocabulary: [CLS] caption [SEP]."""
+    words = library.Tokenizer(library.models.WordPiece(vocabulary, unk_token="[UNK]"))
+    words.normalizer = library.normalizers.BertNormalizer(lowercase=True)
+    words.pre_tokenizer = library.pre_tokenizers.BertPreTokenizer()
+    words.decoder = library.decoders.WordPiece()
+    words.add_special_tokens(list(SPECIAL))
+    frame = [(name, vocabulary[name]) for name in ("[CLS]", "[SEP]")]
+    words.post_processor = library.processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=frame)
+    words.enable_padding(pad_id=vocabulary["[PAD]"], pad_token="[PAD]")
+    return words
+
+
+def read_tokenizer(name: str) -> Tokenizer:
+    """A tokenizer by its name on the Hugging Face Hub, or from a folder.
+
+    Raises:
+        LatelierError: if it cannot be loaded.
+    """
+    library = _library("transformers")
+    try:
+        tokenizer = library.AutoTokenizer.from_pretrained(name)
+        words = tokenizer.backend_tokenizer
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+        raise LatelierError(_not_loaded("tokenizer", name, error, "`vocabulary: data`")) from None
+    words = type(words).from_str(words.to_str())
+    # Of a folder without a tokenizer's files, transformers makes one that knows no words but its special tokens.
+    if len(words.get_vocab()) - len(words.get_added_tokens_decoder()) < 10:
+        raise LatelierError(_not_loaded("tokenizer", name, OSError("it has no words"), "`vocabulary: data`"))
+    pad = tokenizer.pad_token or tokenizer.eos_token  # language models were trained without padding
+    if pad is None:
+        raise LatelierError(f"The tokenizer {name} has no token for padding; choose another one.")
+    words.enable_padding(pad_id=tokenizer.convert_tokens_to_ids(pad), pad_token=pad)
+    return words
+
+
+def vocabulary_size(words: Tokenizer) -> int:
+    """How many rows an embedding of these tokens has."""
+    return 1 + max(words.get_vocab().values())
+
+
+def _framed(words: Tokenizer, length: int) -> Tokenizer:
+    """A tokenizer whose encodings are all of one length."""
+    marks = words.num_special_tokens_to_add(False)
+    if length <= marks:
+        raise LatelierError(f"condition.length = {length} leaves no room for words beside {marks} marks; enlarge it.")
+    pad = words.padding
+    assert pad is not None  # `train_words` and `read_tokenizer` enable it
+    words = type(words).from_str(words.to_str())
+    words.enable_truncation(length)
+    words.enable_padding(pad_id=pad["pad_id"], pad_token=pad["pad_token"], length=length)
+    return words
+
+
+def _encode(words: Tokenizer, captions: list[str]) -> tuple[Int[Tensor, "b n"], Bool[Tensor, "b n"]]:
+    """Token ids, and a mask that is true where a token counts: at least the first, lest nothing could be attended."""
+    encodings = words.encode_batch(captions)
+    tokens = torch.tensor([encoding.ids for encoding in encodings])  # (b, n)
+    mask = torch.tensor([encoding.attention_mask for encoding in encodings]).bool()  # (b, n)
+    mask[:, 0] = True
+    return tokens, mask
+
+
+# -- frozen encoders --------------------------------------------------------------------------------------------------
+
+
+def read_encoder(name: str) -> tuple[nn.Module, str, dict[str, Any]]:
+    """A text encoder by its name on the Hugging Face Hub, or from a folder, frozen and in float32.
+
+    Returns:
+        The encoder, the name of its class in `transformers`, its config.
+
+    Raises:
+        LatelierError: if it cannot be loaded, lacks weights, or has a decoder too.
+    """
+    library = _library("transformers")
+    try:
+        kind = library.AutoConfig.from_pretrained(name).model_type
+        cls = getattr(library, TEXT_HALF.get(kind, "AutoModel"))
+        with _quiet(library):  # of the other half's weights, which are left aside
+            model, report = cls.from_pretrained(name, output_loading_info=True)
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        raise LatelierError(_not_loaded("encoder", name, error, "`encoder: trained`")) from None
+    lacking = sorted(key for key in report["missing_keys"] if "pooler" not in key)  # tokens are not pooled
+    if lacking:
+        raise LatelierError(f"{name} lacks weights of {type(model).__name__}: {', '.join(lacking[:3])}.")
+    if model.config.is_encoder_decoder:
+        raise LatelierError(f"{name} is a {type(model).__name__}, which has a decoder too; give a text encoder.")
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    config = {key: value for key, value in config.items() if key not in NOT_THE_ENCODER}
+    return _stripped(model.float()), type(model).__name__, config
+
+
+def _new_encoder(class_name: str, config: dict[str, Any]) -> nn.Module:
+    """An encoder to load weights into."""
+    library = _library("transformers")
+    cls: Any = getattr(library, class_name, None)
+    known = isinstance(cls, type) and issubclass(cls, library.PreTrainedModel)
+    if not known:
+        raise LatelierError(f"The conditioner's config names {class_name!r}, which is no model of transformers.")
+    return _stripped(cls(cls.config_class.from_dict(dict(config))))
+
+
+def _stripped(model: nn.Module) -> nn.Module:
+    """Frozen; of T5 without the second name of its embedding, since files hold each tensor once."""
+    model = model.encoder if type(model).__name__.endswith("T5EncoderModel") else model
+    return model.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def _features(encoder: nn.Module, tokens: Int[Tensor, "b n"], mask: Bool[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
+    """The encoder's last hidden state, float32."""
+    return encoder(input_ids=tokens, attention_mask=mask.long()).last_hidden_state.float()
+
+
+@contextmanager
+def _quiet(library: Any) -> Iterator[None]:
+    """Without the progress bars and reports of transformers."""
+    logging = library.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _library(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        raise LatelierError(f"Captions need the package {name}: pip install 'latelier[text]'.") from None
+
+
+def _not_loaded(what: str, name: str, error: Exception, otherwise: str) -> str:
+    return (
+        f"The text {what} {name!r} cannot be loaded ({_first(error)}); give a name on the Hugging Face Hub when "
+        f"online, a folder with config, weights and tokenizer, or choose {otherwise}, which needs neither."
+    )
+
+
+def _first(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+# -- from a recipe ----------------------------------------------------------------------------------------------------
+
+
+def build(section: TextCondition, world: World) -> TextConditioner:
+    """The conditioner of a recipe's section.
+
+    Raises:
+        LatelierError: if the data have no captions, or a name cannot be loaded.
+    """
+    if world.captions is None:
+        raise LatelierError(
+            "denoiser.condition is text, but the data have no captions; name their column by data.caption_key."
+        )
+    if section.encoder != "trained":
+        return TextConditioner.frozen(section.encoder, section.length)
+    if section.vocabulary == "data":
+        words = train_words(world.captions, section.vocabulary_size)
+    else:
+        words = read_tokenizer(section.vocabulary)
+    return TextConditioner.trained(
+        words,
+        section.length,
+        dim=section.dim,
+        layers=section.layers,
+        heads=section.heads,
+        head_dim=section.head_dim,
+    )

@@ -1,0 +1,104 @@
+"""A whole official latent diffusion checkpoint (`model.ckpt`) to a pipeline that samples.
+
+first_stage_model.*             the autoencoder, KL or VQ by what it has
+model.diffusion_model.*         the U-Net; its averages `model_ema.*` are taken where there are any
+cond_stage_model.*              class embedding, text or layout transformer, rescaler of label maps
+betas, scale_factor             the noise schedule, and what latents were multiplied by
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from torch import Tensor
+
+from latelier.conditioning.segmentation import SegmentationConditioner
+from latelier.convert import Converted, load_exactly, need
+from latelier.convert.ldm_autoencoder import convert_kl, convert_vq
+from latelier.convert.ldm_text import layout_conditioner, text_conditioner
+from latelier.convert.ldm_unet import convert as convert_unet
+from latelier.errors import LatelierError
+from latelier.tokenizers.codec import Codec
+
+FIRST, STAGE = "first_stage_model.", "cond_stage_model."
+
+
+def convert(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
+    """Build the pipeline.
+
+    Args:
+        weights: original names, prefixes included.
+        config: what the shapes do not tell: `heads` or `num_head_channels`, `attention_resolutions`,
+            `attn_resolutions` of the autoencoder, `image_size` of the latents, `scale_factor`; `vocabulary`, the folder
+            or Hub name of the text tokenizer; `box_names`, the classes of layouts; `betas` as a pair of the schedule's
+            ends if the checkpoint lacks them.
+
+    Raises:
+        LatelierError: if the checkpoint lacks a part.
+    """
+    from latelier.pipeline import LatentDiffusionPipeline
+    from latelier.recipe import Process
+
+    unet = convert_unet(weights, config)
+    first = {name.removeprefix(FIRST): value for name, value in weights.items() if name.startswith(FIRST)}
+    if not first:
+        raise LatelierError(
+            "This checkpoint has a U-Net but no autoencoder (keys that begin with first_stage_model.); "
+            "convert it as ldm-unet, and the autoencoder's own checkpoint as ldm-kl or ldm-vq."
+        )
+    tokenizer = (convert_vq if "quantize.embedding.weight" in first else convert_kl)(first, config).model
+    conditioner = unet.conditioner or _conditioner(weights, config, Codec(tokenizer).factor)
+    start, end = _betas(weights, config)
+    process = Process(kind="ddpm", beta_schedule="scaled_linear", beta_start=start, beta_end=end)
+    codec = _codec(tokenizer, weights, config)
+    side = config.get("image_size", 64) * codec.factor
+    pipeline = LatentDiffusionPipeline.build(
+        codec, unet.model, conditioner, process, (side, side), _dropped(conditioner)
+    )
+    return Converted(unet.model, conditioner, pipeline)
+
+
+def _codec(tokenizer: ModelMixin, weights: dict[str, Tensor], config: dict[str, Any]) -> Codec:
+    """z times `scale_factor` is what the U-Net saw: a standard deviation of its inverse, and a mean of zero."""
+    stored = weights.get("scale_factor")
+    factor = float(stored) if stored is not None else config.get("scale_factor", 1.0)
+    channels = tokenizer.config["latent_channels"]  # type: ignore[index]
+    return Codec(tokenizer, torch.zeros(channels), torch.full((channels,), 1 / factor))
+
+
+def _betas(weights: dict[str, Tensor], config: dict[str, Any]) -> tuple[float, float]:
+    """Both ends of the schedule."""
+    if "betas" in config:
+        start, end = config["betas"]
+        return float(start), float(end)
+    betas = need(weights, "betas", "latent diffusion")
+    return round(float(betas[0]), 6), round(float(betas[-1]), 6)
+
+
+def _conditioner(weights: dict[str, Tensor], config: dict[str, Any], factor: int) -> ModelMixin | None:
+    """What belongs to the keys under `cond_stage_model.`; the class embedding is the U-Net converter's."""
+    if f"{STAGE}transformer.token_emb.weight" in weights:
+        if "box_names" in config:
+            return layout_conditioner(weights, config["box_names"])
+        if "vocabulary" in config:
+            return text_conditioner(weights, config["vocabulary"])
+        raise LatelierError(
+            "The checkpoint's transformer reads tokens whose meaning it does not hold: give vocabulary=<folder or Hub "
+            "name of bert-base-uncased> for a text model, or box_names=[...] for a layout model."
+        )
+    kernel = weights.get(f"{STAGE}channel_mapper.weight")  # (channels, classes, 1, 1)
+    if kernel is None:
+        return None
+    conditioner = SegmentationConditioner(kernel.shape[1], kernel.shape[0], factor)
+    load_exactly(conditioner, {"projection.weight": kernel})
+    return conditioner
+
+
+def _dropped(conditioner: ModelMixin | None) -> list[str]:
+    """Class and text models of latent diffusion can be guided: they know the null class or the empty caption."""
+    asks = getattr(conditioner, "asks", None)
+    if asks == "classes":
+        return ["classes"] if conditioner.config["null"] else []  # type: ignore[union-attr, index]
+    return ["prompts"] if asks == "prompts" else []

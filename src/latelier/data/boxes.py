@@ -1,0 +1,449 @@
+"""Boxes around objects, from the forms in which they are kept: COCO files, YOLO's text files, tables of objects.
+
+All of them become the same entries of a record: `boxes` `(n, 4)` float32, relative x0 y0 x1 y1 of the upright picture,
+`box_labels` `(n,)` int64 and `box_flags` `(n,)` int64, bits of `FLAGS`. Boxes are cut at the picture's edges; those of
+which nothing is left are dropped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from latelier.data.sources import VAL_NAMES
+from latelier.data.transforms import orientation
+from latelier.errors import LatelierError
+from latelier.recipe import Data
+
+# What is said of a box in COCO (`iscrowd`) and in Open Images (the others), and its bit.
+FLAGS = {"iscrowd": 1, "isgroupof": 1, "isoccluded": 2, "isdepiction": 4, "isinside": 8}
+OWN = ("boxes", "box_labels", "box_flags")
+CATEGORY_KEYS = ("category", "categories", "label", "labels", "category_id")
+NAME_FILES = ("data.yaml", "dataset.yaml", "classes.txt", "obj.names")
+SPLIT = "{split}"  # in `data.boxes`: the name of the split
+
+Entries = dict[str, np.ndarray]
+
+
+class Numbering(NamedTuple):
+    """Names of box classes, and the label of each value that stands for one in the files."""
+
+    names: list[str]
+    labels: dict[Any, int]
+
+    @classmethod
+    def of(cls, values: Iterable[Any], own: Sequence[str], like: list[str] | None, where: Any) -> Numbering:
+        """Number values whose names are `own`, as in `like` if that is given.
+
+        Raises:
+            LatelierError: for a name that is not in `like`.
+        """
+        names = list(own) if like is None else like
+        for name in own:
+            if name not in names:
+                raise LatelierError(
+                    f"{where} has boxes of the class {name!r}, which the training pictures do not have."
+                )
+        return cls(names, {value: names.index(name) for value, name in zip(values, own)})
+
+    def number(self, values: Iterable[Any], where: Any) -> list[int]:
+        """Labels of values.
+
+        Raises:
+            LatelierError: for a value that stands for no class.
+        """
+        values = list(values)
+        for value in values:
+            if value not in self.labels:
+                raise LatelierError(f"{where} has a box of the class {value!r}; there are {len(self.names)} classes.")
+        return [self.labels[value] for value in values]
+
+
+@runtime_checkable
+class Boxes(Protocol):
+    """The boxes of a folder's pictures.
+
+    Attributes:
+        names: of the classes, index = label.
+        files: from which they are read, for fingerprints.
+    """
+
+    names: list[str]
+    files: list[Path]
+
+    def knows(self, path: Path) -> bool:
+        """Whether anything is said of a picture; others are left out."""
+
+    def entries(self, path: Path, image: Image.Image | np.ndarray) -> Entries:
+        """A picture's entries of the record."""
+
+
+class CocoBoxes:
+    """A COCO annotation file: `images`, `annotations` with `bbox` (x, y, w, h in pixels), `categories`.
+
+    A picture is found by the longest end of its path that is a `file_name`. Classes are numbered in the order of
+    their ids.
+
+    Args:
+        file: the annotations.
+        root: pictures' paths are relative to this folder.
+        paths: the pictures.
+        like: numbering of the classes.
+
+    Raises:
+        LatelierError: if the file cannot be read, or names none of the pictures, or one `file_name` means several.
+    """
+
+    def __init__(self, file: Path, root: Path, paths: list[Path], like: list[str] | None = None):
+        self.files = [file]
+        try:
+            told = json.loads(file.read_text(encoding="utf-8"))
+            images = {image["id"]: image for image in told["images"]}
+            categories = sorted(told["categories"], key=lambda category: category["id"])
+            found: dict[int, list[dict[str, Any]]] = {number: [] for number in images}
+            for annotation in told["annotations"]:
+                found[annotation["image_id"]].append(annotation)
+            by_name = {Path(image["file_name"]).as_posix(): image for image in images.values()}
+            ids = [category["id"] for category in categories]
+            own = [str(category["name"]) for category in categories]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise LatelierError(f"data.boxes: {file} is no COCO annotation file ({error!r}).") from None
+        self.names, self._labels = Numbering.of(ids, own, like, file)
+        matches = {path: by_name[name] for path in paths if (name := _longest_end(path, root, by_name))}
+        _check_matches(matches, file, root)
+        self._entries = {path: self._read(image, found[image["id"]]) for path, image in matches.items()}
+
+    def knows(self, path: Path) -> bool:
+        return path in self._entries
+
+    def entries(self, path: Path, image: Image.Image | np.ndarray) -> Entries:
+        return self._entries[path]
+
+    def _read(self, image: dict[str, Any], annotations: list[dict[str, Any]]) -> Entries:
+        where = f"{self.files[0]}, image {image['file_name']}"
+        if not image.get("width") or not image.get("height"):
+            raise LatelierError(f"{where} has no width and height, so its boxes are not known.")
+        labels = Numbering(self.names, self._labels).number([a.get("category_id") for a in annotations], where)
+        flags = [_bits(annotation) for annotation in annotations]
+        return pixel_entries(
+            [a.get("bbox") for a in annotations], labels, flags, (image["width"], image["height"]), where
+        )
+
+
+class YoloBoxes:
+    """Text files with a line `class cx cy w h` for each object, relative to the picture's size.
+
+    The file of `images/a/b.jpg` is `labels/a/b.txt` if that is there, or else beside the picture; a picture without a
+    file shows no objects. Names of the classes are those of `data.yaml` (`names`), or the lines of `classes.txt`: in
+    the folder of the pictures, of the labels, or in one of the two folders above.
+
+    Args:
+        root: folder of the pictures.
+        paths: the pictures.
+        like: numbering of the classes.
+
+    Raises:
+        LatelierError: if there are no text files, no names, or a line is of another form.
+    """
+
+    def __init__(self, root: Path, paths: list[Path], like: list[str] | None = None):
+        self._files = {path: file for path in paths if (file := _yolo_file(path)) is not None}
+        if not self._files:
+            raise LatelierError(f"data.boxes = yolo, but no picture in {root} has a file of labels.")
+        labels = (_labels_file(root.resolve() / "x.jpg") or root / "x.txt").parent
+        folders = [root, labels, root / "labels", *root.resolve().parents[:2]]
+        names_file = next(
+            (folder / name for folder in folders for name in NAME_FILES if (folder / name).is_file()), None
+        )
+        if names_file is None:
+            raise LatelierError(
+                f"data.boxes = yolo needs the classes' names: write {root / 'classes.txt'}, one a line."
+            )
+        own = _yolo_names(names_file)
+        self._numbering = Numbering.of(range(len(own)), own, like, names_file)
+        self.names = self._numbering.names
+        self.files = [names_file, *self._files.values()]
+
+    def knows(self, path: Path) -> bool:
+        return True
+
+    def entries(self, path: Path, image: Image.Image | np.ndarray) -> Entries:
+        file = self._files.get(path)
+        lines = file.read_text().splitlines() if file else []
+        rows = [_yolo_line(line, f"{file}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+        labels = self._numbering.number([int(row[0]) for row in rows], file)
+        centre, size = np.array(rows).reshape(-1, 5)[:, 1:3], np.array(rows).reshape(-1, 5)[:, 3:]  # (n, 2) each
+        return relative_entries(np.hstack([centre - size / 2, centre + size / 2]), labels, [0] * len(rows))
+
+
+class TableBoxes:
+    """Boxes of a dataset's rows: a column `objects` as in Hugging Face's detection datasets, or our own columns `boxes`
+    (relative x0 y0 x1 y1), `box_labels` and `box_flags`.
+
+    Args:
+        features: of the dataset.
+        form: `xywh` or `xyxy`, see `data.box_format`.
+        where: what to call the dataset in messages.
+
+    Attributes:
+        columns: that are read; none if there are no boxes.
+        names: of the classes; None if they are not known.
+    """
+
+    def __init__(self, features: Any, form: str, where: str):
+        self._form, self._where = form, where
+        self.columns = [name for name in OWN if name in features] if "boxes" in features else []
+        labels = features.get("box_labels")
+        inner = _inner(features.get("objects"))
+        if not self.columns and isinstance(inner, dict) and "bbox" in inner:
+            self.columns = ["objects"]
+            labels = next((inner[key] for key in CATEGORY_KEYS if key in inner), None)
+        own = getattr(_inner(labels), "names", None)
+        self._numbering = None if own is None else Numbering.of(range(len(own)), own, None, where)
+        self.names: list[str] | None = own
+
+    def number(self, table: Any, like: list[str] | None) -> None:
+        """Number the classes like others; where the columns do not name them, all values are looked up."""
+        if self.names is not None:
+            self._numbering = Numbering.of(range(len(self.names)), self.names, like, self._where)
+        elif self.columns == ["objects"]:
+            rows = (object_columns(row, self._where)[1] for row in table["objects"])
+            self._numbering = number_values((value for row in rows for value in row), like, self._where)
+        elif "box_labels" in self.columns:
+            count = 1 + max((max(row, default=-1) for row in table["box_labels"]), default=-1)
+            own = [str(i) for i in range(count)]
+            self._numbering = Numbering.of(range(count), own, like, self._where)
+        self.names = self._numbering.names if self._numbering else None
+
+    def entries(self, row: dict[str, Any], image: Image.Image) -> Entries:
+        """A row's entries of the record."""
+        if self.columns == ["objects"]:
+            return object_entries(row["objects"], self._numbering, upright_size(image), self._form, self._where)
+        boxes = np.asarray(row["boxes"], np.float64).reshape(-1, 4)
+        told = {name: list(row[name]) if name in row else [0] * len(boxes) for name in OWN[1:]}
+        if self._numbering is not None and "box_labels" in self.columns:
+            told["box_labels"] = self._numbering.number(told["box_labels"], self._where)
+        found = relative_entries(boxes, told["box_labels"], told["box_flags"])
+        return {name: found[name] for name in self.columns}
+
+
+class ObjectBoxes:
+    """`objects` of pictures in a `metadata.jsonl`, as in Hugging Face's `imagefolder`.
+
+    Args:
+        rows: the metadata's row of each picture.
+        form: `xywh` or `xyxy`, see `data.box_format`.
+        like: numbering of the classes; by default their names, sorted.
+    """
+
+    def __init__(self, rows: dict[Path, dict[str, Any]], form: str, like: list[str] | None = None):
+        self.files: list[Path] = []
+        self._rows, self._form = rows, form
+        everything = (object_columns(row.get("objects"), path)[1] for path, row in rows.items())
+        self._numbering = number_values((value for values in everything for value in values), like, "The metadata")
+        self.names = self._numbering.names
+
+    def knows(self, path: Path) -> bool:
+        return True
+
+    def entries(self, path: Path, image: Image.Image | np.ndarray) -> Entries:
+        objects = self._rows.get(path, {}).get("objects")
+        return object_entries(objects, self._numbering, upright_size(image), self._form, path)
+
+
+def folder_boxes(
+    data: Data,
+    file: Path | None,
+    root: Path,
+    paths: list[Path],
+    metadata: dict[Path, dict[str, Any]],
+    like: list[str] | None,
+) -> Boxes | None:
+    """The boxes of a folder's pictures; None if there are none.
+
+    Args:
+        data: the recipe's section.
+        file: the split's annotations, if `data.boxes` is a COCO file.
+        root: folder of the pictures.
+        paths: the pictures.
+        metadata: rows of the folder's metadata tables.
+        like: numbering of the classes.
+    """
+    if file is not None:
+        return CocoBoxes(file, root, paths, like)
+    if data.boxes is not None:
+        return YoloBoxes(root, paths, like)
+    if any(row.get("objects") is not None for row in metadata.values()):
+        return ObjectBoxes(metadata, data.box_format, like)
+    return None
+
+
+def annotation_file(data: Data, split: str, folder: str | None = None) -> Path | None:
+    """The COCO file of a split; None if `data.boxes` names none.
+
+    Args:
+        data: the recipe's section; `{split}` in its `boxes` is replaced by the split's name.
+        split: `train` or `val`.
+        folder: name of the split's folder, if it has one.
+    """
+    if data.boxes in (None, "yolo"):
+        return None
+    names: tuple[str, ...] = (data.split,) if split == "train" else VAL_NAMES
+    if folder or (split == "val" and data.val_split):
+        names = (folder or data.val_split or "",)
+    files = [Path(data.boxes.replace(SPLIT, name)).expanduser() for name in names]
+    return next((file for file in files if file.is_file()), files[0])
+
+
+def number_values(values: Iterable[Any], like: list[str] | None, where: Any) -> Numbering:
+    """Number classes that are known by their values alone, sorted."""
+    distinct = sorted(set(values), key=lambda value: (isinstance(value, str), value))
+    return Numbering.of(distinct, [str(value) for value in distinct], like, where)
+
+
+def object_columns(objects: Any, where: Any) -> tuple[list[Any], list[Any], list[int]]:
+    """Boxes, classes and flags of `objects`: lists under `bbox`, `category`, `iscrowd`, ..., or a list of dicts.
+
+    Raises:
+        LatelierError: if it is something else.
+    """
+    if objects is None:
+        return [], [], []
+    if isinstance(objects, list) and all(isinstance(item, dict) for item in objects):
+        objects = {key: [item.get(key) for item in objects] for key in (objects[0] if objects else ())}
+        objects = objects or {"bbox": [], "category": []}
+    key = next((key for key in CATEGORY_KEYS if key in objects), None) if isinstance(objects, dict) else None
+    if key is None or "bbox" not in objects or len(objects["bbox"]) != len(objects[key]):
+        raise LatelierError(f"{where}: `objects` needs `bbox` and `category`, lists of the same length.")
+    told = {name: values for name, values in objects.items() if _plain(name) in FLAGS}
+    flags = [_bits({name: values[i] for name, values in told.items()}) for i in range(len(objects["bbox"]))]
+    return list(objects["bbox"]), list(objects[key]), flags
+
+
+def object_entries(objects: Any, numbering: Numbering | None, size: tuple[int, int], form: str, where: Any) -> Entries:
+    """The entries of `objects`, whose boxes are in pixels of a picture of this size (width, height).
+
+    Args:
+        objects: see `object_columns`.
+        numbering: of the classes; None takes their values as labels.
+        size: width and height of the picture.
+        form: `xywh` (corner and size) or `xyxy` (two corners).
+        where: what to call it in messages.
+    """
+    boxes, values, flags = object_columns(objects, where)
+    if numbering is None and any(isinstance(value, str) for value in values):
+        raise LatelierError(
+            f"{where}: the names of boxes' classes are not known in a stream; set data.streaming=false."
+        )
+    labels = values if numbering is None else numbering.number(values, where)
+    return pixel_entries(boxes, labels, flags, size, where, form)
+
+
+def pixel_entries(
+    boxes: list[Any], labels: list[int], flags: list[int], size: tuple[int, int], where: Any, form: str = "xywh"
+) -> Entries:
+    """Entries from boxes in pixels."""
+    try:
+        array = np.array(boxes, np.float64).reshape(len(boxes), 4)
+    except (ValueError, TypeError):
+        raise LatelierError(f"{where}: a `bbox` must be four numbers, {form}.") from None
+    if form == "xywh":
+        array = np.hstack([array[:, :2], array[:, :2] + array[:, 2:]])
+    return relative_entries(array / np.array([*size, *size]), labels, flags)
+
+
+def relative_entries(boxes: np.ndarray, labels: Sequence[int], flags: Sequence[int]) -> Entries:
+    """Entries from relative boxes `(n, 4)`, cut at the picture's edges; those without area are left out."""
+    boxes = boxes.clip(0, 1).astype(np.float32)
+    kept = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    numbers = {"box_labels": np.array(labels, np.int64)[kept], "box_flags": np.array(flags, np.int64)[kept]}
+    return {"boxes": boxes[kept], **numbers}
+
+
+def upright_size(image: Image.Image | np.ndarray) -> tuple[int, int]:
+    """Width and height of a picture as it is shown, which may not be as it is stored."""
+    if isinstance(image, np.ndarray):
+        return image.shape[1], image.shape[0]
+    return image.size[::-1] if orientation(image) >= 5 else image.size
+
+
+def _inner(feature: Any) -> Any:
+    """What the lists of a dataset's column are made of."""
+    while hasattr(feature, "feature"):
+        feature = feature.feature
+    return feature
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", "").lower()
+
+
+def _bits(told: dict[str, Any]) -> int:
+    """The flags that are said of a box."""
+    bits = 0
+    for name, value in told.items():
+        if _plain(name) in FLAGS and value is not None and int(value) > 0:  # Open Images writes -1 for "not known"
+            bits |= FLAGS[_plain(name)]
+    return bits
+
+
+def _longest_end(path: Path, root: Path, names: dict[str, Any]) -> str | None:
+    """Of the ends of a path, from its root's name on, the longest that is a name."""
+    parts = path.relative_to(root.parent).parts if path.is_relative_to(root.parent) else path.parts
+    ends = ("/".join(parts[i:]) for i in range(len(parts)))
+    return next((end for end in ends if end in names), None)
+
+
+def _check_matches(matches: dict[Path, dict[str, Any]], file: Path, root: Path) -> None:
+    if not matches:
+        raise LatelierError(
+            f"data.boxes: {file} names none of the pictures in {root}; write {SPLIT} in data.boxes where files of "
+            "several splits have the split's name."
+        )
+    first: dict[Any, Path] = {}
+    for path, image in matches.items():
+        if (other := first.setdefault(image["id"], path)) != path:
+            raise LatelierError(f"data.boxes: {file}'s {image['file_name']} may be {other} or {path}.")
+
+
+def _labels_file(path: Path) -> Path | None:
+    """`.../labels/a/b.txt` for `.../images/a/b.jpg`."""
+    parts = list(path.parts)
+    if "images" not in parts[:-1]:
+        return None
+    last = len(parts) - 2 - parts[:-1][::-1].index("images")
+    return Path(*parts[:last], "labels", *parts[last + 1 :]).with_suffix(".txt")
+
+
+def _yolo_file(path: Path) -> Path | None:
+    mirrored = _labels_file(path)
+    files = [path.with_suffix(".txt")] if mirrored is None else [mirrored, path.with_suffix(".txt")]
+    return next((file for file in files if file.is_file()), None)
+
+
+def _yolo_names(file: Path) -> list[str]:
+    """The classes' names, index = label."""
+    if file.suffix != ".yaml":
+        return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    names = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("names")
+    if isinstance(names, dict) and sorted(names) == list(range(len(names))):
+        names = [names[i] for i in range(len(names))]
+    if not isinstance(names, list):
+        raise LatelierError(f"{file} needs `names`: a list, or a name for each of 0, 1, 2, ...")
+    return [str(name) for name in names]
+
+
+def _yolo_line(line: str, where: str) -> list[float]:
+    try:
+        numbers = [float(word) for word in line.split()]
+    except ValueError:
+        numbers = []
+    if len(numbers) != 5:
+        raise LatelierError(f"{where}: {line[:40]!r} is not five numbers, class cx cy w h.")
+    return numbers

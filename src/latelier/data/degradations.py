@@ -1,0 +1,165 @@
+"""From a picture to the small one that super-resolution starts from.
+
+`bicubic` is the task of the literature. `bsrgan_light` is what the LDM paper trains its blind model on: a weak form of
+BSRGAN's random degradation (Zhang et al. 2021, section 3), a shuffled chain of blur, resizing, noise and JPEG.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor
+
+from latelier.draws import address
+from latelier.errors import LatelierError
+
+KINDS = ("bicubic", "bsrgan-light")
+QUALITY = (80, 95)  # of JPEG
+Step = Callable[[Tensor, np.random.Generator], Tensor]
+
+
+def degrade(
+    images: Float[Tensor, "b c h w"], factor: int, kind: str, seed: int, numbers: Int[Tensor, " b"]
+) -> Float[Tensor, "b c i j"]:
+    """Low-resolution pictures of a kind.
+
+    Args:
+        images: in [-1, 1].
+        factor: how many times smaller a side becomes.
+        kind: `bicubic` or `bsrgan-light`.
+        seed: the run's seed.
+        numbers: `(b,)` stream numbers of the pictures; row i depends on `(seed, numbers[i])` only.
+
+    Returns:
+        `(b, c, h / factor, w / factor)` in [-1, 1].
+
+    Raises:
+        LatelierError: if the kind is unknown, the factor does not divide the size, or JPEG does not know the channels.
+    """
+    if kind not in KINDS:
+        raise LatelierError(f"Unknown degradation {kind!r}; there are: {', '.join(KINDS)}.")
+    return bicubic(images, factor) if kind == "bicubic" else bsrgan_light(images, factor, seed, numbers)
+
+
+def bicubic(images: Float[Tensor, "b c h w"], factor: int) -> Float[Tensor, "b c i j"]:
+    """Antialiased bicubic downsampling, PIL's up to its rounding to 8 bits."""
+    size = smaller(images, factor)
+    return F.interpolate(images.float(), size=size, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
+
+
+def bsrgan_light(
+    images: Float[Tensor, "b c h w"], factor: int, seed: int, numbers: Int[Tensor, " b"]
+) -> Float[Tensor, "b c i j"]:
+    """Blur, random resizing, noise and JPEG in random order, then JPEG once more; see `degrade`."""
+    size, channels = smaller(images, factor), images.shape[1]
+    if channels not in (1, 3):
+        raise LatelierError(
+            f"The degradation bsrgan-light saves JPEG, which has 1 or 3 channels, but the pictures have {channels}; "
+            "use degradation: bicubic."
+        )
+    rows = []
+    for image, number in zip(images.detach().float().cpu().split(1), numbers.tolist()):
+        rng = np.random.default_rng(address(seed, "degradation", number))
+        with torch.autocast("cpu", enabled=False):
+            rows.append(_bsrgan_light((image + 1) / 2, factor, size, rng) * 2 - 1)
+    return torch.cat(rows).to(images.device) if rows else images.new_zeros(0, channels, *size)
+
+
+def smaller(images: Float[Tensor, "b c h w"], factor: int) -> tuple[int, int]:
+    """Height and width of the small pictures."""
+    height, width = images.shape[-2:]
+    if height % factor or width % factor:
+        near = " x ".join(str(max(factor, round(side / factor) * factor)) for side in (height, width))
+        raise LatelierError(f"Image size {height} x {width} is not divisible by the factor {factor}; use {near}.")
+    return height // factor, width // factor
+
+
+def _bsrgan_light(
+    x: Float[Tensor, "1 c h w"], factor: int, size: tuple[int, int], rng: np.random.Generator
+) -> Float[Tensor, "1 c i j"]:
+    """The chain for one picture in [0, 1]."""
+    scale = factor
+    if factor % 2 == 0 and factor >= 4 and rng.random() < 0.25:
+        x, scale = resize(x, (x.shape[2] // 2, x.shape[3] // 2), rng), factor // 2
+    steps: list[Step] = [
+        lambda x, rng: blur(x, scale, rng),
+        lambda x, rng: shrink(x, scale, rng),
+        lambda x, rng: resize(x, size, rng),
+        noise,
+        lambda x, rng: jpeg(x, rng) if rng.random() < 0.9 else x,
+    ]
+    order = rng.permutation(len(steps)).tolist()
+    first, second = sorted((order.index(1), order.index(2)))
+    order[first], order[second] = 1, 2  # the wanted size is always reached after the random resize
+    for i in order:
+        x = steps[i](x, rng).clamp(0, 1)
+    return jpeg(x, rng)
+
+
+def blur(x: Float[Tensor, "1 c h w"], scale: int, rng: np.random.Generator) -> Float[Tensor, "1 c h w"]:
+    """A Gaussian, round or elongated with equal odds; its widths are a quarter of BSRGAN's."""
+    size = 2 * int(rng.integers(2, 6, endpoint=True)) + 1  # 5..13
+    if rng.random() < 0.5:
+        variances, angle = rng.uniform(0, (4 + scale) / 4, size=2), rng.uniform(0, np.pi)
+        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        covariance = turn @ np.diag(variances) @ turn.T
+    else:
+        covariance = np.eye(2) * rng.uniform(0, (2 + 0.2 * scale) / 4) ** 2
+    return convolve(x, gaussian(size, covariance))
+
+
+def shrink(x: Float[Tensor, "1 c h w"], scale: int, rng: np.random.Generator) -> Float[Tensor, "1 c i j"]:
+    """A random resize: 1 to 1 / (2 scale) of a side, or now and then every `scale`-th pixel after a wide blur."""
+    if rng.random() < 0.8:
+        ratio = rng.uniform(1, 2 * scale)
+        return resize(x, (max(1, round(x.shape[2] / ratio)), max(1, round(x.shape[3] / ratio))), rng)
+    kernel = gaussian(25, np.eye(2) * rng.uniform(0.1, 0.6 * scale) ** 2)
+    return convolve(x, kernel)[..., ::scale, ::scale]
+
+
+def resize(x: Float[Tensor, "1 c h w"], size: tuple[int, int], rng: np.random.Generator) -> Float[Tensor, "1 c i j"]:
+    """To a size by one of three filters, not antialiased: the aliasing of careless software is part of the task."""
+    mode = ("bilinear", "bicubic", "area")[rng.integers(3)]
+    return F.interpolate(x, size=size, mode=mode, align_corners=None if mode == "area" else False)
+
+
+def noise(x: Float[Tensor, "1 c h w"], rng: np.random.Generator) -> Float[Tensor, "1 c h w"]:
+    """Gaussian noise of 1 or 2 grey levels: each channel its own, all the same, or correlated (BSRGAN, section 3.3)."""
+    channels, level, kind = x.shape[1], int(rng.integers(1, 2, endpoint=True)) / 255, rng.random()
+    drawn = rng.standard_normal((1, 1 if kind < 0.4 else channels, *x.shape[2:]))  # (1, c or 1, h, w)
+    if kind >= 0.8:  # covariance U^T D U
+        turn, variances = np.linalg.qr(rng.standard_normal((channels, channels)))[0], rng.random(channels)
+        drawn = np.einsum("bchw,c,ck->bkhw", drawn, variances**0.5, turn)
+    return x + level * torch.from_numpy(drawn).to(x)
+
+
+def jpeg(x: Float[Tensor, "1 c h w"], rng: np.random.Generator) -> Float[Tensor, "1 c h w"]:
+    """Saved as JPEG of a random quality, and opened again; 1 or 3 channels."""
+    pixels = (x[0] * 255).round().clamp(0, 255).to(torch.uint8).movedim(0, -1)  # (h, w, c)
+    file = io.BytesIO()
+    picture = Image.fromarray(pixels.squeeze(-1).numpy() if len(x[0]) == 1 else pixels.numpy())
+    picture.save(file, "JPEG", quality=int(rng.integers(*QUALITY, endpoint=True)))
+    array = np.atleast_3d(np.array(Image.open(file)))  # (h, w, c)
+    return torch.from_numpy(array).movedim(-1, 0)[None].to(x) / 255  # (1, c, h, w)
+
+
+def gaussian(size: int, covariance: Float[np.ndarray, "2 2"]) -> Float[Tensor, "k k"]:
+    """A centred Gaussian kernel `(size, size)` that sums to 1; its covariance is in pixels squared."""
+    inverse = np.linalg.inv(covariance + 1e-4 * np.eye(2))
+    axis = np.arange(size) - (size - 1) / 2
+    place = np.stack(np.meshgrid(axis, axis), -1)  # (k, k, 2) x, y
+    kernel = np.exp(-0.5 * np.einsum("ija,ab,ijb->ij", place, inverse, place))  # (k, k)
+    return torch.from_numpy(kernel / kernel.sum()).float()
+
+
+def convolve(x: Float[Tensor, "1 c h w"], kernel: Float[Tensor, "k k"]) -> Float[Tensor, "1 c h w"]:
+    """Every channel with the same kernel of odd size; the edge pixels go on beyond the edges."""
+    half = kernel.shape[0] // 2
+    padded = F.pad(x, (half, half, half, half), mode="replicate").movedim(1, 0)  # (c, 1, h + 2, w + 2)
+    return F.conv2d(padded, kernel[None, None]).movedim(0, 1)  # (1, c, h, w)

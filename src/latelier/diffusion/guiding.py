@@ -1,0 +1,117 @@
+"""Guiding: pulling a trained, even unconditional, model towards a picture while it samples (LDM, appendix on guiding).
+
+An energy E(x_t) = 1/2 |y - T(D(z(x_t)))|^2 says how far the picture D(z) of the present estimate z lies from a target
+y, after some T, such as downsampling. Adding -E to the log-density moves the score, and with it the epsilon
+(Dhariwal & Nichol 2021, algorithm 2; Song et al. 2021, section 5):
+
+    score = -eps / sigma    =>    eps' = eps + sigma s grad E,    s the scale
+
+and since x_t = alpha z + sigma eps stays as it is, z' = z - sigma^2 / alpha s grad E. The targets of all processes are
+linear in (z, eps), so any prediction moves by the target of the two shifts:
+
+    epsilon  + sigma s grad E        v         + sigma / alpha s grad E
+    z        - sigma^2 / alpha ...   velocity  + t / (1 - t) s grad E        (alpha = 1 - t, sigma = t)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import copy
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from latelier.diffusion.process import DDPM, Flow
+from latelier.errors import LatelierError
+
+LEAST_ALPHA = 1e-3  # below, x_t says nothing about the picture, and sigma^2 / alpha has no bound
+
+
+class Guide:
+    """Pulls samples towards a picture.
+
+    Args:
+        decode: normalised latents to images in [-1, 1], differentiable: `codec.decode`.
+        target: y, `(b, c, h, w)` in [-1, 1], one for each picture, or one for all.
+        kind: `l2`, half the squared distance summed over a picture, or `lpips`, the perceptual distance.
+        factor: T averages blocks of `factor` x `factor` pixels of the decoded picture; the target is as much smaller.
+        scale: s; 0 does nothing. For `l2`, 1 / variance makes E the log-likelihood of a target with that much noise.
+
+    Raises:
+        LatelierError: if factor or scale mean nothing, or the weights of LPIPS are found nowhere.
+    """
+
+    def __init__(
+        self,
+        decode: Callable[[Tensor], Tensor],
+        target: Float[Tensor, "b c h w"],
+        kind: Literal["l2", "lpips"] = "l2",
+        factor: int = 1,
+        scale: float = 1.0,
+    ):
+        if kind not in ("l2", "lpips"):
+            raise LatelierError(f"guide kind = {kind!r} is not known; allowed: l2, lpips.")
+        if factor < 1 or scale < 0:
+            raise LatelierError(f"guide factor = {factor}, scale = {scale} mean nothing; use 1 or more and 0 or more.")
+        self.decode, self.target, self.kind, self.factor, self.scale = decode, target, kind, factor, scale
+        self._distance = _half_square
+        if kind == "lpips":
+            from latelier.losses.perceptual import LPIPS
+
+            self._distance = LPIPS("vgg").to(target.device)
+
+    def of(self, pictures: list[int]) -> Guide:
+        """The guide of some pictures, by their places in the target."""
+        chosen = copy(self)
+        if len(self.target) > 1:
+            chosen.target = self.target[pictures]
+        return chosen
+
+    def energy(self, z: Float[Tensor, "b c *grid"]) -> Float[Tensor, " b"]:
+        """How far the pictures of some latents are from the target.
+
+        Raises:
+            LatelierError: if the pictures, once smaller, are not of the target's shape.
+        """
+        images = self.decode(z)  # (b, c, h, w)
+        if self.factor > 1:
+            images = F.avg_pool2d(images, self.factor)  # (b, c, h / factor, w / factor)
+        target = self.target.to(images)
+        if target.shape[1:] != images.shape[1:] or len(target) not in (1, len(images)):
+            raise LatelierError(
+                f"The guide's target is {tuple(target.shape)}, but the pictures that are drawn, {self.factor} times "
+                f"smaller, are {tuple(images.shape)}; give a target of that shape."
+            )
+        return self._distance(images, target.expand_as(images))
+
+    def __call__(
+        self,
+        predict: Callable[[Tensor, Tensor], Tensor],
+        x_t: Float[Tensor, "b c *grid"],
+        t: Float[Tensor, " b"],
+        process: Flow | DDPM,
+    ) -> Float[Tensor, "b c *grid"]:
+        """The prediction, moved. Gradients flow to x_t only, through denoiser and decoder; weights gather none.
+
+        Args:
+            predict: `(x_t, t) -> prediction`, classifier-free guidance included.
+            x_t: noisy latents.
+            t: noise levels in [0, 1].
+            process: what the denoiser was trained with.
+        """
+        with torch.enable_grad():
+            x = x_t.detach().requires_grad_()
+            prediction = predict(x, t).float()  # (b, c, *grid)
+            energy = self.energy(process.denoised(x, t, prediction))  # (b,)
+            (gradient,) = torch.autograd.grad(energy.sum(), x)  # (b, c, *grid)
+        alpha, sigma = process.alpha_sigma(t, x_t)  # (b, 1, ...) each
+        gradient = torch.where(alpha > LEAST_ALPHA, self.scale * gradient, 0.0)
+        z_shift = -(sigma**2) / alpha.clamp(min=LEAST_ALPHA) * gradient
+        return prediction.detach() + process.target(z_shift, t, sigma * gradient)
+
+
+def _half_square(images: Tensor, target: Tensor) -> Tensor:
+    return 0.5 * (images - target).square().flatten(1).sum(1)  # (b,)

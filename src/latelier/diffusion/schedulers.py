@@ -1,0 +1,246 @@
+"""The samplers of a process: diffusers' schedulers put onto our grids, and LDM's DDIM and PLMS on any number of steps.
+
+diffusers' own DDIM and PNDM go down by one fixed stride, so that 300 or 400 steps over 1000 noise levels miss the
+noisiest ones. `DDIM` and `PLMS` here know each step's two ends instead; where LDM has a grid they are on it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, SchedulerMixin  # noqa: F401  (saved pipelines look for the mixin here)
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
+from jaxtyping import Float
+from torch import Tensor
+
+from latelier.errors import LatelierError
+
+Scheduler = Any  # a diffusers scheduler; they share `set_timesteps`, `timesteps` and `step` by custom, not by a base
+TIMESTEPS = 1000  # diffusers' schedulers count noise levels in thousandths of t
+FLOW_SAMPLERS = ("euler", "heun", "dpm++", "unipc")
+DDPM_SAMPLERS = ("ddim", "ddpm", "plms", "dpm++", "unipc", "euler", "heun")
+
+LEAST_LOG_SNR = -5.1  # log(alpha / sigma) where fast solvers begin on a cosine schedule, as diffusers advises for it
+BELOW_ONE = 1e-6  # multistep solvers step in log(alpha / sigma), which is infinite at pure noise
+_OTHER_GRIDS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas")
+
+
+class DDIM(DDIMScheduler):
+    """DDIM (Song et al. 2021, equation 12) as LDM samples: levels 1, 1 + r, 1 + 2 r, ..., and a_0, not 1, at the end.
+
+    Where r = levels / steps is no whole number, levels are rounded down, so that all steps are equally long to within
+    one level. Clipping and thresholding, which are for pixels, are not done. Arguments are those of diffusers.
+    """
+
+    def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
+        """Spread the steps over all levels, noisiest first."""
+        self.num_inference_steps = num_inference_steps
+        grid = ldm_levels(num_inference_steps, self.config["num_train_timesteps"])[::-1].copy()
+        self.timesteps = torch.from_numpy(grid).to(device)
+        self.below = dict(zip(grid.tolist(), [*grid[1:].tolist(), 0]))  # the level that each level's step ends at
+
+    def step(  # type: ignore[override]
+        self,
+        model_output: Float[Tensor, "b c *grid"],
+        timestep: int | Tensor,
+        sample: Float[Tensor, "b c *grid"],
+        eta: float = 0.0,
+        generator: Any = None,
+        variance_noise: Float[Tensor, "b c *grid"] | None = None,
+    ) -> DDIMSchedulerOutput:
+        """From one level to the next below.
+
+        Args:
+            model_output: the prediction at `timestep`.
+            timestep: one of `timesteps`.
+            sample: x at `timestep`.
+            eta: 0 is deterministic, 1 as random as ancestral sampling.
+            generator: one generator, or one for each picture.
+            variance_noise: the noise itself, instead of a generator.
+        """
+        level = int(timestep)
+        eps = self._epsilon(model_output, level, sample)
+        return self._down(sample, eps, level, self.below[level], eta, generator, variance_noise)
+
+    def _down(self, x: Tensor, eps: Tensor, level: int, below: int, eta: float, generator: Any, noise: Any) -> Any:
+        a, a_below = self.alphas_cumprod[level].item(), self.alphas_cumprod[below].item()
+        z = (x - (1 - a) ** 0.5 * eps) / a**0.5  # (b, c, *grid)
+        sigma = eta * ((1 - a_below) / (1 - a) * (1 - a / a_below)) ** 0.5  # equation 16
+        x = a_below**0.5 * z + (1 - a_below - sigma**2) ** 0.5 * eps  # (b, c, *grid)
+        if eta:
+            if noise is None:
+                noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+            x = x + sigma * noise
+        return DDIMSchedulerOutput(prev_sample=x, pred_original_sample=z)
+
+    def _epsilon(self, prediction: Tensor, level: int, x: Tensor) -> Tensor:
+        """The noise that a prediction means."""
+        a, kind = self.alphas_cumprod[level].item(), self.config["prediction_type"]
+        if kind == "epsilon":
+            return prediction
+        if kind == "v_prediction":
+            return a**0.5 * prediction + (1 - a) ** 0.5 * x
+        return (x - a**0.5 * prediction) / (1 - a) ** 0.5
+
+
+class PLMS(DDIM):
+    """Pseudo linear multi-step (Liu et al. 2022, "Pseudo Numerical Methods", section 3.3) as LDM samples.
+
+    DDIM steps whose epsilon is extrapolated from the last four. The first step is a pseudo improved Euler step: it is
+    made twice, the second time with the mean of the epsilons at both its ends; so there is one evaluation more than
+    steps. Predictions of v and z are turned into epsilons first.
+    """
+
+    def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
+        """As DDIM; the second level is visited twice."""
+        super().set_timesteps(num_inference_steps, device)
+        self.timesteps = torch.cat([self.timesteps[:2], self.timesteps[1:]])
+        self.past: list[Tensor] = []  # epsilons, newest last
+        self.trial: tuple[int, Tensor] | None = None  # level and x where the first step began
+        self.started = False
+
+    def step(  # type: ignore[override]
+        self, model_output: Float[Tensor, "b c *grid"], timestep: int | Tensor, sample: Float[Tensor, "b c *grid"]
+    ) -> DDIMSchedulerOutput:
+        """From one level to the next below, or a second time over the first step."""
+        level = int(timestep)
+        eps = self._epsilon(model_output, level, sample)
+        if self.trial is not None:
+            (level, sample), self.trial = self.trial, None
+            return self._down(sample, (self.past[-1] + eps) / 2, level, self.below[level], 0.0, None, None)
+        self.past = [*self.past[-3:], eps]
+        if not self.started:
+            self.started, self.trial = True, (level, sample)
+        return self._down(sample, adams_bashforth(self.past), level, self.below[level], 0.0, None, None)
+
+
+def adams_bashforth(slopes: list[Tensor]) -> Tensor:
+    """The extrapolated slope of up to four equally spaced ones, newest last."""
+    weights = {1: (1,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
+    return sum(weight * slope for weight, slope in zip(weights[len(slopes)], reversed(slopes)))  # type: ignore
+
+
+def ldm_levels(steps: int, levels: int = TIMESTEPS) -> np.ndarray:
+    """LDM's grid, `(steps,)` ascending: 1 + floor(i levels / steps); all levels from 0 if there are as many steps."""
+    return np.arange(steps) if steps == levels else 1 + np.arange(steps) * levels // steps
+
+
+def solver_levels(alphas_cumprod: Tensor, steps: int, schedule: str) -> np.ndarray:
+    """The levels that fast solvers visit on their way to 0, `(steps,)` descending, as diffusers spreads them.
+
+    A cosine schedule ends in almost pure noise, where z cannot be told from epsilon: there they begin a little below.
+    """
+    top = len(alphas_cumprod) - 1
+    if schedule == "squaredcos_cap_v2":
+        half_log_snr = 0.5 * torch.logit(alphas_cumprod.double())  # log(alpha / sigma), (k,)
+        top = int((half_log_snr >= LEAST_LOG_SNR).sum()) - 1
+    steps = min(steps, top + 1)
+    return np.arange(top, -1, -1) if steps > top else np.linspace(top, 0, steps + 1).round()[:-1].astype(int)
+
+
+def flow_sigmas(steps: int, shift: float) -> np.ndarray:
+    """Noise levels visited by a flow sampler, `(steps + 1,)` from 1 to 0: even ones, shifted once."""
+    return shifted(np.linspace(1.0, 0.0, steps + 1), shift)
+
+
+def shifted(t: Any, shift: float) -> Any:
+    """t' = shift t / (1 + (shift - 1) t): 0 and 1 stay, above 1 moves the rest towards noise (Esser et al. 2024)."""
+    return t if shift == 1 else shift * t / (1 + (shift - 1) * t)
+
+
+# -- which scheduler ---------------------------------------------------------------------------------------------------
+
+
+def flow_scheduler(kind: str) -> Scheduler:
+    """A scheduler of one of `FLOW_SAMPLERS`, without timesteps."""
+    import diffusers
+
+    if kind in ("euler", "heun"):
+        name = {"euler": "FlowMatchEulerDiscreteScheduler", "heun": "FlowMatchHeunDiscreteScheduler"}[kind]
+        return getattr(diffusers, name)(num_train_timesteps=TIMESTEPS, shift=1.0)
+    name = {"dpm++": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}[kind]
+    return getattr(diffusers, name)(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0)
+
+
+def ddpm_scheduler(kind: str, arguments: dict[str, Any]) -> Scheduler:
+    """A scheduler of one of `DDPM_SAMPLERS`, without timesteps.
+
+    Args:
+        kind: the sampler.
+        arguments: diffusers' names of the schedule and of what is predicted.
+    """
+    import diffusers
+
+    if kind in ("ddim", "plms"):
+        ends = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}  # for diffusers' own of this config
+        return {"ddim": DDIM, "plms": PLMS}[kind](**arguments, **ends)
+    if kind == "ddpm":
+        return diffusers.DDPMScheduler(**arguments, clip_sample=False)
+    if kind in ("euler", "heun"):
+        name = {"euler": "EulerDiscreteScheduler", "heun": "HeunDiscreteScheduler"}[kind]
+        # "leading": initial noise of sqrt(sigma^2 + 1), which is N(0, 1) once the input is scaled, as in training.
+        return getattr(diffusers, name)(**arguments, timestep_spacing="leading")
+    name = {"dpm++": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}[kind]
+    return getattr(diffusers, name)(**arguments)
+
+
+# -- which grid --------------------------------------------------------------------------------------------------------
+
+
+def place_flow(scheduler: Scheduler, steps: int, shift: float) -> None:
+    """Put a scheduler onto `flow_sigmas`; one with another shift, or of a kind unknown here, gets its own grid."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+
+    sigmas, config = flow_sigmas(steps, shift), scheduler.config
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and config["shift"] == 1:
+        scheduler.set_timesteps(sigmas=sigmas[:-1].tolist())  # diffusers appends the 0
+        return
+    scheduler.set_timesteps(steps)
+    if isinstance(scheduler, FlowMatchHeunDiscreteScheduler) and config["shift"] == 1:
+        # Its own grid cannot be chosen. Inner points are visited twice; the step to 0 is an Euler step.
+        points = torch.from_numpy(sigmas).float()
+        scheduler.sigmas = torch.cat([points[:1], points[1:-1].repeat_interleave(2), points[-1:]])
+        scheduler.timesteps = scheduler.sigmas[:-1] * TIMESTEPS
+    elif config.get("use_flow_sigmas"):
+        if config["flow_shift"] == 1 and not any(config.get(name) for name in _OTHER_GRIDS[:-1]):
+            scheduler.sigmas = torch.from_numpy(sigmas.clip(max=1 - BELOW_ONE)).float()  # (steps + 1,)
+        scheduler.timesteps = scheduler.sigmas[:-1] * TIMESTEPS  # diffusers cuts these down to whole numbers
+
+
+def place_ddpm(scheduler: Scheduler, steps: int) -> None:
+    """Spread a scheduler's steps over the noise levels.
+
+    Raises:
+        LatelierError: if there are more steps than levels, or evenly spaced ones of diffusers' DDIM or PNDM would miss
+            the noisiest levels.
+    """
+    import diffusers
+
+    config = scheduler.config
+    levels = config["num_train_timesteps"]
+    if steps > levels:
+        raise LatelierError(f"sample.steps = {steps} is more than the {levels} noise levels of a ddpm process.")
+    one_stride = isinstance(scheduler, diffusers.DDIMScheduler | diffusers.PNDMScheduler)
+    if one_stride and not isinstance(scheduler, DDIM) and steps * (levels // steps) < 0.9 * levels:
+        raise LatelierError(
+            f"sample.steps = {steps} cannot be spaced evenly over {levels} noise levels by diffusers' "
+            f"{type(scheduler).__name__}; use {levels // (levels // steps + 1)} or {levels // (levels // steps)}, or "
+            "name a sampler: ddim or plms."
+        )
+    if isinstance(scheduler, diffusers.DDPMScheduler):
+        scheduler.set_timesteps(timesteps=np.linspace(levels - 1, 0, steps).round().astype(int).tolist())
+        return
+    plain = not any(config.get(name) for name in _OTHER_GRIDS)
+    visited = solver_levels(scheduler.alphas_cumprod, steps, config["beta_schedule"])
+    if plain and isinstance(scheduler, diffusers.EulerDiscreteScheduler | diffusers.HeunDiscreteScheduler):
+        scheduler.set_timesteps(timesteps=visited.tolist())
+        return
+    scheduler.set_timesteps(steps)
+    multistep = isinstance(scheduler, diffusers.DPMSolverMultistepScheduler | diffusers.UniPCMultistepScheduler)
+    if plain and multistep and config["timestep_spacing"] == "linspace" and config["final_sigmas_type"] == "zero":
+        a = scheduler.alphas_cumprod[torch.from_numpy(visited)]  # (steps,)
+        scheduler.sigmas = torch.cat([((1 - a) / a).sqrt(), torch.zeros(1)])  # (steps + 1,)
+        scheduler.timesteps, scheduler.num_inference_steps = torch.from_numpy(visited), len(visited)

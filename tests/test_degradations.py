@@ -1,0 +1,152 @@
+"""Low-resolution pictures: PIL's bicubic, and the shuffled chain."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latelier.data.degradations import (
+    bicubic,
+    blur,
+    convolve,
+    degrade,
+    gaussian,
+    jpeg,
+    noise,
+    resize,
+    shrink,
+)
+from latelier.errors import LatelierError
+from latelier.images import to_uint8
+
+
+def smooth(count=3, channels=3, height=32, width=48):
+    """Pictures with some structure at every scale."""
+    generator = torch.Generator().manual_seed(0)
+    parts = [
+        torch.nn.functional.interpolate(
+            torch.rand(count, channels, height // k, width // k, generator=generator), (height, width), mode="bicubic"
+        )
+        for k in (1, 4, 16)
+    ]
+    return (sum(parts) / 3 * 2 - 1).clamp(-1, 1)
+
+
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_bicubic_is_that_of_pil(factor):
+    pixels = to_uint8(smooth())  # (b, c, h, w)
+    ours = to_uint8(bicubic(pixels / 127.5 - 1, factor))
+    for mine, picture in zip(ours, pixels):
+        image = Image.fromarray(picture.movedim(0, -1).numpy())
+        theirs = np.asarray(image.resize((48 // factor, 32 // factor), Image.Resampling.BICUBIC))
+        assert np.abs(mine.movedim(0, -1).numpy().astype(int) - theirs).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["bicubic", "bsrgan-light"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_range_size_and_determinism(kind, channels):
+    images, numbers = smooth(4, channels).sign(), torch.tensor([7, 8, 9, 2**45])  # black and white: filters overshoot
+    low = degrade(images, 4, kind, 0, numbers)
+    assert low.shape == (4, channels, 8, 12)
+    assert low.dtype == torch.float32
+    assert low.min() >= -1
+    assert low.max() <= 1
+    assert torch.equal(low, degrade(images, 4, kind, 0, numbers))
+
+
+def test_row_depends_on_its_number_only():
+    images, numbers = smooth(3), torch.tensor([4, 5, 6])
+    together = degrade(images, 4, "bsrgan-light", 0, numbers)
+    alone = [degrade(image, 4, "bsrgan-light", 0, n) for image, n in zip(images.split(1), numbers.split(1))]
+    assert torch.equal(together, torch.cat(alone))
+    same = degrade(images[:1].expand(3, -1, -1, -1), 4, "bsrgan-light", 0, numbers)
+    assert not torch.equal(same[0], same[1])
+    assert not torch.equal(together, degrade(images, 4, "bsrgan-light", 1, numbers))
+    assert degrade(images[:0], 4, "bsrgan-light", 0, numbers[:0]).shape == (0, 3, 8, 12)
+
+
+def test_autocast_changes_nothing():
+    images, numbers = smooth(2), torch.arange(2)
+    plain = degrade(images, 4, "bsrgan-light", 0, numbers)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(degrade(images, 4, "bsrgan-light", 0, numbers), plain)
+
+
+@pytest.mark.parametrize("factor", [2, 3, 4, 8])
+def test_constant_pictures_stay_constant_but_for_noise(factor):
+    grey = torch.full((6, 3, 24, 48), 0.2)
+    torch.testing.assert_close(bicubic(grey, factor), grey[..., : 24 // factor, : 48 // factor])
+    low = degrade(grey, factor, "bsrgan-light", 0, torch.arange(6))
+    assert (low - 0.2).abs().mean() < 3 * 2 / 127.5  # noise of at most two grey levels, and JPEG
+    assert (low.mean() - 0.2).abs() < 0.02
+
+
+def test_light_degradation_keeps_the_picture():
+    images = smooth(8, height=64, width=64)
+    low = degrade(images, 4, "bsrgan-light", 0, torch.arange(8))
+    clean = bicubic(images, 4)
+    near = (low - clean).pow(2).mean((1, 2, 3))
+    far = (low.roll(1, 0) - clean).pow(2).mean((1, 2, 3))
+    assert (near < far).all()
+    assert (near > 0).all()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+def test_steps_take_any_channels(channels):
+    x = smooth(1, channels) / 2 + 0.5
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        assert blur(x, 4, rng).shape == x.shape
+        assert noise(x, rng).shape == x.shape
+        assert resize(x, (5, 7), rng).shape == (1, channels, 5, 7)
+        low = shrink(x, 4, rng)
+        assert low.shape[:2] == (1, channels)
+        assert 4 <= low.shape[2] <= 32
+    assert bicubic(x, 2).shape == (1, channels, 16, 24)
+
+
+def test_noise_has_one_or_two_levels():
+    x, rng = torch.full((1, 3, 64, 64), 0.5), np.random.default_rng(0)
+    alike, levels = 0, set()
+    for _ in range(60):
+        added = (noise(x, rng) - x)[0]  # (c, h, w)
+        if torch.equal(added[0], added[1]):
+            alike += 1
+            levels.add(round(added.std().item() * 255))
+        assert added.std() * 255 < 2.2
+        assert added.mean().abs() * 255 < 0.2
+    assert levels == {1, 2}
+    assert 12 <= alike <= 36  # four of ten
+
+
+def test_gaussian_kernels():
+    round_one = gaussian(13, np.eye(2) * 2.0)
+    assert round_one.sum().item() == pytest.approx(1)
+    torch.testing.assert_close(round_one, round_one.T)
+    place = torch.arange(13) - 6.0
+    assert (round_one.sum(0) * place**2).sum().item() == pytest.approx(2.0, rel=0.01)
+    wide = gaussian(13, np.diag([3.0, 0.5]))  # x, y
+    assert (wide.sum(0) * place**2).sum().item() == pytest.approx(3.0, rel=0.05)
+    assert (wide.sum(1) * place**2).sum().item() == pytest.approx(0.5, rel=0.05)
+    point = gaussian(5, np.zeros((2, 2)))
+    assert point[2, 2] == 1
+    x = smooth(1)
+    torch.testing.assert_close(convolve(x, point), x)
+    torch.testing.assert_close(convolve(torch.ones(1, 2, 3, 4), round_one), torch.ones(1, 2, 3, 4))
+
+
+def test_jpeg_is_near_and_8_bit():
+    x = smooth(1) / 2 + 0.5
+    saved = jpeg(x, np.random.default_rng(0))
+    assert 0 < (saved - x).abs().mean() < 0.1
+    torch.testing.assert_close(saved * 255, (saved * 255).round(), atol=1e-4, rtol=0)
+
+
+def test_errors_say_what_to_do():
+    numbers = torch.arange(1)
+    with pytest.raises(LatelierError, match="1 or 3 channels, but the pictures have 4"):
+        degrade(torch.zeros(1, 4, 8, 8), 4, "bsrgan-light", 0, numbers)
+    with pytest.raises(LatelierError, match="30 x 32 is not divisible by the factor 4; use 32 x 32"):
+        degrade(torch.zeros(1, 3, 30, 32), 4, "bicubic", 0, numbers)
+    with pytest.raises(LatelierError, match="Unknown degradation 'blur'; there are: bicubic, bsrgan-light"):
+        degrade(torch.zeros(1, 3, 32, 32), 4, "blur", 0, numbers)

@@ -1,0 +1,94 @@
+"""Enlarging and filling holes: any size in, the same picture outside, one sentence for what cannot be done."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from latelier import recipe, tasks
+from latelier.conditioning.inpainting import InpaintingConditioner
+from latelier.conditioning.low_resolution import LowResolutionConditioner
+from latelier.denoisers.dit import DiT
+from latelier.errors import LatelierError
+from latelier.pipeline import LatentDiffusionPipeline
+from latelier.tokenizers.codec import Codec
+
+
+def make(conditioner):
+    tokenizer = AutoencoderKL(
+        block_out_channels=[8, 8, 8], norm_num_groups=4, latent_channels=3,
+        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
+    ).eval()  # fmt: skip
+    channels = conditioner.spatial_channels
+    denoiser = DiT(3, (4, 4), patch_size=2, dim=16, depth=1, heads=2, spatial_channels=channels).eval()
+    torch.nn.init.normal_(denoiser.head.weight, std=0.1)
+    process = recipe.Process(kind="flow")
+    return LatentDiffusionPipeline.build(Codec(tokenizer), denoiser, conditioner, process, (16, 16), [])
+
+
+@pytest.fixture(scope="module")
+def enlarger():
+    return make(LowResolutionConditioner(4, latent_factor=4))
+
+
+@pytest.fixture(scope="module")
+def filler():
+    return make(InpaintingConditioner("train", 3, 3, 0))
+
+
+def settings(**more):
+    return {"steps": 2, "progress": False, "precision": "fp32", **more}
+
+
+@pytest.mark.parametrize("size", [(4, 4), (5, 7)])
+def test_any_size_is_enlarged(enlarger, size):
+    small = torch.rand(3, *size) * 2 - 1
+    large = tasks.upscale(enlarger, small, **settings())
+    assert large.shape == (3, 4 * size[0], 4 * size[1])
+    other = tasks.upscale(enlarger, -small, **settings())
+    assert not torch.allclose(large, other)  # the small picture is seen
+
+
+@pytest.mark.parametrize("size", [(16, 16), (13, 21)])
+def test_outside_of_the_mask_nothing_changes(filler, size):
+    image = torch.rand(3, *size) * 2 - 1
+    mask = torch.zeros(size, dtype=torch.bool)
+    mask[3:9, 2:11] = True
+    filled = tasks.inpaint(filler, image, mask, **settings())
+    assert torch.equal(filled[:, ~mask], image[:, ~mask])
+    assert not torch.allclose(filled[:, mask], image[:, mask])
+    hidden = torch.where(mask, 0.3, image)  # what is under the mask is not seen
+    assert torch.equal(tasks.inpaint(filler, hidden, mask, **settings())[:, mask], filled[:, mask])
+
+
+def test_files(filler, tmp_path):
+    Image.new("RGB", (16, 16), (10, 200, 30)).save(tmp_path / "picture.png")
+    mask = Image.new("L", (16, 16))
+    mask.paste(255, (4, 4, 8, 8))
+    mask.save(tmp_path / "mask.png")
+    filled = tasks.inpaint(filler, tmp_path / "picture.png", tmp_path / "mask.png", **settings())
+    assert torch.allclose(filled[:, 0, 0], torch.tensor([10, 200, 30]) / 127.5 - 1)
+
+
+def test_what_cannot_be_done(enlarger, filler, tmp_path):
+    image = torch.zeros(3, 16, 16)
+    with pytest.raises(LatelierError, match="not trained to fill holes: it is told low_resolution"):
+        tasks.inpaint(enlarger, image, torch.ones(16, 16), **settings())
+    with pytest.raises(LatelierError, match="not trained to enlarge pictures: it is told inpainting"):
+        tasks.upscale(filler, image, **settings())
+    with pytest.raises(LatelierError, match=r"The mask is 8 x 16 .* but the picture 16 x 16"):
+        tasks.inpaint(filler, image, torch.ones(8, 16), **settings())
+    with pytest.raises(LatelierError, match="has no hole"):
+        tasks.inpaint(filler, image, torch.zeros(16, 16), **settings())
+    with pytest.raises(LatelierError, match="there is no file"):
+        tasks.upscale(enlarger, tmp_path / "nowhere.png", **settings())
+
+
+def test_layouts_in_words_and_files(tmp_path):
+    assert tasks.read_layout("red apple 0 0.1 0.5 1; owl 0.5 0 1 1") == [
+        ("red apple", 0, 0.1, 0.5, 1), ("owl", 0.5, 0, 1, 1),
+    ]  # fmt: skip
+    (tmp_path / "layout.json").write_text('[["owl", 0, 0, 1, 1]]')
+    assert tasks.read_layout(str(tmp_path / "layout.json")) == [["owl", 0, 0, 1, 1]]
+    with pytest.raises(LatelierError, match="'owl 1 2' is not a class and four numbers"):
+        tasks.read_layout("owl 1 2")
