@@ -72,9 +72,6 @@ def check_receipt(receipt, n, size):
     assert "device" in receipt
 
 
-# -- drawing ----------------------------------------------------------------------------------------------------------
-
-
 def test_nothing_to_judge_draws_nothing():
     for conditioner in (None, Asks("classes"), Asks("maps"), Asks("prompts")):
         pipeline = Fake(conditioner)
@@ -134,9 +131,6 @@ def test_no_records():
         measure(Fake(LowResolutionConditioner(4)), [], Evaluate(metrics=["psnr"]))
 
 
-# -- super-resolution -------------------------------------------------------------------------------------------------
-
-
 def test_perfect_enlargement_beats_bicubic():
     pipeline = Fake(LowResolutionConditioner(4, "bsrgan-light", seed=5))
     measured = measure(pipeline, pictures(batches=2), Evaluate(metrics=["psnr", "ssim", "rfd", "l1"]))
@@ -171,9 +165,6 @@ def test_enlargement_is_that_of_pil():
 def test_lpips_of_enlargement():
     measured = measure(Fake(LowResolutionConditioner(4)), pictures(), Evaluate(metrics=["lpips"]))
     assert measured["sr-lpips"].value == 0 < measured["bicubic-lpips"].value
-
-
-# -- inpainting -------------------------------------------------------------------------------------------------------
 
 
 def test_filled_pictures_are_the_originals_outside_of_the_holes():
@@ -213,9 +204,6 @@ def test_perfect_filling():
     hole = draw_masks(SETTINGS["thick"], (32, 32), 3, torch.arange(6))
     assert receipt["masked_share"] == pytest.approx(hole.mean().item())
     assert "below the feature dimension" in receipt["warning"]
-
-
-# -- layouts and label maps -------------------------------------------------------------------------------------------
 
 
 def look(label):
@@ -321,9 +309,6 @@ def test_interval_is_over_pictures():
     assert interval[1] == 1
 
 
-# -- captions ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def clip_folder(tmp_path):
     """A tiny CLIP with random weights and words as tokens."""
@@ -406,9 +391,6 @@ def test_clip_sees_the_middle_of_wide_pictures_and_grey_as_colour():
     assert torch.allclose(seen[0, :, 4, 4], (1 - torch.tensor(MEAN)) / torch.tensor(STD))
     with pytest.raises(LatelierError, match="not 4"):
         preprocess(torch.zeros(1, 4, 8, 8), 8)
-
-
-# -- to look at -------------------------------------------------------------------------------------------------------
 
 
 def pixel(image, column, row, x, y, side):

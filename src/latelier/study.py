@@ -32,6 +32,7 @@ class Variant(Section):
     about: str = ""
     base: dict[str, Any] = Field({}, description="changes of what all runs share")
     runs: dict[str, dict[str, Any]] = Field({}, description="changes of single runs")
+    more: dict[str, dict[str, Any]] = Field({}, description="runs that only this variant has")
     budget: Budget | None = None
 
 
@@ -211,9 +212,15 @@ def show(study: Study) -> Path:
 
 
 def _found(wanted: list[str], known: list[str]) -> list[str]:
-    """Measured names that are wanted, or begin like one that is."""
-    found = (name for begin in wanted for name in known if name == begin or name.startswith(f"{begin}-"))
+    """Measured names that are wanted, or begin like one that is; `gfd@50` means `gfd-vgg16@50`, `gfd` does not."""
+    found = (name for asked in wanted for name in known if _means(asked, name))
     return list(dict.fromkeys(found))
+
+
+def _means(asked: str, name: str) -> bool:
+    begin, _, steps = asked.partition("@")
+    whole, _, measured = name.partition("@")
+    return steps == measured and (whole == begin or whole.startswith(f"{begin}-"))
 
 
 def _facts(folder: Path, planned: dict[str, dict[str, float]]) -> dict[str, Any]:
@@ -226,8 +233,10 @@ def _facts(folder: Path, planned: dict[str, dict[str, float]]) -> dict[str, Any]
     for stage, took in (("tokenizer", sum(seconds.values())), ("denoiser", denoiser)):
         if stage in planned:
             facts[f"{stage}: images"] = planned[stage]["images"]
-            facts[f"{stage}: training GFLOP an image"] = round(planned[stage]["flops_per_image"] / 1e9, 3)
+            facts[f"{stage}: training GFLOP an image"] = float(f"{planned[stage]['flops_per_image'] / 1e9:.3g}")
             facts[f"{stage}: training minutes"] = round((took or 0.0) / 60, 2)
+            if took:
+                facts[f"{stage}: training images/s"] = round(planned[stage]["images"] / took, 2)
     return facts
 
 
@@ -238,12 +247,20 @@ def _vary(study: Study, name: str) -> Study:
     variant = study.variants[name]
     if unknown := set(variant.runs) - set(study.runs):
         raise LatelierError(f"Variant {name!r} of study {study.name} names unknown runs: {', '.join(sorted(unknown))}.")
+    if known := set(variant.more) & set(study.runs):
+        raise LatelierError(
+            f"Variant {name!r} of study {study.name} has runs in `more` that the study has already: "
+            f"{', '.join(sorted(known))}; put them under `runs`."
+        )
     return study.model_copy(
         update={
             "name": f"{study.name}-{name}",
             "about": variant.about or study.about,
             "base": merge(study.base, variant.base),
-            "runs": {run: merge(tree, variant.runs.get(run, {})) for run, tree in study.runs.items()},
+            "runs": {
+                **{run: merge(tree, variant.runs.get(run, {})) for run, tree in study.runs.items()},
+                **variant.more,
+            },
             "budget": variant.budget or study.budget,
         }
     )

@@ -31,6 +31,7 @@ from latelier.evaluation.orderings import (
     orderings,
     printed,
     receipts,
+    sampling,
     verdicts,
 )
 from latelier.evaluation.report import inline_image, page
@@ -87,6 +88,7 @@ def write_comparison(
     orders = orderings(shown, published, every) if published else []
     sections = [
         *(Section(name, measured(shown, names)[:1]) for name, names in columns.items() if names),
+        Section("Sampling", sampling(shown)),
         Section("How to read the tables", measured(shown, every)[1:]),
         Section("Published", printed(shown, published) if published else []),
         Section("Orderings", verdicts(orders, published) if published else []),

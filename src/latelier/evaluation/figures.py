@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from latelier.evaluation.chart import LOG_RATIO
 from latelier.evaluation.orderings import (
+    SAMPLING_SPEED,
     TRAINING_SPEED,
     Shown,
     at_steps,
@@ -20,7 +21,6 @@ from latelier.evaluation.orderings import (
     heading,
     interval,
     number,
-    steps_of,
     texts,
     value,
 )
@@ -67,6 +67,12 @@ def draw_figures(folder: Path, shown: Sequence[Shown], columns: Sequence[str]) -
         if curves:
             words = f"Quality of pictures decoded from noisy latents; the shaded levels, up to {FLAT}, make the mean"
             parts.append(_save(folder, "smoothness", _smooth(shown, curves), words))
+        if lines := _trade_offs(shown):
+            words = "Quality against the speed of sampling; at each point stands the number of sampling steps"
+            parts.append(_save(folder, "sampling", _sampling(shown, lines), words))
+        if points := _trained(shown):
+            words = "Quality against the speed of the denoiser's training"
+            parts.append(_save(folder, "training", _training(shown, points), words))
     return parts
 
 
@@ -127,13 +133,8 @@ def _curves(shown: Sequence[Shown], name: str) -> dict[int, list[tuple[float, fl
 
 def _smooth(shown: Sequence[Shown], curves: Mapping[str, Mapping[int, list[tuple[float, float]]]]) -> Figure:
     """One panel for each metric over the noise level; its square root has a zero and room for small levels."""
-    from matplotlib.lines import Line2D
-
     figure, panels = _panels(len(curves), 3, height=2.7, above=0.4)
-    styles: list[dict[str, Any]] = [
-        {"color": colour, "marker": marker, "linewidth": 1.6, "markersize": 4}
-        for _, colour, marker in zip(shown, cycle(COLOURS), cycle(MARKERS))
-    ]
+    styles = _styles(shown)
     for (name, runs), axes in zip(curves.items(), panels):
         for i, points in runs.items():
             axes.plot(*zip(*points), clip_on=False, zorder=3, **styles[i])
@@ -149,10 +150,7 @@ def _smooth(shown: Sequence[Shown], curves: Mapping[str, Mapping[int, list[tuple
         axes.tick_params(axis="y", labelcolor=SOFT)
     figure.supxlabel("noise level, standard deviations of each latent channel", fontsize=8.5, color=SOFT)
     there = [i for i in range(len(shown)) if any(i in runs for runs in curves.values())]
-    figure.legend(
-        [Line2D([], [], **styles[i]) for i in there], [_fit(shown[i].name) for i in there],
-        loc="outside upper left", ncols=2 * max(2, min(3, len(curves))), frameon=False, fontsize=8.5,
-    )  # fmt: skip
+    _legend(figure, shown, there, 2 * max(2, min(3, len(curves))))
     return figure
 
 
@@ -170,13 +168,119 @@ def _level_axis(axes: Axes, levels: Sequence[float]) -> None:
     axes.axvspan(0, min(FLAT, last), color="#f1f1ee", zorder=0)
 
 
+def _trade_offs(shown: Sequence[Shown]) -> dict[str, dict[int, list[tuple[float, float, int]]]]:
+    """(samples per second, Fréchet distance, steps), ascending in steps, by distance and the run's position."""
+    found: dict[str, dict[int, list[tuple[float, float, int]]]] = {}
+    for name in at_steps(shown, "gfd"):
+        distance, _, steps = name.partition("@")
+        for i, run in enumerate(shown):
+            speed, quality = value(run, f"{SAMPLING_SPEED}@{steps}"), value(run, name)
+            if speed is not None and speed > 0 and quality is not None:
+                found.setdefault(distance, {}).setdefault(i, []).append((speed, quality, int(steps)))
+    return found
+
+
+def _sampling(shown: Sequence[Shown], lines: Mapping[str, Mapping[int, list[tuple[float, float, int]]]]) -> Figure:
+    """Rombach et al. 2022, figure 7: one line for each run, one point for each number of sampling steps."""
+    figure, panels = _panels(len(lines), 2 if len(lines) > 1 else 1, height=3.6, above=0.4)
+    styles = _styles(shown)
+    for (name, runs), axes in zip(lines.items(), panels):
+        for i, points in runs.items():
+            axes.plot([x for x, *_ in points], [y for _, y, _ in points], zorder=3, **styles[i])
+            for x, y, steps in points:
+                _note(axes, x, y, str(steps))
+        points = [point for found in runs.values() for point in found]
+        _speed_axes(axes, [x for x, *_ in points], [y for _, y, _ in points])
+        axes.set_title(heading(name))
+        axes.set_xlabel("samples per second · log")
+    _legend(figure, shown, [i for i in range(len(shown)) if any(i in runs for runs in lines.values())], 6)
+    return figure
+
+
+def _trained(shown: Sequence[Shown]) -> dict[str, dict[int, tuple[float, float]]]:
+    """(training images per second, Fréchet distance) by distance and the run's position.
+
+    The distance is that of the recipe's own sampling steps; where no run has it, that of the most steps measured.
+    """
+    names = dict.fromkeys(name for run in shown for name in run.metrics if name.startswith("gfd"))
+    chosen = {name.partition("@")[0]: name for name in at_steps(shown, "gfd")}  # the last has the most steps
+    chosen |= {name: name for name in names if "@" not in name}
+    found: dict[str, dict[int, tuple[float, float]]] = {}
+    for name in chosen.values():
+        for i, run in enumerate(shown):
+            speed, quality = number(run.facts.get(TRAINING_SPEED)), value(run, name)
+            if speed is not None and speed > 0 and quality is not None:
+                found.setdefault(name, {})[i] = (speed, quality)
+    return found
+
+
+def _training(shown: Sequence[Shown], points: Mapping[str, Mapping[int, tuple[float, float]]]) -> Figure:
+    """Rombach et al. 2022, figures 5 and 6, at one length of training: one point for each run."""
+    figure, panels = _panels(len(points), 2 if len(points) > 1 else 1, height=3.0, above=0.4)
+    styles = _styles(shown)
+    for (name, runs), axes in zip(points.items(), panels):
+        for i, (x, y) in runs.items():
+            axes.plot([x], [y], zorder=3, **styles[i])
+            _note(axes, x, y, _fit(shown[i].name))
+        _speed_axes(axes, *([point[k] for point in runs.values()] for k in (0, 1)))
+        axes.set_title(heading(name))
+        axes.set_xlabel("training images per second · log")
+    _legend(figure, shown, [i for i in range(len(shown)) if any(i in runs for runs in points.values())], 6)
+    return figure
+
+
+def _speed_axes(axes: Axes, speeds: Sequence[float], heights: Sequence[float]) -> None:
+    """Speeds are logarithmic; so are heights that differ much."""
+    from matplotlib.ticker import LogLocator
+
+    axes.set_xscale("log")
+    steps = (1.0,) if max(speeds) / min(speeds) > 1000 else (1.0, 2.0, 5.0)
+    axes.xaxis.set_major_locator(LogLocator(subs=steps))
+    axes.set_xlim(min(speeds) / 1.25, max(speeds) * 1.25)
+    if min(heights) > 0 and max(heights) / min(heights) > LOG_RATIO:
+        axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda number, _: f"{number:g}")
+        axis.set_minor_formatter(lambda number, _: "")
+    axes.margins(y=0.12)
+    axes.grid()
+    axes.tick_params(which="both", length=0)
+    axes.tick_params(axis="y", labelcolor=SOFT)
+
+
+def _note(axes: Axes, x: float, y: float, words: str) -> None:
+    """A few words above a point."""
+    axes.annotate(words, (x, y), (0, 5), textcoords="offset points", ha="center", fontsize=7, color=SOFT)
+
+
+def _styles(shown: Sequence[Shown]) -> list[dict[str, Any]]:
+    """Colour and marker of each run."""
+    return [
+        {"color": colour, "marker": marker, "linewidth": 1.6, "markersize": 4}
+        for _, colour, marker in zip(shown, cycle(COLOURS), cycle(MARKERS))
+    ]
+
+
+def _legend(figure: Figure, shown: Sequence[Shown], there: Sequence[int], across: int) -> None:
+    """Names of the runs at these positions, above all panels."""
+    from matplotlib.lines import Line2D
+
+    styles = _styles(shown)
+    figure.legend(
+        [Line2D([], [], **styles[i]) for i in there], [_fit(shown[i].name) for i in there],
+        loc="outside upper left", ncols=across, frameon=False, fontsize=8.5,
+    )  # fmt: skip
+
+
 def _panels(count: int, most: int, height: float, above: float = 0.0) -> tuple[Figure, list[Axes]]:
     """A figure as wide as the page, or less for few panels, and its panels, row by row, so many in a row at most."""
     from matplotlib.figure import Figure
 
     across, down = min(most, count), -(-count // most)
     figure = Figure(
-        figsize=(WIDTH * max(across, 2) / most, down * height + above), layout="constrained", facecolor="white"
+        figsize=(WIDTH * min(max(across, 2), most) / most, down * height + above),
+        layout="constrained",
+        facecolor="white",
     )
     panels = list(figure.subplots(down, across, squeeze=False).flat)
     for spare in panels[count:]:

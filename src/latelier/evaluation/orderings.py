@@ -32,6 +32,13 @@ RECEIPT = {
     "data": "data", "extractor": "features", "latents": "latents", "sampler": "sampler", "steps": "steps",
     "guidance": "guidance", "seed": "seed", "ema": "EMA", "versions": "versions", "git": "code", "device": "device",
 }  # fmt: skip
+SAMPLING_RECEIPT = {
+    "n": "n", "n_reference": "n of references", "reference": "pictures", "extractor": "features", "sampler": "sampler",
+    "guidance": "guidance", "seed": "seed", "batch": "batch", "threads": "threads", "drawn_on": "drawn on",
+    "device": "device",
+}  # fmt: skip
+SAMPLING_SPEED = "samples-per-second"  # this and gfd-<features> are measured @ numbers of sampling steps
+TRAINING_SPEED = "denoiser: training images/s"  # a fact of a run
 
 
 @dataclass
@@ -132,7 +139,8 @@ class Table:
 
 def better(name: str) -> Better | None:
     """Whether lower or higher values of a metric are better; None if nothing is known of it."""
-    if name.endswith("images-per-second"):
+    name = name.partition("@")[0]
+    if name.endswith(("images-per-second", SAMPLING_SPEED)):
         return "higher"
     parts = name.split("-")
     prefixes = ("-".join(parts[:i]) for i in range(len(parts), 0, -1))  # the longest known one counts
@@ -140,8 +148,27 @@ def better(name: str) -> Better | None:
 
 
 def plain(name: str) -> str:
-    """A metric's name without its extractor: `rfd-vgg16` is `rfd`."""
-    return next((prefix for prefix in OF_FEATURES if name.startswith(f"{prefix}-")), name)
+    """A metric's name without its extractor: `rfd-vgg16` is `rfd`, `gfd-vgg16@50` is `gfd@50`."""
+    name, at, steps = name.partition("@")
+    return next((prefix for prefix in OF_FEATURES if name.startswith(f"{prefix}-")), name) + at + steps
+
+
+def steps_of(name: str) -> int | None:
+    """The number of sampling steps at which a metric was measured: 50 of `gfd-vgg16@50`; None if it has no such."""
+    steps = name.partition("@")[2]
+    return int(steps) if steps.isdigit() else None
+
+
+def at_steps(shown: Iterable[Shown], begin: str) -> list[str]:
+    """Names of what the runs have measured at given numbers of steps, the fewest first.
+
+    Args:
+        shown: the runs.
+        begin: of the names: `gfd` or `samples-per-second`.
+    """
+    names = dict.fromkeys(name for run in shown for name in run.metrics if name.startswith(begin))
+    found = [(name.partition("@")[0], steps, name) for name in names if (steps := steps_of(name)) is not None]
+    return [name for *_, name in sorted(found)]
 
 
 def value(run: Shown, name: str) -> float | None:
@@ -264,6 +291,21 @@ def measured(shown: Sequence[Shown], columns: Sequence[str]) -> list[str | Table
     return [table, words]
 
 
+def sampling(shown: Sequence[Shown]) -> list[str | Table]:
+    """Quality and speed of sampling, a column for each number of steps; nothing if nobody has measured them."""
+    speeds = at_steps(shown, SAMPLING_SPEED)
+    names = [*at_steps(shown, "gfd"), *speeds]
+    if not speeds:
+        return []
+    table = measured(shown, names)[0]
+    assert isinstance(table, Table)
+    table.head = [cell.replace(f"{SAMPLING_SPEED}@", "samples/s @").replace("@", " @") for cell in table.head]
+    table.head = [" ".join(cell.split()) for cell in table.head]
+    words = "Behind @ stands the number of sampling steps. samples/s is the wall clock's, of the denoiser and the "
+    words += "tokenizer's decoder together, after a batch that does not count."
+    return [table, words, *receipts(shown, names, SAMPLING_RECEIPT)]
+
+
 def printed(shown: Sequence[Shown], published: Published) -> list[str | Table]:
     """The paper's values, as exact as it printed them; runs that we have come first, in our order."""
     metrics = list(dict.fromkeys(name for values in published.values.values() for name in values))
@@ -329,12 +371,18 @@ def costs(shown: Sequence[Shown]) -> list[str | Table]:
     return [Table(["Run", *facts], rows)] if facts else []
 
 
-def receipts(shown: Sequence[Shown], columns: Sequence[str]) -> list[str | Table]:
-    """What was equal in all runs, and what was not, which should make one wary."""
+def receipts(shown: Sequence[Shown], columns: Sequence[str], keys: Mapping[str, str] = RECEIPT) -> list[str | Table]:
+    """What was equal in all runs, and what was not, which should make one wary.
+
+    Args:
+        shown: the runs.
+        columns: metric names.
+        keys: of receipts, with the words that stand for them.
+    """
     found = {name: [run.metrics.get(name, {}).get("receipt") or {} for run in shown] for name in columns}
     equal: list[str] = []
     unequal: list[str] = []
-    for key, word in RECEIPT.items():
+    for key, word in keys.items():
         metrics: dict[tuple[str, ...], list[str]] = {}  # what the runs say, to the metrics of which they say it
         for name, entries in found.items():
             said = tuple(sorted({_fact(entry[key]) for entry in entries if entry.get(key) is not None}))

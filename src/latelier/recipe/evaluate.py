@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -27,4 +27,7 @@ class Evaluate(Section):
     seed: int = Field(0, ge=0, description="of the noise, of the clusters, of the holes of inpainting")
     clip: str | None = Field(
         None, description="Hub name or folder of a CLIP, which judges how well drawn pictures fit their captions"
+    )
+    sampling_steps: list[Annotated[int, Field(ge=1)]] = Field(
+        [], description="numbers of sampling steps at which gfd and samples per second are measured; none by default"
     )
