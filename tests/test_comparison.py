@@ -10,7 +10,22 @@ from PIL import Image
 
 from latelier.errors import LatelierError
 from latelier.evaluation.comparison import Published, Shown, write_comparison
-from latelier.evaluation.orderings import best, better, measured, orderings, printed, receipts, texts, verdicts
+from latelier.evaluation.figures import _trade_offs, _trained
+from latelier.evaluation.orderings import (
+    TRAINING_SPEED,
+    at_steps,
+    best,
+    better,
+    measured,
+    orderings,
+    plain,
+    printed,
+    receipts,
+    sampling,
+    steps_of,
+    texts,
+    verdicts,
+)
 from latelier.images import make_grid, make_pairs, save_png
 
 
@@ -47,7 +62,7 @@ def opened(path):
      ("within-part", "lower"), ("separation-class", "higher"), ("smoothness-psnr", "higher"),
      ("smoothness-lpips", "lower"), ("smoothness-rfd-vgg16", "lower"), ("gflop-paper", "lower"),
      ("parameters", "lower"), ("size-mib", "lower"), ("memory-gb", "lower"), ("decode-images-per-second", "higher"),
-     ("smoothness-colour", None), ("beauty", None)],
+     ("gfd-vgg16@50", "lower"), ("samples-per-second@50", "higher"), ("smoothness-colour", None), ("beauty", None)],
 )  # fmt: skip
 def test_direction(name, direction):
     assert better(name) == direction
@@ -275,6 +290,72 @@ def test_one_run_and_nothing_published(tmp_path):
     assert "Orderings" not in html
     assert "<b>" not in html  # best of one is no news
     assert not (tmp_path / "smoothness.png").exists()
+
+
+# -- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def sampler(name, points, training=None):
+    """A run with (steps, gfd, samples per second)."""
+    one = run(name, facts={TRAINING_SPEED: training} if training else {}, psnr=20.0)
+    for steps, gfd, speed in points:
+        receipt = {"n": 200, "steps": steps, "batch": 50, "threads": 2}
+        one.metrics[f"gfd-vgg16@{steps}"] = {"value": gfd, "interval": None, "receipt": {**receipt, "warning": "few"}}
+        one.metrics[f"samples-per-second@{steps}"] = {"value": speed, "interval": None, "receipt": receipt}
+    return one
+
+
+SAMPLERS = [
+    sampler("LDM-1", [(100, 90.0, 0.5), (20, 120.0, 2.5)], 30.0),
+    sampler("LDM-8", [(100, 55.5, 40.0), (20, 60.0, 200.0)], 4000.0),
+]
+
+
+def test_names_at_steps():
+    assert [steps_of(name) for name in ("gfd-vgg16@50", "gfd-vgg16", "gfd@many")] == [50, None, None]
+    assert [plain(name) for name in ("gfd-vgg16@50", "gfd-vgg16", "psnr")] == ["gfd@50", "gfd", "psnr"]
+    assert at_steps(SAMPLERS, "gfd") == ["gfd-vgg16@20", "gfd-vgg16@100"]  # by number, not by spelling
+
+
+def test_sampling_table():
+    table, words, equal, warning = sampling(SAMPLERS)
+    assert table.head == ["Run", "gfd-vgg16 @20 ↓", "gfd-vgg16 @100 ↓", "samples/s @20 ↑", "samples/s @100 ↑"]
+    assert table.rows == [["LDM-1", "120.0", "90.00", "2.50", "0.500"], ["LDM-8", "60.0", "55.50", "200.00", "40.000"]]
+    assert all(winners == {"LDM-8"} for winners in bold(table).values())
+    assert "number of sampling steps" in words
+    assert equal == "Equal in all runs: n 200; batch 50; threads 2."
+    assert warning == "Warning on gfd-vgg16@20, gfd-vgg16@100: few."
+    assert sampling([run("A", gfd_vgg16=3.0)]) == []
+
+
+def test_sampling_on_the_page(tmp_path):
+    page = write_comparison(tmp_path, "t", "", SAMPLERS, {"Generation": ["gfd-vgg16@100"]}, None)
+    assert re.findall("<h2>(.*?)</h2>", page.read_text())[:2] == ["Generation", "Sampling"]
+    assert page.read_text().count("data:image/png;base64,") == 3  # overview, sampling, training
+    text = (tmp_path / "table.md").read_text()
+    assert "samples/s @20 ↑" in text
+    for name in ("sampling", "training"):
+        assert f"]({name}.svg)" in text
+        assert opened(tmp_path / f"{name}.png").size[0] == 1800
+        assert "#0072b2" in (tmp_path / f"{name}.svg").read_text()
+
+
+def test_figures_of_speed_need_their_numbers(tmp_path):
+    write_comparison(tmp_path / "a", "t", "", [sampler("A", [(20, 9.0, 2.0)])], {"All": ["psnr"]}, None)
+    assert (tmp_path / "a" / "sampling.png").is_file()
+    assert not (tmp_path / "a" / "training.png").exists()
+    one = run("B", facts={TRAINING_SPEED: 12.5}, gfd_vgg16=(40.0))
+    write_comparison(tmp_path / "b", "t", "", [one], {"All": ["gfd-vgg16"]}, None)
+    assert not (tmp_path / "b" / "sampling.png").exists()
+    assert (tmp_path / "b" / "training.png").is_file()
+
+
+def test_training_speed_takes_the_recipes_own_steps():
+    mixed = sampler("A", [(20, 9.0, 2.0), (100, 8.0, 0.4)], 10.0)
+    assert _trained([mixed]) == {"gfd-vgg16@100": {0: (10.0, 8.0)}}
+    mixed.metrics["gfd-vgg16"] = {"value": 8.5}
+    assert _trained([mixed]) == {"gfd-vgg16": {0: (10.0, 8.5)}}
+    assert _trade_offs([run("none"), mixed]) == {"gfd-vgg16": {1: [(2.0, 9.0, 20), (0.4, 8.0, 100)]}}
 
 
 def test_runs_need_names_of_their_own(tmp_path):

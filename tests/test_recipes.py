@@ -4,6 +4,7 @@ import pytest
 
 from latelier.experiment import run
 from latelier.recipe import ConvRecipe, TrainedTokenizer, VMAERecipe, build_recipe, load_recipe, recipe_files
+from latelier.tokenizers.conv import PRESETS
 from tiny import VMAE
 
 SMALL_TRAINING = {"images": 16, "batch": 8, "micro_batch": None, "log_every": 8, "compile": False, "warmup": 0}
@@ -16,6 +17,11 @@ def shrink(recipe, folder):
     tree["runs"] = str(folder)
     tree["data"] |= {"source": "emoji", "image_size": 32, "length": 24, "streaming": False, "val_source": None}
     tree["data"] |= {"label_key": None, "caption_key": None, "classes": None}
+    tree["data"] |= {"boxes": None, "segmentation": None, "segmentation_classes": None, "maps": None}
+    if recipe.denoiser and any(c.kind in ("layout", "segmentation", "text") for c in recipe.denoiser.condition):
+        tree["data"] |= {"source": "scenes", "val_fraction": 0.5}
+    if recipe.tokenizer.kind == "pretrained":
+        tree["tokenizer"] = {"kind": "conv", "preset": "kl-f8-small", "perceptual_weight": 0, **SMALL_TRAINING}
     if isinstance(recipe.tokenizer, TrainedTokenizer):
         tree["tokenizer"] |= {"image_size": recipe.tokenizer.image_size and 16}
         if recipe.tokenizer.adversarial:
@@ -25,13 +31,28 @@ def shrink(recipe, folder):
     if isinstance(recipe.tokenizer, VMAERecipe):
         tree["tokenizer"] |= {**SMALL_TRAINING, "model": VMAE}
     elif isinstance(recipe.tokenizer, ConvRecipe):
-        tree["tokenizer"] |= {**SMALL_TRAINING, "model": {"block_out_channels": [32, 32, 32, 32]}}
+        levels = len(PRESETS[recipe.tokenizer.preset]["block_out_channels"])
+        tree["tokenizer"] |= {**SMALL_TRAINING, "model": {"block_out_channels": [32] * levels, "layers_per_block": 1}}
     if recipe.denoiser:
         tree["denoiser"] |= {**SMALL_TRAINING, "model": {"dim": 32, "depth": 1, "heads": 2}}
+        tree["denoiser"]["condition"] = [small_condition(c) for c in tree["denoiser"]["condition"]]
+        if recipe.denoiser.kind == "unet":
+            tree["denoiser"] |= {"size": "tiny", "model": {"block_out_channels": [32, 32, 32]}}
         tree["sample"] |= {"count": 4, "steps": 2}
     tree["evaluate"] |= {"samples": 16, "batch": 16, "features": "vgg16", "noise_levels": [0, 0.3]}
     tree["evaluate"]["metrics"] = [name for name in recipe.evaluate.metrics if name != "cost"]  # it is timed
     return build_recipe(tree)
+
+
+def small_condition(section):
+    """The same condition, with a small transformer and what the built-in data have."""
+    small = {"layers": 1, "dim": 32, "heads": 2, "head_dim": 16}
+    changes = {
+        "text": {**small, "vocabulary": "data", "vocabulary_size": 300, "length": 12},
+        "layout": {**small, "tokens": 1024, "objects": 4},
+        "segmentation": {"classes": None},
+    }
+    return {**section, **changes.get(section["kind"], {})}
 
 
 @pytest.mark.parametrize("path", recipe_files(), ids=lambda path: path.stem)

@@ -3,13 +3,17 @@
 import json
 
 import pytest
+import torch
 import yaml
 
 from latelier import study as studies
 from latelier.budget import Budget, length, spend
+from latelier.denoisers import build_denoiser
 from latelier.errors import LatelierError
 from latelier.recipe import build_recipe
 from latelier.study import build_run, load_study, merge, run_study
+from latelier.tokenizers import build_tokenizer
+from latelier.tokenizers.codec import Codec
 from test_adversarial import CONV
 from tiny import tiny_recipe
 
@@ -107,6 +111,54 @@ def test_studies_that_come_along_are_whole():
             for variant in (None, *load_study(path).variants):
                 study = load_study(path, variant)
                 assert {build_run(study, name).name for name in study.runs}
+
+
+def test_a_variant_may_have_runs_of_its_own(tmp_path):
+    more = {"Both": {"seed": 5, "tokenizer": {"mask_ratio": 0.25}}}
+    study = load_study(write_study(tmp_path, variants={"larger": {"more": more}}), "larger")
+    assert list(study.runs) == ["Plain", "+ masking", "Both"]
+    assert build_run(study, "Both").seed == 5
+    path = write_study(tmp_path, variants={"larger": {"more": {"Plain": {}}}})
+    with pytest.raises(LatelierError, match="in `more` that the study has already: Plain"):
+        load_study(path, "larger")
+
+
+def test_columns_tell_numbers_of_steps_apart():
+    known = ["gfd-vgg16", "gfd-vgg16@10", "gfd-vgg16@100", "samples-per-second@10", "psnr"]
+    assert studies._found(["gfd", "psnr"], known) == ["gfd-vgg16", "psnr"]
+    assert studies._found(["gfd@10", "samples-per-second@10"], known) == ["gfd-vgg16@10", "samples-per-second@10"]
+    assert studies._found(["gfd@1"], known) == []
+
+
+def test_facts_tell_the_speed_of_training(tmp_path):
+    rows = [{"stage": "tokenizer", "images": 32, "seconds": 4.0}, {"stage": "denoiser", "images": 50, "seconds": 1.5},
+            {"stage": "denoiser", "images": 100, "seconds": 0.5}]  # fmt: skip
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    facts = studies._facts(tmp_path, {"denoiser": {"images": 100, "flops_per_image": 6.6e6}})
+    assert facts == {
+        "denoiser: images": 100, "denoiser: training GFLOP an image": 0.0066, "denoiser: training minutes": 0.03,
+        "denoiser: training images/s": 50.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", [None, "photographs", "paper"])
+def test_compression_study_has_one_unet_on_all_grids(variant):
+    """Equal parameters up to the channels of the latents; a grid that is f times smaller; both sizes of the paper."""
+    study = load_study("ldm_compression", variant)
+    sizes = []
+    for name in study.runs:
+        recipe, factor = build_run(study, name), int(name.removeprefix("LDM-"))
+        with torch.device("meta"):
+            codec = Codec(build_tokenizer(recipe))
+            shape = codec.latent_shape(*recipe.data.image_size)
+            denoiser = build_denoiser(recipe.denoiser, shape, token_width=512 if variant == "paper" else 0)
+        assert codec.factor == factor
+        assert recipe.evaluate.sampling_steps == [10, 20, 50, 100, 200]
+        assert recipe.denoiser.process.kind == "ddpm"
+        sizes.append(sum(p.numel() for p in denoiser.parameters()))
+    low, high = (3.9e8, 4.01e8) if variant == "paper" else (7.0e5, 7.15e5)
+    assert low < min(sizes) <= max(sizes) < high
+    assert len(sizes) == (6 if variant == "paper" else 5)
 
 
 def test_budget_of_images_keeps_proportions(tmp_path):

@@ -209,9 +209,10 @@ def evaluate(recipe: Recipe) -> list[Measurement]:
     latent = _evaluate_latents(recipe, codec, held_out)
     measured = [*measured, *latent]
     if (recipe.folder / "pipeline" / "model_index.json").is_file():
-        generated = _evaluate_generation(recipe)
+        generated, asked = _evaluate_generation(recipe), _evaluate_tasks(recipe, held_out)
         write_measurements(recipe.folder / "metrics.json", generated, "generation")
-        measured = [*measured, *generated]
+        write_measurements(recipe.folder / "metrics.json", asked, "tasks")
+        measured = [*measured, *generated, *asked]
     write_report(recipe.folder)
     return measured
 
@@ -259,11 +260,7 @@ def _evaluate_generation(recipe: Recipe) -> list[Measurement]:
     settings, training = recipe.evaluate, open_images(recipe)
     count = min(settings.samples, len(training))
     receipt = {
-        "reference": f"{recipe.data.source}, training pictures",
-        "data": training.fingerprint,
-        "tokenizer": pipeline.codec.hash(),
-        "ema": recipe.denoiser.ema if recipe.denoiser else None,
-        "images_trained": recipe.denoiser.images if recipe.denoiser else None,
+        **_about(recipe, pipeline, f"{recipe.data.source}, training pictures", training),
         **{k: v for k, v in recipe.sample.model_dump().items() if k not in ("count", "batch")},
     }
     samples = _samples(pipeline, recipe, count)
@@ -276,6 +273,43 @@ def _evaluate_generation(recipe: Recipe) -> list[Measurement]:
     pairs = make_pairs(shown, neighbours.images[:, 0], columns=min(8, len(shown)))
     save_png(pairs, recipe.folder / "samples" / "nearest.png")
     return measured
+
+
+def _evaluate_tasks(recipe: Recipe, held_out: ImageDataset) -> list[Measurement]:
+    """Whether the denoiser does what it is told, when it is told more than a class; pictures to look at."""
+    from latelier.conditioning import parts
+    from latelier.evaluation.regions import MOST_TRAINING
+    from latelier.evaluation.task_grid import task_grid
+    from latelier.evaluation.tasks import evaluate_tasks
+    from latelier.images import save_png
+    from latelier.training.tokenizer_loop import open_images
+
+    pipeline, _ = open_run(recipe.folder)
+    if set(parts(pipeline.conditioner)) <= {"classes"}:
+        return []
+    settings, training = recipe.evaluate, open_images(recipe)
+    grid = task_grid(pipeline, held_out.once(8, limit=8), recipe.sample, settings.seed)
+    save_png(grid.image, recipe.folder / "samples" / "asked.png")
+    (recipe.folder / "samples" / "asked.txt").write_text("\n".join(grid.captions))
+    return evaluate_tasks(
+        pipeline,
+        held_out.once(settings.batch, limit=settings.samples),
+        lambda: training.once(settings.batch, limit=MOST_TRAINING),
+        recipe.sample,
+        settings,
+        _about(recipe, pipeline, f"{recipe.data.source}, held out", held_out),
+    )
+
+
+def _about(recipe: Recipe, pipeline: LatentDiffusionPipeline, reference: str, data: ImageDataset) -> dict:
+    """What receipts of a pipeline's pictures say of it and of what they are compared with."""
+    return {
+        "reference": reference,
+        "data": data.fingerprint,
+        "tokenizer": pipeline.codec.hash(),
+        "ema": recipe.denoiser.ema if recipe.denoiser else None,
+        "images_trained": recipe.denoiser.images if recipe.denoiser else None,
+    }
 
 
 def _samples(pipeline: LatentDiffusionPipeline, recipe: Recipe, count: int) -> Iterator[Tensor]:

@@ -223,7 +223,7 @@ def _means(asked: str, name: str) -> bool:
     return steps == measured and (whole == begin or whole.startswith(f"{begin}-"))
 
 
-def _facts(folder: Path, planned: dict[str, dict[str, float]]) -> dict[str, Any]:
+def _facts(folder: Path, planned: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What a run has cost."""
     from latelier.evaluation.report import read_log
 

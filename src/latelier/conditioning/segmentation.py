@@ -52,7 +52,7 @@ class SegmentationConditioner(ModelMixin, ConfigMixin):
         Raises:
             LatelierError: if there are no maps, or an id is not of a class.
         """
-        self._check(needed(batch, "segmentation", "segmentation"))
+        self._check(needed(batch, "segmentation", "segmentation").long())
         return {}
 
     def forward(self, batch: Mapping[str, Any], drop: Bool[Tensor, " b"] | None = None) -> Condition:

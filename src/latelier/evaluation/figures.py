@@ -216,7 +216,7 @@ def _trained(shown: Sequence[Shown]) -> dict[str, dict[int, tuple[float, float]]
 
 def _training(shown: Sequence[Shown], points: Mapping[str, Mapping[int, tuple[float, float]]]) -> Figure:
     """Rombach et al. 2022, figures 5 and 6, at one length of training: one point for each run."""
-    figure, panels = _panels(len(points), 2 if len(points) > 1 else 1, height=3.0, above=0.4)
+    figure, panels = _panels(len(points), 2 if len(points) > 1 else 1, height=3.0)
     styles = _styles(shown)
     for (name, runs), axes in zip(points.items(), panels):
         for i, (x, y) in runs.items():
@@ -225,7 +225,6 @@ def _training(shown: Sequence[Shown], points: Mapping[str, Mapping[int, tuple[fl
         _speed_axes(axes, *([point[k] for point in runs.values()] for k in (0, 1)))
         axes.set_title(heading(name))
         axes.set_xlabel("training images per second · log")
-    _legend(figure, shown, [i for i in range(len(shown)) if any(i in runs for runs in points.values())], 6)
     return figure
 
 

@@ -24,7 +24,7 @@ NOT_CURVES = ("stage", "images", "seconds")
 TITLES = {"grad_norm": "gradient norm", "lr": "learning rate", "images_per_second": "images per second",
           "memory_gb": "memory, GB"}  # fmt: skip
 BETTER = {"l1": "lower", "lpips": "lower", "rfd": "lower", "gfd": "lower", "psnr": "higher", "ssim": "higher",
-          "precision": "higher", "recall": "higher"}  # fmt: skip
+          "precision": "higher", "recall": "higher", "fd": "lower", "match": "higher", "score": "higher"}  # fmt: skip
 MOST_PREVIEWS, MOST_THUMBS, MOST_SKIPPED = 12, 32, 20
 ZOOM = """
 const box = document.querySelector("dialog");
@@ -118,19 +118,27 @@ def _head(name: str, recipe: Row, log: Mapping[str, list[Row]], metrics: Row, ti
 
 def _samples(folder: Path) -> str:
     """The grid (or single pictures), and beside it the nearest training pictures."""
-    grid, near = folder / "grid.png", folder / "nearest.png"
+    grid, near, asked = (folder / f"{name}.png" for name in ("grid", "nearest", "asked"))
     left = ""
     if grid.is_file():
         left = f'<div class="big">{inline_image(grid, "samples")}</div>'
     else:
-        singles = [path for path in sorted(folder.glob("*.png")) if path != near][:MOST_THUMBS]
+        singles = [path for path in sorted(folder.glob("*.png")) if path not in (near, asked)][:MOST_THUMBS]
         left = (
             f'<div class="thumbs">{"".join(inline_image(path, path.stem) for path in singles)}</div>' if singles else ""
         )
+    told = folder / "asked.txt"
+    captions = escape(told.read_text()).replace("\n", " · ") if told.is_file() else ""
+    above = (
+        f'<h3>Asked for, drawn, original</h3><div class="big">{inline_image(asked, "asked, drawn, original")}</div>'
+        f'<p class="soft">{captions}</p>'
+        if asked.is_file()
+        else ""
+    )
     if not near.is_file():
-        return left
+        return above + left
     return (
-        f'<div class="two">{f"<div><h3>Generated</h3>{left}</div>" if left else ""}<div class="big">'
+        f'{above}<div class="two">{f"<div><h3>Generated</h3>{left}</div>" if left else ""}<div class="big">'
         "<h3>Samples (upper rows) above their nearest training pictures (lower rows)</h3>"
         f"{inline_image(near, 'samples above nearest training pictures')}"
         '<p class="soft">Pairs that look the same are remembered rather than invented.</p></div></div>'
@@ -213,7 +221,7 @@ def _metric(name: str, entry: Row) -> str:
     receipt = entry.get("receipt") or {}
     interval = entry.get("interval")
     between = f"{_digits(interval[0])} to {_digits(interval[1])}" if interval else ""
-    better = BETTER.get(name.split("-")[0])
+    better = next((BETTER[part] for part in name.split("-") if part in BETTER), None)
     warning = f'<div><span class="note">{escape(str(receipt["warning"]))}</span></div>' if "warning" in receipt else ""
     summary = ", ".join(
         [f"n = {receipt['n']:,}" if isinstance(receipt.get("n"), int) else ""] * ("n" in receipt)
