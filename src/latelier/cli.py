@@ -188,8 +188,8 @@ def check(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 @app.command(epilog="Example:  latelier convert vmae vmaef8d16.pth converted/ --set heads=12")
 def convert(
-    kind: Annotated[str, typer.Argument(help="vmae, sit, lightning-dit, maetok-sit, ...")],
-    checkpoint: Annotated[Path, typer.Argument(help="The official checkpoint: .safetensors, or a .pth of tensors.")],
+    kind: Annotated[str, typer.Argument(help="ldm, ldm-kl, ldm-vq, ldm-unet, vmae, sit, lightning-dit, ...")],
+    checkpoint: Annotated[Path, typer.Argument(help="The official checkpoint: .safetensors, .ckpt, .pth, ...")],
     out: Annotated[Path, typer.Argument(help="Folder of the converted model.")],
     options: Annotated[
         list[str] | None, typer.Option("--set", help="What the shapes do not tell, such as heads=12 or image=256.")
@@ -202,8 +202,8 @@ def convert(
 
     config = {key: yaml.safe_load(value) for key, _, value in (option.partition("=") for option in options or [])}
     converted = from_official(kind, read_checkpoint(checkpoint), **config)
-    converted.model.save_pretrained(out)
-    if converted.conditioner is not None:
+    (converted.pipeline or converted.model).save_pretrained(out)
+    if converted.pipeline is None and converted.conditioner is not None:
         converted.conditioner.save_pretrained(out / "conditioner")
     parameters = sum(p.numel() for p in converted.model.parameters())
     console.print(f"{out}: {type(converted.model).__name__}, {parameters:,} parameters")

@@ -366,7 +366,8 @@ def _chain(ranks: Sequence[Sequence[str]]) -> str:
 
 def costs(shown: Sequence[Shown]) -> list[str | Table]:
     """What each run took; nothing if nothing is known of any."""
-    facts = list(dict.fromkeys(fact for run in shown for fact in run.facts))
+    fullest = sorted(shown, key=lambda run: -len(run.facts))  # its order, should others have trained one stage only
+    facts = list(dict.fromkeys(fact for run in fullest for fact in run.facts))
     rows = [[run.name, *(_fact(run.facts.get(fact)) for fact in facts)] for run in shown]
     return [Table(["Run", *facts], rows)] if facts else []
 
