@@ -253,6 +253,7 @@ def _evaluate_generation(recipe: Recipe) -> list[Measurement]:
     """Compare fresh samples with the training pictures, and show the nearest of those beside some samples."""
     from latelier.evaluation.features import load_extractor
     from latelier.evaluation.generation import evaluate_generation, nearest
+    from latelier.evaluation.speed import measure_sampling
     from latelier.images import make_pairs, save_png
     from latelier.training.tokenizer_loop import open_images
 
@@ -272,7 +273,8 @@ def _evaluate_generation(recipe: Recipe) -> list[Measurement]:
     neighbours = nearest(shown, training.once(settings.batch, limit=searched), load_extractor("vgg16"))
     pairs = make_pairs(shown, neighbours.images[:, 0], columns=min(8, len(shown)))
     save_png(pairs, recipe.folder / "samples" / "nearest.png")
-    return measured
+    references = training.once(settings.batch, limit=settings.samples)
+    return [*measured, *measure_sampling(pipeline, references, recipe, receipt)]
 
 
 def _evaluate_tasks(recipe: Recipe, held_out: ImageDataset) -> list[Measurement]:
@@ -317,20 +319,12 @@ def _samples(pipeline: LatentDiffusionPipeline, recipe: Recipe, count: int) -> I
 
     A model that is told more than classes draws what the held-out pictures say, in turn.
     """
+    from latelier.evaluation.speed import batches
     from latelier.training.denoiser_loop import shown_records
 
-    start, batch = recipe.sample.seed, recipe.sample.batch
-    for done in range(0, count, batch):
-        update = {"seed": start + done, "count": min(batch, count - done), "classes": _classes_from(recipe, done)}
-        settings = recipe.sample.model_copy(update=update)
-        records = shown_records(recipe, pipeline, settings.count, done)
+    for settings in batches(recipe.sample, count):
+        records = shown_records(recipe, pipeline, settings.count, settings.seed - recipe.sample.seed)
         yield pipeline(sample=settings, records=records, output_type="pt", progress=False).images
-
-
-def _classes_from(recipe: Recipe, done: int) -> list[int | str] | None:
-    """The recipe's classes, turned so that batches go on where the last one ended."""
-    classes = recipe.sample.classes
-    return classes and classes[done % len(classes) :] + classes[: done % len(classes)]
 
 
 def _chain(first: Tensor, rest: Iterator[Tensor]) -> Iterator[Tensor]:
