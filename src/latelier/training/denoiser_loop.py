@@ -109,11 +109,14 @@ def build_objective(recipe: Recipe, codec: Codec, dataset: ImageDataset) -> Deno
     section = denoiser_section(recipe)
     shape = codec.latent_shape(*recipe.data.image_size)
     captions = cache(lambda: tuple(dataset.captions()))  # read at most once
+    captioned = any(condition.kind == "text" for condition in section.condition) and any(
+        True for _ in dataset.captions()
+    )
     world = World(
         class_names=dataset.class_names,
         box_names=dataset.box_names,
         segmentation_classes=dataset.segmentation_classes,
-        captions=lambda: iter(captions()),
+        captions=(lambda: iter(captions())) if captioned else None,
         latent_shape=shape,
         factor=codec.factor,
         image_channels=codec.image_channels,

@@ -1,0 +1,133 @@
+"""The commands of conditional models, on tiny ones: what they write, and one sentence for what they cannot do."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latelier.recipe import dump
+from latelier.training.denoiser_loop import train_denoiser
+from latelier.training.tokenizer_loop import train_tokenizer
+from test_cli import call
+from tiny import tiny_recipe
+
+SCENES = {"source": "scenes", "image_size": 32, "length": 24, "flip": False, "classes": ["owl", "key"]}
+TEXT = {"kind": "text", "length": 12, "vocabulary_size": 300, "dim": 32, "layers": 1, "heads": 2, "head_dim": 16}
+LAYOUT = {"kind": "layout", "objects": 3, "tokens": 256, "dim": 32, "layers": 1, "heads": 2, "head_dim": 16}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run that is told captions, boxes and label maps at once, one that enlarges, and one that fills holes."""
+    folder = tmp_path_factory.mktemp("runs")
+    conditions = {"several": [TEXT, LAYOUT, "segmentation"], "enlarge": "low-resolution", "fill": "inpainting"}
+    for name, condition in conditions.items():
+        recipe = tiny_recipe(
+            folder / name,
+            name="run",
+            data=SCENES,
+            tokenizer={"images": 16, "warmup": 0},
+            denoiser={"images": 16, "condition": condition},
+            sample={"guidance": 1.0},
+        )
+        train_tokenizer(recipe)
+        train_denoiser(recipe)
+        (recipe.folder / "recipe.yaml").write_text(dump(recipe))
+    return {name: str(folder / name / "run") for name in conditions}
+
+
+def save(path, size, mode="RGB", value=None):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 255, (*size, 3), np.uint8) if value is None else np.full(size, value, np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path)
+    return str(path)
+
+
+def test_several_conditions_at_once(monkeypatch, capsys, runs, tmp_path):
+    labels = save(tmp_path / "labels.png", (32, 32), "L", 1)
+    asked = ["--prompt", "an owl", "--layout", "owl 0 0 0.5 0.5; key 0.5 0.5 1 1", "--segmentation", labels]
+    out = tmp_path / "out"
+    code, _, err = call(
+        monkeypatch, capsys, "sample", runs["several"], *asked, "--count", "2", "--out", str(out), "--guidance", "2",
+        "--negative", "a key", "--sampler", "heun", "--window", "2",
+    )  # fmt: skip
+    assert code == 0, err
+    assert Image.open(out / "000001.png").size == (32, 32)
+    assert (out / "grid.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (["--layout", "cow 0 0 1 1"], "cow"),
+        (["--layout", "owl 0.5 0 1.5 1"], "1.5"),
+        (["--layout", "owl 0 0 1"], "is not a class and four numbers"),
+        (["--prompt", "an owl", "--classes", "owl"], "classes = 'owl' cannot be asked of this model"),
+        (["--prompt", "an owl"], "say which layouts to draw"),
+        (["--map", "nowhere.png"], "maps = 'nowhere.png' cannot be asked"),
+    ],
+)
+def test_what_cannot_be_asked(monkeypatch, capsys, runs, asked, words):
+    code, _, err = call(monkeypatch, capsys, "sample", runs["several"], "--count", "1", *asked)
+    assert code == 2
+    assert words in err
+    assert "Traceback" not in err
+
+
+def test_label_maps_beyond_the_classes(monkeypatch, capsys, runs, tmp_path):
+    labels = save(tmp_path / "labels.png", (32, 32), "L", 7)
+    asked = ["--prompt", "an owl", "--layout", "owl 0 0 1 1", "--segmentation", labels]
+    code, _, err = call(monkeypatch, capsys, "sample", runs["several"], "--count", "1", *asked)
+    assert code == 2
+    assert "id 7" in err
+
+
+def test_a_prompt_on_a_model_without_text(monkeypatch, capsys, runs):
+    code, _, err = call(monkeypatch, capsys, "sample", runs["fill"], "--prompt", "an owl")
+    assert code == 2
+    assert "prompts = 'an owl' cannot be asked of this model, which is told inpainting" in err
+
+
+def test_upscale(monkeypatch, capsys, runs, tmp_path):
+    small, large = save(tmp_path / "small.png", (9, 14)), tmp_path / "large.png"
+    code, _, err = call(monkeypatch, capsys, "upscale", small, str(large), "--run", runs["enlarge"], "--steps", "2")
+    assert code == 0, err
+    assert Image.open(large).size == (56, 36)
+    code, _, err = call(monkeypatch, capsys, "upscale", small, str(large), "--run", runs["enlarge"], "--factor", "8")
+    assert code == 2
+    assert "this model enlarges 4 times" in err
+    code, _, err = call(monkeypatch, capsys, "upscale", small, str(large), "--run", runs["fill"])
+    assert code == 2
+    assert "not trained to enlarge pictures" in err
+
+
+def test_inpaint(monkeypatch, capsys, runs, tmp_path):
+    picture = save(tmp_path / "picture.png", (40, 35))
+    mask = Image.new("L", (35, 40))
+    mask.paste(255, (5, 6, 20, 22))
+    mask.save(tmp_path / "mask.png")
+    arguments = [
+        "inpaint",
+        picture,
+        str(tmp_path / "mask.png"),
+        "--run",
+        runs["fill"],
+        "--out",
+        str(tmp_path / "o.png"),
+    ]
+    code, _, err = call(monkeypatch, capsys, *arguments)
+    assert code == 0, err
+    before, after = (np.asarray(Image.open(p)).astype(int) for p in (picture, tmp_path / "o.png"))
+    changed = (before != after).any(2)
+    assert changed[6:22, 5:20].any()
+    changed[6:22, 5:20] = False
+    assert not changed.any()
+    Image.new("L", (30, 40), 255).save(tmp_path / "mask.png")
+    code, _, err = call(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert "The mask is 40 x 30 (height x width), but the picture 40 x 35" in err
+
+
+def test_samples_of_held_out_pictures(monkeypatch, capsys, runs, tmp_path):
+    code, _, err = call(monkeypatch, capsys, "sample", runs["several"], "--count", "3", "--out", str(tmp_path / "out"))
+    assert code == 0, err
+    assert Image.open(tmp_path / "out" / "000002.png").size == (32, 32)
