@@ -10,8 +10,18 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from latelier import recipe
+from latelier.denoisers import dit, unet
+from latelier.recipe import condition
+from latelier.tokenizers import conv
 
 MARK = "<!-- recipe tables -->"
+
+
+def names(presets: dict[str, dict]) -> str:
+    """Names as one writes them."""
+    return ", ".join(f"`{name}`" for name in presets)
+
+
 # What the keys mean that carry no description of their own in the schema.
 MEANINGS: dict[type[BaseModel], dict[str, str]] = {
     recipe.Recipe: {
@@ -41,10 +51,11 @@ MEANINGS: dict[type[BaseModel], dict[str, str]] = {
         "kl": "form of the KL, see [VMAE](vmae.md#the-objective)",
     },
     recipe.ConvRecipe: {
-        "preset": "`kl-f8c4`, `kl-f8c16`, `kl-f4c4-small`, `kl-f8c16-small`, `kl-f8c16-tiny`",
-        "method": "`ae`, `dae`, `vae`, `sd-vae`: the baselines of [LDMAE](ldmae.md)",
-        "init": "an `AutoencoderKL`, folder or Hub name, to start from",
-        "model": "arguments of `AutoencoderKL` that replace the preset's",
+        "preset": names(conv.PRESETS),
+        "method": "`kl-reg`, `vq-reg`: those of [LDM](ldm.md); `ae`, `dae`, `vae`, `sd-vae`: the baselines of "
+        "[LDMAE](ldmae.md)",
+        "init": "an `AutoencoderKL`, or a `VQModel` for presets that begin with `vq`: folder or Hub name to start from",
+        "model": "arguments of that class that replace the preset's",
         "reconstruction": "absolute or squared error of pixels",
         "perceptual_weight": "of LPIPS; 0 needs no LPIPS weights",
         "kl_weight": "of the KL, summed over a latent; 0 makes a plain autoencoder, whose latent is the mean",
@@ -70,12 +81,12 @@ MEANINGS: dict[type[BaseModel], dict[str, str]] = {
         "keep_checkpoints": "the newest so many stay",
     },
     recipe.DenoiserRecipe: {
-        "kind": "see [DiT, SiT, LightningDiT](dit.md#switches)",
-        "size": "`XS`, `T`, `S`, `B`, `L`, `XL`, `1p0B`, `1p6B`",
-        "patch": "side of a token in latent positions",
-        "init": "a `DiT`, folder or Hub name, to start from",
-        "condition": "what the denoiser is told",
-        "condition_dropout": "share of training images whose condition is dropped, for guidance",
+        "kind": "transformers: [DiT, SiT, LightningDiT](dit.md#switches); `unet`: [LDM](ldm.md)",
+        "size": f"transformers: {names(dit.SIZES)}; U-Nets: {names(unet.SIZES)}",
+        "patch": "side of a transformer's token in latent positions",
+        "init": "a `DiT` or U-Net, folder or Hub name, to start from",
+        "condition": "what the denoiser is told: `none`, a kind, a section, or a list of these; see "
+        "[conditions](conditions.md)",
     },
     recipe.Process: {
         "kind": "see [concepts](concepts.md#process)",
@@ -86,12 +97,29 @@ MEANINGS: dict[type[BaseModel], dict[str, str]] = {
     recipe.Sample: {
         "steps": "sampling steps",
         "guidance": "scale w of classifier-free guidance; 1 is none",
-        "sampler": "see [sampling](dit.md#sampling)",
+        "sampler": "see [sampling](sampling.md#samplers)",
         "count": "pictures to draw",
         "batch": "pictures per forward pass",
         "classes": "names or indices, gone through in turn; null: all classes",
         "seed": "picture i is drawn from seed + i",
     },
+    condition.TextCondition: {
+        "dim": "width of the tokens; this and the next three of `encoder: trained`",
+        "layers": "of the transformer",
+        "heads": "of its attention",
+        "head_dim": "width of a head",
+    },
+    condition.LayoutCondition: {
+        "dim": "width of the tokens",
+        "layers": "of the transformer",
+        "heads": "of its attention",
+        "head_dim": "width of a head",
+    },
+    condition.LowResolutionCondition: {
+        "degradation": "how training makes small pictures, see [conditions](conditions.md#maps-and-small-pictures)",
+        "dropout": "share of pictures whose small picture is not told",
+    },
+    condition.InpaintingCondition: {"dropout": "share of pictures of which everything is a hole"},
     recipe.Evaluate: {
         "metrics": "see [evaluation](evaluation.md#definitions)",
         "features": "network of the Fréchet distances, precision and recall",
@@ -112,6 +140,13 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "training keys of tokenizer and denoiser": recipe.Training,
     "denoiser": recipe.DenoiserRecipe,
     "denoiser.process": recipe.Process,
+    "denoiser.condition: {kind: class}": condition.ClassCondition,
+    "denoiser.condition: {kind: text}": condition.TextCondition,
+    "denoiser.condition: {kind: layout}": condition.LayoutCondition,
+    "denoiser.condition: {kind: segmentation}": condition.SegmentationCondition,
+    "denoiser.condition: {kind: low-resolution}": condition.LowResolutionCondition,
+    "denoiser.condition: {kind: inpainting}": condition.InpaintingCondition,
+    "denoiser.condition: {kind: map}": condition.MapCondition,
     "sample": recipe.Sample,
     "evaluate": recipe.Evaluate,
 }
@@ -128,7 +163,10 @@ def tables() -> str:
 
 
 def table(model: type[BaseModel]) -> str:
-    """Key, what it takes, default and meaning of a section's own fields; those it shares have a table of their own."""
+    """Key, what it takes, default and meaning of a section's own fields; those it shares have a table of their own.
+
+    Of shared ones those are here that have another default, or another meaning in `MEANINGS`.
+    """
     shared: dict[str, FieldInfo] = {}
     for base in (recipe.Training, recipe.TrainedTokenizer):
         if issubclass(model, base) and model is not base:
@@ -136,7 +174,7 @@ def table(model: type[BaseModel]) -> str:
     properties = model.model_json_schema()["properties"]
     rows = ["| key | takes | default | meaning |", "|---|---|---|---|"]
     for name, field in model.model_fields.items():
-        if name not in shared or field.default != shared[name].default:
+        if name not in shared or field.default != shared[name].default or name in MEANINGS.get(model, {}):
             cells = (f"`{name}`", takes(properties[name]), default(field), meaning(model, name, field))
             rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows)
@@ -161,8 +199,8 @@ def takes(schema: dict[str, Any]) -> str:
         return " or ".join(dict.fromkeys(takes(option) for option in schema["anyOf"]))
     kind = schema.get("type", "anything")
     if kind == "array":
-        inner = schema.get("items") or schema.get("prefixItems", [{}])[0]
-        return f"list of {takes(inner)}"
+        inner = takes(schema.get("items") or schema.get("prefixItems", [{}])[0])
+        return "list of sections" if inner == "a section" else f"list of {inner}"
     limits = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     bounds = " and ".join(f"{sign} {schema[key]:g}" for key, sign in limits.items() if key in schema)
     return f"{kind} {bounds}".strip()
