@@ -108,6 +108,7 @@ def sample(
     sampler: Annotated[str | None, typer.Option(help="ddim, plms, dpm++, unipc, euler, heun, ...")] = None,
     size: Annotated[int | None, typer.Option(help="Side in pixels; default: the trained size.")] = None,
     window: Annotated[int | None, typer.Option(help="Draw in overlapping windows of so many latent positions.")] = None,
+    stride: Annotated[int | None, typer.Option(help="From one window to the next; default half a window.")] = None,
     seed: Annotated[int, typer.Option(help="Picture i is drawn from seed + i.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder of the pictures; default: samples/ of the run.")] = None,
 ) -> None:
@@ -120,7 +121,8 @@ def sample(
         "layouts": [read_layout(text) for text in layout or []], "segmentations": segmentation, "maps": map,
     }  # fmt: skip
     settings = {
-        "count": count, "steps": steps, "guidance": guidance, "sampler": sampler, "window": window, "seed": seed,
+        "count": count, "steps": steps, "guidance": guidance, "sampler": sampler, "window": window, "stride": stride,
+        "seed": seed,
     }  # fmt: skip
     console.print(f"Grid: {sample_to_folder(run, asked, settings, size, out)}")
 
@@ -133,12 +135,15 @@ def upscale(
     factor: Annotated[int | None, typer.Option(help="How many times larger; checked against the model's.")] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps; default: the recipe's.")] = None,
     seed: Annotated[int, typer.Option(help="Another seed is another picture.")] = 0,
+    prompt: Annotated[str | None, typer.Option(help="Of a model that is told captions too.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; default 1, none.")] = None,
     window: Annotated[int | None, typer.Option(help="Draw in windows of so many latent positions.")] = None,
 ) -> None:
     """Enlarge a picture with a super-resolution model."""
     from latelier.experiment import upscale_file
 
-    size = upscale_file(run, image, out, factor, {"steps": steps, "seed": seed, "window": window})
+    settings = {"steps": steps, "seed": seed, "window": window} | ({"guidance": guidance} if guidance else {})
+    size = upscale_file(run, image, out, factor, settings, {"prompts": [prompt]} if prompt else {})
     console.print(f"{out}: {size[0]} x {size[1]}")
 
 
@@ -150,12 +155,15 @@ def inpaint(
     out: Annotated[Path, typer.Option(help="Where the result goes.")] = Path("inpainted.png"),
     steps: Annotated[int | None, typer.Option(help="Sampling steps; default: the recipe's.")] = None,
     seed: Annotated[int, typer.Option(help="Another seed is another picture.")] = 0,
+    prompt: Annotated[str | None, typer.Option(help="Of a model that is told captions too.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; default 1, none.")] = None,
     window: Annotated[int | None, typer.Option(help="Draw in windows of so many latent positions.")] = None,
 ) -> None:
     """Fill the holes of a picture; the rest comes back untouched."""
     from latelier.experiment import inpaint_file
 
-    inpaint_file(run, image, mask, out, {"steps": steps, "seed": seed, "window": window})
+    settings = {"steps": steps, "seed": seed, "window": window} | ({"guidance": guidance} if guidance else {})
+    inpaint_file(run, image, mask, out, settings, {"prompts": [prompt]} if prompt else {})
     console.print(f"{out}")
 
 

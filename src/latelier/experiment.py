@@ -123,13 +123,11 @@ def sample_to_folder(
         The grid of all pictures, `grid.png` beside the single ones.
     """
     from latelier.images import make_grid, save_png
-    from latelier.recipe import Sample
     from latelier.training.denoiser_loop import shown_records
 
     pipeline, recipe = open_run(run)
     asked = {name: values for name, values in (asked or {}).items() if values}
-    given = {k: v for k, v in {**(settings or {}), "classes": asked.pop("classes", None)}.items() if v is not None}
-    chosen = (recipe.sample if recipe else Sample()).model_copy(update=given)
+    chosen = _chosen(recipe, {**(settings or {}), "classes": asked.pop("classes", None)})
     records = shown_records(recipe, pipeline, chosen.count) if recipe and not asked else {}
     out = out or run / "samples"
     out.mkdir(parents=True, exist_ok=True)
@@ -142,8 +140,10 @@ def sample_to_folder(
     return out / "grid.png"
 
 
-def upscale_file(run: Path, image: Path, out: Path, factor: int | None, settings: dict) -> tuple[int, int]:
-    """Enlarge a picture file.
+def upscale_file(
+    run: Path, image: Path, out: Path, factor: int | None, settings: dict, asked: dict[str, list]
+) -> tuple[int, int]:
+    """Enlarge a picture file; `asked` are the prompts or classes of a model that is told them too.
 
     Returns:
         Width and height of the result.
@@ -159,13 +159,13 @@ def upscale_file(run: Path, image: Path, out: Path, factor: int | None, settings
     part = parts(pipeline.conditioner).get("low_resolution")
     if factor is not None and part is not None and factor != part.config["factor"]:
         raise LatelierError(f"--factor {factor}, but this model enlarges {part.config['factor']} times.")
-    large = upscale(pipeline, image, sample=_one(recipe, settings))
+    large = upscale(pipeline, image, sample=_chosen(recipe, {"guidance": 1.0, **settings, "count": 1}), **asked)
     save_png(make_grid(large[None], columns=1), out)
     return large.shape[2], large.shape[1]
 
 
-def inpaint_file(run: Path, image: Path, mask: Path, out: Path, settings: dict) -> None:
-    """Fill the holes of a picture file.
+def inpaint_file(run: Path, image: Path, mask: Path, out: Path, settings: dict, asked: dict[str, list]) -> None:
+    """Fill the holes of a picture file; `asked` are the prompts or classes of a model that is told them too.
 
     Raises:
         LatelierError: if a file cannot be read, or the mask has another size than the picture.
@@ -174,16 +174,25 @@ def inpaint_file(run: Path, image: Path, mask: Path, out: Path, settings: dict) 
     from latelier.tasks import inpaint
 
     pipeline, recipe = open_run(run)
-    filled = inpaint(pipeline, image, mask, sample=_one(recipe, settings))
+    filled = inpaint(pipeline, image, mask, sample=_chosen(recipe, {"guidance": 1.0, **settings, "count": 1}), **asked)
     save_png(make_grid(filled[None], columns=1), out)
 
 
-def _one(recipe: Recipe | None, settings: dict) -> Sample:
-    """The recipe's settings of sampling, or given ones, for a single picture without guidance."""
-    from latelier.recipe import Sample
+def _chosen(recipe: Recipe | None, settings: dict) -> Sample:
+    """The recipe's settings of sampling, under those that are given.
+
+    Raises:
+        LatelierError: for a value that is not allowed.
+    """
+    from pydantic import ValidationError
+
+    from latelier.recipe import Sample, first_problem
 
     given = {k: v for k, v in settings.items() if v is not None}
-    return (recipe.sample if recipe else Sample()).model_copy(update={"guidance": 1.0, **given, "count": 1})
+    try:
+        return Sample.model_validate({**(recipe.sample.model_dump() if recipe else {}), **given})
+    except ValidationError as error:
+        raise LatelierError(first_problem(error, Sample)) from None
 
 
 def evaluate(recipe: Recipe) -> list[Measurement]:

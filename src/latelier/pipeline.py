@@ -174,7 +174,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             seed: of the first picture.
             batch: pictures, or windows of them, per forward pass.
             window: side in latent positions: the denoiser sees overlapping windows, and the decoder tiles, of this
-                size, so that memory does not grow with the picture; for pictures beyond the size of training.
+                size, so that their memory does not grow with the picture; for pictures beyond the size of training.
             stride: from one window to the next; by default half a window.
             guide: pulls the pictures towards a target while they are drawn; see `latelier.diffusion.guiding.Guide`,
                 whose target has a row for each picture, or one for all.

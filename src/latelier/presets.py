@@ -20,7 +20,8 @@ def preset_arguments(
         LatelierError: for an unknown preset, or an override that the constructor does not have.
     """
     if name not in presets:
-        raise LatelierError(f"{section}.preset = {name!r} is not known; allowed: {', '.join(presets)}.")
+        key = "size" if section == "denoiser" else "preset"
+        raise LatelierError(f"{section}.{key} = {name!r} is not known; allowed: {', '.join(presets)}.")
     known = [p for p in inspect.signature(cls).parameters if p != "self"]
     for key in overrides:
         if key not in known:

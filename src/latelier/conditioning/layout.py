@@ -204,7 +204,7 @@ class LayoutConditioner(ModelMixin, ConfigMixin):
         return self.index(kind), box, flags
 
     def index(self, wanted: Any) -> int:
-        """A class's index from its index or its name.
+        """A class's index from its index, its name, or its index in a string.
 
         Raises:
             LatelierError: for an unknown class.
@@ -212,8 +212,8 @@ class LayoutConditioner(ModelMixin, ConfigMixin):
         names = self.config["names"]
         if wanted in names:
             return names.index(wanted)
-        if isinstance(wanted, int) and 0 <= wanted < len(names):
-            return wanted
+        if str(wanted).isdigit() and int(wanted) < len(names):
+            return int(wanted)
         shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
         raise LatelierError(f"Unknown class of boxes {wanted!r}; this model knows: {shown}.")
 

@@ -14,6 +14,8 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
+from latelier.conditioning.inpainting import InpaintingConditioner
+from latelier.conditioning.low_resolution import LowResolutionConditioner
 from latelier.conditioning.segmentation import SegmentationConditioner
 from latelier.convert import Converted, load_exactly, need
 from latelier.convert.ldm_autoencoder import convert_kl, convert_vq
@@ -30,10 +32,9 @@ def convert(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
 
     Args:
         weights: original names, prefixes included.
-        config: what the shapes do not tell: `heads` or `num_head_channels`, `attention_resolutions`,
-            `attn_resolutions` of the autoencoder, `image_size` of the latents, `scale_factor`; `vocabulary`, the folder
-            or Hub name of the text tokenizer; `box_names`, the classes of layouts; `betas` as a pair of the schedule's
-            ends if the checkpoint lacks them.
+        config: what the shapes do not tell: `heads` or `num_head_channels` of the U-Net, `image_size` of the latents;
+            `vocabulary`, the folder or Hub name of the text tokenizer; `box_names`, the classes of layouts; `betas`, a
+            pair of the schedule's ends, and `scale_factor`, if the checkpoint lacks them.
 
     Raises:
         LatelierError: if the checkpoint lacks a part.
@@ -50,6 +51,8 @@ def convert(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
         )
     tokenizer = (convert_vq if "quantize.embedding.weight" in first else convert_kl)(first, config).model
     conditioner = unet.conditioner or _conditioner(weights, config, Codec(tokenizer).factor)
+    if conditioner is None:
+        conditioner = _concatenated(unet.model, tokenizer)
     start, end = _betas(weights, config)
     process = Process(kind="ddpm", beta_schedule="scaled_linear", beta_start=start, beta_end=end)
     codec = _codec(tokenizer, weights, config)
@@ -94,6 +97,23 @@ def _conditioner(weights: dict[str, Tensor], config: dict[str, Any], factor: int
     conditioner = SegmentationConditioner(kernel.shape[1], kernel.shape[0], factor)
     load_exactly(conditioner, {"projection.weight": kernel})
     return conditioner
+
+
+def _concatenated(unet: ModelMixin, tokenizer: ModelMixin) -> ModelMixin | None:
+    """Inpainting and super-resolution learn nothing beside the U-Net; its further channels tell which it is."""
+    channels = unet.config["in_channels"] - unet.config["out_channels"]  # type: ignore[index]
+    latent, picture = (tokenizer.config[key] for key in ("latent_channels", "in_channels"))  # type: ignore[index]
+    if channels == latent + 1:  # masked latents and mask
+        return InpaintingConditioner("thick", latent, picture)
+    if channels == picture:  # a small picture at the size of the latents
+        factor = Codec(tokenizer).factor
+        return LowResolutionConditioner(factor, "bsrgan-light", picture, factor)
+    if channels:
+        raise LatelierError(
+            f"The U-Net takes {channels} channels beside {latent} of latents, which is neither a small picture "
+            f"({picture}) nor masked latents and mask ({latent + 1}); convert it as ldm-unet."
+        )
+    return None
 
 
 def _dropped(conditioner: ModelMixin | None) -> list[str]:

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from latelier.diffusion.process import DDPM, Flow
 from latelier.errors import LatelierError
@@ -61,7 +61,7 @@ class Guide:
         if kind == "lpips":
             from latelier.losses.perceptual import LPIPS
 
-            self._distance = LPIPS("vgg").to(target.device)
+            self._distance = LPIPS("vgg")
 
     def of(self, pictures: list[int]) -> Guide:
         """The guide of some pictures, by their places in the target."""
@@ -85,6 +85,8 @@ class Guide:
                 f"The guide's target is {tuple(target.shape)}, but the pictures that are drawn, {self.factor} times "
                 f"smaller, are {tuple(images.shape)}; give a target of that shape."
             )
+        if isinstance(self._distance, nn.Module):
+            self._distance.to(images.device)
         return self._distance(images, target.expand_as(images))
 
     def __call__(

@@ -53,6 +53,8 @@ def _vq(channels: list[int], latent: int, codes: int, **rest) -> dict:
 _SD3: dict[str, Any] = {"use_quant_conv": False, "use_post_quant_conv": False, "force_upcast": False}
 _LIGHT: dict[str, Any] = {"layers": 1, "mid_block_add_attention": False}  # for two cores of a CPU
 _KL_LIGHT = {**_LIGHT, **_SD3}
+# Groups of four channels or more: a group of one would take each channel's mean, and so most colours, away.
+_GROUPS = {"norm_num_groups": 8}
 _F16 = [128, 128, 256, 256, 512]
 _KL_F8 = _kl([128, 256, 512, 512], 4)
 
@@ -76,12 +78,12 @@ PRESETS = {
     "kl-f4c4-small": _kl([32, 64, 128], 4, **_KL_LIGHT),
     "kl-f8c16-small": _kl([32, 64, 128, 128], 16, **_KL_LIGHT),
     "kl-f8c16-tiny": _kl([32, 32, 32, 32], 16, **_KL_LIGHT),
-    "kl-f2-small": _kl([32, 64], 2, **{**_KL_LIGHT, "layers": 2}),
-    "kl-f4-small": _kl([32, 64, 128], 3, **_KL_LIGHT),
-    "kl-f8-small": _kl([32, 64, 128, 128], 4, **_KL_LIGHT),
-    "kl-f16-small": _kl([32, 64, 128, 128, 128], 16, **_KL_LIGHT),
-    "vq-f4-small": _vq([32, 64, 128], 3, 512, **_LIGHT),
-    "vq-f8-small": _vq([32, 64, 128, 128], 4, 512, **_LIGHT),
+    "kl-f2-small": _kl([32, 64], 2, **{**_KL_LIGHT, **_GROUPS, "layers": 2}),
+    "kl-f4-small": _kl([32, 64, 128], 3, **_KL_LIGHT, **_GROUPS),
+    "kl-f8-small": _kl([32, 64, 128, 128], 4, **_KL_LIGHT, **_GROUPS),
+    "kl-f16-small": _kl([32, 64, 128, 128, 128], 16, **_KL_LIGHT, **_GROUPS),
+    "vq-f4-small": _vq([32, 64, 128], 3, 512, **_LIGHT, **_GROUPS),
+    "vq-f8-small": _vq([32, 64, 128, 128], 4, 512, **_LIGHT, **_GROUPS),
 }
 
 
