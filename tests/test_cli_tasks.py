@@ -42,6 +42,16 @@ def save(path, size, mode="RGB", value=None):
     return str(path)
 
 
+def opened(path):
+    with Image.open(path) as image:
+        return image.copy()
+
+
+def size_of(path):
+    with Image.open(path) as image:
+        return image.size
+
+
 def test_several_conditions_at_once(monkeypatch, capsys, runs, tmp_path):
     labels = save(tmp_path / "labels.png", (32, 32), "L", 1)
     asked = ["--prompt", "an owl", "--layout", "owl 0 0 0.5 0.5; key 0.5 0.5 1 1", "--segmentation", labels]
@@ -51,22 +61,24 @@ def test_several_conditions_at_once(monkeypatch, capsys, runs, tmp_path):
         "--negative", "a key", "--sampler", "heun", "--window", "2",
     )  # fmt: skip
     assert code == 0, err
-    assert Image.open(out / "000001.png").size == (32, 32)
+    assert size_of(out / "000001.png") == (32, 32)
     assert (out / "grid.png").is_file()
 
 
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        (["--layout", "cow 0 0 1 1"], "cow"),
-        (["--layout", "owl 0.5 0 1.5 1"], "1.5"),
+        (["--prompt", "an owl", "--segmentation", "{labels}", "--layout", "cow 0 0 1 1"], "cow"),
+        (["--prompt", "an owl", "--segmentation", "{labels}", "--layout", "owl 0.5 0 1.5 1"], "1.5"),
         (["--layout", "owl 0 0 1"], "is not a class and four numbers"),
         (["--prompt", "an owl", "--classes", "owl"], "classes = 'owl' cannot be asked of this model"),
         (["--prompt", "an owl"], "say which layouts to draw"),
         (["--map", "nowhere.png"], "maps = 'nowhere.png' cannot be asked"),
     ],
 )
-def test_what_cannot_be_asked(monkeypatch, capsys, runs, asked, words):
+def test_what_cannot_be_asked(monkeypatch, capsys, runs, tmp_path, asked, words):
+    labels = save(tmp_path / "labels.png", (32, 32), "L", 1)
+    asked = [text.replace("{labels}", labels) for text in asked]
     code, _, err = call(monkeypatch, capsys, "sample", runs["several"], "--count", "1", *asked)
     assert code == 2
     assert words in err
@@ -91,7 +103,7 @@ def test_upscale(monkeypatch, capsys, runs, tmp_path):
     small, large = save(tmp_path / "small.png", (9, 14)), tmp_path / "large.png"
     code, _, err = call(monkeypatch, capsys, "upscale", small, str(large), "--run", runs["enlarge"], "--steps", "2")
     assert code == 0, err
-    assert Image.open(large).size == (56, 36)
+    assert size_of(large) == (56, 36)
     code, _, err = call(monkeypatch, capsys, "upscale", small, str(large), "--run", runs["enlarge"], "--factor", "8")
     assert code == 2
     assert "this model enlarges 4 times" in err
@@ -116,7 +128,7 @@ def test_inpaint(monkeypatch, capsys, runs, tmp_path):
     ]
     code, _, err = call(monkeypatch, capsys, *arguments)
     assert code == 0, err
-    before, after = (np.asarray(Image.open(p)).astype(int) for p in (picture, tmp_path / "o.png"))
+    before, after = (np.asarray(opened(p)).astype(int) for p in (picture, tmp_path / "o.png"))
     changed = (before != after).any(2)
     assert changed[6:22, 5:20].any()
     changed[6:22, 5:20] = False
@@ -130,4 +142,4 @@ def test_inpaint(monkeypatch, capsys, runs, tmp_path):
 def test_samples_of_held_out_pictures(monkeypatch, capsys, runs, tmp_path):
     code, _, err = call(monkeypatch, capsys, "sample", runs["several"], "--count", "3", "--out", str(tmp_path / "out"))
     assert code == 0, err
-    assert Image.open(tmp_path / "out" / "000002.png").size == (32, 32)
+    assert size_of(tmp_path / "out" / "000002.png") == (32, 32)

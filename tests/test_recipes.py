@@ -18,7 +18,7 @@ def shrink(recipe, folder):
     tree["data"] |= {"source": "emoji", "image_size": 32, "length": 24, "streaming": False, "val_source": None}
     tree["data"] |= {"label_key": None, "caption_key": None, "classes": None}
     tree["data"] |= {"boxes": None, "segmentation": None, "segmentation_classes": None, "maps": None}
-    if recipe.denoiser and any(c.kind in ("layout", "segmentation", "text") for c in recipe.denoiser.condition):
+    if recipe.denoiser and any(c.kind in ("layout", "segmentation", "text", "map") for c in recipe.denoiser.condition):
         tree["data"] |= {"source": "scenes", "val_fraction": 0.5}
     if recipe.tokenizer.kind == "pretrained":
         tree["tokenizer"] = {"kind": "conv", "preset": "kl-f8-small", "perceptual_weight": 0, **SMALL_TRAINING}

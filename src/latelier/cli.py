@@ -116,9 +116,9 @@ def sample(
     from latelier.experiment import sample_to_folder
     from latelier.tasks import read_layout
 
-    asked = {
-        "classes": classes, "prompts": prompt, "negative_prompts": [negative] if negative else None,
-        "layouts": [read_layout(text) for text in layout or []], "segmentations": segmentation, "maps": map,
+    asked: dict[str, list] = {
+        "classes": classes or [], "prompts": prompt or [], "negative_prompts": [negative] if negative else [],
+        "layouts": [read_layout(text) for text in layout or []], "segmentations": segmentation or [], "maps": map or [],
     }  # fmt: skip
     settings = {
         "count": count, "steps": steps, "guidance": guidance, "sampler": sampler, "window": window, "stride": stride,

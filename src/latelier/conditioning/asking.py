@@ -74,7 +74,7 @@ class Asked:
         codec: Any,
         guidance: float,
         dropped: Sequence[str],
-    ) -> tuple[Condition | None, Condition | None, Mapping[str, Tensor]]:
+    ) -> tuple[Condition | None, Condition | None, Mapping[str, Any]]:
         """The condition of some pictures, the one that says nothing when guidance needs it, and the record entries.
 
         Args:

@@ -27,6 +27,7 @@ from latelier.recipe import Data
 
 MEMORY_LIMIT = 1_000_000_000  # bytes of pixels
 NAMED_IN_ERRORS = 3
+WORTH_LEAVING = 2048  # pictures that a short pass need not decode
 
 
 class ImageDataset:
@@ -114,7 +115,8 @@ class ImageDataset:
         count = len(self) if limit is None else min(limit, len(self))
         mine = torch.arange(process, count, processes) * len(self) // max(count, 1)
         jobs = [Job(part, part, False, [flip] * len(part)) for part in mine.split(batch) if len(part)]
-        yield from self._run(jobs, process, processes, most_workers=len(jobs))
+        few = self._memory is None and len(self) - count > WORTH_LEAVING  # decoding all of them would take longer
+        yield from self._run(jobs, process, processes, most_workers=len(jobs), in_memory=self.in_memory and not few)
 
     def follow(
         self, plan: Iterable[tuple[Tensor, list[bool]]], process: int = 0, processes: int = 1
@@ -157,11 +159,16 @@ class ImageDataset:
             start += batch
 
     def _run(
-        self, jobs: Iterable[Job], process: int, processes: int, most_workers: int | None = None
+        self,
+        jobs: Iterable[Job],
+        process: int,
+        processes: int,
+        most_workers: int | None = None,
+        in_memory: bool | None = None,
     ) -> Iterator[dict[str, Any]]:
         """The batches of jobs, from memory or from worker processes."""
         assert not isinstance(self.source, StreamSource)
-        if not self.in_memory:
+        if not (self.in_memory if in_memory is None else in_memory):
             reader = Reader(self.source, self.transform, tries=self._allowed() + 1)
             yield from self._load(reader, process, processes, jobs, most_workers)
             return

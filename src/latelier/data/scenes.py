@@ -23,6 +23,7 @@ OBJECTS = (1, 3)
 MAIN_SIZE, OTHER_SIZE = (0.4, 0.6), (0.22, 0.4)  # of the shorter side
 TRIES = 30
 OPAQUE = 128
+MAIN_NEAR, OTHER_NEAR = 255, 160
 IS_OPAQUE = [255 * (alpha >= OPAQUE) for alpha in range(256)]
 MIRRORED = {"left of": "right of", "right of": "left of", "above": "above", "below": "below"}
 
@@ -41,7 +42,8 @@ class SceneSource:
 
     A record holds `image` (RGB), `label` (class of the main object, the largest), `caption`, `caption_mirrored` (what
     is true of the mirror image), `boxes` `(n, 4)` float32, relative x0 y0 x1 y1, tight around the objects' opaque
-    pixels, main object first, `box_labels` `(n,)`, and `segmentation` `(h, w)`: 0 for background, else label + 1.
+    pixels, main object first, `box_labels` `(n,)`, `segmentation` `(h, w)`: 0 for background, else label + 1, and `map`
+    `(h, w)`, how near things are: 0 the background, 160 the other objects, 255 the main one.
 
     Args:
         size: height and width in pixels.
@@ -93,12 +95,14 @@ class SceneSource:
         height, width = self.size
         image = paint(self.size, Style.draw(rng))
         objects = self._place(rng)
+        nearness = np.zeros(self.size, np.uint8)
         segmentation = np.zeros(self.size, np.uint8 if self.segmentation_classes <= 256 else np.int32)
-        for placed in objects:
+        for number, placed in enumerate(objects):
             x0, y0, x1, y1 = placed.box
             image.paste(placed.picture, (x0, y0), placed.picture)
             opaque = np.asarray(placed.picture)[..., 3] >= OPAQUE
             segmentation[y0:y1, x0:x1][opaque] = placed.label + 1
+            nearness[y0:y1, x0:x1][opaque] = OTHER_NEAR if number else MAIN_NEAR
         relations = _relations(objects)
         return {
             "image": image,
@@ -108,6 +112,7 @@ class SceneSource:
             "boxes": np.array([p.box for p in objects], np.float32) / np.array([width, height] * 2, np.float32),
             "box_labels": np.array([p.label for p in objects], np.int64),
             "segmentation": segmentation,
+            "map": nearness,
         }
 
     def captions(self, indices: Iterable[int]) -> Iterator[str]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from latelier.recipe.base import Section, Training, Weight
-from latelier.recipe.condition import Conditions
+from latelier.recipe.condition import ClassCondition, Conditions
 
 
 class Process(Section):
@@ -31,7 +31,9 @@ class DenoiserRecipe(Training):
     model: dict[str, Any] = Field(default_factory=dict, description="overrides of the size's architecture")
     init: str | None = None
     process: Process = Process()
-    condition: Conditions = Field(["class"], description="what it is told: `none`, a kind, a section, or a list")
+    condition: Conditions = Field(
+        [ClassCondition(kind="class")], description="what it is told: `none`, a kind, a section, or a list"
+    )
     loss: Literal["l2", "l1"] = Field("l2", description="squared or absolute error of the prediction")
     cosine_weight: Weight = Field(0.0, description="weight of 1 - cos(prediction, target), LightningDiT")
     sample_posterior: bool = Field(True, description="draw z anew each time; false uses the posterior's mean")
