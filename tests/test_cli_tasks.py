@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from latelier.errors import LatelierError
+from latelier.experiment import sample_to_folder
 from latelier.recipe import dump
 from latelier.training.denoiser_loop import train_denoiser
 from latelier.training.tokenizer_loop import train_tokenizer
@@ -143,3 +145,35 @@ def test_samples_of_held_out_pictures(monkeypatch, capsys, runs, tmp_path):
     code, _, err = call(monkeypatch, capsys, "sample", runs["several"], "--count", "3", "--out", str(tmp_path / "out"))
     assert code == 0, err
     assert size_of(tmp_path / "out" / "000002.png") == (32, 32)
+
+
+def test_streamed_captions_are_drawn_in_previews_and_samples(tmp_path):
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    pictures = [Image.new("RGB", (32, 32), (20 * i, 100, 0)) for i in range(8)]
+    captions = ["an owl" if i % 2 else "a key" for i in range(8)]
+    features = Features({"image": ImageFeature(), "caption": Value("string")})
+    Dataset.from_dict({"image": pictures, "caption": captions}, features).to_parquet(tmp_path / "t.parquet")
+    source = str(tmp_path / "t.parquet")
+    recipe = tiny_recipe(
+        tmp_path,
+        data={"source": source, "val_source": source, "streaming": True, "length": 8, "flip": False},
+        tokenizer={"images": 16, "warmup": 0},
+        denoiser={"images": 16, "condition": TEXT, "cache": False, "preview_every": 8},
+    )
+    train_tokenizer(recipe)
+    pipeline = train_denoiser(recipe)
+    (recipe.folder / "recipe.yaml").write_text(dump(recipe))
+    assert len(list((recipe.folder / "previews").glob("denoiser-*.png"))) == 2
+    assert size_of(sample_to_folder(pipeline.parent)) == (66, 66)  # the recipe's four, whose guidance is 2
+
+
+def test_guidance_that_cannot_be_is_refused_before_training(tmp_path):
+    recipe = tiny_recipe(
+        tmp_path, tokenizer={"images": 16, "warmup": 0}, denoiser={"condition": "none"}, sample={"guidance": 2.0}
+    )
+    train_tokenizer(recipe)
+    with pytest.raises(LatelierError, match=r"sample.guidance = 2.0, but this denoiser is never left untold"):
+        train_denoiser(recipe)
+    assert not (recipe.folder / "latents").exists()

@@ -28,6 +28,10 @@ app.add_typer(train_app, name="train")
 app.add_typer(recipe_app, name="recipe")
 
 RecipePath = Annotated[str, typer.Argument(help="A recipe file, a name from `latelier recipe list`, or a run folder.")]
+Steps = Annotated[int | None, typer.Option(help="Sampling steps; default: the recipe's.")]
+Window = Annotated[int | None, typer.Option(help="Draw in overlapping windows of so many latent positions.")]
+Prompt = Annotated[str | None, typer.Option(help="Of a model that is told captions too.")]
+Guidance = Annotated[float, typer.Option(help="Guidance scale; 1 is none.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes such as tokenizer.lr=1e-4 denoiser.images=2M.")]
 
 
@@ -103,11 +107,11 @@ def sample(
     segmentation: Annotated[list[str] | None, typer.Option(help="PNG map of ids; repeat for several.")] = None,
     map: Annotated[list[str] | None, typer.Option(help="Any other map, such as depth; repeat for several.")] = None,
     count: Annotated[int, typer.Option(help="How many pictures.")] = 16,
-    steps: Annotated[int | None, typer.Option(help="Sampling steps; default: the recipe's.")] = None,
+    steps: Steps = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.")] = None,
     sampler: Annotated[str | None, typer.Option(help="ddim, plms, dpm++, unipc, euler, heun, ...")] = None,
     size: Annotated[int | None, typer.Option(help="Side in pixels; default: the trained size.")] = None,
-    window: Annotated[int | None, typer.Option(help="Draw in overlapping windows of so many latent positions.")] = None,
+    window: Window = None,
     stride: Annotated[int | None, typer.Option(help="From one window to the next; default half a window.")] = None,
     seed: Annotated[int, typer.Option(help="Picture i is drawn from seed + i.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder of the pictures; default: samples/ of the run.")] = None,
@@ -133,16 +137,16 @@ def upscale(
     out: Annotated[Path, typer.Argument(help="Where the large one goes.")],
     run: Annotated[Path, typer.Option(help="A run folder or pipeline, trained with condition: low-resolution.")],
     factor: Annotated[int | None, typer.Option(help="How many times larger; checked against the model's.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Sampling steps; default: the recipe's.")] = None,
+    steps: Steps = None,
     seed: Annotated[int, typer.Option(help="Another seed is another picture.")] = 0,
-    prompt: Annotated[str | None, typer.Option(help="Of a model that is told captions too.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale; default 1, none.")] = None,
-    window: Annotated[int | None, typer.Option(help="Draw in windows of so many latent positions.")] = None,
+    prompt: Prompt = None,
+    guidance: Guidance = 1.0,
+    window: Window = None,
 ) -> None:
     """Enlarge a picture with a super-resolution model."""
     from latelier.experiment import upscale_file
 
-    settings = {"steps": steps, "seed": seed, "window": window} | ({"guidance": guidance} if guidance else {})
+    settings = {"steps": steps, "seed": seed, "window": window, "guidance": guidance}
     size = upscale_file(run, image, out, factor, settings, {"prompts": [prompt]} if prompt else {})
     console.print(f"{out}: {size[0]} x {size[1]}")
 
@@ -153,16 +157,16 @@ def inpaint(
     mask: Annotated[Path, typer.Argument(help="A picture of the same size, white where it is to be filled.")],
     run: Annotated[Path, typer.Option(help="A run folder or pipeline, trained with condition: inpainting.")],
     out: Annotated[Path, typer.Option(help="Where the result goes.")] = Path("inpainted.png"),
-    steps: Annotated[int | None, typer.Option(help="Sampling steps; default: the recipe's.")] = None,
+    steps: Steps = None,
     seed: Annotated[int, typer.Option(help="Another seed is another picture.")] = 0,
-    prompt: Annotated[str | None, typer.Option(help="Of a model that is told captions too.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale; default 1, none.")] = None,
-    window: Annotated[int | None, typer.Option(help="Draw in windows of so many latent positions.")] = None,
+    prompt: Prompt = None,
+    guidance: Guidance = 1.0,
+    window: Window = None,
 ) -> None:
     """Fill the holes of a picture; the rest comes back untouched."""
     from latelier.experiment import inpaint_file
 
-    settings = {"steps": steps, "seed": seed, "window": window} | ({"guidance": guidance} if guidance else {})
+    settings = {"steps": steps, "seed": seed, "window": window, "guidance": guidance}
     inpaint_file(run, image, mask, out, settings, {"prompts": [prompt]} if prompt else {})
     console.print(f"{out}")
 

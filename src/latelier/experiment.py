@@ -128,7 +128,7 @@ def sample_to_folder(
     pipeline, recipe = open_run(run)
     asked = {name: values for name, values in (asked or {}).items() if values}
     chosen = _chosen(recipe, {**(settings or {}), "classes": asked.pop("classes", None)})
-    records = shown_records(recipe, pipeline, chosen.count) if recipe and not asked else {}
+    records = shown_records(recipe, pipeline)(0, chosen.count) if recipe and not asked else {}
     out = out or run / "samples"
     out.mkdir(parents=True, exist_ok=True)
     images = pipeline(sample=chosen, records=records, height=size, width=size, output_type="pt", **asked).images
@@ -159,7 +159,7 @@ def upscale_file(
     part = parts(pipeline.conditioner).get("low_resolution")
     if factor is not None and part is not None and factor != part.config["factor"]:
         raise LatelierError(f"--factor {factor}, but this model enlarges {part.config['factor']} times.")
-    large = upscale(pipeline, image, sample=_chosen(recipe, {"guidance": 1.0, **settings, "count": 1}), **asked)
+    large = upscale(pipeline, image, sample=_chosen(recipe, {**settings, "count": 1}), **asked)
     save_png(make_grid(large[None], columns=1), out)
     return large.shape[2], large.shape[1]
 
@@ -174,7 +174,7 @@ def inpaint_file(run: Path, image: Path, mask: Path, out: Path, settings: dict, 
     from latelier.tasks import inpaint
 
     pipeline, recipe = open_run(run)
-    filled = inpaint(pipeline, image, mask, sample=_chosen(recipe, {"guidance": 1.0, **settings, "count": 1}), **asked)
+    filled = inpaint(pipeline, image, mask, sample=_chosen(recipe, {**settings, "count": 1}), **asked)
     save_png(make_grid(filled[None], columns=1), out)
 
 
@@ -331,9 +331,10 @@ def _samples(pipeline: LatentDiffusionPipeline, recipe: Recipe, count: int) -> I
     from latelier.evaluation.speed import batches
     from latelier.training.denoiser_loop import shown_records
 
+    records = shown_records(recipe, pipeline)
     for settings in batches(recipe.sample, count):
-        records = shown_records(recipe, pipeline, settings.count, settings.seed - recipe.sample.seed)
-        yield pipeline(sample=settings, records=records, output_type="pt", progress=False).images
+        told = records(settings.seed - recipe.sample.seed, settings.count)
+        yield pipeline(sample=settings, records=told, output_type="pt", progress=False).images
 
 
 def _chain(first: Tensor, rest: Iterator[Tensor]) -> Iterator[Tensor]:

@@ -89,8 +89,8 @@ class Asked:
         if conditioner is None:
             return None, None, {}
         numbers = [seed - first for seed in seeds]
-        batch = {key: _take(value, numbers) for key, value in self.records.items()}
-        wanted = {name: _take(values, numbers) for name, values in self.wanted.items()}
+        batch = {key: take(value, numbers) for key, value in self.records.items()}
+        wanted = {name: take(values, numbers) for name, values in self.wanted.items()}
         one = conditioner if isinstance(conditioner, Together) else None
         for name, values in wanted.items():
             batch |= (one.parts[name] if one else conditioner).inputs(values, size)  # type: ignore[operator]
@@ -102,7 +102,7 @@ class Asked:
             return told, None, batch
         other = batch
         if self.negative_prompts:
-            other = {**batch, "caption": _take(self.negative_prompts, numbers)}
+            other = {**batch, "caption": take(self.negative_prompts, numbers)}
             other |= conditioner.prepare(other, codec)  # type: ignore[operator]
         drop = torch.tensor([name in dropped and not self._kept(name) for name in parts(conditioner)])  # (k,)
         drop = drop.expand(len(seeds), -1) if one else drop.expand(len(seeds))  # (b, k) or (b,)
@@ -113,7 +113,7 @@ class Asked:
         return name == "prompts" and bool(self.negative_prompts)
 
 
-def _take(values: Any, numbers: list[int]) -> Any:
+def take(values: Any, numbers: Sequence[int]) -> Any:
     """The entries of some pictures, begun anew where there are fewer entries than pictures."""
     places = [n % len(values) for n in numbers]
     return values[places] if isinstance(values, Tensor) else [values[p] for p in places]

@@ -118,7 +118,7 @@ def build(section: ClassCondition, world: World) -> ClassConditioner:
     if not world.class_names:
         raise LatelierError(
             "denoiser.condition = 'class', but the data has no classes; put pictures into one folder per class, "
-            "name the column with data.label_key, or set denoiser.condition=none."
+            "name the column with data.label_key, or set denoiser.condition=none sample.guidance=1."
         )
     tokens = section.inject == "tokens" or (section.inject == "auto" and world.prefers_tokens)
     return ClassConditioner(

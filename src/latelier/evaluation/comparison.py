@@ -43,7 +43,8 @@ PICTURE_HEIGHT, PICTURE_WIDTH, NAME_HEIGHT = 300, 1100, 26
 
 DARK = "@media (prefers-color-scheme: dark) { .figure img { filter: invert(.89) hue-rotate(180deg); } }"
 STYLE = (
-    f"<style>.card, .figure, .picture {{ margin-bottom: 10px; }} th.number {{ white-space: normal; }} {DARK}</style>"
+    "<style>.card, .figure, .picture { margin-bottom: 10px; } th.number { white-space: normal; } "
+    f"td:first-child {{ white-space: nowrap; }} {DARK}</style>"
 )
 
 

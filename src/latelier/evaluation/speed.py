@@ -7,7 +7,7 @@ section 4.1 and figure 7). Drawing is timed alone: denoiser and decoder, neither
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -58,12 +58,21 @@ def measure_sampling(
         "n": theirs.n, "n_reference": theirs.n, **receipt, **extractor.describe(), "batch": recipe.sample.batch,
         "threads": torch.get_num_threads(), "drawn_on": str(pipeline.device),
     }  # fmt: skip
+    records = shown_records(recipe, pipeline)
+
+    def draw(batch: Sample) -> tuple[Tensor, float]:
+        """Pictures of one batch `(b, c, h, w)` in [-1, 1], and the seconds it took."""
+        told = records(batch.seed - recipe.sample.seed, batch.count)
+        begin = time.perf_counter()
+        images = pipeline(sample=batch, records=told, output_type="pt", progress=False).images
+        return images, time.perf_counter() - begin  # they come back on the CPU, so an accelerator is done with them
+
     warm_up = next(batches(recipe.sample.model_copy(update={"steps": numbers[0]}), theirs.n))
-    _draw(pipeline, recipe, warm_up)
+    draw(warm_up)
     result: list[Measurement] = []
     for steps in numbers:
         settings = recipe.sample.model_copy(update={"steps": steps})
-        result += _measure(pipeline, recipe, settings, theirs, extractor, about)
+        result += _measure(draw, settings, theirs, extractor, about)
     return result
 
 
@@ -82,8 +91,7 @@ def batches(sample: Sample, count: int) -> Iterator[Sample]:
 
 
 def _measure(
-    pipeline: LatentDiffusionPipeline,
-    recipe: Recipe,
+    draw: Callable[[Sample], tuple[Tensor, float]],
     settings: Sample,
     theirs: FeatureStatistics,
     extractor: FeatureExtractor,
@@ -92,7 +100,7 @@ def _measure(
     """Quality and speed at one number of steps."""
     ours, seconds = FeatureStatistics(extractor.dims), 0.0
     for batch in batches(settings, theirs.n):
-        images, took = _draw(pipeline, recipe, batch)
+        images, took = draw(batch)
         ours.update(extractor(images))
         seconds += took
     receipt = make_receipt(**{**about, "steps": settings.steps})
@@ -102,11 +110,3 @@ def _measure(
         Measurement(f"gfd-{extractor.name}@{settings.steps}", ours.distance(theirs), {**receipt, **warning}),
         Measurement(f"samples-per-second@{settings.steps}", ours.n / seconds, {**receipt, **timed}),
     ]
-
-
-def _draw(pipeline: LatentDiffusionPipeline, recipe: Recipe, batch: Sample) -> tuple[Tensor, float]:
-    """Pictures of one batch `(b, c, h, w)` in [-1, 1], and the seconds it took."""
-    records = shown_records(recipe, pipeline, batch.count, batch.seed - recipe.sample.seed)
-    begin = time.perf_counter()
-    images = pipeline(sample=batch, records=records, output_type="pt", progress=False).images  # (b, c, h, w)
-    return images, time.perf_counter() - begin  # pictures come back on the CPU, so an accelerator is done with them

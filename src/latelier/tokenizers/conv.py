@@ -53,7 +53,7 @@ def _vq(channels: list[int], latent: int, codes: int, **rest) -> dict:
 _SD3: dict[str, Any] = {"use_quant_conv": False, "use_post_quant_conv": False, "force_upcast": False}
 _LIGHT: dict[str, Any] = {"layers": 1, "mid_block_add_attention": False}  # for two cores of a CPU
 _KL_LIGHT = {**_LIGHT, **_SD3}
-# Groups of four channels or more: a group of one would take each channel's mean, and so most colours, away.
+# Groups of four channels or more; a group of one normalises each channel by itself, and so drops its mean.
 _GROUPS: dict[str, Any] = {"norm_num_groups": 8}
 _F16 = [128, 128, 256, 256, 512]
 _KL_F8 = _kl([128, 256, 512, 512], 4)

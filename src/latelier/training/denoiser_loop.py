@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from latelier.conditioning import CACHED, World, build_conditioner, parts
+from latelier.conditioning.asking import take
 from latelier.data.latents import LatentCache
 from latelier.data.loader import ImageDataset
 from latelier.denoisers import build_denoiser, vector_width
@@ -124,6 +125,11 @@ def build_objective(recipe: Recipe, codec: Codec, dataset: ImageDataset) -> Deno
         prefers_tokens=section.kind == "unet",
         seed=recipe.seed,
     )
+    if recipe.sample.guidance != 1 and not any(condition.dropout for condition in section.condition):
+        raise LatelierError(
+            f"sample.guidance = {recipe.sample.guidance}, but this denoiser is never left untold in training, so it "
+            "cannot be guided; set sample.guidance to 1, or the `dropout` of a condition above 0."
+        )
     conditioner = build_conditioner(section.condition, world)
     told = parts(conditioner).values()
     denoiser = build_denoiser(
@@ -213,20 +219,29 @@ def make_pipeline(recipe: Recipe, codec: Codec, objective: DenoisingObjective) -
     )
 
 
-def shown_records(recipe: Recipe, pipeline: LatentDiffusionPipeline, count: int, first: int = 0) -> dict[str, Any]:
-    """Held-out records that tell a pipeline what to draw, when it needs more than a class; else nothing.
+def shown_records(recipe: Recipe, pipeline: LatentDiffusionPipeline) -> Callable[[int, int], dict[str, Any]]:
+    """What tells a pipeline what to draw, when it needs more than a class: held-out records.
 
     Args:
         recipe: the experiment.
         pipeline: what asks.
-        count: how many records; the held-out pictures are gone through again when they are fewer.
-        first: the number of the first.
+
+    Returns:
+        `(first, count) -> records`, nothing for a pipeline that needs none; when the held-out pictures are fewer, they
+        are gone through again.
     """
     if set(parts(pipeline.conditioner)) <= {"classes"}:
-        return {}
+        return lambda first, count: {}
     held_out = open_images(recipe, "val")
-    numbers = torch.arange(first, first + count) % len(held_out)
-    return next(held_out.follow([(numbers, [False] * count)]))
+
+    def records(first: int, count: int) -> dict[str, Any]:
+        if recipe.data.streaming:
+            batch = next(held_out.once(first + count, limit=first + count))
+            return {name: take(values, range(first, first + count)) for name, values in batch.items()}
+        numbers = torch.arange(first, first + count) % len(held_out)
+        return next(held_out.follow([(numbers, [False] * count)]))
+
+    return records
 
 
 def save_preview(recipe: Recipe, codec: Codec, stage: Stage, objective: DenoisingObjective, ema: Any) -> None:
@@ -240,7 +255,7 @@ def save_preview(recipe: Recipe, codec: Codec, stage: Stage, objective: Denoisin
     settings = recipe.sample.model_copy(
         update={"steps": min(PREVIEW_STEPS, recipe.sample.steps), "count": PREVIEW_SAMPLES, "batch": PREVIEW_SAMPLES}
     )
-    records = shown_records(recipe, pipeline, PREVIEW_SAMPLES)
+    records = shown_records(recipe, pipeline)(0, PREVIEW_SAMPLES)
     images = pipeline(
         sample=settings, records=records, precision=stage.training.precision, output_type="pt", progress=False
     ).images
