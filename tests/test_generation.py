@@ -5,20 +5,15 @@ import torch
 
 from latelier.errors import LatelierError
 from latelier.evaluation import generation
-from latelier.evaluation.features import FeatureExtractor
 from latelier.evaluation.generation import evaluate_generation, nearest
 from latelier.images import round_to_8_bit
 from latelier.recipe import Evaluate
-
-
-def mean_colour(levels):
-    return levels.mean((2, 3))
+from tiny import colour_extractor
 
 
 @pytest.fixture
 def colours(monkeypatch):
-    module = torch.nn.Linear(1, 1)
-    extractor = FeatureExtractor("colour", 3, "mean", "rounded to 8 bit", "0" * 64, module, mean_colour)
+    extractor = colour_extractor()
     monkeypatch.setattr(generation, "load_extractor", lambda name, device: extractor)
     return extractor
 

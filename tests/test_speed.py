@@ -8,24 +8,18 @@ import torch
 from latelier.denoisers.unet import UNet, architecture
 from latelier.errors import LatelierError
 from latelier.evaluation import speed
-from latelier.evaluation.features import FeatureExtractor
 from latelier.evaluation.metrics import FeatureStatistics
 from latelier.evaluation.speed import batches, measure_sampling
 from latelier.pipeline import LatentDiffusionPipeline
 from latelier.recipe import Process, Sample, build_recipe
 from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.conv import IdentityTokenizer
-from tiny import tiny_recipe
-
-
-def mean_colour(levels):
-    return levels.mean((2, 3))
+from tiny import colour_extractor, tiny_recipe
 
 
 @pytest.fixture
 def colours(monkeypatch):
-    module = torch.nn.Linear(1, 1)
-    extractor = FeatureExtractor("colour", 3, "mean", "rounded to 8 bit", "0" * 64, module, mean_colour)
+    extractor = colour_extractor()
     monkeypatch.setattr(speed, "load_extractor", lambda name, device: extractor)
     return extractor
 

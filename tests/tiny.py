@@ -1,7 +1,10 @@
-"""A recipe so small that both stages train in seconds."""
+"""What many tests share: a recipe so small that both stages train in seconds, features that are mean colours."""
 
 from pathlib import Path
 
+import torch
+
+from latelier.evaluation.features import FeatureExtractor
 from latelier.recipe import Recipe, build_recipe
 
 VMAE = {"dim": 32, "depth": 1, "heads": 2, "decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2}
@@ -34,3 +37,9 @@ def tiny_recipe(folder: Path, **changes: dict) -> Recipe:
         else:
             tree[section] = values
     return build_recipe(tree)
+
+
+def colour_extractor() -> FeatureExtractor:
+    """Stands for a network: the features of a picture are the means of its channels."""
+    module = torch.nn.Linear(1, 1)
+    return FeatureExtractor("colour", 3, "mean", "rounded to 8 bit", "0" * 64, module, lambda x: x.mean((2, 3)))
