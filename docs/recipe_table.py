@@ -12,7 +12,7 @@ from pydantic_core import PydanticUndefined
 from latelier import recipe
 from latelier.denoisers import dit, unet
 from latelier.recipe import condition
-from latelier.tokenizers import conv
+from latelier.tokenizers import conv, maetok
 
 MARK = "<!-- recipe tables -->"
 
@@ -49,6 +49,21 @@ MEANINGS: dict[type[BaseModel], dict[str, str]] = {
         "perceptual_weight": "of LPIPS; 0 needs no LPIPS weights",
         "kl_weight": "of the KL term",
         "kl": "form of the KL, see [VMAE](vmae.md#the-objective)",
+    },
+    recipe.MAETokRecipe: {
+        "preset": names(maetok.PRESETS),
+        "method": "`paper`: targets, weights and discriminator of [MAETok](maetok.md); `ae`, `vae`: neither masks nor "
+        "targets",
+        "init": "a `MAETok`, folder or Hub name to start from",
+        "mask": "see below; all zeros masks nothing",
+        "targets": "a list of sections, see below",
+        "perceptual_weight": "of LPIPS; 0 needs no LPIPS weights",
+    },
+    recipe.Masking: {"low": "the smallest share", "high": "the largest"},
+    recipe.Target: {
+        "kind": "what is predicted: `hog`; features of a teacher; the words of the `caption`",
+        "weight": "of its error in the loss",
+        "heads": "of the auxiliary decoder's attention",
     },
     recipe.ConvRecipe: {
         "preset": names(conv.PRESETS),
@@ -134,6 +149,9 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "keys of all tokenizers that are trained": recipe.TrainedTokenizer,
     "tokenizer.adversarial": recipe.Adversarial,
     "tokenizer: {kind: vmae}": recipe.VMAERecipe,
+    "tokenizer: {kind: maetok}": recipe.MAETokRecipe,
+    "tokenizer.mask of maetok": recipe.Masking,
+    "tokenizer.targets of maetok": recipe.Target,
     "tokenizer: {kind: conv}": recipe.ConvRecipe,
     "tokenizer: {kind: identity}": recipe.IdentityRecipe,
     "tokenizer: {kind: pretrained}": recipe.PretrainedRecipe,

@@ -17,3 +17,17 @@ sys.path.insert(0, str(Path(__file__).parent / "golden"))
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory):
+    """A ViT of 16 patches of 6 x 6 pixels and two blocks, as `save_pretrained` leaves it."""
+    from transformers import ViTConfig, ViTModel
+
+    folder = tmp_path_factory.mktemp("teacher") / "tiny-vit"
+    torch.manual_seed(5)
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=24, patch_size=6
+    )
+    ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
+    return str(folder)

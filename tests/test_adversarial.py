@@ -5,8 +5,17 @@ import torch
 from torch import nn
 
 from latelier.errors import LatelierError
-from latelier.losses.adversarial import PatchGAN, adaptive_weight, augment, discriminator_loss, generator_loss, lecam
+from latelier.losses.adversarial import (
+    PatchGAN,
+    adaptive_weight,
+    augment,
+    consistency,
+    discriminator_loss,
+    generator_loss,
+    lecam,
+)
 from latelier.objectives import build_objective
+from latelier.objectives.adversarial import CHANGES, Adversary, changed
 from latelier.recipe import Adversarial, build_recipe
 from latelier.tokenizers import build_tokenizer
 from latelier.training.runtime import Stage
@@ -181,9 +190,86 @@ def test_augmentations_do_what_they_say():
     assert torch.equal(hole[:, :, :4], images[:, :, :4])
 
 
+@pytest.mark.parametrize(("hole", "side"), [(0.5, 33), (0.2, 13)])
+def test_cutouts_have_their_share_of_the_side(hole, side):
+    images = torch.ones(1, 3, 64, 64)
+    cut = augment(images, ["cutout"], torch.full((1, 7), 0.5), hole)
+    assert (cut == 0).sum().item() == 3 * side**2
+
+
+def test_changes_befall_the_chosen_pictures_only():
+    images, numbers = torch.rand(4, 3, 16, 16) * 2 - 1, torch.rand(4, 7)
+    chosen = torch.tensor([[True, True, True], [False, False, False], [False, True, False], [True, False, True]])
+    some = augment(images, CHANGES, numbers, chosen=chosen)
+    for row, policy in enumerate((CHANGES, [], ["translation"], ["color", "cutout"])):
+        assert torch.equal(some[row], augment(images[row, None], policy, numbers[row, None])[0])
+
+
+def test_the_share_of_augmented_pictures():
+    images, numbers = torch.rand(400, 3, 8, 8) * 2 - 1, torch.arange(400)
+
+    def augmented(share, policy, order=numbers):
+        return changed(images[order], order, Adversarial(augment=policy, augment_share=share), 0)
+
+    assert torch.equal(augmented(0.0, list(CHANGES)), images)
+    always = augmented(1.0, list(CHANGES))
+    assert torch.equal(always, changed(images, numbers, Adversarial(augment=list(CHANGES)), 0))
+    touched = torch.stack([(augmented(0.5, [name]) != images).flatten(1).any(1) for name in CHANGES]).float()
+    assert (touched.mean(1) - 0.5).abs().max() < 0.1
+    assert torch.corrcoef(touched).fill_diagonal_(0).abs().max() < 0.2  # each is drawn for itself
+    half = augmented(0.5, list(CHANGES))
+    assert torch.equal(augmented(0.5, list(CHANGES), numbers.flip(0)), half.flip(0))  # whatever else is in the batch
+
+
+def test_consistency_has_its_closed_form():
+    ones, threes = torch.ones(2, 1, 2, 2), torch.full((2, 1, 2, 2), 3.0)
+    assert consistency([ones, ones], [threes, ones]).item() == 2.0  # (4 + 0) / 2
+    flat = torch.zeros(4, 3, 32, 32)
+    rival = Adversary(Adversarial(**GAME, consistency=4.0), 0, 3).objective
+    nn.init.zeros_(rival.discriminator.head.weight)  # whatever it sees, it says the same
+    terms = rival({"real": flat, "fake": flat, "draw": torch.arange(4)})
+    assert (terms.losses["d_consistency"].item(), terms.weights["d_consistency"]) == (0.0, 4.0)
+
+
+def test_consistency_compares_with_all_changes_made():
+    rival = Adversary(Adversarial(**GAME, consistency=1.0), 0, 3).objective
+    real, numbers = batch()["image"], torch.arange(4)
+    fake, loss = real.flip(0), nn.functional.mse_loss
+    terms = rival({"real": real, "fake": fake, "draw": numbers})
+    expected = [loss(rival.logits(x, numbers, strong=True), rival.logits(x, numbers)) for x in (real, fake)]
+    torch.testing.assert_close(terms.losses["d_consistency"], sum(expected) / 2)
+    assert torch.equal(rival.logits(real, numbers), rival.discriminator(real))  # this recipe augments nothing
+    assert min(expected) > 0
+    torch.testing.assert_close(terms.total, terms.losses["d_loss"] + terms.losses["d_consistency"])
+
+
+@pytest.mark.parametrize("decay", [0.99, 0.5, 0.0])
+def test_lecam_follows_the_logits_at_its_decay(decay):
+    rival = Adversary(Adversarial(**GAME, lecam=0.1, lecam_decay=decay), 0, 3).objective
+    real = batch()["image"]
+    for step in range(1, 4):
+        terms = rival({"real": real, "fake": -real, "draw": torch.arange(4)})
+        means = torch.stack([terms.losses["d_real"], terms.losses["d_fake"]])
+        torch.testing.assert_close(rival.averages, (1 - decay**step) * means)
+
+
 def test_defaults_are_those_of_ldm():
     recipe = Adversarial()
     assert (recipe.weight, recipe.adaptive, recipe.loss, recipe.layers, recipe.channels) == (0.5, True, "hinge", 3, 64)
+    assert (recipe.kind, recipe.augment, recipe.augment_share, recipe.consistency) == ("patch", [], 1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ({"kind": "dino", "layers": 2}, "layers"),
+        ({"kind": "dino", "channels": 8}, "channels"),
+        ({"teacher": "x"}, "teacher"),
+    ],
+)
+def test_settings_of_the_other_kind_are_refused(tmp_path, section, key):
+    with pytest.raises(LatelierError, match=rf"tokenizer.adversarial.{key} means nothing to kind"):
+        conv_recipe(tmp_path, adversarial=section)
 
 
 def test_a_frozen_last_layer_is_refused(tmp_path):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from latelier.errors import LatelierError
 from latelier.evaluation.comparison import Published, Shown, write_comparison
-from latelier.evaluation.figures import _trade_offs, _trained
+from latelier.evaluation.figures import _mixtures, _trade_offs, _trained
 from latelier.evaluation.orderings import (
     TRAINING_SPEED,
     at_steps,
@@ -62,7 +62,9 @@ def opened(path):
      ("within-part", "lower"), ("separation-class", "higher"), ("smoothness-psnr", "higher"),
      ("smoothness-lpips", "lower"), ("smoothness-rfd-vgg16", "lower"), ("gflop-paper", "lower"),
      ("parameters", "lower"), ("size-mib", "lower"), ("memory-gb", "lower"), ("decode-images-per-second", "higher"),
-     ("gfd-vgg16@50", "lower"), ("samples-per-second@50", "higher"), ("smoothness-colour", None), ("beauty", None)],
+     ("gfd-vgg16@50", "lower"), ("samples-per-second@50", "higher"), ("smoothness-colour", None), ("beauty", None),
+     ("gmm-nll@5", "lower"), ("gmm-modes", "lower"), ("probe-accuracy", "higher"), ("probe-pooled-accuracy", "higher"),
+     ("knn-accuracy", "higher"), ("diffusion-loss", "lower"), ("effective-rank", None), ("channel-rank", None)],
 )  # fmt: skip
 def test_direction(name, direction):
     assert better(name) == direction
@@ -356,6 +358,23 @@ def test_training_speed_takes_the_recipes_own_steps():
     mixed.metrics["gfd-vgg16"] = {"value": 8.5}
     assert _trained([mixed]) == {"gfd-vgg16": {0: (10.0, 8.5)}}
     assert _trade_offs([run("none"), mixed]) == {"gfd-vgg16": {1: [(2.0, 9.0, 20), (0.4, 8.0, 100)]}}
+
+
+def test_mixtures_and_maps_on_the_page(tmp_path):
+    shown = [run("VAE"), run("none"), run("AE")]
+    for one, values in zip(shown, [{10: 1.2, 1: 1.4}, {}, {10: 1.1, 100: 1.0}]):
+        one.metrics |= {f"gmm-nll@{k}": {"value": y, "interval": None, "receipt": {}} for k, y in values.items()}
+    assert _mixtures(shown) == {0: [(1.0, 1.4), (10.0, 1.2)], 2: [(10.0, 1.1), (100.0, 1.0)]}
+    tall = save_png(Image.new("RGB", (1120, 1000), "#0072b2"), tmp_path / "run" / "latent-map.png")
+    shown[0].pictures["latent-map"] = tall
+    page = write_comparison(tmp_path, "t", "", shown, {"Latents": ["gmm-nll@10"]}, None)
+    assert page.read_text().count("data:image/png;base64,") == 3  # overview, modes, map
+    text = (tmp_path / "table.md").read_text()
+    assert "GMM negative log-likelihood of held-out latents against the number of modes](modes.svg)" in text
+    assert "Latent map of VAE](latent-map.png)" in text
+    assert "nats per principal component" in (tmp_path / "modes.svg").read_text()
+    assert opened(tmp_path / "latent-map.png").size == (900, 26 + 804)  # whole, not cut
+    assert not (tmp_path / "sampling.png").exists()
 
 
 def test_runs_need_names_of_their_own(tmp_path):

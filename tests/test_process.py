@@ -134,6 +134,14 @@ def test_schedulers_of_ours_are_saved_and_opened(tmp_path):
     assert theirs.final_alpha_cumprod == saved.alphas_cumprod[0]
 
 
+def test_sde_goes_evenly_to_its_last_step():
+    scheduler = Flow().scheduler(recipe.Sample(steps=4, sampler="sde", last_step=0.1))
+    torch.testing.assert_close(scheduler.timesteps, torch.tensor([1000.0, 700.0, 400.0, 100.0]))
+    other = type(scheduler)(last_step=0.25)  # of the caller: its own last step stays
+    Flow().set_timesteps(other, recipe.Sample(steps=4))
+    torch.testing.assert_close(other.timesteps, torch.tensor([1000.0, 750.0, 500.0, 250.0]))
+
+
 @pytest.mark.parametrize("sampler", ["dpm++", "unipc"])
 def test_multistep_solvers_visit_the_flow_grid(sampler):
     scheduler = Flow().scheduler(recipe.Sample(steps=7, shift=3.0, sampler=sampler))
@@ -170,9 +178,11 @@ def test_build_process():
         (lambda: build_process(recipe.Process(kind="ddpm", prediction="velocity")), "is for a flow"),
         (
             lambda: Flow().scheduler(recipe.Sample(sampler="ddim")),
-            "'ddim' does not go with a flow.*auto, euler, heun, dpm",
+            "'ddim' does not go with a flow.*auto, euler, heun, dpm.*sde",
         ),
         (lambda: Flow().scheduler(recipe.Sample(eta=0.5)), "eta = 0.5 acts in the ddim sampler only"),
+        (lambda: Flow().scheduler(recipe.Sample(last_step=0.1)), "last_step = 0.1 acts in the sde sampler only"),
+        (lambda: DDPM().scheduler(recipe.Sample(sampler="sde")), "'sde' does not go with a ddpm"),
         (lambda: DDPM().scheduler(recipe.Sample(shift=2)), "shift = 2.0 acts in flow processes only"),
         (lambda: DDPM().set_timesteps(DDIMScheduler(), recipe.Sample(steps=400)), "use 333 or 500"),
         (lambda: DDPM().scheduler(recipe.Sample(steps=1001)), "more than the 1000 noise levels"),

@@ -3,16 +3,24 @@
 import pytest
 
 from latelier.experiment import run
-from latelier.recipe import ConvRecipe, TrainedTokenizer, VMAERecipe, build_recipe, load_recipe, recipe_files
+from latelier.recipe import (
+    ConvRecipe,
+    MAETokRecipe,
+    TrainedTokenizer,
+    VMAERecipe,
+    build_recipe,
+    load_recipe,
+    recipe_files,
+)
 from latelier.tokenizers.conv import PRESETS
-from tiny import VMAE
+from tiny import MAETOK, VMAE
 
 SMALL_TRAINING = {"images": 16, "batch": 8, "micro_batch": None, "log_every": 8, "compile": False, "warmup": 0}
 SMALL_GAME = {"layers": 1, "channels": 8, "start": 8}
 
 
-def shrink(recipe, folder):
-    """The same recipe, with sizes of a test."""
+def shrink(recipe, folder, teacher="none"):
+    """The same recipe, with sizes of a test; `teacher` is the folder of a small ViT."""
     tree = recipe.model_dump()
     tree["runs"] = str(folder)
     tree["data"] |= {"source": "emoji", "image_size": 32, "length": 24, "streaming": False, "val_source": None}
@@ -25,11 +33,17 @@ def shrink(recipe, folder):
     if isinstance(recipe.tokenizer, TrainedTokenizer):
         tree["tokenizer"] |= {"image_size": recipe.tokenizer.image_size and 16}
         if recipe.tokenizer.adversarial:
-            tree["tokenizer"]["adversarial"] |= SMALL_GAME
+            tree["tokenizer"]["adversarial"] |= small_game(tree["tokenizer"]["adversarial"], teacher)
         for phase in tree["tokenizer"]["phases"]:
             phase |= {**SMALL_TRAINING, "image_size": phase.get("image_size") and 32}
+            if phase.get("adversarial"):
+                phase["adversarial"] |= small_game(phase["adversarial"], teacher)
     if isinstance(recipe.tokenizer, VMAERecipe):
         tree["tokenizer"] |= {**SMALL_TRAINING, "model": VMAE}
+    elif isinstance(recipe.tokenizer, MAETokRecipe):
+        tree["data"] |= {"image_size": 64}
+        tree["tokenizer"] |= {**SMALL_TRAINING, "model": MAETOK["model"]}
+        tree["tokenizer"]["targets"] = [small_target(target, teacher) for target in tree["tokenizer"]["targets"]]
     elif isinstance(recipe.tokenizer, ConvRecipe):
         levels = len(PRESETS[recipe.tokenizer.preset]["block_out_channels"])
         tree["tokenizer"] |= {**SMALL_TRAINING, "model": {"block_out_channels": [32] * levels, "layers_per_block": 1}}
@@ -44,6 +58,17 @@ def shrink(recipe, folder):
     return build_recipe(tree)
 
 
+def small_game(section, teacher):
+    """A small discriminator that begins at once."""
+    return {"start": 8, "teacher": teacher} if section.get("kind") == "dino" else SMALL_GAME
+
+
+def small_target(section, teacher):
+    """The same target, from a small teacher if it has one."""
+    small = {"dim": 16, "depth": min(section["depth"], 1), "heads": 2}
+    return {**section, **small, "teacher": section["teacher"] and teacher}
+
+
 def small_condition(section):
     """The same condition, with a small transformer and what the built-in data have."""
     small = {"layers": 1, "dim": 32, "heads": 2, "head_dim": 16}
@@ -56,5 +81,5 @@ def small_condition(section):
 
 
 @pytest.mark.parametrize("path", recipe_files(), ids=lambda path: path.stem)
-def test_recipe_runs(path, tmp_path):
-    assert run(shrink(load_recipe(path), tmp_path)).is_file()
+def test_recipe_runs(path, tmp_path, teacher):
+    assert run(shrink(load_recipe(path), tmp_path, teacher)).is_file()

@@ -135,3 +135,21 @@ def test_curves_and_held_out_reconstructions(tmp_path):
     assert "psnr over noise level, last value 18" in page
     assert "Held-out originals above their reconstructions" in page
     assert page.index("tokenizer at 64000") < page.index("tuning at 64000") < page.index("denoiser at 64000")
+
+
+def test_latent_space(tmp_path):
+    fill(tmp_path)
+    assert "<h2>Latent space</h2>" not in write_report(tmp_path).read_text()
+    found = [Measurement(f"gmm-nll@{k}", 1.5 - k / 100, {"modes": k}) for k in (10, 1, 2)]
+    found.append(Measurement("gmm-modes", 2.0, {"curve": [[1, 1.49, 1.4], [2, 1.48, 1.3]]}))  # no curve over noise
+    found.append(Measurement("diffusion-loss", 0.9, {"by_time": [[0.2, 0.7], [0.8, 1.1]]}))
+    write_measurements(tmp_path / "metrics.json", found, "latent space")
+    save_png(make_grid(torch.zeros(1, 3, 8, 8)), tmp_path / "latent-map.png")
+    page = write_report(tmp_path).read_text()
+    assert "GMM negative log-likelihood over number of modes, last value 1.4" in page
+    assert "loss of a small denoiser over time, from data to noise, last value 1.1" in page
+    assert "map of the latents" in page
+    assert "lower is better; nats per principal component" in page
+    assert "Noise on latents" not in page
+    assert "<span>gmm-modes</span>" in page
+    assert "<span>gmm-nll@1</span>" not in page  # a curve, not nine tiles

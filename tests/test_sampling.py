@@ -9,6 +9,7 @@ from torch import nn
 from latelier.conditioning.condition import Condition
 from latelier.diffusion.process import DDPM, Flow, flow_sigmas
 from latelier.diffusion.sampling import initial_noise, sample_latents
+from latelier.errors import LatelierError
 from latelier.recipe import Sample
 
 MEAN, STD = 1.5, 0.4
@@ -53,6 +54,7 @@ def draw(process, sample, model=None, shape=(2, 4, 4), seeds=tuple(range(8)), co
         (Flow(), Sample(steps=100), 0.02),
         (Flow(), Sample(steps=100, shift=3.0), 0.02),
         (Flow(), Sample(steps=30, sampler="heun"), 0.02),
+        (Flow(), Sample(steps=250, sampler="sde", last_step=0.01), 0.02),
         (DDPM(), Sample(steps=100), 0.04),
         (DDPM(prediction="v"), Sample(steps=100, eta=1.0), 0.04),
         (DDPM("linear", 1e-4, 0.02), Sample(steps=500, sampler="ddpm"), 0.04),
@@ -195,7 +197,12 @@ def test_what_is_random_and_what_is_not():
 
 @pytest.mark.parametrize(
     ("process", "sample"),
-    [(Flow(), Sample(steps=6)), (DDPM(), Sample(steps=10, eta=1.0)), (DDPM(), Sample(steps=10, sampler="ddpm"))],
+    [
+        (Flow(), Sample(steps=6)),
+        (Flow(), Sample(steps=6, sampler="sde")),
+        (DDPM(), Sample(steps=10, eta=1.0)),
+        (DDPM(), Sample(steps=10, sampler="ddpm")),
+    ],
 )
 def test_a_picture_does_not_depend_on_its_batch(process, sample):
     together = draw(process, sample, seeds=[3, 4, 5])
@@ -210,6 +217,11 @@ def test_guidance_of_one_is_none():
     assert not torch.allclose(draw(Flow(), Sample(steps=5, guidance=3.0), condition=told, null=null), plain)
     outside = Sample(steps=5, guidance=3.0, guidance_interval=(0.0, 0.1))
     assert torch.equal(draw(Flow(), outside, condition=told, null=null), plain)
+
+
+def test_windows_need_a_plane():
+    with pytest.raises(LatelierError, match=r"window = 4 cuts latents that lie on a plane, .* 16 of them in a row"):
+        draw(Flow(), Sample(steps=2, window=4), shape=(2, 16))
 
 
 def test_progress_counts_evaluations():

@@ -1,13 +1,20 @@
 """What many tests share: a recipe so small that both stages train in seconds, features that are mean colours."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from latelier.evaluation.features import FeatureExtractor
 from latelier.recipe import Recipe, build_recipe
 
-VMAE = {"dim": 32, "depth": 1, "heads": 2, "decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2}
+VMAE: dict[str, Any] = {"dim": 32, "depth": 1, "heads": 2, "decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2}
+
+MAETOK: dict[str, Any] = {  # for the tokenizer's section, at 64 px: HOG is predicted at the masked ones of 16 patches
+    "kind": "maetok", "preset": "maetok-b-128",
+    "model": {**VMAE, "patch_size": 16, "latent_tokens": 6, "latent_channels": 4},
+    "targets": [{"kind": "hog", "dim": 16, "depth": 1, "heads": 2}],
+}  # fmt: skip
 
 
 def tiny_recipe(folder: Path, **changes: dict) -> Recipe:

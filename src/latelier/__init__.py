@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Codec": "latelier.tokenizers.codec",
     "VMAE": "latelier.tokenizers.vmae",
+    "MAETok": "latelier.tokenizers.maetok",
     "DiT": "latelier.denoisers.dit",
     "UNet": "latelier.denoisers.unet",
     "CrossAttentionUNet": "latelier.denoisers.unet",

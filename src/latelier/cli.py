@@ -200,7 +200,7 @@ def check(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 @app.command(epilog="Example:  latelier convert vmae vmaef8d16.pth converted/ --set heads=12")
 def convert(
-    kind: Annotated[str, typer.Argument(help="ldm, ldm-kl, ldm-vq, ldm-unet, vmae, sit, lightning-dit, ...")],
+    kind: Annotated[str, typer.Argument(help="ldm, ldm-kl, ldm-vq, ldm-unet, vmae, maetok, sit, lightning-dit, ...")],
     checkpoint: Annotated[Path, typer.Argument(help="The official checkpoint: .safetensors, .ckpt, .pth, ...")],
     out: Annotated[Path, typer.Argument(help="Folder of the converted model.")],
     options: Annotated[
@@ -214,7 +214,7 @@ def convert(
 
     config = {key: yaml.safe_load(value) for key, _, value in (option.partition("=") for option in options or [])}
     converted = from_official(kind, read_checkpoint(checkpoint), **config)
-    (converted.pipeline or converted.model).save_pretrained(out)
+    (converted.pipeline or converted.codec or converted.model).save_pretrained(out)
     if converted.pipeline is None and converted.conditioner is not None:
         converted.conditioner.save_pretrained(out / "conditioner")
     parameters = sum(p.numel() for p in converted.model.parameters())
@@ -227,10 +227,10 @@ def inspect(
     data: Annotated[str, typer.Argument(help="Pictures to measure on: a folder, a dataset, `emoji`, ...")],
     overrides: Overrides = None,
     size: Annotated[int, typer.Option(help="Side in pixels to which pictures are cropped.")] = 256,
-    samples: Annotated[int, typer.Option(help="How many pictures are measured.")] = 2000,
-    out: Annotated[Path, typer.Option(help="Folder of metrics.json and report.html.")] = Path("inspection"),
+    samples: Annotated[int, typer.Option(help="How many pictures are measured, and learnt from.")] = 2000,
+    out: Annotated[Path, typer.Option(help="Folder of metrics.json, report.html and pictures.")] = Path("inspection"),
 ) -> None:
-    """Judge a latent space: reconstruction, smoothness, perceptual compression, cost."""
+    """Judge a latent space: reconstruction, smoothness, perceptual compression, distribution, classes, cost."""
     from latelier.experiment import inspect as inspect_tokenizer
 
     console.print(f"Report: {inspect_tokenizer(tokenizer, data, size, samples, out, overrides or [])}")

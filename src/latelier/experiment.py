@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from latelier.errors import LatelierError
 from latelier.recipe import Recipe, dump, load_recipe
 
-INSPECTED = ["l1", "psnr", "ssim", "lpips", "rfd", "smoothness", "compression", "cost"]
+INSPECTED = ["l1", "psnr", "ssim", "lpips", "rfd", "smoothness", "compression", "cost", "spectrum", "gmm", "probe",
+             "difficulty", "map"]  # fmt: skip
 NEAREST_SHOWN = 16
 NEAREST_SEARCHED = 2_000
 RECONSTRUCTIONS_SHOWN = 16
@@ -197,6 +198,7 @@ def _chosen(recipe: Recipe | None, settings: dict) -> Sample:
 
 def evaluate(recipe: Recipe) -> list[Measurement]:
     """Measure a trained run; numbers and receipts go to metrics.json, pictures and plots to report.html."""
+    from latelier.evaluation.judging import judge_latents
     from latelier.evaluation.metrics import write_measurements
     from latelier.evaluation.reconstruction import evaluate_reconstruction
     from latelier.evaluation.report import write_report
@@ -215,8 +217,7 @@ def evaluate(recipe: Recipe) -> list[Measurement]:
     )
     write_measurements(recipe.folder / "metrics.json", measured, "reconstruction")
     save_reconstructions(codec, held_out, recipe.folder / "reconstructions.png")
-    latent = _evaluate_latents(recipe, codec, held_out)
-    measured = [*measured, *latent]
+    measured = [*measured, *judge_latents(recipe, codec, held_out)]
     if (recipe.folder / "pipeline" / "model_index.json").is_file():
         generated, asked = _evaluate_generation(recipe), _evaluate_tasks(recipe, held_out)
         write_measurements(recipe.folder / "metrics.json", generated, "generation")
@@ -224,26 +225,6 @@ def evaluate(recipe: Recipe) -> list[Measurement]:
         measured = [*measured, *generated, *asked]
     write_report(recipe.folder)
     return measured
-
-
-def _evaluate_latents(recipe: Recipe, codec: Codec, held_out: ImageDataset) -> list[Measurement]:
-    """The measures of the latent space and what the tokenizer costs, as far as the recipe asks for them."""
-    from latelier.evaluation.cost import measure_cost
-    from latelier.evaluation.latent_space import measure_compression, measure_smoothness
-    from latelier.evaluation.metrics import write_measurements
-
-    settings, found = recipe.evaluate, []
-    for name, measure in (("smoothness", measure_smoothness), ("compression", measure_compression)):
-        if name in settings.metrics:
-            pictures = held_out.once(settings.batch, limit=settings.samples)
-            reference = f"{recipe.data.source}, held out"
-            found += measure(codec, pictures, settings, reference, {"data": held_out.fingerprint})
-    write_measurements(recipe.folder / "metrics.json", found, "latent space")
-    if "cost" in settings.metrics:
-        cost = measure_cost(codec, *recipe.data.image_size)
-        write_measurements(recipe.folder / "metrics.json", cost, "cost")
-        found = [*found, *cost]
-    return found
 
 
 def save_reconstructions(codec: Codec, pictures: ImageDataset, out: Path) -> None:
@@ -374,10 +355,11 @@ def inspect(tokenizer: str, source: str, size: int, samples: int, out: Path, opt
 
     Args:
         tokenizer: a run folder, a tokenizer folder, or a diffusers Hub name.
-        source: pictures, as in `data.source`; they are all held out, since nothing is trained.
+        source: pictures, as in `data.source`; they are all held out, since no tokenizer is trained. What learns from
+            latents (gmm, probe, difficulty) learns from half of them, if the source has no validation split.
         size: side in pixels.
-        samples: how many pictures are measured.
-        out: folder of metrics.json and report.html.
+        samples: how many pictures are measured, and how many more are learnt from.
+        out: folder of metrics.json, report.html and pictures.
         options: `a.b=c` changes, such as `data.label_key=class`.
 
     Returns:
@@ -391,14 +373,15 @@ def inspect(tokenizer: str, source: str, size: int, samples: int, out: Path, opt
     if (out / "recipe.yaml").is_file() and load_recipe(out).tokenizer.kind != "pretrained":
         raise LatelierError(f"{out} is the folder of a trained run; choose another one with --out.")
     shutil.rmtree(out / "tokenizer", ignore_errors=True)  # a copy, perhaps of another tokenizer, and its numbers
-    (out / "metrics.json").unlink(missing_ok=True)
+    for name in ("metrics.json", "latent-map.png"):
+        (out / name).unlink(missing_ok=True)
     folder = Path(tokenizer) / "tokenizer"
     tree = {
         "name": out.name,
         "runs": str(out.parent),
         "data": {"source": source, "val_source": source, "image_size": size, "flip": False},
         "tokenizer": {"kind": "pretrained", "path": str(folder) if folder.is_dir() else tokenizer},
-        "evaluate": {"metrics": INSPECTED, "samples": samples},
+        "evaluate": {"metrics": INSPECTED, "samples": samples, "probe_samples": samples},
     }
     return complete(build_recipe(apply_overrides(tree, options)))
 

@@ -40,15 +40,23 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(dim // heads) if qk_norm else None
         self.k_norm = RMSNorm(dim // heads) if qk_norm else None
 
-    def forward(self, x: Float[Tensor, "b n d"], rope: Complex[Tensor, "n k"] | None = None) -> Float[Tensor, "b n d"]:
-        """Attend over all tokens; `rope` is the table of `rope_table`."""
+    def forward(
+        self, x: Float[Tensor, "b n d"], rope: Complex[Tensor, "m *h k"] | None = None, first: int = 0
+    ) -> Float[Tensor, "b n d"]:
+        """Attend over all tokens.
+
+        Args:
+            x: tokens.
+            rope: table of `rope_table` or `mixed_rope_table`; it turns the m tokens from `first` on, no others.
+            first: where they begin.
+        """
         b, n, d = x.shape
         qk, v = self.qkv(x).view(b, n, 3, self.heads, d // self.heads).split([2, 1], dim=2)  # (b, n, 2 and 1, h, k)
         if self.q_norm is not None and self.k_norm is not None:
             gains = torch.stack([self.q_norm.weight, self.k_norm.weight])[:, None]  # (2, 1, k)
             qk = rms_norm(qk, gains, self.q_norm.eps)
         if rope is not None:
-            qk = rotate(qk, rope)
+            qk = rotate(qk, rope, first)
         q, k = qk.to(v.dtype).permute(2, 0, 3, 1, 4)  # 2 x (b, h, n, k)
         x = attention(q, k, v[:, :, 0].transpose(1, 2)).transpose(1, 2).reshape(b, n, d)  # (b, n, d)
         return self.proj(x)
@@ -154,18 +162,31 @@ class SwiGLU(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm ViT block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Pre-norm ViT block: x + attention(norm(x)), then x + mlp(norm(x)).
 
-    def __init__(self, dim: int, heads: int, mlp_ratio: float = 4.0):
+    Args:
+        dim, heads: of the tokens and the attention.
+        mlp_ratio: hidden width of the MLP over the width.
+        layer_scale: where the learned gains of both branches begin (LayerScale, Touvron et al. 2021); None: no gains.
+    """
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: float = 4.0, layer_scale: float | None = None):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
+        self.scale1, self.scale2 = (
+            None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale)) for _ in range(2)
+        )
 
-    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+    def forward(
+        self, x: Float[Tensor, "b n d"], rope: Complex[Tensor, "m *h k"] | None = None, first: int = 0
+    ) -> Float[Tensor, "b n d"]:
+        branch = self.attn(self.norm1(x), rope, first)
+        x = x + (branch if self.scale1 is None else branch * self.scale1)
+        branch = self.mlp(self.norm2(x))
+        return x + (branch if self.scale2 is None else branch * self.scale2)
 
 
 # -- patches ----------------------------------------------------------------------------------------------------------
@@ -243,11 +264,52 @@ def rope_table(
     return torch.polar(torch.ones_like(table), table)
 
 
-def rotate(x: Float[Tensor, "b n *heads d"], table: Complex[Tensor, "n k"]) -> Float[Tensor, "b n *heads d"]:
-    """Turn neighbouring pairs (x1, x2) of each token by its angles, in float32: a complex product."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())  # (b, n, *heads, d / 2)
-    table = table.view(len(table), *[1] * (x.ndim - 3), -1)
-    return torch.view_as_real(pairs * table).flatten(-2)
+def mixed_frequencies(depth: int, heads: int, head_dim: int, theta: float = 10.0) -> Float[Tensor, "2 depth k"]:
+    """Where learned frequencies of mixed rotary positions begin (Heo et al. 2024), k = heads * head_dim / 2.
+
+    Magnitudes theta^(-4 i / head_dim), i < head_dim / 4, once along an axis that is turned at random for each head,
+    and once across it. Row 0 belongs to columns, row 1 to rows of the grid.
+    """
+    size = theta ** -(torch.arange(0, head_dim, 4).float() / head_dim)  # (head_dim / 4,)
+    phi = torch.empty(depth, heads, 1)
+    nn.init.uniform_(phi, 0, 2 * math.pi)
+    angles = torch.cat([phi.expand(-1, -1, len(size)), phi.expand(-1, -1, len(size)) + math.pi / 2], dim=2)
+    return (torch.stack([angles.cos(), angles.sin()]) * torch.cat([size, size])).flatten(2)
+
+
+def axial_frequencies(depth: int, heads: int, head_dim: int, theta: float = 100.0) -> Float[Tensor, "2 depth k"]:
+    """The same layout, fixed: one half of a head's pairs turns with the column, the other with the row."""
+    size = theta ** -(torch.arange(0, head_dim, 4).float() / head_dim)  # (head_dim / 4,)
+    zero = torch.zeros_like(size)
+    return torch.stack([torch.cat([size, zero]), torch.cat([zero, size])])[:, None].repeat(1, depth, heads)
+
+
+def mixed_rope_table(
+    frequencies: Float[Tensor, "2 depth k"], grid: tuple[int, int], heads: int
+) -> Complex[Tensor, "depth n h j"]:
+    """exp(i (column f_0 + row f_1)) for every block, patch in raster order, head and pair; whole numbers, unscaled."""
+    h, w = grid
+    rows, columns = torch.meshgrid(
+        *(torch.arange(g, device=frequencies.device).float() for g in (h, w)), indexing="ij"
+    )  # (h, w)
+    x, y = frequencies.float()[:, :, None]  # 2 x (depth, 1, k)
+    angles = columns.reshape(-1, 1) * x + rows.reshape(-1, 1) * y  # (depth, n, k)
+    return torch.polar(torch.ones_like(angles), angles).unflatten(2, (heads, -1))
+
+
+def rotate(
+    x: Float[Tensor, "b n *heads d"], table: Complex[Tensor, "m *h k"], first: int = 0
+) -> Float[Tensor, "b n *heads d"]:
+    """Turn neighbouring pairs (x1, x2) of the m tokens from `first` on, in float32: a complex product.
+
+    A table `(m, k)` turns all heads alike, one of `(m, h, k)` each by its own angles.
+    """
+    end = first + len(table)
+    inner = x[:, first:end] if len(table) < x.shape[1] else x
+    pairs = torch.view_as_complex(inner.float().unflatten(-1, (-1, 2)).contiguous())  # (b, m, *heads, d / 2)
+    table = table.view(len(table), *[1] * (x.ndim - 1 - table.ndim), *table.shape[1:])
+    turned = torch.view_as_real(pairs * table).flatten(-2)  # (b, m, *heads, d)
+    return turned if inner is x else torch.cat([x[:, :first], turned, x[:, end:]], dim=1)
 
 
 # -- time -------------------------------------------------------------------------------------------------------------

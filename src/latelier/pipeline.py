@@ -137,6 +137,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         sampler: str = "auto",
         shift: float = 1.0,
         eta: float = 0.0,
+        last_step: float = 0.04,
         seed: int = 0,
         batch: int = 64,
         window: int | None = None,
@@ -167,10 +168,11 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             guidance: scale of classifier-free guidance; 1 is none.
             guidance_interval: noise levels at which guidance acts.
             guidance_channels: guide only the first so many latent channels.
-            sampler: `euler`, `heun`, `dpm++`, `unipc` for any process; `ddim`, `ddpm`, `plms` for a ddpm process; or
-                `auto`, which is `self.scheduler`.
+            sampler: `euler`, `heun`, `dpm++`, `unipc` for any process; `ddim`, `ddpm`, `plms` for a ddpm process;
+                `sde` for a flow; or `auto`, which is `self.scheduler`.
             shift: flow: above 1 spends more steps near noise.
             eta: ddim: 0 is deterministic, 1 ancestral.
+            last_step: sde: the time from which one step without noise follows.
             seed: of the first picture.
             batch: pictures, or windows of them, per forward pass.
             window: side in latent positions: the denoiser sees overlapping windows, and the decoder tiles, of this
@@ -201,7 +203,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         settings = sample or _settings(
             classes=classes, count=count if count is not None else len(asked), steps=steps, guidance=guidance,
             guidance_interval=guidance_interval, guidance_channels=guidance_channels, sampler=sampler, shift=shift,
-            eta=eta, seed=seed, batch=batch, window=window, stride=stride,
+            eta=eta, last_step=last_step, seed=seed, batch=batch, window=window, stride=stride,
         )  # fmt: skip
         dropped = self.config["dropped"]
         asked = asked.check(self.conditioner, settings.guidance, dropped)

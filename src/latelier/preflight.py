@@ -73,7 +73,7 @@ def try_tokenizer(recipe: Recipe, count: bool = False) -> Iterator[Trial]:
         name, training = section.phase(number)
         dataset = tokenizer_loop.open_images(recipe, size=training.image_size)
         tokenizer = tokenizer_loop.fit(build_tokenizer(recipe), training.image_size or recipe.data.image_size)
-        objective = build_objective(training, recipe.seed, tokenizer)
+        objective = build_objective(training, recipe.seed, tokenizer, dataset)
         micro = _micro(training)
         yield _try(name, training, objective, next(dataset.stream(micro)), count)
 
@@ -98,7 +98,8 @@ def _micro(training: Training) -> int:
 def _codec(recipe: Recipe) -> Codec:
     if isinstance(recipe.tokenizer, PretrainedRecipe):
         return Codec.from_pretrained(recipe.tokenizer.path, precision="auto").to(best_device())
-    codec = Codec(build_tokenizer(recipe), precision="auto")
+    tokenizer = tokenizer_loop.fit(build_tokenizer(recipe), recipe.data.image_size)
+    codec = Codec(tokenizer, precision="auto")
     codec.latent_shape(*recipe.data.image_size)
     return codec.to(best_device())
 

@@ -200,7 +200,11 @@ def show(study: Study) -> Path:
             continue
         sections = json.loads((folder / "metrics.json").read_text())
         metrics = {key: entry for section in sections.values() for key, entry in section.items()}
-        pictures = {"reconstructions": folder / "reconstructions.png", "samples": folder / "samples" / "grid.png"}
+        pictures = {
+            "reconstructions": folder / "reconstructions.png",
+            "samples": folder / "samples" / "grid.png",
+            "latent-map": folder / "latent-map.png",
+        }
         shown.append(Shown(name, metrics, _facts(folder, plan["facts"]), pictures))
     if not shown:
         raise LatelierError(f"No run of study {study.name} has a result yet.")

@@ -16,12 +16,14 @@ from latelier.errors import LatelierError
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from latelier.pipeline import LatentDiffusionPipeline
+    from latelier.tokenizers.codec import Codec
 
 KINDS = {
     "vmae": "latelier.convert.vmae:convert",
+    "maetok": "latelier.convert.maetok:convert",
     "sit": "latelier.convert.dit:convert_sit",
     "lightning-dit": "latelier.convert.dit:convert_lightning_dit",
     "maetok-sit": "latelier.convert.dit:convert_maetok_sit",
@@ -45,11 +47,13 @@ class Converted:
         model: in eval mode.
         conditioner: of a denoiser that has one.
         pipeline: the whole, if the checkpoint has tokenizer and denoiser.
+        codec: of a tokenizer whose latent statistics are known: the model with them.
     """
 
     model: ModelMixin
     conditioner: ModelMixin | None = None
     pipeline: LatentDiffusionPipeline | None = None
+    codec: Codec | None = None
 
 
 def from_official(kind: str, state_dict: Mapping[str, Tensor], **config: Any) -> Converted:
@@ -106,7 +110,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     return weights
 
 
-def load_exactly(model: ModelMixin, weights: dict[str, Tensor], optional: tuple[str, ...] = ()) -> None:
+def load_exactly(model: nn.Module, weights: dict[str, Tensor], optional: tuple[str, ...] = ()) -> None:
     """Load weights by our names; whatever is left over or lacking is an error."""
     missing, unexpected = model.load_state_dict(weights, strict=False)
     missing = [name for name in missing if name not in optional]

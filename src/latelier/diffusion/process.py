@@ -73,14 +73,17 @@ class Flow:
         """A diffusers scheduler with its timesteps set; `scheduler.timesteps / 1000` are the times t.
 
         Raises:
-            LatelierError: if the sampler or eta is not one of this process.
+            LatelierError: if sampler, eta, last_step or steps do not go with this process.
         """
-        scheduler = flow_scheduler(choose_sampler(sample, "flow", FLOW_SAMPLERS))
+        scheduler = flow_scheduler(choose_sampler(sample, "flow", FLOW_SAMPLERS), sample.last_step)
         self.set_timesteps(scheduler, sample)
         return scheduler
 
     def set_timesteps(self, scheduler: Scheduler, sample: recipe.Sample) -> None:
-        """Put a scheduler onto the grid of `flow_sigmas`; a foreign one gets its own grid of as many steps."""
+        """Put a scheduler onto the grid of `flow_sigmas`; a foreign one gets its own grid of as many steps.
+
+        `ReverseSDE` goes evenly from 1 to its `last_step` instead, and from there to 0.
+        """
         place_flow(scheduler, sample.steps, sample.shift)
 
     def alpha_sigma(self, t: Float[Tensor, " b"], like: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,6 +211,10 @@ def choose_sampler(sample: recipe.Sample, process: str, allowed: tuple[str, ...]
         )
     if sample.eta and kind != "ddim":
         raise LatelierError(f"sample.eta = {sample.eta} acts in the ddim sampler only, not in {kind}; set it to 0.")
+    if kind != "sde" and sample.last_step != recipe.Sample().last_step:
+        raise LatelierError(
+            f"sample.last_step = {sample.last_step} acts in the sde sampler only, not in {kind}; leave it out."
+        )
     if sample.shift != 1 and process != "flow":
         raise LatelierError(f"sample.shift = {sample.shift} acts in flow processes only; set it to 1.")
     return kind

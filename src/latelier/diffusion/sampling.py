@@ -23,6 +23,7 @@ from latelier.conditioning.condition import Condition
 from latelier.diffusion.guidance import guided
 from latelier.diffusion.guiding import Guide
 from latelier.diffusion.process import DDPM, TIMESTEPS, Flow, Scheduler
+from latelier.errors import LatelierError
 
 
 def initial_noise(shape: tuple[int, ...], seeds: list[int]) -> Float[Tensor, "b c *grid"]:
@@ -46,7 +47,8 @@ def sample_latents(
 ) -> Float[Tensor, "b c *grid"]:
     """Normalised latents, one for each seed.
 
-    The state stays float32; the precision of the denoiser is the caller's, who may open an autocast around this.
+    The state stays float32, or what the scheduler makes of it between its steps; the precision of the denoiser is the
+    caller's, who may open an autocast around this.
 
     Args:
         denoiser: `forward(x_t, t, condition) -> prediction`.
@@ -61,7 +63,15 @@ def sample_latents(
         progress: called after each evaluation with how many are done and how many there are.
         scheduler: a diffusers scheduler with timesteps set, instead of the one that `sample.sampler` names.
         guide: pulls the pictures towards what it holds; None leaves them alone.
+
+    Raises:
+        LatelierError: if settings do not fit: a sampler of another process, windows over latents without a plane.
     """
+    if sample.window is not None and len(shape) != 3:
+        raise LatelierError(
+            f"sample.window = {sample.window} cuts latents that lie on a plane, but this tokenizer makes "
+            f"{shape[1]} of them in a row; leave it out."
+        )
     scheduler = scheduler or process.scheduler(sample)
     generators = _generators(seeds)
     x = _normal(shape, generators).to(device) * getattr(scheduler, "init_noise_sigma", 1.0)  # (b, c, *grid)
@@ -82,7 +92,7 @@ def sample_latents(
         x = scheduler.step(prediction.float(), timestep, x, **options).prev_sample  # (b, c, *grid)
         if progress is not None:
             progress(done, total)
-    return x
+    return x.float()
 
 
 def _generators(seeds: list[int]) -> list[torch.Generator]:

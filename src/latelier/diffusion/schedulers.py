@@ -1,7 +1,8 @@
-"""The samplers of a process: diffusers' schedulers put onto our grids, and LDM's DDIM and PLMS on any number of steps.
+"""The samplers of a process: diffusers' schedulers put onto our grids, LDM's DDIM and PLMS, and a flow's reverse SDE.
 
 diffusers' own DDIM and PNDM go down by one fixed stride, so that 300 or 400 steps over 1000 noise levels miss the
-noisiest ones. `DDIM` and `PLMS` here know each step's two ends instead; where LDM has a grid they are on it.
+noisiest ones. `DDIM` and `PLMS` here know each step's two ends instead; where LDM has a grid they are on it. The SDE
+has a file of its own, `sde.py`.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
 from torch import Tensor
 
+from latelier.diffusion.sde import ReverseSDE
 from latelier.errors import LatelierError
 
 Scheduler = Any  # a diffusers scheduler; they share `set_timesteps`, `timesteps` and `step` by custom, not by a base
 TIMESTEPS = 1000  # diffusers' schedulers count noise levels in thousandths of t
-FLOW_SAMPLERS = ("euler", "heun", "dpm++", "unipc")
+FLOW_SAMPLERS = ("euler", "heun", "dpm++", "unipc", "sde")
 DDPM_SAMPLERS = ("ddim", "ddpm", "plms", "dpm++", "unipc", "euler", "heun")
 
 LEAST_LOG_SNR = -5.1  # log(alpha / sigma) where fast solvers begin on a cosine schedule, as diffusers advises for it
@@ -154,10 +156,17 @@ def shifted(t: Any, shift: float) -> Any:
 # -- which scheduler ---------------------------------------------------------------------------------------------------
 
 
-def flow_scheduler(kind: str) -> Scheduler:
-    """A scheduler of one of `FLOW_SAMPLERS`, without timesteps."""
+def flow_scheduler(kind: str, last_step: float = 0.04) -> Scheduler:
+    """A scheduler of one of `FLOW_SAMPLERS`, not yet on its grid.
+
+    Args:
+        kind: the sampler.
+        last_step: where the noisy steps of `sde` end.
+    """
     import diffusers
 
+    if kind == "sde":
+        return ReverseSDE(last_step, TIMESTEPS)
     if kind in ("euler", "heun"):
         name = {"euler": "FlowMatchEulerDiscreteScheduler", "heun": "FlowMatchHeunDiscreteScheduler"}[kind]
         return getattr(diffusers, name)(num_train_timesteps=TIMESTEPS, shift=1.0)
@@ -194,6 +203,9 @@ def place_flow(scheduler: Scheduler, steps: int, shift: float) -> None:
     """Put a scheduler onto `flow_sigmas`; one with another shift, or of a kind unknown here, gets its own grid."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 
+    if isinstance(scheduler, ReverseSDE):
+        scheduler.set_timesteps(steps, shift=shift)
+        return
     sigmas, config = flow_sigmas(steps, shift), scheduler.config
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and config["shift"] == 1:
         scheduler.set_timesteps(sigmas=sigmas[:-1].tolist())  # diffusers appends the 0

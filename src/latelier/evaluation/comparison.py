@@ -19,7 +19,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from latelier.errors import LatelierError
-from latelier.evaluation.figures import INK, Picture, draw_figures, write
+from latelier.evaluation.figures import INK, MAP, Picture, draw_figures, write
 from latelier.evaluation.orderings import (
     Ordering,
     Published,
@@ -39,7 +39,7 @@ from latelier.images import GAP_COLOUR, save_png
 
 __all__ = ["Published", "Shown", "write_comparison"]
 
-PICTURE_HEIGHT, PICTURE_WIDTH, NAME_HEIGHT = 300, 1100, 26
+PICTURE_HEIGHT, PICTURE_WIDTH, MAP_WIDTH, NAME_HEIGHT = 300, 1100, 900, 26
 
 DARK = "@media (prefers-color-scheme: dark) { .figure img { filter: invert(.89) hue-rotate(180deg); } }"
 STYLE = (
@@ -114,7 +114,11 @@ def _pictures(folder: Path, shown: Sequence[Shown]) -> list[Picture]:
         there = [(run.name, path) for run in shown if (path := run.pictures.get(kind)) and path.is_file()]
         if there:
             path = save_png(_stack(there), folder / f"{kind}.png")
-            parts.append(Picture(path, path.name, f"{kind.capitalize()} of {', '.join(n for n, _ in there)}", False))
+            parts.append(
+                Picture(
+                    path, path.name, f"{kind.replace('-', ' ').capitalize()} of {', '.join(n for n, _ in there)}", False
+                )
+            )
     return parts
 
 
@@ -139,6 +143,8 @@ def _cut(path: Path) -> Image.Image:
     """The top of a grid, enlarged twice where there is room; whole rows, an even number: they may be pairs."""
     with Image.open(path) as opened:
         grid = opened.convert("RGB")
+    if path.name == MAP:  # a figure, not a grid: the whole of it
+        return grid.resize((MAP_WIDTH, round(grid.height * MAP_WIDTH / grid.width)), Image.Resampling.LANCZOS)
     scale = 2 if 2 * grid.width <= PICTURE_WIDTH else 1
     room = PICTURE_HEIGHT // scale
     if grid.height > room:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from latelier.evaluation.chart import LOG_RATIO
 from latelier.evaluation.orderings import (
+    MIXTURE,
     SAMPLING_SPEED,
     TRAINING_SPEED,
     Shown,
@@ -24,6 +25,7 @@ from latelier.evaluation.orderings import (
     texts,
     value,
 )
+from latelier.evaluation.report import UNITS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,8 +34,16 @@ if TYPE_CHECKING:
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8a8a8a", "#5b4a8a")  # Okabe & Ito 2008
 MARKERS = "osD^vPX"
 INK, SOFT, LINE = "#1d1f23", "#5f6570", "#e2e2de"  # of the page
+MAP = "latent-map.png"  # the file of a run's map of latents
 WIDTH = 9.0  # inches, 900 px at 100 dpi
 FLAT = 0.3  # levels up to here are what the areas under the curves are taken over
+STYLE: Any = {
+    "font.size": 8.5, "axes.edgecolor": LINE, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.titlesize": 9, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.labelcolor": SOFT,
+    "xtick.color": LINE, "ytick.color": LINE, "ytick.labelcolor": INK, "xtick.labelcolor": SOFT,
+    "xtick.labelsize": 8, "text.parse_math": False, "svg.hashsalt": "latelier",
+    "axes.axisbelow": True, "grid.color": LINE, "grid.linewidth": 0.7,
+}  # fmt: skip
 
 
 @dataclass
@@ -50,23 +60,19 @@ def draw_figures(folder: Path, shown: Sequence[Shown], columns: Sequence[str]) -
     """Draw what there is to draw, as SVG for docs and as PNG."""
     from matplotlib import rc_context
 
-    settings: Any = {
-        "font.size": 8.5, "axes.edgecolor": LINE, "axes.spines.top": False, "axes.spines.right": False,
-        "axes.titlesize": 9, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.labelcolor": SOFT,
-        "xtick.color": LINE, "ytick.color": LINE, "ytick.labelcolor": INK, "xtick.labelcolor": SOFT,
-        "xtick.labelsize": 8, "text.parse_math": False, "svg.hashsalt": "latelier",
-        "axes.axisbelow": True, "grid.color": LINE, "grid.linewidth": 0.7,
-    }  # fmt: skip
     there = [name for name in columns if any(value(run, name) is not None for run in shown)]
     curves = {name: found for name in _smoothness(shown) if (found := _curves(shown, name))}
     parts: list[Picture] = []
-    with rc_context(settings):
+    with rc_context(STYLE):
         if there:
             words = "Every metric of every run; lines are 95 % intervals"
             parts.append(_save(folder, "overview", _overview(shown, there), words))
         if curves:
             words = f"Quality of pictures decoded from noisy latents; the shaded levels, up to {FLAT}, make the mean"
             parts.append(_save(folder, "smoothness", _smooth(shown, curves), words))
+        if mixtures := _mixtures(shown):
+            words = "GMM negative log-likelihood of held-out latents against the number of modes"
+            parts.append(_save(folder, "modes", _modes(shown, mixtures), words))
         if lines := _trade_offs(shown):
             words = "Quality against the speed of sampling; at each point stands the number of sampling steps"
             parts.append(_save(folder, "sampling", _sampling(shown, lines), words))
@@ -86,7 +92,7 @@ def _save(folder: Path, name: str, figure: Figure, words: str) -> Picture:
 
 def _overview(shown: Sequence[Shown], columns: Sequence[str]) -> Figure:
     """Horizontal bars, one panel for each metric, the runs in the same order and colours everywhere."""
-    figure, panels = _panels(len(columns), 4, height=0.55 + 0.24 * len(shown))
+    figure, panels = make_panels(len(columns), 4, height=0.55 + 0.24 * len(shown))
     for i, (name, axes) in enumerate(zip(columns, panels)):
         _bars(axes, shown, name)
         axes.set_yticks(range(len(shown)), [_fit(run.name) for run in shown] if i % 4 == 0 else [])
@@ -133,7 +139,7 @@ def _curves(shown: Sequence[Shown], name: str) -> dict[int, list[tuple[float, fl
 
 def _smooth(shown: Sequence[Shown], curves: Mapping[str, Mapping[int, list[tuple[float, float]]]]) -> Figure:
     """One panel for each metric over the noise level; its square root has a zero and room for small levels."""
-    figure, panels = _panels(len(curves), 3, height=2.7, above=0.4)
+    figure, panels = make_panels(len(curves), 3, height=2.7, above=0.4)
     styles = _styles(shown)
     for (name, runs), axes in zip(curves.items(), panels):
         for i, points in runs.items():
@@ -168,6 +174,36 @@ def _level_axis(axes: Axes, levels: Sequence[float]) -> None:
     axes.axvspan(0, min(FLAT, last), color="#f1f1ee", zorder=0)
 
 
+def _mixtures(shown: Sequence[Shown]) -> dict[int, list[tuple[float, float]]]:
+    """(number of modes, negative log-likelihood), ascending, by the run's position; without runs that have none."""
+    found: dict[int, list[tuple[float, float]]] = {}
+    for name in at_steps(shown, MIXTURE):
+        for i, run in enumerate(shown):
+            if (height := value(run, name)) is not None:
+                found.setdefault(i, []).append((float(name.partition("@")[2]), height))
+    return dict(sorted(found.items()))
+
+
+def _modes(shown: Sequence[Shown], lines: Mapping[int, list[tuple[float, float]]]) -> Figure:
+    """Chen et al. 2025 (MAETok), section 3: one line for each run, over the modes of mixtures fitted to its latents."""
+    figure, (axes,) = make_panels(1, 1, height=3.2, above=0.4)
+    for i, points in lines.items():
+        axes.plot(*zip(*points), zorder=3, **_styles(shown)[i])
+    axes.set_xscale("log")
+    ticks = sorted({modes for points in lines.values() for modes, _ in points})
+    axes.set_xticks(ticks, [f"{modes:g}" for modes in ticks])
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    axes.set_title(f"GMM negative log-likelihood against the number of modes{heading(MIXTURE).removeprefix(MIXTURE)}")
+    axes.set_xlabel("modes · log")
+    axes.set_ylabel(UNITS[MIXTURE])
+    axes.grid()
+    axes.tick_params(length=0)
+    axes.tick_params(axis="y", labelcolor=SOFT)
+    _legend(figure, shown, list(lines), 4)
+    return figure
+
+
 def _trade_offs(shown: Sequence[Shown]) -> dict[str, dict[int, list[tuple[float, float, int]]]]:
     """(samples per second, Fréchet distance, steps), ascending in steps, by distance and the run's position."""
     found: dict[str, dict[int, list[tuple[float, float, int]]]] = {}
@@ -182,7 +218,7 @@ def _trade_offs(shown: Sequence[Shown]) -> dict[str, dict[int, list[tuple[float,
 
 def _sampling(shown: Sequence[Shown], lines: Mapping[str, Mapping[int, list[tuple[float, float, int]]]]) -> Figure:
     """Rombach et al. 2022, figure 7: one line for each run, one point for each number of sampling steps."""
-    figure, panels = _panels(len(lines), 2 if len(lines) > 1 else 1, height=3.6, above=0.4)
+    figure, panels = make_panels(len(lines), 2 if len(lines) > 1 else 1, height=3.6, above=0.4)
     styles = _styles(shown)
     for (name, runs), axes in zip(lines.items(), panels):
         for i, points in runs.items():
@@ -216,7 +252,7 @@ def _trained(shown: Sequence[Shown]) -> dict[str, dict[int, tuple[float, float]]
 
 def _training(shown: Sequence[Shown], points: Mapping[str, Mapping[int, tuple[float, float]]]) -> Figure:
     """Rombach et al. 2022, figures 5 and 6, at one length of training: one point for each run."""
-    figure, panels = _panels(len(points), 2 if len(points) > 1 else 1, height=3.0)
+    figure, panels = make_panels(len(points), 2 if len(points) > 1 else 1, height=3.0)
     styles = _styles(shown)
     for (name, runs), axes in zip(points.items(), panels):
         for i, (x, y) in runs.items():
@@ -271,7 +307,7 @@ def _legend(figure: Figure, shown: Sequence[Shown], there: Sequence[int], across
     )  # fmt: skip
 
 
-def _panels(count: int, most: int, height: float, above: float = 0.0) -> tuple[Figure, list[Axes]]:
+def make_panels(count: int, most: int, height: float, above: float = 0.0) -> tuple[Figure, list[Axes]]:
     """A figure as wide as the page, or less for few panels, and its panels, row by row, so many in a row at most."""
     from matplotlib.figure import Figure
 

@@ -38,6 +38,7 @@ SAMPLING_RECEIPT = {
     "device": "device",
 }  # fmt: skip
 SAMPLING_SPEED = "samples-per-second"  # this and gfd-<features> are measured @ numbers of sampling steps
+MIXTURE = "gmm-nll"  # is measured @ numbers of modes
 TRAINING_SPEED = "denoiser: training images/s"  # a fact of a run
 
 

@@ -24,7 +24,11 @@ NOT_CURVES = ("stage", "images", "seconds")
 TITLES = {"grad_norm": "gradient norm", "lr": "learning rate", "images_per_second": "images per second",
           "memory_gb": "memory, GB"}  # fmt: skip
 BETTER = {"l1": "lower", "lpips": "lower", "rfd": "lower", "gfd": "lower", "psnr": "higher", "ssim": "higher",
-          "precision": "higher", "recall": "higher", "fd": "lower", "match": "higher", "score": "higher"}  # fmt: skip
+          "precision": "higher", "recall": "higher", "fd": "lower", "match": "higher", "score": "higher",
+          "gmm": "lower", "probe": "higher", "knn": "higher", "diffusion": "lower"}  # fmt: skip
+UNITS = {"gmm-nll": "nats per principal component", "gmm-modes": "Gaussians", "effective-rank": "directions",
+         "channel-rank": "directions", "probe": "share of pictures", "knn": "share of pictures",
+         "diffusion-loss": "squared error of the velocity"}  # fmt: skip
 MOST_PREVIEWS, MOST_THUMBS, MOST_SKIPPED = 12, 32, 20
 ZOOM = """
 const box = document.querySelector("dialog");
@@ -56,6 +60,7 @@ def write_report(folder: Path) -> Path:
         "Reconstructions": _reconstructions(folder / "previews"),
         "Metrics": _metrics(metrics),
         "Noise on latents": _curves(metrics),
+        "Latent space": _latent_space(folder / "latent-map.png", metrics),
         "Training": _training(log),
         "Previews": _previews(folder / "previews"),
         "Skipped files": _skipped(folder / "skipped.jsonl"),
@@ -106,7 +111,8 @@ def _head(name: str, recipe: Row, log: Mapping[str, list[Row]], metrics: Row, ti
         tiles.append((_duration(seconds), "training time"))
     for entries in metrics.values():
         for metric, entry in entries.items() if isinstance(entries, dict) else ():
-            if isinstance(entry, dict) and isinstance(entry.get("value"), int | float):
+            curve = metric.startswith("gmm-nll@")  # shown as one, further down
+            if isinstance(entry, dict) and isinstance(entry.get("value"), int | float) and not curve:
                 tiles.append((_digits(entry["value"]), metric))
     links = "".join(f'<a href="#{_anchor(title)}">{escape(title)}</a>' for title in titles)
     blocks = "".join(f'<div class="tile"><b>{escape(b)}</b><span>{escape(s)}</span></div>' for b, s in tiles)
@@ -222,13 +228,15 @@ def _metric(name: str, entry: Row) -> str:
     interval = entry.get("interval")
     between = f"{_digits(interval[0])} to {_digits(interval[1])}" if interval else ""
     better = next((BETTER[part] for part in name.split("-") if part in BETTER), None)
+    unit = next((words for begin, words in UNITS.items() if name.startswith(begin)), None)
+    said = "; ".join(filter(None, [f"{better} is better" if better else "", unit]))
     warning = f'<div><span class="note">{escape(str(receipt["warning"]))}</span></div>' if "warning" in receipt else ""
     summary = ", ".join(
         [f"n = {receipt['n']:,}" if isinstance(receipt.get("n"), int) else ""] * ("n" in receipt)
         + [str(receipt.get("reference"))] * ("reference" in receipt)
     )
     return (
-        f"<tr><td>{escape(name)}{f'<br><span class=soft>{better} is better</span>' if better else ''}</td>"
+        f"<tr><td>{escape(name)}{f'<br><span class=soft>{said}</span>' if said else ''}</td>"
         f'<td class="number value">{escape(_digits(entry.get("value")))}</td><td class="number">{escape(between)}</td>'
         f"<td>{warning}<details><summary>{escape(summary or 'receipt')}</summary>{_list(receipt)}</details></td></tr>"
     )
@@ -237,17 +245,45 @@ def _metric(name: str, entry: Row) -> str:
 def _curves(metrics: Row) -> str:
     """What noise on the latents does, for each metric that has a curve."""
     charts = [
-        line_chart(
-            name.removeprefix("smoothness-"), [(x, y) for x, y in entry["receipt"]["curve"]], False, "noise level"
-        )
-        for entries in metrics.values()
-        for name, entry in (entries.items() if isinstance(entries, dict) else ())
-        if isinstance(entry, dict) and (entry.get("receipt") or {}).get("curve")
+        line_chart(name.removeprefix("smoothness-"), [(x, y) for x, y in receipt["curve"]], False, "noise level")
+        for name, receipt in _receipts(metrics).items()
+        if name.startswith("smoothness-") and receipt.get("curve")
     ]
     if not charts:
         return ""
     words = "Noise in standard deviations of each latent channel; the smoother the latent space, the flatter the line."
     return f'<p class="soft">{words}</p><div class="charts">{"".join(charts)}</div>'
+
+
+def _latent_space(picture: Path, metrics: Row) -> str:
+    """The map of the latents, and what has a curve: mixtures over their modes, the small denoiser's loss over time."""
+    receipts = _receipts(metrics)
+    mixtures = ((name, receipts[name].get("modes")) for name in receipts if name.startswith("gmm-nll@"))
+    modes = sorted((k, name) for name, k in mixtures if isinstance(k, int))
+    values = {name: entry.get("value") for entries in _sections(metrics) for name, entry in entries.items()}
+    likelihoods = [(k, float(y)) for k, name in modes if isinstance(y := values[name], int | float)]
+    losses = [(t, y) for t, y in receipts.get("diffusion-loss", {}).get("by_time") or ()]
+    charts = line_chart("GMM negative log-likelihood", likelihoods, False, "number of modes")
+    charts += line_chart("loss of a small denoiser", losses, False, "time, from data to noise")
+    shown = ""
+    if picture.is_file():
+        shown = f'<div class="big">{inline_image(picture, "map of the latents of held-out pictures")}</div>'
+        shown += '<p class="soft">One point for each held-out picture: its latents, in two dimensions.</p>'
+    if charts:
+        shown += '<p class="soft">Left to right: more modes of the mixture; more noise on the latents.</p>'
+        shown += f'<div class="charts">{charts}</div>'
+    return shown
+
+
+def _sections(metrics: Row) -> list[dict[str, Row]]:
+    """The sections' entries, as far as they are what they should be."""
+    dicts = (entries for entries in metrics.values() if isinstance(entries, dict))
+    return [{name: entry for name, entry in entries.items() if isinstance(entry, dict)} for entries in dicts]
+
+
+def _receipts(metrics: Row) -> dict[str, Row]:
+    """The receipt of each number."""
+    return {name: entry.get("receipt") or {} for entries in _sections(metrics) for name, entry in entries.items()}
 
 
 def _list(values: Mapping[str, Any]) -> str:

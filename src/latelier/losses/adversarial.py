@@ -12,13 +12,14 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from accelerate.utils import reduce
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from latelier.errors import LatelierError
 
 ADAPTIVE_EPSILON, ADAPTIVE_LIMIT = 1e-4, 1e4
 GROUPS = 32
+HOLE = 0.5  # side of a cutout, as a share of the picture's
 
 
 class PatchGAN(nn.Module):
@@ -37,7 +38,7 @@ class PatchGAN(nn.Module):
         blocks: list[nn.Module] = [nn.Conv2d(in_channels, channels, 4, 2, 1), nn.LeakyReLU(0.2)]
         for number, (narrow, wide) in enumerate(pairwise(widths)):
             stride = 1 if number == layers - 1 else 2
-            normalise = nn.BatchNorm2d(wide) if norm == "batch" else nn.GroupNorm(_groups(wide), wide)
+            normalise = nn.BatchNorm2d(wide) if norm == "batch" else nn.GroupNorm(group_count(wide), wide)
             blocks += [nn.Conv2d(narrow, wide, 4, stride, 1, bias=False), normalise, nn.LeakyReLU(0.2)]
         self.body = nn.Sequential(*blocks)
         self.head = nn.Conv2d(widths[-1], 1, 4, 1, 1)
@@ -60,7 +61,7 @@ class PatchGAN(nn.Module):
 
 
 def discriminator_loss(
-    real: Float[Tensor, "b 1 i j"], fake: Float[Tensor, "b 1 i j"], kind: str = "hinge"
+    real: Float[Tensor, "b 1 *patches"], fake: Float[Tensor, "b 1 *patches"], kind: str = "hinge"
 ) -> Float[Tensor, ""]:
     """What the discriminator minimises: hinge 0.5 (E relu(1 - D(x)) + E relu(1 + D(y))), or cross-entropy."""
     if kind == "hinge":
@@ -68,16 +69,31 @@ def discriminator_loss(
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 
-def generator_loss(fake: Float[Tensor, "b 1 i j"], kind: str = "hinge") -> Float[Tensor, ""]:
+def generator_loss(fake: Float[Tensor, "b 1 *patches"], kind: str = "hinge") -> Float[Tensor, ""]:
     """What the tokenizer minimises: -E D(y) for the hinge form, the non-saturating cross-entropy otherwise."""
     return -fake.mean() if kind == "hinge" else F.softplus(-fake).mean()
 
 
 def lecam(
-    real: Float[Tensor, "b 1 i j"], fake: Float[Tensor, "b 1 i j"], average_real: Tensor, average_fake: Tensor
+    real: Float[Tensor, "b 1 *patches"], fake: Float[Tensor, "b 1 *patches"], average_real: Tensor, average_fake: Tensor
 ) -> Float[Tensor, ""]:
     """Keeps logits near the other side's running mean (Tseng et al. 2021, equation 3), against overfitting."""
     return F.relu(real - average_fake).square().mean() + F.relu(average_real - fake).square().mean()
+
+
+def consistency(
+    judged: Sequence[Float[Tensor, "b 1 *patches"]], again: Sequence[Float[Tensor, "b 1 *patches"]]
+) -> Float[Tensor, ""]:
+    """Mean squared change of the logits when the pictures are augmented.
+
+    Zhang et al. 2020, "Consistency Regularization for Generative Adversarial Networks"; of pictures and of
+    reconstructions alike, as in Zhao et al. 2021, "Improved Consistency Regularization for GANs".
+
+    Args:
+        judged: logits of pictures, and of their reconstructions.
+        again: the same when both are augmented.
+    """
+    return torch.stack([(one - other).square().mean() for one, other in zip(judged, again, strict=True)]).mean()
 
 
 def adaptive_weight(
@@ -94,7 +110,11 @@ def adaptive_weight(
 
 
 def augment(
-    images: Float[Tensor, "b c h w"], policy: Sequence[str], numbers: Float[Tensor, "b 7"]
+    images: Float[Tensor, "b c h w"],
+    policy: Sequence[str],
+    numbers: Float[Tensor, "b 7"],
+    hole: float = HOLE,
+    chosen: Bool[Tensor, "b 3"] | None = None,
 ) -> Float[Tensor, "b c h w"]:
     """DiffAugment (Zhao et al. 2020): the same differentiable changes to pictures and reconstructions.
 
@@ -102,29 +122,60 @@ def augment(
         images: in [-1, 1].
         policy: any of `color`, `translation`, `cutout`, applied in this order.
         numbers: uniform in [0, 1): brightness, saturation, contrast, shift (y, x), hole (y, x), for each picture.
+        hole: side of the cutout, as a share of the picture's.
+        chosen: which of the three changes each picture undergoes, in the order above; by default all.
     """
     u = [n.view(-1, 1, 1, 1) for n in numbers.to(images).unbind(1)]
-    if "color" in policy:
-        images = images + (u[0] - 0.5)
-        gray = images.mean(1, keepdim=True)  # (b, 1, h, w)
-        images = (images - gray) * (2 * u[1]) + gray
-        mean = images.mean((1, 2, 3), keepdim=True)  # (b, 1, 1, 1)
-        images = (images - mean) * (0.5 + u[2]) + mean
-    height, width = images.shape[2:]
-    y = torch.arange(height, device=images.device).view(1, -1, 1)
-    x = torch.arange(width, device=images.device).view(1, 1, -1)
-    if "translation" in policy:  # up to an eighth of the side, zeros come in
-        dy, dx = (_steps(n, side // 8) for n, side in ((u[3], height), (u[4], width)))  # (b, 1, 1)
-        rows, columns = y + dy, x + dx
-        inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)  # (b, h, w)
-        batch = torch.arange(len(images), device=images.device).view(-1, 1, 1)
-        moved = images.permute(0, 2, 3, 1)[batch, rows.clamp(0, height - 1), columns.clamp(0, width - 1)]
-        images = moved.permute(0, 3, 1, 2) * inside[:, None]  # (b, c, h, w)
-    if "cutout" in policy:  # a hole of half the side
-        top, left = ((n.view(-1, 1, 1) * side).long() for n, side in ((u[5], height), (u[6], width)))
-        hole = ((y - top).abs() <= height // 4) & ((x - left).abs() <= width // 4)  # (b, h, w)
-        images = images * ~hole[:, None]
+    changes = {
+        "color": lambda x: _colour(x, u[0], u[1], u[2]),
+        "translation": lambda x: _shift(x, u[3], u[4]),
+        "cutout": lambda x: _cut(x, u[5], u[6], hole),
+    }
+    for number, (name, change) in enumerate(changes.items()):
+        if name in policy:
+            changed = change(images)
+            images = changed if chosen is None else torch.where(chosen[:, number, None, None, None], changed, images)
     return images
+
+
+def _colour(
+    images: Float[Tensor, "b c h w"], brightness: Tensor, saturation: Tensor, contrast: Tensor
+) -> Float[Tensor, "b c h w"]:
+    """Brightness by up to a half, saturation up to twofold, contrast from a half to one and a half."""
+    images = images + (brightness - 0.5)
+    gray = images.mean(1, keepdim=True)  # (b, 1, h, w)
+    images = (images - gray) * (2 * saturation) + gray
+    mean = images.mean((1, 2, 3), keepdim=True)  # (b, 1, 1, 1)
+    return (images - mean) * (0.5 + contrast) + mean
+
+
+def _shift(images: Float[Tensor, "b c h w"], down: Tensor, right: Tensor) -> Float[Tensor, "b c h w"]:
+    """Moved by up to an eighth of the side; zeros come in."""
+    height, width = images.shape[2:]
+    y, x = _places(images)
+    dy, dx = (_steps(n, side // 8) for n, side in ((down, height), (right, width)))  # (b, 1, 1)
+    rows, columns = y + dy, x + dx
+    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)  # (b, h, w)
+    batch = torch.arange(len(images), device=images.device).view(-1, 1, 1)
+    moved = images.permute(0, 2, 3, 1)[batch, rows.clamp(0, height - 1), columns.clamp(0, width - 1)]
+    return moved.permute(0, 3, 1, 2) * inside[:, None]  # (b, c, h, w)
+
+
+def _cut(images: Float[Tensor, "b c h w"], down: Tensor, right: Tensor, share: float) -> Float[Tensor, "b c h w"]:
+    """A hole of zeros around a place anywhere in the picture."""
+    height, width = images.shape[2:]
+    y, x = _places(images)
+    top, left = ((n.view(-1, 1, 1) * side).long() for n, side in ((down, height), (right, width)))
+    reach = [int(side * share / 2) for side in (height, width)]
+    hole = ((y - top).abs() <= reach[0]) & ((x - left).abs() <= reach[1])  # (b, h, w)
+    return images * ~hole[:, None]
+
+
+def _places(images: Float[Tensor, "b c h w"]) -> tuple[Tensor, Tensor]:
+    """Rows `(1, h, 1)` and columns `(1, 1, w)`."""
+    height, width = images.shape[2:]
+    y, x = (torch.arange(side, device=images.device) for side in (height, width))
+    return y.view(1, -1, 1), x.view(1, 1, -1)
 
 
 def _steps(u: Tensor, most: int) -> Tensor:
@@ -132,8 +183,8 @@ def _steps(u: Tensor, most: int) -> Tensor:
     return (u.view(-1, 1, 1) * (2 * most + 1)).long() - most
 
 
-def _groups(channels: int) -> int:
-    """The most groups, up to 32, that divide the channels."""
+def group_count(channels: int) -> int:
+    """Of a group norm: the most groups, up to 32, that divide the channels."""
     return next(groups for groups in range(min(GROUPS, channels), 0, -1) if channels % groups == 0)
 
 

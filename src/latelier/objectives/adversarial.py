@@ -8,18 +8,22 @@ the tokenizer's step leaves no gradient in it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate.utils import reduce
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from latelier.draws import Draws
 from latelier.losses.adversarial import (
     PatchGAN,
     adaptive_weight,
     augment,
+    consistency,
     discriminator_loss,
     generator_loss,
     lecam,
@@ -27,7 +31,8 @@ from latelier.losses.adversarial import (
 from latelier.objectives.terms import Terms
 from latelier.recipe import Adversarial
 
-LECAM_DECAY = 0.99
+CHANGES = ("color", "translation", "cutout")
+HOLES = {"patch": 0.5, "dino": 0.2}  # cutouts of DiffAugment's paper and of MAETok; consistency cuts out a half
 
 
 class DiscriminatorObjective(nn.Module):
@@ -48,8 +53,12 @@ class DiscriminatorObjective(nn.Module):
 
     def forward(self, batch: dict[str, Any]) -> Terms:
         """Terms of `real` and `fake`, both `(b, c, h, w)` and without gradients; `draw` addresses randomness."""
-        real, fake = (changed(batch[k], batch["draw"], self.recipe, self.seed) for k in ("real", "fake"))
-        on_real, on_fake = self.discriminator(real).float(), self.discriminator(fake).float()  # (b, 1, i, j)
+        with parametrize.cached():  # spectral norms move on once for each batch, and are the same for all its pictures
+            logits = [self.logits(batch[side], batch["draw"]) for side in ("real", "fake")]
+            again = []
+            if self.recipe.consistency:
+                again = [self.logits(batch[side], batch["draw"], strong=True) for side in ("real", "fake")]
+        on_real, on_fake = logits
         losses = {
             "d_loss": discriminator_loss(on_real, on_fake, self.recipe.loss),
             "d_real": on_real.detach().mean(),
@@ -59,10 +68,32 @@ class DiscriminatorObjective(nn.Module):
         weights = {"d_loss": 1.0}
         if self.recipe.lecam:
             means = reduce(torch.stack([losses["d_real"], losses["d_fake"]]), reduction="mean")  # over processes
-            self.averages.lerp_(means, 1 - LECAM_DECAY)
+            self.averages.lerp_(means, 1 - self.recipe.lecam_decay)
             losses["d_lecam"] = lecam(on_real, on_fake, *self.averages.clone())
             weights["d_lecam"] = self.recipe.lecam
+        if again:
+            losses["d_consistency"] = consistency(logits, again)
+            weights["d_consistency"] = self.recipe.consistency
         return Terms(losses, weights)
+
+    def logits(
+        self, images: Float[Tensor, "b c h w"], numbers: Tensor, strong: bool = False
+    ) -> Float[Tensor, "b 1 *patches"]:
+        """What the discriminator says of augmented pictures, float32.
+
+        Args:
+            images: in [-1, 1].
+            numbers: that address the augmentation, which pictures and their reconstructions share.
+            strong: every change is made and cutouts are large, whatever the recipe says: for the consistency.
+        """
+        if strong:
+            changes = Draws(self.seed, numbers, images.device).uniform("consistency", 7)
+            images = augment(images, CHANGES, changes)
+        else:
+            images = changed(images, numbers, self.recipe, self.seed)
+        if self.recipe.kind == "dino":  # the view is drawn on the CPU, where it is used
+            return self.discriminator(images, Draws(self.seed, numbers).uniform("view", 3)).float()
+        return self.discriminator(images).float()  # (b, 1, i, j)
 
 
 class Adversary:
@@ -76,8 +107,7 @@ class Adversary:
 
     def __init__(self, recipe: Adversarial, seed: int, channels: int):
         self.recipe, self.seed = recipe, seed
-        discriminator = PatchGAN(channels, recipe.channels, recipe.layers, recipe.norm)
-        self.objective = DiscriminatorObjective(discriminator, recipe, seed)
+        self.objective = DiscriminatorObjective(build_discriminator(recipe, channels), recipe, seed)
 
     @property
     def first(self) -> int:
@@ -97,8 +127,8 @@ class Adversary:
         """
         if batch["seen"] < self.recipe.start:
             return
-        discriminator = self.objective.discriminator.requires_grad_(False)
-        logits = discriminator(changed(reconstruction, batch["draw"], self.recipe, self.seed)).float()
+        with untouched(self.objective.discriminator):
+            logits = self.objective.logits(reconstruction, batch["draw"])
         loss = generator_loss(logits, self.recipe.loss)
         weight = self.recipe.weight
         if self.recipe.adaptive and torch.is_grad_enabled():
@@ -106,11 +136,38 @@ class Adversary:
             terms.losses["adaptive_weight"] = scale
             weight = weight * scale.item()
         terms.losses["adversarial"], terms.weights["adversarial"] = loss, weight
+
+
+def build_discriminator(recipe: Adversarial, channels: int) -> nn.Module:
+    """The discriminator of a recipe, with fresh weights, for pictures of so many channels."""
+    if recipe.kind == "dino":
+        from latelier.losses.dino import DinoDiscriminator
+
+        return DinoDiscriminator(recipe.teacher, channels, recipe.norm)
+    return PatchGAN(channels, recipe.channels, recipe.layers, recipe.norm)
+
+
+@contextmanager
+def untouched(discriminator: nn.Module) -> Iterator[None]:
+    """A judgement that leaves no gradient in the weights, and the power iterations of spectral norms where they are."""
+    spectral = [m.parametrizations for m in discriminator.modules() if parametrize.is_parametrized(m)]
+    discriminator.requires_grad_(False)
+    for norm in spectral:
+        norm.eval()
+    try:
+        yield
+    finally:
         discriminator.requires_grad_(True)
+        for norm in spectral:
+            norm.train(discriminator.training)
 
 
 def changed(images: Float[Tensor, "b c h w"], numbers: Tensor, recipe: Adversarial, seed: int) -> Tensor:
-    """Pictures as the discriminator sees them."""
+    """Pictures as the recipe augments them for the discriminator."""
     if not recipe.augment:
         return images
-    return augment(images, recipe.augment, Draws(seed, numbers, images.device).uniform("augment", 7))
+    draws = Draws(seed, numbers, images.device)
+    chosen = None
+    if recipe.augment_share < 1:
+        chosen = draws.uniform("augment share", len(CHANGES)) < recipe.augment_share  # (b, 3)
+    return augment(images, recipe.augment, draws.uniform("augment", 7), HOLES[recipe.kind], chosen)

@@ -9,8 +9,9 @@ from pydantic import Field
 from latelier.recipe.base import Count, Section, Weight
 
 Metric = Literal[
-    "psnr", "ssim", "lpips", "l1", "rfd", "gfd", "precision", "recall", "smoothness", "compression", "cost"
-]
+    "psnr", "ssim", "lpips", "l1", "rfd", "gfd", "precision", "recall", "smoothness", "compression", "cost",
+    "gmm", "probe", "spectrum", "map", "difficulty",
+]  # fmt: skip
 
 
 class Evaluate(Section):
@@ -24,6 +25,10 @@ class Evaluate(Section):
         [0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0], description="of smoothness, in standard deviations of each channel"
     )
     clusters: int = Field(64, ge=2, description="of compression, at each granularity")
+    modes: list[Annotated[int, Field(ge=1)]] = Field(
+        [1, 2, 5, 10, 20, 50, 100, 200, 300], description="of gmm: numbers of Gaussians"
+    )
+    probe_samples: Count = Field(10_000, description="training pictures that probe, gmm and difficulty learn from")
     seed: int = Field(0, ge=0, description="of the noise, of the clusters, of the holes of inpainting")
     clip: str | None = Field(
         None, description="Hub name or folder of a CLIP, which judges how well drawn pictures fit their captions"

@@ -16,8 +16,9 @@ class Sample(Section):
     guidance: float = Field(1.0, ge=0)
     guidance_interval: tuple[Unit, Unit] = Field((0.0, 1.0), description="noise levels t at which guidance acts")
     guidance_channels: int | None = Field(None, ge=1, description="guide only the first channels (LightningDiT: 3)")
-    sampler: Literal["auto", "euler", "heun", "ddpm", "ddim", "plms", "dpm++", "unipc"] = "auto"
+    sampler: Literal["auto", "euler", "heun", "ddpm", "ddim", "plms", "dpm++", "unipc", "sde"] = "auto"
     shift: float = Field(1.0, gt=0, description="flow: spends more steps near noise when above 1")
+    last_step: Unit = Field(0.04, description="sde: where the noisy steps end and one step without noise follows")
     eta: Unit = Field(0.0, description="ddim: 0 deterministic, 1 ancestral")
     window: int | None = Field(None, ge=1, description="side of the denoiser's windows, in latent positions")
     stride: int | None = Field(None, ge=1, description="from one window to the next; default half a window")

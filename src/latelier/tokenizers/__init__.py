@@ -17,11 +17,13 @@ if TYPE_CHECKING:
 
 CLASSES = {
     "VMAE": "latelier.tokenizers.vmae:VMAE",
+    "MAETok": "latelier.tokenizers.maetok:MAETok",
     "IdentityTokenizer": "latelier.tokenizers.conv:IdentityTokenizer",
 }
 
 TOKENIZERS = {
     "vmae": "latelier.tokenizers.vmae:build",
+    "maetok": "latelier.tokenizers.maetok:build",
     "conv": "latelier.tokenizers.conv:build",
     "identity": "latelier.tokenizers.conv:build_identity",
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -74,8 +75,12 @@ class Codec:
     # -- images to latents and back -----------------------------------------------------------------------------------
 
     def posterior(self, images: Float[Tensor, "b c h w"]) -> Posterior:
-        """The distribution of raw latents, float32."""
-        check_size(images.shape[-2:], self.factor)
+        """The distribution of raw latents, float32.
+
+        Raises:
+            LatelierError: if the tokenizer has no latents for images of this size, see `latent_shape`.
+        """
+        self.latent_shape(*images.shape[-2:])
         with self._autocast():
             output = self.tokenizer.encode(images.contiguous(memory_format=self._memory_format))
         distribution = getattr(output, "latent_dist", None)
@@ -142,11 +147,15 @@ class Codec:
         """`(c, *grid)` of an image's latents.
 
         Raises:
-            LatelierError: if the tokenizer's factor does not divide the size.
+            LatelierError: if the tokenizer's factor does not divide the size, or if its latents are a sequence, which
+                does not tell a size, and it paints images of another one.
         """
         check_size((height, width), self.factor)
         if hasattr(self.tokenizer, "latent_shape"):
-            return self.tokenizer.latent_shape(height, width)
+            shape = self.tokenizer.latent_shape(height, width)
+            if len(shape) == 2 and "image_size" in self.tokenizer.config:
+                check_sequence((height, width), self.tokenizer.config["image_size"])
+            return shape
         config = self.tokenizer.config
         channels = config.get("vq_embed_dim") or config["latent_channels"]  # a VQModel may squeeze its latents
         return (channels, height // self.factor, width // self.factor)
@@ -227,6 +236,15 @@ def check_size(size: tuple[int, ...] | torch.Size, factor: int) -> None:
         near = " x ".join(str(max(factor, round(side / factor) * factor)) for side in size)
         raise LatelierError(
             f"Image size {' x '.join(map(str, size))} is not divisible by the tokenizer's factor {factor}; use {near}."
+        )
+
+
+def check_sequence(size: tuple[int, ...], painted: Sequence[int]) -> None:
+    """Refuse images that a tokenizer with a sequence of latents would paint in another size."""
+    if size != tuple(painted):
+        raise LatelierError(
+            f"This tokenizer paints {' x '.join(map(str, painted))} pixels, whatever the size of the image, here "
+            f"{' x '.join(map(str, size))}; resize the image, or take tokenizer.resized({size})."
         )
 
 

@@ -62,7 +62,7 @@ def train_phase(recipe: Recipe, number: int, before: int, accelerator: Accelerat
     torch.manual_seed(recipe.seed)
     tokenizer = open_phase(recipe, number)
     check_size(dataset.shape[1:], Codec(tokenizer).factor)
-    objective = build_objective(training, recipe.seed, tokenizer)
+    objective = build_objective(training, recipe.seed, tokenizer, dataset)
     if is_convolutional(tokenizer) and accelerator.device.type != "cpu":  # there GroupNorm's backward is slow in it
         objective.to(memory_format=torch.channels_last)
     objective.to(accelerator.device)

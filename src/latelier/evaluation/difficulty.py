@@ -1,0 +1,210 @@
+"""How hard a latent space is to learn: what a small, fixed denoiser makes of it in a short, fixed training.
+
+Every codec gets the same network, steps, learning rate and times, so that only the latents differ. The network adds to
+the best guess of someone who knows nothing but that each number has mean 0 and variance 1 (see `predict`). So latents
+without any structure, where there is nothing to learn, cost exactly that, and whatever structure a short training finds
+makes the loss smaller.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from latelier.data.order import permuted_index
+from latelier.denoisers.dit import DiT
+from latelier.diffusion.process import Flow
+from latelier.draws import Draws, address
+from latelier.errors import LatelierError
+from latelier.evaluation.latent_space import Pictures, read, with_statistics
+from latelier.evaluation.metrics import Measurement, mean_with_interval
+from latelier.receipt import make_receipt
+from latelier.recipe import Evaluate
+from latelier.tokenizers.codec import Codec
+
+NETWORK: dict[str, Any] = {
+    "dim": 128, "depth": 2, "heads": 4, "norm": "layer", "mlp": "gelu", "rope": False, "qk_norm": False,
+}  # fmt: skip
+MOST_TOKENS = 64
+STEPS, BATCH, LEARNING_RATE, WARMUP = 300, 32, 1e-3, 30
+TIMES = 8  # at which the loss is measured
+HELD_OUT = 512  # pictures on which it is measured, at most
+BYTES = 2**29  # of latents that are held at once
+FLOW = Flow("logit-normal")
+
+
+def measure_difficulty(
+    codec: Codec,
+    train: Iterable[Mapping[str, Any]],
+    batches: Iterable[Mapping[str, Any]],
+    evaluate: Evaluate,
+    reference: str,
+    extra: Mapping[str, Any] | None = None,
+) -> list[Measurement]:
+    """Train the small denoiser on some latents, and measure the flow loss on others.
+
+    Args:
+        codec: the tokenizer; its `precision` is the denoiser's too.
+        train: dicts with `image`, `(b, c, h, w)` in [-1, 1]; at most `evaluate.probe_samples` are learnt from, never
+            more than training draws (9,600) or half a GiB of latents.
+        batches: the same of held-out pictures; at most `evaluate.samples` and 512 are measured on.
+        evaluate: how many pictures, and the `seed` of weights, order, times and noise.
+        reference: the name of the held-out pictures, for the receipt.
+        extra: fields for the receipt beyond those gathered here.
+
+    Returns:
+        `diffusion-loss`: mean squared error of the velocity for each number of a latent, lower is easier, with a 95 %
+        interval over pictures. In the receipt stand `constant` and `independent`, to read it against, and `by_time`.
+
+    Raises:
+        LatelierError: if there are no pictures on one of the sides.
+    """
+    scaled, pictures, scale = with_statistics(codec, read(train, evaluate.probe_samples))
+    z = encode(scaled, pictures, STEPS * BATCH)  # (m, c, *grid)
+    held_out = encode(scaled, read(batches, evaluate.samples), HELD_OUT)  # (n, c, *grid)
+    if not len(z) or not len(held_out):
+        raise LatelierError(
+            f"difficulty learns from some pictures and is measured on others, but of {reference} there are {len(z)} "
+            f"to learn from and {len(held_out)} to measure on."
+        )
+    model = build_denoiser(tuple(z.shape[1:]), evaluate.seed).to(scaled.device)
+    train_denoiser(model, z, evaluate.seed, scaled)
+    losses, constant = flow_losses(model, held_out, z.mean(0), evaluate.seed, scaled)  # (n, t), (n, t)
+    mean, interval = mean_with_interval(losses.mean(1))
+    receipt = make_receipt(
+        n=len(held_out), n_train=len(z), reference=reference, latents="posterior mean, normalised", latent_scale=scale,
+        tokenizer=codec.hash(), dims=z[0].numel(), tokens=math.prod(model.grid), patch=model.config["patch_size"],
+        parameters=sum(p.numel() for p in model.parameters()), network=NETWORK, steps=STEPS, batch=BATCH,
+        lr=LEARNING_RATE, seed=evaluate.seed, precision=codec.precision, constant=constant.mean().item(),
+        independent=independent_loss(z), by_time=[[t, y] for t, y in zip(times().tolist(), losses.mean(0).tolist())],
+        **(extra or {}),
+    )  # fmt: skip
+    return [Measurement("diffusion-loss", mean, receipt, interval)]
+
+
+@torch.no_grad()
+def encode(codec: Codec, pictures: Pictures, count: int) -> Float[Tensor, "n ..."]:
+    """Normalised latents of the first pictures, on the CPU; fewer than asked for where they would not fit `BYTES`."""
+    parts: list[Tensor] = []
+    for images, _ in pictures:
+        z = codec.encode(images.to(codec.device)).cpu()  # (b, c, *grid)
+        count = min(count, max(1, BYTES // (4 * z[0].numel())))
+        parts.append(z[: count - sum(map(len, parts))])
+        if sum(map(len, parts)) >= count:
+            break
+    return torch.cat(parts) if parts else torch.empty(0)
+
+
+# -- the network ------------------------------------------------------------------------------------------------------
+
+
+def build_denoiser(shape: tuple[int, ...], seed: int) -> DiT:
+    """The denoiser of latents `(c, *grid)`: one of two layers, on at most 64 tokens where a patch allows it.
+
+    Its weights depend on the seed alone, and the global random state stays as it is.
+    """
+    channels, *grid = shape
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(address(seed, "difficulty weights", 0))
+        return DiT(in_channels=channels, grid=tuple(grid), patch_size=choose_patch(grid), **NETWORK)
+
+
+def choose_patch(grid: list[int]) -> int:
+    """The smallest patch that divides all sides and leaves at most 64 tokens; else the largest that divides them."""
+    fitting = [p for p in range(1, min(grid) + 1) if all(side % p == 0 for side in grid)]
+    small = (p for p in fitting if math.prod(side // p for side in grid) <= MOST_TOKENS)
+    return next(small, fitting[-1])
+
+
+def predict(model: DiT, x_t: Float[Tensor, "b c *grid"], t: Float[Tensor, " b"]) -> Float[Tensor, "b c *grid"]:
+    """The velocity: what independent numbers of mean 0 and variance 1 would have, and what the network adds.
+
+    For such z, `E[eps - z | x_t] = (t - (1 - t)) / (t^2 + (1 - t)^2) x_t`: the two are jointly Gaussian. The idea is
+    that of preconditioning (Karras et al. 2022, section 5): a narrow network need not carry the noise through.
+    """
+    share = (2 * t - 1) / (t.square() + (1 - t).square())  # (b,)
+    return model(x_t, t).float() + share.view(-1, *[1] * (x_t.ndim - 1)) * x_t
+
+
+@torch.enable_grad()
+def train_denoiser(model: DiT, z: Float[Tensor, "n c *grid"], seed: int, codec: Codec) -> None:
+    """The flow objective with a cosine schedule; order, noise and times belong to the draw's number."""
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
+    model.train()
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * learning_rate_share(step)
+        numbers = torch.arange(step * BATCH, (step + 1) * BATCH)  # (b,)
+        draws = Draws(seed, numbers, codec.device)
+        clean = z[permuted_index(numbers, len(z), seed)].to(codec.device)  # (b, c, *grid)
+        eps, t = draws.normal("difficulty noise", *z.shape[1:]), FLOW.sample_t(draws.uniform("difficulty time"))
+        with codec._autocast():
+            prediction = predict(model, FLOW.noise(clean, t, eps), t)
+        loss = (prediction - FLOW.target(clean, t, eps)).square().mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    model.eval()
+
+
+def learning_rate_share(step: int) -> float:
+    """Linear over the warm-up, then half a cosine down to 0."""
+    done = (step + 1) / STEPS
+    return min((step + 1) / WARMUP, 0.5 * (1 + math.cos(math.pi * done)))
+
+
+# -- the loss ---------------------------------------------------------------------------------------------------------
+
+
+def times() -> Float[Tensor, " t"]:
+    """Fixed times: the middles of so many equal shares of the training times' distribution."""
+    return FLOW.sample_t((torch.arange(TIMES) + 0.5) / TIMES)
+
+
+@torch.no_grad()
+def flow_losses(
+    model: DiT, z: Float[Tensor, "n c *grid"], mean: Float[Tensor, " c *grid"], seed: int, codec: Codec
+) -> tuple[Float[Tensor, "n t"], Float[Tensor, "n t"]]:
+    """Squared error of the velocity at each of `times()`, mean over a latent's numbers.
+
+    Args:
+        model: the trained denoiser.
+        z: held-out latents; the noise of latent i at the k-th time is the same for every codec of equal latent shape.
+        mean: of the training latents; `-mean` is the best prediction that does not look at its input.
+        seed: of the noise.
+        codec: whose device and precision are used.
+
+    Returns:
+        The denoiser's errors, and those of the constant prediction.
+    """
+    rows, constants = [], []
+    for number in torch.arange(len(z)).split(BATCH):
+        clean, draws = z[number].to(codec.device), Draws(seed, number, codec.device)
+        here: list[Tensor] = []
+        blind: list[Tensor] = []
+        for k, at in enumerate(times().tolist()):
+            eps, t = draws.normal(f"difficulty held out {k}", *z.shape[1:]), torch.full((len(clean),), at).to(clean)
+            target = FLOW.target(clean, t, eps)
+            with codec._autocast():
+                prediction = predict(model, FLOW.noise(clean, t, eps), t)
+            here.append((prediction - target).square().flatten(1).mean(1).cpu())  # (b,)
+            blind.append((target + mean.to(target)).square().flatten(1).mean(1).cpu())  # (b,)
+        rows.append(torch.stack(here, 1))
+        constants.append(torch.stack(blind, 1))
+    return torch.cat(rows), torch.cat(constants)
+
+
+def independent_loss(z: Float[Tensor, "n c *grid"]) -> float:
+    """What a latent's numbers cost at the least if they were independent Gaussians, each of its own variance `v`.
+
+    The variance of `eps - z` when `x_t = (1 - t) z + t eps` is known: `v / (t^2 + (1 - t)^2 v)`, mean over `times()`.
+    """
+    variance = z.double().flatten(1).var(0, correction=0)[:, None]  # (d, 1)
+    t = times().double()
+    return (variance / (t.square() + (1 - t).square() * variance)).mean().item()

@@ -1,0 +1,210 @@
+"""What latents say about classes: a linear probe and nearest neighbours.
+
+The paper of MAETok (ICML 2025, figure 5a) finds that tokenizers with more accurate linear probes carry better
+diffusion models. Probes learn from training pictures and are judged by others.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from latelier.evaluation.latent_matrix import MOST_DIMS, Latents, collect, labelled, random_share
+from latelier.evaluation.latent_space import read
+from latelier.evaluation.metrics import Measurement
+from latelier.receipt import make_receipt
+from latelier.recipe import Evaluate
+from latelier.tokenizers.codec import Codec
+
+STRENGTHS = (
+    1e-4,
+    1e-3,
+    1e-2,
+    1e-1,
+    1.0,
+)  # scikit-learn's C: 1 / C is the weight of |w|^2 / 2 against a sum over pictures
+VALIDATION = 0.2  # of the training pictures choose among them
+ITERATIONS = 200  # of L-BFGS
+NEIGHBOURS = 20  # with the temperature, as DINO measures (Caron et al. 2021, section 4.1 and appendix)
+TEMPERATURE = 0.07
+
+
+@torch.no_grad()
+def measure_probes(
+    codec: Codec,
+    train: Iterable[Mapping[str, Any]],
+    batches: Iterable[Mapping[str, Any]],
+    evaluate: Evaluate,
+    reference: str,
+    extra: Mapping[str, Any] | None = None,
+) -> list[Measurement]:
+    """How often the class of a picture is told from its latents.
+
+    Args:
+        codec: the tokenizer.
+        train: dicts with `image` and `label` to learn from; at most `evaluate.probe_samples` pictures are read, and
+            those labelled -1 left out.
+        batches: the same to be judged by; at most `evaluate.samples`.
+        evaluate: `samples`, `probe_samples`, `seed`.
+        reference: the name of the pictures, for the receipts.
+        extra: fields for the receipts beyond those gathered here.
+
+    Returns:
+        `probe-accuracy` (logistic regression on all numbers), `probe-pooled-accuracy` (the same on the mean over
+        positions) and `knn-accuracy` (20 neighbours by cosine), shares with 95 % Wilson intervals, higher is better.
+        A class never seen in training counts as missed. Nothing where there are no two classes, or no labels to judge
+        by.
+    """
+    learnt = collect(codec, labelled(read(train, evaluate.probe_samples)))
+    if learnt is None or len(learnt.labels.unique()) < 2:
+        return []
+    judged = collect(learnt.codec, labelled(read(batches, evaluate.samples)))
+    if judged is None:
+        return []
+    receipt = make_receipt(
+        n=len(judged), n_learnt=len(learnt), reference=reference, **learnt.about(), **_baselines(learnt, judged),
+        seed=evaluate.seed, tokenizer=codec.hash(), **(extra or {}),
+    )  # fmt: skip
+    pooled = (learnt.values.mean(2).numpy(), judged.values.mean(2).numpy())  # (n, c), (m, c)
+    flat, seed = (learnt.flat(), judged.flat()), evaluate.seed
+    found = {
+        "probe-accuracy": linear_probe(*flat, learnt.labels, seed),
+        "probe-pooled-accuracy": linear_probe(*pooled, learnt.labels, seed),
+        "knn-accuracy": nearest_neighbours(*flat, learnt.labels),
+    }
+    return [_accuracy(name, guesses == judged.labels, {**receipt, **about}) for name, (guesses, about) in found.items()]
+
+
+def linear_probe(
+    x: np.ndarray, held_out: np.ndarray, labels: Int[Tensor, " n"], seed: int
+) -> tuple[Int[Tensor, " m"], dict[str, Any]]:
+    """Multinomial logistic regression on standardised features, the penalty chosen on a fifth of the pictures.
+
+    More than 512 features are standardised and then turned into 512 principal components, for speed.
+
+    Args:
+        x: `(n, d)` to learn from.
+        held_out: `(m, d)` to guess.
+        labels: of `x`.
+        seed: of the choice of that fifth, and of randomised PCA.
+
+    Returns:
+        Guessed labels, and fields for the receipt.
+    """
+    import sklearn
+
+    x, held_out, about = _standardise(x, held_out, seed)
+    targets = labels.numpy()  # (n,)
+    away = random_share(len(x), VALIDATION, seed, "probe-validation").numpy()  # (n,)
+    scores = {}
+    if len(np.unique(targets[~away])) > 1:
+        scores = {c: _share_right(_fit(x[~away], targets[~away], c)[0], x[away], targets[away]) for c in STRENGTHS}
+    strength = max(scores, key=lambda c: scores[c]) if scores else STRENGTHS[len(STRENGTHS) // 2]
+    probe, converged = _fit(x, targets, strength)
+    about |= {
+        "probe": "logistic regression, L2, L-BFGS", "C": strength, "converged": converged,
+        "validation": [[c, score] for c, score in scores.items()], "scikit-learn": sklearn.__version__,
+    }  # fmt: skip
+    return torch.from_numpy(probe.predict(held_out)), about
+
+
+def nearest_neighbours(
+    x: np.ndarray, held_out: np.ndarray, labels: Int[Tensor, " n"], k: int = NEIGHBOURS
+) -> tuple[Int[Tensor, " m"], dict[str, Any]]:
+    """The k nearest by cosine vote, each with weight exp(cosine / 0.07).
+
+    Args:
+        x: `(n, d)` to learn from.
+        held_out: `(m, d)` to guess.
+        labels: of `x`.
+        k: all where there are fewer.
+
+    Returns:
+        Guessed labels, and fields for the receipt.
+    """
+    import sklearn
+    from sklearn.neighbors import KNeighborsClassifier
+
+    def weights(distances: np.ndarray) -> np.ndarray:
+        return np.exp(-distances / TEMPERATURE)  # a distance is 1 - cosine
+
+    k = min(k, len(x))
+    voters = KNeighborsClassifier(k, weights=weights, algorithm="brute", metric="cosine")
+    with _few_per_class():
+        voters.fit(x, labels.numpy())
+    about = {
+        "probe": f"{k} nearest neighbours by cosine, weight exp(cosine / {TEMPERATURE:g})", "features": x.shape[1],
+        "scikit-learn": sklearn.__version__,
+    }  # fmt: skip
+    return torch.from_numpy(voters.predict(held_out)), about
+
+
+# -- inside -----------------------------------------------------------------------------------------------------------
+
+
+def _standardise(x: np.ndarray, held_out: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """Features of mean 0 and variance 1 over the training pictures, at most 512 components of them."""
+    from sklearn.decomposition import PCA
+    from sklearn.preprocessing import StandardScaler
+
+    scaler = StandardScaler().fit(x)
+    x, held_out = scaler.transform(x), scaler.transform(held_out)
+    features = x.shape[1]
+    about: dict[str, Any] = {"features": features, "preprocessing": "standardised"}
+    if features <= MOST_DIMS:
+        return x, held_out, about
+    pca = PCA(min(MOST_DIMS, len(x) - 1), random_state=seed % 2**32).fit(x)
+    about["preprocessing"] = f"standardised, PCA to {pca.n_components_} components"
+    about["explained_variance"] = float(pca.explained_variance_ratio_.sum())
+    return pca.transform(x), pca.transform(held_out), about
+
+
+def _fit(x: np.ndarray, targets: np.ndarray, strength: float) -> tuple[Any, bool]:
+    """A probe, and whether it converged."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    probe = LogisticRegression(C=strength, max_iter=ITERATIONS)
+    with _few_per_class():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # it is in the receipt
+        probe.fit(x, targets)
+    return probe, bool(probe.n_iter_.max() < ITERATIONS)
+
+
+def _share_right(probe: Any, x: np.ndarray, targets: np.ndarray) -> float:
+    return float((probe.predict(x) == targets).mean())
+
+
+@contextmanager
+def _few_per_class() -> Iterator[None]:
+    """Scikit-learn takes labels of which most are different for numbers to regress, and warns."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
+        yield
+
+
+def _baselines(learnt: Latents, judged: Latents) -> dict[str, Any]:
+    """How accurate one is without looking."""
+    classes, counts = learnt.labels.unique(return_counts=True)  # (k,)
+    unseen = int((~torch.isin(judged.labels, classes)).sum())
+    share = (judged.labels == classes[counts.argmax()]).float().mean().item()
+    about: dict[str, Any] = {"classes": len(classes), "chance": 1 / len(classes), "majority": share}
+    if unseen:
+        about["unseen"] = f"{unseen} pictures are of classes without training pictures, and count as missed"
+    return about
+
+
+def _accuracy(name: str, right: Bool[Tensor, " n"], receipt: dict[str, Any]) -> Measurement:
+    """A share with its Wilson interval."""
+    from scipy.stats import binomtest
+
+    hits = int(right.sum())
+    interval = binomtest(hits, len(right)).proportion_ci(0.95, method="wilson")
+    return Measurement(name, hits / len(right), receipt, (float(interval.low), float(interval.high)))

@@ -1,0 +1,172 @@
+"""A discriminator on the features of a frozen vision transformer: what MAETok plays against.
+
+A ViT that learnt without labels (DINO) describes the patches of a picture at several depths. At each depth a small
+trainable head says for every patch whether it belongs to a picture or to a reconstruction. The ViT is a constant: it
+is held outside of the module, so that optimisers, checkpoints and DDP see the heads alone. Sauer et al. 2021,
+"Projected GANs Converge Faster"; Sauer et al. 2023, "StyleGAN-T", section 3.2 (DINO ViT-S, five heads).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from latelier.errors import LatelierError
+from latelier.losses.adversarial import group_count
+
+CROP_SHARE = 0.5  # of the pictures that are cropped to the ViT's size; the others are shrunk to it
+TAPS = 4  # blocks that are listened to, besides the embedded patches
+NEIGHBOURS = 9  # patches, in raster order, that the second convolution of a head looks at
+
+
+class DinoDiscriminator(nn.Module):
+    """One head on each tapped depth of a frozen ViT.
+
+    Args:
+        teacher: the ViT: a name on the Hugging Face Hub or a folder, see `Teacher`.
+        in_channels: of the pictures, 1 or 3; gray is given to the ViT three times.
+        norm: `batch` as in the paper; `group` does not mix the pictures of a batch.
+
+    Raises:
+        LatelierError: for other channel counts, and for a teacher that cannot be used.
+    """
+
+    def __init__(self, teacher: str, in_channels: int = 3, norm: str = "group"):
+        super().__init__()
+        if in_channels not in (1, 3):
+            raise LatelierError(
+                f"tokenizer.adversarial.kind = 'dino' judges pictures of 1 or 3 channels, not {in_channels}; "
+                "use kind: patch."
+            )
+        self.features = FrozenFeatures(teacher)
+        self.heads = nn.ModuleList(Head(self.features.dim, norm) for _ in self.features.taps)
+
+    def forward(
+        self, images: Float[Tensor, "b c h w"], numbers: Float[Tensor, "b 3"] | None = None
+    ) -> Float[Tensor, "b 1 n"]:
+        """Logits of all patches at all depths: positive where the patch looks like a picture.
+
+        Args:
+            images: in [-1, 1].
+            numbers: uniform in [0, 1), see `view`; without them every picture is resized.
+        """
+        images = images.expand(-1, 3, -1, -1)  # (b, 3, h, w)
+        taps = self.features(view(images, self.features.size, numbers))  # each (b, d, n)
+        return torch.cat([head(x) for head, x in zip(self.heads, taps, strict=True)], dim=2)
+
+
+class FrozenFeatures:
+    """Features of a ViT of `transformers`, differentiable in the picture and in nothing else.
+
+    No module on purpose: whatever holds it does not register the ViT. It follows the pictures to their device.
+
+    Attributes:
+        size: height and width of the pictures that it takes.
+        dim: width of its tokens.
+        taps: depths that are read: 0 before the first block, k after k blocks.
+    """
+
+    def __init__(self, teacher: str):
+        from latelier.losses.teachers import Teacher
+
+        opened = Teacher(teacher)
+        self.name, self.vit, self.dim = teacher, opened.model, opened.dim
+        self.mean, self.std = opened.mean, opened.std  # (3, 1, 1) each
+        config = self.vit.config
+        self.size: tuple[int, int] = _pair(config.image_size)
+        self.patches = (self.size[0] // opened.patch) * (self.size[1] // opened.patch)
+        self.taps = tapped(config.num_hidden_layers)
+
+    def __call__(self, images: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b d n"]]:
+        """Patch tokens with the CLS token added to each, at every tapped depth, of pictures in [-1, 1]."""
+        if self.mean.device != images.device:
+            self.vit.to(images.device)
+            self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
+        pixels = ((images + 1) / 2 - self.mean) / self.std  # (b, 3, h, w)
+        states = self.vit(pixels, output_hidden_states=True).hidden_states  # depth + 1 times (b, 1 + n, d)
+        return [self._with_class(states[depth]).transpose(1, 2) for depth in self.taps]
+
+    def _with_class(self, tokens: Float[Tensor, "b m d"]) -> Float[Tensor, "b n d"]:
+        """CLS, where there is one, comes first, then registers, then the patches."""
+        if tokens.shape[1] < self.patches or tokens.shape[2] != self.dim:
+            raise LatelierError(
+                f"tokenizer.adversarial.teacher = {self.name!r} lacks a vector of {self.dim} numbers for each patch "
+                "at every depth; name a plain vision transformer, such as facebook/dino-vits16."
+            )
+        patches = tokens[:, -self.patches :]
+        return patches if tokens.shape[1] == self.patches else patches + tokens[:, :1]
+
+
+class Head(nn.Module):
+    """A logit for each token: 1 x 1, then a residual look at the neighbours in raster order, then 1 x 1."""
+
+    def __init__(self, dim: int, norm: str = "group"):
+        super().__init__()
+        self.first = _block(dim, 1, norm)
+        self.second = _block(dim, NEIGHBOURS, norm)
+        self.logit = spectral_norm(FloatWeight(dim, 1, 1))
+
+    def forward(self, x: Float[Tensor, "b d n"]) -> Float[Tensor, "b 1 n"]:
+        x = self.first(x)  # (b, d, n)
+        x = (x + self.second(x)) * 0.5**0.5  # (b, d, n), of unchanged variance
+        return self.logit(x)
+
+
+class FloatWeight(nn.Conv1d):
+    """A convolution whose spectrally normalised weight is computed in float32 also under autocast."""
+
+    def forward(self, x: Float[Tensor, "b d n"]) -> Float[Tensor, "b k n"]:
+        with torch.autocast(x.device.type, enabled=False):
+            weight = self.weight  # (k, d, neighbours) / its largest singular value
+        return self._conv_forward(x, weight, self.bias)
+
+
+def tapped(depth: int) -> list[int]:
+    """Before the first block and after four evenly spread ones, the last included; of 12: 0, 3, 6, 9, 12."""
+    return [0, *sorted({-(-depth * k // TAPS) for k in range(1, TAPS + 1)})]
+
+
+def view(
+    images: Float[Tensor, "b c h w"], size: Sequence[int], numbers: Float[Tensor, "b 3"] | None = None
+) -> Float[Tensor, "b c i j"]:
+    """Pictures at the ViT's size: some cropped at a random place, the others shrunk by area.
+
+    A picture that is smaller than the ViT's size is enlarged (bilinear) and never cropped.
+
+    Args:
+        images: of any size.
+        size: height and width.
+        numbers: uniform in [0, 1), for each picture: below a half it is cropped; then the crop's place (y, x).
+    """
+    room = [have - want for have, want in zip(images.shape[2:], size)]
+    if not any(room):
+        return images
+    if min(room) < 0:
+        return F.interpolate(images, size=tuple(size), mode="bilinear", antialias=True)
+    resized = F.interpolate(images, size=tuple(size), mode="area")  # (b, c, i, j)
+    if numbers is None:
+        return resized
+    views = []
+    for image, shrunk, (chance, *place) in zip(images, resized, numbers.tolist()):
+        y, x = (int(u * (r + 1)) for u, r in zip(place, room))
+        views.append(image[:, y : y + size[0], x : x + size[1]] if chance < CROP_SHARE else shrunk)
+    return torch.stack(views)
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _block(dim: int, neighbours: int, norm: str) -> nn.Sequential:
+    """Convolution around the sequence, norm, LeakyReLU."""
+    padding = {"padding": neighbours // 2, "padding_mode": "circular"} if neighbours > 1 else {}
+    return nn.Sequential(
+        spectral_norm(FloatWeight(dim, dim, neighbours, **padding)),
+        nn.BatchNorm1d(dim) if norm == "batch" else nn.GroupNorm(group_count(dim), dim),
+        nn.LeakyReLU(0.2),
+    )

@@ -1,0 +1,225 @@
+"""Frozen vision models whose features a tokenizer learns to predict: DINOv2, SigLIP, CLIP, any ViT of `transformers`.
+
+A teacher gives one vector for each patch of *our* grid. Its picture is resized so that its own patches are as many,
+and its position table is interpolated; a model that reads one size only has its map of features resampled instead.
+
+The features are the last hidden state after the model's final norm, without CLS and registers. MAETok's released code
+gives all teachers ImageNet's mean and standard deviation; here each gets those that its checkpoint was trained with.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from latelier.errors import LatelierError
+from latelier.tokenizers.codec import fast_bf16
+from latelier.weights import ENVIRONMENT
+
+# Classes that hold only the vision half of a model; other kinds are opened by AutoModel.
+VISION_HALF = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}
+NORM_LEFT_OUT = ("clip_vision_model",)  # the final norm, which transformers gives to the pooled CLS only
+UNUSED = ("pooler", "head.")  # weights that no patch feature needs
+
+# Mean and standard deviation for pictures in [0, 1], of checkpoints without a preprocessor's file.
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+STATISTICS = {
+    "clip_vision_model": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "siglip_vision_model": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+UNREADABLE = (OSError, ValueError, ImportError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError)
+
+
+class Teacher:
+    """A frozen vision transformer; no module, so that whoever holds it neither trains nor saves it.
+
+    Args:
+        name: a Hub name, a folder of `save_pretrained`, or the name of a folder in `$LATELIER_WEIGHTS`.
+        device: where it runs; in bf16 where the hardware is fast at that, else in float32.
+
+    Attributes:
+        dim: width of the features.
+        patch: pixels along a side of its own patches.
+        mean, std: `(3, 1, 1)` for pictures in [0, 1].
+
+    Raises:
+        LatelierError: if it cannot be loaded, or has no patches.
+    """
+
+    def __init__(self, name: str, device: torch.device | str = "cpu"):
+        self.name, self.model = name, load_vision(name)
+        config = self.model.config
+        self.dim, self.patch, self._native = _sizes(name, config)
+        self.mean, self.std = (torch.tensor(numbers).view(3, 1, 1) for numbers in read_statistics(name, config))
+        asked = "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters
+        self._options = {"interpolate_pos_encoding": True} if asked else {}
+        self._flexible = asked or any(
+            hasattr(m, "interpolate_pos_encoding") or "Rope" in type(m).__name__ for m in self.model.modules()
+        )
+        self.to(device)
+
+    def to(self, device: torch.device | str) -> Teacher:
+        """Move to another device; a call moves to where its pictures are."""
+        self.device = torch.device(device)
+        self.model.to(self.device)
+        self.mean, self.std = self.mean.to(self.device), self.std.to(self.device)
+        return self
+
+    @torch.no_grad()
+    def __call__(self, images: Float[Tensor, "b c h w"], grid: tuple[int, int]) -> Float[Tensor, "b n d"]:
+        """Features of pictures, float32, one for each cell of a grid in raster order.
+
+        Args:
+            images: `(b, c, h, w)` in [-1, 1], 1 or 3 channels; one channel is repeated.
+            grid: rows and columns.
+
+        Raises:
+            LatelierError: for other channels, and if the model does not give one vector for each of its patches.
+        """
+        if images.shape[1] not in (1, 3):
+            raise LatelierError(
+                f"The teacher {self.name} looks at 1 or 3 channels, not {images.shape[1]}; use kind hog, which takes "
+                "any number."
+            )
+        if images.device != self.device:
+            self.to(images.device)
+        rows, columns = grid if self._flexible else self._native
+        pixels = self.preprocess(images, (rows * self.patch, columns * self.patch))  # (b, 3, h, w)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=fast_bf16(self.device.type)):
+            tokens = self._tokens(pixels)  # (b, m, d)
+        tokens = self._patches(tokens, rows * columns).float()  # (b, rows columns, d)
+        if (rows, columns) == tuple(grid):
+            return tokens
+        planes = tokens.transpose(1, 2).unflatten(2, (rows, columns))  # (b, d, rows, columns)
+        return F.interpolate(planes, grid, mode="bilinear", antialias=True).flatten(2).transpose(1, 2)
+
+    def preprocess(self, images: Float[Tensor, "b c h w"], size: tuple[int, int]) -> Float[Tensor, "b 3 i j"]:
+        """Pictures in [-1, 1] at a size in pixels, with the teacher's mean and standard deviation."""
+        pixels = images.float().expand(-1, 3, -1, -1)  # (b, 3, h, w)
+        if tuple(pixels.shape[2:]) != tuple(size):
+            pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(-1, 1)
+        return ((pixels + 1) / 2 - self.mean) / self.std
+
+    def _tokens(self, pixels: Float[Tensor, "b 3 i j"]) -> Tensor:
+        """The last hidden state after the final norm, CLS and registers included."""
+        tokens = self.model(pixel_values=pixels, **self._options).last_hidden_state
+        if self.model.config.model_type in NORM_LEFT_OUT:
+            inner = getattr(self.model, "vision_model", self.model)  # where transformers 4 keeps it
+            tokens = inner.post_layernorm(tokens)
+        return tokens
+
+    def _patches(self, tokens: Tensor, count: int) -> Float[Tensor, "b n d"]:
+        """The patches' tokens: the last ones; before them stand CLS, a distillation token, or registers."""
+        most = 2 + (getattr(self.model.config, "num_register_tokens", None) or 0)
+        if tokens.ndim != 3 or not count <= tokens.shape[1] <= count + most:
+            raise LatelierError(
+                f"The teacher {self.name} ({type(self.model).__name__}) gives {tuple(tokens.shape)} for {count} "
+                "patches; use a vision transformer with one token for each patch, such as DINOv2, SigLIP or CLIP."
+            )
+        return tokens[:, -count:]
+
+
+def load_vision(name: str) -> nn.Module:
+    """A vision model of `transformers`, frozen and in float32; of CLIP and SigLIP only the vision half.
+
+    Args:
+        name: see `Teacher`.
+
+    Raises:
+        LatelierError: if it cannot be loaded, or lacks weights.
+    """
+    library = _transformers()
+    place = find_pretrained(name)
+    try:
+        kind = library.AutoConfig.from_pretrained(place, trust_remote_code=False).model_type
+        cls = getattr(library, VISION_HALF.get(kind, "AutoModel"))
+        with _quiet(library):  # of the text half's weights, which are left aside
+            options = {"use_safetensors": True, "trust_remote_code": False}  # neither pickles nor a checkpoint's code
+            model, report = cls.from_pretrained(place, output_loading_info=True, **options)
+    except UNREADABLE as error:
+        raise LatelierError(_not_loaded(name, error)) from None
+    lacking = sorted(key for key in report["missing_keys"] if not any(part in key for part in UNUSED))
+    if lacking:
+        raise LatelierError(f"{name} lacks weights of {type(model).__name__}: {', '.join(lacking[:3])}.")
+    return model.float().requires_grad_(False).eval()
+
+
+def find_pretrained(name: str) -> str:
+    """Where a model is: a folder of that name, one of its last part in `$LATELIER_WEIGHTS`, or else the Hub."""
+    if Path(name).expanduser().is_dir():
+        return str(Path(name).expanduser())
+    chosen = os.environ.get(ENVIRONMENT)
+    folder = Path(chosen).expanduser() / Path(name).name if chosen else None
+    return str(folder) if folder is not None and folder.is_dir() else name
+
+
+def read_statistics(name: str, config: Any) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation that a checkpoint's preprocessor subtracts and divides by, for pictures in [0, 1].
+
+    A checkpoint without a preprocessor's file gets those of its kind: CLIP's, SigLIP's, or ImageNet's.
+    """
+    mixin = importlib.import_module("transformers.image_processing_base").ImageProcessingMixin
+    try:
+        content, _ = mixin.get_image_processor_dict(find_pretrained(name))
+    except UNREADABLE:
+        content = {}
+    if content.get("do_normalize") is False:
+        return [0.0] * 3, [1.0] * 3
+    mean, std = STATISTICS.get(config.model_type, IMAGENET)
+    return list(content.get("image_mean") or mean), list(content.get("image_std") or std)
+
+
+def _sizes(name: str, config: Any) -> tuple[int, int, tuple[int, int]]:
+    """Width, patch, and the grid that a model was trained with."""
+    dim, *sides = (getattr(config, key, None) for key in ("hidden_size", "patch_size", "image_size"))
+    pairs = [(side, side) if isinstance(side, int) else tuple(side or ()) for side in sides]
+    pyramid = hasattr(config, "depths")  # stages of coarser and coarser maps, as Swin's
+    if not isinstance(dim, int) or pyramid or any(len(pair) != 2 for pair in pairs) or len(set(pairs[0])) > 1:
+        raise LatelierError(
+            f"{name} is a {config.model_type}, which has no square patches; name a vision transformer, such as DINOv2, "
+            "SigLIP or CLIP."
+        )
+    patch = pairs[0][0]
+    return dim, patch, (pairs[1][0] // patch, pairs[1][1] // patch)
+
+
+@contextmanager
+def _quiet(library: Any) -> Iterator[None]:
+    """Without the progress bars and reports of transformers."""
+    logging = library.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _transformers() -> Any:
+    try:
+        return importlib.import_module("transformers")
+    except ModuleNotFoundError:
+        raise LatelierError("Teachers need the package transformers: pip install 'latelier[text]'.") from None
+
+
+def _not_loaded(name: str, error: Exception) -> str:
+    first = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    return (
+        f"The teacher {name!r} cannot be loaded ({first}); give a name on the Hugging Face Hub when online, a folder "
+        f"that save_pretrained wrote with safetensors, or put that folder as {Path(name).name!r} into a folder and set "
+        f"{ENVIRONMENT} to it."
+    )

@@ -1,0 +1,233 @@
+"""Latents to one feature vector for each patch: the decoder of MAETok, and the body of its auxiliary decoders.
+
+One learned mask token stands at every patch, the latents follow it in the sequence, and a ViT lets the patches gather
+what they need. The blocks are those of MoVQ: their norms have no gains of their own; instead each latent scales and
+shifts the normed activations at its own token, so that it is heard again in every block (ICML 2025, section 3.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Complex, Float
+from torch import Tensor, nn
+
+from latelier.errors import LatelierError
+from latelier.layers import (
+    MLP,
+    Attention,
+    axial_frequencies,
+    init_linear,
+    mixed_frequencies,
+    mixed_rope_table,
+    resize_positions,
+    sincos_positions,
+)
+
+if TYPE_CHECKING:
+    from latelier.draws import Draws
+
+POSITIONS = ("mixed", "axial", "absolute")
+
+
+class LatentDecoder(nn.Module):
+    """A ViT over mask tokens and latents.
+
+    Args:
+        latent_tokens: l latents of a picture.
+        latent_channels: c numbers in each.
+        grid: rows and columns of patches.
+        dim, depth, heads: of the transformer.
+        mlp_ratio: hidden width of the MLPs over the width.
+        positions: of patches: `mixed` (learned rotary frequencies), `axial` (fixed ones), `absolute` (a learned table).
+        cls_token: whether the sequence begins with one more learned token.
+        drop_path: share of pictures for which the last block's branches are left out in training (stochastic depth);
+            it rises linearly from 0 at the first block.
+        latent_scale: where the scales begin by which latents modulate their tokens. At 0, the paper's, no patch hears
+            a latent at first; 1 lets them speak at once, which short trainings need.
+
+    Differs from the reference: entries that cannot reach a patch (a patch embedding, the modulation of latents in the
+    final norm, a position table beside rotary positions) are left out.
+    """
+
+    def __init__(
+        self,
+        latent_tokens: int,
+        latent_channels: int,
+        grid: tuple[int, int],
+        dim: int,
+        depth: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        positions: str = "mixed",
+        cls_token: bool = False,
+        drop_path: float = 0.0,
+        latent_scale: float = 0.0,
+    ):
+        super().__init__()
+        self.grid, self.drop_path = grid, drop_path
+        self.input = nn.Linear(latent_channels, dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.latent_pos_embed = nn.Parameter(torch.empty(1, latent_tokens, dim))
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if cls_token else None
+        absolute = positions == "absolute"
+        self.pos_embed = (
+            nn.Parameter(torch.empty(1, cls_token + grid[0] * grid[1], dim)) if absolute else None
+        )  # (1, 1 + n, d)
+        add_frequencies(self, positions, depth, heads, dim)
+        self.blocks = nn.ModuleList(ModulatedBlock(dim, heads, latent_channels, mlp_ratio) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.gradient_checkpointing = False
+        init_linear(self)
+        for block in self.blocks:
+            nn.init.zeros_(block.modulation.weight)
+            nn.init.constant_(block.modulation.bias.view(4, dim)[1::2], latent_scale)
+        for table in (self.mask_token, self.latent_pos_embed, self.cls_token):
+            if table is not None:
+                nn.init.normal_(table, std=0.02)
+        if self.pos_embed is not None:
+            init_table(self.pos_embed, grid)
+
+    def forward(
+        self, z: Float[Tensor, "b l c"], grid: tuple[int, int] | None = None, draws: Draws | None = None
+    ) -> Float[Tensor, "b n d"]:
+        """Features of the patches in raster order, after the final norm.
+
+        Args:
+            z: raw latents.
+            grid: rows and columns to paint; None for those that the decoder is made for.
+            draws: random numbers of the pictures; stochastic depth acts when they are given, in training mode.
+
+        Raises:
+            LatelierError: if these are not as many latents as the decoder has positions for.
+        """
+        grid = grid or self.grid
+        self._check(z)
+        x = self.input(z) + self.latent_pos_embed  # (b, l, d)
+        canvas = self._canvas(grid)  # (1, k + n, d), with k = 1 for the CLS token
+        x = torch.cat([canvas.to(x.dtype).expand(len(x), -1, -1), x], dim=1)  # (b, k + n + l, d)
+        first = 0 if self.cls_token is None else 1
+        ropes = rope_tables(self, grid)
+        kept = self._kept(draws)
+        for i, block in enumerate(self.blocks):
+            x = run(self, block, x, z, ropes[i], first, kept[i])
+        return self.norm(x[:, first : first + grid[0] * grid[1]])
+
+    def _canvas(self, grid: tuple[int, int]) -> Float[Tensor, "1 n d"]:
+        """What stands before the latents."""
+        canvas = self.mask_token.expand(-1, grid[0] * grid[1], -1)  # (1, n, d)
+        if self.cls_token is not None:
+            canvas = torch.cat([self.cls_token, canvas], dim=1)
+        return canvas if self.pos_embed is None else canvas + resize_table(self.pos_embed, self.grid, grid)
+
+    def _kept(self, draws: Draws | None) -> Sequence[Tensor | None]:
+        """For each block, factors `(2, b, 1, 1)` of its two branches: 0, or 1 / (1 - rate) so that the mean stays."""
+        depth = len(self.blocks)
+        if draws is None or not self.drop_path or not self.training:
+            return [None] * depth
+        rates = torch.linspace(0, self.drop_path, depth, device=draws.device)[:, None]  # (depth, 1)
+        kept = (draws.uniform("drop-path", depth, 2) >= rates) / (1 - rates)  # (b, depth, 2)
+        return kept.permute(1, 2, 0)[..., None, None].unbind()
+
+    def _check(self, z: Tensor) -> None:
+        wanted = (self.latent_pos_embed.shape[1], self.input.in_features)
+        if tuple(z.shape[1:]) != wanted:
+            raise LatelierError(
+                f"The decoder takes {wanted[0]} latents of {wanted[1]} channels, not {z.shape[1]} of {z.shape[2]}."
+            )
+
+
+def init_table(table: Float[Tensor, "1 m d"], grid: tuple[int, int]) -> None:
+    """A learned table of positions begins as the fixed one, and with zeros for what comes before the patches."""
+    n = grid[0] * grid[1]
+    with torch.no_grad():
+        table.zero_()
+        table[:, -n:].copy_(sincos_positions(table.shape[2], grid))
+
+
+class ModulatedBlock(nn.Module):
+    """Pre-norm block in which latents modulate their own tokens (MoVQ, Zheng et al. 2022).
+
+    Normed activations of a latent's token become scale x + shift, with scale and shift a linear function of SiLU of
+    the raw latent, zero at first; patches' are left as they are. There are no gates.
+    """
+
+    def __init__(self, dim: int, heads: int, latent_channels: int, mlp_ratio: float = 4.0):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.attn = Attention(dim, heads)
+        self.mlp = MLP(dim, int(dim * mlp_ratio))
+        self.modulation = nn.Linear(latent_channels, 4 * dim)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b m d"],
+        z: Float[Tensor, "b l c"],
+        rope: Complex[Tensor, "n h k"] | None = None,
+        first: int = 0,
+        kept: Float[Tensor, "2 b 1 1"] | None = None,
+    ) -> Float[Tensor, "b m d"]:
+        """One block.
+
+        Args:
+            x: all tokens, those of the l latents last.
+            z: raw latents.
+            rope: turns of the patches.
+            first: where the patches begin.
+            kept: factors of the two branches, for stochastic depth.
+        """
+        shift1, scale1, shift2, scale2 = self.modulation(nn.functional.silu(z)).chunk(4, dim=-1)  # (b, l, d)
+        branch = self.attn(self._modulated(x, shift1, scale1), rope, first)
+        x = x + (branch if kept is None else branch * kept[0])
+        branch = self.mlp(self._modulated(x, shift2, scale2))
+        return x + (branch if kept is None else branch * kept[1])
+
+    def _modulated(self, x: Tensor, shift: Float[Tensor, "b l d"], scale: Float[Tensor, "b l d"]) -> Tensor:
+        patches, latents = self.norm(x).split([x.shape[1] - shift.shape[1], shift.shape[1]], dim=1)
+        return torch.cat([patches, latents * scale + shift], dim=1)  # not 1 + scale
+
+
+# -- what the encoder shares ------------------------------------------------------------------------------------------
+
+
+def add_frequencies(module: nn.Module, positions: str, depth: int, heads: int, dim: int) -> None:
+    """Give a module `freqs` `(2, depth, heads * head_dim / 2)`: learned, fixed, or None, as `positions` says.
+
+    Raises:
+        LatelierError: for another word, or heads too narrow for pairs along two axes.
+    """
+    if positions not in POSITIONS:
+        raise LatelierError(f"tokenizer.model.positions = {positions!r} is not known; allowed: {', '.join(POSITIONS)}.")
+    if dim % heads:
+        raise LatelierError(f"A width of {dim} is not divisible by {heads} heads; change one of them.")
+    if positions != "absolute" and dim // heads % 4:
+        raise LatelierError(
+            f"Rotary positions need heads whose width is a multiple of 4, but {dim} / {heads} is {dim // heads}; "
+            "take other heads, or positions: absolute."
+        )
+    if positions == "mixed":
+        module.freqs = nn.Parameter(mixed_frequencies(depth, heads, dim // heads))
+    else:
+        module.register_buffer("freqs", axial_frequencies(depth, heads, dim // heads) if positions == "axial" else None)
+
+
+def rope_tables(module: nn.Module, grid: tuple[int, int]) -> Sequence[Tensor | None]:
+    """For each block, the turns `(n, h, k)` of the patches of this grid; positions are whole numbers on any grid."""
+    if module.freqs is None or not len(module.blocks):
+        return [None] * len(module.blocks)
+    return mixed_rope_table(module.freqs, grid, module.blocks[0].attn.heads).unbind()
+
+
+def resize_table(table: Float[Tensor, "1 m d"], old: tuple[int, int], new: tuple[int, int]) -> Float[Tensor, "1 k d"]:
+    """Carry positions of a grid over to another, those of tokens before the grid unchanged."""
+    before = table.shape[1] - old[0] * old[1]
+    return torch.cat([table[:, :before], resize_positions(table[:, before:], old, new)], dim=1)
+
+
+def run(module: nn.Module, block: nn.Module, *inputs: object) -> Tensor:
+    """A block's output; its activations are computed again in the backward pass where the module checkpoints."""
+    if module.gradient_checkpointing and torch.is_grad_enabled():
+        return module._gradient_checkpointing_func(block, *inputs)
+    return block(*inputs)

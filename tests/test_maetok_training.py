@@ -1,0 +1,120 @@
+"""Training a MAETok: auxiliary decoders come and go with their phase, resume exactly, and are never saved with it."""
+
+import json
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from latelier.preflight import try_tokenizer
+from latelier.tokenizers import decoder_parts
+from latelier.tokenizers.codec import Codec
+from latelier.tokenizers.maetok import MAETok
+from latelier.training.runtime import Stage
+from latelier.training.tokenizer_loop import train_tokenizer
+from test_training import Killed, assert_same, newest
+from tiny import MAETOK, tiny_recipe
+
+TUNING = {
+    "name": "tuning", "images": 16, "train": "decoder", "targets": [], "checkpoint_every": 8,
+    "mask": {"low": 0, "high": 0.6, "mode": 0.6, "fade": 8},
+}  # fmt: skip
+
+
+def recipe_in(folder, **changes):
+    """Masked training with HOG, then the decoder alone while the masks fade."""
+    section = {**MAETOK, "images": 24, "checkpoint_every": 8, "phases": [TUNING], **changes}
+    return tiny_recipe(folder, denoiser=None, data={"image_size": 64}, tokenizer=section)
+
+
+def weights(folder):
+    return load_file(folder / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    recipe = recipe_in(tmp_path_factory.mktemp("whole"))
+    train_tokenizer(recipe)
+    return recipe
+
+
+def test_tuning_leaves_the_encoder_bit_equal(trained):
+    before, after = weights(trained.folder / "phases" / "tokenizer"), weights(trained.folder / "tokenizer")
+    parts = decoder_parts(MAETok.from_pretrained(trained.folder / "tokenizer"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(any(name == part or name.startswith(part + ".") for part in parts) for name in changed)
+    pictures = torch.rand(2, 3, 64, 64) * 2 - 1
+    old, new = (
+        MAETok.from_pretrained(trained.folder / part).eval() for part in ("phases/tokenizer", "tokenizer")
+    )  # fmt: skip
+    with torch.no_grad():
+        assert torch.equal(old.moments(pictures), new.moments(pictures))
+        assert not torch.equal(old.paint(old.moments(pictures)), new.paint(old.moments(pictures)))
+
+
+def test_auxiliary_decoders_are_in_checkpoints_of_their_phase_only(trained):
+    for part in newest(trained.folder, "tokenizer"):
+        assert any(name.startswith("auxiliary.hog.") for name in part if not name[0].isdigit())
+    for part in newest(trained.folder, "tuning"):
+        assert not any(name.startswith("auxiliary") for name in part)
+
+
+def test_only_the_tokenizer_is_saved(trained):
+    for folder in (trained.folder / "phases" / "tokenizer", trained.folder / "tokenizer"):
+        fresh = MAETok((64, 64), **MAETOK["model"])
+        assert weights(folder).keys() == fresh.state_dict().keys()
+    assert Codec.from_pretrained(trained.folder / "tokenizer").std.shape == (4,)
+
+
+def test_auxiliary_decoders_and_their_averages_learn(trained):
+    model, averages = newest(trained.folder, "tokenizer")
+    name = "auxiliary.hog.head.weight"
+    assert not torch.equal(model[name], averages[name])
+    assert model[name].std() > 0
+
+
+def test_each_phase_logs_its_own_terms(trained):
+    rows = [json.loads(line) for line in (trained.folder / "log.jsonl").read_text().splitlines()]
+    assert all(("hog" in row) == (row["stage"] == "tokenizer") and "mse" in row for row in rows)
+    assert {row["stage"] for row in rows} == {"tokenizer", "tuning"}
+
+
+@pytest.mark.parametrize(
+    ("at", "how"), [(("tokenizer", 8), "kill"), (("tokenizer", 8), "signal"), (("tuning", 8), "kill")]
+)
+def test_resume_at_any_point(trained, tmp_path, monkeypatch, at, how):
+    recipe = recipe_in(tmp_path)
+    with monkeypatch.context() as patch:
+
+        def step(self, *args, original=Stage.step, **options):
+            original(self, *args, **options)
+            if (self.name, self.images) == at:
+                if how == "kill":
+                    raise Killed
+                signal.raise_signal(signal.SIGTERM)
+
+        patch.setattr(Stage, "step", step)
+        with pytest.raises((Killed, SystemExit)):
+            train_tokenizer(recipe)
+    train_tokenizer(recipe)
+    for name in ("tokenizer", "tuning"):
+        assert_same(newest(trained.folder, name), newest(recipe.folder, name))
+    assert_same([weights(trained.folder / "tokenizer")], [weights(recipe.folder / "tokenizer")])
+
+
+def test_accumulation_changes_nothing(trained, tmp_path):
+    """One share of masked patches for a step, so means over micro-batches are means over the batch."""
+    recipe = recipe_in(tmp_path, micro_batch=2, phases=[])
+    train_tokenizer(recipe)
+    whole, parts = newest(trained.folder, "tokenizer")[1], newest(recipe.folder, "tokenizer")[1]
+    for name in whole:
+        torch.testing.assert_close(whole[name], parts[name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_preflight_tries_every_phase(tmp_path):
+    rows = {row.stage: row for row in try_tokenizer(recipe_in(tmp_path))}
+    assert set(rows["tokenizer"].terms) == {"mse", "hog"}
+    assert set(rows["tuning"].terms) == {"mse"}
+    assert rows["tuning"].parameters < rows["tokenizer"].parameters

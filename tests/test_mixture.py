@@ -1,0 +1,205 @@
+"""Mixtures of Gaussians on latents whose likelihood is known in closed form."""
+
+import math
+
+import pytest
+import torch
+
+from latelier.errors import LatelierError
+from latelier.evaluation.latent_matrix import collect, labelled, random_share
+from latelier.evaluation.latent_space import read
+from latelier.evaluation.mixture import (
+    affordable_modes,
+    fit_mixture,
+    measure_mixture,
+    modes_needed,
+    principal_space,
+)
+from latelier.recipe import Evaluate
+from latelier.tokenizers.codec import Codec
+
+GAUSSIAN = 0.5 * math.log(2 * math.pi * math.e)  # nats in one standard normal number
+
+
+class Same(torch.nn.Module):
+    """Latents are the pictures; flat makes them 1-D."""
+
+    def __init__(self, flat=False):
+        super().__init__()
+        self.flat, self.config = flat, {"in_channels": 2, "latent_channels": 2, "patch_size": 1}
+
+    def encode(self, images):
+        return type("Encoded", (), {"latents": images.flatten(2) if self.flat else images})
+
+
+def codec(flat=False):
+    return Codec(Same(flat), torch.zeros(2), torch.ones(2))
+
+
+def noise(n, seed=0):
+    """Standard normal pictures of 2 x 2 x 2 numbers."""
+    return torch.randn(n, 2, 2, 2, generator=torch.Generator().manual_seed(seed))
+
+
+def modal(n, modes=4, sigma=0.2, seed=0):
+    """Pictures around `modes` corners, equally many, that no two pictures of different modes come near."""
+    corners = torch.randn(modes, 2, 2, 2, generator=torch.Generator().manual_seed(99))
+    return corners[torch.arange(n) % modes] + sigma * noise(n, seed)
+
+
+def batches(images, batch=100):
+    return [{"image": part} for part in images.split(batch)]
+
+
+def by_name(measured):
+    return {m.name: m for m in measured}
+
+
+def test_one_gaussian_has_its_entropy_at_one_mode_and_needs_no_more():
+    evaluate = Evaluate(samples=2000, probe_samples=2000, modes=[1, 2, 5])
+    measured = measure_mixture(codec(), batches(noise(2000)), batches(noise(2000, 1)), evaluate, "toy/val", {"run": 7})
+    found = by_name(measured)
+    assert list(found) == ["gmm-nll@1", "gmm-nll@2", "gmm-nll@5", "gmm-modes"]
+    one = found["gmm-nll@1"]
+    assert one.value == pytest.approx(GAUSSIAN, abs=0.02)
+    assert one.interval[0] < one.value < one.interval[1]
+    assert found["gmm-nll@5"].value >= one.value - 0.01
+    assert found["gmm-nll@5"].receipt["fitted"] < one.receipt["fitted"]  # where more modes always win
+    assert found["gmm-modes"].value == 1
+    about = one.receipt
+    assert (about["n"], about["n_fitted"], about["n_axes"], about["run"]) == (2000, 1000, 1000, 7)
+    assert about["dims"] == 8  # 7 of 8 equal directions explain less than 90 %
+    assert about["explained_variance"] == pytest.approx(1)
+    assert about["per_picture"] == pytest.approx(8 * one.value)
+    assert "warning" not in about
+
+
+def test_separate_modes_have_the_entropy_of_the_mixture():
+    evaluate = Evaluate(samples=400, probe_samples=800, modes=[2, 4, 8])
+    learnt = modal(800)
+    found = by_name(measure_mixture(codec(), batches(learnt), batches(modal(400, seed=1)), evaluate, "toy"))
+    four = found["gmm-nll@4"]
+    away = random_share(800, 0.5, 0, "gmm-axes")
+    other = learnt[~away].flatten(1).numpy()
+    space = principal_space(learnt[away].flatten(1).numpy(), other, 0)
+    shrink = math.log(0.2) * len(space.axes) + torch.linalg.slogdet(torch.tensor(space.axes @ space.axes.T))[1] / 2
+    expected = GAUSSIAN + (math.log(4) + shrink.item()) / len(space.axes)  # of standardised components
+    assert four.receipt["dims"] == len(space.axes) < 4  # four corners span three directions
+    assert four.value == pytest.approx(expected, abs=0.08)
+    assert found["gmm-nll@2"].value > four.value + 0.2
+    assert found["gmm-modes"].value == 4
+    assert found["gmm-modes"].interval == (4.0, 4.0)
+    curve = found["gmm-modes"].receipt["curve"]
+    assert [k for k, _, _ in curve] == [1, 2, 4, 8]  # one Gaussian is always there to compare with
+    assert "gmm-nll@1" not in found
+
+
+def test_too_many_modes_win_only_where_they_were_fitted():
+    x, held_out = noise(300).flatten(1).double().numpy(), noise(300, 1).flatten(1).double().numpy()
+    one, many = (fit_mixture(x, held_out, k, 0) for k in (1, 30))
+    assert many.fitted < one.fitted - 0.1
+    assert many.held_out.mean() > one.held_out.mean() + 0.1
+
+
+def test_axes_do_not_flatter_the_pictures_that_chose_them():
+    """Of noise in more dimensions than pictures, one Gaussian finds new pictures as likely as the fitted ones."""
+    x, other, new = (torch.randn(200, 400, generator=torch.Generator().manual_seed(s)).numpy() for s in range(3))
+    space = principal_space(x, other, 0)
+    assert space(other).std(0) == pytest.approx(1, abs=1e-3)
+    assert space.explained == pytest.approx(20 / 400, abs=0.01)  # a tenth as many components as pictures
+    assert fit_mixture(space(other), space(new), 1, 0).held_out.mean().item() == pytest.approx(GAUSSIAN, abs=0.03)
+
+
+def test_scale_rotation_and_shape_of_latents_change_nothing():
+    learnt, held_out = modal(400, sigma=0.3), modal(200, sigma=0.3, seed=1)
+    evaluate = Evaluate(samples=200, probe_samples=400, modes=[1, 4])
+    turn = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(5)))[0]
+    plain = measure_mixture(codec(), batches(learnt), batches(held_out), evaluate, "toy")
+    moved = [(7 * x.flatten(1) @ turn + 3).unflatten(1, (2, 2, 2)) for x in (learnt, held_out)]
+    turned = measure_mixture(codec(flat=True), batches(moved[0]), batches(moved[1]), evaluate, "toy")
+    assert [m.value for m in turned] == pytest.approx([m.value for m in plain], rel=1e-3)
+    assert turned[0].receipt["latent_positions"] == 4
+
+
+def test_without_training_pictures_a_quarter_is_held_out():
+    evaluate = Evaluate(samples=300, modes=[1, 4, 50])
+    (first, *_, last), (again, *_) = (
+        measure_mixture(codec(), None, batches(modal(400), size), evaluate, "toy") for size in (100, 64)
+    )
+    assert first.value == again.value
+    assert (first.receipt["n"], first.receipt["n_fitted"], first.receipt["fitted_to"][:3]) == (75, 112, "75%")
+    assert last.value == 4
+    assert first.receipt["skipped"] == "[50] modes: fewer than 10 of 112 pictures each"
+    other = measure_mixture(codec(), None, batches(modal(400)), evaluate.model_copy(update={"seed": 1}), "toy")
+    assert other[0].value != first.value
+
+
+def test_what_components_leave_out_is_said():
+    evaluate = Evaluate(samples=60, probe_samples=60, modes=[1])
+    (measured, _) = measure_mixture(codec(), batches(noise(60)), batches(noise(60, 1)), evaluate, "toy")
+    assert measured.receipt["dims"] == 3  # a tenth of 30 pictures
+    assert "3 components explain only" in measured.receipt["warning"]
+
+
+def test_as_many_modes_as_pay():
+    single = torch.randn(500, generator=torch.Generator().manual_seed(0))
+    flat = torch.stack([single, single - 0.98, single - 1.0, single - 0.9], 1)
+    assert modes_needed(flat) == 1  # has 98 % of what is gained
+    assert modes_needed(flat[:, [0, 2]]) == 1
+    assert modes_needed(flat[:, [0, 3, 2]]) == 2  # 90 % are not enough
+    noisy = torch.stack([single, single + torch.randn(500, generator=torch.Generator().manual_seed(1))], 1)
+    assert modes_needed(noisy - torch.tensor([0.0, noisy[:, 1].mean() - single.mean() + 0.01])) == 0  # within the error
+
+
+def test_modes_that_pictures_carry():
+    assert affordable_modes([100, 5, 2], 60) == ([1, 2, 5], [100])
+    with pytest.raises(LatelierError, match=r"evaluate.modes \[100\] met only 60"):
+        affordable_modes([100], 60)
+
+
+def test_nothing_to_fit():
+    evaluate = Evaluate(modes=[1])
+    with pytest.raises(LatelierError, match="toy left 0 and 0"):
+        measure_mixture(codec(), None, [], evaluate, "toy")
+    with pytest.raises(LatelierError, match="toy left 40 and 0"):
+        measure_mixture(codec(), batches(noise(40)), [], evaluate, "toy")
+    with pytest.raises(LatelierError, match="equal, or not finite"):
+        measure_mixture(codec(), None, batches(torch.ones(80, 2, 2, 2)), evaluate, "toy")
+
+
+# -- latents in one array ---------------------------------------------------------------------------------------------
+
+
+def test_latents_are_collected_on_the_scale_of_the_statistics():
+    images = 3 * noise(30) + 5
+    parts = [{"image": images[:20], "label": torch.arange(20) % 3 - 1}, {"image": images[20:]}]
+    plain = collect(Codec(Same()), read(parts, 25))
+    assert plain.values.shape == (25, 2, 4)
+    assert plain.values.mean((0, 2)) == pytest.approx(0, abs=1e-5)
+    assert plain.scale == "measured on the first 25 pictures"
+    assert (plain.labels[20:] == -1).all()
+    with_labels = collect(plain.codec, labelled(read(parts, 25)))
+    assert torch.equal(with_labels.values, plain[plain.labels >= 0].values)
+    assert with_labels.flat().shape == (13, 8)
+    assert collect(Codec(Same()), []) is None
+
+
+def test_latents_beyond_memory_are_not_read():
+    def endless():
+        for seed in range(4):
+            yield noise(10, seed), torch.zeros(10).long()
+        raise AssertionError("read too far")
+
+    few = collect(codec(), endless(), most=8 * 25)
+    assert len(few) == 25
+    assert "more than 25 pictures of 8 numbers" in few.about()["note"]
+    assert torch.equal(few.values[20:], noise(10, 2)[:5].flatten(2))
+    exact = collect(codec(), iter([(noise(10), torch.zeros(10).long())]), most=8 * 10)
+    assert not exact.cut
+
+
+def test_shares_are_drawn_by_number():
+    mask = random_share(10, 0.25, 0, "some")
+    assert mask.sum() == 3
+    assert torch.equal(mask, random_share(10, 0.25, 0, "some"))
+    assert not all(torch.equal(mask, random_share(10, 0.25, seed, "some")) for seed in range(1, 4))

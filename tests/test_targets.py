@@ -1,0 +1,441 @@
+"""What auxiliary decoders predict: frozen teachers, what is kept of them, captions, errors."""
+
+import json
+import math
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from latelier.conditioning.text import train_words, vocabulary_size
+from latelier.data.loader import ImageDataset
+from latelier.data.sources import open_source
+from latelier.errors import LatelierError
+from latelier.losses import teachers
+from latelier.losses.hog import hog
+from latelier.losses.teachers import Teacher
+from latelier.objectives import targets as module
+from latelier.objectives.targets import CaptionTarget, FeatureTarget, HogTarget, build_targets, picture_numbers
+from latelier.recipe import Data, MAETokRecipe, Target
+
+transformers = pytest.importorskip("transformers", reason="teachers need pip install 'latelier[text]'")
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+VISION = {**SIZES, "image_size": 32, "patch_size": 8}
+WORDS = {**SIZES, "vocab_size": 20, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+CONFIG = {"patch_size": 8, "in_channels": 3, "image_size": (32, 32)}
+
+
+def make(kind):
+    """A small model with random weights, its norms and biases too."""
+    both = {"vision_config": VISION, "text_config": WORDS}
+    name, config = {
+        "dinov2": ("Dinov2Model", {**VISION, "image_size": 28, "patch_size": 7}),
+        "registers": ("Dinov2WithRegistersModel", {**VISION, "num_register_tokens": 4}),
+        "dinov3": ("DINOv3ViTModel", VISION),
+        "vit": ("ViTModel", VISION),
+        "clip": ("CLIPVisionModel", VISION),
+        "siglip": ("SiglipVisionModel", VISION),
+        "whole clip": ("CLIPModel", both),
+        "whole siglip": ("SiglipModel", both),
+    }[kind]
+    cls = getattr(transformers, name)
+    model = cls(cls.config_class(**config)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * (0.3 if parameter.ndim > 1 else 1.0))
+    return model
+
+
+@pytest.fixture(scope="module", params=["dinov2", "registers", "dinov3", "vit", "clip", "siglip", "whole clip",
+                                        "whole siglip"])  # fmt: skip
+def saved(request, tmp_path_factory):
+    """Kind, model, and the folder that holds it."""
+    torch.manual_seed(1)
+    folder, model = tmp_path_factory.mktemp("teacher"), make(request.param)
+    model.save_pretrained(folder)
+    return request.param, model, folder
+
+
+@pytest.fixture(scope="module")
+def dinov2(tmp_path_factory):
+    torch.manual_seed(2)
+    folder = tmp_path_factory.mktemp("dinov2")
+    make("dinov2").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def fp32(monkeypatch):
+    monkeypatch.setattr(teachers, "fast_bf16", lambda device: False)
+
+
+# -- teachers -------------------------------------------------------------------------------------------------------
+
+
+def by_hand(kind, model, pixels):
+    """The sixteen patch tokens after the final norm, of a picture as large as those the model was made for."""
+    vision = model.vision_model if kind.startswith("whole") else model
+    tokens = vision(pixel_values=pixels).last_hidden_state
+    if kind.endswith(" clip") or kind == "clip":  # whose last hidden state is before the norm
+        tokens = getattr(vision, "vision_model", vision).post_layernorm(tokens)
+    return tokens[:, -16:]
+
+
+@pytest.mark.usefixtures("fp32")
+@torch.no_grad()
+def test_features_are_the_model_s_patches_after_the_final_norm(saved):
+    kind, model, folder = saved
+    teacher = Teacher(str(folder))
+    assert (teacher.dim, teacher.patch) == (16, 7 if kind == "dinov2" else 8)
+    side = 4 * teacher.patch
+    images = torch.rand(2, 3, side, side) * 2 - 1
+    mean, std = teachers.IMAGENET
+    if "siglip" in kind:
+        mean = std = (0.5,) * 3
+    elif "clip" in kind:
+        mean, std = teachers.STATISTICS["clip_vision_model"]
+    pixels = ((images + 1) / 2 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    features = teacher(images, (4, 4))
+    torch.testing.assert_close(features, by_hand(kind, model, pixels), rtol=1e-4, atol=1e-5)
+    assert features.dtype == torch.float32
+    assert features.std(1).mean() > 0.01  # patches differ
+
+
+@pytest.mark.usefixtures("fp32")
+def test_any_grid(saved):
+    _, _, folder = saved
+    teacher = Teacher(str(folder))
+    images = torch.rand(2, 3, 48, 32) * 2 - 1
+    features = teacher(images, (6, 4))
+    assert features.shape == (2, 24, 16)
+    assert not features.requires_grad
+    assert not any(p.requires_grad for p in teacher.model.parameters())
+    assert not teacher.model.training
+    with torch.autocast("cpu", torch.bfloat16):  # the objective's precision is not the teacher's
+        assert torch.equal(teacher(images, (6, 4)), features)
+    one_by_one = torch.cat([teacher(image[None], (6, 4)) for image in images])
+    torch.testing.assert_close(features, one_by_one, rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_where_it_is_fast(dinov2, monkeypatch):
+    teacher, images = Teacher(dinov2), torch.rand(1, 3, 28, 28)
+    results = []
+    for fast in (False, True):
+        monkeypatch.setattr(teachers, "fast_bf16", lambda device, fast=fast: fast)
+        results.append(teacher(images, (4, 4)))
+    assert not torch.equal(*results)
+    assert results[1].dtype == torch.float32
+    assert F.cosine_similarity(*results, dim=-1).min() > 0.98
+
+
+@pytest.mark.usefixtures("fp32")
+def test_models_of_one_size_are_resampled(dinov2):
+    teacher, images = Teacher(dinov2), torch.rand(1, 3, 64, 64)
+    native = teacher(images, (4, 4))
+    teacher._flexible = False  # as of a model without an interpolated table
+    assert torch.equal(teacher(images, (4, 4)), native)
+    fine = teacher(images, (8, 8)).view(8, 8, 16)
+    assert fine.shape == (8, 8, 16)
+    torch.testing.assert_close(fine[0, 0], native[0, 0])
+    corner = native.view(4, 4, 16)  # half-way: a quarter of the next patch
+    torch.testing.assert_close(fine[0, 1], 0.75 * corner[0, 0] + 0.25 * corner[0, 1])
+
+
+@pytest.mark.usefixtures("fp32")
+def test_one_channel_is_repeated(dinov2):
+    teacher, images = Teacher(dinov2), torch.rand(1, 1, 28, 28)
+    assert torch.equal(teacher(images, (4, 4)), teacher(images.expand(-1, 3, -1, -1), (4, 4)))
+    with pytest.raises(LatelierError, match="1 or 3 channels, not 4"):
+        teacher(torch.rand(1, 4, 28, 28), (4, 4))
+
+
+def test_pictures_are_resized_and_normalised(dinov2):
+    teacher = Teacher(dinov2)
+    pixels = teacher.preprocess(torch.full((1, 3, 20, 30), 0.5), (28, 21))
+    expected = (0.75 - torch.tensor(teachers.IMAGENET[0])) / torch.tensor(teachers.IMAGENET[1])
+    torch.testing.assert_close(pixels, expected.view(1, 3, 1, 1).expand(1, 3, 28, 21))
+    edge = torch.ones(1, 3, 8, 8)
+    edge[..., :4] = -1
+    black_to_white = teacher.preprocess(edge, (28, 28)) * teacher.std + teacher.mean
+    assert black_to_white.min() > -1e-6  # bicubic's overshoot is cut
+    assert black_to_white.max() < 1 + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "expected"),
+    [
+        ("preprocessor_config.json", {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}, (0.1, 0.4)),
+        ("preprocessor_config.json", {"do_normalize": False, "image_mean": [0.1] * 3}, (0.0, 1.0)),
+        ("preprocessor_config.json", {"size": 224}, (0.485, 0.229)),
+        ("processor_config.json", {"image_processor": {"image_mean": [0.7] * 3, "image_std": [0.8] * 3}}, (0.7, 0.8)),
+    ],
+)
+def test_the_checkpoint_s_own_statistics(tmp_path, file, content, expected):
+    make("vit").save_pretrained(tmp_path)
+    (tmp_path / file).write_text(json.dumps(content))
+    teacher = Teacher(str(tmp_path))
+    np.testing.assert_allclose((teacher.mean[0].item(), teacher.std[0].item()), expected, rtol=1e-6)
+
+
+def test_a_folder_of_weights(dinov2, tmp_path, monkeypatch):
+    with pytest.raises(LatelierError) as error:
+        Teacher("facebook/dinov2-large")
+    for part in ("'facebook/dinov2-large'", "Hub", "save_pretrained", "'dinov2-large'", "LATELIER_WEIGHTS"):
+        assert part in str(error.value)
+    (tmp_path / "dinov2-large").symlink_to(dinov2, target_is_directory=True)
+    monkeypatch.setenv("LATELIER_WEIGHTS", str(tmp_path))
+    images = torch.rand(1, 3, 28, 28)
+    assert torch.equal(Teacher("facebook/dinov2-large")(images, (4, 4)), Teacher(dinov2)(images, (4, 4)))
+
+
+def test_pickles_and_damaged_files_are_refused(tmp_path):
+    model = make("vit")
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(LatelierError, match="cannot be loaded"):
+        Teacher(str(tmp_path))
+    model.save_pretrained(tmp_path)
+    Teacher(str(tmp_path))
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(LatelierError, match="cannot be loaded"):
+        Teacher(str(tmp_path))
+
+
+def test_missing_weights_are_named(tmp_path):
+    model = make("vit")
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith(("layernorm", "pooler"))}
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(LatelierError, match=r"lacks weights of ViTModel: layernorm"):
+        Teacher(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("BertModel", {**SIZES, "vocab_size": 20}),
+        ("ConvNextModel", {"hidden_sizes": [8] * 4, "depths": [1] * 4}),
+        ("SwinModel", {"embed_dim": 8, "depths": [1], "num_heads": [1], "image_size": 32, "patch_size": 4}),
+    ],
+)
+def test_models_without_patches_are_refused(tmp_path, name, config):
+    cls = getattr(transformers, name)
+    cls(cls.config_class(**config)).save_pretrained(tmp_path)
+    with pytest.raises(LatelierError, match="no square patches"):
+        Teacher(str(tmp_path))
+
+
+def test_models_that_hide_patches_are_refused(tmp_path):
+    transformers.ViTMAEModel(transformers.ViTMAEConfig(**VISION)).save_pretrained(tmp_path)
+    with pytest.raises(LatelierError, match=r"ViTMAEModel.* for 16 patches"):
+        Teacher(str(tmp_path))(torch.rand(1, 3, 32, 32), (4, 4))
+
+
+# -- errors ---------------------------------------------------------------------------------------------------------
+
+
+def one(kind="hog", dim=3, **options):
+    return HogTarget(kind, Target(kind=kind, **options), dim)
+
+
+def test_error_is_the_mean_over_masked_tokens():
+    prediction, target = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
+    mask = torch.tensor([[1, 0, 1, 0, 0], [0, 0, 0, 0, 1]]).bool()
+    squared = one().error(prediction, target, mask)
+    torch.testing.assert_close(squared, F.mse_loss(prediction[mask], target[mask]))
+    cosine = one("features", teacher="x").error(prediction, target, mask)
+    a, b = prediction[mask].double(), target[mask].double()
+    expected = -((a * b).sum(-1) / a.norm(dim=-1) / b.norm(dim=-1)).mean()
+    torch.testing.assert_close(cosine.double(), expected, rtol=1e-5, atol=1e-6)
+    assert one("hog", loss="cosine").error(target, 3 * target, mask).item() == pytest.approx(-1)
+    low = one().error(prediction.bfloat16(), target, mask)
+    assert low.dtype == torch.float32
+
+
+@pytest.mark.parametrize("loss", ["mse", "cosine"])
+def test_nothing_masked_is_zero_with_a_gradient(loss):
+    prediction = torch.randn(2, 5, 3, requires_grad=True)
+    error = one(loss=loss).error(prediction, torch.zeros(2, 5, 3), torch.zeros(2, 5, dtype=torch.bool))
+    error.backward()
+    assert error.item() == 0
+    assert (prediction.grad == 0).all()
+
+
+# -- from a recipe --------------------------------------------------------------------------------------------------
+
+
+def recipe(*sections):
+    return MAETokRecipe(kind="maetok", targets=list(sections))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Six pictures with captions; number i has its own pattern."""
+    for i in range(6):
+        pixels = np.random.default_rng(i).integers(0, 255, (32, 32, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"Number {'odd' if i % 2 else 'even'} {'very ' * i}big")
+    return tmp_path
+
+
+def opened(source, **options):
+    data = Data(source=str(source), **{"image_size": (32, 32), "val_fraction": 0, "workers": 0, **options})
+    return ImageDataset(open_source(data), data)
+
+
+def test_targets_in_the_recipe_s_order(dinov2, folder):
+    sections = ({"kind": "features", "teacher": dinov2}, {"kind": "hog"}, {"kind": "caption"},
+                {"kind": "features", "teacher": dinov2, "loss": "mse"})  # fmt: skip
+    built = build_targets(recipe(*sections), CONFIG, opened(folder), "cpu")
+    assert [target.name for target in built] == ["features", "hog", "caption", "features-2"]
+    assert [target.dim for target in built[:2]] == [16, 27]
+    assert [target.masked_only for target in built] == [True, True, False, True]
+    assert [target.tokens((4, 4)) for target in built] == [(4, 4), (4, 4), (1, 32), (4, 4)]
+    batch = next(opened(folder).stream(4))
+    for target in built:
+        value = target(batch, (4, 4))
+        prediction = torch.randn(4, math.prod(target.tokens((4, 4))), target.dim)
+        assert not value.requires_grad
+        assert target.error(prediction, value, torch.ones(4, 16, dtype=torch.bool)).isfinite()
+        assert not isinstance(target, torch.nn.Module)
+    assert torch.equal(built[1](batch, (4, 4)), hog(batch["image"], 8))
+
+
+def test_hog_needs_patches_of_whole_cells():
+    assert build_targets(recipe({"kind": "hog"}), {**CONFIG, "patch_size": 16}, None, "cpu")[0].dim == 108
+    with pytest.raises(LatelierError, match="divisible by 8"):
+        build_targets(recipe({"kind": "hog"}), {**CONFIG, "patch_size": 4}, None, "cpu")
+
+
+# -- features that are kept -----------------------------------------------------------------------------------------
+
+
+def counted(target):
+    """Make a target's teacher count the pictures that it looks at."""
+    seen, teacher = [], target.teacher
+
+    def look(images, grid):
+        seen.extend(range(len(images)))
+        return teacher(images, grid)
+
+    target.teacher = look
+    return seen
+
+
+def features(dinov2, dataset, **options):
+    target = build_targets(recipe({"kind": "features", "teacher": dinov2, **options}), CONFIG, dataset, "cpu")[0]
+    assert isinstance(target, FeatureTarget)
+    return target
+
+
+@pytest.mark.usefixtures("fp32")
+@pytest.mark.parametrize(("flip", "variants"), [(False, 6), (True, 12)])
+def test_features_are_computed_once_for_a_picture(dinov2, folder, flip, variants):
+    dataset = opened(folder, flip=flip)
+    target, fresh = features(dinov2, dataset), features(dinov2, dataset, cache=False)
+    seen = counted(target)
+    for batch in islice(dataset.stream(3), 40):
+        value = target(batch, (4, 4))
+        assert value.dtype == torch.float32
+        assert torch.equal(value, value.bfloat16().float())
+        torch.testing.assert_close(value, fresh(batch, (4, 4)), rtol=1e-2, atol=1e-2)
+    assert len(target.kept) == len(seen) == variants  # mirrored pictures are others
+    assert target.hits == 120 - variants
+    assert not fresh.kept
+
+
+def test_pictures_that_change_are_not_kept(dinov2, folder):
+    for options in ({"crop": "random"}, {"background": "random"}):
+        dataset = opened(folder, **options)
+        assert picture_numbers(dataset) is None
+        target = features(dinov2, dataset)
+        for batch in islice(dataset.stream(3), 4):
+            target(batch, (4, 4))
+        assert not target.kept
+    assert features(dinov2, None).shown is None
+    dataset = opened(folder)
+    target = features(dinov2, dataset)
+    target(next(dataset.once(3, flip=True)), (4, 4))  # whether it is mirrored is not in the batch
+    assert not target.kept
+
+
+def test_what_there_is_no_room_for_is_computed(dinov2, folder, monkeypatch):
+    monkeypatch.setattr(module, "CACHE_LIMIT", 4 * 16 * 16 * 2)  # four pictures of 16 patches, 16 numbers of 2 bytes
+    dataset = opened(folder, flip=False)
+    target = features(dinov2, dataset)
+    seen = counted(target)
+    for batch in islice(dataset.stream(6), 3):
+        target(batch, (4, 4))
+    assert len(target.kept) == 4
+    assert (target.hits, len(seen)) == (8, 6 + 2 + 2)
+
+
+# -- captions -------------------------------------------------------------------------------------------------------
+
+
+def test_word_pieces_are_learnt_from_the_data(folder):
+    section = {"kind": "caption", "length": 5, "vocabulary_size": 100}
+    dataset = opened(folder)
+    target = build_targets(recipe(section), CONFIG, dataset, "cpu")[0]
+    assert isinstance(target, CaptionTarget)
+    words = train_words(dataset.captions, 100)
+    assert target.dim == vocabulary_size(words) <= 100
+    batch = {"image": torch.zeros(3, 3, 8, 8), "caption": ["Number odd big", "", "number even very very very big"]}
+    ids = target(batch, (4, 4))
+    assert ids.dtype == torch.int64
+    assert (ids == -100).tolist() == [[False] * 3 + [True] * 2, [True] * 5, [False] * 5]
+    assert words.decode(ids[0, :3].tolist()) == "number odd big"
+    assert words.decode(ids[2].tolist()) == "number even very very very"
+
+
+def test_padding_is_not_counted(folder):
+    target = build_targets(recipe({"kind": "caption", "length": 4}), CONFIG, opened(folder), "cpu")[0]
+    batch = {"image": torch.zeros(2, 3, 8, 8), "caption": ["odd", "very big"]}
+    ids, mask = target(batch, (4, 4)), torch.zeros(2, 16, dtype=torch.bool)
+    prediction = torch.zeros(2, 4, target.dim, requires_grad=True)
+    error = target.error(prediction, ids, mask)  # captions have no masks
+    assert error.item() == pytest.approx(math.log(target.dim), rel=1e-5)
+    error.backward()
+    assert (prediction.grad.abs().sum(-1) > 0).sum(1).tolist() == [1, 2]
+    sure = F.one_hot(ids.clamp(min=0), target.dim) * 50.0
+    assert target.error(sure, ids, mask).item() == pytest.approx(0, abs=1e-5)
+    none = target.error(prediction, torch.full_like(ids, -100), mask)
+    assert none.item() == 0
+    none.backward()
+    assert prediction.grad.isfinite().all()
+
+
+def test_a_tokenizer_by_name(folder, tmp_path_factory, monkeypatch):
+    words = train_words(lambda: iter(["a red circle", "a blue circle", "a red square"] * 3), 100)
+    place = tmp_path_factory.mktemp("weights")
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]"
+    ).save_pretrained(place / "words")  # fmt: skip
+    batch = {"image": torch.zeros(1, 3, 8, 8), "caption": ["A red square"]}
+    monkeypatch.setenv("LATELIER_WEIGHTS", str(place))
+    for name, dataset in ((str(place / "words"), None), ("somebody/words", opened(folder))):
+        section = {"kind": "caption", "teacher": name, "length": 6}
+        target = build_targets(recipe(section), CONFIG, dataset, "cpu")[0]
+        assert words.decode(target(batch, (4, 4))[0, :3].tolist()) == "a red square"
+    with pytest.raises(LatelierError, match=r"'nobody/nothing'.*leave the caption's teacher out"):
+        build_targets(recipe({"kind": "caption", "teacher": "nobody/nothing"}), CONFIG, None, "cpu")
+
+
+def test_data_without_captions(folder):
+    target = build_targets(recipe({"kind": "caption"}), CONFIG, opened(folder), "cpu")[0]
+    with pytest.raises(LatelierError, match="caption_key"):
+        target({"image": torch.zeros(1, 3, 8, 8)}, (4, 4))
+    with pytest.raises(LatelierError, match="not at hand"):
+        build_targets(recipe({"kind": "caption"}), CONFIG, None, "cpu")
+    for file in folder.glob("*.txt"):
+        file.write_text(" ")
+    with pytest.raises(LatelierError, match="empty"):
+        build_targets(recipe({"kind": "caption"}), CONFIG, opened(folder), "cpu")
+    for file in folder.glob("*.txt"):
+        file.unlink()
+    with pytest.raises(LatelierError, match="caption_key"):
+        build_targets(recipe({"kind": "caption"}), CONFIG, opened(folder), "cpu")
