@@ -10,9 +10,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from latelier import recipe
-from latelier.denoisers import dit, unet
+from latelier.denoisers import dit, unet, uvit
 from latelier.recipe import condition
-from latelier.tokenizers import conv, maetok
+from latelier.tokenizers import conv, dcae, maetok
 
 MARK = "<!-- recipe tables -->"
 
@@ -59,6 +59,13 @@ MEANINGS: dict[type[BaseModel], dict[str, str]] = {
         "targets": "a list of sections, see below",
         "perceptual_weight": "of LPIPS; 0 needs no LPIPS weights",
     },
+    recipe.DCAERecipe: {
+        "preset": names(dcae.PRESETS),
+        "method": "`structured`: any prefix of the channels decodes (DC-AE 1.5); `plain`: not",
+        "init": "an `AutoencoderDC`, folder or Hub name to start from",
+        "reconstruction": "absolute or squared error of pixels",
+        "perceptual_weight": "of LPIPS; 0 needs no LPIPS weights",
+    },
     recipe.Masking: {"low": "the smallest share", "high": "the largest"},
     recipe.Target: {
         "kind": "what is predicted: `hog`; features of a teacher; the words of the `caption`",
@@ -96,8 +103,9 @@ MEANINGS: dict[type[BaseModel], dict[str, str]] = {
         "keep_checkpoints": "the newest so many stay",
     },
     recipe.DenoiserRecipe: {
-        "kind": "transformers: [DiT, SiT, LightningDiT](dit.md#switches); `unet`: [LDM](ldm.md)",
-        "size": f"transformers: {names(dit.SIZES)}; U-Nets: {names(unet.SIZES)}",
+        "kind": "transformers: [DiT, SiT, LightningDiT](dit.md#switches), [U-ViT, USiT](dcae.md#the-denoisers); "
+        "`unet`: [LDM](ldm.md)",
+        "size": f"transformers: {names(dit.SIZES)}; U-ViTs: {names(uvit.SIZES)}; U-Nets: {names(unet.SIZES)}",
         "patch": "side of a transformer's token in latent positions",
         "init": "a `DiT` or U-Net, folder or Hub name, to start from",
         "condition": "what the denoiser is told: `none`, a kind, a section, or a list of these; see "
@@ -153,6 +161,8 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "tokenizer.mask of maetok": recipe.Masking,
     "tokenizer.targets of maetok": recipe.Target,
     "tokenizer: {kind: conv}": recipe.ConvRecipe,
+    "tokenizer: {kind: dcae}": recipe.DCAERecipe,
+    "prefixes of dcae and denoiser": recipe.Prefixes,
     "tokenizer: {kind: identity}": recipe.IdentityRecipe,
     "tokenizer: {kind: pretrained}": recipe.PretrainedRecipe,
     "training keys of tokenizer and denoiser": recipe.Training,

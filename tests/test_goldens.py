@@ -110,3 +110,22 @@ def test_transformers(name, kind):
             ours = torch.tensor([1 - theirs])
             guidance = guided(model, x[:1], ours, one, conditioner.null(1), 10.0, interval=(0.0, 0.9), channels=3)
             golden.check(f"guided_t{theirs}", -guidance)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("dcae_uvit_s_f32c32", "uvit"), ("dcae15_usit_small_f64c128", "usit"), ("dcae_sit_small_f32c32", "dcae-sit")],
+)
+@torch.no_grad()
+def test_denoisers_of_dcae(name, kind):
+    golden = Golden(name, kind)
+    model, x, t = golden.converted.model, golden.normal(golden.inputs["x"]), torch.tensor(golden.inputs["t"])
+    told = golden.converted.conditioner({"label": torch.tensor(golden.inputs["y"])})
+
+    def output(x):
+        return model(x, t / 1000, told) if kind == "uvit" else -model(x, 1 - t, told)
+
+    golden.check("output", output(x))
+    for length in (16, 64):
+        if f"output_first{length}" in golden.arrays:
+            golden.check(f"output_first{length}", output(x[:, :length]))

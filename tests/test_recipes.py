@@ -5,6 +5,7 @@ import pytest
 from latelier.experiment import run
 from latelier.recipe import (
     ConvRecipe,
+    DCAERecipe,
     MAETokRecipe,
     TrainedTokenizer,
     VMAERecipe,
@@ -13,7 +14,7 @@ from latelier.recipe import (
     recipe_files,
 )
 from latelier.tokenizers.conv import PRESETS
-from tiny import MAETOK, VMAE
+from tiny import DCAE, MAETOK, VMAE
 
 SMALL_TRAINING = {"images": 16, "batch": 8, "micro_batch": None, "log_every": 8, "compile": False, "warmup": 0}
 SMALL_GAME = {"layers": 1, "channels": 8, "start": 8}
@@ -44,16 +45,23 @@ def shrink(recipe, folder, teacher="none"):
         tree["data"] |= {"image_size": 64}
         tree["tokenizer"] |= {**SMALL_TRAINING, "model": MAETOK["model"]}
         tree["tokenizer"]["targets"] = [small_target(target, teacher) for target in tree["tokenizer"]["targets"]]
+    elif isinstance(recipe.tokenizer, DCAERecipe):
+        tree["tokenizer"] |= {**SMALL_TRAINING, "model": DCAE}
+        tree["tokenizer"]["prefixes"] = tree["tokenizer"]["prefixes"] and {"first": 2, "step": 2}
     elif isinstance(recipe.tokenizer, ConvRecipe):
         levels = len(PRESETS[recipe.tokenizer.preset]["block_out_channels"])
         tree["tokenizer"] |= {**SMALL_TRAINING, "model": {"block_out_channels": [32] * levels, "layers_per_block": 1}}
     if recipe.denoiser:
         tree["denoiser"] |= {**SMALL_TRAINING, "model": {"dim": 32, "depth": 1, "heads": 2}}
         tree["denoiser"]["condition"] = [small_condition(c) for c in tree["denoiser"]["condition"]]
+        tree["denoiser"]["prefixes"] = tree["denoiser"]["prefixes"] and {"first": 2, "step": 2}
+        if recipe.denoiser.kind in ("uvit", "usit"):
+            tree["denoiser"]["model"]["depth"] = 2
         if recipe.denoiser.kind == "unet":
             tree["denoiser"] |= {"size": "tiny", "model": {"block_out_channels": [32, 32, 32]}}
         tree["sample"] |= {"count": 4, "steps": 2}
     tree["evaluate"] |= {"samples": 16, "batch": 16, "features": "vgg16", "noise_levels": [0, 0.3]}
+    tree["evaluate"]["prefix_lengths"] = None
     tree["evaluate"]["metrics"] = [name for name in recipe.evaluate.metrics if name != "cost"]  # it is timed
     return build_recipe(tree)
 

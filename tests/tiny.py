@@ -10,6 +10,16 @@ from latelier.recipe import Recipe, build_recipe
 
 VMAE: dict[str, Any] = {"dim": 32, "depth": 1, "heads": 2, "decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2}
 
+DCAE: dict[str, Any] = {  # for the tokenizer's `model`: f = 8
+    "latent_channels": 8,
+    **{f"{side}_block_out_channels": (8, 16, 16, 16) for side in ("encoder", "decoder")},
+    **{f"{side}_layers_per_block": (0, 1, 1, 1) for side in ("encoder", "decoder")},
+    **{f"{side}_qkv_multiscales": ((), (), (), ()) for side in ("encoder", "decoder")},
+    **{f"{side}_block_types": "ResBlock" for side in ("encoder", "decoder")},
+    "decoder_norm_types": "rms_norm", "decoder_act_fns": "silu", "encoder_out_shortcut": False,
+    "decoder_in_shortcut": False,
+}  # fmt: skip
+
 MAETOK: dict[str, Any] = {  # for the tokenizer's section, at 64 px: HOG is predicted at the masked ones of 16 patches
     "kind": "maetok", "preset": "maetok-b-128",
     "model": {**VMAE, "patch_size": 16, "latent_tokens": 6, "latent_channels": 4},

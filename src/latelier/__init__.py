@@ -12,6 +12,7 @@ _PUBLIC = {
     "VMAE": "latelier.tokenizers.vmae",
     "MAETok": "latelier.tokenizers.maetok",
     "DiT": "latelier.denoisers.dit",
+    "UViT": "latelier.denoisers.uvit",
     "UNet": "latelier.denoisers.unet",
     "CrossAttentionUNet": "latelier.denoisers.unet",
     "Condition": "latelier.conditioning.condition",

@@ -87,11 +87,25 @@ def reconstruct(
     images: Annotated[list[Path], typer.Argument(help="Picture files or folders.")],
     out: Annotated[Path, typer.Option(help="Where the picture pairs go.")] = Path("reconstructions.png"),
     size: Annotated[int, typer.Option(help="Side in pixels to which pictures are cropped.")] = 256,
+    channels: Annotated[
+        str | None, typer.Option(help="Decode prefixes of the latent channels, such as 4,8,16,32: a row for each.")
+    ] = None,
 ) -> None:
     """Pass pictures through a tokenizer and put originals above reconstructions."""
-    from latelier.experiment import reconstruct as reconstruct_images
+    from latelier.tasks import reconstruct as reconstruct_images
 
-    console.print(f"{out}: mean PSNR {reconstruct_images(tokenizer, images, out, size):.2f} dB")
+    lengths = _read_numbers(channels, "--channels") if channels else []
+    found = reconstruct_images(tokenizer, images, out, size, lengths)
+    told = [f" with {length} channels" for length in lengths] or [""]
+    console.print(f"{out}: mean PSNR " + ", ".join(f"{value:.2f} dB{more}" for value, more in zip(found, told)))
+
+
+def _read_numbers(text: str, option: str) -> list[int]:
+    """`4,8,16` as numbers."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise LatelierError(f"{option} = {text!r} is no list of numbers; write 4,8,16.") from None
 
 
 @app.command(epilog="Example:  latelier sample runs/quickstart --classes 'Animals & Nature' --count 16 --seed 7")
@@ -109,8 +123,9 @@ def sample(
     count: Annotated[int, typer.Option(help="How many pictures.")] = 16,
     steps: Steps = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="ddim, plms, dpm++, unipc, euler, heun, ...")] = None,
+    sampler: Annotated[str | None, typer.Option(help="ddim, plms, dpm++, unipc, euler, heun, sde, dopri5, ...")] = None,
     size: Annotated[int | None, typer.Option(help="Side in pixels; default: the trained size.")] = None,
+    channels: Annotated[int | None, typer.Option(help="Draw only the first so many latent channels.")] = None,
     window: Window = None,
     stride: Annotated[int | None, typer.Option(help="From one window to the next; default half a window.")] = None,
     seed: Annotated[int, typer.Option(help="Picture i is drawn from seed + i.")] = 0,
@@ -125,8 +140,8 @@ def sample(
         "layouts": [read_layout(text) for text in layout or []], "segmentations": segmentation or [], "maps": map or [],
     }  # fmt: skip
     settings = {
-        "count": count, "steps": steps, "guidance": guidance, "sampler": sampler, "window": window, "stride": stride,
-        "seed": seed,
+        "count": count, "steps": steps, "guidance": guidance, "sampler": sampler, "channels": channels,
+        "window": window, "stride": stride, "seed": seed,
     }  # fmt: skip
     console.print(f"Grid: {sample_to_folder(run, asked, settings, size, out)}")
 

@@ -323,33 +323,6 @@ def _chain(first: Tensor, rest: Iterator[Tensor]) -> Iterator[Tensor]:
     yield from rest
 
 
-def reconstruct(tokenizer: str, images: list[Path], out: Path, size: int) -> float:
-    """Pass picture files through a tokenizer; pairs go to `out`.
-
-    Returns:
-        Mean PSNR in dB.
-    """
-    import torch
-
-    from latelier.evaluation.metrics import psnr
-    from latelier.images import make_pairs, save_png
-    from latelier.tokenizers.codec import Codec
-    from latelier.training.runtime import best_device
-
-    folder = Path(tokenizer)
-    path = folder / "tokenizer" if (folder / "tokenizer").is_dir() else tokenizer
-    try:
-        codec = Codec.from_pretrained(path, precision="auto").to(best_device())
-    except OSError as error:
-        raise LatelierError(f"No tokenizer can be opened at {tokenizer} ({str(error).splitlines()[0]}).") from None
-    codec.latent_shape(size, size)
-    pictures = _read_pictures(images, codec.image_channels, size)
-    with torch.no_grad():
-        result = torch.cat([codec.decode(codec.encode(x[None].to(codec.device))).clamp(-1, 1).cpu() for x in pictures])
-    save_png(make_pairs(pictures, result, columns=min(8, len(pictures))), out)
-    return psnr(result, pictures).mean().item()
-
-
 def inspect(tokenizer: str, source: str, size: int, samples: int, out: Path, options: list[str]) -> Path:
     """Measure the latent space of any trained tokenizer on any pictures: a run without training.
 
@@ -397,25 +370,3 @@ def show_measurements(measured: list[Measurement]) -> None:
         interval = f"{m.interval[0]:.3f} to {m.interval[1]:.3f}" if m.interval else ""
         table.add_row(m.name, f"{m.value:.4g}", interval, f"{m.receipt.get('n', '')}")
     console.print(table)
-
-
-def _read_pictures(paths: list[Path], channels: int, size: int) -> Tensor:
-    """Picture files, and those in folders, centre-cropped to a square, `(n, c, size, size)` in [-1, 1]."""
-    import torch
-    from PIL import Image
-
-    from latelier.data.transforms import UNREADABLE, Transform, to_float
-    from latelier.recipe import Data
-
-    transform = Transform(Data(source="files", image_size=(size, size), channels=channels, flip=False))
-    files = [f for path in paths for f in (sorted(path.rglob("*")) if path.is_dir() else [path]) if f.is_file()]
-    tensors = []
-    for file in files:
-        try:
-            with Image.open(file) as image:
-                tensors.append(to_float(transform.pixels(image)[0]))
-        except UNREADABLE:
-            continue
-    if not tensors:
-        raise LatelierError(f"No picture can be read from {', '.join(map(str, paths)) or 'nothing'}.")
-    return torch.stack(tensors)

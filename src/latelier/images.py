@@ -46,12 +46,18 @@ def make_grid(images: Float[Tensor, "b c h w"], columns: int = 8, padding: int =
 
 def make_pairs(upper: Float[Tensor, "b c h w"], lower: Float[Tensor, "b c h w"], columns: int = 8) -> Image.Image:
     """A grid in which each row of `upper` stands above the row of `lower` that belongs to it."""
-    upper, lower = upper.detach().float().cpu(), lower.detach().float().cpu()
-    if len(upper) % columns and len(upper) > columns:  # fill the last row, so that columns stay aligned
-        blank = torch.zeros_like(upper[:1]).expand(columns - len(upper) % columns, -1, -1, -1)
-        upper, lower = torch.cat([upper, blank]), torch.cat([lower, blank])
-    rows = [part for pair in zip(upper.split(columns), lower.split(columns)) for part in pair]
-    return make_grid(torch.cat(rows), min(columns, len(upper)))
+    return make_columns([upper, lower], columns)
+
+
+def make_columns(layers: list[Float[Tensor, "b c h w"]], columns: int = 8) -> Image.Image:
+    """A grid in which versions of a picture, one of each layer, stand below each other."""
+    layers = [layer.detach().float().cpu() for layer in layers]
+    count = len(layers[0])
+    if count % columns and count > columns:  # fill the last row, so that columns stay aligned
+        blank = torch.zeros_like(layers[0][:1]).expand(columns - count % columns, -1, -1, -1)
+        layers = [torch.cat([layer, blank]) for layer in layers]
+    rows = [part for parts in zip(*(layer.split(columns) for layer in layers)) for part in parts]
+    return make_grid(torch.cat(rows), min(columns, len(layers[0])))
 
 
 def save_png(image: Image.Image, path: str | Path) -> Path:

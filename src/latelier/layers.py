@@ -30,18 +30,22 @@ def attention(
 class Attention(nn.Module):
     """Multi-head self-attention with packed projections, optional per-head RMS norm of q and k, optional RoPE."""
 
-    def __init__(self, dim: int, heads: int, qk_norm: bool = False):
+    def __init__(self, dim: int, heads: int, qk_norm: bool = False, qkv_bias: bool = True):
         super().__init__()
         if dim % heads:
             raise ValueError(f"width {dim} is not divisible by {heads} heads")
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.q_norm = RMSNorm(dim // heads) if qk_norm else None
         self.k_norm = RMSNorm(dim // heads) if qk_norm else None
 
     def forward(
-        self, x: Float[Tensor, "b n d"], rope: Complex[Tensor, "m *h k"] | None = None, first: int = 0
+        self,
+        x: Float[Tensor, "b n d"],
+        rope: Complex[Tensor, "m *h k"] | None = None,
+        first: int = 0,
+        mask: Bool[Tensor, "b n"] | None = None,
     ) -> Float[Tensor, "b n d"]:
         """Attend over all tokens.
 
@@ -49,6 +53,7 @@ class Attention(nn.Module):
             x: tokens.
             rope: table of `rope_table` or `mixed_rope_table`; it turns the m tokens from `first` on, no others.
             first: where they begin.
+            mask: false for tokens to which none attends.
         """
         b, n, d = x.shape
         qk, v = self.qkv(x).view(b, n, 3, self.heads, d // self.heads).split([2, 1], dim=2)  # (b, n, 2 and 1, h, k)
@@ -58,8 +63,12 @@ class Attention(nn.Module):
         if rope is not None:
             qk = rotate(qk, rope, first)
         q, k = qk.to(v.dtype).permute(2, 0, 3, 1, 4)  # 2 x (b, h, n, k)
-        x = attention(q, k, v[:, :, 0].transpose(1, 2)).transpose(1, 2).reshape(b, n, d)  # (b, n, d)
-        return self.proj(x)
+        v = v[:, :, 0].transpose(1, 2)  # (b, h, n, k)
+        if mask is None:
+            x = attention(q, k, v)  # (b, h, n, k)
+        else:
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])  # (b, h, n, k)
+        return self.proj(x.transpose(1, 2).reshape(b, n, d))
 
 
 class CrossAttention(nn.Module):
@@ -325,11 +334,15 @@ class TimeEmbedding(nn.Module):
         self.fc2 = nn.Linear(dim, dim)
 
     def forward(self, t: Float[Tensor, " b"]) -> Float[Tensor, "b d"]:
-        half = self.frequencies // 2
-        omega = torch.exp(-math.log(10000.0) * torch.arange(half, device=t.device) / half)  # (half,)
-        angles = t.float()[:, None] * omega  # (b, half)
-        features = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (b, frequencies)
-        return self.fc2(F.silu(self.fc1(features)))
+        return self.fc2(F.silu(self.fc1(sinusoid(t, self.frequencies))))
+
+
+def sinusoid(t: Float[Tensor, " b"], dim: int) -> Float[Tensor, "b d"]:
+    """[cos | sin] of t with periods up to 10000."""
+    half = dim // 2
+    omega = torch.exp(-math.log(10000.0) * torch.arange(half, device=t.device) / half)  # (half,)
+    angles = t.float()[:, None] * omega  # (b, half)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (b, d)
 
 
 def init_linear(module: nn.Module) -> None:

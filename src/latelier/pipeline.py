@@ -134,6 +134,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         guidance: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         guidance_channels: int | None = None,
+        channels: int | None = None,
         sampler: str = "auto",
         shift: float = 1.0,
         eta: float = 0.0,
@@ -168,8 +169,10 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             guidance: scale of classifier-free guidance; 1 is none.
             guidance_interval: noise levels at which guidance acts.
             guidance_channels: guide only the first so many latent channels.
+            channels: draw and decode only the first so many latent channels, with a denoiser that was trained on
+                prefixes of them.
             sampler: `euler`, `heun`, `dpm++`, `unipc` for any process; `ddim`, `ddpm`, `plms` for a ddpm process;
-                `sde` for a flow; or `auto`, which is `self.scheduler`.
+                `sde`, `dopri5` for a flow; or `auto`, which is `self.scheduler`.
             shift: flow: above 1 spends more steps near noise.
             eta: ddim: 0 is deterministic, 1 ancestral.
             last_step: sde: the time from which one step without noise follows.
@@ -202,8 +205,9 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         asked = Asked({k: list(v) for k, v in given.items() if v}, records or {}, negative_prompts)
         settings = sample or _settings(
             classes=classes, count=count if count is not None else len(asked), steps=steps, guidance=guidance,
-            guidance_interval=guidance_interval, guidance_channels=guidance_channels, sampler=sampler, shift=shift,
-            eta=eta, last_step=last_step, seed=seed, batch=batch, window=window, stride=stride,
+            guidance_interval=guidance_interval, guidance_channels=guidance_channels, channels=channels,
+            sampler=sampler, shift=shift, eta=eta, last_step=last_step, seed=seed, batch=batch, window=window,
+            stride=stride,
         )  # fmt: skip
         dropped = self.config["dropped"]
         asked = asked.check(self.conditioner, settings.guidance, dropped)
@@ -211,6 +215,10 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         codec.precision = precision
         size = (height or self.config["height"], width or self.config["width"])
         shape = codec.latent_shape(*size)
+        if settings.channels is not None:
+            if settings.channels > shape[0]:
+                raise LatelierError(f"channels = {settings.channels} is not a prefix of {shape[0]} latent channels.")
+            shape = (settings.channels, *shape[1:])
         device, drawn = self._execution_device, []
         denoiser = windowed(self.denoiser, settings.window, settings.stride, settings.batch)
         batches = range(settings.seed, settings.seed + settings.count, settings.batch)
@@ -226,7 +234,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
                         denoiser, process, settings, shape, condition, null, seeds, device, advance, scheduler,
                         guide and guide.of([seed - settings.seed for seed in seeds]),
                     )  # fmt: skip
-                finished = latents if output_type == "latent" else _finish(codec, latents, record, settings.window)
+                finished = latents if output_type == "latent" else _finish(codec, latents, record, settings)
                 drawn.append(finished.cpu())
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=_convert(torch.cat(drawn), output_type))
@@ -261,12 +269,15 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             yield advance
 
 
-def _finish(codec: Codec, latents: Tensor, record: Mapping[str, Any], window: int | None) -> Float[Tensor, "b c h w"]:
+def _finish(
+    codec: Codec, latents: Tensor, record: Mapping[str, Any], settings: recipe.Sample
+) -> Float[Tensor, "b c h w"]:
     """Pictures of latents; where a record has holes, everything outside of them is the picture that was given."""
+    window, channels = settings.window, settings.channels
     if window is None or max(latents.shape[2:]) <= window:
-        images = codec.decode(latents)  # (b, c, h, w)
+        images = codec.decode(latents, channels)  # (b, c, h, w)
     else:
-        images = torch.cat([decode_tiled(codec, row, window, window // 2) for row in latents.split(1)])
+        images = torch.cat([decode_tiled(codec, row, window, window // 2, channels) for row in latents.split(1)])
     images = images.clamp(-1, 1)
     return compose(images, record["image"].to(images), record["hole"]) if "hole" in record else images
 

@@ -1,12 +1,14 @@
-"""Picture in, picture out: enlarging and filling holes, for any size, with a pipeline that was trained for it."""
+"""Picture in, picture out: through a tokenizer and back; enlarged, or its holes filled, by a pipeline."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -115,3 +117,61 @@ def _continued(image: Float[Tensor, "c h w"], step: int) -> Float[Tensor, "c k l
     """The picture with its last row and column repeated until `step` divides both sides."""
     down, right = (-side % step for side in image.shape[1:])
     return F.pad(image[None], (0, right, 0, down), mode="replicate")[0]
+
+
+def reconstruct(tokenizer: str, images: list[Path], out: Path, size: int, channels: Sequence[int] = ()) -> list[float]:
+    """Pass picture files through a tokenizer; originals go to `out`, above what came back.
+
+    Args:
+        tokenizer: a run folder, a tokenizer folder, or a diffusers Hub name.
+        images: files and folders.
+        out: a PNG file.
+        size: side in pixels to which pictures are cropped.
+        channels: decode only the first so many latent channels, a row for each; nothing decodes all.
+
+    Returns:
+        Mean PSNR in dB of each row.
+
+    Raises:
+        LatelierError: if the tokenizer or the pictures cannot be opened, or do not fit.
+    """
+    from latelier.evaluation.metrics import psnr
+    from latelier.images import make_columns, save_png
+    from latelier.tokenizers.codec import Codec
+    from latelier.training.runtime import best_device
+
+    folder = Path(tokenizer)
+    path = folder / "tokenizer" if (folder / "tokenizer").is_dir() else tokenizer
+    try:
+        codec = Codec.from_pretrained(path, precision="auto").to(best_device())
+    except OSError as error:
+        raise LatelierError(f"No tokenizer can be opened at {tokenizer} ({str(error).splitlines()[0]}).") from None
+    codec.latent_shape(size, size)
+    pictures = _read_pictures(images, codec.image_channels, size)
+    with torch.no_grad():
+        latents = [codec.encode(x[None].to(codec.device)) for x in pictures]
+        lengths: list[int | None] = [*channels] or [None]
+        rows = [torch.cat([codec.decode(z, length).clamp(-1, 1).cpu() for z in latents]) for length in lengths]
+    save_png(make_columns([pictures, *rows], columns=min(8, len(pictures))), out)
+    return [psnr(row, pictures).mean().item() for row in rows]
+
+
+def _read_pictures(paths: list[Path], channels: int, size: int) -> Tensor:
+    """Picture files, and those in folders, centre-cropped to a square, `(n, c, size, size)` in [-1, 1]."""
+    from PIL import Image
+
+    from latelier.data.transforms import UNREADABLE, Transform, to_float
+    from latelier.recipe import Data
+
+    transform = Transform(Data(source="files", image_size=(size, size), channels=channels, flip=False))
+    files = [f for path in paths for f in (sorted(path.rglob("*")) if path.is_dir() else [path]) if f.is_file()]
+    tensors = []
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                tensors.append(to_float(transform.pixels(image)[0]))
+        except UNREADABLE:
+            continue
+    if not tensors:
+        raise LatelierError(f"No picture can be read from {', '.join(map(str, paths)) or 'nothing'}.")
+    return torch.stack(tensors)

@@ -20,6 +20,7 @@ from latelier.conditioning.condition import Condition
 from latelier.conditioning.transformer import TokenTransformer
 from latelier.draws import address
 from latelier.errors import LatelierError
+from latelier.layers import sincos_positions
 
 if TYPE_CHECKING:
     from latelier.conditioning import World
@@ -150,6 +151,14 @@ class LayoutConditioner(ModelMixin, ConfigMixin):
             )
         self.length = 3 * objects + 2 * crop
         self.transformer = TokenTransformer(tokens, self.length, dim, layers, heads, head_dim)
+        self._place_corners()
+
+    def _place_corners(self) -> None:
+        """Corners begin as their places' sinusoids, those that pictures have: neighbours are alike from the start."""
+        side, table = grid_side(self.config["tokens"]), self.transformer.token_embed.weight  # (tokens, d)
+        if table.shape[1] % 4 == 0:
+            with torch.no_grad():
+                table[: side * side].copy_(sincos_positions(table.shape[1], (side, side))[0])
 
     @property
     def token_width(self) -> int:

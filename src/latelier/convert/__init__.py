@@ -27,6 +27,10 @@ KINDS = {
     "sit": "latelier.convert.dit:convert_sit",
     "lightning-dit": "latelier.convert.dit:convert_lightning_dit",
     "maetok-sit": "latelier.convert.dit:convert_maetok_sit",
+    "dcae": "latelier.convert.dcae:convert",
+    "dcae-sit": "latelier.convert.dit:convert_dcae_sit",
+    "usit": "latelier.convert.uvit:convert_usit",
+    "uvit": "latelier.convert.uvit:convert_uvit",
     "ldm": "latelier.convert.ldm:convert",
     "ldm-kl": "latelier.convert.ldm_autoencoder:convert_kl",
     "ldm-vq": "latelier.convert.ldm_autoencoder:convert_vq",
@@ -35,7 +39,7 @@ KINDS = {
     "ldm-text": "latelier.convert.ldm_text:convert",
 }
 WHOLE = ("ldm",)  # kinds whose parts are told apart by prefixes
-PREFIXES = ("module.", "_orig_mod.", "model.diffusion_model.", "first_stage_model.")
+PREFIXES = ("module.", "_orig_mod.", "model.diffusion_model.", "diffusion_model.", "first_stage_model.")
 WRAPPERS = ("ema", "model_ema", "state_dict", "model")  # what checkpoints of these projects wrap their weights in
 
 

@@ -37,6 +37,17 @@ def convert_maetok_sit(weights: dict[str, Tensor], config: dict[str, Any]) -> Co
     return _convert(weights, config, SWITCHES["sit"])
 
 
+def convert_dcae_sit(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
+    """DC-AE's SiT, whose table of positions is the file's: its constructor leaves zeros, unlike SiT's own."""
+    table = weights.pop("pos_embed", None)
+    if table is not None:
+        config = {**config, "input": math.isqrt(table.shape[1])}  # its patches are single latents
+    converted = _convert(weights, config, {**SWITCHES["sit"], "reversed_time": True, "own_positions": True})
+    if table is not None:
+        converted.model.pos_embed.copy_(table)
+    return converted
+
+
 def convert_lightning_dit(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
     """LightningDiT (Yao et al. 2025)."""
     switches = {**SWITCHES["lightning-dit"], "qk_norm": "blocks.0.attn.q_norm.weight" in weights}
@@ -61,7 +72,7 @@ def _convert(weights: dict[str, Tensor], config: dict[str, Any], switches: dict[
     )
     ours = {_rename(name): value for name, value in weights.items() if not name.startswith((*FIXED, "y_embedder."))}
     ours["x_embed.weight"] = ours["x_embed.weight"].flatten(1)
-    load_exactly(model, ours)
+    load_exactly(model, ours, optional=FIXED)
     return Converted(model, _conditioner(weights, config))
 
 

@@ -17,6 +17,8 @@ DENOISERS = {
     "dit": "latelier.denoisers.dit",
     "sit": "latelier.denoisers.dit",
     "lightning-dit": "latelier.denoisers.dit",
+    "uvit": "latelier.denoisers.uvit",
+    "usit": "latelier.denoisers.uvit",
     "unet": "latelier.denoisers.unet",
 }
 

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from latelier.conditioning.condition import Condition
+from latelier.denoisers.prefix import fill_up
 from latelier.errors import LatelierError
 from latelier.layers import (
     MLP,
@@ -71,6 +72,8 @@ class DiT(ModelMixin, ConfigMixin):
         reversed_time: the weights were trained with t = 0 noise and predict data - noise (SiT, LightningDiT): the
             time is turned and the prediction negated, so that callers see our convention.
         time_scale: what t in [0, 1] is multiplied by before its embedding (1000 for weights trained on 0..999).
+        prefix_channels: whether `x_t` may have fewer channels, the first ones (DC-AE 1.5's augmented training).
+        own_positions: the table of positions is kept with the weights instead of being computed (DC-AE's SiT).
     """
 
     _supports_gradient_checkpointing = True
@@ -95,6 +98,8 @@ class DiT(ModelMixin, ConfigMixin):
         learn_sigma: bool = False,
         reversed_time: bool = False,
         time_scale: float = 1.0,
+        prefix_channels: bool = False,
+        own_positions: bool = False,
     ):
         super().__init__()
         self.grid = tuple(g // patch_size for g in grid)
@@ -105,7 +110,8 @@ class DiT(ModelMixin, ConfigMixin):
         self.final_norm = _norm(norm, dim)
         self.modulation = nn.Linear(dim, 2 * dim)
         self.head = nn.Linear(dim, in_channels * (1 + learn_sigma) * volume)
-        self.register_buffer("pos_embed", sincos_positions(dim, self.grid), persistent=False)
+        table = sincos_positions(dim, self.grid)  # (1, n, d)
+        self.register_buffer("pos_embed", torch.zeros_like(table) if own_positions else table, persistent=own_positions)
         self.gradient_checkpointing = False
         self._init_weights()
 
@@ -126,13 +132,14 @@ class DiT(ModelMixin, ConfigMixin):
         """Predict the process's target.
 
         Args:
-            x_t: noisy normalised latents.
+            x_t: noisy normalised latents, or their first channels where `prefix_channels` is set.
             t: noise level in [0, 1], 0 data, 1 noise.
             condition: `vector` is added to the time embedding, `spatial` is concatenated to `x_t`, `tokens` are what
                 all blocks attend to.
         """
         channels, p = x_t.shape[1], self.config["patch_size"]
         grid = tuple(g // p for g in x_t.shape[2:])
+        x_t = fill_up(x_t, self.config["in_channels"], self.config["prefix_channels"])
         if condition is not None and condition.spatial is not None:
             x_t = torch.cat([x_t, condition.spatial], dim=1)
         x = self.x_embed(patchify(x_t, p)) + resize_positions(self.pos_embed, self.grid, grid)  # (b, n, d)
@@ -239,7 +246,7 @@ def build(
     arguments = {**SWITCHES[recipe.kind], "patch_size": recipe.patch, **_size(recipe)}
     if recipe.process.kind == "ddpm":
         arguments.setdefault("time_scale", 1000.0)
-    return DiT(**{**arguments, **wanted, "grid": tuple(grid)})
+    return DiT(**{**arguments, **wanted, "grid": tuple(grid), "prefix_channels": recipe.prefixes is not None})
 
 
 def vector_width(recipe: DenoiserRecipe) -> int:

@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from latelier.conditioning.condition import Condition
+from latelier.denoisers.prefix import fill_up
 from latelier.errors import LatelierError
 from latelier.presets import open_init, preset_arguments
 from latelier.recipe import DenoiserRecipe
@@ -138,6 +139,7 @@ class _Denoiser:
         """Input of the first convolution `(b, c, h, w)`, and what is added to the time embedding `(b, 4 width)`."""
         config: dict[str, Any] = self.config  # type: ignore[attr-defined]
         _check_grid(x_t.shape[2:], len(config["block_out_channels"]))
+        x_t = fill_up(x_t, config["out_channels"], config["prefix_channels"])
         x = x_t if condition.spatial is None else torch.cat([x_t, condition.spatial], dim=1)
         if x.shape[1] != config["in_channels"]:
             raise LatelierError(
@@ -159,13 +161,14 @@ class UNet(_Denoiser, UNet2DModel):
             (`attention_head_dim`), so a model with `heads` (LDM: churches, inpainting-big) opens with plain
             `UNet2DModel` but would run with another number of heads there, and so another function. None leaves it
             to `attention_head_dim`, and both are the same.
+        prefix_channels: whether `x_t` may have fewer channels, the first ones (DC-AE 1.5's augmented training).
         others: those of `UNet2DModel`. `in_channels` counts the channels of a spatial condition, `out_channels` does
             not; `class_embed_type` is `identity` for a model that takes vectors.
     """
 
     @register_to_config
     @_extends(UNet2DModel)
-    def __init__(self, *, heads: int | None = None, **others: Any):
+    def __init__(self, *, heads: int | None = None, prefix_channels: bool = False, **others: Any):
         super().__init__(**others)
         for module in self.modules():
             if heads and isinstance(module, Attention):
@@ -191,11 +194,21 @@ class UNet(_Denoiser, UNet2DModel):
         if condition.tokens is not None:
             raise LatelierError("This U-Net has no cross-attention, it cannot take a condition's tokens.")
         x, vector = self._told(x_t, condition)
-        return super().forward(x, TIMESTEPS * t, vector, return_dict=False)[0].float()
+        return super().forward(x, TIMESTEPS * t, vector, return_dict=False)[0][:, : x_t.shape[1]].float()
 
 
 class CrossAttentionUNet(_Denoiser, UNet2DConditionModel):
-    """U-Net with transformers that attend to tokens; arguments are those of `UNet2DConditionModel`."""
+    """U-Net with transformers that attend to tokens.
+
+    Args:
+        prefix_channels: as `UNet`'s.
+        others: those of `UNet2DConditionModel`.
+    """
+
+    @register_to_config
+    @_extends(UNet2DConditionModel)
+    def __init__(self, *, prefix_channels: bool = False, **others: Any):
+        super().__init__(**others)
 
     def forward(  # type: ignore[override]
         self, x_t: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], condition: Condition | None = None
@@ -215,7 +228,11 @@ class CrossAttentionUNet(_Denoiser, UNet2DConditionModel):
             raise LatelierError(f"This U-Net has cross-attention: its condition must have tokens of width {width}.")
         x, vector = self._told(x_t, condition)
         mask = {} if condition.mask is None else {"encoder_attention_mask": condition.mask}
-        return super().forward(x, TIMESTEPS * t, condition.tokens, vector, return_dict=False, **mask)[0].float()
+        return (
+            super()
+            .forward(x, TIMESTEPS * t, condition.tokens, vector, return_dict=False, **mask)[0][:, : x_t.shape[1]]
+            .float()
+        )
 
 
 def build(
@@ -255,7 +272,9 @@ def build(
     arguments = _arguments(recipe, token_width)
     _check_grid(grid, len(arguments["block_out_channels"]))
     try:
-        model = cls(**{**arguments, **wanted, "sample_size": tuple(grid)})
+        model = cls(
+            **{**arguments, **wanted, "sample_size": tuple(grid), "prefix_channels": recipe.prefixes is not None}
+        )
     except ValueError as error:
         raise LatelierError(f"denoiser.model makes no U-Net: {error}") from None
     _zero_outputs(model)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from latelier import recipe
 from latelier.conditioning.condition import Condition
+from latelier.diffusion.adaptive import ADAPTIVE, integrate
 from latelier.diffusion.guidance import guided
 from latelier.diffusion.guiding import Guide
 from latelier.diffusion.process import DDPM, TIMESTEPS, Flow, Scheduler
@@ -85,11 +86,15 @@ def sample_latents(
             denoiser, x_t, t, condition, null, sample.guidance, sample.guidance_interval, sample.guidance_channels
         )
 
+    def predict_at(x_t: Tensor, time: float) -> Tensor:
+        t = torch.full((len(seeds),), time, device=device)  # (b,)
+        return (predict(x_t, t) if guide is None else guide(predict, x_t, t, process)).float()
+
+    if sample.sampler == ADAPTIVE:
+        return integrate(predict_at, x, progress)
     for done, timestep in enumerate(scheduler.timesteps, 1):
-        t = torch.full((len(seeds),), float(timestep) / TIMESTEPS, device=device)  # (b,)
-        x_t = scale_input(x, timestep)  # (b, c, *grid)
-        prediction = predict(x_t, t) if guide is None else guide(predict, x_t, t, process)
-        x = scheduler.step(prediction.float(), timestep, x, **options).prev_sample  # (b, c, *grid)
+        prediction = predict_at(scale_input(x, timestep), float(timestep) / TIMESTEPS)  # (b, c, *grid)
+        x = scheduler.step(prediction, timestep, x, **options).prev_sample  # (b, c, *grid)
         if progress is not None:
             progress(done, total)
     return x.float()

@@ -17,12 +17,13 @@ from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
 from torch import Tensor
 
+from latelier.diffusion.adaptive import ADAPTIVE
 from latelier.diffusion.sde import ReverseSDE
 from latelier.errors import LatelierError
 
 Scheduler = Any  # a diffusers scheduler; they share `set_timesteps`, `timesteps` and `step` by custom, not by a base
 TIMESTEPS = 1000  # diffusers' schedulers count noise levels in thousandths of t
-FLOW_SAMPLERS = ("euler", "heun", "dpm++", "unipc", "sde")
+FLOW_SAMPLERS = ("euler", "heun", "dpm++", "unipc", "sde", ADAPTIVE)
 DDPM_SAMPLERS = ("ddim", "ddpm", "plms", "dpm++", "unipc", "euler", "heun")
 
 LEAST_LOG_SNR = -5.1  # log(alpha / sigma) where fast solvers begin on a cosine schedule, as diffusers advises for it
@@ -159,6 +160,8 @@ def shifted(t: Any, shift: float) -> Any:
 def flow_scheduler(kind: str, last_step: float = 0.04) -> Scheduler:
     """A scheduler of one of `FLOW_SAMPLERS`, not yet on its grid.
 
+    The adaptive sampler needs none; where one is asked for, Euler's stands for the process.
+
     Args:
         kind: the sampler.
         last_step: where the noisy steps of `sde` end.
@@ -167,8 +170,8 @@ def flow_scheduler(kind: str, last_step: float = 0.04) -> Scheduler:
 
     if kind == "sde":
         return ReverseSDE(last_step, TIMESTEPS)
-    if kind in ("euler", "heun"):
-        name = {"euler": "FlowMatchEulerDiscreteScheduler", "heun": "FlowMatchHeunDiscreteScheduler"}[kind]
+    if kind in ("euler", "heun", ADAPTIVE):
+        name = f"FlowMatch{'Heun' if kind == 'heun' else 'Euler'}DiscreteScheduler"
         return getattr(diffusers, name)(num_train_timesteps=TIMESTEPS, shift=1.0)
     name = {"dpm++": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}[kind]
     return getattr(diffusers, name)(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0)

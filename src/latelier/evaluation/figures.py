@@ -35,6 +35,7 @@ COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8
 MARKERS = "osD^vPX"
 INK, SOFT, LINE = "#1d1f23", "#5f6570", "#e2e2de"  # of the page
 MAP = "latent-map.png"  # the file of a run's map of latents
+CHANNELS = "channels.png"
 WIDTH = 9.0  # inches, 900 px at 100 dpi
 FLAT = 0.3  # levels up to here are what the areas under the curves are taken over
 STYLE: Any = {

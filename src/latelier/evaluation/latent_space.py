@@ -69,7 +69,7 @@ def measure_smoothness(
         raise LatelierError("evaluate.noise_levels has no level above 0; smoothness needs one, such as 0.3.")
     if not {"psnr", "lpips", "rfd"} & set(evaluate.metrics):
         return []
-    judge = _Judge(evaluate, codec.device, len(levels))
+    judge = Judge(evaluate, codec.device, len(levels))
     scaled, pictures, scale = with_statistics(codec, read(batches, evaluate.samples))
     n, size = 0, (0, 0)
     for images, _ in pictures:
@@ -120,7 +120,7 @@ def area_weights(levels: list[float], end: float = AREA_END) -> Float[Tensor, " 
     return torch.tensor(areas, dtype=torch.float64) / (end - levels[0])
 
 
-class _Judge:
+class Judge:
     """PSNR, LPIPS and Fréchet distance of each level's pictures to the originals, in one pass of VGG16 where it can be.
 
     Args:

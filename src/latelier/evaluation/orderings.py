@@ -22,9 +22,10 @@ Verdict = Literal["reproduced", "reversed", "undecided"]
 
 DIRECTIONS: dict[str, str] = {
     **BETTER, "within": "lower", "separation": "higher", "smoothness-psnr": "higher", "smoothness-lpips": "lower",
-    "smoothness-rfd": "lower", "gflop": "lower", "parameters": "lower", "size-mib": "lower", "memory-gb": "lower",
+    "smoothness-rfd": "lower", "prefix-psnr": "higher", "prefix-lpips": "lower", "prefix-rfd": "lower",
+    "gflop": "lower", "parameters": "lower", "size-mib": "lower", "memory-gb": "lower",
 }  # fmt: skip
-OF_FEATURES = ("rfd", "gfd", "smoothness-rfd")  # distances whose names carry an extractor: rfd-vgg16
+OF_FEATURES = ("rfd", "gfd", "smoothness-rfd", "prefix-rfd")  # distances whose names carry an extractor: rfd-vgg16
 MISSING = "–"
 ARROWS = {"lower": " ↓", "higher": " ↑", None: ""}
 RECEIPT = {

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 OBJECTIVES = {
     "vmae": "latelier.objectives.vmae:VMAEObjective",
     "conv": "latelier.objectives.autoencoder:AutoencoderObjective",
+    "dcae": "latelier.objectives.dcae:DCAEObjective",
     "maetok": "latelier.objectives.maetok:MAETokObjective",
 }
 

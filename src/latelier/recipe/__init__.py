@@ -17,19 +17,21 @@ from pydantic import Field, ValidationError
 from latelier.errors import LatelierError
 from latelier.recipe.base import Count, Section, Training, parse_count
 from latelier.recipe.data import Data
+from latelier.recipe.dcae import DCAERecipe
 from latelier.recipe.denoiser import DenoiserRecipe, Process
 from latelier.recipe.evaluate import Evaluate
 from latelier.recipe.maetok import MAETokRecipe, Masking, Target
+from latelier.recipe.prefixes import Prefixes
 from latelier.recipe.problems import first_problem
 from latelier.recipe.sample import Sample
 from latelier.recipe.tokenizer import ConvRecipe, IdentityRecipe, PretrainedRecipe, TokenizerRecipe, VMAERecipe
 from latelier.recipe.trained import Adversarial, TrainedTokenizer
 
 __all__ = [
-    "Adversarial", "ConvRecipe", "Count", "Data", "DenoiserRecipe", "Evaluate", "IdentityRecipe", "MAETokRecipe",
-    "Masking", "PretrainedRecipe", "Process", "Recipe", "Sample", "Section", "Target", "TokenizerRecipe",
-    "TrainedTokenizer", "Training", "VMAERecipe", "apply_overrides", "as_numbers", "build_recipe", "dump",
-    "find_recipe", "first_problem", "load_recipe", "parse_count", "recipe_files", "schema",
+    "Adversarial", "ConvRecipe", "Count", "DCAERecipe", "Data", "DenoiserRecipe", "Evaluate", "IdentityRecipe",
+    "MAETokRecipe", "Masking", "Prefixes", "PretrainedRecipe", "Process", "Recipe", "Sample", "Section", "Target",
+    "TokenizerRecipe", "TrainedTokenizer", "Training", "VMAERecipe", "apply_overrides", "as_numbers",
+    "build_recipe", "dump", "find_recipe", "first_problem", "load_recipe", "parse_count", "recipe_files", "schema",
 ]  # fmt: skip
 
 # Recipes lie in the package when it is installed from a wheel, and at the root of a clone.

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from latelier.recipe.base import Section, Training, Weight
 from latelier.recipe.condition import ClassCondition, Conditions
+from latelier.recipe.prefixes import Prefixes
 
 
 class Process(Section):
@@ -25,7 +26,7 @@ class Process(Section):
 class DenoiserRecipe(Training):
     """A latent diffusion model."""
 
-    kind: Literal["dit", "sit", "lightning-dit", "unet"] = "lightning-dit"
+    kind: Literal["dit", "sit", "lightning-dit", "uvit", "usit", "unet"] = "lightning-dit"
     size: str = Field("B", description="of the transformer, or the preset of the U-Net")
     patch: int = Field(1, ge=1, description="side of a transformer's patch in latent positions")
     model: dict[str, Any] = Field(default_factory=dict, description="overrides of the size's architecture")
@@ -36,5 +37,8 @@ class DenoiserRecipe(Training):
     )
     loss: Literal["l2", "l1"] = Field("l2", description="squared or absolute error of the prediction")
     cosine_weight: Weight = Field(0.0, description="weight of 1 - cos(prediction, target), LightningDiT")
+    prefixes: Prefixes | None = Field(
+        None, description="augmented training: random prefixes of the latents' channels (DC-AE 1.5)"
+    )
     sample_posterior: bool = Field(True, description="draw z anew each time; false uses the posterior's mean")
     cache: bool = Field(True, description="encode once to disk; false encodes on the fly, with all augmentations")

@@ -10,7 +10,7 @@ from latelier.recipe.base import Count, Section, Weight
 
 Metric = Literal[
     "psnr", "ssim", "lpips", "l1", "rfd", "gfd", "precision", "recall", "smoothness", "compression", "cost",
-    "gmm", "probe", "spectrum", "map", "difficulty",
+    "gmm", "probe", "spectrum", "map", "difficulty", "prefixes", "channels",
 ]  # fmt: skip
 
 
@@ -27,6 +27,9 @@ class Evaluate(Section):
     clusters: int = Field(64, ge=2, description="of compression, at each granularity")
     modes: list[Annotated[int, Field(ge=1)]] = Field(
         [1, 2, 5, 10, 20, 50, 100, 200, 300], description="of gmm: numbers of Gaussians"
+    )
+    prefix_lengths: list[Annotated[int, Field(ge=1)]] | None = Field(
+        None, description="of prefixes: numbers of channels that are decoded; default quarters of them"
     )
     probe_samples: Count = Field(10_000, description="training pictures that probe, gmm and difficulty learn from")
     seed: int = Field(0, ge=0, description="of the noise, of the clusters, of the holes of inpainting")

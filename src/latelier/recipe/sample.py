@@ -16,7 +16,10 @@ class Sample(Section):
     guidance: float = Field(1.0, ge=0)
     guidance_interval: tuple[Unit, Unit] = Field((0.0, 1.0), description="noise levels t at which guidance acts")
     guidance_channels: int | None = Field(None, ge=1, description="guide only the first channels (LightningDiT: 3)")
-    sampler: Literal["auto", "euler", "heun", "ddpm", "ddim", "plms", "dpm++", "unipc", "sde"] = "auto"
+    channels: int | None = Field(
+        None, ge=1, description="draw only the first so many latent channels (a denoiser trained with `prefixes`)"
+    )
+    sampler: Literal["auto", "euler", "heun", "ddpm", "ddim", "plms", "dpm++", "unipc", "sde", "dopri5"] = "auto"
     shift: float = Field(1.0, gt=0, description="flow: spends more steps near noise when above 1")
     last_step: Unit = Field(0.04, description="sde: where the noisy steps end and one step without noise follows")
     eta: Unit = Field(0.0, description="ddim: 0 deterministic, 1 ancestral")

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from latelier.errors import LatelierError
 from latelier.recipe.base import Count, Section, Unit, Weight
+from latelier.recipe.dcae import DCAERecipe
 from latelier.recipe.maetok import MAETokRecipe
 from latelier.recipe.trained import TrainedTokenizer
 
@@ -114,5 +115,5 @@ class PretrainedRecipe(Section):
 
 
 TokenizerRecipe = Annotated[
-    VMAERecipe | MAETokRecipe | ConvRecipe | IdentityRecipe | PretrainedRecipe, Field(discriminator="kind")
+    VMAERecipe | MAETokRecipe | DCAERecipe | ConvRecipe | IdentityRecipe | PretrainedRecipe, Field(discriminator="kind")
 ]

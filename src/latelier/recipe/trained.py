@@ -57,7 +57,9 @@ class TrainedTokenizer(Training):
     init: str | None = Field(None, description="start from this folder or Hub name instead of random weights")
     model: dict[str, Any] = Field(default_factory=dict, description="overrides of the preset's architecture")
     image_size: Size | None = Field(None, description="train at this size; by default that of `data`")
-    train: Literal["all", "decoder"] | list[str] = Field("all", description="what learns: or the names of modules")
+    train: Literal["all", "decoder", "middle", "head"] | list[str] = Field(
+        "all", description="what learns: all, the decoder, the layers around the latent, those next to the pixels"
+    )
     perceptual_weight: Weight = Field(0.5, description="of LPIPS (VGG16); 0 leaves it out")
     perceptual_every: int = Field(1, ge=1, description="n: LPIPS on every n-th picture only, since it costs most")
     adversarial: Adversarial | None = Field(None, description="a discriminator; none by default")

@@ -25,6 +25,7 @@ TOKENIZERS = {
     "vmae": "latelier.tokenizers.vmae:build",
     "maetok": "latelier.tokenizers.maetok:build",
     "conv": "latelier.tokenizers.conv:build",
+    "dcae": "latelier.tokenizers.dcae:build",
     "identity": "latelier.tokenizers.conv:build_identity",
 }
 
@@ -62,7 +63,25 @@ def decoder_parts(tokenizer: "nn.Module") -> tuple[str, ...]:
 
 def last_layer(tokenizer: "nn.Module") -> "Tensor":
     """The weight nearest to the pixels, where the gradients of loss terms are compared."""
-    return tokenizer.last_layer if hasattr(tokenizer, "last_layer") else tokenizer.decoder.conv_out.weight
+    if hasattr(tokenizer, "last_layer"):
+        return tokenizer.last_layer
+    last = tokenizer.decoder.conv_out
+    return getattr(last, "conv", last).weight  # an AutoencoderDC may shuffle pixels behind it
+
+
+def parts_of(tokenizer: "nn.Module", train: str | list[str]) -> list[str]:
+    """Names of the modules that a recipe's `train` means.
+
+    `middle` are the layers on both sides of the latent, `head` those next to the pixels (the second and third phase of
+    DC-AE); its paper does not list them, this is the usual reading.
+    """
+    names = {
+        "all": [""],
+        "decoder": list(decoder_parts(tokenizer)),
+        "middle": ["encoder.conv_out", "quant_conv", "post_quant_conv", "decoder.conv_in", "to_latent", "from_latent"],
+        "head": ["decoder.norm_out", "decoder.conv_norm_out", "decoder.conv_out", "decoder_norm", "head", "smoother"],
+    }
+    return names[train] if isinstance(train, str) else train
 
 
 def freeze(tokenizer: "nn.Module", train: str | list[str]) -> None:
@@ -70,12 +89,12 @@ def freeze(tokenizer: "nn.Module", train: str | list[str]) -> None:
 
     Args:
         tokenizer: the model.
-        train: `all`, `decoder`, or names of modules such as `decoder.conv_out`.
+        train: `all`, `decoder`, `middle`, `head`, or names of modules such as `decoder.conv_out`; see `parts_of`.
 
     Raises:
         LatelierError: for a name that no weight's name begins with.
     """
-    wanted = [""] if train == "all" else decoder_parts(tokenizer) if train == "decoder" else train
+    wanted = parts_of(tokenizer, train)
     names = [name for name, _ in tokenizer.named_parameters()]
     for part in wanted if isinstance(train, list) else ():
         if not any(_belongs(name, part) for name in names):

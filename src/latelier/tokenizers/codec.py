@@ -100,14 +100,18 @@ class Codec:
         """Images of normalised latents, float32, not clamped.
 
         Args:
-            latents: `(b, c, *grid)`.
-            channels: decode only the first so many channels; the others are set to zero before the decoder.
+            latents: `(b, c, *grid)`, or only their first `channels` channels.
+            channels: decode only the first so many channels; the others are zero before the decoder.
+
+        Raises:
+            LatelierError: if there are not so many channels.
         """
-        z = self.denormalise(latents)
+        if channels is not None and not 0 < channels <= latents.shape[1]:
+            raise LatelierError(f"channels = {channels} is not a prefix of {latents.shape[1]} latent channels.")
+        z = self.denormalise(latents if channels is None else latents[:, :channels])  # (b, k, *grid)
         if channels is not None:
-            if not 0 < channels <= z.shape[1]:
-                raise LatelierError(f"channels = {channels} is not a prefix of {z.shape[1]} latent channels.")
-            z = torch.cat([z[:, :channels], torch.zeros_like(z[:, channels:])], dim=1)
+            lacking = self.channels - channels
+            z = torch.cat([z, z.new_zeros(len(z), lacking, *z.shape[2:])], dim=1)  # (b, c, *grid)
         with self._autocast():
             if z.ndim == 4:
                 z = z.contiguous(memory_format=self._memory_format)
@@ -143,6 +147,12 @@ class Codec:
         """Channels of the images."""
         return self.tokenizer.config.get("in_channels", 3)
 
+    @property
+    def channels(self) -> int:
+        """Channels of the latents."""
+        config = self.tokenizer.config
+        return config.get("vq_embed_dim") or config["latent_channels"]  # a VQModel may squeeze its latents
+
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """`(c, *grid)` of an image's latents.
 
@@ -156,9 +166,7 @@ class Codec:
             if len(shape) == 2 and "image_size" in self.tokenizer.config:
                 check_sequence((height, width), self.tokenizer.config["image_size"])
             return shape
-        config = self.tokenizer.config
-        channels = config.get("vq_embed_dim") or config["latent_channels"]  # a VQModel may squeeze its latents
-        return (channels, height // self.factor, width // self.factor)
+        return (self.channels, height // self.factor, width // self.factor)
 
     @property
     def device(self) -> torch.device:
@@ -222,7 +230,8 @@ class Codec:
 
     @staticmethod
     def _like(statistic: Tensor, z: Tensor) -> Tensor:
-        return statistic.to(z).view(-1, *[1] * (z.ndim - 2))
+        """Statistics of the channels that are there: all, or a prefix."""
+        return statistic[: z.shape[1]].to(z).view(-1, *[1] * (z.ndim - 2))
 
 
 def is_convolutional(tokenizer: torch.nn.Module) -> bool:

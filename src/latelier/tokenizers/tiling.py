@@ -20,7 +20,7 @@ from latelier.tokenizers.codec import Codec, check_size
 
 
 def decode_tiled(
-    codec: Codec, latents: Float[Tensor, "b k *grid"], tile: int, overlap: int
+    codec: Codec, latents: Float[Tensor, "b k *grid"], tile: int, overlap: int, channels: int | None = None
 ) -> Float[Tensor, "b c h w"]:
     """Images of normalised latents, `codec.decode` in tiles.
 
@@ -29,12 +29,13 @@ def decode_tiled(
         latents: normalised latents of any size.
         tile: side of a tile in latent positions; best that of training, or more.
         overlap: latent positions that neighbours share at least.
+        channels: decode only the first so many, see `Codec.decode`.
 
     Raises:
         LatelierError: for latents without a plane, and an overlap that leaves a tile nothing of its own.
     """
     _check(latents.shape[1:], tile, overlap)
-    return _tiled(codec.decode, latents, (tile, overlap), (1, codec.factor))
+    return _tiled(lambda part: codec.decode(part, channels), latents, (tile, overlap), (1, codec.factor))
 
 
 def encode_tiled(codec: Codec, images: Float[Tensor, "b c h w"], tile: int, overlap: int) -> Float[Tensor, "b k *grid"]:

@@ -64,7 +64,7 @@ def train_denoiser(recipe: Recipe, accelerator: Accelerator | None = None) -> Pa
         while stage.images < training.images:
             stage.set_learning_rate(optimizer)
             for micro in range(stage.accumulation):
-                batch = next(stream)
+                batch = {**next(stream), "seen": stage.images}
                 stage.backward(objective, batch, last=micro == stage.accumulation - 1)
             stage.update(objective, optimizer, ema, batch)
 
@@ -148,6 +148,7 @@ def build_objective(recipe: Recipe, codec: Codec, dataset: ImageDataset) -> Deno
         loss=section.loss,
         cosine_weight=section.cosine_weight,
         sample_posterior=section.sample_posterior,
+        prefixes=section.prefixes,
     )
 
 

@@ -1,0 +1,160 @@
+"""Official DC-AE 1.0, 1.1, 1.5 and SANA autoencoders to diffusers' `AutoencoderDC`.
+
+Everything is read off names and shapes. In both, queries, keys and values lie interleaved by head, `[q | k | v]` of 32
+rows each: what diffusers calls `to_q`, `to_k` and `to_v` are the thirds of that, not the queries, keys and values.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers import AutoencoderDC
+from torch import Tensor
+
+from latelier.convert import Converted, load_exactly, need
+from latelier.errors import LatelierError
+
+HEAD_WIDTH = 32
+RENAMED = {
+    "main.conv1.conv.": "conv1.",
+    "main.conv2.conv.": "conv2.",
+    "main.conv2.norm.": "norm.",
+    "main.conv.conv.": "conv.",  # down- and upsampling by shuffled pixels
+    "main.conv.": "conv.",
+    "context_module.main.proj.conv.": "attn.to_out.",
+    "context_module.main.proj.norm.": "attn.norm_out.",
+    "local_module.main.inverted_conv.conv.": "conv_out.conv_inverted.",
+    "local_module.main.depth_conv.conv.": "conv_out.conv_depth.",
+    "local_module.main.point_conv.conv.": "conv_out.conv_point.",
+    "local_module.main.point_conv.norm.": "conv_out.norm.",
+}
+ENDS = {
+    "encoder.project_in.conv.conv.": "encoder.conv_in.conv.",
+    "encoder.project_in.conv.": "encoder.conv_in.",
+    "encoder.project_out.main.op_list.0.conv.": "encoder.conv_out.",
+    "encoder.project_out.op_list.0.conv.": "encoder.conv_out.",
+    "decoder.project_in.main.conv.": "decoder.conv_in.",
+    "decoder.project_in.conv.": "decoder.conv_in.",
+    "decoder.project_out.op_list.0.": "decoder.norm_out.",
+    "decoder.project_out.op_list.2.conv.conv.": "decoder.conv_out.conv.",
+    "decoder.project_out.op_list.2.conv.": "decoder.conv_out.",
+}
+AGGREGATION = re.compile(r"context_module\.main\.aggreg\.(\d+)\.([01])\.weight")
+
+
+def convert(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
+    """Build and fill an AutoencoderDC.
+
+    Args:
+        weights: original names.
+        config: nothing is read from it.
+
+    Raises:
+        LatelierError: if this is no such checkpoint.
+    """
+    need(weights, "decoder.project_out.op_list.0.weight", "DC-AE")
+    arguments = architecture(weights)
+    model = AutoencoderDC(**arguments)
+    ours: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        ours |= _renamed(name, tensor)
+    counters = tuple(name for name in model.state_dict() if name.endswith("num_batches_tracked"))
+    load_exactly(model, ours, optional=counters)
+    return Converted(model)
+
+
+def architecture(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Constructor arguments, off names and shapes."""
+    sides = {side: _levels(weights, side) for side in ("encoder", "decoder")}
+    arguments: dict[str, Any] = {}
+    for side, levels in sides.items():
+        arguments |= {
+            f"{side}_block_out_channels": tuple(level["width"] for level in levels),
+            f"{side}_layers_per_block": tuple(level["layers"] for level in levels),
+            f"{side}_block_types": tuple(level["block"] for level in levels),
+            f"{side}_qkv_multiscales": tuple(level["scales"] for level in levels),
+        }
+    out = "encoder.project_out.main.op_list.0.conv.weight"
+    plain = all(level["block"] == "ResBlock" for levels in sides.values() for level in levels)
+    batch = [level["batch"] for level in sides["decoder"]]
+    latent = next(weights[name] for name in (out, "encoder.project_out.op_list.0.conv.weight") if name in weights)
+    return {
+        **arguments,
+        "in_channels": need(weights, _first(weights), "DC-AE").shape[1],
+        "latent_channels": latent.shape[0],
+        "attention_head_dim": HEAD_WIDTH,
+        "encoder_out_shortcut": out in weights,
+        "decoder_in_shortcut": "decoder.project_in.main.conv.weight" in weights,
+        "downsample_block_type": "pixel_unshuffle" if _shuffles(weights, "encoder") else "conv",
+        "upsample_block_type": "pixel_shuffle" if _shuffles(weights, "decoder") else "interpolate",
+        "decoder_norm_types": tuple("batch_norm" if b else "rms_norm" for b in batch),
+        "decoder_act_fns": tuple("relu" if b else "silu" for b in batch),
+        "decoder_conv_act_fn": "silu" if plain else "relu",
+    }
+
+
+def _first(weights: Mapping[str, Tensor]) -> str:
+    shuffled = "encoder.project_in.conv.conv.weight"
+    return shuffled if shuffled in weights else "encoder.project_in.conv.weight"
+
+
+def _shuffles(weights: Mapping[str, Tensor], side: str) -> bool:
+    """Whether pixels are shuffled into channels: sampling convolutions are a quarter or four times as wide then."""
+    for name, tensor in weights.items():
+        if found := re.match(rf"{side}\.stages\.(\d+)\.op_list\.\d+\.main\.conv\.(conv\.)?weight", name):
+            level = int(found[1]) + (side == "encoder")
+            return tensor.shape[0] != _width(weights, side, level)
+    raise LatelierError(f"This is not a DC-AE checkpoint: its {side} has no 'stages.1.op_list.0.main.conv...'.")
+
+
+def _levels(weights: Mapping[str, Tensor], side: str) -> list[dict[str, Any]]:
+    """Width, number and kind of blocks of each level, the finest first."""
+    numbers = [int(m[1]) for name in weights if (m := re.match(rf"{side}\.stages\.(\d+)\.", name))]
+    if not numbers:
+        raise LatelierError(f"This is not a DC-AE checkpoint: it has no '{side}.stages.1.op_list.0...'.")
+    levels: list[dict[str, Any]] = []
+    for i in range(1 + max(numbers)):
+        inside = [name for name in weights if name.startswith(f"{side}.stages.{i}.op_list.")]
+        blocks = {name.split(".")[4] for name in inside if ".conv1." in name or ".local_module." in name}
+        attentive = any("context_module" in name for name in inside)
+        scales = {m[1]: weights[name].shape[-1] for name in inside if (m := AGGREGATION.search(name)) and m[2] == "0"}
+        levels.append({
+            "width": _width(weights, side, i), "layers": len(blocks),
+            "block": "EfficientViTBlock" if attentive else "ResBlock", "scales": tuple(scales.values()),
+            "batch": any("running_mean" in name for name in inside),
+        })  # fmt: skip
+    if not levels[0]["layers"]:  # without blocks no weights tell; so it is in all released models
+        levels[0] |= {"width": levels[1]["width"] // 2, "batch": levels[1]["batch"]}
+    return levels
+
+
+def _width(weights: Mapping[str, Tensor], side: str, level: int) -> int:
+    """Channels of a level, off its first block."""
+    block = r"(main\.conv1|local_module\.main\.inverted_conv)\.conv\.weight"
+    pattern = rf"{side}\.stages\.{level}\.op_list\.\d+\.{block}"
+    return next((tensor.shape[1] for name, tensor in weights.items() if re.fullmatch(pattern, name)), 0)
+
+
+def _renamed(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """One original tensor as diffusers' one, or as queries, keys and values."""
+    for old, new in ENDS.items():
+        if name.startswith(old):
+            return {new + name[len(old) :]: tensor}
+    found = re.fullmatch(r"(encoder|decoder)\.stages\.(\d+)\.op_list\.(\d+)\.(.*)", name)
+    if not found:
+        return {name: tensor}
+    blocks = "down_blocks" if found[1] == "encoder" else "up_blocks"
+    prefix, rest = f"{found[1]}.{blocks}.{found[2]}.{found[3]}.", found[4]
+    if rest == "context_module.main.qkv.conv.weight":
+        return {f"{prefix}attn.to_{x}.weight": third for x, third in zip("qkv", tensor[:, :, 0, 0].chunk(3))}
+    if aggregation := AGGREGATION.fullmatch(rest):
+        layer = "proj_out" if aggregation[2] == "1" else "proj_in"
+        return {f"{prefix}attn.to_qkv_multiscale.{aggregation[1]}.{layer}.weight": tensor}
+    if rest == "context_module.main.proj.conv.weight":
+        return {f"{prefix}attn.to_out.weight": tensor[:, :, 0, 0]}
+    for old, new in RENAMED.items():
+        if rest.startswith(old):
+            return {prefix + new + rest[len(old) :]: tensor}
+    return {prefix + rest: tensor}

@@ -1,0 +1,214 @@
+"""U-ViT: a transformer on tokens of everything (time, class, patches) with long skips (Bao et al. 2023); USiT, a flow.
+
+The first half of the blocks is joined to the second: each late block sees its early counterpart's output beside its
+input. There are no adaptive norms: time and class are tokens like any other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from latelier.conditioning.condition import Condition
+from latelier.denoisers.prefix import fill_up
+from latelier.errors import LatelierError
+from latelier.layers import MLP, Attention, patchify, resize_positions, sinusoid, unpatchify
+from latelier.presets import open_init, preset_arguments
+from latelier.recipe import DenoiserRecipe
+
+SIZES = {
+    "XS": {"dim": 256, "depth": 4, "heads": 4},
+    "S": {"dim": 512, "depth": 12, "heads": 8},
+    "H": {"dim": 1152, "depth": 28, "heads": 16},
+    "2B": {"dim": 2048, "depth": 28, "heads": 32},
+    "3B": {"dim": 2048, "depth": 56, "heads": 32},
+}
+
+
+class UViT(ModelMixin, ConfigMixin):
+    """Transformer with long skips.
+
+    Args:
+        in_channels: channels of `x_t`, and of the prediction.
+        grid: `(h, w)` or `(l,)` of the latents that the position table is made for; others are interpolated.
+        patch_size: side of a patch in latent positions.
+        dim, heads: of the transformer.
+        depth: even; depth / 2 early blocks, one in the middle, depth / 2 late ones.
+        mlp_ratio: hidden width of the MLPs over the width.
+        vector_token: whether a condition's vector is a token (a class); without it time is the only one.
+        spatial_channels: channels that a condition concatenates to `x_t`.
+        context_dim: width of a condition's tokens, which join the sequence; 0 for none.
+        reversed_time: the weights were trained with t = 0 noise and predict data - noise (USiT).
+        time_scale: what t in [0, 1] is multiplied by before its sinusoid (1000 for weights trained on 0..999).
+        prefix_channels: whether `x_t` may have fewer channels, the first ones (DC-AE 1.5's augmented training).
+
+    Differs from the reference: the table of classes belongs to the conditioner.
+    """
+
+    _supports_gradient_checkpointing = True
+    _repeated_blocks = ["SkipBlock"]  # noqa: RUF012
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 32,
+        grid: Sequence[int] = (16, 16),
+        patch_size: int = 1,
+        dim: int = 512,
+        depth: int = 12,
+        heads: int = 8,
+        mlp_ratio: float = 4.0,
+        vector_token: bool = True,
+        spatial_channels: int = 0,
+        context_dim: int = 0,
+        reversed_time: bool = False,
+        time_scale: float = 1.0,
+        prefix_channels: bool = False,
+    ):
+        super().__init__()
+        if depth % 2:
+            raise LatelierError(
+                f"denoiser.model.depth = {depth} of a U-ViT must be even: half of it before the middle."
+            )
+        self.grid = tuple(g // patch_size for g in grid)
+        volume = patch_size ** len(self.grid)
+        self.x_embed = nn.Linear((in_channels + spatial_channels) * volume, dim)
+        self.context = nn.Linear(context_dim, dim) if context_dim else None
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + vector_token + math.prod(self.grid), dim))
+        self.in_blocks = nn.ModuleList(SkipBlock(dim, heads, mlp_ratio) for _ in range(depth // 2))
+        self.mid_block = SkipBlock(dim, heads, mlp_ratio)
+        self.out_blocks = nn.ModuleList(SkipBlock(dim, heads, mlp_ratio, skip=True) for _ in range(depth // 2))
+        self.norm = nn.LayerNorm(dim, eps=1e-5)
+        self.head = nn.Linear(dim, in_channels * volume)
+        self.gradient_checkpointing = False
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def forward(
+        self, x_t: Float[Tensor, "b c *grid"], t: Float[Tensor, " b"], condition: Condition | None = None
+    ) -> Float[Tensor, "b c *grid"]:
+        """Predict the process's target.
+
+        Args:
+            x_t: noisy normalised latents, or their first channels where `prefix_channels` is set.
+            t: noise level in [0, 1], 0 data, 1 noise.
+            condition: `vector` is a token, `tokens` join the sequence, `spatial` is concatenated to `x_t`.
+        """
+        channels, p = x_t.shape[1], self.config["patch_size"]
+        grid = tuple(g // p for g in x_t.shape[2:])
+        told = condition or Condition()
+        x_t = fill_up(x_t, self.config["in_channels"], self.config["prefix_channels"])
+        if told.spatial is not None:
+            x_t = torch.cat([x_t, told.spatial], dim=1)
+        x, mask = self._sequence(self.x_embed(patchify(x_t, p)), t, told, grid)  # (b, m, d)
+        skips = []
+        for block in self.in_blocks:
+            x = self._run(block, x, mask)
+            skips.append(x)
+        x = self._run(self.mid_block, x, mask)
+        for block in self.out_blocks:
+            x = self._run(block, x, mask, skips.pop())
+        x = self.head(self.norm(x[:, -math.prod(grid) :]))  # (b, n, p p c)
+        prediction = unpatchify(x, p, grid)[:, :channels].float()  # (b, c, *grid)
+        return -prediction if self.config["reversed_time"] else prediction
+
+    def _sequence(
+        self, x: Float[Tensor, "b n d"], t: Float[Tensor, " b"], told: Condition, grid: tuple[int, ...]
+    ) -> tuple[Float[Tensor, "b m d"], Bool[Tensor, "b m"] | None]:
+        """[class, time, a condition's tokens, patches] with positions, and which of them count."""
+        time = (1 - t if self.config["reversed_time"] else t) * self.config["time_scale"]
+        first = [sinusoid(time, x.shape[2])[:, None].to(x.dtype)]  # (b, 1, d)
+        if self.config["vector_token"]:
+            if told.vector is None:
+                raise LatelierError("This U-ViT has a token for a condition's vector, but the condition has none.")
+            first.insert(0, told.vector[:, None].to(x.dtype))
+        k = len(first)
+        table = resize_positions(self.pos_embed[:, k:], self.grid, grid)  # (1, n, d)
+        first = [token + self.pos_embed[:, i : i + 1] for i, token in enumerate(first)]
+        mask = None
+        if self.context is not None and told.tokens is not None:
+            first.append(self.context(told.tokens))  # (b, m, d); they bring positions of their own
+            if told.mask is not None:
+                ones = told.mask.new_ones(len(x), 1)
+                mask = torch.cat([ones.expand(-1, k), told.mask, ones.expand(-1, x.shape[1])], dim=1)
+        return torch.cat([*first, x + table], dim=1), mask
+
+    def _run(self, block: nn.Module, x: Tensor, mask: Tensor | None, skip: Tensor | None = None) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(block, x, mask, skip)
+        return block(x, mask, skip)
+
+
+class SkipBlock(nn.Module):
+    """Pre-norm block; in the second half a linear layer first joins it with what skipped the middle."""
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: float, skip: bool = False):
+        super().__init__()
+        self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
+        self.norm1 = nn.LayerNorm(dim, eps=1e-5)
+        self.attn = Attention(dim, heads, qkv_bias=False)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-5)
+        self.mlp = MLP(dim, int(dim * mlp_ratio))
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n d"],
+        mask: Bool[Tensor, "b n"] | None = None,
+        skip: Float[Tensor, "b n d"] | None = None,
+    ) -> Float[Tensor, "b n d"]:
+        if self.skip_linear is not None:
+            x = self.skip_linear(torch.cat([x, skip], dim=-1))
+        x = x + self.attn(self.norm1(x), mask=mask)
+        return x + self.mlp(self.norm2(x))
+
+
+def build(
+    recipe: DenoiserRecipe,
+    latent_shape: tuple[int, ...],
+    token_width: int = 0,
+    spatial_channels: int = 0,
+    vector: bool = False,
+) -> UViT:
+    """A U-ViT for latents `(c, *grid)`, fresh or from `init`; see `denoisers.dit.build`."""
+    channels, *grid = latent_shape
+    if any(g % recipe.patch for g in grid):
+        raise LatelierError(
+            f"denoiser.patch = {recipe.patch} does not divide the latent grid {' x '.join(map(str, grid))}; "
+            "choose a patch that does, or another image_size."
+        )
+    wanted = {
+        "in_channels": channels, "context_dim": token_width, "spatial_channels": spatial_channels,
+        "vector_token": vector,
+    }  # fmt: skip
+    if recipe.init:
+        model = open_init(UViT, recipe.init)
+        for key, value in wanted.items():
+            if model.config[key] != value:
+                raise LatelierError(
+                    f"denoiser.init = {recipe.init} has {key} = {model.config[key]}, but the tokenizer and the "
+                    f"condition need {value}."
+                )
+        return model
+    arguments = {"patch_size": recipe.patch, **_size(recipe)}
+    if recipe.process.kind == "ddpm":
+        arguments.setdefault("time_scale", 1000.0)
+    return UViT(**{**arguments, **wanted, "grid": tuple(grid), "prefix_channels": recipe.prefixes is not None})
+
+
+def vector_width(recipe: DenoiserRecipe) -> int:
+    """Width of the tokens, of which a condition's vector is one."""
+    return open_init(UViT, recipe.init).config["dim"] if recipe.init else _size(recipe)["dim"]
+
+
+def _size(recipe: DenoiserRecipe) -> dict:
+    return preset_arguments(UViT, SIZES, recipe.size, recipe.model, "denoiser")

@@ -1,0 +1,166 @@
+"""Deep-compression autoencoders: sizes as published, prefixes of the latents, what each phase trains."""
+
+import pytest
+import torch
+from diffusers import AutoencoderDC
+
+from latelier.errors import LatelierError
+from latelier.objectives import build_objective
+from latelier.objectives.dcae import DCAEObjective
+from latelier.objectives.prefixes import draw_lengths, keep_prefix
+from latelier.recipe import Data, DCAERecipe, Prefixes
+from latelier.tokenizers import freeze, last_layer
+from latelier.tokenizers.codec import Codec
+from latelier.tokenizers.dcae import PRESETS, build
+
+SMALL = {
+    "encoder_block_out_channels": (8, 16, 16), "decoder_block_out_channels": (8, 16, 16),
+    "encoder_layers_per_block": (0, 1, 1), "decoder_layers_per_block": (0, 1, 1),
+    "encoder_qkv_multiscales": ((), (), ()), "decoder_qkv_multiscales": ((), (), ()), "latent_channels": 8,
+}  # fmt: skip
+
+
+def recipe(**changes):
+    return DCAERecipe(kind="dcae", preset="dcae15-f8c32-tiny", model=SMALL, perceptual_weight=0, **changes)
+
+
+def tokenizer(**changes):
+    torch.manual_seed(0)
+    return build(recipe(**changes), Data(source="emoji", image_size=16))
+
+
+def batch(seen=0):
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    return {"image": images, "draw": torch.arange(2), "seen": seen}
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("dcae-f32c32", 323.36), ("dcae-f64c128", 676.90), ("dcae-f128c512", 1120.68), ("dcae-f32c32-sana", 312.25),
+        ("dcae15-f32c128", 523.61), ("dcae15-f64c128", 714.74),
+    ],
+)  # fmt: skip
+def test_presets_have_the_published_numbers_of_parameters(name, millions):
+    with torch.device("meta"):
+        model = AutoencoderDC(**PRESETS[name])
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == millions
+
+
+@torch.no_grad()
+def test_a_prefix_decodes_like_a_masked_latent_bit_for_bit():
+    model = tokenizer().eval()
+    mean, std = torch.randn(8), torch.rand(8) + 0.5
+    codec = Codec(model, mean, std)
+    z = codec.encode(batch()["image"])
+    raw = codec.denormalise(z)
+    for length in (1, 3, 8):
+        masked = raw * (torch.arange(8) < length).view(1, -1, 1, 1)
+        masked = model.decode(masked.contiguous(memory_format=torch.channels_last)).sample
+        torch.testing.assert_close(codec.decode(z, length), masked, rtol=0, atol=0)
+        torch.testing.assert_close(codec.decode(z[:, :length], length), masked, rtol=0, atol=0)
+    for wrong in (0, 9):
+        with pytest.raises(LatelierError, match=f"channels = {wrong} is not a prefix of 8"):
+            codec.decode(z, wrong)
+
+
+def test_lengths_end_with_all_channels():
+    assert Prefixes().of(32) == [16, 20, 24, 28, 32]
+    assert Prefixes().of(8) == [8]
+    assert Prefixes(lengths=[4, 2]).of(8) == [2, 4, 8]
+    with pytest.raises(LatelierError, match="has 9, but the latents have only 8 channels"):
+        Prefixes(lengths=[9]).of(8)
+    with pytest.raises(LatelierError, match="give numbers of channels"):
+        Prefixes(lengths=[0])
+
+
+def test_draws_cover_the_list_and_depend_on_images_seen_alone():
+    section = Prefixes(first=2, step=2)
+    drawn = [draw_lengths(section, 8, 3, seen)[0] for seen in range(0, 6400, 32)]
+    assert set(drawn) == {2, 4, 6, 8}
+    assert all(30 < drawn.count(length) < 75 for length in (2, 4, 6, 8))  # 200 draws, uniform
+    assert drawn == [draw_lengths(section, 8, 3, seen)[0] for seen in range(0, 6400, 32)]
+    assert drawn != [draw_lengths(section, 8, 4, seen)[0] for seen in range(0, 6400, 32)]
+
+
+def test_several_draws_and_all_channels():
+    section = Prefixes(first=2, step=2, draws=3, always_full=True)
+    drawn = draw_lengths(section, 8, 0, 64)
+    assert drawn[0] == 8
+    assert len(drawn) == 4
+    one = Prefixes(first=2, step=2, always_full=True)  # one draw besides all channels, not instead of it
+    assert {length for seen in range(40) for length in draw_lengths(one, 8, 0, seen)[1:]} == {2, 4, 6, 8}
+
+
+def test_dropped_channels_get_no_gradient():
+    z = torch.randn(2, 8, 2, 2, requires_grad=True)
+    (keep_prefix(z, 3) ** 2).sum().backward()
+    assert (z.grad[:, 3:] == 0).all()
+    assert (z.grad[:, :3] != 0).all()
+
+
+def test_the_encoder_runs_once_and_losses_are_means_over_draws():
+    model = tokenizer()
+    section = recipe(prefixes={"lengths": [2, 8], "draws": 2, "always_full": True})
+    objective = DCAEObjective(model, section, seed=0)
+    calls = []
+    model.encoder.register_forward_hook(lambda *_: calls.append(1))
+    terms = objective(batch())
+    assert len(calls) == 1
+    lengths = draw_lengths(section.prefixes, 8, 0, 0)
+    z = model.encode(batch()["image"]).latent
+    expected = [(model.decode(keep_prefix(z, k)).sample - batch()["image"]).abs().mean() for k in lengths]
+    torch.testing.assert_close(terms.losses["l1"], torch.stack(expected).mean())
+    assert terms.losses["prefix"] == sum(lengths) / 3
+    assert "prefix" not in terms.weights
+
+
+def test_without_prefixes_it_is_a_plain_autoencoder():
+    model = tokenizer()
+    terms = DCAEObjective(model, recipe(), seed=0)(batch())
+    expected = (model.decode(model.encode(batch()["image"]).latent).sample - batch()["image"]).abs().mean()
+    torch.testing.assert_close(terms.losses["l1"], expected)
+    assert set(terms.losses) == {"l1"}
+
+
+@pytest.mark.parametrize(
+    ("train", "names"),
+    [
+        ("middle", {"encoder.conv_out", "decoder.conv_in"}),
+        ("head", {"decoder.norm_out", "decoder.conv_out"}),
+        ("decoder", {"decoder"}),
+    ],
+)
+def test_phases_train_the_named_layers(train, names):
+    model = tokenizer()
+    freeze(model, train)
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == any(name.startswith(part + ".") for part in names), name
+
+
+def test_the_discriminator_compares_gradients_at_the_last_convolution():
+    model = tokenizer()
+    assert last_layer(model) is model.decoder.conv_out.conv.weight  # behind it pixels are only shuffled
+    section = recipe(adversarial={"layers": 1, "channels": 8})
+    terms = build_objective(section, 0, model)(batch())
+    assert {"adversarial", "adaptive_weight"} <= set(terms.losses)
+
+
+def test_frozen_batch_norms_keep_their_statistics():
+    changes = {**SMALL, "decoder_norm_types": ("batch_norm",) * 3}
+    section = DCAERecipe(kind="dcae", preset="dcae15-f8c32-tiny", model=changes, perceptual_weight=0)
+    model = build(section, Data(source="emoji", image_size=16))
+    objective = build_objective(section.model_copy(update={"train": "head"}), 0, model).train()
+    before = {name: value.clone() for name, value in model.state_dict().items() if "running" in name}
+    assert before
+    objective(batch())
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    build_objective(section, 0, model).train()(batch())
+    assert not all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
+def test_widths_that_do_not_fit_are_told():
+    bad = {**SMALL, "encoder_layers_per_block": (1,)}
+    with pytest.raises(LatelierError, match=r"tokenizer\.model does not fit preset dcae15-f8c32-tiny"):
+        build(DCAERecipe(kind="dcae", preset="dcae15-f8c32-tiny", model=bad), Data(source="emoji", image_size=16))

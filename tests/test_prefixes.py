@@ -1,0 +1,163 @@
+"""Prefixes of latent channels: augmented training, sampling, quality against length, what channels carry."""
+
+import pytest
+import torch
+
+from latelier.diffusion.process import Flow
+from latelier.errors import LatelierError
+from latelier.evaluation.channels import draw_channel_maps, hoyer, measure_channels
+from latelier.evaluation.prefixes import measure_prefixes, prefix_lengths
+from latelier.objectives.denoising import DenoisingObjective
+from latelier.objectives.prefixes import draw_lengths
+from latelier.recipe import Evaluate, Prefixes
+from latelier.tokenizers.codec import Codec
+from latelier.tokenizers.conv import IdentityTokenizer
+from latelier.training.denoiser_loop import train_denoiser
+from latelier.training.tokenizer_loop import train_tokenizer
+from tiny import tiny_recipe
+
+
+class Seen(torch.nn.Module):
+    """A denoiser that predicts zero and remembers what it was shown."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.inputs = torch.nn.Parameter(torch.zeros(())), []
+
+    def forward(self, x_t, t, condition=None):
+        self.inputs.append((x_t.detach(), t))
+        return x_t * self.weight
+
+
+def batch(seen=0, channels=6):
+    return {
+        "mean": torch.randn(4, channels, 2, 2),
+        "std": torch.zeros(4, channels, 2, 2),
+        "draw": torch.arange(4),
+        "seen": seen,
+    }
+
+
+def objective(prefixes=None, **changes):
+    model = Seen()
+    return model, DenoisingObjective(model, None, Flow(), seed=0, prefixes=prefixes, **changes)
+
+
+def test_at_full_width_the_augmented_loss_is_the_plain_one():
+    _, plain = objective()
+    _, augmented = objective(Prefixes(lengths=[6]))
+    data = batch()
+    torch.testing.assert_close(augmented(data).losses["mse"], plain(data).losses["mse"], rtol=0, atol=0)
+
+
+def test_each_draw_has_its_own_prefix_noise_and_time():
+    section = Prefixes(first=2, step=2, draws=2, always_full=True)
+    model, augmented = objective(section)
+    data = batch()
+    terms = augmented(data)
+    lengths = draw_lengths(section, 6, 0, 0)
+    assert [x.shape[1] for x, _ in model.inputs] == lengths
+    assert lengths[0] == 6
+    assert len(lengths) == 3
+    assert len({tuple(t.tolist()) for _, t in model.inputs}) == 3
+    errors = []
+    for x, t in model.inputs:  # the target eps - z, from x_t = (1 - t) z + t eps
+        z, t = data["mean"][:, : x.shape[1]], t.view(-1, 1, 1, 1)
+        errors.append(((x - z) / t).square().mean())
+    torch.testing.assert_close(terms.losses["mse"], torch.stack(errors).mean(), rtol=1e-3, atol=1e-4)
+
+
+def test_lengths_change_from_step_to_step():
+    model, augmented = objective(Prefixes(first=2, step=2))
+    for seen in range(0, 320, 8):
+        augmented(batch(seen))
+    assert {x.shape[1] for x, _ in model.inputs} == {2, 4, 6}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A tiny pipeline whose denoiser was trained on prefixes of four channels."""
+    recipe = tiny_recipe(
+        tmp_path_factory.mktemp("prefixes"),
+        tokenizer={"images": 16},
+        denoiser={"images": 16, "prefixes": {"first": 1, "step": 1}},
+    )
+    train_tokenizer(recipe)
+    from latelier.pipeline import LatentDiffusionPipeline
+
+    return recipe, LatentDiffusionPipeline.from_pretrained(train_denoiser(recipe))
+
+
+def test_a_pipeline_draws_any_prefix(trained):
+    _, pipeline = trained
+    for channels in (1, 3):
+        drawn = pipeline(count=2, steps=2, channels=channels, output_type="latent", progress=False).images
+        assert drawn.shape[:2] == (2, channels)
+    pictures = pipeline(count=2, steps=2, channels=3, output_type="pt", progress=False).images
+    expected = pipeline.codec.decode(drawn, 3).clamp(-1, 1)
+    torch.testing.assert_close(pictures, expected, atol=2e-2, rtol=0)  # under bf16 where the CPU is fast at it
+    with pytest.raises(LatelierError, match="channels = 5 is not a prefix of 4 latent channels"):
+        pipeline(count=1, steps=2, channels=5, progress=False)
+
+
+def test_a_pipeline_that_never_saw_prefixes_refuses_them(tmp_path):
+    recipe = tiny_recipe(tmp_path, tokenizer={"images": 16}, denoiser={"images": 16})
+    train_tokenizer(recipe)
+    from latelier.pipeline import LatentDiffusionPipeline
+
+    pipeline = LatentDiffusionPipeline.from_pretrained(train_denoiser(recipe))
+    with pytest.raises(LatelierError, match="was not trained on prefixes"):
+        pipeline(count=1, steps=2, channels=2, progress=False)
+
+
+def pixels():
+    """Pixels as latents: a prefix keeps the first colours."""
+    return Codec(IdentityTokenizer())
+
+
+def pictures():
+    yield {"image": torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(2)) * 2 - 1}
+
+
+def test_quality_against_length_is_that_of_the_missing_channels():
+    found = {
+        m.name: m
+        for m in measure_prefixes(pixels(), pictures(), Evaluate(metrics=["psnr"], prefix_lengths=[1, 2]), "noise")
+    }
+    assert list(found) == ["prefix-psnr@1", "prefix-psnr@2", "prefix-psnr@3"]
+    images = next(pictures())["image"]
+    for length in (1, 2):
+        squares = torch.cat([torch.zeros_like(images[:, :length]), images[:, length:]], 1).square().mean((1, 2, 3))
+        expected = (10 * torch.log10(4 / squares)).mean().item()
+        assert found[f"prefix-psnr@{length}"].value == pytest.approx(expected, abs=0.05)
+    assert found["prefix-psnr@1"].value < found["prefix-psnr@2"].value < found["prefix-psnr@3"].value
+
+
+def test_default_lengths_are_quarters():
+    assert prefix_lengths(None, 32) == [8, 16, 24, 32]
+    assert prefix_lengths(None, 3) == [1, 2, 3]
+    assert prefix_lengths([4], 16) == [4, 16]
+    with pytest.raises(LatelierError, match="prefix_lengths has 20, but the latents have only 16"):
+        prefix_lengths([20], 16)
+
+
+def test_hoyers_sparsity():
+    values = torch.zeros(3, 100)
+    values[0, 0] = 5  # one value
+    values[1] = torch.ones(100)  # all equal
+    values[2, :25] = 2  # a quarter: (10 - 5) / 9
+    torch.testing.assert_close(hoyer(values), torch.tensor([1.0, 0.0, 5 / 9]), atol=1e-6, rtol=0)
+
+
+def test_variance_of_channels():
+    scale = torch.tensor([3.0, 1.0, 1.0]).view(1, 3, 1, 1)
+    noise = torch.randn(64, 3, 16, 16) * scale / 4
+    found = {m.name: m for m in measure_channels(pixels(), [{"image": noise}], Evaluate(samples=64), "noise")}
+    assert found["variance-first-quarter"].value == pytest.approx(9 / 11, abs=0.01)
+    shares = torch.tensor(found["variance-first-quarter"].receipt["by_channel"])
+    torch.testing.assert_close(shares, torch.tensor([9.0, 1, 1]) / 16, atol=0.02, rtol=0)
+
+
+def test_maps_are_written(tmp_path):
+    draw_channel_maps(pixels(), pictures(), tmp_path / "channels.png")
+    assert (tmp_path / "channels.png").stat().st_size > 1000
