@@ -137,6 +137,15 @@ def test_dropped_rows_are_told_nothing_at_all(conditioner):
     assert not torch.allclose(dropped[0], told[0])
 
 
+def test_neighbouring_corners_begin_alike():
+    conditioner = LayoutConditioner(["cat", "dog"], tokens=257, dim=64, layers=1, heads=2, head_dim=8)
+    table = conditioner.transformer.token_embed.weight[:256].view(16, 16, 64)
+    similar = torch.nn.functional.cosine_similarity(table[7, 7], table, dim=-1)  # (16, 16)
+    assert similar[7, 8] > similar[7, 10] > similar[7, 14]
+    assert similar[8, 7] > similar[10, 7] > similar[14, 7]
+    assert conditioner.transformer.token_embed.weight[256].abs().max() < 0.2  # nothing has no place
+
+
 def test_folder_round_trip(conditioner, tmp_path):
     conditioner.save_pretrained(tmp_path)
     opened = LayoutConditioner.from_pretrained(tmp_path)

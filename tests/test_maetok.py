@@ -7,7 +7,14 @@ import torch
 
 from latelier.draws import Draws
 from latelier.errors import LatelierError
-from latelier.layers import Attention, axial_frequencies, mixed_frequencies, mixed_rope_table, rotate
+from latelier.layers import (
+    Attention,
+    axial_frequencies,
+    mixed_frequencies,
+    mixed_rope_table,
+    rotate,
+    sincos_positions,
+)
 from latelier.recipe import Data, MAETokRecipe
 from latelier.tokenizers import build_tokenizer, freeze, last_layer
 from latelier.tokenizers.codec import Codec
@@ -170,6 +177,21 @@ def test_latents_are_modulated_and_silent_at_first():
     assert decoder.blocks[0].modulation.weight.grad.abs().max() > 0  # but it will be
     awake(decoder)
     assert (decoder(z)[0] - decoder(z)[1]).abs().max() > 1e-2
+
+
+def test_latents_may_speak_from_the_start():
+    torch.manual_seed(0)
+    for scale, silent in ((0.0, True), (1.0, False)):
+        model = MAETok((32, 32), 8, latent_tokens=6, latent_channels=4, latent_scale=scale, **SMALL).eval()
+        z = torch.randn(2, *model.latent_shape(32, 32))
+        assert torch.allclose(model.decode(z).sample[0], model.decode(z).sample[1]) == silent
+
+
+def test_learned_positions_begin_as_sinusoids():
+    model = MAETok((32, 32), 8, latent_tokens=6, latent_channels=4, positions="absolute", **SMALL)
+    for table in (model.pos_embed, model.decoder.pos_embed):
+        patches = table[:, -model.grid[0] * model.grid[1] :]
+        torch.testing.assert_close(patches.detach(), sincos_positions(table.shape[2], model.grid))
 
 
 def test_stochastic_depth_is_addressed():

@@ -267,7 +267,7 @@ def test_auxiliary_decoders_read_the_latents(depth):
     z, wanted = torch.randn(2, 6, 4), torch.randn(2, 16, 3)
     blind = wanted.var(0, correction=0).mean()  # the error of the mean over pictures, patch by patch
     optimiser = torch.optim.Adam(decoder.parameters(), 1e-2)
-    for _ in range(100):
+    for _ in range(300):
         loss = (decoder(z, (4, 4)) - wanted).square().mean()
         optimiser.zero_grad()
         loss.backward()

@@ -143,12 +143,15 @@ def test_latent_space(tmp_path):
     found = [Measurement(f"gmm-nll@{k}", 1.5 - k / 100, {"modes": k}) for k in (10, 1, 2)]
     found.append(Measurement("gmm-modes", 2.0, {"curve": [[1, 1.49, 1.4], [2, 1.48, 1.3]]}))  # no curve over noise
     found.append(Measurement("diffusion-loss", 0.9, {"by_time": [[0.2, 0.7], [0.8, 1.1]]}))
+    found += [Measurement(f"prefix-psnr@{k}", 20.5 + k, {"prefix": k}) for k in (4, 2)]
     write_measurements(tmp_path / "metrics.json", found, "latent space")
     save_png(make_grid(torch.zeros(1, 3, 8, 8)), tmp_path / "latent-map.png")
     page = write_report(tmp_path).read_text()
     assert "GMM negative log-likelihood over number of modes, last value 1.4" in page
     assert "loss of a small denoiser over time, from data to noise, last value 1.1" in page
-    assert "map of the latents" in page
+    assert "One point for each held-out picture" in page
+    assert "last value 24.5" in page
+    assert "psnr of prefixes over channels that are decoded" in page
     assert "lower is better; nats per principal component" in page
     assert "Noise on latents" not in page
     assert "<span>gmm-modes</span>" in page

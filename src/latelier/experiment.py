@@ -346,7 +346,7 @@ def inspect(tokenizer: str, source: str, size: int, samples: int, out: Path, opt
     if (out / "recipe.yaml").is_file() and load_recipe(out).tokenizer.kind != "pretrained":
         raise LatelierError(f"{out} is the folder of a trained run; choose another one with --out.")
     shutil.rmtree(out / "tokenizer", ignore_errors=True)  # a copy, perhaps of another tokenizer, and its numbers
-    for name in ("metrics.json", "latent-map.png"):
+    for name in ("metrics.json", "latent-map.png", "channels.png"):
         (out / name).unlink(missing_ok=True)
     folder = Path(tokenizer) / "tokenizer"
     tree = {

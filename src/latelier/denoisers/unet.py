@@ -141,6 +141,8 @@ class _Denoiser:
         _check_grid(x_t.shape[2:], len(config["block_out_channels"]))
         x_t = fill_up(x_t, config["out_channels"], config["prefix_channels"])
         x = x_t if condition.spatial is None else torch.cat([x_t, condition.spatial], dim=1)
+        if config["places"]:
+            x = torch.cat([x, _places(x)], dim=1)
         if x.shape[1] != config["in_channels"]:
             raise LatelierError(
                 f"This U-Net takes {config['in_channels']} channels, latents and condition together, not {x.shape[1]}."
@@ -162,13 +164,15 @@ class UNet(_Denoiser, UNet2DModel):
             `UNet2DModel` but would run with another number of heads there, and so another function. None leaves it
             to `attention_head_dim`, and both are the same.
         prefix_channels: whether `x_t` may have fewer channels, the first ones (DC-AE 1.5's augmented training).
-        others: those of `UNet2DModel`. `in_channels` counts the channels of a spatial condition, `out_channels` does
-            not; `class_embed_type` is `identity` for a model that takes vectors.
+        places: whether two channels tell the first convolution where it is (CoordConv, Liu et al. 2018), without which
+            a U-Net knows places by its padding only; a condition such as a layout is followed sooner with them.
+        others: those of `UNet2DModel`. `in_channels` counts the channels of a spatial condition and of places,
+            `out_channels` does not; `class_embed_type` is `identity` for a model that takes vectors.
     """
 
     @register_to_config
     @_extends(UNet2DModel)
-    def __init__(self, *, heads: int | None = None, prefix_channels: bool = False, **others: Any):
+    def __init__(self, *, heads: int | None = None, prefix_channels: bool = False, places: bool = False, **others: Any):
         super().__init__(**others)
         for module in self.modules():
             if heads and isinstance(module, Attention):
@@ -201,13 +205,13 @@ class CrossAttentionUNet(_Denoiser, UNet2DConditionModel):
     """U-Net with transformers that attend to tokens.
 
     Args:
-        prefix_channels: as `UNet`'s.
+        prefix_channels, places: as `UNet`'s.
         others: those of `UNet2DConditionModel`.
     """
 
     @register_to_config
     @_extends(UNet2DConditionModel)
-    def __init__(self, *, prefix_channels: bool = False, **others: Any):
+    def __init__(self, *, prefix_channels: bool = False, places: bool = False, **others: Any):
         super().__init__(**others)
 
     def forward(  # type: ignore[override]
@@ -261,8 +265,9 @@ def build(
             "choose a transformer, or another tokenizer."
         )
     cls = CrossAttentionUNet if token_width else UNet
+    places = _saved(recipe.init).get("places") if recipe.init else recipe.model.get("places")
     wanted = {
-        "in_channels": channels + spatial_channels,
+        "in_channels": channels + spatial_channels + 2 * bool(places),
         "out_channels": channels,
         "class_embed_type": "identity" if vector else None,
         **({"cross_attention_dim": token_width} if token_width else {}),
@@ -279,6 +284,13 @@ def build(
         raise LatelierError(f"denoiser.model makes no U-Net: {error}") from None
     _zero_outputs(model)
     return model
+
+
+def _places(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 2 h w"]:
+    """Row and column of each position, from -1 to 1."""
+    rows, columns = (torch.linspace(-1, 1, side, device=x.device, dtype=x.dtype) for side in x.shape[2:])
+    grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij"))  # (2, h, w)
+    return grid.expand(len(x), -1, -1, -1)
 
 
 def vector_width(recipe: DenoiserRecipe) -> int:

@@ -29,6 +29,10 @@ BETTER = {"l1": "lower", "lpips": "lower", "rfd": "lower", "gfd": "lower", "psnr
 UNITS = {"gmm-nll": "nats per principal component", "gmm-modes": "Gaussians", "effective-rank": "directions",
          "channel-rank": "directions", "probe": "share of pictures", "knn": "share of pictures",
          "diffusion-loss": "squared error of the velocity"}  # fmt: skip
+LATENT_PICTURES = {
+    "latent-map.png": "One point for each held-out picture: its latents, in two dimensions.",
+    "channels.png": "Pictures, and below each how large its latents are: means over groups of neighbouring channels.",
+}
 MOST_PREVIEWS, MOST_THUMBS, MOST_SKIPPED = 12, 32, 20
 ZOOM = """
 const box = document.querySelector("dialog");
@@ -60,7 +64,7 @@ def write_report(folder: Path) -> Path:
         "Reconstructions": _reconstructions(folder / "previews"),
         "Metrics": _metrics(metrics),
         "Noise on latents": _curves(metrics),
-        "Latent space": _latent_space(folder / "latent-map.png", metrics),
+        "Latent space": _latent_space(folder, metrics),
         "Training": _training(log),
         "Previews": _previews(folder / "previews"),
         "Skipped files": _skipped(folder / "skipped.jsonl"),
@@ -255,8 +259,8 @@ def _curves(metrics: Row) -> str:
     return f'<p class="soft">{words}</p><div class="charts">{"".join(charts)}</div>'
 
 
-def _latent_space(picture: Path, metrics: Row) -> str:
-    """The map of the latents, and what has a curve: mixtures over their modes, the small denoiser's loss over time."""
+def _latent_space(folder: Path, metrics: Row) -> str:
+    """Pictures of the latents, and what has a curve: mixtures, the small denoiser's loss, prefixes of the channels."""
     receipts = _receipts(metrics)
     mixtures = ((name, receipts[name].get("modes")) for name in receipts if name.startswith("gmm-nll@"))
     modes = sorted((k, name) for name, k in mixtures if isinstance(k, int))
@@ -265,12 +269,16 @@ def _latent_space(picture: Path, metrics: Row) -> str:
     losses = [(t, y) for t, y in receipts.get("diffusion-loss", {}).get("by_time") or ()]
     charts = line_chart("GMM negative log-likelihood", likelihoods, False, "number of modes")
     charts += line_chart("loss of a small denoiser", losses, False, "time, from data to noise")
+    for metric in ("psnr", "lpips"):
+        lengths = sorted((about["prefix"], name) for name, about in receipts.items() if f"prefix-{metric}@" in name)
+        points = [(k, float(y)) for k, name in lengths if isinstance(y := values[name], int | float)]
+        charts += line_chart(f"{metric} of prefixes", points, False, "channels that are decoded")
     shown = ""
-    if picture.is_file():
-        shown = f'<div class="big">{inline_image(picture, "map of the latents of held-out pictures")}</div>'
-        shown += '<p class="soft">One point for each held-out picture: its latents, in two dimensions.</p>'
+    for name, words in LATENT_PICTURES.items():
+        if (folder / name).is_file():
+            shown += f'<div class="big">{inline_image(folder / name, words)}</div><p class="soft">{words}</p>'
     if charts:
-        shown += '<p class="soft">Left to right: more modes of the mixture; more noise on the latents.</p>'
+        shown += '<p class="soft">Left to right: more modes of the mixture; more noise; more channels.</p>'
         shown += f'<div class="charts">{charts}</div>'
     return shown
 
