@@ -66,7 +66,8 @@ def test_a_prefix_decodes_like_a_masked_latent_bit_for_bit():
 
 def test_lengths_end_with_all_channels():
     assert Prefixes().of(32) == [16, 20, 24, 28, 32]
-    assert Prefixes().of(8) == [8]
+    with pytest.raises(LatelierError, match=r"prefixes\.first = 16 leaves no prefix of 8 channels"):
+        Prefixes().of(8)
     assert Prefixes(lengths=[4, 2]).of(8) == [2, 4, 8]
     with pytest.raises(LatelierError, match="has 9, but the latents have only 8 channels"):
         Prefixes(lengths=[9]).of(8)

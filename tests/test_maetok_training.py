@@ -1,7 +1,6 @@
 """Training a MAETok: auxiliary decoders come and go with their phase, resume exactly, and are never saved with it."""
 
 import json
-import signal
 
 import pytest
 import torch
@@ -11,9 +10,9 @@ from latelier.preflight import try_tokenizer
 from latelier.tokenizers import decoder_parts
 from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.maetok import MAETok
-from latelier.training.runtime import Stage
 from latelier.training.tokenizer_loop import train_tokenizer
-from test_training import Killed, assert_same, newest
+from test_phases import assert_resumes
+from test_training import newest
 from tiny import MAETOK, tiny_recipe
 
 TUNING = {
@@ -85,23 +84,7 @@ def test_each_phase_logs_its_own_terms(trained):
     ("at", "how"), [(("tokenizer", 8), "kill"), (("tokenizer", 8), "signal"), (("tuning", 8), "kill")]
 )
 def test_resume_at_any_point(trained, tmp_path, monkeypatch, at, how):
-    recipe = recipe_in(tmp_path)
-    with monkeypatch.context() as patch:
-
-        def step(self, *args, original=Stage.step, **options):
-            original(self, *args, **options)
-            if (self.name, self.images) == at:
-                if how == "kill":
-                    raise Killed
-                signal.raise_signal(signal.SIGTERM)
-
-        patch.setattr(Stage, "step", step)
-        with pytest.raises((Killed, SystemExit)):
-            train_tokenizer(recipe)
-    train_tokenizer(recipe)
-    for name in ("tokenizer", "tuning"):
-        assert_same(newest(trained.folder, name), newest(recipe.folder, name))
-    assert_same([weights(trained.folder / "tokenizer")], [weights(recipe.folder / "tokenizer")])
+    assert_resumes(trained, recipe_in(tmp_path), monkeypatch, at, how)
 
 
 def test_accumulation_changes_nothing(trained, tmp_path):

@@ -290,7 +290,7 @@ def opened(source, **options):
 def test_targets_in_the_recipe_s_order(dinov2, folder):
     sections = ({"kind": "features", "teacher": dinov2}, {"kind": "hog"}, {"kind": "caption"},
                 {"kind": "features", "teacher": dinov2, "loss": "mse"})  # fmt: skip
-    built = build_targets(recipe(*sections), CONFIG, opened(folder), "cpu")
+    built = build_targets(recipe(*sections), CONFIG, opened(folder))
     assert [target.name for target in built] == ["features", "hog", "caption", "features-2"]
     assert [target.dim for target in built[:2]] == [16, 27]
     assert [target.masked_only for target in built] == [True, True, False, True]
@@ -306,9 +306,9 @@ def test_targets_in_the_recipe_s_order(dinov2, folder):
 
 
 def test_hog_needs_patches_of_whole_cells():
-    assert build_targets(recipe({"kind": "hog"}), {**CONFIG, "patch_size": 16}, None, "cpu")[0].dim == 108
+    assert build_targets(recipe({"kind": "hog"}), {**CONFIG, "patch_size": 16})[0].dim == 108
     with pytest.raises(LatelierError, match="divisible by 8"):
-        build_targets(recipe({"kind": "hog"}), {**CONFIG, "patch_size": 4}, None, "cpu")
+        build_targets(recipe({"kind": "hog"}), {**CONFIG, "patch_size": 4})
 
 
 # -- features that are kept -----------------------------------------------------------------------------------------
@@ -327,7 +327,7 @@ def counted(target):
 
 
 def features(dinov2, dataset, **options):
-    target = build_targets(recipe({"kind": "features", "teacher": dinov2, **options}), CONFIG, dataset, "cpu")[0]
+    target = build_targets(recipe({"kind": "features", "teacher": dinov2, **options}), CONFIG, dataset)[0]
     assert isinstance(target, FeatureTarget)
     return target
 
@@ -380,7 +380,7 @@ def test_what_there_is_no_room_for_is_computed(dinov2, folder, monkeypatch):
 def test_word_pieces_are_learnt_from_the_data(folder):
     section = {"kind": "caption", "length": 5, "vocabulary_size": 100}
     dataset = opened(folder)
-    target = build_targets(recipe(section), CONFIG, dataset, "cpu")[0]
+    target = build_targets(recipe(section), CONFIG, dataset)[0]
     assert isinstance(target, CaptionTarget)
     words = train_words(dataset.captions, 100)
     assert target.dim == vocabulary_size(words) <= 100
@@ -393,7 +393,7 @@ def test_word_pieces_are_learnt_from_the_data(folder):
 
 
 def test_padding_is_not_counted(folder):
-    target = build_targets(recipe({"kind": "caption", "length": 4}), CONFIG, opened(folder), "cpu")[0]
+    target = build_targets(recipe({"kind": "caption", "length": 4}), CONFIG, opened(folder))[0]
     batch = {"image": torch.zeros(2, 3, 8, 8), "caption": ["odd", "very big"]}
     ids, mask = target(batch, (4, 4)), torch.zeros(2, 16, dtype=torch.bool)
     prediction = torch.zeros(2, 4, target.dim, requires_grad=True)
@@ -419,23 +419,23 @@ def test_a_tokenizer_by_name(folder, tmp_path_factory, monkeypatch):
     monkeypatch.setenv("LATELIER_WEIGHTS", str(place))
     for name, dataset in ((str(place / "words"), None), ("somebody/words", opened(folder))):
         section = {"kind": "caption", "teacher": name, "length": 6}
-        target = build_targets(recipe(section), CONFIG, dataset, "cpu")[0]
+        target = build_targets(recipe(section), CONFIG, dataset)[0]
         assert words.decode(target(batch, (4, 4))[0, :3].tolist()) == "a red square"
     with pytest.raises(LatelierError, match=r"'nobody/nothing'.*leave the caption's teacher out"):
-        build_targets(recipe({"kind": "caption", "teacher": "nobody/nothing"}), CONFIG, None, "cpu")
+        build_targets(recipe({"kind": "caption", "teacher": "nobody/nothing"}), CONFIG)
 
 
 def test_data_without_captions(folder):
-    target = build_targets(recipe({"kind": "caption"}), CONFIG, opened(folder), "cpu")[0]
+    target = build_targets(recipe({"kind": "caption"}), CONFIG, opened(folder))[0]
     with pytest.raises(LatelierError, match="caption_key"):
         target({"image": torch.zeros(1, 3, 8, 8)}, (4, 4))
     with pytest.raises(LatelierError, match="not at hand"):
-        build_targets(recipe({"kind": "caption"}), CONFIG, None, "cpu")
+        build_targets(recipe({"kind": "caption"}), CONFIG)
     for file in folder.glob("*.txt"):
         file.write_text(" ")
     with pytest.raises(LatelierError, match="empty"):
-        build_targets(recipe({"kind": "caption"}), CONFIG, opened(folder), "cpu")
+        build_targets(recipe({"kind": "caption"}), CONFIG, opened(folder))
     for file in folder.glob("*.txt"):
         file.unlink()
     with pytest.raises(LatelierError, match="caption_key"):
-        build_targets(recipe({"kind": "caption"}), CONFIG, opened(folder), "cpu")
+        build_targets(recipe({"kind": "caption"}), CONFIG, opened(folder))

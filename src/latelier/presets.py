@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from latelier.errors import LatelierError
@@ -31,11 +32,27 @@ def preset_arguments(
     return {**presets[name], **overrides}
 
 
-def open_init(cls: type[Model], path: str) -> Model:
-    """The model that a recipe starts from instead of random weights."""
+def open_init(cls: type[Model], path: str, wanted: Mapping[str, Any] | None = None) -> Model:
+    """The model that a recipe starts from instead of random weights.
+
+    Args:
+        cls: its class.
+        path: a folder or Hub name.
+        wanted: of a denoiser, what its configuration must say.
+
+    Raises:
+        LatelierError: if it cannot be opened, or its configuration says otherwise.
+    """
     try:
-        return cls.from_pretrained(path)  # type: ignore[attr-defined]
+        model = cls.from_pretrained(path)  # type: ignore[attr-defined]
     except OSError as error:
         raise LatelierError(
             f"init: {path} has no {cls.__name__} that can be opened ({str(error).splitlines()[0]})."
         ) from None
+    for key, value in (wanted or {}).items():
+        if model.config[key] != value:
+            raise LatelierError(
+                f"denoiser.init = {path} has {key} = {model.config[key]}, but the tokenizer and the condition need "
+                f"{value}."
+            )
+    return model

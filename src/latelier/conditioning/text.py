@@ -13,7 +13,6 @@ import importlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from latelier.conditioning.condition import Condition
 from latelier.conditioning.transformer import TokenTransformer
 from latelier.errors import LatelierError
+from latelier.weights import quiet
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -324,7 +324,7 @@ def read_encoder(name: str) -> tuple[nn.Module, str, dict[str, Any]]:
     try:
         kind = library.AutoConfig.from_pretrained(name).model_type
         cls = getattr(library, TEXT_HALF.get(kind, "AutoModel"))
-        with _quiet(library):  # of the other half's weights, which are left aside
+        with quiet(library):  # of the other half's weights, which are left aside
             model, report = cls.from_pretrained(name, output_loading_info=True)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         raise LatelierError(_not_loaded("encoder", name, error, "`encoder: trained`")) from None
@@ -358,21 +358,6 @@ def _stripped(model: nn.Module) -> nn.Module:
 def _features(encoder: nn.Module, tokens: Int[Tensor, "b n"], mask: Bool[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
     """The encoder's last hidden state, float32."""
     return encoder(input_ids=tokens, attention_mask=mask.long()).last_hidden_state.float()
-
-
-@contextmanager
-def _quiet(library: Any) -> Iterator[None]:
-    """Without the progress bars and reports of transformers."""
-    logging = library.utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _library(name: str) -> Any:

@@ -8,6 +8,8 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from latelier.errors import LatelierError
+
 if TYPE_CHECKING:
     from diffusers import ModelMixin
 
@@ -42,7 +44,16 @@ def build_denoiser(
     Raises:
         LatelierError: if the recipe's denoiser does not fit the latents or the condition.
     """
-    return _module(recipe).build(recipe, latent_shape, token_width, spatial_channels, vector)
+    grid = latent_shape[1:]
+    if any(side % recipe.patch for side in grid):
+        raise LatelierError(
+            f"denoiser.patch = {recipe.patch} does not divide the latent grid {' x '.join(map(str, grid))}; "
+            "choose a patch that does, or another image_size."
+        )
+    model = _module(recipe).build(recipe, latent_shape, token_width, spatial_channels, vector)
+    if recipe.prefixes is not None:
+        model.register_to_config(prefix_channels=True)  # a model from `init` learns prefixes from here on
+    return model
 
 
 def vector_width(recipe: "DenoiserRecipe") -> int:

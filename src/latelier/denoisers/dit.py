@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from latelier.conditioning.condition import Condition
 from latelier.denoisers.prefix import fill_up
-from latelier.errors import LatelierError
 from latelier.layers import (
     MLP,
     Attention,
@@ -228,25 +227,13 @@ def build(
         LatelierError: if the recipe's denoiser does not fit the tokenizer's latents or the condition.
     """
     channels, *grid = latent_shape
-    if any(g % recipe.patch for g in grid):
-        raise LatelierError(
-            f"denoiser.patch = {recipe.patch} does not divide the latent grid {' x '.join(map(str, grid))}; "
-            "choose a patch that does, or another image_size."
-        )
     wanted = {"in_channels": channels, "context_dim": token_width, "spatial_channels": spatial_channels}
     if recipe.init:
-        model = open_init(DiT, recipe.init)
-        for key, value in wanted.items():
-            if model.config[key] != value:
-                raise LatelierError(
-                    f"denoiser.init = {recipe.init} has {key} = {model.config[key]}, but the tokenizer and the "
-                    f"condition need {value}."
-                )
-        return model
+        return open_init(DiT, recipe.init, wanted)
     arguments = {**SWITCHES[recipe.kind], "patch_size": recipe.patch, **_size(recipe)}
     if recipe.process.kind == "ddpm":
         arguments.setdefault("time_scale", 1000.0)
-    return DiT(**{**arguments, **wanted, "grid": tuple(grid), "prefix_channels": recipe.prefixes is not None})
+    return DiT(**{**arguments, **wanted, "grid": tuple(grid)})
 
 
 def vector_width(recipe: DenoiserRecipe) -> int:

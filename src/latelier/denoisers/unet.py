@@ -277,9 +277,7 @@ def build(
     arguments = _arguments(recipe, token_width)
     _check_grid(grid, len(arguments["block_out_channels"]))
     try:
-        model = cls(
-            **{**arguments, **wanted, "sample_size": tuple(grid), "prefix_channels": recipe.prefixes is not None}
-        )
+        model = cls(**{**arguments, **wanted, "sample_size": tuple(grid)})
     except ValueError as error:
         raise LatelierError(f"denoiser.model makes no U-Net: {error}") from None
     _zero_outputs(model)
@@ -317,13 +315,7 @@ def _opened(cls: type[UNet | CrossAttentionUNet], path: str, wanted: dict[str, A
             f"denoiser.init = {path} has {'' if crosses else 'no '}cross-attention, but the condition makes "
             f"{'no ' if crosses else ''}tokens."
         )
-    model = open_init(cls, path)
-    for key, value in wanted.items():
-        if model.config[key] != value:
-            raise LatelierError(
-                f"denoiser.init = {path} has {key} = {model.config[key]}, but the tokenizer and the condition "
-                f"need {value}."
-            )
+    model = open_init(cls, path, wanted)
     _check_grid(grid, len(model.config["block_out_channels"]))
     return model
 

@@ -181,28 +181,16 @@ def build(
 ) -> UViT:
     """A U-ViT for latents `(c, *grid)`, fresh or from `init`; see `denoisers.dit.build`."""
     channels, *grid = latent_shape
-    if any(g % recipe.patch for g in grid):
-        raise LatelierError(
-            f"denoiser.patch = {recipe.patch} does not divide the latent grid {' x '.join(map(str, grid))}; "
-            "choose a patch that does, or another image_size."
-        )
     wanted = {
         "in_channels": channels, "context_dim": token_width, "spatial_channels": spatial_channels,
         "vector_token": vector,
     }  # fmt: skip
     if recipe.init:
-        model = open_init(UViT, recipe.init)
-        for key, value in wanted.items():
-            if model.config[key] != value:
-                raise LatelierError(
-                    f"denoiser.init = {recipe.init} has {key} = {model.config[key]}, but the tokenizer and the "
-                    f"condition need {value}."
-                )
-        return model
+        return open_init(UViT, recipe.init, wanted)
     arguments = {"patch_size": recipe.patch, **_size(recipe)}
     if recipe.process.kind == "ddpm":
         arguments.setdefault("time_scale", 1000.0)
-    return UViT(**{**arguments, **wanted, "grid": tuple(grid), "prefix_channels": recipe.prefixes is not None})
+    return UViT(**{**arguments, **wanted, "grid": tuple(grid)})
 
 
 def vector_width(recipe: DenoiserRecipe) -> int:

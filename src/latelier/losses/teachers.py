@@ -12,8 +12,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from torch import Tensor, nn
 
 from latelier.errors import LatelierError
 from latelier.tokenizers.codec import fast_bf16
-from latelier.weights import ENVIRONMENT
+from latelier.weights import ENVIRONMENT, quiet
 
 # Classes that hold only the vision half of a model; other kinds are opened by AutoModel.
 VISION_HALF = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}
@@ -144,7 +142,7 @@ def load_vision(name: str) -> nn.Module:
     try:
         kind = library.AutoConfig.from_pretrained(place, trust_remote_code=False).model_type
         cls = getattr(library, VISION_HALF.get(kind, "AutoModel"))
-        with _quiet(library):  # of the text half's weights, which are left aside
+        with quiet(library):  # of the text half's weights, which are left aside
             options = {"use_safetensors": True, "trust_remote_code": False}  # neither pickles nor a checkpoint's code
             model, report = cls.from_pretrained(place, output_loading_info=True, **options)
     except UNREADABLE as error:
@@ -192,21 +190,6 @@ def _sizes(name: str, config: Any) -> tuple[int, int, tuple[int, int]]:
         )
     patch = pairs[0][0]
     return dim, patch, (pairs[1][0] // patch, pairs[1][1] // patch)
-
-
-@contextmanager
-def _quiet(library: Any) -> Iterator[None]:
-    """Without the progress bars and reports of transformers."""
-    logging = library.utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _transformers() -> Any:

@@ -172,7 +172,6 @@ def build_targets(
     recipe: recipes.MAETokRecipe,
     tokenizer_config: Mapping[str, Any],
     dataset: ImageDataset | None = None,
-    device: torch.device | str = "cpu",
 ) -> list[Target]:
     """The targets of a recipe's tokenizer section, in its order.
 
@@ -181,7 +180,6 @@ def build_targets(
         tokenizer_config: of the tokenizer; `patch_size` and `in_channels` are read.
         dataset: the training pictures: word pieces are learnt from their captions, and features are kept in memory
             where it is known which picture a batch shows.
-        device: where teachers run; they follow the pictures.
 
     Raises:
         LatelierError: if a teacher cannot be loaded, cells do not divide patches, or captions are missing.
@@ -199,7 +197,7 @@ def build_targets(
         else:
             assert section.teacher is not None  # the section has checked it
             shown = picture_numbers(dataset) if section.cache and dataset is not None else None
-            targets.append(FeatureTarget(name, section, Teacher(section.teacher, device), shown))
+            targets.append(FeatureTarget(name, section, Teacher(section.teacher), shown))
     return targets
 
 

@@ -28,9 +28,11 @@ class Prefixes(Section):
         """The list for so many channels, ascending; the last is all of them.
 
         Raises:
-            LatelierError: if a length is longer than there are channels.
+            LatelierError: if a length is longer than there are channels, or all channels are the only length.
         """
-        lengths = self.lengths or range(min(self.first, channels), channels, self.step)
+        if self.lengths is None and self.first >= channels:
+            raise LatelierError(f"prefixes.first = {self.first} leaves no prefix of {channels} channels; set it lower.")
+        lengths = self.lengths or range(self.first, channels, self.step)
         if max(lengths, default=0) > channels:
             raise LatelierError(f"prefixes.lengths has {max(lengths)}, but the latents have only {channels} channels.")
         return sorted({*lengths, channels})

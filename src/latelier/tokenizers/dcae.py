@@ -69,10 +69,6 @@ PRESETS = {
     "dcae15-f32c128-tiny": _convolutional(128, (32, 64, 128, 128, 256, 256), (0, 1, 1, 2, 2, 2)),
 }
 
-# Which layers the three phases train, as DC-AE's paper names them; it does not list them, this is the usual reading.
-MIDDLE = ["encoder.conv_out", "decoder.conv_in"]
-HEAD = ["decoder.norm_out", "decoder.conv_out"]
-
 
 def build(recipe: DCAERecipe, data: Data) -> AutoencoderDC:
     """An autoencoder for these pictures, fresh or from `init`.
