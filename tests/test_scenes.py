@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import Image, ImageFilter
 
 from latelier.data.emoji import list_emoji
 from latelier.data.scenes import SceneSource, background
@@ -119,3 +120,22 @@ def test_recipe_options():
         SceneSource((8, 8), 1)
     with pytest.raises(IndexError):
         train[100]
+
+
+def test_plain_grounds_are_one_colour_behind_the_same_objects():
+    plain, varied = (SceneSource(SIZE, 12, grounds=grounds) for grounds in ("plain", "varied"))
+    assert plain.fingerprint != varied.fingerprint
+    several = 0
+    for i in range(12):
+        one, other = plain[i], varied[i]
+        assert one["caption"] == other["caption"]
+        assert np.array_equal(one["segmentation"], other["segmentation"])
+        nothing = np.asarray(Image.fromarray(one["segmentation"]).filter(ImageFilter.MaxFilter(5))) == 0
+        assert len(np.unique(np.asarray(one["image"])[nothing], axis=0)) == 1
+        several += len(np.unique(np.asarray(other["image"])[nothing], axis=0)) > 1
+    assert several > 4
+
+
+def test_only_scenes_have_grounds():
+    with pytest.raises(LatelierError, match=r"data\.grounds is for the source scenes; remove it for .* 'emoji'"):
+        open_source(Data(source="emoji", grounds="plain"))

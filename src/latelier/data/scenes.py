@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -24,6 +24,7 @@ MAIN_SIZE, OTHER_SIZE = (0.4, 0.6), (0.22, 0.4)  # of the shorter side
 TRIES = 30
 OPAQUE = 128
 MAIN_NEAR, OTHER_NEAR = 255, 160
+Grounds = Literal["varied", "plain"]
 IS_OPAQUE = [255 * (alpha >= OPAQUE) for alpha in range(256)]
 MIRRORED = {"left of": "right of", "right of": "left of", "above": "above", "below": "below"}
 
@@ -51,6 +52,7 @@ class SceneSource:
         split: `train` and `val` are different scenes.
         classes: categories of emoji that are used, in this order, by default those that are things; or names of emoji
             such as `owl`, of which each is a class then.
+        grounds: `varied`, or `plain`: the same scenes, each on one colour, of which a model learns the objects sooner.
         seed: another seed is another dataset.
 
     Attributes:
@@ -68,6 +70,7 @@ class SceneSource:
         length: int,
         split: str = "train",
         classes: list[str] | None = None,
+        grounds: Grounds = "varied",
         seed: int = 0,
     ):
         if min(size) < 16 or not length:
@@ -83,7 +86,8 @@ class SceneSource:
         self.segmentation_classes = 1 + len(names)
         self.labels: list[int] | None = None
         self.size, self._length, self._purpose, self._seed = size, length, f"scene {split}", seed
-        self.fingerprint = digest("scenes", VERSION, emoji_versions(), size, length, split, seed, names)
+        self._grounds = grounds
+        self.fingerprint = digest("scenes", VERSION, emoji_versions(), size, length, split, seed, names, grounds)
 
     def __len__(self) -> int:
         return self._length
@@ -93,7 +97,8 @@ class SceneSource:
             raise IndexError(index)
         rng = self._rng(index)
         height, width = self.size
-        image = paint(self.size, Style.draw(rng))
+        style = Style.draw(rng)
+        image = paint(self.size, style._replace(kind="plain") if self._grounds == "plain" else style)
         objects = self._place(rng)
         nearness = np.zeros(self.size, np.uint8)
         segmentation = np.zeros(self.size, np.uint8 if self.segmentation_classes <= 256 else np.int32)

@@ -117,7 +117,7 @@ def open_source(data: Data, split: str = "train") -> Source | StreamSource:
         length = GENERATED_LENGTH if data.length is None else data.length
         if split == "val":
             length = max(1, round(length * data.val_fraction))
-        return SceneSource(data.image_size, length, split, data.classes)
+        return SceneSource(data.image_size, length, split, data.classes, data.grounds or "varied")
     source = select_classes(_open_split(data, split), data.classes)
     if split == "train" and data.length is not None:
         source = thin(source, data.length)
@@ -170,7 +170,9 @@ def _open(data: Data, where: str, split: str, like: Source | None = None) -> tup
 
 
 def _check_annotations(data: Data) -> None:
-    """Refuse files of annotations for pictures that are not in files."""
+    """Refuse files of annotations for pictures that are not in files, and grounds of pictures that have theirs."""
+    if data.grounds is not None and data.source != "scenes":
+        raise LatelierError(f"data.grounds is for the source scenes; remove it for the source {data.source!r}.")
     for key in ("boxes", "segmentation", "maps"):
         if getattr(data, key) is not None and data.source in ("emoji", "scenes"):
             raise LatelierError(f"data.{key} is for folders and datasets; remove it for the source {data.source!r}.")

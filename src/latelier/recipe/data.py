@@ -25,6 +25,9 @@ class Data(Section):
     classes: list[str] | None = Field(
         None, description="use only these classes, in this order; of `scenes`: categories, or single emoji by name"
     )
+    grounds: Literal["varied", "plain"] | None = Field(
+        None, description="of `scenes`: behind the objects, by default varied: gradients, stripes and more; or one colour"
+    )
     boxes: str | None = Field(
         None,
         description="boxes of a folder's pictures: a COCO annotation file ({split} stands for the split's name), or "
