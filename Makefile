@@ -8,8 +8,9 @@ READY := .venv/.ready
 quickstart: $(READY)
 	$(BIN)/latelier run recipes/quickstart.yaml
 
+# One process a core, each with one thread: the tests are too small to gain from more.
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .
