@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from latelier.conditioning import World
-from latelier.conditioning.layout import LayoutConditioner, build, grid_side, layout_tokens
+from latelier.conditioning.layout import LayoutConditioner, build, grid_side, layout_tokens, painted
 from latelier.errors import LatelierError
 from latelier.recipe.condition import LayoutCondition
 
@@ -143,7 +143,16 @@ def test_neighbouring_corners_begin_alike():
     similar = torch.nn.functional.cosine_similarity(table[7, 7], table, dim=-1)  # (16, 16)
     assert similar[7, 8] > similar[7, 10] > similar[7, 14]
     assert similar[8, 7] > similar[10, 7] > similar[14, 7]
-    assert conditioner.transformer.token_embed.weight[256].abs().max() < 0.2  # nothing has no place
+    nothing = torch.nn.functional.cosine_similarity(conditioner.transformer.token_embed.weight[256], table, dim=-1)
+    assert nothing.max() < similar[7, 10]  # it has no place
+
+
+def test_what_a_token_is_begins_as_loud_as_what_it_says():
+    transformer = LayoutConditioner(["cat", "dog"], tokens=257, dim=64, layers=1, heads=2, head_dim=8).transformer
+    tokens, order = transformer.token_embed.weight, transformer.pos_embed.weight
+    corners, classes = tokens[16:256], tokens[:2]
+    for table in (classes, order):
+        assert 0.7 < table.std() / corners.square().mean().sqrt() < 1.4
 
 
 def test_folder_round_trip(conditioner, tmp_path):
@@ -170,3 +179,34 @@ def test_built_for_a_recipe():
         build(section, world())
     with pytest.raises(LatelierError, match=r"tokens = 101 has no room for 7 classes in form openimages"):
         build(section, world(box_names=list("abcdefg")))
+
+
+def test_boxes_are_painted_by_how_much_they_cover():
+    boxes = torch.tensor([[0.0, 0.0, 0.5, 0.25], [0.375, 0.5, 0.75, 1.0], [0.25, 0.5, 0.5, 1.0]])
+    found = painted(boxes, torch.tensor([1, 0, 0]), 3, (4, 4))
+    assert found[1].tolist() == [[1, 1, 0, 0], [0] * 4, [0] * 4, [0] * 4]
+    assert found[0].tolist() == [[0] * 4, [0] * 4, [0, 1, 1, 0], [0, 1, 1, 0]]  # the larger share of 1 and a half
+    assert not found[2].any()
+    wide = painted(boxes[:1], torch.tensor([2]), 3, (2, 8))
+    assert wide[2].tolist() == [[0.5] * 4 + [0] * 4, [0] * 8]
+
+
+def test_a_painted_layout_is_concatenated_and_dropped_with_its_tokens():
+    conditioner = LayoutConditioner(["cat", "dog"], **SIZES, painted=5, latent_factor=8)
+    assert conditioner.spatial_channels == 5
+    asked = [[("cat", 0.0, 0.0, 0.5, 0.5)], [("dog", 0.5, 0.5, 1.0, 1.0)]]
+    batch = conditioner.inputs(asked, (16, 32))
+    batch |= conditioner.prepare(batch)
+    told, untold = conditioner(batch), conditioner(batch, torch.tensor([True, False]))
+    assert told.spatial.shape == (2, 5, 2, 4)
+    assert told.spatial[0, :, 0, :2].abs().min() > 0
+    assert not told.spatial[0, :, 1].any()
+    assert not untold.spatial[0].any()
+    assert torch.equal(untold.spatial[1], told.spatial[1])
+    pictures = {**batch, "image": torch.zeros(2, 3, 32, 32)}
+    assert conditioner.prepare(pictures)["layout_map"].shape == (2, 2, 4, 4)
+
+
+def test_a_row_of_latents_cannot_be_painted_on():
+    with pytest.raises(LatelierError, match="choose a tokenizer with a 2-D grid"):
+        build(LayoutCondition(kind="layout", painted=4), world(box_names=["cat"], latent_shape=(8, 32)))

@@ -113,7 +113,8 @@ def test_a_real_pipeline_that_is_told_three_things():
     evaluate = Evaluate(metrics=["psnr"], samples=4)
     measured = evaluate_tasks(pipeline, [record], lambda: [record], settings, evaluate, RECEIPT)
     names = [m.name for m in measured]
-    assert names == ["sr-psnr", "bicubic-psnr", *(f"segmentation-match{end}" for end in ("", "-chance", "-real"))]
+    matches = [f"segmentation-match{end}" for end in ("", "-chance", "-real")]
+    assert names == ["sr-psnr", "bicubic-psnr", "sr-psnr-difference", *matches]
     ((batch, drawn),) = draw_records(pipeline, [record], settings, 4, 0)
     inside = batch["hole"].bool().expand_as(drawn)
     assert torch.equal(drawn[~inside], record["image"][~inside])
@@ -134,7 +135,8 @@ def test_no_records():
 def test_perfect_enlargement_beats_bicubic():
     pipeline = Fake(LowResolutionConditioner(4, "bsrgan-light", seed=5))
     measured = measure(pipeline, pictures(batches=2), Evaluate(metrics=["psnr", "ssim", "rfd", "l1"]))
-    assert list(measured) == ["sr-psnr", "sr-ssim", "bicubic-psnr", "bicubic-ssim"]
+    differences = ["sr-psnr-difference", "sr-ssim-difference"]
+    assert list(measured) == ["sr-psnr", "sr-ssim", "bicubic-psnr", "bicubic-ssim", *differences]
     assert measured["sr-psnr"].value == 100
     assert measured["sr-ssim"].value == pytest.approx(1)
     assert measured["bicubic-psnr"].value < 40
@@ -194,8 +196,10 @@ def test_mean_fill():
 def test_perfect_filling():
     evaluate = Evaluate(metrics=["lpips", "gfd", "psnr"], seed=3)
     measured = measure(Fake(InpaintingConditioner()), pictures(batches=2), evaluate)
-    assert list(measured) == ["inpainting-lpips", "mean-fill-lpips", "inpainting-fd-vgg16", "mean-fill-fd-vgg16"]
-    assert measured["inpainting-lpips"].value == 0 < measured["mean-fill-lpips"].value
+    lpips = ("inpainting-lpips", "mean-fill-lpips", "inpainting-lpips-difference")
+    assert list(measured) == [*lpips, "inpainting-fd-vgg16", "mean-fill-fd-vgg16"]
+    ours, theirs, difference = (measured[name] for name in lpips)
+    assert ours.value == 0 < theirs.value == pytest.approx(-difference.value)
     assert measured["inpainting-fd-vgg16"].value == pytest.approx(0, abs=1e-6)
     assert measured["mean-fill-fd-vgg16"].value > 0.01
     receipt = measured["inpainting-fd-vgg16"].receipt

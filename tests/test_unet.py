@@ -223,11 +223,12 @@ def test_conditions_that_do_not_fit():
 def test_places_tell_the_first_convolution_where_it_is():
     recipe = DenoiserRecipe(kind="unet", size="tiny", model={"places": True, "block_out_channels": [32, 32, 32]})
     model = build_denoiser(recipe, (4, 8, 8), spatial_channels=1).eval()
-    assert model.config["in_channels"] == 4 + 1 + 2
+    assert model.config["in_channels"] == 4 + 1 + 12
     seen = []
     model.conv_in.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
     model(torch.zeros(2, 4, 8, 8), torch.tensor([0.1, 0.9]), Condition(spatial=torch.zeros(2, 1, 8, 8)))
-    rows, columns = seen[0][0, 5], seen[0][0, 6]
-    torch.testing.assert_close(rows[:, 3], torch.linspace(-1, 1, 8))
-    torch.testing.assert_close(columns[3], torch.linspace(-1, 1, 8))
-    assert (rows == rows[:, :1]).all()
+    place = seen[0][0, 5:].flatten(1)  # (12, 64)
+    assert torch.equal(seen[0][0, 5:], seen[0][1, 5:])
+    assert torch.pdist(place.T).min() > 0.2  # every position has one of its own
+    near, far = (torch.dist(place[:, 0], place[:, i]) for i in (1, 4))
+    assert near < far

@@ -14,9 +14,10 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from latelier.conditioning.condition import Condition
+from latelier.conditioning.spatial import blank, grid_of, require_grid
 from latelier.conditioning.transformer import TokenTransformer
 from latelier.draws import address
 from latelier.errors import LatelierError
@@ -120,13 +121,15 @@ class LayoutConditioner(ModelMixin, ConfigMixin):
         tokens: size of the vocabulary.
         dim, layers, heads, head_dim: of the transformer.
         seed: of the order of objects, which is another one each time a picture is seen.
+        painted: channels of a map of the boxes on the latents' grid, concatenated to `x_t`; 0 is the paper's, tokens
+            alone. With it, which positions a box means need not be learnt, which takes long.
+        latent_factor: pixels along a side of a latent position, of the map.
 
     Raises:
         LatelierError: if classes with flags do not fit into the vocabulary.
     """
 
     asks = "layouts"
-    spatial_channels = 0
     _supports_gradient_checkpointing = True
 
     @register_to_config
@@ -142,6 +145,8 @@ class LayoutConditioner(ModelMixin, ConfigMixin):
         heads: int = 8,
         head_dim: int = 64,
         seed: int = 0,
+        painted: int = 0,
+        latent_factor: int = 1,
     ):
         super().__init__()
         kinds = len(names) * (FLAG_BITS[form] + 1)
@@ -151,14 +156,26 @@ class LayoutConditioner(ModelMixin, ConfigMixin):
             )
         self.length = 3 * objects + 2 * crop
         self.transformer = TokenTransformer(tokens, self.length, dim, layers, heads, head_dim)
-        self._place_corners()
+        self._begin(kinds)
+        self.paint = nn.Conv2d(len(names), painted, 1, bias=False) if painted else None
 
-    def _place_corners(self) -> None:
-        """Corners begin as their places' sinusoids, those that pictures have: neighbours are alike from the start."""
-        side, table = grid_side(self.config["tokens"]), self.transformer.token_embed.weight  # (tokens, d)
-        if table.shape[1] % 4 == 0:
-            with torch.no_grad():
-                table[: side * side].copy_(sincos_positions(table.shape[1], (side, side))[0])
+    @property
+    def spatial_channels(self) -> int:
+        """Channels that are concatenated to `x_t`."""
+        return self.config["painted"]
+
+    def _begin(self, kinds: int) -> None:
+        """Corners begin as the sinusoids of their places, as pictures' do, so that neighbours are alike from the start.
+
+        Classes, nothing, and positions in the sequence begin as large as those: what a token is (class, first or second
+        corner, of which object) stands in its position alone, and is overheard if that is small.
+        """
+        side, tokens = grid_side(self.config["tokens"]), self.transformer.token_embed.weight  # (tokens, d)
+        with torch.no_grad():
+            if tokens.shape[1] % 4 == 0:
+                tokens[: side * side].copy_(sincos_positions(tokens.shape[1], (side, side))[0])
+            for table in (tokens[:kinds], tokens[-1:], self.transformer.pos_embed.weight):
+                nn.init.normal_(table, std=0.5**0.5)  # the standard deviation of sinusoids
 
     @property
     def token_width(self) -> int:
@@ -173,12 +190,12 @@ class LayoutConditioner(ModelMixin, ConfigMixin):
         Args:
             wanted: objects are `(class, x0, y0, x1, y1)` or `{"class": ..., "box": [x0, y0, x1, y1], "flags": bits}`;
                 the class by name or index, the box relative to the picture, flags as in `FLAG_BITS`, 0 by default.
-            size: not used.
+            size: height and width of the pictures to draw.
 
         Raises:
             LatelierError: for an unknown class, a box that is none, or too many objects.
         """
-        entries: dict[str, list[Tensor]] = {"boxes": [], "box_labels": [], "box_flags": []}
+        entries: dict[str, list[Tensor]] = {"boxes": [], "box_labels": [], "box_flags": [], "layout_size": []}
         for layout in wanted:
             if not isinstance(layout, Sequence) or isinstance(layout, str):
                 raise LatelierError(f"layouts has {layout!r}; give a list of objects (class, x0, y0, x1, y1) for each.")
@@ -190,6 +207,7 @@ class LayoutConditioner(ModelMixin, ConfigMixin):
             entries["boxes"].append(torch.tensor([box for _, box, _ in objects]).view(-1, 4))  # (n, 4)
             entries["box_labels"].append(torch.tensor([label for label, _, _ in objects], dtype=torch.int64))
             entries["box_flags"].append(torch.tensor([flags for _, _, flags in objects], dtype=torch.int64))
+            entries["layout_size"].append(torch.tensor(size))
         return entries
 
     def _object(self, item: Any) -> tuple[int, list[float], int]:
@@ -230,14 +248,21 @@ class LayoutConditioner(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def prepare(self, batch: Mapping[str, Any], codec: Codec | None = None) -> dict[str, Tensor]:
-        """`layout_tokens (b, n)` int64 of a batch's boxes.
+        """`layout_tokens (b, n)` int64 of a batch's boxes and, if they are painted, `layout_map (b, classes, *grid)`.
 
         Boxes are relative to what is seen, so that what is seen is the whole picture; unless the batch has `crop`,
         `(b, 4)` x0 y0 x1 y1 of what is seen in the picture that it was cut from. Objects are shuffled by
         `batch["draw"]`; without it, as when a user asks for a layout, they keep their order.
         """
         rows = [self._row(batch, i) for i in range(len(batch["boxes"]))]
-        return {"layout_tokens": torch.stack(rows).to(self.device)}  # (b, n)
+        told = {"layout_tokens": torch.stack(rows).to(self.device)}  # (b, n)
+        if self.paint is not None:
+            size = batch["image"].shape[2:] if "image" in batch else batch["layout_size"][0].tolist()
+            grid = grid_of((size[0], size[1]), self.config["latent_factor"])
+            kinds = len(self.config["names"])
+            maps = [painted(b, k, kinds, grid) for b, k in zip(batch["boxes"], batch["box_labels"])]
+            told["layout_map"] = torch.stack(maps).to(self.device)  # (b, k, *grid)
+        return told
 
     def _row(self, batch: Mapping[str, Any], i: int) -> Int[Tensor, " n"]:
         boxes, labels = batch["boxes"][i].cpu().double(), batch["box_labels"][i].cpu()  # (n, 4), (n,)
@@ -265,11 +290,39 @@ class LayoutConditioner(ModelMixin, ConfigMixin):
         )
 
     def forward(self, batch: Mapping[str, Any], drop: Bool[Tensor, " b"] | None = None) -> Condition:
-        """Tokens `(b, n, d)` of `batch["layout_tokens"]`; rows where `drop` is true get those of no layout at all."""
+        """Tokens `(b, n, d)` of `batch["layout_tokens"]`, and the map if there is one; rows where `drop` is true get
+        those of no layout at all.
+        """
         tokens = batch["layout_tokens"].to(self.device)  # (b, n)
         if drop is not None:
             tokens = tokens.masked_fill(drop.to(tokens.device)[:, None], self.config["tokens"] - 1)
-        return Condition(tokens=self.transformer(tokens))
+        spatial = None if self.paint is None else blank(self.paint(batch["layout_map"].to(self.paint.weight)), drop)
+        return Condition(tokens=self.transformer(tokens), spatial=spatial)
+
+
+def painted(
+    boxes: Float[Tensor, "n 4"], labels: Int[Tensor, " n"], kinds: int, grid: tuple[int, int]
+) -> Float[Tensor, "k h w"]:
+    """How much of each position's square the boxes of every class cover; where several do, the one that covers most.
+
+    Args:
+        boxes: x0 y0 x1 y1 relative to what is seen.
+        labels: classes in [0, kinds).
+        kinds: number of classes.
+        grid: height and width of the latents.
+    """
+    height, width = grid
+    x0, y0, x1, y1 = (side[:, None] for side in boxes.float().cpu().unbind(dim=1))  # (n, 1)
+
+    def share(low: Tensor, high: Tensor, count: int) -> Tensor:
+        begin = torch.arange(count)  # of each square
+        return (torch.minimum(high * count, begin + 1) - torch.maximum(low * count, begin)).clamp(0, 1)  # (n, count)
+
+    covered = share(y0, y1, height)[:, :, None] * share(x0, x1, width)[:, None]  # (n, h, w)
+    found = torch.zeros(kinds, height, width)
+    for label, part in zip(labels.tolist(), covered):
+        found[label] = torch.maximum(found[label], part)
+    return found
 
 
 def build(section: LayoutCondition, world: World) -> LayoutConditioner:
@@ -282,6 +335,8 @@ def build(section: LayoutCondition, world: World) -> LayoutConditioner:
         raise LatelierError(
             "denoiser.condition is layout, but the data have no boxes; give them by data.boxes or a column `objects`."
         )
+    if section.painted:
+        require_grid(world, section.kind)
     return LayoutConditioner(
         names=list(world.box_names),
         form=section.form,
@@ -293,4 +348,6 @@ def build(section: LayoutCondition, world: World) -> LayoutConditioner:
         heads=section.heads,
         head_dim=section.head_dim,
         seed=world.seed,
+        painted=section.painted,
+        latent_factor=world.factor,
     )

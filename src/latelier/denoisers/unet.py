@@ -28,6 +28,8 @@ from latelier.presets import open_init, preset_arguments
 from latelier.recipe import DenoiserRecipe
 
 TIMESTEPS = 1000  # of the discrete process that LDM's time embedding was made for
+WAVES = (0.5, 1, 2)  # over the whole grid, of the channels that tell places
+PLACES = 4 * len(WAVES)  # channels
 
 # Arguments of `architecture`; `attention` counts in downsampling factors, as in the paper's tables 12 to 15.
 # FFHQ and LSUN bedrooms have the U-Net of CelebA-HQ. `token_width` is the released one; a recipe's condition decides.
@@ -164,8 +166,8 @@ class UNet(_Denoiser, UNet2DModel):
             `UNet2DModel` but would run with another number of heads there, and so another function. None leaves it
             to `attention_head_dim`, and both are the same.
         prefix_channels: whether `x_t` may have fewer channels, the first ones (DC-AE 1.5's augmented training).
-        places: whether two channels tell the first convolution where it is (CoordConv, Liu et al. 2018), without which
-            a U-Net knows places by its padding only; a condition such as a layout is followed sooner with them.
+        places: whether channels tell the first convolution where it is (CoordConv, Liu et al. 2018), without which a
+            U-Net knows places by its padding only; a condition such as a layout is followed sooner with them.
         others: those of `UNet2DModel`. `in_channels` counts the channels of a spatial condition and of places,
             `out_channels` does not; `class_embed_type` is `identity` for a model that takes vectors.
     """
@@ -267,7 +269,7 @@ def build(
     cls = CrossAttentionUNet if token_width else UNet
     places = _saved(recipe.init).get("places") if recipe.init else recipe.model.get("places")
     wanted = {
-        "in_channels": channels + spatial_channels + 2 * bool(places),
+        "in_channels": channels + spatial_channels + PLACES * bool(places),
         "out_channels": channels,
         "class_embed_type": "identity" if vector else None,
         **({"cross_attention_dim": token_width} if token_width else {}),
@@ -284,11 +286,12 @@ def build(
     return model
 
 
-def _places(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 2 h w"]:
-    """Row and column of each position, from -1 to 1."""
+def _places(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b p h w"]:
+    """Where each position is: sine and cosine of row and column, over the whole grid half, one and two waves long."""
     rows, columns = (torch.linspace(-1, 1, side, device=x.device, dtype=x.dtype) for side in x.shape[2:])
     grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij"))  # (2, h, w)
-    return grid.expand(len(x), -1, -1, -1)
+    angles = torch.cat([grid * waves * torch.pi for waves in WAVES])  # (6, h, w)
+    return torch.cat([angles.sin(), angles.cos()]).expand(len(x), -1, -1, -1)
 
 
 def vector_width(recipe: DenoiserRecipe) -> int:

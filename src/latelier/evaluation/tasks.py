@@ -17,8 +17,9 @@ from torch import Tensor
 from latelier.conditioning import parts
 from latelier.errors import LatelierError
 from latelier.evaluation.clip import CLIPScore
+from latelier.evaluation.distributions import FeatureStatistics
 from latelier.evaluation.features import FeatureExtractor, load_extractor
-from latelier.evaluation.metrics import FeatureStatistics, Measurement, mean_with_interval, size_warning
+from latelier.evaluation.metrics import Measurement, mean_with_interval, size_warning
 from latelier.evaluation.reconstruction import SETTINGS, picture_metrics
 from latelier.evaluation.regions import RegionJudge, Templates
 from latelier.receipt import make_receipt
@@ -45,12 +46,13 @@ def evaluate_tasks(
         records: batches of held-out records; at most `evaluate.samples` pictures are read.
         training: gives batches of training records, for the templates of layouts and label maps.
         sample: how pictures are drawn; picture i from seed `sample.seed + i`.
-        evaluate: which metrics (psnr, ssim and lpips of enlarged, lpips and gfd of filled pictures), which features,
-            which CLIP, and the seed of the holes.
+        evaluate: which metrics (psnr, ssim and lpips of enlarged, lpips and gfd of filled pictures), the first of
+            which features, which CLIP, and the seed of the holes.
         receipt: what is known besides: reference, data, tokenizer, ema, images_trained.
 
     Returns:
-        `sr-<metric>` and `bicubic-<metric>`; `inpainting-<metric>` and `mean-fill-<metric>`; `layout-match` and
+        `sr-<metric>` and `bicubic-<metric>`, `inpainting-<metric>` and `mean-fill-<metric>`, and how far the first is
+        above the second in the same pictures, `<task>-<metric>-difference`; `layout-match` and
         `segmentation-match` with `-chance` and `-real`; `clip-score` and `clip-score-real`. Empty for models that are
         told classes, maps or nothing.
 
@@ -125,7 +127,7 @@ def _judges(
         judges.append(EnlargementJudge({name: metrics[name] for name in wanted}, known["low_resolution"].config))
     if "inpainting" in known and {"lpips", "gfd"} & set(evaluate.metrics):
         lpips = {k: v for k, v in picture_metrics(evaluate, device).items() if k == "lpips"}
-        extractor = load_extractor(evaluate.features, device) if "gfd" in evaluate.metrics else None
+        extractor = load_extractor(evaluate.features[0], device) if "gfd" in evaluate.metrics else None
         judges.append(FillingJudge(lpips, extractor, evaluate.seed))
     for asks in ("layouts", "segmentations"):
         if asks in known:
@@ -162,11 +164,19 @@ class Means:
                 self._values[f"{side}-{name}"].append(metric(pictures, original).cpu())
 
     def measure(self, about: Mapping[str, Any]) -> list[Measurement]:
-        """`<side>-<metric>` with intervals."""
+        """`<side>-<metric>`, and `<drawn>-<metric>-difference`: drawn minus rival, picture by picture; with intervals.
+
+        Pictures differ far more among each other than drawn and rival do, so the difference is known more closely.
+        """
+        values = {name: torch.cat(parts_) for name, parts_ in self._values.items()}  # (n,)
+        drawn, rival = self._names
+        for metric in self._metrics:
+            values[f"{drawn}-{metric}-difference"] = values[f"{drawn}-{metric}"] - values[f"{rival}-{metric}"]
         result = []
-        for name, parts_ in self._values.items():
-            mean, interval = mean_with_interval(torch.cat(parts_))
-            result.append(Measurement(name, mean, {**about, "settings": SETTINGS[name.split("-")[-1]]}, interval))
+        for name, each in values.items():
+            metric = name.removesuffix("-difference").split("-")[-1]
+            mean, interval = mean_with_interval(each)
+            result.append(Measurement(name, mean, {**about, "settings": SETTINGS[metric]}, interval))
         return result
 
 

@@ -37,7 +37,7 @@ class TextCondition(Section):
 
 
 class LayoutCondition(Section):
-    """Boxes with classes, as tokens."""
+    """Boxes with classes, as tokens, and painted on the latents' grid if asked for."""
 
     kind: Literal["layout"]
     form: Literal["coco", "openimages"] = Field("coco", description="which flags of a box its class token may carry")
@@ -48,6 +48,7 @@ class LayoutCondition(Section):
     layers: int = Field(16, ge=1)
     heads: int = Field(8, ge=1)
     head_dim: int = Field(64, ge=1)
+    painted: int = Field(0, ge=0, description="channels of a map of the boxes beside the tokens; 0: none")
     dropout: Unit = Field(0.1, description="share of pictures whose layout is empty")
 
 
