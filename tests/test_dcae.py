@@ -8,10 +8,13 @@ from latelier.errors import LatelierError
 from latelier.objectives import build_objective
 from latelier.objectives.dcae import DCAEObjective
 from latelier.objectives.prefixes import draw_lengths, keep_prefix
+from latelier.preflight import try_tokenizer
 from latelier.recipe import Data, DCAERecipe, Prefixes
 from latelier.tokenizers import freeze, last_layer
 from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.dcae import PRESETS, build
+from latelier.training.tokenizer_loop import train_tokenizer
+from tiny import DCAE, tiny_recipe
 
 SMALL = {
     "encoder_block_out_channels": (8, 16, 16), "decoder_block_out_channels": (8, 16, 16),
@@ -165,3 +168,12 @@ def test_widths_that_do_not_fit_are_told():
     bad = {**SMALL, "encoder_layers_per_block": (1,)}
     with pytest.raises(LatelierError, match=r"tokenizer\.model does not fit preset dcae15-f8c32-tiny"):
         build(DCAERecipe(kind="dcae", preset="dcae15-f8c32-tiny", model=bad), Data(source="emoji", image_size=16))
+
+
+@pytest.mark.parametrize("first", [train_tokenizer, lambda recipe: list(try_tokenizer(recipe))], ids=["train", "check"])
+def test_a_late_phases_size_is_refused_before_the_first_begins(tmp_path, first):
+    phases = [{"name": "high", "images": 8, "image_size": 36, "train": "middle"}]
+    section = {"kind": "dcae", "preset": "dcae15-f8c32-tiny", "model": {**DCAE}, "phases": phases}
+    with pytest.raises(LatelierError, match="36 x 36 is not divisible by the tokenizer's factor 8; use 32 x 32"):
+        first(tiny_recipe(tmp_path, tokenizer=section))
+    assert not list(tmp_path.glob("**/checkpoints/*"))

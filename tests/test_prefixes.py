@@ -9,6 +9,7 @@ from latelier.evaluation.channels import draw_channel_maps, hoyer, measure_chann
 from latelier.evaluation.prefixes import measure_prefixes, prefix_lengths
 from latelier.objectives.denoising import DenoisingObjective
 from latelier.objectives.prefixes import draw_lengths
+from latelier.preflight import try_denoiser
 from latelier.recipe import Evaluate, Prefixes
 from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.conv import IdentityTokenizer
@@ -161,3 +162,24 @@ def test_variance_of_channels():
 def test_maps_are_written(tmp_path):
     draw_channel_maps(pixels(), pictures(), tmp_path / "channels.png")
     assert (tmp_path / "channels.png").stat().st_size > 1000
+
+
+def test_training_previews_show_a_row_for_each_length(trained):
+    recipe, _ = trained
+    from PIL import Image
+
+    with Image.open(recipe.folder / "previews" / "denoiser-000000000016.png") as picture:
+        assert picture.size == (8 * 34 - 2, 3 * 34 - 2)  # eight columns of 32 pixels; lengths 1, 2 and 4
+
+
+@pytest.mark.parametrize(
+    ("channels", "prefixes", "message"),
+    [
+        (5, {"first": 1, "step": 1}, "sample.channels = 5 is not a prefix of 4 latent channels"),
+        (2, None, "sample.channels = 2, but this denoiser is not trained on prefixes"),
+    ],
+)
+def test_channels_that_could_not_be_drawn_are_refused_before_training(tmp_path, channels, prefixes, message):
+    recipe = tiny_recipe(tmp_path, denoiser={"prefixes": prefixes}, sample={"channels": channels})
+    with pytest.raises(LatelierError, match=message):
+        list(try_denoiser(recipe))

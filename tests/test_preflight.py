@@ -5,6 +5,7 @@ import pytest
 from latelier.preflight import check, try_denoiser, try_tokenizer
 from latelier.recipe import build_recipe
 from test_adversarial import CONV
+from test_codebook import vq_recipe
 from tiny import tiny_recipe
 
 GAME = {"layers": 1, "channels": 8}
@@ -35,6 +36,12 @@ def test_a_late_discriminator_costs_its_share(tmp_path):
     always, half, never = price(0), price(2048), price(1_000_000)
     assert never < half < always
     assert half == pytest.approx((always + never) / 2, rel=1e-6)
+
+
+def test_codebooks_are_tried_too(tmp_path):
+    (row,) = try_tokenizer(vq_recipe(tmp_path), count=True)
+    assert "codebook" in " ".join(row.terms)
+    assert row.flops_per_image > 0
 
 
 def test_denoisers_cost_what_their_layers_do(tmp_path):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, TypeAlias
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
@@ -25,13 +26,14 @@ from latelier.diffusion.windows import windowed
 from latelier.errors import LatelierError
 from latelier.tokenizers import CLASSES
 from latelier.tokenizers.codec import Codec, fast_bf16
-from latelier.tokenizers.tiling import decode_tiled
+from latelier.tokenizers.tiling import decode_within
 
 # diffusers opens a saved pipeline's components only from modules that are imported already.
 for _place in (*CLASSES.values(), *DENOISERS.values(), *CONDITIONERS.values(), "latelier.conditioning.together:"):
     importlib.import_module(_place.split(":")[0])
 
 OUTPUTS = ("pil", "pt", "np", "latent")
+Watch: TypeAlias = Callable[[list[int], int, Tensor], None]  # seeds, evaluations done, estimate of the latents
 
 
 class LatentDiffusionPipeline(DiffusionPipeline):
@@ -148,6 +150,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         output_type: str = "pil",
         progress: bool = True,
         sample: recipe.Sample | None = None,
+        callback: Watch | None = None,
     ) -> ImagePipelineOutput:
         """Draw pictures. Picture i is drawn from `seed + i`, whatever the batch.
 
@@ -188,6 +191,9 @@ class LatentDiffusionPipeline(DiffusionPipeline):
                 latents `(b, c, *grid)`.
             progress: whether to show a bar.
             sample: a recipe's `sample` section, instead of the settings of the same names above.
+            callback: called after each evaluation of the denoiser, as diffusers' `callback_on_step_end`, with the seeds
+                of the pictures that are being drawn, how many evaluations they have seen, and the present estimate of
+                their normalised latents `(b, c, *grid)`; see `latelier.previews.Previews`.
 
         Returns:
             The pictures, as `images`.
@@ -233,6 +239,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
                     latents = sample_latents(
                         denoiser, process, settings, shape, condition, null, seeds, device, advance, scheduler,
                         guide and guide.of([seed - settings.seed for seed in seeds]),
+                        callback and partial(callback, seeds),
                     )  # fmt: skip
                 finished = latents if output_type == "latent" else _finish(codec, latents, record, settings)
                 drawn.append(finished.cpu())
@@ -273,12 +280,7 @@ def _finish(
     codec: Codec, latents: Tensor, record: Mapping[str, Any], settings: recipe.Sample
 ) -> Float[Tensor, "b c h w"]:
     """Pictures of latents; where a record has holes, everything outside of them is the picture that was given."""
-    window, channels = settings.window, settings.channels
-    if window is None or max(latents.shape[2:]) <= window:
-        images = codec.decode(latents, channels)  # (b, c, h, w)
-    else:
-        images = torch.cat([decode_tiled(codec, row, window, window // 2, channels) for row in latents.split(1)])
-    images = images.clamp(-1, 1)
+    images = decode_within(codec, latents, settings.window, settings.channels).clamp(-1, 1)  # (b, c, h, w)
     return compose(images, record["image"].to(images), record["hole"]) if "hole" in record else images
 
 

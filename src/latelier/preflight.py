@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from latelier.data.loader import ImageDataset
 from latelier.errors import LatelierError
+from latelier.evaluation.features import check_features
 from latelier.objectives import build_objective
 from latelier.recipe import PretrainedRecipe, Recipe, TrainedTokenizer, Training
 from latelier.tokenizers import build_tokenizer
@@ -56,6 +57,7 @@ def check(recipe: Recipe) -> list[Trial]:
     Raises:
         LatelierError: for whatever would stop the run later.
     """
+    check_features(recipe.evaluate)
     dataset = tokenizer_loop.open_images(recipe)
     classes = f", {len(dataset.class_names)} classes" if dataset.class_names else ""
     console.print(f"Data: {len(dataset):,} pictures of {' x '.join(map(str, dataset.shape))}{classes}.")
@@ -73,6 +75,7 @@ def try_tokenizer(recipe: Recipe, count: bool = False) -> Iterator[Trial]:
         name, training = section.phase(number)
         dataset = tokenizer_loop.open_images(recipe, size=training.image_size)
         tokenizer = tokenizer_loop.fit(build_tokenizer(recipe), training.image_size or recipe.data.image_size)
+        tokenizer_loop.check_sizes(recipe, Codec(tokenizer).factor)
         objective = build_objective(training, recipe.seed, tokenizer, dataset)
         micro = _micro(training)
         yield _try(name, training, objective, next(dataset.stream(micro)), count)
@@ -123,7 +126,7 @@ def _try(name: str, training: Training, objective: nn.Module, batch: dict[str, A
     first = adversary.first if adversary else 0  # images seen before the rival learns
     batch = tokenizer_loop.to_device(batch, accelerator.device)
 
-    def step(seen: float) -> dict[str, float]:
+    def step(seen: int) -> dict[str, float]:
         terms = objective({**batch, "seen": seen})
         total, losses = terms.total, dict(terms.losses)
         if rival is not None and seen >= first:
@@ -142,7 +145,8 @@ def _try(name: str, training: Training, objective: nn.Module, batch: dict[str, A
         return {key: value.item() for key, value in losses.items()}
 
     late = first / training.images  # the share of training without the rival
-    shares = {0.0: min(1.0, late), float("inf"): max(0.0, 1 - late)}
+    end = 10**15  # images seen: whatever starts late has started; not infinity, as codebooks count in whole numbers
+    shares = {0: min(1.0, late), end: max(0.0, 1 - late)}
     images = len(batch["draw"]) * accelerator.num_processes
     terms, seconds, flops = {}, 0.0, 0.0
     for seen, share in shares.items():
@@ -155,7 +159,7 @@ def _try(name: str, training: Training, objective: nn.Module, batch: dict[str, A
     return Trial(name, training.images, parameters, terms, seconds, flops, memory)
 
 
-def _median_seconds(step: Any, seen: float, device: torch.device) -> float:
+def _median_seconds(step: Any, seen: int, device: torch.device) -> float:
     seconds = []
     for _ in range(TIMED_STEPS):
         start = time.perf_counter()
@@ -166,7 +170,7 @@ def _median_seconds(step: Any, seen: float, device: torch.device) -> float:
     return statistics.median(seconds)
 
 
-def _flops(step: Any, seen: float, device: torch.device) -> int:
+def _flops(step: Any, seen: int, device: torch.device) -> int:
     # The fused attention of the CPU is not counted; its definition in matrix products is, but takes more memory.
     attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
     with FlopCounterMode(display=False) as counter, attention:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ def sample_latents(
     progress: Callable[[int, int], None] | None = None,
     scheduler: Scheduler | None = None,
     guide: Guide | None = None,
+    watch: Callable[[int, Tensor], None] | None = None,
 ) -> Float[Tensor, "b c *grid"]:
     """Normalised latents, one for each seed.
 
@@ -64,6 +66,8 @@ def sample_latents(
         progress: called after each evaluation with how many are done and how many there are.
         scheduler: a diffusers scheduler with timesteps set, instead of the one that `sample.sampler` names.
         guide: pulls the pictures towards what it holds; None leaves them alone.
+        watch: called after each evaluation with how many are done and with the estimate of the latents `(b, c, *grid)`
+            that the prediction means.
 
     Raises:
         LatelierError: if settings do not fit: a sampler of another process, windows over latents without a plane.
@@ -79,7 +83,7 @@ def sample_latents(
     options = _step_options(scheduler, generators, sample.eta)
     # Schedulers of sigma space (Karras et al. 2022) keep x = z + sigma eps; the denoiser wants alpha z + sigma' eps.
     scale_input = getattr(scheduler, "scale_model_input", lambda x, timestep: x)
-    total = len(scheduler.timesteps)
+    total, evaluations = len(scheduler.timesteps), count(1)
 
     def predict(x_t: Tensor, t: Tensor) -> Tensor:
         return guided(
@@ -88,7 +92,10 @@ def sample_latents(
 
     def predict_at(x_t: Tensor, time: float) -> Tensor:
         t = torch.full((len(seeds),), time, device=device)  # (b,)
-        return (predict(x_t, t) if guide is None else guide(predict, x_t, t, process)).float()
+        prediction = (predict(x_t, t) if guide is None else guide(predict, x_t, t, process)).float()
+        if watch is not None:
+            watch(next(evaluations), process.denoised(x_t, t, prediction).float())
+        return prediction
 
     if sample.sampler == ADAPTIVE:
         return integrate(predict_at, x, progress)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from latelier.errors import LatelierError
 from latelier.recipe.base import Section, Training, Weight
 from latelier.recipe.condition import ClassCondition, Conditions
 from latelier.recipe.prefixes import Prefixes
@@ -42,3 +43,20 @@ class DenoiserRecipe(Training):
     )
     sample_posterior: bool = Field(True, description="draw z anew each time; false uses the posterior's mean")
     cache: bool = Field(True, description="encode once to disk; false encodes on the fly, with all augmentations")
+    snapshots: int = Field(
+        0, ge=0, description="n: keep the averaged weights n times on the way, at equal distances, the last at the end"
+    )
+
+    @model_validator(mode="after")
+    def _check_snapshots(self) -> DenoiserRecipe:
+        if self.snapshots > self.images // self.batch:
+            raise LatelierError(
+                f"denoiser.snapshots = {self.snapshots}, but {self.images:,} images are only "
+                f"{self.images // self.batch} steps of {self.batch}; keep fewer."
+            )
+        return self
+
+    def snapshots_at(self) -> list[int]:
+        """Images seen at each snapshot, ascending; whole steps, so distances differ by a step at most."""
+        steps, n = self.images // self.batch, self.snapshots
+        return [-(-k * steps // n) * self.batch for k in range(1, n + 1)]

@@ -38,6 +38,22 @@ def decode_tiled(
     return _tiled(lambda part: codec.decode(part, channels), latents, (tile, overlap), (1, codec.factor))
 
 
+def decode_within(
+    codec: Codec, latents: Float[Tensor, "b k *grid"], window: int | None, channels: int | None = None
+) -> Float[Tensor, "b c h w"]:
+    """Images of normalised latents: at once if they fit a window of so many positions, else in tiles.
+
+    Args:
+        codec: a tokenizer.
+        latents: normalised latents of any size.
+        window: side of the tiles, which overlap by half; None decodes all at once.
+        channels: decode only the first so many, see `Codec.decode`.
+    """
+    if window is None or max(latents.shape[2:]) <= window:
+        return codec.decode(latents, channels)
+    return torch.cat([decode_tiled(codec, row, window, window // 2, channels) for row in latents.split(1)])
+
+
 def encode_tiled(codec: Codec, images: Float[Tensor, "b c h w"], tile: int, overlap: int) -> Float[Tensor, "b k *grid"]:
     """Normalised latents of images, `codec.encode` in tiles: the posterior's mean.
 

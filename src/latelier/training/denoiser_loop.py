@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
 from torch import nn
 
 from latelier.conditioning import CACHED, World, build_conditioner, parts
@@ -21,13 +24,14 @@ from latelier.errors import LatelierError
 from latelier.images import make_grid, save_png
 from latelier.objectives.denoising import DenoisingObjective
 from latelier.pipeline import LatentDiffusionPipeline
+from latelier.previews import shown_lengths
 from latelier.recipe import DenoiserRecipe, Recipe
 from latelier.tokenizers.codec import Codec
 from latelier.training import checkpoint
 from latelier.training.runtime import Stage, adamw, compile_model, make_accelerator
 from latelier.training.tokenizer_loop import open_images, to_device
 
-PREVIEW_SAMPLES = 16
+PREVIEW_SAMPLES, PREVIEW_COLUMNS = 16, 8
 PREVIEW_STEPS = 25
 
 
@@ -58,6 +62,8 @@ def train_denoiser(recipe: Recipe, accelerator: Accelerator | None = None) -> Pa
     if stage.images >= training.images and (folder / "model_index.json").is_file():
         return folder
 
+    if accelerator.is_main_process:
+        drop_snapshots(recipe.folder, stage.images)
     conditioner = accelerator.unwrap_model(objective).conditioner
     stream = latent_stream(recipe, codec, dataset, stage, conditioner)
     with stage.running():
@@ -71,6 +77,8 @@ def train_denoiser(recipe: Recipe, accelerator: Accelerator | None = None) -> Pa
             with stage.paused():
                 if stage.due(training.preview_every) and accelerator.is_main_process:
                     save_preview(recipe, codec, stage, accelerator.unwrap_model(objective), ema)
+                if stage.images in training.snapshots_at() and accelerator.is_main_process:
+                    save_snapshot(recipe.folder, stage.images, accelerator.unwrap_model(objective), ema)
                 if stage.due(training.checkpoint_every) or stage.should_stop():
                     checkpoint.save(
                         recipe.folder, stage.name, stage.images, accelerator, ema, objective, training.keep_checkpoints
@@ -139,6 +147,7 @@ def build_objective(recipe: Recipe, codec: Codec, dataset: ImageDataset) -> Deno
         spatial_channels=sum(part.spatial_channels for part in told),
         vector=any(part.asks == "classes" and not part.token_width for part in told),
     )
+    _check_channels(recipe, shape[0], denoiser.config.get("prefix_channels", False))
     return DenoisingObjective(
         denoiser,
         conditioner,
@@ -150,6 +159,18 @@ def build_objective(recipe: Recipe, codec: Codec, dataset: ImageDataset) -> Deno
         sample_posterior=section.sample_posterior,
         prefixes=section.prefixes,
     )
+
+
+def _check_channels(recipe: Recipe, channels: int, allowed: bool) -> None:
+    """Refuse prefixes that this denoiser could not draw, before it is trained."""
+    wanted = recipe.sample.channels
+    if wanted is not None and wanted > channels:
+        raise LatelierError(f"sample.channels = {wanted} is not a prefix of {channels} latent channels.")
+    if wanted not in (None, channels) and not allowed:
+        raise LatelierError(
+            f"sample.channels = {wanted}, but this denoiser is not trained on prefixes of the channels; set "
+            "denoiser.prefixes, or leave sample.channels out."
+        )
 
 
 def encode_latents(recipe: Recipe, accelerator: Accelerator | None = None, overwrite: bool = False) -> LatentCache:
@@ -193,7 +214,7 @@ def latent_stream(
             records = dataset.follow((latents.index[positions], flips.tolist()) for _, positions, flips in plan)
             batches = ({**batch, **record} for record, batch in zip(records, batches))  # captions may be mirrored
     else:
-        batches = _encoded(codec, dataset.stream(training.batch, *place), accelerator.device)
+        batches = encoded(codec, dataset.stream(training.batch, *place), accelerator.device)
     for batch in batches:
         batch = to_device(batch, accelerator.device)
         if conditioner is not None:
@@ -204,7 +225,7 @@ def latent_stream(
 
 
 @torch.no_grad()
-def _encoded(codec: Codec, batches: Iterator[dict[str, Any]], device: torch.device) -> Iterator[dict[str, Any]]:
+def encoded(codec: Codec, batches: Iterator[dict[str, Any]], device: torch.device) -> Iterator[dict[str, Any]]:
     """Batches of pictures with their posteriors."""
     for batch in batches:
         posterior = codec.posterior(batch["image"].to(device))
@@ -245,22 +266,71 @@ def shown_records(recipe: Recipe, pipeline: LatentDiffusionPipeline) -> Callable
     return records
 
 
-def save_preview(recipe: Recipe, codec: Codec, stage: Stage, objective: DenoisingObjective, ema: Any) -> None:
-    """Samples of the averaged weights on noise that stays the same through training."""
+def save_preview(
+    recipe: Recipe, codec: Codec, stage: Stage, objective: DenoisingObjective, ema: EMAModel | None
+) -> None:
+    """Samples of the averaged weights on noise that stays the same through training.
+
+    A denoiser that is trained on prefixes of the channels shows a row of pictures for each of `shown_lengths`, drawn
+    with so many channels from the same noise, the fewest on top.
+    """
+    prefixes = denoiser_section(recipe).prefixes
+    lengths = [recipe.sample.channels] if prefixes is None else shown_lengths(prefixes, codec.channels)
+    count = PREVIEW_SAMPLES if prefixes is None else PREVIEW_COLUMNS
+    changes = {"steps": min(PREVIEW_STEPS, recipe.sample.steps), "count": count, "batch": count}
+    images = []
+    with averaged(objective, ema):
+        pipeline = make_pipeline(recipe, codec, objective)
+        records = shown_records(recipe, pipeline)(0, count)
+        for length in lengths:
+            settings = recipe.sample.model_copy(update={**changes, "channels": length})
+            drawn = pipeline(
+                sample=settings, records=records, precision=stage.training.precision, output_type="pt", progress=False
+            ).images
+            images.append(drawn)  # (b, c, h, w)
+    grid = make_grid(torch.cat(images), PREVIEW_COLUMNS)
+    save_png(grid, stage.folder / "previews" / f"{stage.name}-{stage.images:012d}.png")
+
+
+@contextmanager
+def averaged(objective: DenoisingObjective, ema: EMAModel | None) -> Iterator[None]:
+    """Evaluation with the averaged weights in place of the last ones, if there are any; training goes on unchanged."""
     parameters = checkpoint.trained(objective)
     if ema is not None:
         ema.store(parameters)
         ema.copy_to(parameters)
     objective.eval()
-    pipeline = make_pipeline(recipe, codec, objective)
-    settings = recipe.sample.model_copy(
-        update={"steps": min(PREVIEW_STEPS, recipe.sample.steps), "count": PREVIEW_SAMPLES, "batch": PREVIEW_SAMPLES}
-    )
-    records = shown_records(recipe, pipeline)(0, PREVIEW_SAMPLES)
-    images = pipeline(
-        sample=settings, records=records, precision=stage.training.precision, output_type="pt", progress=False
-    ).images
-    save_png(make_grid(images, columns=8), stage.folder / "previews" / f"{stage.name}-{stage.images:012d}.png")
-    objective.train()
-    if ema is not None:
-        ema.restore(parameters)
+    try:
+        yield
+    finally:
+        objective.train()
+        if ema is not None:
+            ema.restore(parameters)
+
+
+def save_snapshot(folder: Path, images: int, objective: DenoisingObjective, ema: EMAModel | None) -> None:
+    """Keep the averaged weights as `denoiser/snapshots/<images>`, a trained conditioner in it as `conditioner`.
+
+    Written beside, then renamed: a snapshot that is there is whole.
+    """
+    final = snapshot_folder(folder, images)
+    temporary = final.with_name(f".{images}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    with averaged(objective, ema):
+        objective.denoiser.save_pretrained(temporary)
+        if objective.conditioner is not None and checkpoint.trained(objective.conditioner):
+            objective.conditioner.save_pretrained(temporary / "conditioner")
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+
+
+def drop_snapshots(folder: Path, images: int) -> None:
+    """Remove the snapshots after so many images: training that goes on from there writes them again."""
+    for path in snapshot_folder(folder, 0).parent.glob("[0-9]*"):
+        if int(path.name) > images:
+            shutil.rmtree(path)
+
+
+def snapshot_folder(folder: Path, images: int) -> Path:
+    """Where a run keeps the weights that it had after so many images."""
+    return folder / "denoiser" / "snapshots" / str(images)

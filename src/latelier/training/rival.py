@@ -28,7 +28,7 @@ class Rival:
         changes = {"lr": recipe.lr or section.lr, "betas": recipe.betas, "weight_decay": 0.0}
         self.training, self.first = section.model_copy(update=changes), adversary.first
         model = adversary.objective
-        if recipe.norm == "batch" and accelerator.num_processes > 1:
+        if recipe.norm == "batch" and accelerator.num_processes > 1 and accelerator.device.type != "cpu":  # has none
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         model = model.to(accelerator.device)
         self.objective, self.optimizer = accelerator.prepare(model, adamw(model, self.training))

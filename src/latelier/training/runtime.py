@@ -40,7 +40,8 @@ def make_accelerator(training: Training) -> Accelerator:
     AcceleratorState._reset_state()  # the other stage may have had another precision; the process group stays
     return Accelerator(
         mixed_precision="bf16" if bf16 else "no",
-        # Buffers are constants (position tables, LPIPS weights): broadcasting them each step would be waste.
+        # Buffers are constants (position tables, LPIPS weights): broadcasting them each step would be waste. What
+        # changes, the statistics of batch norms, is averaged after each step.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
 
@@ -70,6 +71,29 @@ def learning_rate(training: Training, images: int) -> float:
     progress = (images - training.warmup) / max(1, training.images - training.warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return training.lr * (training.final_lr + (1 - training.final_lr) * cosine)
+
+
+@torch.no_grad()
+def average_batch_norms(model: nn.Module, accelerator: Accelerator) -> None:
+    """Give the batch norms of all processes the same running statistics, the means over processes.
+
+    Gradients are averaged by the process group, running statistics are not. They are linear in those of the batches,
+    so their mean is what one process gets that sees all parts: for means exactly that of the whole batch, for
+    variances the mean of those within the parts.
+
+    Args:
+        model: its batch norms in `eval` mode are frozen and left alone.
+        accelerator: the process group; one process has nothing to average.
+    """
+    if accelerator.num_processes == 1:
+        return
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    statistics = [t for m in norms for t in (m.running_mean, m.running_var) if t is not None]
+    if not statistics:
+        return
+    mean = accelerator.reduce(torch.cat(statistics), reduction="mean")  # in one message
+    for tensor, part in zip(statistics, mean.split([len(t) for t in statistics])):
+        tensor.copy_(part)
 
 
 def compile_model(model: nn.Module) -> None:
@@ -144,6 +168,7 @@ class Stage:
         self._clip(objective, batch, norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        average_batch_norms(objective, self.accelerator)
 
     def _clip(self, objective: nn.Module, batch: dict[str, Any], name: str) -> None:
         trained = [p for p in objective.parameters() if p.grad is not None]

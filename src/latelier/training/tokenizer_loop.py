@@ -61,7 +61,7 @@ def train_phase(recipe: Recipe, number: int, before: int, accelerator: Accelerat
     dataset = open_images(recipe, size=training.image_size)
     torch.manual_seed(recipe.seed)
     tokenizer = open_phase(recipe, number)
-    check_size(dataset.shape[1:], Codec(tokenizer).factor)
+    check_sizes(recipe, Codec(tokenizer).factor)
     objective = build_objective(training, recipe.seed, tokenizer, dataset)
     if is_convolutional(tokenizer) and accelerator.device.type != "cpu":  # there GroupNorm's backward is slow in it
         objective.to(memory_format=torch.channels_last)
@@ -113,6 +113,15 @@ def train_phase(recipe: Recipe, number: int, before: int, accelerator: Accelerat
     accelerator.wait_for_everyone()
 
 
+def check_sizes(recipe: Recipe, factor: int) -> None:
+    """Refuse sizes that the tokenizer's factor does not divide, those of later phases too, before the first begins."""
+    section = recipe.tokenizer
+    assert isinstance(section, TrainedTokenizer)
+    for number in range(1 + len(section.phases)):
+        check_size(section.phase(number)[1].image_size or recipe.data.image_size, factor)
+    check_size(recipe.data.image_size, factor)
+
+
 def phase_folder(recipe: Recipe, number: int) -> Path:
     """Where a phase's weights end: the last one's in `tokenizer/`."""
     section = recipe.tokenizer
@@ -160,16 +169,25 @@ def open_images(recipe: Recipe, split: str = "train", size: tuple[int, int] | No
     return ImageDataset(open_source(data, split), data, recipe.seed, skip_log=recipe.folder / "skipped.jsonl")
 
 
+def open_pretrained(section: PretrainedRecipe) -> Codec:
+    """A tokenizer that is trained already, from its folder or the Hub.
+
+    Raises:
+        LatelierError: if it cannot be opened.
+    """
+    options = {"subfolder": section.subfolder} if section.subfolder else {}
+    try:
+        return Codec.from_pretrained(section.path, precision="auto", **options)
+    except OSError as error:
+        raise LatelierError(
+            f"tokenizer.path = {section.path!r} cannot be opened ({str(error).splitlines()[0]})."
+        ) from None
+
+
 def import_tokenizer(recipe: Recipe, dataset: ImageDataset, folder: Path) -> Path:
     """A tokenizer that needs no training: pixels, or one that is trained already; its statistics are measured here."""
     if isinstance(recipe.tokenizer, PretrainedRecipe):
-        options = {"subfolder": recipe.tokenizer.subfolder} if recipe.tokenizer.subfolder else {}
-        try:
-            codec = Codec.from_pretrained(recipe.tokenizer.path, precision="auto", **options)
-        except OSError as error:
-            raise LatelierError(
-                f"tokenizer.path = {recipe.tokenizer.path!r} cannot be opened ({str(error).splitlines()[0]})."
-            ) from None
+        codec = open_pretrained(recipe.tokenizer)
         if codec.image_channels != recipe.data.channels:
             raise LatelierError(
                 f"data.channels = {recipe.data.channels}, but the tokenizer {recipe.tokenizer.path} takes "
