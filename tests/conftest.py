@@ -19,6 +19,11 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LATELIER_CACHE", str(tmp_path / "latelier-cache"))  # never the home folder
+
+
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory):
     """A ViT of 16 patches of 6 x 6 pixels and two blocks, as `save_pretrained` leaves it."""

@@ -159,22 +159,25 @@ def test_inspect_judges_a_trained_tokenizer(monkeypatch, capsys, tmp_path, recip
     run, out = str(tmp_path / "runs" / "tiny"), tmp_path / "judged"
     options = ("--size", "32", "--samples", "64", "--out", str(out))
     metrics = "evaluate.metrics=[psnr,smoothness,compression]"
-    code, shown, error = call(monkeypatch, capsys, "inspect", run, "emoji", metrics, *options)
+    code, shown, error = call(monkeypatch, capsys, "inspect", run, "--data", "emoji", metrics, *options)
     assert code == 0, error
     assert "report.html" in shown.replace("\n", "")
+    assert "fair: All this was measured on" in shown
+    findings = json.loads((out / "verdict.json").read_text())
+    assert all(finding["sentence"] in shown for finding in findings)
     measured = json.loads((out / "metrics.json").read_text())
     assert {"smoothness-psnr", "within-class", "within-object", "within-part"} <= set(measured["latent space"])
     other = yaml.safe_load(recipe_file.read_text())
     recipe_file.write_text(yaml.safe_dump({**other, "name": "other", "seed": 1}))
     assert call(monkeypatch, capsys, "train", "tokenizer", str(recipe_file))[0] == 0
-    again = ("inspect", str(tmp_path / "runs" / "other"), "emoji", "evaluate.metrics=[psnr]", *options)
+    again = ("inspect", str(tmp_path / "runs" / "other"), "--data", "emoji", "evaluate.metrics=[psnr]", *options)
     assert call(monkeypatch, capsys, *again)[0] == 0
     anew = json.loads((out / "metrics.json").read_text())["reconstruction"]["psnr"]
     assert anew["receipt"]["tokenizer"] != measured["reconstruction"]["psnr"]["receipt"]["tokenizer"]
-    code, _, error = call(monkeypatch, capsys, "inspect", run, "emoji", "--size", "32", "--out", run)
+    code, _, error = call(monkeypatch, capsys, "inspect", run, "--data", "emoji", "--size", "32", "--out", run)
     assert code == 2
     assert "is the folder of a trained run" in error
-    code, _, error = call(monkeypatch, capsys, "inspect", str(tmp_path / "nowhere"), "emoji", *options)
+    code, _, error = call(monkeypatch, capsys, "inspect", str(tmp_path / "nowhere"), "--data", "emoji", *options)
     assert code == 2
     assert "nowhere" in error
 

@@ -10,15 +10,14 @@ from PIL import Image
 
 from latelier.errors import LatelierError
 from latelier.evaluation.comparison import Published, Shown, write_comparison
+from latelier.evaluation.directions import better, plain
 from latelier.evaluation.figures import _mixtures, _trade_offs, _trained
 from latelier.evaluation.orderings import (
     TRAINING_SPEED,
     at_steps,
     best,
-    better,
     measured,
     orderings,
-    plain,
     printed,
     receipts,
     sampling,
@@ -283,6 +282,17 @@ def test_pictures_keep_whole_pairs(tmp_path, study):
     assert shown.size == (2 * (5 * 34 - 2), name + 2 * (4 * 34 - 2))  # four rows of six
     block = shown.crop((0, name, shown.width, shown.height)).resize((168, 134), Image.Resampling.NEAREST)
     assert block.tobytes() == opened(tall).crop((0, 0, 168, 134)).tobytes()
+
+
+def test_names_lead_to_reports_and_facts_come_first(tmp_path):
+    shown = [run("A & b", facts={"factor": 8}, psnr=20.0), run("C", facts={"factor": 4}, psnr=21.0)]
+    shown[0].link = "a-b/report.html?x&y"
+    page = write_comparison(tmp_path, "t", "", shown, {"Measured": ["psnr"]}, None, facts="What they are")
+    html = page.read_text()
+    assert html.count('<a href="a-b/report.html?x&amp;y">A &amp; b</a>') == 2  # facts and numbers
+    assert html.count("<a href") == 2  # the other one has no report
+    assert re.findall("<h2>(.*?)</h2>", html)[:2] == ["What they are", "Measured"]
+    assert "| [A &amp; b](a-b/report.html?x&y) | 8 |" in (tmp_path / "table.md").read_text()
 
 
 def test_one_run_and_nothing_published(tmp_path):

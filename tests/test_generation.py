@@ -5,6 +5,7 @@ import torch
 
 from latelier.errors import LatelierError
 from latelier.evaluation import generation
+from latelier.evaluation.features import FeatureExtractor
 from latelier.evaluation.generation import evaluate_generation, nearest
 from latelier.images import round_to_8_bit
 from latelier.recipe import Evaluate
@@ -14,8 +15,35 @@ from tiny import colour_extractor
 @pytest.fixture
 def colours(monkeypatch):
     extractor = colour_extractor()
-    monkeypatch.setattr(generation, "load_extractor", lambda name, device: extractor)
+    monkeypatch.setattr(generation, "load_extractors", lambda names, device: [extractor])
     return extractor
+
+
+def inception(images_to, **others):
+    """Stands for FID's Inception: mean colours, and what else there is."""
+    module = torch.nn.Linear(1, 1)
+    about = {name: (x.shape[1], name) for name, x in images_to(torch.zeros(1, 3, 8, 8)).items() if name != "features"}
+    return FeatureExtractor("inception", 3, "mean", "rounded", "1" * 64, module, images_to, about)
+
+
+def colours_and_more(levels):
+    """Features, spatial ones, and logits of four classes that the first colour decides."""
+    mean = levels.mean((2, 3))  # (b, 3)
+    logits = torch.nn.functional.one_hot((mean[:, 0] / 64).long().clamp(0, 3), 4) * 100.0
+    return {"features": mean, "spatial": levels[:, 0, :2, 0], "logits": logits}
+
+
+@pytest.fixture
+def several(monkeypatch):
+    """Inception, and a CLIP whose vectors are mean colours too."""
+    clip = colour_extractor()
+    clip.name = "clip-tiny"
+    found = [inception(colours_and_more), clip]
+    monkeypatch.setattr(generation, "load_extractors", lambda names, device: found)
+    return Evaluate(
+        metrics=["gfd", "sfid", "inception-score", "kid", "cmmd", "precision", "recall"],
+        features=["inception", "clip:tiny"], samples=90,
+    )  # fmt: skip
 
 
 def images(n, seed, shift=0.0):
@@ -45,6 +73,57 @@ def test_known_distance(colours):
     samples = [round_to_8_bit(x) + levels]
     (measured,) = evaluate_generation(samples, [{"image": x}], Evaluate(metrics=["gfd"]), {})
     assert measured.value == pytest.approx(3 * 20**2, rel=1e-3)
+
+
+def test_each_metric_in_its_features(several):
+    receipt = {"reference": "toy/val", "data": "f00", "seed": 1}
+    batches = [{"image": part} for part in images(90, 0).split(30)]
+    measured = {m.name: m for m in evaluate_generation(images(90, 1, 0.3).split(40), batches, several, receipt)}
+    assert list(measured) == [
+        "gfd-inception", "sfid", "inception-score", "kid-inception", "precision", "recall", "gfd-clip-tiny",
+        "kid-clip-tiny", "cmmd-clip-tiny",
+    ]  # fmt: skip
+    assert measured["sfid"].receipt["layer"] == "spatial"
+    assert measured["sfid"].receipt["dims"] == 2
+    assert 1 <= measured["inception-score"].value <= 4
+    for name, m in measured.items():
+        assert (m.receipt["n"], m.receipt["n_reference"], m.receipt["data"]) == (90, 90, "f00"), name
+        assert {"extractor", "weights_sha256", "preprocessing", "versions", "git", "device"} <= set(m.receipt), name
+        assert m.interval[0] <= m.value <= m.interval[1], name
+
+
+def test_distances_of_nothing_but_chance_are_small(several):
+    """Two halves of one distribution: unbiased discrepancies have zero in their intervals."""
+    batches = [{"image": images(90, 0)}]
+    measured = {m.name: m for m in evaluate_generation([images(90, 1)], batches, several, {})}
+    for name in ("kid-inception", "kid-clip-tiny", "cmmd-clip-tiny"):
+        low, high = measured[name].interval
+        assert low < 0 < high
+
+
+def test_fid_needs_fifty_thousand(monkeypatch):
+    found = [inception(colours_and_more)]
+    monkeypatch.setattr(generation, "load_extractors", lambda names, device: found)
+    few = Evaluate(metrics=["fid50k"], features="inception", samples=5000)
+    with pytest.raises(LatelierError, match=r"evaluate\.samples asks for 5,000; what fewer .* called gfd-inception"):
+        evaluate_generation([], [], few, {})
+    enough = few.model_copy(update={"samples": 50_000})
+    with pytest.raises(LatelierError, match="50,000 pictures on each side, but there are 40"):
+        evaluate_generation([images(40, 0)], [{"image": images(50, 1)}], enough, {})
+    monkeypatch.setattr(generation, "FID_SAMPLES", 40)
+    both = enough.model_copy(update={"metrics": ["fid50k", "gfd"]})
+    gfd, fid = evaluate_generation([images(40, 0)], [{"image": images(50, 1)}], both, {})
+    assert (gfd.name, fid.name) == ("gfd-inception", "fid50k")
+    assert gfd.value == fid.value
+
+
+@pytest.mark.parametrize(
+    ("metric", "told"),
+    [("cmmd", "CLIP's embeddings only"), ("sfid", "FID's Inception only"), ("fid50k", "FID's Inception only")],
+)
+def test_metrics_without_their_features_are_refused(metric, told):
+    with pytest.raises(LatelierError, match=told):
+        evaluate_generation([], [], Evaluate(metrics=[metric], features="vgg16"), {})
 
 
 def test_reconstruction_metrics_alone_cost_nothing():

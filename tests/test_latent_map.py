@@ -8,7 +8,7 @@ import torch
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from latelier import experiment
+from latelier import experiment, inspection
 from latelier.errors import LatelierError
 from latelier.evaluation import difficulty, latent_map
 from latelier.evaluation.figures import COLOURS
@@ -151,7 +151,7 @@ def test_inspected_pictures_are_divided(tmp_path, short, folder_of_pictures):
     experiment.complete(recipe)
     options = [f"evaluate.metrics=[{','.join(NEW)}]", "evaluate.modes=[1,2]"]
     out = tmp_path / "judged"
-    experiment.inspect(str(recipe.folder), str(folder_of_pictures), 8, 80, out, options)
+    inspection.inspect(str(recipe.folder), str(folder_of_pictures), 8, 80, out, options)
     about = json.loads((out / "metrics.json").read_text())["latent space"]["diffusion-loss"]["receipt"]
     assert about["n"] + about["n_train"] == 80
     assert "half of the same pictures" in about["learnt_from"]

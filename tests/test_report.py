@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from latelier.errors import LatelierError
-from latelier.evaluation.chart import average, line_chart, short, thin, ticks
+from latelier.evaluation.chart import average, bar_chart, line_chart, short, thin, ticks
 from latelier.evaluation.metrics import Measurement, write_measurements
 from latelier.evaluation.report import read_log, write_report
 from latelier.images import make_grid, save_png
@@ -44,7 +44,7 @@ def test_whole_run(tmp_path):
     page = path.read_text()
     assert path == tmp_path / "report.html"
     assert re.findall("<h2>(.*?)</h2>", page) == [
-        "Samples", "Reconstructions", "Metrics", "Training", "Previews", "Skipped files", "Recipe",
+        "Verdict", "Samples", "Reconstructions", "Metrics", "Training", "Previews", "Skipped files", "Recipe",
     ]  # fmt: skip
     assert "vmae small + dit S on &lt;i&gt;photos&lt;/i&gt; at 64 x 48 px" in page
     assert "27.12" in page
@@ -156,3 +156,28 @@ def test_latent_space(tmp_path):
     assert "Noise on latents" not in page
     assert "<span>gmm-modes</span>" in page
     assert "<span>gmm-nll@1</span>" not in page  # a curve, not nine tiles
+    assert "<b>2</b><span>gmm-modes</span>" in page
+
+
+def test_channels_and_errors(tmp_path):
+    fill(tmp_path)
+    stds = Measurement("latent-std", 1.5, {"by_channel": [1.0, 1.2, 9.0, 1.1]})
+    write_measurements(tmp_path / "metrics.json", [stds], "latent space")
+    for name in ("reconstructions", "error-map"):
+        save_png(make_grid(torch.zeros(4, 3, 8, 8), 2), tmp_path / f"{name}.png")
+    page = write_report(tmp_path).read_text()
+    assert "std of raw latents of 4 channels, median 1.15, largest 9" in page
+    assert page.count('<rect class="bar"') == 3
+    assert page.count('<rect class="outlier"') == 1
+    assert "Originals, reconstructions, and where they differ" in page
+
+
+def test_bars_stay_in_their_frame():
+    for values in ([0.0], [2.0, math.nan, 1e6], [1e-3] * 1000, [1.0, 2.0, 3.0]):
+        chart = bar_chart("x", values, "channel")
+        bars = re.findall(r'<rect.*? x="([^"]+)" y="([^"]+)" width="([^"]+)" height="([^"]+)"', chart)
+        assert len(bars) == sum(map(math.isfinite, values))
+        for x, y, width, height in (map(float, bar) for bar in bars):
+            assert 0 <= x <= x + width <= 340
+            assert 0 <= y <= y + height <= 168 - 20
+    assert bar_chart("x", [math.nan], "channel") == ""

@@ -8,7 +8,7 @@ import torch
 from latelier.denoisers.unet import UNet, architecture
 from latelier.errors import LatelierError
 from latelier.evaluation import speed
-from latelier.evaluation.metrics import FeatureStatistics
+from latelier.evaluation.distributions import FeatureStatistics
 from latelier.evaluation.speed import batches, measure_sampling
 from latelier.pipeline import LatentDiffusionPipeline
 from latelier.recipe import Process, Sample, build_recipe

@@ -113,6 +113,17 @@ def test_studies_that_come_along_are_whole():
                 assert {build_run(study, name).name for name in study.runs}
 
 
+def test_plans_older_than_a_key_go_on(tmp_path):
+    study = load_study(write_study(tmp_path))
+    budget = study.budget.model_dump(mode="json")
+    asked = {"recipe": build_run(study, "Plain").model_dump(mode="json"), "budget": budget}
+    older = json.loads(json.dumps(asked))
+    del older["recipe"]["denoiser"]["prefixes"]  # its default is what training did before there was the key
+    assert studies._training_part(older) == studies._training_part(asked)
+    older["recipe"]["denoiser"]["batch"] += 1
+    assert studies._training_part(older) != studies._training_part(asked)
+
+
 def test_a_variant_may_have_runs_of_its_own(tmp_path):
     more = {"Both": {"seed": 5, "tokenizer": {"mask_ratio": 0.25}}}
     study = load_study(write_study(tmp_path, variants={"larger": {"more": more}}), "larger")

@@ -1,4 +1,4 @@
-"""Run by test_distributed.py on each of two processes: train both stages, tell the weights' hash."""
+"""Run by test_distributed.py on each of two processes: train both stages, tell the weights' hash, evaluate."""
 
 import hashlib
 import sys
@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
+from latelier.evaluation import generation, measuring, reconstruction
 from latelier.training import denoiser_loop, tokenizer_loop
 from latelier.training.runtime import Stage, make_accelerator
-from tiny import tiny_recipe
+from tiny import colour_extractor, tiny_recipe
 
 TOKENIZER = {  # masked pretraining, then decoder tuning against a discriminator
     "ema": 0,
@@ -18,7 +19,7 @@ TOKENIZER = {  # masked pretraining, then decoder tuning against a discriminator
     ],
 }  # fmt: skip
 
-
+EVALUATE = {"metrics": ["l1", "psnr", "rfd", "gfd", "kid", "precision", "recall"], "samples": 46, "batch": 5}
 TRAINED: list[torch.nn.Module] = []  # what stepped, tokenizers and discriminators alike
 
 
@@ -35,10 +36,17 @@ def digest() -> str:
     return f"{len(TRAINED)} {hashlib.sha256(content).hexdigest()}"
 
 
+def see_colours() -> None:
+    """Features that are mean colours, instead of a network's."""
+    for module in (generation, reconstruction):
+        module.load_extractors = lambda names, device: [colour_extractor()]
+    measuring.load_extractor = lambda name: colour_extractor()
+
+
 def main(folder: Path) -> None:
     """Both stages, on this process."""
     torch.set_num_threads(1)
-    recipe = tiny_recipe(folder, tokenizer=TOKENIZER, denoiser={"ema": 0})
+    recipe = tiny_recipe(folder, tokenizer=TOKENIZER, denoiser={"ema": 0}, evaluate=EVALUATE)
     Stage.step = remember
     for name, section, train in (
         ("tokenizer", recipe.tokenizer, tokenizer_loop.train_tokenizer),
@@ -50,6 +58,9 @@ def main(folder: Path) -> None:
         (folder / f"{name}-{accelerator.process_index}.txt").write_text(digest())
         TRAINED.clear()
         accelerator.wait_for_everyone()
+    see_colours()
+    measured = measuring.evaluate(recipe)
+    (folder / f"measured-{accelerator.process_index}.txt").write_text(" ".join(m.name for m in measured))
 
 
 if __name__ == "__main__":

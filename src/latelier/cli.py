@@ -129,6 +129,12 @@ def sample(
     window: Window = None,
     stride: Annotated[int | None, typer.Option(help="From one window to the next; default half a window.")] = None,
     seed: Annotated[int, typer.Option(help="Picture i is drawn from seed + i.")] = 0,
+    preview: Annotated[
+        int | None, typer.Option(help="Every so many steps, show in previews/ what the first pictures are becoming.")
+    ] = None,
+    preview_channels: Annotated[
+        int | None, typer.Option(help="Previews decode the first so many channels; default a quarter if structured.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the pictures; default: samples/ of the run.")] = None,
 ) -> None:
     """Draw pictures from a trained pipeline."""
@@ -143,7 +149,7 @@ def sample(
         "count": count, "steps": steps, "guidance": guidance, "sampler": sampler, "channels": channels,
         "window": window, "stride": stride, "seed": seed,
     }  # fmt: skip
-    console.print(f"Grid: {sample_to_folder(run, asked, settings, size, out)}")
+    console.print(f"Grid: {sample_to_folder(run, asked, settings, size, out, preview, preview_channels)}")
 
 
 @app.command(epilog="Example:  latelier upscale small.png large.png --run runs/super-resolution")
@@ -189,7 +195,7 @@ def inpaint(
 @app.command(epilog="Example:  latelier evaluate runs/quickstart evaluate.samples=1000")
 def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Measure reconstruction and generation of a trained run, with receipts, and rewrite its report."""
-    from latelier.experiment import evaluate as evaluate_run
+    from latelier.evaluation.measuring import evaluate as evaluate_run
     from latelier.experiment import show_measurements
 
     show_measurements(evaluate_run(_load(recipe, overrides)))
@@ -236,19 +242,46 @@ def convert(
     console.print(f"{out}: {type(converted.model).__name__}, {parameters:,} parameters")
 
 
-@app.command(epilog="Example:  latelier inspect stabilityai/sd-vae-ft-mse ./photos --size 256")
+@app.command(epilog="Example:  latelier inspect stabilityai/sd-vae-ft-mse --data ./photos --size 256")
 def inspect(
     tokenizer: Annotated[str, typer.Argument(help="A run folder, a tokenizer folder, or a diffusers Hub name.")],
-    data: Annotated[str, typer.Argument(help="Pictures to measure on: a folder, a dataset, `emoji`, ...")],
+    data: Annotated[str, typer.Option(help="Pictures to measure on: a folder, a dataset, `emoji`, ...")],
     overrides: Overrides = None,
     size: Annotated[int, typer.Option(help="Side in pixels to which pictures are cropped.")] = 256,
     samples: Annotated[int, typer.Option(help="How many pictures are measured, and learnt from.")] = 2000,
-    out: Annotated[Path, typer.Option(help="Folder of metrics.json, report.html and pictures.")] = Path("inspection"),
+    out: Annotated[Path, typer.Option(help="Folder of report.html, metrics.json and verdict.json.")] = Path(
+        "inspection"
+    ),
 ) -> None:
-    """Judge a latent space: reconstruction, smoothness, perceptual compression, distribution, classes, cost."""
-    from latelier.experiment import inspect as inspect_tokenizer
+    """Judge a latent space: reconstruction, smoothness, distribution, channels, classes, cost, and a verdict."""
+    from latelier.inspection import inspect as inspect_tokenizer
+    from latelier.inspection import read_verdict
 
-    console.print(f"Report: {inspect_tokenizer(tokenizer, data, size, samples, out, overrides or [])}")
+    report = inspect_tokenizer(tokenizer, data, size, samples, out, overrides or [])
+    for finding in read_verdict(out):
+        console.print(f"{finding.kind}: {finding.sentence}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"Report: {report}")
+
+
+@app.command(epilog="Example:  latelier compare runs/one runs/two stabilityai/sd-vae-ft-mse --data photos --size 256")
+def compare(
+    tokenizers: Annotated[
+        list[str], typer.Argument(help="Run folders, tokenizer folders, diffusers Hub names; then changes a.b=c.")
+    ],
+    data: Annotated[str, typer.Option(help="Pictures to measure on: a folder, a dataset, `emoji`, ...")],
+    size: Annotated[int, typer.Option(help="Side in pixels to which pictures are cropped.")] = 256,
+    samples: Annotated[int, typer.Option(help="How many pictures are measured, and learnt from.")] = 2000,
+    out: Annotated[Path, typer.Option(help="Folder of the page and of every tokenizer's own.")] = Path("comparison"),
+    name: Annotated[
+        list[str] | None, typer.Option(help="Short names, once for each tokenizer; default: from their paths.")
+    ] = None,
+) -> None:
+    """Judge tokenizers on the same pictures, side by side. Goes on where it was stopped."""
+    from latelier.compare import compare as compare_tokenizers
+    from latelier.compare import divide_words
+
+    chosen, changes = divide_words(tokenizers)
+    console.print(f"Comparison: {compare_tokenizers(chosen, data, size, samples, out, changes, name or [])}")
 
 
 @app.command(epilog="Example:  latelier study ldmae_tokenizers --variant emoji")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from latelier.budget import Budget, spend
 from latelier.errors import LatelierError
@@ -23,7 +23,7 @@ from latelier.recipe import Recipe, Section, apply_overrides, as_numbers, build_
 
 _FOLDERS = (Path(__file__).parent / "studies", Path(__file__).parents[2] / "studies")
 PLAN = "plan.json"  # what was asked, what was planned, and whether it is done
-OWN = ("name", "folder", "budget", "columns")  # overrides of these are the study's, not its runs'
+OWN = ("name", "folder", "budget", "columns", "baseline")  # overrides of these are the study's, not its runs'
 
 
 class Variant(Section):
@@ -47,8 +47,16 @@ class Study(Section):
     base: dict[str, Any] = Field(description="the recipe that all runs share")
     runs: dict[str, dict[str, Any]] = Field(description="by name: what is different in each")
     variants: dict[str, Variant] = Field({}, description="by name: the same on other data or at another scale")
+    baseline: str | None = Field(None, description="the run whose end the others' convergence is measured against")
     published: Published | None = Field(None, description="what a paper printed, to be compared by order")
     folder: str = Field("runs", description="in which a folder of the study's name is made")
+
+    @model_validator(mode="after")
+    def _check_baseline(self) -> Study:
+        if self.baseline is not None and self.baseline not in self.runs:
+            known = ", ".join(self.runs)
+            raise LatelierError(f"baseline = {self.baseline!r} is no run of study {self.name}; it has {known}.")
+        return self
 
     @property
     def root(self) -> Path:
@@ -59,7 +67,8 @@ class Study(Section):
 def load_study(path: str | Path, variant: str | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Study:
     """Read a study file, and apply a variant and `a.b=c` overrides.
 
-    Overrides of `name`, `folder`, `budget` and `columns` are the study's; all others go to the recipe of every run.
+    Overrides of `name`, `folder`, `budget`, `columns` and `baseline` are the study's; all others go to the recipe of
+    every run.
 
     Raises:
         LatelierError: naming the file, key or value that is wrong.
@@ -184,7 +193,8 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 def _training_part(asked: dict[str, Any]) -> dict[str, Any]:
     """What training depends on; pictures and metrics can be made anew."""
-    recipe = {k: v for k, v in asked["recipe"].items() if k not in ("sample", "evaluate", "runs")}
+    whole = build_recipe(asked["recipe"]).model_dump(mode="json")  # keys younger than the plan have their defaults
+    recipe = {k: v for k, v in whole.items() if k not in ("sample", "evaluate", "runs")}
     return {"recipe": recipe, "budget": asked["budget"]}
 
 
@@ -212,7 +222,7 @@ def show(study: Study) -> Path:
     columns = {title: _found(wanted, known) for title, wanted in study.columns.items()}
     budget = ", ".join(f"{stage} {amount}" for stage, amount in study.budget if amount is not None)
     about = f"{study.about.strip()} Budget of each run: {budget or 'as its recipe says'}."
-    return write_comparison(study.root, study.title, about, shown, columns, study.published)
+    return write_comparison(study.root, study.title, about, shown, columns, study.published, baseline=study.baseline)
 
 
 def _found(wanted: list[str], known: list[str]) -> list[str]:

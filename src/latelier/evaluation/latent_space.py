@@ -19,8 +19,9 @@ from torch import Tensor
 from latelier.draws import Draws
 from latelier.errors import LatelierError
 from latelier.evaluation.clusters import LAYERS, RESAMPLES, Regions, measure_spread, perceptual_clusters, regions
+from latelier.evaluation.distributions import FeatureStatistics
 from latelier.evaluation.features import load_extractor
-from latelier.evaluation.metrics import FeatureStatistics, Measurement, mean_with_interval, psnr, size_warning
+from latelier.evaluation.metrics import Measurement, mean_with_interval, psnr, size_warning
 from latelier.evaluation.reconstruction import SETTINGS
 from latelier.images import round_to_8_bit
 from latelier.losses.perceptual import LPIPS
@@ -124,14 +125,14 @@ class Judge:
     """PSNR, LPIPS and Fréchet distance of each level's pictures to the originals, in one pass of VGG16 where it can be.
 
     Args:
-        evaluate: which of the three, in which features.
+        evaluate: which of the three, in the first of its features.
         device: of the networks.
         levels: how many there are.
     """
 
     def __init__(self, evaluate: Evaluate, device: torch.device, levels: int):
         self.names = [name for name in ("psnr", "lpips") if name in evaluate.metrics]
-        self.extractor = load_extractor(evaluate.features, device) if "rfd" in evaluate.metrics else None
+        self.extractor = load_extractor(evaluate.features[0], device) if "rfd" in evaluate.metrics else None
         shared = self.extractor is not None and isinstance(self.extractor.module, LPIPS)
         if shared:
             self.network = self.extractor.module  # type: ignore[union-attr]

@@ -12,22 +12,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from latelier.evaluation.chart import short
-from latelier.evaluation.report import BETTER, in_words
+from latelier.evaluation.directions import SAMPLING_SPEED, better, heading, plain
+from latelier.evaluation.page import in_words
 
-Better = Literal["lower", "higher"]
 Verdict = Literal["reproduced", "reversed", "undecided"]
 
-DIRECTIONS: dict[str, str] = {
-    **BETTER, "within": "lower", "separation": "higher", "smoothness-psnr": "higher", "smoothness-lpips": "lower",
-    "smoothness-rfd": "lower", "prefix-psnr": "higher", "prefix-lpips": "lower", "prefix-rfd": "lower",
-    "gflop": "lower", "parameters": "lower", "size-mib": "lower", "memory-gb": "lower",
-}  # fmt: skip
-OF_FEATURES = ("rfd", "gfd", "smoothness-rfd", "prefix-rfd")  # distances whose names carry an extractor: rfd-vgg16
 MISSING = "–"
-ARROWS = {"lower": " ↓", "higher": " ↑", None: ""}
 RECEIPT = {
     "n": "n", "n_reference": "n of references", "image_size": "image size", "reference": "pictures",
     "data": "data", "extractor": "features", "latents": "latents", "sampler": "sampler", "steps": "steps",
@@ -38,7 +31,6 @@ SAMPLING_RECEIPT = {
     "guidance": "guidance", "seed": "seed", "batch": "batch", "threads": "threads", "drawn_on": "drawn on",
     "device": "device",
 }  # fmt: skip
-SAMPLING_SPEED = "samples-per-second"  # this and gfd-<features> are measured @ numbers of sampling steps
 MIXTURE = "gmm-nll"  # is measured @ numbers of modes
 TRAINING_SPEED = "denoiser: training images/s"  # a fact of a run
 
@@ -50,14 +42,16 @@ class Shown:
     Attributes:
         name: such as `VMAE`.
         metrics: metric name to `{value, interval, receipt}`, the sections of `metrics.json` merged.
-        facts: what it cost, in words and numbers: parameters, images seen, training seconds, ...
+        facts: what it is or cost, in words and numbers: latent shape, images seen, training seconds, ...
         pictures: kind (`reconstructions`, `samples`) to a PNG file; files may be missing.
+        link: of its own report, relative to the comparison; empty if it has none.
     """
 
     name: str
     metrics: dict[str, dict[str, Any]]
     facts: dict[str, Any] = field(default_factory=dict)
     pictures: dict[str, Path] = field(default_factory=dict)
+    link: str = ""
 
 
 @dataclass
@@ -125,34 +119,20 @@ class Table:
         head: names of columns.
         rows: cells, as many in each row as the head has.
         bold: (row, column) of the best cells.
+        links: where the names of rows lead; empty, or one for each row, which may be empty.
     """
 
     head: list[str]
     rows: list[list[str]]
     bold: set[tuple[int, int]] = field(default_factory=set)
+    links: Sequence[str] = ()
 
     def is_number(self, column: int) -> bool:
         """Whether a column reads best flush right."""
         return column > 0 and all(re.match(r"[-–−\d]", row[column]) for row in self.rows)
 
 
-# -- directions -------------------------------------------------------------------------------------------------------
-
-
-def better(name: str) -> Better | None:
-    """Whether lower or higher values of a metric are better; None if nothing is known of it."""
-    name = name.partition("@")[0]
-    if name.endswith(("images-per-second", SAMPLING_SPEED)):
-        return "higher"
-    parts = name.split("-")
-    prefixes = ("-".join(parts[:i]) for i in range(len(parts), 0, -1))  # the longest known one counts
-    return cast("Better | None", next((DIRECTIONS[prefix] for prefix in prefixes if prefix in DIRECTIONS), None))
-
-
-def plain(name: str) -> str:
-    """A metric's name without its extractor: `rfd-vgg16` is `rfd`, `gfd-vgg16@50` is `gfd@50`."""
-    name, at, steps = name.partition("@")
-    return next((prefix for prefix in OF_FEATURES if name.startswith(f"{prefix}-")), name) + at + steps
+# -- values -----------------------------------------------------------------------------------------------------------
 
 
 def steps_of(name: str) -> int | None:
@@ -280,7 +260,7 @@ def _tau(theirs: list[float], ours: list[float]) -> float | None:
 
 def measured(shown: Sequence[Shown], columns: Sequence[str]) -> list[str | Table]:
     """Our values: one row for each run, one column for each metric; missing ones are a dash."""
-    table = Table(["Run", *map(heading, columns)], [[run.name] for run in shown])
+    table = Table(["Run", *map(heading, columns)], [[run.name] for run in shown], links=[run.link for run in shown])
     for j, name in enumerate(columns, start=1):
         values = [value(run, name) for run in shown]
         halves = [(ends[1] - ends[0]) / 2 if (ends := interval(run, name)) else None for run in shown]
@@ -367,11 +347,11 @@ def _chain(ranks: Sequence[Sequence[str]]) -> str:
 
 
 def costs(shown: Sequence[Shown]) -> list[str | Table]:
-    """What each run took; nothing if nothing is known of any."""
+    """What each run is or took; nothing if nothing is known of any."""
     fullest = sorted(shown, key=lambda run: -len(run.facts))  # its order, should others have trained one stage only
     facts = list(dict.fromkeys(fact for run in fullest for fact in run.facts))
     rows = [[run.name, *(_fact(run.facts.get(fact)) for fact in facts)] for run in shown]
-    return [Table(["Run", *facts], rows)] if facts else []
+    return [Table(["Run", *facts], rows, links=[run.link for run in shown])] if facts else []
 
 
 def receipts(shown: Sequence[Shown], columns: Sequence[str], keys: Mapping[str, str] = RECEIPT) -> list[str | Table]:
@@ -405,11 +385,6 @@ def receipts(shown: Sequence[Shown], columns: Sequence[str], keys: Mapping[str, 
 
 
 # -- numbers in words -------------------------------------------------------------------------------------------------
-
-
-def heading(name: str) -> str:
-    """A metric's name with an arrow in its better direction."""
-    return f"{name}{ARROWS[better(name)]}"
 
 
 def texts(values: Sequence[float | None], like: Sequence[float | None] | None = None) -> list[str]:

@@ -19,9 +19,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from latelier.errors import LatelierError
+from latelier.evaluation.distributions import FeatureStatistics
 from latelier.evaluation.latent_matrix import collect
 from latelier.evaluation.latent_space import read
-from latelier.evaluation.metrics import FeatureStatistics, Measurement
+from latelier.evaluation.metrics import Measurement
 from latelier.receipt import make_receipt
 from latelier.recipe import Evaluate
 from latelier.tokenizers.codec import Codec

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from latelier.errors import LatelierError
+from latelier.evaluation.distributions import FeatureStatistics
 from latelier.evaluation.features import FeatureExtractor, load_extractor
-from latelier.evaluation.metrics import FeatureStatistics, Measurement, size_warning
+from latelier.evaluation.metrics import Measurement, size_warning
 from latelier.evaluation.reconstruction import pictures
 from latelier.pipeline import LatentDiffusionPipeline
 from latelier.receipt import make_receipt
@@ -48,7 +49,7 @@ def measure_sampling(
     numbers = sorted(set(recipe.evaluate.sampling_steps))
     if not numbers:
         return []
-    extractor = load_extractor(recipe.evaluate.features, pipeline.device)
+    extractor = load_extractor(recipe.evaluate.features[0], pipeline.device)
     theirs = FeatureStatistics(extractor.dims)
     for images in pictures(references, recipe.evaluate.samples):
         theirs.update(extractor(images))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from latelier.errors import LatelierError
 from latelier.recipe.base import Count, Section, Training, parse_count
@@ -49,6 +49,15 @@ class Recipe(Section):
     denoiser: DenoiserRecipe | None = None
     sample: Sample = Sample()
     evaluate: Evaluate = Evaluate()
+
+    @model_validator(mode="after")
+    def _check_convergence(self) -> Recipe:
+        if "convergence" in self.evaluate.metrics and not (self.denoiser and self.denoiser.snapshots):
+            raise LatelierError(
+                "evaluate.metrics has convergence, which is measured at snapshots of the denoiser's training; set "
+                "denoiser.snapshots to 2 or more."
+            )
+        return self
 
     @property
     def folder(self) -> Path:

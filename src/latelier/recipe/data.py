@@ -26,7 +26,8 @@ class Data(Section):
         None, description="use only these classes, in this order; of `scenes`: categories, or single emoji by name"
     )
     grounds: Literal["varied", "plain"] | None = Field(
-        None, description="of `scenes`: behind the objects, by default varied: gradients, stripes and more; or one colour"
+        None,
+        description="of `scenes`: behind the objects, by default varied: gradients, stripes and more; or one colour",
     )
     boxes: str | None = Field(
         None,

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from latelier.recipe.base import Count, Section, Weight
 
 Metric = Literal[
-    "psnr", "ssim", "lpips", "l1", "rfd", "gfd", "precision", "recall", "smoothness", "compression", "cost",
-    "gmm", "probe", "spectrum", "map", "difficulty", "prefixes", "channels",
+    "psnr", "ssim", "ms-ssim", "lpips", "l1", "rfd", "gfd", "fid50k", "sfid", "kid", "cmmd", "inception-score",
+    "precision", "recall", "smoothness", "compression", "cost", "gmm", "probe", "spectrum", "map", "difficulty",
+    "prefixes", "channels", "posterior", "equivariance", "codebook", "convergence",
 ]  # fmt: skip
+
+
+def _one_or_several(value: object) -> object:
+    return [value] if isinstance(value, str) else value
 
 
 class Evaluate(Section):
     """Which numbers are measured, on how many pictures."""
 
     metrics: list[Metric] = ["psnr", "ssim", "lpips", "rfd", "gfd"]
-    features: Literal["vgg16", "inception"] = "vgg16"
+    features: Annotated[list[str], BeforeValidator(_one_or_several), Field(min_length=1)] = Field(
+        ["vgg16"],
+        description="feature extractors: vgg16, inception, inception-fid-helper, dinov2, clip; the last two also as "
+        "`dinov2:folder or Hub name`. Distances are measured in each, everything else in the first",
+    )
     samples: Count = 5_000
     batch: int = Field(64, ge=1)
     noise_levels: list[Weight] = Field(

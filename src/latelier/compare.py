@@ -1,0 +1,343 @@
+"""Several trained tokenizers side by side: each is inspected on the same pictures, then all stand on one page.
+
+They may have any factors and any shapes of latents: grids, sequences, codes. What was measured with the same settings,
+on the same pictures, with the same weights, is not measured again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from latelier import __version__
+from latelier.errors import LatelierError
+from latelier.evaluation.error_map import ERRORS
+from latelier.evaluation.figures import MAP
+from latelier.evaluation.orderings import Shown
+from latelier.evaluation.overview import BITS, NUMBERS
+from latelier.inspection import inspect, inspection_recipe
+from latelier.recipe import PretrainedRecipe, Recipe
+from latelier.study import file_name
+from latelier.tokenizers.codec import Codec
+
+ASKED = "asked.json"  # what was measured; written when it is done
+COLUMNS = {
+    "Reconstruction": ["l1", "psnr", "ssim", "ms-ssim", "lpips", "rfd", "kid", "cmmd"],
+    "Smoothness": ["smoothness"],
+    "Perceptual compression": ["within", "separation"],
+    "Distribution": ["gmm", "diffusion-loss", "probe", "knn", "effective-rank", "channel-rank"],
+    "Channels": ["variance-first-quarter", "channel-sparsity"],
+    "Posterior": ["kl-bits-per-pixel", "active", "latent-std", "posterior-std", "largest-variance-ratio",
+                  "outlier-channels"],
+    "Codebook": ["codebook", "dead-codes"],
+    "Equivariance": ["equivariance", "psnr-after"],
+    "Cost": ["parameters", "size-mib", "gflop", "encode-images-per-second", "decode-images-per-second", "memory-gb"],
+}  # fmt: skip
+REST = "Also measured"
+WEIGHTS = ("tokenizer", "vae", "vqvae", "pipeline")  # names of folders that say nothing; their parents' do
+
+
+@dataclass
+class Candidate:
+    """One tokenizer of a comparison.
+
+    Attributes:
+        folder: of its inspection.
+        tokenizer: a run folder, a tokenizer folder or a Hub name.
+        asked: what its measures depend on.
+        facts: what it is, in words and numbers.
+        factor: what the sides of pictures must be multiples of.
+        paints: the only size of pictures that it paints, if there is only one.
+    """
+
+    folder: Path
+    tokenizer: str
+    asked: dict[str, Any]
+    facts: dict[str, Any]
+    factor: int
+    paints: tuple[int, int] | None
+
+
+def compare(
+    tokenizers: Sequence[str],
+    source: str,
+    size: int,
+    samples: int,
+    out: Path,
+    options: Sequence[str] = (),
+    names: Sequence[str] = (),
+) -> Path:
+    """Inspect tokenizers on the same pictures and write the comparison of all that could be measured.
+
+    One that fails does not stop the others; it is named at the end.
+
+    Args:
+        tokenizers: run folders, tokenizer folders, or diffusers Hub names; at least two.
+        source: pictures, as in `data.source`.
+        size: side in pixels.
+        samples: how many pictures are measured, and how many more are learnt from.
+        out: gets a folder for each tokenizer, and `comparison.html`, `table.md`, `comparison.json` and figures.
+        options: `a.b=c` changes for every inspection, such as `evaluate.metrics=[psnr,lpips]`.
+        names: short names, in the order of the tokenizers; by default from their paths.
+
+    Returns:
+        The path of `comparison.html`.
+
+    Raises:
+        LatelierError: before anything is measured, for fewer than two tokenizers, wrong options, pictures that cannot
+            be opened, and a size that does not fit all; afterwards, for tokenizers that failed.
+    """
+    from latelier.training.runtime import console
+
+    chosen = dict(zip(short_names(tokenizers, names), tokenizers))
+    recipes = {
+        name: inspection_recipe(tokenizer, source, size, samples, out / name, list(options))
+        for name, tokenizer in chosen.items()
+    }
+    data = _fingerprint(next(iter(recipes.values())))
+    failed: dict[str, str] = {}
+    opened: dict[str, Candidate] = {}
+    for name, recipe in recipes.items():
+        with _noting(failed, name):
+            opened[name] = _open(recipe, chosen[name], data)
+    check_sizes(opened, next(iter(recipes.values())).data.image_size)
+    for number, (name, candidate) in enumerate(opened.items(), 1):
+        console.rule(f"{name} ({number} of {len(opened)})")
+        with _noting(failed, name):
+            _measure(candidate, source, size, samples, list(options))
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
+    measured = {name: candidate for name, candidate in opened.items() if name not in failed}
+    if not measured:
+        raise LatelierError(f"No tokenizer could be measured ({reasons}).")
+    page = show(measured, f"{source} at {_pixels(recipes[next(iter(measured))].data.image_size)}", out, failed)
+    if failed:
+        raise LatelierError(f"{len(failed)} of {len(chosen)} tokenizers failed ({reasons}). The others are in {page}.")
+    return page
+
+
+# -- names and sizes --------------------------------------------------------------------------------------------------
+
+
+def short_names(tokenizers: Sequence[str], names: Sequence[str] = ()) -> list[str]:
+    """A name for each tokenizer: what is given, or the last part of its path that says something; clashes get numbers.
+
+    Raises:
+        LatelierError: for fewer than two tokenizers, the same one twice, or names that are not one for each.
+    """
+    if len(tokenizers) < 2:
+        raise LatelierError(
+            f"A comparison needs two tokenizers or more, not {len(tokenizers)}; see `latelier inspect`."
+        )
+    if twice := {tokenizer for tokenizer in tokenizers if list(tokenizers).count(tokenizer) > 1}:
+        raise LatelierError(f"{', '.join(sorted(twice))} is to be compared with itself; name each tokenizer once.")
+    if names and (len(names) != len(tokenizers) or len(set(map(file_name, names))) < len(names)):
+        raise LatelierError(f"--name must be given once for each of {len(tokenizers)} tokenizers, all different.")
+    if names:
+        return [file_name(name) for name in names]
+    taken: list[str] = []
+    for short in map(_short, tokenizers):
+        numbered = (f"{short}-{number}" for number in range(2, len(tokenizers) + len(taken) + 2))
+        taken.append(next(name for name in (short, *numbered) if name not in taken))
+    return taken
+
+
+def _short(tokenizer: str) -> str:
+    """`runs/quickstart/tokenizer` is `quickstart`; `stabilityai/sd-vae-ft-mse` is `sd-vae-ft-mse`."""
+    path = Path(tokenizer).resolve() if Path(tokenizer).is_dir() else Path(tokenizer)
+    while path.name in WEIGHTS and path.parent.name:
+        path = path.parent
+    return file_name(path.name)
+
+
+def check_sizes(candidates: Mapping[str, Candidate], size: tuple[int, int]) -> None:
+    """Refuse a size that does not fit all, and name the nearest that does.
+
+    Raises:
+        LatelierError: if a factor does not divide the size, or a tokenizer paints another one.
+    """
+    wrong = [
+        f"{name} needs {_pixels(one.paints)}" if one.paints else f"{name} multiples of {one.factor}"
+        for name, one in candidates.items()
+        if one.paints not in (None, size) or any(side % one.factor for side in size)
+    ]
+    if not wrong:
+        return
+    step = math.lcm(*(one.factor for one in candidates.values()))
+    only = {one.paints for one in candidates.values() if one.paints}
+    nearest = tuple(max(step, math.floor(side / step + 0.5) * step) for side in size)
+    near = only.pop() if len(only) == 1 else nearest
+    known = not only and not any(side % step for side in near)
+    advice = f"the nearest size that fits all is {_pixels(near)}" if known else "no size fits all; leave some out"
+    raise LatelierError(f"{_pixels(size)} does not fit every tokenizer ({', '.join(wrong)}); {advice}.")
+
+
+def _pixels(size: Sequence[int]) -> str:
+    return " x ".join(map(str, size)) + " px"
+
+
+# -- opening and measuring --------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _noting(failed: dict[str, str], name: str) -> Iterator[None]:
+    """Note why a tokenizer failed and go on: what is wrong with one must not cost the others' hours of measuring."""
+    from latelier.training.runtime import console
+
+    try:
+        yield
+    except LatelierError as error:
+        failed[name] = str(error)
+    except Exception as error:
+        console.print_exception()
+        failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if name in failed:
+        console.print(f"{name} failed: {failed[name]}", style="bold red", highlight=False, markup=False)
+
+
+def _fingerprint(recipe: Recipe) -> str:
+    """What changes when other pictures would be seen."""
+    from latelier.training.tokenizer_loop import open_images
+
+    return open_images(recipe, "val").fingerprint
+
+
+def _open(recipe: Recipe, tokenizer: str, data: str) -> Candidate:
+    """Read a tokenizer's weights and config, without measuring anything."""
+    from latelier.training.tokenizer_loop import open_pretrained
+
+    assert isinstance(recipe.tokenizer, PretrainedRecipe)
+    codec = open_pretrained(recipe.tokenizer)
+    size = recipe.data.image_size
+    paints = _painted(codec)
+    asked = {
+        "tokenizer": codec.hash(),
+        "data": data,
+        "settings": json.loads(recipe.model_dump_json(include={"seed", "data", "evaluate"})),
+        "latelier": __version__,
+    }
+    fits = paints in (None, size) and not any(side % codec.factor for side in size)
+    facts = describe(codec, size) if fits else {}
+    return Candidate(recipe.folder, tokenizer, asked, facts, codec.factor, paints)
+
+
+def _painted(codec: Codec) -> tuple[int, int] | None:
+    """The only size of pictures, if latents are a sequence, which does not tell a size."""
+    size = codec.tokenizer.config.get("image_size")
+    if size is None or len(codec.latent_shape(*size)) == 3:
+        return None
+    return (size[0], size[1])
+
+
+def describe(codec: Codec, size: tuple[int, int]) -> dict[str, Any]:
+    """What a tokenizer is: class, factor, shape of its latents, and how much it compresses.
+
+    Args:
+        codec: the tokenizer.
+        size: `(h, w)` of the pictures, in pixels.
+    """
+    shape, pixels = codec.latent_shape(*size), math.prod(size)
+    numbers = math.prod(shape)
+    facts: dict[str, Any] = {
+        "class": type(codec.tokenizer).__name__,
+        "factor": codec.factor,
+        "latent": " x ".join(map(str, shape)),
+        "numbers in a latent": numbers,
+        NUMBERS: round(numbers / pixels, 5),
+        "picture numbers per latent number": round(codec.image_channels * pixels / numbers, 3),
+    }
+    if codes := codec.tokenizer.config.get("num_vq_embeddings"):
+        positions = math.prod(shape[1:])
+        facts |= {"codes": codes, BITS: round(positions * math.log2(codes) / pixels, 5)}
+    return facts
+
+
+def _measure(candidate: Candidate, source: str, size: int, samples: int, options: list[str]) -> None:
+    """Inspect a tokenizer, unless its numbers are there and were made by the same settings."""
+    from accelerate import PartialState
+
+    from latelier.training.runtime import console
+
+    file, folder = candidate.folder / ASKED, candidate.folder
+    there = all((folder / name).is_file() for name in (ASKED, "metrics.json", "report.html"))
+    if there and json.loads(file.read_text()) == candidate.asked:
+        console.print(f"{folder} is measured.")
+        return
+    if PartialState().is_main_process:
+        file.unlink(missing_ok=True)
+    inspect(candidate.tokenizer, source, size, samples, folder, options)
+    if PartialState().is_main_process:
+        file.write_text(json.dumps(candidate.asked, indent=2))
+    PartialState().wait_for_everyone()
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+
+def show(candidates: Mapping[str, Candidate], where: str, out: Path, failed: Mapping[str, str]) -> Path:
+    """Write tables, figures and the page of what was measured.
+
+    Args:
+        candidates: by short name.
+        where: the pictures, in words.
+        out: folder of the page.
+        failed: names of those that are not there, and why.
+
+    Returns:
+        The path of `comparison.html`.
+    """
+    from accelerate import PartialState
+
+    from latelier.evaluation.comparison import write_comparison
+
+    page = out / "comparison.html"
+    if PartialState().is_main_process:
+        shown = [_shown(name, candidate) for name, candidate in candidates.items()]
+        about = (
+            "Every tokenizer met the same pictures with the same seeds, noise and budget of learning. Names lead to "
+        )
+        about += "its own report. "
+        about += "".join(f"{name} is missing, it failed: {reason} " for name, reason in failed.items())
+        title = f"{len(shown)} tokenizers on {where}"
+        page = write_comparison(out, title, about, shown, _columns(shown), None, facts="What they are")
+    PartialState().wait_for_everyone()
+    return page
+
+
+def _shown(name: str, candidate: Candidate) -> Shown:
+    """A tokenizer's numbers and pictures, from the folder of its inspection."""
+    sections = json.loads((candidate.folder / "metrics.json").read_text())
+    metrics = {key: entry for section in sections.values() for key, entry in section.items()}
+    if "process" in metrics.get("memory-gb", {}).get("receipt", {}).get("peak", ""):
+        del metrics["memory-gb"]  # on a CPU it is the process's peak, so also that of the tokenizers before
+    pictures = {Path(file).stem: candidate.folder / file for file in ("reconstructions.png", ERRORS, MAP)}
+    return Shown(name, metrics, candidate.facts, pictures, f"{candidate.folder.name}/report.html")
+
+
+def _columns(shown: Sequence[Shown]) -> dict[str, list[str]]:
+    """Metrics of each table, as they were measured; the points of curves, `gmm-nll@5`, are in figures."""
+    known = [name for name in dict.fromkeys(name for run in shown for name in run.metrics) if "@" not in name]
+    columns: dict[str, list[str]] = {title: [] for title in (*COLUMNS, REST)}
+    for name in sorted(known, key=lambda name: _place(name)[1]):
+        columns[_place(name)[0]].append(name)
+    return columns
+
+
+def _place(name: str) -> tuple[str, int]:
+    """The table of a metric and its rank in there: where its longest beginning is listed."""
+    listed = [(begin, title, rank) for title, names in COLUMNS.items() for rank, begin in enumerate(names)]
+    fitting = [
+        (len(begin), title, rank) for begin, title, rank in listed if name == begin or name.startswith(begin + "-")
+    ]
+    return max(fitting)[1:] if fitting else (REST, 0)
+
+
+def divide_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Words of a command line as tokenizers and as changes such as `evaluate.batch=8`."""
+    changes = [word for word in words if re.match(r"[\w.]+=", word) and not Path(word).exists()]
+    return [word for word in words if word not in changes], changes

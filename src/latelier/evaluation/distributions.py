@@ -1,0 +1,340 @@
+"""Sets of pictures compared as distributions of feature vectors: Fréchet distance, KID, CMMD, Inception Score, recall.
+
+What is a function of sums (Fréchet distances, Inception Score) keeps sums, so that memory does not grow with the number
+of pictures. They are kept in ten groups of pictures, drawn by chance: how much a number changes when each group in turn
+is left out tells how sure it is (delete-a-group jackknife, Efron & Stein 1981).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from latelier.draws import Draws, address
+from latelier.errors import LatelierError
+
+GROUPS = 10  # also the Inception Score's splits
+BLOCK = 1024  # vectors that are summed up at once: ten small products cost more than a large one
+SUBSET = 1000  # KID's, at most
+SIGMA = 10.0  # CMMD's, of the Gaussian kernel between vectors of unit length
+CMMD_SCALE = 1000.0
+Interval = tuple[float, float] | None
+Kernel = Callable[[Tensor, Tensor], Tensor]
+
+
+# -- Fréchet distances ------------------------------------------------------------------------------------------------
+
+
+class FeatureStatistics:
+    """Mean and covariance of feature vectors that come in batches, in float64.
+
+    Args:
+        dims: length of a vector.
+        device: where sums are kept; one without float64 is replaced by the CPU.
+    """
+
+    def __init__(self, dims: int, device: torch.device | str = "cpu"):
+        self.n = 0
+        self.total = exact(torch.zeros(dims, device=device))  # (d,)
+        self.outer = exact(torch.zeros(dims, dims, device=device))  # (d, d)
+
+    def update(self, features: Float[Tensor, "b d"]) -> None:
+        """Count a batch of vectors in."""
+        x = exact(features.detach().to(self.total.device))  # (b, d)
+        self.n += len(x)
+        self.total += x.sum(0)
+        self.outer.addmm_(x.T, x)
+
+    def merge(self, other: FeatureStatistics) -> None:
+        """Count in what another one has seen."""
+        self.n += other.n
+        self.total += other.total
+        self.outer += other.outer
+
+    def without(self, part: FeatureStatistics) -> FeatureStatistics:
+        """The statistics of the rest."""
+        rest = FeatureStatistics(0, self.total.device)
+        rest.n, rest.total, rest.outer = self.n - part.n, self.total - part.total, self.outer - part.outer
+        return rest
+
+    @property
+    def mean(self) -> Float[Tensor, " d"]:
+        """The mean vector."""
+        return self.total / self.n
+
+    @property
+    def covariance(self) -> Float[Tensor, "d d"]:
+        """The covariance, normalised by n - 1.
+
+        Raises:
+            LatelierError: for fewer than two vectors.
+        """
+        if self.n < 2:
+            raise LatelierError(f"A Fréchet distance needs at least 2 pictures on each side, not {self.n}.")
+        return (self.outer - torch.outer(self.total, self.total) / self.n) / (self.n - 1)
+
+    def distance(self, other: FeatureStatistics) -> float:
+        """Fréchet distance to another set."""
+        mean, covariance = other.mean.to(self.total.device), other.covariance.to(self.total.device)
+        return frechet_distance(self.mean, self.covariance, mean, covariance)
+
+
+class GroupedStatistics:
+    """The same in groups: the number of a picture in its set says by chance which one it belongs to.
+
+    Args:
+        dims: length of a vector.
+        device: where sums are kept.
+    """
+
+    def __init__(self, dims: int, device: torch.device | str = "cpu"):
+        self.groups = [FeatureStatistics(dims, device) for _ in range(GROUPS)]
+        self._waiting: list[Tensor] = []
+        self._counted = 0
+
+    def update(self, features: Float[Tensor, "b d"]) -> None:
+        """Count the next vectors in."""
+        self._waiting.append(features.detach())
+        if sum(map(len, self._waiting)) >= BLOCK:
+            self.flush()
+
+    def flush(self) -> None:
+        """Sum up what waits."""
+        if not self._waiting:
+            return
+        x, self._waiting = torch.cat(self._waiting), []  # (b, d)
+        group = group_of(torch.arange(self._counted, self._counted + len(x))).to(x.device)  # (b,)
+        for i, statistics in enumerate(self.groups):
+            statistics.update(x[group == i])
+        self._counted += len(x)
+
+    def whole(self) -> FeatureStatistics:
+        """The statistics of all groups together."""
+        self.flush()
+        first = self.groups[0]
+        total = FeatureStatistics(len(first.total), first.total.device)
+        for group in self.groups:
+            total.merge(group)
+        return total
+
+    def distance(self, other: GroupedStatistics) -> tuple[float, Interval]:
+        """Fréchet distance to another set and its 95 % interval; no interval where groups have fewer than 2 pictures.
+
+        Left out are the groups of the same number on both sides: where pictures belong together, as a reconstruction
+        and its original do, they go together, and where they do not, variances of both sides add up.
+        """
+        ours, theirs = self.whole(), other.whole()
+        value = ours.distance(theirs)
+        if min(ours.n, theirs.n) < 2 * GROUPS:
+            return value, None
+        pairs = zip(self.groups, other.groups)
+        return value, jackknife(value, [ours.without(a).distance(theirs.without(b)) for a, b in pairs])
+
+
+def frechet_distance(
+    mean1: Float[Tensor, " d"], cov1: Float[Tensor, "d d"], mean2: Float[Tensor, " d"], cov2: Float[Tensor, "d d"]
+) -> float:
+    """Fréchet distance of two Gaussians (Dowson & Landau 1982), float64:
+
+        |m1 - m2|^2 + tr(C1) + tr(C2) - 2 tr((C1^1/2 C2 C1^1/2)^1/2)
+
+    Symmetric eigenvalue problems instead of a general matrix root, so singular covariances need no special care.
+    """
+    cov1, cov2 = cov1.double(), cov2.double()
+    values, vectors = torch.linalg.eigh(cov1)
+    root = vectors * values.clamp(min=0).sqrt()  # (d, d); root @ root.T = C1
+    cross = torch.linalg.eigvalsh(root.T @ cov2 @ root).clamp(min=0).sqrt().sum()
+    shift = (mean1.double() - mean2.double()).square().sum()
+    return max(0.0, (shift + cov1.trace() + cov2.trace() - 2 * cross).item())
+
+
+def group_of(numbers: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
+    """The group of each picture: of every ten in a row, each goes to another group, in an order drawn by chance.
+
+    By chance, because classes often come in turn, and a group of one class would tell nothing of the whole.
+
+    Args:
+        numbers: ascending places of pictures in their set.
+    """
+    if not len(numbers):
+        return numbers
+    blocks = numbers // GROUPS
+    drawn = torch.arange(int(blocks[0]), int(blocks[-1]) + 1)
+    order = Draws(0, drawn).uniform("group", GROUPS).argsort(1).flatten()  # (blocks * groups,)
+    return order[numbers - drawn[0] * GROUPS]
+
+
+# -- maximum mean discrepancies ---------------------------------------------------------------------------------------
+
+
+def polynomial_kernel(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:
+    """KID's: (x.y / d + 1)^3 (Bińkowski et al. 2018, equation 4)."""
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def gaussian_kernel(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:
+    """CMMD's: exp(-|x - y|^2 / 2 sigma^2) of vectors scaled to unit length, sigma = 10 (Jayasumana et al. 2024)."""
+    cosine = F.normalize(x, dim=1) @ F.normalize(y, dim=1).T  # (n, m); |x - y|^2 = 2 - 2 cos
+    return ((cosine - 1) / SIGMA**2).exp()
+
+
+def mmd(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"], kernel: Kernel) -> float:
+    """Squared maximum mean discrepancy, unbiased (Gretton et al. 2012, equation 3): pairs of a vector with itself do
+    not count, so that it is zero on average between samples of one distribution, and may be negative.
+    """
+    x, y = exact(x), exact(y)
+
+    def within(a: Tensor) -> Tensor:
+        similar = kernel(a, a)  # (n, n)
+        return (similar.sum() - similar.diagonal().sum()) / (len(a) * (len(a) - 1))
+
+    return (within(x) + within(y) - 2 * kernel(x, y).mean()).item()
+
+
+def subset_mmd(
+    ours: Float[Tensor, "n d"], theirs: Float[Tensor, "m d"], kernel: Kernel, seed: int
+) -> tuple[float, Interval, dict[str, Any]]:
+    """Mean of `mmd` over subsets, with an interval.
+
+    Subsets of at most 1,000 vectors on each side are cut from a shuffled set, so that no vector is in two of them: the
+    mean is as unbiased as it would be of all at once, and subsets are independent, which gives an honest error.
+
+    Args:
+        ours: features of one set.
+        theirs: features of the other.
+        kernel: of two sets of vectors.
+        seed: of the shuffling.
+
+    Returns:
+        The mean, its 95 % interval (None for a single subset), and what a receipt says of the subsets.
+
+    Raises:
+        LatelierError: for fewer than two vectors on a side.
+    """
+    least, most = sorted((len(ours), len(theirs)))
+    if least < 2:
+        raise LatelierError(f"KID and CMMD need at least 2 pictures on each side, not {len(ours)} and {len(theirs)}.")
+    count = min(max(GROUPS, math.ceil(most / SUBSET)), least // 2)
+    sides = [
+        [part[:SUBSET] for part in _shuffled(x, seed, purpose).tensor_split(count)]
+        for x, purpose in ((ours, "subsets of samples"), (theirs, "subsets of references"))
+    ]
+    values = torch.tensor([mmd(x, y, kernel) for x, y in zip(*sides)], dtype=torch.float64)  # (count,)
+    about = {"subsets": count, "subset_sizes": [len(side[0]) for side in sides], "estimator": "unbiased", "seed": seed}
+    mean, error = values.mean().item(), values.std().item() / math.sqrt(count) if count > 1 else None
+    if error is None:
+        return mean, None, about
+    return mean, student_interval(mean, error, count - 1), {**about, "standard_error": error}
+
+
+def _shuffled(x: Tensor, seed: int, purpose: str) -> Tensor:
+    generator = torch.Generator().manual_seed(address(seed, purpose, 0))
+    return x[torch.randperm(len(x), generator=generator).to(x.device)]
+
+
+# -- Inception Score --------------------------------------------------------------------------------------------------
+
+
+class InceptionScore:
+    """exp E KL(p(y|x) || p(y)) in ten splits (Salimans et al. 2016, section 4), from sums of class probabilities."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        self._total: Tensor | None = None  # (splits, classes)
+        self._certainty = torch.zeros(GROUPS, dtype=torch.float64)  # sums of sum p log p
+        self._counts = torch.zeros(GROUPS, dtype=torch.float64)
+
+    def update(self, logits: Float[Tensor, "b classes"]) -> None:
+        """Count the next pictures in."""
+        p = logits.detach().cpu().double().softmax(1)  # (b, classes)
+        split = group_of(torch.arange(self.n, self.n + len(p)))  # (b,)
+        if self._total is None:
+            self._total = p.new_zeros(GROUPS, p.shape[1])
+        self._total.index_add_(0, split, p)
+        self._certainty.index_add_(0, split, -torch.special.entr(p).sum(1))
+        self._counts += split.bincount(minlength=GROUPS)
+        self.n += len(p)
+
+    def measure(self) -> tuple[float, Interval]:
+        """The mean over splits, and its 95 % interval.
+
+        Raises:
+            LatelierError: if a split has fewer than two pictures.
+        """
+        if self._total is None or self.n < 2 * GROUPS:
+            raise LatelierError(f"The Inception Score needs at least {2 * GROUPS} pictures, not {self.n}.")
+        marginal = self._total / self._counts[:, None]  # (splits, classes)
+        scores = (self._certainty / self._counts + torch.special.entr(marginal).sum(1)).exp()  # (splits,)
+        mean, error = scores.mean().item(), scores.std().item() / math.sqrt(GROUPS)
+        return mean, student_interval(mean, error, GROUPS - 1)
+
+
+# -- precision and recall ---------------------------------------------------------------------------------------------
+
+
+def precision_recall(
+    samples: Float[Tensor, "n d"], references: Float[Tensor, "m d"], k: int = 3, chunk: int = 1024
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " m"]]:
+    """Improved precision and recall (Kynkäänniemi et al. 2019, equations 1-2), one indicator for each vector.
+
+    Args:
+        samples: features of generated pictures.
+        references: features of real pictures.
+        k: a manifold is the union of balls that reach each vector's k-th nearest neighbour.
+        chunk: rows of the distance matrix held at once.
+
+    Returns:
+        For each sample 1 if it lies in the references' manifold, and the reverse; the means are precision and recall.
+
+    Raises:
+        LatelierError: if a side has no k neighbours.
+    """
+    if min(len(samples), len(references)) <= k:
+        raise LatelierError(
+            f"Precision and recall need more than {k} pictures on each side, not {len(samples)} and {len(references)}."
+        )
+    return _inside(samples, references, k, chunk), _inside(references, samples, k, chunk)
+
+
+def _inside(points: Tensor, manifold: Tensor, k: int, chunk: int) -> Tensor:
+    """1 for each point that lies in a ball of the manifold."""
+    radius = torch.cat([_distances(rows, manifold).kthvalue(k + 1).values for rows in manifold.split(chunk)])  # (m,)
+    return torch.cat([(_distances(rows, manifold) <= radius).any(1) for rows in points.split(chunk)]).float()
+
+
+def _distances(x: Tensor, y: Tensor) -> Tensor:
+    # The exact form: the faster matrix-product form is not zero between equal vectors.
+    return torch.cdist(exact(x), exact(y), compute_mode="donot_use_mm_for_euclid_dist")  # (n, m)
+
+
+# -- how sure ---------------------------------------------------------------------------------------------------------
+
+
+def jackknife(value: float, left_out: list[float]) -> tuple[float, float]:
+    """95 % interval around a number that cannot be negative, from its values without one group each.
+
+    The error is that of the delete-a-group jackknife; the quantile is Student's for so few groups.
+    """
+    x = torch.tensor(left_out, dtype=torch.float64)  # (groups,)
+    error = math.sqrt((len(x) - 1) / len(x) * (x - x.mean()).square().sum().item())
+    low, high = student_interval(value, error, len(x) - 1)
+    return max(0.0, low), high
+
+
+def student_interval(value: float, error: float, freedom: int) -> tuple[float, float]:
+    """The value and Student's 97.5 % quantile of errors on both sides."""
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, freedom)) * error
+    return value - half, value + half
+
+
+def exact(x: Tensor) -> Tensor:
+    """A tensor in float64, on the CPU if its device has none."""
+    return x.to("cpu" if x.device.type == "mps" else x.device, torch.float64)

@@ -1,0 +1,192 @@
+"""Whether a latent moves as its picture does: encode a moved picture, or move the latent of the picture.
+
+Kouzelis et al. 2025 ("EQ-VAE", section 3) train autoencoders so that both are the same under scaling and rotation, and
+find their latents easier to learn. The error here is our own, of normalised latents. With a = E(T x) and b = T E(x),
+over pictures and positions,
+
+    error = sum over channels of mean (a - b)²  /  sum over channels of (Var a + Var b) / 2
+
+0 where both are equal; 2 (1 - r) where they have equal means and variances and the correlation r, so 2 where they have
+nothing to do with each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from latelier.errors import LatelierError
+from latelier.evaluation.latent_space import PIXELS, read, with_statistics
+from latelier.evaluation.metrics import Measurement, mean_with_interval, psnr
+from latelier.evaluation.reconstruction import SETTINGS
+from latelier.receipt import make_receipt
+from latelier.recipe import Evaluate
+from latelier.tokenizers.codec import Codec
+
+MOST_PICTURES = 256  # each is encoded and decoded about eight times
+
+
+@dataclass(frozen=True)
+class Move:
+    """The same thing done to a picture and to its latents.
+
+    Attributes:
+        name: of the measure; several moves may share one.
+        words: what it does, for the receipt.
+        picture: of `(b, c, h, w)`.
+        latent: of `(b, k, h / f, w / f)`.
+    """
+
+    name: str
+    words: str
+    picture: Callable[[Tensor], Tensor]
+    latent: Callable[[Tensor], Tensor]
+
+
+@torch.no_grad()
+def measure_equivariance(
+    codec: Codec,
+    batches: Iterable[Mapping[str, Any]],
+    evaluate: Evaluate,
+    reference: str,
+    extra: Mapping[str, Any] | None = None,
+) -> list[Measurement]:
+    """How far encoding and moving are from being exchangeable, in latents and in pictures.
+
+    Args:
+        codec: the tokenizer.
+        batches: dicts with `image`, `(b, c, h, w)` in [-1, 1]; at most `evaluate.samples` pictures, and 256, are read.
+        evaluate: `samples`.
+        reference: the name of the pictures, for the receipts.
+        extra: fields for the receipts beyond those gathered here.
+
+    Returns:
+        `equivariance-<move>`, the error above, and `psnr-after-<move>`: moved latents, decoded, against the moved
+        picture, dB. Moves are those of `moves`. Nothing for latents in a row, which have no place in the picture.
+
+    Raises:
+        LatelierError: if there are no pictures, or latents do not vary.
+    """
+    scaled, pictures, scale = with_statistics(codec, read(batches, min(evaluate.samples, MOST_PICTURES)))
+    tallies: dict[str, Tally] = {}
+    plain: list[Tensor] = []
+    size = (0, 0)
+    for images, _ in pictures:
+        size = (images.shape[2], images.shape[3])
+        for part in images.to(codec.device).split(max(1, PIXELS // (size[0] * size[1]))):
+            z = scaled.encode(part)  # (b, k, *grid)
+            if z.ndim != 4:
+                return []
+            plain.append(psnr(scaled.decode(z).clamp(-1, 1), part).cpu())
+            for name, group in moves(size, (z.shape[2], z.shape[3])).items():
+                tallies.setdefault(name, Tally(group)).add(scaled, part, z)
+    if not plain:
+        raise LatelierError(f"There are no pictures in {reference} to measure equivariance on.")
+    values = torch.cat(plain)  # (n,)
+    receipt = make_receipt(
+        n=len(values), reference=reference, image_size=size, latents="posterior mean, normalised", latent_scale=scale,
+        tokenizer=codec.hash(), reconstruction_psnr=values.mean().item(), **(extra or {}),
+    )  # fmt: skip
+    return [measured for name, tally in tallies.items() for measured in tally.measure(name, receipt)]
+
+
+def moves(size: tuple[int, int], grid: tuple[int, int]) -> dict[str, list[Move]]:
+    """The moves that pictures of this size allow, by name.
+
+    `shift`: round by one position downwards, by one to the right, and by half of the grid both ways. `half-shift`: by
+    half a position; latents are means of two neighbours. `flip`: left to right. `scale`: to half the size, means of
+    2 x 2 pixels or positions. A side of one position cannot be shifted; half positions and half sizes must be whole.
+
+    Args:
+        size: of the pictures, pixels.
+        grid: of the latents, positions.
+    """
+    steps = (size[0] // grid[0], size[1] // grid[1])  # pixels of a position
+    found: dict[str, list[Move]] = {}
+    if min(grid) > 1:
+        shifts = dict.fromkeys([(1, 0), (0, 1), (grid[0] // 2, grid[1] // 2)])
+        found["shift"] = [_shift(down, right, steps) for down, right in shifts]
+        if not any(step % 2 for step in steps):
+            found["half-shift"] = [_half_shift(axis, steps[axis - 2]) for axis in (2, 3)]
+    if grid[1] > 1:
+        found["flip"] = [Move("flip", "left to right", lambda x: x.flip(-1), lambda z: z.flip(-1))]
+    if not any(side % 2 for side in grid):
+        half = Move(
+            "scale", "to half the size, means of 2 x 2", lambda x: F.avg_pool2d(x, 2), lambda z: F.avg_pool2d(z, 2)
+        )
+        found["scale"] = [half]
+    return found
+
+
+def _shift(down: int, right: int, steps: tuple[int, int]) -> Move:
+    pixels = (down * steps[0], right * steps[1])
+    return Move(
+        "shift", f"round by {pixels[0]} pixels down, {pixels[1]} right",
+        lambda x: x.roll(pixels, (2, 3)), lambda z: z.roll((down, right), (2, 3)),
+    )  # fmt: skip
+
+
+def _half_shift(axis: int, step: int) -> Move:
+    way = "down" if axis == 2 else "right"
+    return Move(
+        "half-shift", f"round by {step // 2} pixels {way}",
+        lambda x: x.roll(step // 2, axis), lambda z: (z + z.roll(1, axis)) / 2,
+    )  # fmt: skip
+
+
+class Tally:
+    """Errors of the moves of one name.
+
+    Args:
+        group: the moves; their errors are averaged.
+    """
+
+    def __init__(self, group: list[Move]):
+        self.group = group
+        self.errors: list[Tensor] = []  # of (b, k)
+        self.psnr: list[Tensor] = []  # of (b,)
+        self.sums: dict[str, Tensor] = {}  # of both sides' values and squares, (3, k): count, sum, sum of squares
+
+    def add(self, codec: Codec, images: Float[Tensor, "b c h w"], z: Float[Tensor, "b k i j"]) -> None:
+        """Count a batch in, its latents `z` being known."""
+        errors, ratios = [], []
+        for move in self.group:
+            moved, target = move.latent(z), move.picture(images)  # (b, k, i, j), (b, c, h, w)
+            ours = codec.encode(target)  # (b, k, i, j)
+            errors.append((ours - moved).square().mean((2, 3)).cpu().double())  # (b, k)
+            ratios.append(psnr(codec.decode(moved).clamp(-1, 1), target).cpu())  # (b,)
+            self._spread("encoded", ours)
+            self._spread("moved", moved)
+        self.errors.append(torch.stack(errors).mean(0))
+        self.psnr.append(torch.stack(ratios).mean(0))
+
+    def measure(self, name: str, receipt: dict[str, Any]) -> list[Measurement]:
+        """The error, whose interval takes the variances as known, and the PSNR; both are means over pictures."""
+        errors, unit = torch.cat(self.errors), self._unit()  # (n, k), (k,)
+        if not unit.sum() > 0:
+            raise LatelierError(f"The latents of {len(errors)} pictures are all equal, or not finite: nothing moves.")
+        value, interval = mean_with_interval(errors.sum(1) / unit.sum())
+        about = {**receipt, "moves": [move.words for move in self.group]}
+        by_channel = (errors.mean(0) / unit.clamp(min=1e-12)).tolist()
+        ratio, ratio_interval = mean_with_interval(torch.cat(self.psnr))
+        return [
+            Measurement(f"equivariance-{name}", value, {**about, "by_channel": by_channel}, interval),
+            Measurement(f"psnr-after-{name}", ratio, {**about, "settings": SETTINGS["psnr"]}, ratio_interval),
+        ]
+
+    def _spread(self, side: str, z: Float[Tensor, "b k i j"]) -> None:
+        values = z.transpose(0, 1).flatten(1).cpu().double()  # (k, b i j)
+        count = torch.full((len(values),), float(values.shape[1]), dtype=torch.float64)
+        found = torch.stack([count, values.sum(1), values.square().sum(1)])  # (3, k)
+        self.sums[side] = self.sums[side] + found if side in self.sums else found
+
+    def _unit(self) -> Float[Tensor, " k"]:
+        """(Var a + Var b) / 2 of each channel."""
+        variances = [squares / n - (values / n).square() for n, values, squares in self.sums.values()]
+        return torch.stack(variances).mean(0).clamp(min=0)

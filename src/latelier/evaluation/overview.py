@@ -1,0 +1,314 @@
+"""Tokenizers at a glance: a radar of what is good about each, and quality against cost with the ones nobody beats.
+
+A radar's axis is a measure with a known better direction, scaled between the worst and the best of those compared, so
+a shape says nothing about a tokenizer alone. In a plane of one quality and one cost a tokenizer is dominated if another
+one is at least as good in both and better in one; the others are the Pareto front.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from latelier.evaluation.directions import ARROWS, Better, better, heading, plain
+from latelier.evaluation.figures import (
+    INK,
+    SOFT,
+    STYLE,
+    WIDTH,
+    Picture,
+    fit,
+    legend,
+    log_axes,
+    make_panels,
+    save_figure,
+    styles,
+)
+from latelier.evaluation.orderings import MISSING, Shown, Table, number, texts, value
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.gridspec import SubplotSpec
+    from matplotlib.projections.polar import PolarAxes
+
+NUMBERS = "numbers per pixel"  # facts of a run
+BITS = "bits per pixel"
+GFLOP = "gflop"
+AXES = (
+    "psnr", "ssim", "lpips", "rfd", "smoothness-lpips", "within-object", "probe-accuracy", "gmm-modes",
+    "diffusion-loss", "equivariance-scale", GFLOP,
+)  # fmt: skip
+QUALITIES = ("lpips", "psnr", "rfd")
+FEWEST_AXES = 3
+INNER = 0.25  # radius of the worst, so that a shape never shrinks to a point
+ACROSS = 2  # small radars in a row, beside the large one
+
+
+@dataclass
+class Axis:
+    """One measure of all runs, as a radar shows it.
+
+    Attributes:
+        words: its name, with an arrow in the better direction.
+        values: of the runs, in their order.
+        shares: 0 for the worst, 1 for the best.
+    """
+
+    words: str
+    values: list[float]
+    shares: list[float]
+
+
+@dataclass
+class Cost:
+    """What one pays for a tokenizer: words, the better direction, and a run's value, None where it is not known."""
+
+    words: str
+    better: Better
+    of: Callable[[Shown], float | None]
+
+
+@dataclass
+class Front:
+    """One quality against one cost.
+
+    Attributes:
+        quality: the metric.
+        cost: what is paid, in words.
+        points: `(cost, quality)` by the run's name, of those that have both.
+        dominated: names of dominated runs, and of those that dominate them.
+    """
+
+    quality: str
+    cost: str
+    points: dict[str, tuple[float, float]]
+    dominated: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def front(self) -> list[str]:
+        """Names of the runs that no other dominates."""
+        return [name for name in self.points if name not in self.dominated]
+
+
+# -- costs ------------------------------------------------------------------------------------------------------------
+
+
+def gflop(run: Shown) -> float | None:
+    """GFLOP to encode a picture and to decode it."""
+    parts = [value(run, name) for name in ("gflop-encode", "gflop-decode")]
+    return None if None in parts else sum(part for part in parts if part is not None)
+
+
+def speed(run: Shown) -> float | None:
+    """Pictures per second, encoded and decoded one after the other."""
+    rates = [value(run, f"{side}-images-per-second") for side in ("encode", "decode")]
+    return 1 / sum(1 / rate for rate in rates if rate) if all(rates) else None
+
+
+def bits(run: Shown) -> float | None:
+    """What the latents of a picture say, in bits per pixel: their codes, or the KL divergence from the prior."""
+    codes = number(run.facts.get(BITS))
+    return value(run, "kl-bits-per-pixel") if codes is None else codes
+
+
+COSTS = (
+    Cost("GFLOP, encode + decode", "lower", gflop),
+    Cost("pictures/s, encode + decode", "higher", speed),
+    Cost("latent numbers per pixel", "lower", lambda run: number(run.facts.get(NUMBERS))),
+    Cost("bits per pixel, codes or KL", "lower", bits),
+)
+
+
+# -- what is best -----------------------------------------------------------------------------------------------------
+
+
+def axes_of(shown: Sequence[Shown]) -> tuple[list[Axis], list[str]]:
+    """The measures of a radar.
+
+    Returns:
+        Those of `AXES` that all runs have and in which they differ; and the names of measured ones that some run lacks.
+    """
+    found: list[Axis] = []
+    lacking: list[str] = []
+    for name in _measured(shown, AXES):
+        values = [gflop(run) if name == GFLOP else value(run, name) for run in shown]
+        there = [v for v in values if v is not None]
+        if len(there) < len(shown):
+            lacking.append(name)
+        elif len(set(there)) > 1:
+            found.append(Axis(heading(name), there, scaled(there, better(name))))
+    return found, lacking
+
+
+def scaled(values: Sequence[float], direction: Better | None) -> list[float]:
+    """Linear, 0 for the worst value and 1 for the best."""
+    low, high = min(values), max(values)
+    shares = [(v - low) / (high - low) for v in values]
+    return [1 - share for share in shares] if direction == "lower" else shares
+
+
+def fronts(shown: Sequence[Shown]) -> list[Front]:
+    """Every quality against every cost that at least two runs have."""
+    found = []
+    for name in _measured(shown, QUALITIES):
+        for cost in COSTS:
+            points = {run.name: (c, q) for run in shown if (c := cost.of(run)) and (q := value(run, name)) is not None}
+            if len(points) > 1:
+                words = f"{cost.words}{ARROWS[cost.better]}"
+                found.append(Front(name, words, points, dominated(points, cost.better, better(name))))
+    return found
+
+
+def dominated(
+    points: dict[str, tuple[float, float]], cost: Better | None, quality: Better | None
+) -> dict[str, list[str]]:
+    """Who is dominated, and by whom.
+
+    Args:
+        points: `(cost, quality)` by name.
+        cost, quality: the better direction of each.
+    """
+    signs = [1 if direction == "lower" else -1 for direction in (cost, quality)]
+    costs = {name: (signs[0] * c, signs[1] * q) for name, (c, q) in points.items()}  # the smaller the better, both
+
+    def beats(a: str, b: str) -> bool:
+        return costs[a] != costs[b] and all(x <= y for x, y in zip(costs[a], costs[b]))
+
+    found = {b: [a for a in points if beats(a, b)] for b in points}
+    return {name: by for name, by in found.items() if by}
+
+
+def _measured(shown: Sequence[Shown], wanted: Sequence[str]) -> list[str]:
+    """Names of metrics as they were measured, in the order of `wanted`: `rfd` is `rfd-vgg16`."""
+    known = dict.fromkeys(name for run in shown for name in run.metrics if "@" not in name)
+    found = [name for begin in wanted for name in known if plain(name) == begin]
+    return [*found, GFLOP] if GFLOP in wanted and any(gflop(run) is not None for run in shown) else found
+
+
+# -- tables and figures -----------------------------------------------------------------------------------------------
+
+
+def overview(folder: Path, shown: Sequence[Shown]) -> list[str | Table | Picture]:
+    """Radar, Pareto plots and who is on which front; nothing where there are not two runs to compare.
+
+    Args:
+        folder: where `radar` and `pareto` go, as SVG and PNG.
+        shown: the runs.
+    """
+    from matplotlib import rc_context
+
+    parts: list[str | Table | Picture] = []
+    axes, lacking = axes_of(shown) if len(shown) > 1 else ([], [])
+    planes = fronts(shown)
+    with rc_context(STYLE):
+        if len(axes) >= FEWEST_AXES:
+            words = "Each axis from the worst (inner ring) to the best (outer ring) of those compared, linear; "
+            words += "the numbers are these two. A shape says nothing about a tokenizer alone"
+            words += f". Without an axis, as not all have it: {', '.join(lacking)}" if lacking else ""
+            parts.append(save_figure(folder, "radar", _radar(shown, axes), words))
+        if planes:
+            words = (
+                "Quality against cost. Filled: on the Pareto front, the dotted line; hollow: dominated, another one "
+            )
+            words += "is at least as good in both and better in one. By the values alone, without their intervals"
+            parts += [save_figure(folder, "pareto", _pareto(shown, planes), words), _front_table(planes)]
+    return parts
+
+
+def _front_table(planes: Sequence[Front]) -> Table:
+    rows = [
+        [heading(plane.quality), plane.cost, ", ".join(plane.front), ", ".join(plane.dominated) or MISSING]
+        for plane in planes
+    ]
+    return Table(["Quality", "Cost", "On the Pareto front", "Dominated"], rows)
+
+
+def _radar(shown: Sequence[Shown], axes: Sequence[Axis]) -> Figure:
+    """One large radar with all runs, and a small one for each, as many lines hide each other."""
+    from matplotlib.figure import Figure
+
+    rows = max(2, -(-len(shown) // ACROSS))
+    figure = Figure(figsize=(WIDTH, max(4.6, 1.35 * rows + 0.4)), layout="constrained", facecolor="white")
+    grid = figure.add_gridspec(rows, ACROSS + 1, width_ratios=[4.2, *[1] * ACROSS])
+    large, looks = _polar(figure, grid[:, 0], axes), styles(shown)
+    for i, look in enumerate(looks):
+        _shape(large, axes, i, look["color"], 1.6, marker=look["marker"])
+    large.tick_params(axis="x", pad=4)
+    for angle, label in zip(_angles(axes), large.set_xticklabels([_ends(axis) for axis in axes], fontsize=7.5)):
+        side = math.sin(angle)  # words begin at the ring on the right, and end there on the left
+        label.set_horizontalalignment("center" if abs(side) < 0.3 else "left" if side > 0 else "right")
+    for i, run in enumerate(shown):
+        small = _polar(figure, grid[i // ACROSS, 1 + i % ACROSS], axes)
+        _shape(small, axes, i, looks[i]["color"], 1.4, fill=True)
+        small.set_title(fit(run.name, 16), fontsize=8, loc="center")
+    legend(figure, shown, range(len(shown)), 4)
+    return figure
+
+
+def _polar(figure: Figure, place: SubplotSpec, axes: Sequence[Axis]) -> PolarAxes:
+    """Empty polar axes, the first measure on top, the others clockwise."""
+    polar = cast("PolarAxes", figure.add_subplot(place, projection="polar"))
+    polar.set_theta_zero_location("N")
+    polar.set_theta_direction(-1)
+    polar.set_ylim(0, 1)
+    polar.set_yticks([INNER, 1], [])
+    polar.set_xticks(_angles(axes), [])
+    polar.spines["polar"].set_visible(False)
+    return polar
+
+
+def _shape(
+    polar: Axes, axes: Sequence[Axis], run: int, colour: str, width: float, marker: str = "", fill=False
+) -> None:
+    """A run's closed line."""
+    angles = _angles(axes)
+    radii = [INNER + (1 - INNER) * axis.shares[run] for axis in axes]
+    polar.plot([*angles, angles[0]], [*radii, radii[0]], color=colour, linewidth=width, marker=marker, markersize=4,
+               clip_on=False, zorder=3 if fill or marker else 2)  # fmt: skip
+    if fill:
+        polar.fill(angles, radii, color=colour, alpha=0.25, zorder=2.5)
+
+
+def _angles(axes: Sequence[Axis]) -> list[float]:
+    return [2 * math.pi * i / len(axes) for i in range(len(axes))]
+
+
+def _ends(axis: Axis) -> str:
+    """A measure's name, and below it its worst and its best value."""
+    by_share = sorted(zip(axis.shares, texts(axis.values)))
+    return f"{axis.words}\n{by_share[0][1]} to {by_share[-1][1]}"
+
+
+def _pareto(shown: Sequence[Shown], planes: Sequence[Front]) -> Figure:
+    """A row of panels for each quality, a column for each cost."""
+    costs = list(dict.fromkeys(plane.cost for plane in planes))
+    qualities = list(dict.fromkeys(plane.quality for plane in planes))
+    figure, panels = make_panels(len(costs) * len(qualities), len(costs), height=2.4, above=0.5)
+    places = {(quality, cost): panels[i * len(costs) + j]
+              for i, quality in enumerate(qualities) for j, cost in enumerate(costs)}  # fmt: skip
+    for plane in planes:
+        axes = places.pop((plane.quality, plane.cost))
+        _plane(axes, shown, plane)
+        axes.set_title(heading(plane.quality))
+        if plane.quality == qualities[-1]:
+            axes.set_xlabel(f"{plane.cost}\nlog")
+    for empty in places.values():
+        empty.set_axis_off()
+    there = [i for i, run in enumerate(shown) if any(run.name in plane.points for plane in planes)]
+    legend(figure, shown, there, 4)
+    return figure
+
+
+def _plane(axes: Axes, shown: Sequence[Shown], plane: Front) -> None:
+    """The points of one panel."""
+    front = sorted(plane.points[name] for name in plane.front)
+    axes.plot(*zip(*front), color=SOFT, linewidth=1, linestyle=":", zorder=2)
+    for run, look in zip(shown, styles(shown)):
+        if run.name in plane.points:
+            hollow = {"markerfacecolor": "white"} if run.name in plane.dominated else {"markeredgecolor": INK}
+            axes.plot(*([x] for x in plane.points[run.name]), zorder=3, **{**look, "markersize": 7, **hollow})
+    log_axes(axes, *zip(*plane.points.values()))

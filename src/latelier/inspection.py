@@ -1,0 +1,88 @@
+"""Judge a trained tokenizer on any pictures: every measure of its latent space, a page, and a verdict in words."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from latelier.errors import LatelierError
+
+if TYPE_CHECKING:
+    from latelier.evaluation.verdict import Finding
+    from latelier.recipe import Recipe
+
+INSPECTED = ["l1", "psnr", "ssim", "ms-ssim", "lpips", "rfd", "smoothness", "compression", "spectrum", "prefixes",
+             "channels", "posterior", "equivariance", "codebook", "gmm", "probe", "difficulty", "map",
+             "cost"]  # fmt: skip
+MS_SSIM_SIDE = 176  # pixels: after four halvings a window of 11 still fits (Wang et al. 2003)
+WRITTEN = ("metrics.json", "verdict.json", "report.html", "latent-map.png", "channels.png", "error-map.png")
+
+
+def inspect(tokenizer: str, source: str, size: int, samples: int, out: Path, options: list[str]) -> Path:
+    """Measure the latent space of any trained tokenizer on any pictures: a run without training.
+
+    Args:
+        tokenizer: a run folder, a tokenizer folder, or a diffusers Hub name.
+        source: pictures, as in `data.source`; they are all held out, since no tokenizer is trained. What learns from
+            latents (gmm, probe, difficulty) learns from half of them, if the source has no validation split.
+        size: side in pixels.
+        samples: how many pictures are measured, and how many more are learnt from.
+        out: folder of metrics.json, verdict.json, report.html and pictures.
+        options: `a.b=c` changes, such as `data.label_key=class`.
+
+    Returns:
+        The report's path. Beside it lie `metrics.json`, every number with its receipt, and `verdict.json`, the
+        findings of `verdict` as a list of `{kind, sentence, evidence}`.
+
+    Raises:
+        LatelierError: if `out` is a run folder, or what is to be opened cannot be.
+    """
+    from latelier.experiment import complete
+    from latelier.recipe import load_recipe
+
+    recipe = inspection_recipe(tokenizer, source, size, samples, out, options)
+    if (out / "recipe.yaml").is_file() and load_recipe(out).tokenizer.kind != "pretrained":
+        raise LatelierError(f"{out} is the folder of a trained run; choose another one with --out.")
+    shutil.rmtree(out / "tokenizer", ignore_errors=True)  # a copy, perhaps of another tokenizer, and its numbers
+    for name in WRITTEN:
+        (out / name).unlink(missing_ok=True)
+    report = complete(recipe)
+    found = [asdict(finding) for finding in read_verdict(out)]
+    (out / "verdict.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return report
+
+
+def inspection_recipe(
+    tokenizer: str, source: str, size: int, samples: int, out: Path, options: Sequence[str]
+) -> Recipe:
+    """The recipe of an inspection; arguments and errors are those of `inspect`."""
+    from latelier.recipe import apply_overrides, build_recipe
+
+    folder = Path(tokenizer) / "tokenizer"
+    tree: dict[str, Any] = {
+        "name": out.name,
+        "runs": str(out.parent),
+        "data": {"source": source, "val_source": source, "image_size": size, "flip": False},
+        "tokenizer": {"kind": "pretrained", "path": str(folder) if folder.is_dir() else tokenizer},
+        "evaluate": {"samples": samples, "probe_samples": samples},
+    }
+    tree = apply_overrides(tree, list(options))
+    tree["evaluate"].setdefault("metrics", suited(tree["data"]["image_size"]))
+    return build_recipe(tree)
+
+
+def suited(size: Any) -> list[str]:
+    """The measures that pictures of this size (a side, or height and width) allow, in the order of `INSPECTED`."""
+    side = min(size) if isinstance(size, Sequence) else size
+    return [name for name in INSPECTED if name != "ms-ssim" or side >= MS_SSIM_SIDE]
+
+
+def read_verdict(out: Path) -> list[Finding]:
+    """What the numbers of an inspected tokenizer, or of any run folder, mean."""
+    from latelier.evaluation.verdict import verdict
+
+    return verdict(json.loads((out / "metrics.json").read_text(encoding="utf-8")))
