@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -247,12 +248,34 @@ def sincos_positions(dim: int, grid: tuple[int, ...]) -> Float[Tensor, "1 n d"]:
 def resize_positions(
     table: Float[Tensor, "1 n d"], old: tuple[int, ...], new: tuple[int, ...]
 ) -> Float[Tensor, "1 m d"]:
-    """Carry a position table over to another grid by (bi)linear interpolation, corners not aligned."""
+    """Carry a position table over to another grid by (bi)linear interpolation, corners not aligned.
+
+    Positions of tokens before the grid stay as they are.
+    """
     if tuple(old) == tuple(new):
         return table
-    image = table.transpose(1, 2).unflatten(2, old)  # (1, d, *old)
+    before, places = table.tensor_split([table.shape[1] - math.prod(old)], dim=1)
+    image = places.transpose(1, 2).unflatten(2, old)  # (1, d, *old)
     mode = "bilinear" if len(old) == 2 else "linear"
-    return F.interpolate(image, size=tuple(new), mode=mode, align_corners=False).flatten(2).transpose(1, 2)
+    image = F.interpolate(image, size=tuple(new), mode=mode, align_corners=False)  # (1, d, *new)
+    return torch.cat([before, image.flatten(2).transpose(1, 2)], dim=1)
+
+
+def resized(model: Any, image_size: Sequence[int], tables: Sequence[str]) -> Any:
+    """A tokenizer's weights in a new one for another size of pictures, its position tables carried over.
+
+    Args:
+        model: with `config["image_size"]` and `grid`.
+        image_size: height and width.
+        tables: names of position tables; those that the model does not keep are left out.
+    """
+    settings = {key: value for key, value in model.config.items() if key[0] != "_"}
+    other = type(model)(**{**settings, "image_size": tuple(image_size)})
+    state = model.state_dict()
+    for name in set(tables) & set(state):
+        state[name] = resize_positions(state[name], model.grid, other.grid)
+    other.load_state_dict(state)
+    return other.to(model.device)
 
 
 def rope_table(

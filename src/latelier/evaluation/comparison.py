@@ -45,10 +45,9 @@ __all__ = ["Published", "Shown", "write_comparison"]
 
 PICTURE_HEIGHT, PICTURE_WIDTH, MAP_WIDTH, NAME_HEIGHT = 300, 1100, 900, 26
 
-DARK = "@media (prefers-color-scheme: dark) { .figure img { filter: invert(.89) hue-rotate(180deg); } }"
 STYLE = (
     "<style>.card, .figure, .picture { margin-bottom: 10px; } th.number { white-space: normal; } "
-    f"td:first-child {{ white-space: nowrap; }} {DARK}</style>"
+    "td:first-child { white-space: nowrap; }</style>"
 )
 
 

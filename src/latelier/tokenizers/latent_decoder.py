@@ -120,7 +120,7 @@ class LatentDecoder(nn.Module):
         canvas = self.mask_token.expand(-1, grid[0] * grid[1], -1)  # (1, n, d)
         if self.cls_token is not None:
             canvas = torch.cat([self.cls_token, canvas], dim=1)
-        return canvas if self.pos_embed is None else canvas + resize_table(self.pos_embed, self.grid, grid)
+        return canvas if self.pos_embed is None else canvas + resize_positions(self.pos_embed, self.grid, grid)
 
     def _kept(self, draws: Draws | None) -> Sequence[Tensor | None]:
         """For each block, factors `(2, b, 1, 1)` of its two branches: 0, or 1 / (1 - rate) so that the mean stays."""
@@ -218,12 +218,6 @@ def rope_tables(module: nn.Module, grid: tuple[int, int]) -> Sequence[Tensor | N
     if module.freqs is None or not len(module.blocks):
         return [None] * len(module.blocks)
     return mixed_rope_table(module.freqs, grid, module.blocks[0].attn.heads).unbind()
-
-
-def resize_table(table: Float[Tensor, "1 m d"], old: tuple[int, int], new: tuple[int, int]) -> Float[Tensor, "1 k d"]:
-    """Carry positions of a grid over to another, those of tokens before the grid unchanged."""
-    before = table.shape[1] - old[0] * old[1]
-    return torch.cat([table[:, :before], resize_positions(table[:, before:], old, new)], dim=1)
 
 
 def run(module: nn.Module, block: nn.Module, *inputs: object) -> Tensor:

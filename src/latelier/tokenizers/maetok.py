@@ -20,14 +20,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from latelier.errors import LatelierError
-from latelier.layers import TransformerBlock, init_linear, patchify, unpatchify
+from latelier.layers import TransformerBlock, init_linear, patchify, resize_positions, resized, unpatchify
 from latelier.presets import open_init, preset_arguments
 from latelier.recipe import Data, MAETokRecipe
 from latelier.tokenizers.latent_decoder import (
     LatentDecoder,
     add_frequencies,
     init_table,
-    resize_table,
     rope_tables,
     run,
 )
@@ -143,13 +142,7 @@ class MAETok(ModelMixin, ConfigMixin):
 
         What it computes at that size is what this model computes there; rotary positions count on beyond the old grid.
         """
-        other = type(self)(**{**{k: v for k, v in self.config.items() if k[0] != "_"}, "image_size": tuple(image_size)})
-        state = self.state_dict()
-        for name in ("pos_embed", "decoder.pos_embed"):
-            if name in state:
-                state[name] = resize_table(state[name], self.grid, other.grid)
-        other.load_state_dict(state)
-        return other.to(self.pos_embed.device)
+        return resized(self, image_size, ("pos_embed", "decoder.pos_embed"))
 
     # -- the masked forms that training uses --------------------------------------------------------------------------
 
@@ -175,7 +168,7 @@ class MAETok(ModelMixin, ConfigMixin):
                     "it needs one entry for every patch."
                 )
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
-        table = resize_table(self.pos_embed, self.grid, grid)  # (1, 1 + n, d)
+        table = resize_positions(self.pos_embed, self.grid, grid)  # (1, 1 + n, d)
         cls = (self.cls_token + table[:, :1]).expand(len(x), -1, -1)  # (b, 1, d)
         latents = (self.latent_queries + self.latent_pos_embed).expand(len(x), -1, -1)  # (b, l, d)
         x = torch.cat([cls, x + table[:, 1:], latents], dim=1)  # (b, 1 + n + l, d)

@@ -22,6 +22,7 @@ from latelier.layers import (
     init_linear,
     patchify,
     resize_positions,
+    resized,
     sincos_positions,
     unpatchify,
 )
@@ -120,12 +121,7 @@ class VMAE(ModelMixin, ConfigMixin):
 
         What it computes at that size is what this model computes there.
         """
-        other = type(self)(**{**{k: v for k, v in self.config.items() if k[0] != "_"}, "image_size": tuple(image_size)})
-        state = self.state_dict()
-        for name in ("pos_embed", "decoder_pos_embed"):
-            state[name] = resize_positions(state[name], self.grid, other.grid)
-        other.load_state_dict(state)
-        return other.to(self.pos_embed.device)
+        return resized(self, image_size, ("pos_embed", "decoder_pos_embed"))
 
     # -- the masked forms that training uses --------------------------------------------------------------------------
 
