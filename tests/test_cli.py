@@ -100,6 +100,15 @@ def test_denoiser_without_tokenizer(monkeypatch, capsys, recipe_file):
     assert "run `latelier train tokenizer` first" in error
 
 
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_a_tokenizer_that_is_not_there(monkeypatch, capsys, recipe_file, command):
+    recipe = yaml.safe_load(recipe_file.read_text())
+    recipe["tokenizer"] = {"kind": "pretrained", "path": "runs/nowhere/tokenizer"}
+    recipe_file.write_text(yaml.safe_dump(recipe))
+    code, _, error = call(monkeypatch, capsys, command, str(recipe_file))
+    assert code == 2 and "No tokenizer can be opened at runs/nowhere/tokenizer" in error and "train it first" in error
+
+
 def test_missing_perceptual_weights(monkeypatch, capsys, tmp_path, recipe_file):
     from latelier import weights
 

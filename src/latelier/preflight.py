@@ -100,7 +100,7 @@ def _micro(training: Training) -> int:
 
 def _codec(recipe: Recipe) -> Codec:
     if isinstance(recipe.tokenizer, PretrainedRecipe):
-        return Codec.from_pretrained(recipe.tokenizer.path, precision="auto").to(best_device())
+        return tokenizer_loop.open_pretrained(recipe.tokenizer).to(best_device())
     tokenizer = tokenizer_loop.fit(build_tokenizer(recipe), recipe.data.image_size)
     codec = Codec(tokenizer, precision="auto")
     codec.latent_shape(*recipe.data.image_size)

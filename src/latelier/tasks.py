@@ -142,10 +142,7 @@ def reconstruct(tokenizer: str, images: list[Path], out: Path, size: int, channe
 
     folder = Path(tokenizer)
     path = folder / "tokenizer" if (folder / "tokenizer").is_dir() else tokenizer
-    try:
-        codec = Codec.from_pretrained(path, precision="auto").to(best_device())
-    except OSError as error:
-        raise LatelierError(f"No tokenizer can be opened at {tokenizer} ({str(error).splitlines()[0]}).") from None
+    codec = Codec.from_pretrained(path, precision="auto").to(best_device())
     codec.latent_shape(size, size)
     pictures = _read_pictures(images, codec.image_channels, size)
     with torch.no_grad():

@@ -206,9 +206,18 @@ class Codec:
             path: folder or Hub name.
             precision: see the class.
             kwargs: passed to diffusers (`subfolder`, `revision`, ...).
+
+        Raises:
+            LatelierError: if there is no tokenizer that can be opened.
         """
-        config = AutoencoderKL.load_config(str(path), **kwargs)
-        tokenizer = model_class(config).from_pretrained(str(path), **kwargs).eval()
+        try:
+            config = AutoencoderKL.load_config(str(path), **kwargs)
+            tokenizer = model_class(config).from_pretrained(str(path), **kwargs).eval()
+        except (OSError, ValueError) as error:  # also of names that cannot be the Hub's
+            raise LatelierError(
+                f"No tokenizer can be opened at {path} ({str(error).splitlines()[0].rstrip('.')}); give a run's folder "
+                "tokenizer/ (train it first if it is not there), or a diffusers autoencoder's folder or Hub name."
+            ) from None
         statistics = Path(path) / kwargs.get("subfolder", "") / STATISTICS_FILE
         if not statistics.is_file():
             return cls(tokenizer, precision=precision)

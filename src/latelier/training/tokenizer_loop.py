@@ -176,12 +176,7 @@ def open_pretrained(section: PretrainedRecipe) -> Codec:
         LatelierError: if it cannot be opened.
     """
     options = {"subfolder": section.subfolder} if section.subfolder else {}
-    try:
-        return Codec.from_pretrained(section.path, precision="auto", **options)
-    except OSError as error:
-        raise LatelierError(
-            f"tokenizer.path = {section.path!r} cannot be opened ({str(error).splitlines()[0]})."
-        ) from None
+    return Codec.from_pretrained(section.path, precision="auto", **options)
 
 
 def import_tokenizer(recipe: Recipe, dataset: ImageDataset, folder: Path) -> Path:
