@@ -106,7 +106,9 @@ def test_a_tokenizer_that_is_not_there(monkeypatch, capsys, recipe_file, command
     recipe["tokenizer"] = {"kind": "pretrained", "path": "runs/nowhere/tokenizer"}
     recipe_file.write_text(yaml.safe_dump(recipe))
     code, _, error = call(monkeypatch, capsys, command, str(recipe_file))
-    assert code == 2 and "No tokenizer can be opened at runs/nowhere/tokenizer" in error and "train it first" in error
+    assert code == 2
+    assert "No tokenizer can be opened at runs/nowhere/tokenizer" in error
+    assert "train it first" in error
 
 
 def test_missing_perceptual_weights(monkeypatch, capsys, tmp_path, recipe_file):

@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from latelier.errors import LatelierError
-from latelier.experiment import sample_to_folder
-from latelier.recipe import dump
+from latelier.experiment import next_commands, sample_to_folder
+from latelier.recipe import dump, load_recipe
 from latelier.training.denoiser_loop import train_denoiser
 from latelier.training.tokenizer_loop import train_tokenizer
 from test_cli import call
@@ -145,6 +145,19 @@ def test_samples_of_held_out_pictures(monkeypatch, capsys, runs, tmp_path):
     code, _, err = call(monkeypatch, capsys, "sample", runs["several"], "--count", "3", "--out", str(tmp_path / "out"))
     assert code == 0, err
     assert size_of(tmp_path / "out" / "000002.png") == (32, 32)
+
+
+@pytest.mark.parametrize(("name", "does"), [("several", "sample"), ("enlarge", "upscale"), ("fill", "inpaint")])
+def test_what_a_run_suggests_can_be_done(monkeypatch, capsys, runs, tmp_path, name, does):
+    for file, mode in (("small.png", "RGB"), ("photo.png", "RGB"), ("mask.png", "L")):
+        save(tmp_path / file, (8, 8), mode, value=200 if mode == "L" else None)
+    *commands, _ = next_commands(load_recipe(runs[name]))
+    assert commands[-1].startswith(f"latelier {does} ")
+    assert ("--guidance" in commands[0]) == (name == "several")
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        words = command.replace("--count 64", "--count 2").split()[1:]
+        assert call(monkeypatch, capsys, *words, "--steps", "2")[0] == 0
 
 
 def test_streamed_captions_are_drawn_in_previews_and_samples(tmp_path):

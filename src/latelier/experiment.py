@@ -41,12 +41,23 @@ def run(recipe: Recipe) -> Path:
     report = complete(recipe)
     if PartialState().is_main_process:
         console.print(f"Report: {report}\n\nTry next:")
-        if recipe.denoiser is not None:
-            console.print(f"  latelier sample {recipe.folder} --count 64 --guidance 3 --seed 1000", soft_wrap=True)
-        console.print(
-            "  latelier run quickstart data.source=/folder/of/your/pictures data.classes=null name=mine", soft_wrap=True
-        )
+        for command in next_commands(recipe):
+            console.print(f"  {command}", soft_wrap=True)
     return report
+
+
+def next_commands(recipe: Recipe) -> list[str]:
+    """What can be done with a finished run: commands to copy, of things that this model can do."""
+    commands = ["latelier run quickstart data.source=/folder/of/your/pictures data.classes=null name=mine"]
+    if recipe.denoiser is None:
+        return commands
+    told = {condition.kind for condition in recipe.denoiser.condition}
+    guided = any(condition.dropout for condition in recipe.denoiser.condition)
+    if "low-resolution" in told:
+        commands.insert(0, f"latelier upscale small.png large.png --run {recipe.folder}")
+    if "inpainting" in told:
+        commands.insert(0, f"latelier inpaint photo.png mask.png --run {recipe.folder} --out filled.png")
+    return [f"latelier sample {recipe.folder} --count 64{' --guidance 3' * guided} --seed 1000", *commands]
 
 
 def complete(recipe: Recipe) -> Path:
