@@ -96,6 +96,13 @@ def test_several_draws_and_all_channels():
     assert {length for seen in range(40) for length in draw_lengths(one, 8, 0, seen)[1:]} == {2, 4, 6, 8}
 
 
+def test_all_channels_may_be_drawn_more_often():
+    section = Prefixes(first=2, step=2, full_share=0.6)
+    drawn = [draw_lengths(section, 8, 3, seen)[0] for seen in range(0, 12800, 32)]  # 400 draws
+    assert 250 < drawn.count(8) < 310  # 0.6, and a quarter of the rest
+    assert all(20 < drawn.count(length) < 65 for length in (2, 4, 6))
+
+
 def test_dropped_channels_get_no_gradient():
     z = torch.randn(2, 8, 2, 2, requires_grad=True)
     (keep_prefix(z, 3) ** 2).sum().backward()

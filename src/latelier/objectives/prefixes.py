@@ -14,6 +14,8 @@ from latelier.recipe import Prefixes
 def draw_lengths(section: Prefixes, channels: int, seed: int, seen: int | float) -> list[int]:
     """Lengths for the step that begins at `seen` images, each uniform over the section's list.
 
+    With `full_share` s, a draw takes all channels with probability s, and asks the list otherwise.
+
     They depend on nothing else, so a resumed run draws the same; all micro-batches of a step share them, and all
     processes, unless `per_process`.
 
@@ -27,7 +29,8 @@ def draw_lengths(section: Prefixes, channels: int, seed: int, seen: int | float)
     place = f" of process {PartialState().process_index}" if section.per_process else ""
     number = torch.tensor([int(min(seen, 2**62))])
     uniform = Draws(seed, number).uniform("prefix" + place, section.draws)[0]  # (draws,)
-    drawn = [lengths[int(u * len(lengths))] for u in uniform.tolist()]
+    rest = [(u - section.full_share) / (1 - section.full_share) for u in uniform.tolist()]  # below 0: all channels
+    drawn = [lengths[int(u * len(lengths))] if u >= 0 else channels for u in rest]
     return [channels, *drawn] if section.always_full else drawn
 
 

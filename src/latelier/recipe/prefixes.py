@@ -16,6 +16,9 @@ class Prefixes(Section):
     lengths: list[int] | None = Field(None, description="the list itself, instead of `first` and `step`")
     draws: int = Field(1, ge=1, description="lengths drawn in a step; their losses are averaged")
     always_full: bool = Field(False, description="all channels in every step, besides those that are drawn")
+    full_share: float = Field(
+        0.0, ge=0, lt=1, description="of the draws, what share takes all channels before the list is asked"
+    )
     per_process: bool = Field(False, description="each process draws its own lengths; false: all draw the same")
 
     @model_validator(mode="after")
