@@ -255,11 +255,13 @@ def inspect(
 ) -> None:
     """Judge a latent space: reconstruction, smoothness, distribution, channels, classes, cost, and a verdict."""
     from latelier.inspection import inspect as inspect_tokenizer
-    from latelier.inspection import read_verdict
+    from latelier.inspection import read_experience, read_verdict
 
     report = inspect_tokenizer(tokenizer, data, size, samples, out, overrides or [])
     for finding in read_verdict(out):
         console.print(f"{finding.kind}: {finding.sentence}", highlight=False, markup=False, soft_wrap=True)
+    if known := read_experience(out):
+        console.print(known, highlight=False, markup=False, soft_wrap=True)
     console.print(f"Report: {report}")
 
 

@@ -85,4 +85,15 @@ def read_verdict(out: Path) -> list[Finding]:
     """What the numbers of an inspected tokenizer, or of any run folder, mean."""
     from latelier.evaluation.verdict import verdict
 
-    return verdict(json.loads((out / "metrics.json").read_text(encoding="utf-8")))
+    return verdict(_read_metrics(out))
+
+
+def read_experience(out: Path) -> str:
+    """Which of the measures of an inspected tokenizer predicted generation in our own experiments, in words."""
+    from latelier.evaluation.verdict import experience
+
+    return experience(_read_metrics(out))
+
+
+def _read_metrics(out: Path) -> dict[str, Any]:
+    return json.loads((out / "metrics.json").read_text(encoding="utf-8"))
