@@ -139,6 +139,11 @@ def test_columns_tell_numbers_of_steps_apart():
     assert studies._found(["gfd", "psnr"], known) == ["gfd-vgg16", "psnr"]
     assert studies._found(["gfd@10", "samples-per-second@10"], known) == ["gfd-vgg16@10", "samples-per-second@10"]
     assert studies._found(["gfd@1"], known) == []
+    assert studies._found(["gfd@*"], known) == ["gfd-vgg16@10", "gfd-vgg16@100"]
+    assert studies._found(["prefix-psnr@*"], ["prefix-psnr@4", "prefix-lpips@4", "prefix-psnr@8"]) == [
+        "prefix-psnr@4",
+        "prefix-psnr@8",
+    ]
 
 
 def test_facts_tell_the_speed_of_training(tmp_path):

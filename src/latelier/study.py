@@ -226,7 +226,7 @@ def show(study: Study) -> Path:
 
 
 def _found(wanted: list[str], known: list[str]) -> list[str]:
-    """Measured names that are wanted, or begin like one that is; `gfd@50` means `gfd-vgg16@50`, `gfd` does not."""
+    """Measured names that are wanted, or begin like one that is; `gfd@50` means `gfd-vgg16@50`, `gfd@*` all steps."""
     found = (name for asked in wanted for name in known if _means(asked, name))
     return list(dict.fromkeys(found))
 
@@ -234,7 +234,9 @@ def _found(wanted: list[str], known: list[str]) -> list[str]:
 def _means(asked: str, name: str) -> bool:
     begin, _, steps = asked.partition("@")
     whole, _, measured = name.partition("@")
-    return steps == measured and (whole == begin or whole.startswith(f"{begin}-"))
+    return (steps == measured or (steps == "*" and measured != "")) and (
+        whole == begin or whole.startswith(f"{begin}-")
+    )
 
 
 def _facts(folder: Path, planned: dict[str, dict[str, Any]]) -> dict[str, Any]:
