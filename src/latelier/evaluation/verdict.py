@@ -406,7 +406,8 @@ def experience(metrics: Mapping[str, Any], evidence: Mapping[str, Any] | None = 
         return ""
     if not sure:
         return f"{begin}none went along with generation beyond chance."
-    return f"{begin}beyond chance went along with generation: {_correlations(sure)}. Of the others it is not known."
+    words = f"beyond chance went along with generation (below 0: against it): {_correlations(sure)}"
+    return f"{begin}{words}. Of the others it is not known."
 
 
 def _correlations(rows: Iterable[Mapping[str, Any]]) -> str:
