@@ -13,7 +13,7 @@ from latelier.data.loader import ImageDataset
 from latelier.data.sources import open_source
 from latelier.recipe import Data
 
-PICTURES, SHAPE, BATCH, WORKERS = 400, (500, 375), 40, 2
+IMAGES, SHAPE, BATCH, WORKERS = 400, (500, 375), 40, 2
 SIZES = (64, 128, 256)
 
 
@@ -46,7 +46,7 @@ def run() -> list[tuple[str, float]]:
             ours = ImageDataset(open_source(data), data)
             plain = DataLoader(PlainFolder(folder, size), BATCH, shuffle=True, num_workers=WORKERS)
             times = seconds({"ours": lambda d=ours: _exhaust(d.once(BATCH)), "plain": lambda p=plain: _exhaust(p)})
-            rows.append((f"JPEG folder at {size} px, images/s", PICTURES / times["ours"]))
+            rows.append((f"JPEG folder at {size} px, images/s", IMAGES / times["ours"]))
             rows.append((f"JPEG folder at {size} px / plain PIL (aim 2)", times["plain"] / times["ours"]))
     return rows
 
@@ -54,7 +54,7 @@ def run() -> list[tuple[str, float]]:
 def write_photographs(folder: Path) -> None:
     """JPEG files with noise at all scales, as photographs have it."""
     rng = np.random.default_rng(0)
-    for i in range(PICTURES):
+    for i in range(IMAGES):
         layers = [rng.normal(0, 128 / 2**k, (2 + 3**k, 2 + 3**k, 3)) for k in range(5)]
         total = sum(_enlarge(layer) for layer in layers)
         Image.fromarray((128 + 0.7 * total).clip(0, 255).astype(np.uint8)).save(folder / f"{i:04d}.jpg", quality=90)

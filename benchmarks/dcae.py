@@ -35,8 +35,8 @@ def phases(preset: str, side: int, batch: int, rounds: int = 5) -> list[tuple[st
 
     Args:
         preset: of the tokenizer.
-        side: of the pictures in pixels.
-        batch: pictures in a step.
+        side: of the images in pixels.
+        batch: images in a step.
         rounds: timed steps of each.
     """
     runs, kept, learnt = {}, {}, {}
@@ -64,7 +64,7 @@ def training_step(tokenizer: AutoencoderDC, side: int, batch: int) -> Callable[[
     objective = DCAEObjective(tokenizer, section, seed=0).train()
     optimizer = torch.optim.AdamW([p for p in tokenizer.parameters() if p.requires_grad], lr=1e-5, fused=True)
     images = torch.rand(batch, 3, side, side, device=device) * 2 - 1
-    record = {"image": images, "draw": torch.arange(batch, device=device), "seen": 0}
+    record = {"image": images, "sample_id": torch.arange(batch, device=device), "seen": 0}
 
     def step() -> None:
         with torch.autocast(device, torch.bfloat16) if fast_bf16(device) else nullcontext():
@@ -111,7 +111,7 @@ def codec_against_plain(preset: str, side: int = 512, rounds: int = 3) -> list[t
 
 @torch.no_grad()
 def attention_curve(sides: tuple[int, ...] = (8, 16, 32, 64), rounds: int = 5) -> list[tuple[str, float]]:
-    """Cost of linear and of softmax attention of the same width against the number of positions, fp32, one picture.
+    """Cost of linear and of softmax attention of the same width against the number of positions, fp32, one image.
 
     The quadratic one is `scaled_dot_product_attention` between the same projections, with heads of the same width.
     """

@@ -9,28 +9,28 @@ from latelier.data.loader import ImageDataset
 from latelier.data.sources import open_source
 from latelier.evaluation.features import load_extractor
 from latelier.evaluation.mixture import fit_mixture, principal_space
-from latelier.evaluation.reconstruction import pictures
-from latelier.evaluation.references import Watcher, collect
+from latelier.evaluation.reconstruction import read_images
+from latelier.evaluation.references import FeatureCollector, collect
 from latelier.recipe import Data
 
-PICTURES, BATCH, SIZE = 512, 64, 128
+IMAGES, BATCH, SIZE = 512, 64, 128
 LATENTS, DIMS, SPREAD, MODES = 10_000, 4_096, 256, (1, 10, 50)
 KEPT = ("features", "vectors")
 
 
-def passes(count: int = PICTURES, rounds: int = 3) -> list[tuple[str, float]]:
-    """A pass that reads pictures, takes their features and sums them up, over the network alone on ready pictures.
+def passes(count: int = IMAGES, rounds: int = 3) -> list[tuple[str, float]]:
+    """A pass that reads images, takes their features and sums them up, over the network alone on ready images.
 
     Args:
-        count: pictures of a pass.
+        count: images of a pass.
         rounds: how often each is timed.
     """
     data = Data(source="emoji", image_size=(SIZE, SIZE), length=count)
     dataset, extractor = ImageDataset(open_source(data), data), load_extractor("vgg16", default_device())
-    ready = [images.to(extractor.device) for images in pictures(dataset.once(BATCH), count)]
+    ready = [images.to(extractor.device) for images in read_images(dataset.once(BATCH), count)]
 
     def whole() -> None:
-        found = collect([Watcher(extractor, KEPT)], pictures(dataset.once(BATCH), count), shared=False)
+        found = collect([FeatureCollector(extractor, KEPT)], read_images(dataset.once(BATCH), count), shared=False)
         found["vgg16"].sums["features"].flush()
 
     def bare() -> None:
@@ -39,7 +39,7 @@ def passes(count: int = PICTURES, rounds: int = 3) -> list[tuple[str, float]]:
 
     times = seconds({"whole": whole, "bare": bare}, rounds)
     return [
-        ("VGG16 features, evaluation pass, pictures/s", len(dataset) / times["whole"]),
+        ("VGG16 features, evaluation pass, images/s", len(dataset) / times["whole"]),
         ("VGG16 features, evaluation pass / bare network (aim 0.9)", times["bare"] / times["whole"]),
     ]
 

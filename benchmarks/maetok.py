@@ -20,7 +20,7 @@ from latelier.recipe import MAETokRecipe
 from latelier.tokenizers.codec import Codec, fast_bf16
 from latelier.tokenizers.maetok import PRESETS, MAETok
 
-MINI, BASE = ("maetok-mini-32", 64), ("maetok-b-128", 256)  # preset and side of the pictures
+MINI, BASE = ("maetok-mini-32", 64), ("maetok-b-128", 256)  # preset and side of the images
 BATCH = {"cpu": 4, "cuda": 32}  # of the base model
 
 
@@ -29,8 +29,8 @@ def training_step(preset: str, side: int, batch: int, waste: str = "") -> Callab
 
     Args:
         preset: of the tokenizer.
-        side: of the pictures in pixels.
-        batch: pictures in a step.
+        side: of the images in pixels.
+        batch: images in a step.
         waste: what is run a second time for nothing: `encoder`, `all` (the decoders too), or nothing.
     """
     device = default_device()
@@ -46,7 +46,7 @@ def training_step(preset: str, side: int, batch: int, waste: str = "") -> Callab
     optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=1e-4, fused=True)
     numbers = torch.arange(batch, device=device)
     images = torch.rand(batch, 3, side, side, device=device) * 2 - 1
-    record = {"image": images, "draw": numbers, "index": numbers, "seen": 0}
+    record = {"image": images, "sample_id": numbers, "index": numbers, "seen": 0}
 
     def step() -> None:
         with autocast(device):

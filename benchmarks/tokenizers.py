@@ -57,7 +57,7 @@ def dropped_tokens() -> list[tuple[str, float]]:
     """A VMAE training step at mask ratio 0 over one at 0.75: encoder tokens that are dropped must cost nothing."""
     device = default_device()
     images = torch.rand(16, 3, 128, 128, device=device) * 2 - 1
-    batch = {"image": images, "draw": torch.arange(len(images))}
+    batch = {"image": images, "sample_id": torch.arange(len(images))}
     # The encoder is what masking saves; a shallow decoder keeps the rest of the step small, as in MAE.
     sizes = {**PRESETS["vmae-f8d16"], "decoder_depth": 2}
     tokenizer = VMAE((128, 128), **sizes).to(device)

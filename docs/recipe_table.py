@@ -33,9 +33,9 @@ MEANINGS: dict[type[BaseModel], dict[str, str]] = {
         "image_size": "one number for a square, or `[height, width]`",
         "channels": "of the images; 1 is grey",
         "split": "the split to train on",
-        "image_key": "the column of pictures",
+        "image_key": "the column of images",
         "crop": "`center`: scale the shorter side, cut the middle; `random`: a random part; `resize`: squeeze",
-        "flip": "mirror half of the pictures",
+        "flip": "mirror half of the images",
         "streaming": "read a Hub dataset without downloading it first",
     },
     recipe.TrainedTokenizer: {
@@ -121,10 +121,10 @@ MEANINGS: dict[type[BaseModel], dict[str, str]] = {
         "steps": "sampling steps",
         "guidance": "scale w of classifier-free guidance; 1 is none",
         "sampler": "see [sampling](sampling.md#samplers)",
-        "count": "pictures to draw",
-        "batch": "pictures per forward pass",
+        "count": "images to draw",
+        "batch": "images per forward pass",
         "classes": "names or indices, gone through in turn; null: all classes",
-        "seed": "picture i is drawn from seed + i",
+        "seed": "image i is drawn from seed + i",
     },
     condition.TextCondition: {
         "dim": "width of the tokens; this and the next three of `encoder: trained`",
@@ -139,15 +139,15 @@ MEANINGS: dict[type[BaseModel], dict[str, str]] = {
         "head_dim": "width of a head",
     },
     condition.LowResolutionCondition: {
-        "degradation": "how training makes small pictures, see [conditions](conditions.md#maps-and-small-pictures)",
-        "dropout": "share of pictures whose small picture is not told",
+        "degradation": "how training makes small images, see [conditions](conditions.md#maps-and-small-images)",
+        "dropout": "share of images whose small image is not told",
     },
-    condition.InpaintingCondition: {"dropout": "share of pictures of which everything is a hole"},
+    condition.InpaintingCondition: {"dropout": "share of images of which everything is a hole"},
     recipe.Evaluate: {
         "metrics": "see [evaluation](evaluation.md#definitions)",
         "features": "network of the Fréchet distances, precision and recall",
-        "samples": "pictures at most, on each side",
-        "batch": "pictures per forward pass",
+        "samples": "images at most, on each side",
+        "batch": "images per forward pass",
     },
 }  # fmt: skip
 YAML = str.maketrans({"(": "[", ")": "]", "'": None})  # Python's tuples and strings as one writes them in YAML

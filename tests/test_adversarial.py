@@ -43,7 +43,7 @@ def objective(tmp_path):
 
 def batch(seen=0):
     images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    return {"image": images, "draw": torch.arange(4), "seen": seen}
+    return {"image": images, "sample_id": torch.arange(4), "seen": seen}
 
 
 def test_the_tokenizers_step_leaves_the_discriminator_alone(objective):
@@ -60,7 +60,7 @@ def test_the_discriminators_step_leaves_the_tokenizer_alone(objective):
     fake = terms.images["reconstruction"]
     assert not fake.requires_grad
     rival = objective.adversary.objective
-    rival({"real": batch()["image"], "fake": fake, "draw": torch.arange(4)}).total.backward()
+    rival({"real": batch()["image"], "fake": fake, "sample_id": torch.arange(4)}).total.backward()
     assert all(p.grad is None for p in objective.parameters())
     assert all(p.grad is not None for p in rival.parameters())
 
@@ -141,7 +141,7 @@ def test_losses_have_their_closed_forms():
     assert lecam(real, fake, torch.tensor(1.0), torch.tensor(-1.0)).item() == pytest.approx(1.25**2 + 4.0**2)
 
 
-def test_group_norm_does_not_mix_pictures():
+def test_group_norm_does_not_mix_images():
     images = torch.rand(4, 3, 32, 32) * 2 - 1
     network = PatchGAN(channels=8, layers=2)
     torch.testing.assert_close(network(images)[:2], network(images[:2]))
@@ -161,7 +161,7 @@ def test_three_layers_judge_70_pixels():
     assert sum(p.numel() for p in PatchGAN(norm="batch").parameters()) == 2_765_633
 
 
-def test_too_small_pictures_are_refused():
+def test_too_small_images_are_refused():
     with pytest.raises(LatelierError, match=r"at least 32 pixels a side, not 16 x 16; lower tokenizer.adversarial"):
         PatchGAN()(torch.zeros(1, 3, 16, 16))
 
@@ -197,7 +197,7 @@ def test_cutouts_have_their_share_of_the_side(hole, side):
     assert (cut == 0).sum().item() == 3 * side**2
 
 
-def test_changes_befall_the_chosen_pictures_only():
+def test_changes_befall_the_chosen_images_only():
     images, numbers = torch.rand(4, 3, 16, 16) * 2 - 1, torch.rand(4, 7)
     chosen = torch.tensor([[True, True, True], [False, False, False], [False, True, False], [True, False, True]])
     some = augment(images, CHANGES, numbers, chosen=chosen)
@@ -205,7 +205,7 @@ def test_changes_befall_the_chosen_pictures_only():
         assert torch.equal(some[row], augment(images[row, None], policy, numbers[row, None])[0])
 
 
-def test_the_share_of_augmented_pictures():
+def test_the_share_of_augmented_images():
     images, numbers = torch.rand(400, 3, 8, 8) * 2 - 1, torch.arange(400)
 
     def augmented(share, policy, order=numbers):
@@ -227,7 +227,7 @@ def test_consistency_has_its_closed_form():
     flat = torch.zeros(4, 3, 32, 32)
     rival = Adversary(Adversarial(**GAME, consistency=4.0), 0, 3).objective
     nn.init.zeros_(rival.discriminator.head.weight)  # whatever it sees, it says the same
-    terms = rival({"real": flat, "fake": flat, "draw": torch.arange(4)})
+    terms = rival({"real": flat, "fake": flat, "sample_id": torch.arange(4)})
     assert (terms.losses["d_consistency"].item(), terms.weights["d_consistency"]) == (0.0, 4.0)
 
 
@@ -235,7 +235,7 @@ def test_consistency_compares_with_all_changes_made():
     rival = Adversary(Adversarial(**GAME, consistency=1.0), 0, 3).objective
     real, numbers = batch()["image"], torch.arange(4)
     fake, loss = real.flip(0), nn.functional.mse_loss
-    terms = rival({"real": real, "fake": fake, "draw": numbers})
+    terms = rival({"real": real, "fake": fake, "sample_id": numbers})
     expected = [loss(rival.logits(x, numbers, strong=True), rival.logits(x, numbers)) for x in (real, fake)]
     torch.testing.assert_close(terms.losses["d_consistency"], sum(expected) / 2)
     assert torch.equal(rival.logits(real, numbers), rival.discriminator(real))  # this recipe augments nothing
@@ -248,7 +248,7 @@ def test_lecam_follows_the_logits_at_its_decay(decay):
     rival = Adversary(Adversarial(**GAME, lecam=0.1, lecam_decay=decay), 0, 3).objective
     real = batch()["image"]
     for step in range(1, 4):
-        terms = rival({"real": real, "fake": -real, "draw": torch.arange(4)})
+        terms = rival({"real": real, "fake": -real, "sample_id": torch.arange(4)})
         means = torch.stack([terms.losses["d_real"], terms.losses["d_fake"]])
         torch.testing.assert_close(rival.averages, (1 - decay**step) * means)
 

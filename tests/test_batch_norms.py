@@ -24,7 +24,7 @@ TOKENIZER = {  # batch norms in the decoder and in the discriminator
 }  # fmt: skip
 
 
-def pictures() -> torch.Tensor:
+def make_images() -> torch.Tensor:
     """Three batches `(3, b, c, h, w)`, whose halves differ in mean and spread."""
     x = torch.randn(3, 8, 3, 4, 4, generator=torch.Generator().manual_seed(4))
     return torch.cat([x[:, :4], 2 * x[:, 4:] + 1], dim=1)
@@ -42,14 +42,14 @@ def statistics(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def main(folder: Path) -> None:
-    """One process: its half of known pictures through norms, then a tokenizer's training."""
+    """One process: its half of known images through norms, then a tokenizer's training."""
     torch.set_num_threads(1)
     recipe = tiny_recipe(folder, tokenizer=TOKENIZER, denoiser=None)
     accelerator = make_accelerator(recipe.tokenizer)
     rank = accelerator.process_index
     model = norms()
     model[1].running_mean.fill_(rank)
-    for batch in pictures():
+    for batch in make_images():
         model(batch.chunk(2)[rank])
         average_batch_norms(model, accelerator)
     save_file(statistics(model), folder / f"known-{rank}.safetensors")
@@ -81,11 +81,11 @@ def folder(tmp_path_factory):
     return place
 
 
-def test_known_pictures_give_the_statistics_of_all_of_them(folder):
+def test_known_images_give_the_statistics_of_all_of_them(folder):
     a, b = (load_file(folder / f"known-{rank}.safetensors") for rank in (0, 1))
     whole = nn.BatchNorm2d(3)
     variance = torch.ones(3)
-    for batch in pictures():
+    for batch in make_images():
         whole(batch)
         within = torch.stack([half.transpose(0, 1).flatten(1).var(1) for half in batch.chunk(2)]).mean(0)
         variance = 0.9 * variance + 0.1 * within

@@ -17,7 +17,7 @@ from latelier.recipe import Data
 
 SIZE = (64, 32)  # width, height
 NAMES = ["cat", "dog"]
-# Pixels x, y, w, h and class of the objects in three pictures; the numbers are such that YOLO's text is exact.
+# Pixels x, y, w, h and class of the objects in three images; the numbers are such that YOLO's text is exact.
 OBJECTS = {
     "a/0.png": [
         ((16, 8, 32, 16), 1),
@@ -45,7 +45,7 @@ def png(mode="RGB"):
 
 @pytest.fixture
 def images(tmp_path):
-    """`dataset/images` with the three pictures."""
+    """`dataset/images` with the three images."""
     root = tmp_path / "dataset" / "images"
     for name in OBJECTS:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ def coco(path, objects=None, names=NAMES, **annotation):
 
 
 def yolo(root, beside=False):
-    """Text files in `labels`, or beside the pictures, for pictures with objects."""
+    """Text files in `labels`, or beside the images, for images with objects."""
     for name, found in OBJECTS.items():
         path = (root if beside else root.parent / "labels") / name.replace(".png", ".txt")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,8 +113,8 @@ def test_every_form_gives_the_same_records(images, tmp_path):
     assert opened(images).class_names == ["a", "b"]
 
 
-def test_yolo_beside_the_pictures_is_no_caption(tmp_path):
-    root = tmp_path / "pictures"
+def test_yolo_beside_the_images_is_no_caption(tmp_path):
+    root = tmp_path / "images"
     for name in OBJECTS:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(png())
@@ -135,13 +135,13 @@ def test_yolo_beside_the_pictures_is_no_caption(tmp_path):
         opened(root, boxes="yolo")
 
 
-def test_coco_flags_and_pictures_that_are_not_listed(images, tmp_path):
+def test_coco_flags_and_images_that_are_not_listed(images, tmp_path):
     path = coco(tmp_path / "one.json", {"a/0.png": [((16, 8, 32, 16), 1)]}, iscrowd=1)
     source = opened(images, boxes=str(path))
     assert (len(source), source.name(0)) == (1, "a/0.png")
     assert source[0]["box_flags"].tolist() == [1]
     elsewhere = coco(tmp_path / "other.json", {"c/9.png": []})
-    with pytest.raises(LatelierError, match="names none of the pictures"):
+    with pytest.raises(LatelierError, match="names none of the images"):
         opened(images, boxes=str(elsewhere))
     (tmp_path / "bad.json").write_text("[]")
     with pytest.raises(LatelierError, match=r"bad.json is no COCO annotation file"):
@@ -159,7 +159,7 @@ def test_coco_flags_and_pictures_that_are_not_listed(images, tmp_path):
 
 
 def test_a_file_for_each_split(images, tmp_path):
-    """Two files may share one folder of pictures, or go with two folders; labels are numbered as in training."""
+    """Two files may share one folder of images, or go with two folders; labels are numbered as in training."""
     files = str(tmp_path / "instances_{split}.json")
     coco(tmp_path / "instances_train.json", {"a/0.png": OBJECTS["a/0.png"]})
     coco(tmp_path / "instances_val.json", {"a/1.png": [((0, 0, 64, 32), 0)]}, names=["dog"])
@@ -171,7 +171,7 @@ def test_a_file_for_each_split(images, tmp_path):
     coco(tmp_path / "instances_a.json", {"0.png": [((0, 0, 64, 32), 0)], "a/1.png": []})
     coco(tmp_path / "instances_b.json", {"2.png": [((0, 0, 64, 32), 0)]}, names=["bird"])
     assert len(open_source(data)) == 2
-    with pytest.raises(LatelierError, match="the class 'bird', which the training pictures do not have"):
+    with pytest.raises(LatelierError, match="the class 'bird', which the training images do not have"):
         open_source(data, "val")
 
 
@@ -186,7 +186,7 @@ def test_fingerprints_follow_the_boxes(images, tmp_path):
 
 
 def parquet(path, objects, features=None):
-    """A dataset of one picture for each of the objects."""
+    """A dataset of one image for each of the objects."""
     features = datasets.Features(image=datasets.Image(), **features) if features else None
     columns = {key: [row[key] for row in objects] for key in objects[0]}
     rows = datasets.Dataset.from_dict(

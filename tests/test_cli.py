@@ -35,12 +35,12 @@ def recipe_file(tmp_path):
 
 
 @pytest.fixture
-def folder_of_pictures(tmp_path):
+def folder_of_images(tmp_path):
     for i in range(4):
-        path = tmp_path / "pictures" / "ab"[i % 2] / f"{i}.png"
+        path = tmp_path / "images" / "ab"[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 40), (50 * i, 100, 0)).save(path)
-    return tmp_path / "pictures"
+    return tmp_path / "images"
 
 
 def test_help_is_fast_and_shows_examples():
@@ -68,7 +68,7 @@ def test_schema_and_show(monkeypatch, capsys, recipe_file):
     [
         (["data.source={tmp}/empty"], "empty"),
         (["data.source={tmp}/nowhere"], "nowhere"),
-        (["data.source={pictures}", "data.classes=[a, zebra]"], "zebra"),
+        (["data.source={images}", "data.classes=[a, zebra]"], "zebra"),
         (["data.image_size=36"], "36 x 36 is not divisible by the tokenizer's factor 8"),
         (["tokenizer.lrr=1"], "did you mean 'lr'?"),
         (["tokenizer.mask_ratio=1.5"], "tokenizer.mask_ratio = 1.5"),
@@ -76,9 +76,9 @@ def test_schema_and_show(monkeypatch, capsys, recipe_file):
         (["tokenizer.init={tmp}/nowhere"], "nowhere"),
     ],
 )
-def test_bad_recipes(monkeypatch, capsys, tmp_path, recipe_file, folder_of_pictures, overrides, words):
+def test_bad_recipes(monkeypatch, capsys, tmp_path, recipe_file, folder_of_images, overrides, words):
     (tmp_path / "empty").mkdir()
-    overrides = [o.format(tmp=tmp_path, pictures=folder_of_pictures) for o in overrides]
+    overrides = [o.format(tmp=tmp_path, images=folder_of_images) for o in overrides]
     code, _, error = call(monkeypatch, capsys, "run", str(recipe_file), *overrides)
     assert code == 2
     assert error.startswith("Error: ")
@@ -138,7 +138,7 @@ def test_nothing_in_a_pickle_is_run(monkeypatch, capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_sample_and_reconstruct(monkeypatch, capsys, tmp_path, recipe_file, folder_of_pictures):
+def test_sample_and_reconstruct(monkeypatch, capsys, tmp_path, recipe_file, folder_of_images):
     assert call(monkeypatch, capsys, "run", str(recipe_file))[0] == 0
     run = str(tmp_path / "runs" / "tiny")
     out = tmp_path / "drawn"
@@ -150,7 +150,7 @@ def test_sample_and_reconstruct(monkeypatch, capsys, tmp_path, recipe_file, fold
     assert "Unknown class 'Dinosaurs'" in error
     pairs = tmp_path / "pairs.png"
     code, shown, _ = call(
-        monkeypatch, capsys, "reconstruct", run, str(folder_of_pictures), "--size", "32", "--out", str(pairs)
+        monkeypatch, capsys, "reconstruct", run, str(folder_of_images), "--size", "32", "--out", str(pairs)
     )
     assert code == 0
     assert "PSNR" in shown
@@ -161,11 +161,11 @@ def test_sample_and_reconstruct(monkeypatch, capsys, tmp_path, recipe_file, fold
 def test_check_tells_the_cost(monkeypatch, capsys, recipe_file):
     code, _, shown = call(monkeypatch, capsys, "check", str(recipe_file))
     assert code == 0
-    for word in ("48 pictures", "9 classes", "tokenizer", "denoiser", "mse_masked", "img/s", "memory"):
+    for word in ("48 images", "9 classes", "tokenizer", "denoiser", "mse_masked", "img/s", "memory"):
         assert word in shown
 
 
-def test_inspect_judges_a_trained_tokenizer(monkeypatch, capsys, tmp_path, recipe_file, folder_of_pictures):
+def test_inspect_judges_a_trained_tokenizer(monkeypatch, capsys, tmp_path, recipe_file, folder_of_images):
     assert call(monkeypatch, capsys, "train", "tokenizer", str(recipe_file))[0] == 0
     run, out = str(tmp_path / "runs" / "tiny"), tmp_path / "judged"
     options = ("--size", "32", "--samples", "64", "--out", str(out))

@@ -111,17 +111,17 @@ def test_upscale(monkeypatch, capsys, runs, tmp_path):
     assert "this model enlarges 4 times" in err
     code, _, err = call(monkeypatch, capsys, "upscale", small, str(large), "--run", runs["fill"])
     assert code == 2
-    assert "not trained to enlarge pictures" in err
+    assert "not trained to enlarge images" in err
 
 
 def test_inpaint(monkeypatch, capsys, runs, tmp_path):
-    picture = save(tmp_path / "picture.png", (40, 35))
+    image = save(tmp_path / "image.png", (40, 35))
     mask = Image.new("L", (35, 40))
     mask.paste(255, (5, 6, 20, 22))
     mask.save(tmp_path / "mask.png")
     arguments = [
         "inpaint",
-        picture,
+        image,
         str(tmp_path / "mask.png"),
         "--run",
         runs["fill"],
@@ -130,7 +130,7 @@ def test_inpaint(monkeypatch, capsys, runs, tmp_path):
     ]
     code, _, err = call(monkeypatch, capsys, *arguments)
     assert code == 0, err
-    before, after = (np.asarray(opened(p)).astype(int) for p in (picture, tmp_path / "o.png"))
+    before, after = (np.asarray(opened(p)).astype(int) for p in (image, tmp_path / "o.png"))
     changed = (before != after).any(2)
     assert changed[6:22, 5:20].any()
     changed[6:22, 5:20] = False
@@ -138,10 +138,10 @@ def test_inpaint(monkeypatch, capsys, runs, tmp_path):
     Image.new("L", (30, 40), 255).save(tmp_path / "mask.png")
     code, _, err = call(monkeypatch, capsys, *arguments)
     assert code == 2
-    assert "The mask is 40 x 30 (height x width), but the picture 40 x 35" in err
+    assert "The mask is 40 x 30 (height x width), but the image 40 x 35" in err
 
 
-def test_samples_of_held_out_pictures(monkeypatch, capsys, runs, tmp_path):
+def test_samples_of_held_out_images(monkeypatch, capsys, runs, tmp_path):
     code, _, err = call(monkeypatch, capsys, "sample", runs["several"], "--count", "3", "--out", str(tmp_path / "out"))
     assert code == 0, err
     assert size_of(tmp_path / "out" / "000002.png") == (32, 32)
@@ -164,10 +164,10 @@ def test_streamed_captions_are_drawn_in_previews_and_samples(tmp_path):
     from datasets import Dataset, Features, Value
     from datasets import Image as ImageFeature
 
-    pictures = [Image.new("RGB", (32, 32), (20 * i, 100, 0)) for i in range(8)]
+    images = [Image.new("RGB", (32, 32), (20 * i, 100, 0)) for i in range(8)]
     captions = ["an owl" if i % 2 else "a key" for i in range(8)]
     features = Features({"image": ImageFeature(), "caption": Value("string")})
-    Dataset.from_dict({"image": pictures, "caption": captions}, features).to_parquet(tmp_path / "t.parquet")
+    Dataset.from_dict({"image": images, "caption": captions}, features).to_parquet(tmp_path / "t.parquet")
     source = str(tmp_path / "t.parquet")
     recipe = tiny_recipe(
         tmp_path,

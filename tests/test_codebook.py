@@ -41,7 +41,7 @@ def objective(tmp_path):
 
 def batch(seen=0, start=0):
     images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    return {"image": images, "draw": torch.arange(start, start + 4), "seen": seen}
+    return {"image": images, "sample_id": torch.arange(start, start + 4), "seen": seen}
 
 
 @pytest.mark.parametrize("form", ["legacy", "fixed"])
@@ -109,10 +109,10 @@ def test_terms_of_a_quantised_autoencoder(objective):
     assert terms.weights == {"l1": 1.0, "codebook": 1.0}
     tokenizer = objective.tokenizer
     latents = tokenizer.encode(given["image"]).latents
-    picture = tokenizer.decode(latents)  # diffusers quantises by itself
-    l1 = (picture.sample - given["image"]).abs().mean()
+    image = tokenizer.decode(latents)  # diffusers quantises by itself
+    l1 = (image.sample - given["image"]).abs().mean()
     torch.testing.assert_close(terms.losses["l1"], l1)
-    torch.testing.assert_close(terms.losses["codebook"], picture.commit_loss)
+    torch.testing.assert_close(terms.losses["codebook"], image.commit_loss)
     codes = tokenizer.quantize(latents)[2][2].bincount(minlength=32)
     assert terms.losses["codebook_usage"].item() == pytest.approx((codes > 0).float().mean().item())
     assert terms.losses["codebook_perplexity"].item() == pytest.approx(perplexity(codes.float()).item(), rel=1e-5)
@@ -133,7 +133,7 @@ def test_restart_takes_latents_of_the_batch_wherever_they_lie():
     assert len({tuple(code) for code in codebook[2:].tolist()}) == 4
     again, order = torch.zeros(6, 3), torch.tensor([2, 0, 3, 1])
     use.restart(again, latents[order], order, seen=100, after=50)
-    assert torch.equal(again, codebook)  # the order of pictures, and so of processes, does not matter
+    assert torch.equal(again, codebook)  # the order of images, and so of processes, does not matter
 
 
 def test_restart_revives_dead_codes(tmp_path):

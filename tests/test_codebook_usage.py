@@ -13,7 +13,7 @@ from test_mixture import codec as plain
 
 
 class Pixels(VQModel):
-    """Latents are the pictures: a pixel is nearest to the code of its own value."""
+    """Latents are the images: a pixel is nearest to the code of its own value."""
 
     def encode(self, images):
         return type("Encoded", (), {"latents": images})
@@ -30,8 +30,8 @@ def pixels(codes=8):
     return Codec(model)
 
 
-def pictures(values, count=1):
-    """Pictures of 2 x 2 pixels, whose pixels take these values in turn."""
+def make_images(values, count=1):
+    """Images of 2 x 2 pixels, whose pixels take these values in turn."""
     values = torch.as_tensor(values).float().repeat(count).view(-1, 1, 2, 2)
     return values.expand(-1, 3, -1, -1)
 
@@ -41,7 +41,7 @@ def measure(codec, images, size=100):
 
 
 def test_codes_that_are_used_alike():
-    found = measure(pixels(), pictures([0, 1, 2, 3], 40))
+    found = measure(pixels(), make_images([0, 1, 2, 3], 40))
     assert list(found) == ["codebook-usage", "codebook-perplexity", "dead-codes"]
     assert [m.value for m in found.values()] == pytest.approx([0.5, 4, 4])
     receipt = found["codebook-perplexity"].receipt
@@ -51,13 +51,13 @@ def test_codes_that_are_used_alike():
 
 
 def test_codes_of_unequal_use():
-    found = measure(pixels(), pictures([5, 5, 6, 7], 40))
+    found = measure(pixels(), make_images([5, 5, 6, 7], 40))
     assert [m.value for m in found.values()] == pytest.approx([3 / 8, 2**1.5, 5])
-    assert [m.value for m in measure(pixels(), pictures([5] * 4, 40)).values()] == pytest.approx([1 / 8, 1, 7])
+    assert [m.value for m in measure(pixels(), make_images([5] * 4, 40)).values()] == pytest.approx([1 / 8, 1, 7])
 
 
 def test_few_vectors_warn_and_batches_change_nothing():
-    images = pictures([0, 1, 2, 2, 3, 3, 3, 3])
+    images = make_images([0, 1, 2, 2, 3, 3, 3, 3])
     found, parts = measure(pixels(64), images), measure(pixels(64), images, 1)
     assert {n: m.value for n, m in found.items()} == {n: m.value for n, m in parts.items()}
     assert found["dead-codes"].receipt["warning"].startswith("8 latent vectors cannot show all of 64 codes")
@@ -76,7 +76,7 @@ def test_the_codes_are_those_that_the_tokenizer_takes():
     assert found["dead-codes"].value == 16 - len(used)
 
 
-def test_no_codebook_no_numbers_and_no_pictures_an_error():
+def test_no_codebook_no_numbers_and_no_images_an_error():
     assert measure(plain(), torch.zeros(3, 2, 2, 2)) == {}
-    with pytest.raises(LatelierError, match="no pictures in toy"):
+    with pytest.raises(LatelierError, match="no images in toy"):
         measure_codebook(pixels(), [], Evaluate(), "toy")

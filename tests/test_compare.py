@@ -14,7 +14,7 @@ from PIL import Image
 from latelier import cli, compare
 from latelier.compare import Candidate, check_sizes, describe, divide_words, short_names
 from latelier.errors import LatelierError
-from latelier.evaluation.orderings import Shown
+from latelier.evaluation.orderings import RunSummary
 from latelier.evaluation.overview import AXES, BITS, NUMBERS, axes_of, dominated, fronts, gflop, overview, scaled, speed
 from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.maetok import MAETok
@@ -42,7 +42,7 @@ def vq():
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory):
-    """Pictures, and tokenizers with a plane, a row and a codebook of latents."""
+    """Images, and tokenizers with a plane, a row and a codebook of latents."""
     folder, noise = tmp_path_factory.mktemp("compare"), np.random.default_rng(0)
     (folder / "photos").mkdir()
     for i in range(12):
@@ -60,7 +60,7 @@ def workshop(tmp_path_factory):
 
 def run(name, facts=None, **values):
     """A tokenizer with these measures."""
-    return Shown(name, {key.replace("_", "-"): {"value": value} for key, value in values.items()}, facts or {})
+    return RunSummary(name, {key.replace("_", "-"): {"value": value} for key, value in values.items()}, facts or {})
 
 
 def candidate(factor, paints=None):
@@ -118,7 +118,7 @@ def test_words_of_the_command_line(tmp_path):
 def test_facts_of_a_plane_a_row_and_codes():
     plane = describe(Codec(kl()), (32, 64))
     assert (plane["class"], plane["factor"], plane["latent"]) == ("AutoencoderKL", 4, "4 x 8 x 16")
-    assert (plane["numbers in a latent"], plane[NUMBERS], plane["picture numbers per latent number"]) == (512, 0.25, 12)
+    assert (plane["numbers in a latent"], plane[NUMBERS], plane["image numbers per latent number"]) == (512, 0.25, 12)
     row = describe(
         Codec(MAETok(**SMALL, latent_channels=4, latent_tokens=6, patch_size=16, image_size=(32, 32))), (32, 32)
     )
@@ -211,7 +211,7 @@ def test_all_kinds_stand_on_one_page(workshop, tmp_path, monkeypatch):
     assert all((page.parent / link).is_file() for link in links)
     titles = re.findall("<h2>(.*?)</h2>", html)
     assert titles[:2] == ["What they are", "At a glance"]
-    assert {"Reconstruction", "Distribution", "Pictures"} <= set(titles)
+    assert {"Reconstruction", "Distribution", "Images"} <= set(titles)
     content = json.loads((page.parent / "comparison.json").read_text())
     assert [one["facts"]["latent"] for one in content["runs"]] == ["4 x 8 x 8", "4 x 4 x 4", "4 x 6", "3 x 8 x 8"]
     receipts = [one["metrics"]["psnr"]["receipt"] for one in content["runs"]]

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from latelier.errors import LatelierError
-from latelier.evaluation.comparison import Published, Shown, write_comparison
+from latelier.evaluation.comparison import Published, RunSummary, write_comparison
 from latelier.evaluation.directions import better, plain
 from latelier.evaluation.figures import _mixtures, _trade_offs, _trained
 from latelier.evaluation.orderings import (
@@ -28,14 +28,14 @@ from latelier.evaluation.orderings import (
 from latelier.images import make_grid, make_pairs, save_png
 
 
-def run(name, pictures=None, facts=None, **values):
+def run(name, images=None, facts=None, **values):
     """A run; a value is a number, or (number, low, high)."""
     metrics = {}
     for metric, value in values.items():
         value, *ends = value if isinstance(value, tuple) else (value,)
         entry = {"value": value, "interval": ends or None, "receipt": {"n": 100, "image_size": [64, 64]}}
         metrics[metric.replace("_", "-")] = entry
-    return Shown(name, metrics, facts or {}, pictures or {})
+    return RunSummary(name, metrics, facts or {}, images or {})
 
 
 def bold(table):
@@ -183,11 +183,11 @@ def test_every_extractor_is_a_row_and_columns_come_first():
 def test_receipts_tell_equal_from_unequal():
     shown = [run("A", psnr=1, lpips=2), run("B", psnr=1, lpips=2)]
     shown[0].metrics["lpips"]["receipt"]["n"] = 50
-    shown[1].metrics["psnr"]["receipt"]["warning"] = "few pictures"
+    shown[1].metrics["psnr"]["receipt"]["warning"] = "few images"
     equal, unequal, warning = receipts(shown, ["psnr", "lpips"])
     assert equal == "Equal in all runs: n 100 (psnr); image size 64 x 64."
     assert unequal == "Not equal in all runs: n 100 or 50 (lpips)."
-    assert warning == "Warning on psnr: few pictures."
+    assert warning == "Warning on psnr: few images."
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -195,8 +195,8 @@ def test_receipts_tell_equal_from_unequal():
 
 @pytest.fixture
 def study(tmp_path):
-    pictures = torch.rand(16, 3, 16, 16) * 2 - 1
-    grid = save_png(make_pairs(pictures, pictures * 0.5, columns=4), tmp_path / "grid.png")
+    images = torch.rand(16, 3, 16, 16) * 2 - 1
+    grid = save_png(make_pairs(images, images * 0.5, columns=4), tmp_path / "grid.png")
     shown = [
         run("VMAE", {"reconstructions": grid, "samples": tmp_path / "none.png"}, {"parameters": 11190000}, psnr=29.0,
             rfd_vgg16=0.8),
@@ -232,7 +232,7 @@ def test_files(tmp_path, study):
 
 
 TITLES = [
-    "Measured", "How to read the tables", "Published", "Orderings", "What each run took", "Figures", "Pictures",
+    "Measured", "How to read the tables", "Published", "Orderings", "What each run took", "Figures", "Images",
     "Receipt",
 ]  # fmt: skip
 
@@ -270,7 +270,7 @@ def test_written_twice_is_the_same(tmp_path, study):
         assert path.read_bytes() == (second / path.name).read_bytes(), path.name
 
 
-def test_pictures_keep_whole_pairs(tmp_path, study):
+def test_images_keep_whole_pairs(tmp_path, study):
     write(tmp_path, study)
     image = opened(tmp_path / "reconstructions.png")
     rows, gap, name = 8, 2, 26
@@ -376,7 +376,7 @@ def test_mixtures_and_maps_on_the_page(tmp_path):
         one.metrics |= {f"gmm-nll@{k}": {"value": y, "interval": None, "receipt": {}} for k, y in values.items()}
     assert _mixtures(shown) == {0: [(1.0, 1.4), (10.0, 1.2)], 2: [(10.0, 1.1), (100.0, 1.0)]}
     tall = save_png(Image.new("RGB", (1120, 1000), "#0072b2"), tmp_path / "run" / "latent-map.png")
-    shown[0].pictures["latent-map"] = tall
+    shown[0].images["latent-map"] = tall
     page = write_comparison(tmp_path, "t", "", shown, {"Latents": ["gmm-nll@10"]}, None)
     assert page.read_text().count("data:image/png;base64,") == 3  # overview, modes, map
     text = (tmp_path / "table.md").read_text()

@@ -100,7 +100,7 @@ def test_starting_from_what_there_is(tmp_path):
 def terms(tokenizer, size=32, **changes):
     recipe = ConvRecipe(kind="conv", preset="kl-f4-small", perceptual_weight=0, **changes)
     images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    batch = {"image": images, "draw": torch.arange(2), "seen": 0}
+    batch = {"image": images, "sample_id": torch.arange(2), "seen": 0}
     return AutoencoderObjective(tokenizer, recipe, 0)(batch), images
 
 
@@ -113,7 +113,7 @@ def test_terms_of_a_plain_autoencoder():
 
 
 def test_kl_per_pixel_is_the_released_loss():
-    """c h w times ours is LDM's sum of pixel errors and KL, for each picture."""
+    """c h w times ours is LDM's sum of pixel errors and KL, for each image."""
     tokenizer = conv("kl-f4-small", model=NARROW)
     remove_spread(tokenizer)  # so that noise plays no part
     for size in (32, 48):

@@ -14,7 +14,7 @@ from latelier.evaluation import features
 from latelier.evaluation.comparison import write_comparison
 from latelier.evaluation.convergence import PASSES, held_out_loss, load_snapshot, measure_convergence
 from latelier.evaluation.convergence_table import LOSS, comparable, convergence, reach, read_curves, speed_table
-from latelier.evaluation.orderings import Shown
+from latelier.evaluation.orderings import RunSummary
 from latelier.experiment import open_run
 from latelier.objectives.denoising import DenoisingObjective
 from latelier.recipe import DenoiserRecipe
@@ -174,7 +174,7 @@ class Knowing(torch.nn.Module):
         return self.share * x
 
 
-def pictures(count, batch):
+def make_images(count, batch):
     normal = torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     return ({"image": part} for part in normal.split(batch))
 
@@ -185,13 +185,13 @@ def test_the_loss_has_its_closed_form_and_no_batches():
 
     codec = Codec(IdentityTokenizer(), torch.zeros(3), torch.ones(3))
     objective = DenoisingObjective(Knowing(0.0), None, Flow("uniform"), seed=3, dropout=())
-    value, n = held_out_loss(objective, codec, pictures(200, 64))
+    value, n = held_out_loss(objective, codec, make_images(200, 64))
     assert n == 200
     assert value == pytest.approx(2, rel=0.02)
-    assert held_out_loss(objective, codec, pictures(200, 50))[0] == pytest.approx(value, rel=1e-6)
+    assert held_out_loss(objective, codec, make_images(200, 50))[0] == pytest.approx(value, rel=1e-6)
     objective = DenoisingObjective(Knowing(0.5), None, Flow("uniform"), seed=3, dropout=())
     # E (eps - z - x/2)^2 = E (1 - t/2)^2 + (1 + (1 - t)/2)^2 = 7/12 + 19/12
-    assert held_out_loss(objective, codec, pictures(200, 50))[0] == pytest.approx(26 / 12, rel=0.02)
+    assert held_out_loss(objective, codec, make_images(200, 50))[0] == pytest.approx(26 / 12, rel=0.02)
     with pytest.raises(LatelierError, match="there are none"):
         held_out_loss(objective, codec, iter([]))
 
@@ -214,7 +214,7 @@ def shown(name, gfd, losses=(), **kind):
     metrics = {f"convergence-gfd-x@{100 * i}": {"value": y, "receipt": {}} for i, y in enumerate(gfd, 1)}
     receipt = {**KIND, **kind}
     metrics |= {f"{LOSS}@{100 * i}": {"value": y, "receipt": receipt} for i, y in enumerate(losses, 1)}
-    return Shown(name, metrics)
+    return RunSummary(name, metrics)
 
 
 RUNS = [
@@ -223,7 +223,7 @@ RUNS = [
     shown("slow", [90, 80, 70], [1.0, 0.9, 0.8]),
     shown("at once", [20, 15, 10]),
     shown("few", [60, 20, 10], [0.3, 0.2, 0.1], latent_shape=[2, 4, 4]),
-    Shown("unmeasured", {}),
+    RunSummary("unmeasured", {}),
 ]
 
 
@@ -263,7 +263,7 @@ def test_the_page_has_a_section(tmp_path):
     for baseline, words in (("unmeasured", "has not been measured yet"), ("away", "has not been measured yet")):
         parts = convergence(tmp_path, RUNS, baseline)
         assert any(isinstance(part, str) and words in part for part in parts)
-    assert convergence(tmp_path, [Shown("bare", {})], "bare") == []
+    assert convergence(tmp_path, [RunSummary("bare", {})], "bare") == []
     assert len(convergence(tmp_path, RUNS, None)) == 2  # a figure and how to read it
 
 

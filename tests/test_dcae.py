@@ -34,7 +34,7 @@ def tokenizer(**changes):
 
 def batch(seen=0):
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    return {"image": images, "draw": torch.arange(2), "seen": seen}
+    return {"image": images, "sample_id": torch.arange(2), "seen": seen}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""DC-AE's checkpoints: what is read off names and shapes, and the same pictures afterwards."""
+"""DC-AE's checkpoints: what is read off names and shapes, and the same images afterwards."""
 
 import os
 from pathlib import Path
@@ -85,7 +85,7 @@ def official(model):
     ids=["1.0", "1.5", "sana"],
 )
 @torch.no_grad()
-def test_every_layout_gives_the_same_pictures(layout):
+def test_every_layout_gives_the_same_images(layout):
     model = small(**layout)
     weights = official(model)
     converted = from_official("dcae", {f"module.{k}": v for k, v in weights.items()}).model

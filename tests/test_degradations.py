@@ -1,4 +1,4 @@
-"""Low-resolution pictures: PIL's bicubic, and the shuffled chain."""
+"""Low-resolution images: PIL's bicubic, and the shuffled chain."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ from latelier.images import to_uint8
 
 
 def smooth(count=3, channels=3, height=32, width=48):
-    """Pictures with some structure at every scale."""
+    """Images with some structure at every scale."""
     generator = torch.Generator().manual_seed(0)
     parts = [
         torch.nn.functional.interpolate(
@@ -36,8 +36,8 @@ def smooth(count=3, channels=3, height=32, width=48):
 def test_bicubic_is_that_of_pil(factor):
     pixels = to_uint8(smooth())  # (b, c, h, w)
     ours = to_uint8(bicubic(pixels / 127.5 - 1, factor))
-    for mine, picture in zip(ours, pixels):
-        image = Image.fromarray(picture.movedim(0, -1).numpy())
+    for mine, source_image in zip(ours, pixels):
+        image = Image.fromarray(source_image.movedim(0, -1).numpy())
         theirs = np.asarray(image.resize((48 // factor, 32 // factor), Image.Resampling.BICUBIC))
         assert np.abs(mine.movedim(0, -1).numpy().astype(int) - theirs).max() <= 1
 
@@ -73,7 +73,7 @@ def test_autocast_changes_nothing():
 
 
 @pytest.mark.parametrize("factor", [2, 3, 4, 8])
-def test_constant_pictures_stay_constant_but_for_noise(factor):
+def test_constant_images_stay_constant_but_for_noise(factor):
     grey = torch.full((6, 3, 24, 48), 0.2)
     torch.testing.assert_close(bicubic(grey, factor), grey[..., : 24 // factor, : 48 // factor])
     low = degrade(grey, factor, "bsrgan-light", 0, torch.arange(6))
@@ -81,7 +81,7 @@ def test_constant_pictures_stay_constant_but_for_noise(factor):
     assert (low.mean() - 0.2).abs() < 0.02
 
 
-def test_light_degradation_keeps_the_picture():
+def test_light_degradation_keeps_the_image():
     images = smooth(8, height=64, width=64)
     low = degrade(images, 4, "bsrgan-light", 0, torch.arange(8))
     clean = bicubic(images, 4)
@@ -144,7 +144,7 @@ def test_jpeg_is_near_and_8_bit():
 
 def test_errors_say_what_to_do():
     numbers = torch.arange(1)
-    with pytest.raises(LatelierError, match="1 or 3 channels, but the pictures have 4"):
+    with pytest.raises(LatelierError, match="1 or 3 channels, but the images have 4"):
         degrade(torch.zeros(1, 4, 8, 8), 4, "bsrgan-light", 0, numbers)
     with pytest.raises(LatelierError, match="30 x 32 is not divisible by the factor 4; use 32 x 32"):
         degrade(torch.zeros(1, 3, 30, 32), 4, "bicubic", 0, numbers)

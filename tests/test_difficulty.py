@@ -14,7 +14,7 @@ from latelier.tokenizers.conv import IdentityTokenizer
 
 
 class Given(torch.nn.Module):
-    """Latents are the pictures; flat makes them 1-D."""
+    """Latents are the images; flat makes them 1-D."""
 
     def __init__(self, flat=False):
         super().__init__()
@@ -79,7 +79,7 @@ def test_the_receipt_and_one_dimensional_latents(short, monkeypatch):
     assert about["parameters"] > 500_000
     assert (about["tokenizer"], about["latent_scale"]) == (codec.hash(), "the codec's statistics")
     unscaled = measure(5 + 3 * normal(40), 5 + 3 * normal(30, seed=1), Codec(Given())).receipt
-    assert unscaled["latent_scale"] == "measured on the first 40 pictures"
+    assert unscaled["latent_scale"] == "measured on the first 40 images"
     assert unscaled["constant"] == pytest.approx(2, rel=0.1)  # held-out latents are put on the same scale
 
 
@@ -124,12 +124,12 @@ def test_at_most_64_tokens_where_a_patch_allows_it(grid, patch):
 
 def test_latents_that_do_not_fit_are_left_out(monkeypatch):
     codec, images = Codec(IdentityTokenizer()), normal(10)
-    pictures = [(images[:4], torch.zeros(4)), (images[4:], torch.zeros(6))]
-    assert torch.equal(encode(codec, pictures, 7), images[:7])
+    image_batches = [(images[:4], torch.zeros(4)), (images[4:], torch.zeros(6))]
+    assert torch.equal(encode(codec, image_batches, 7), images[:7])
     monkeypatch.setattr(difficulty, "BYTES", 4 * 24 * 5)
-    assert torch.equal(encode(codec, pictures, 7), images[:5])
+    assert torch.equal(encode(codec, image_batches, 7), images[:5])
 
 
-def test_both_sides_need_pictures():
+def test_both_sides_need_images():
     with pytest.raises(LatelierError, match=r"of toy there are 0 to learn from and 4"):
         measure_difficulty(Codec(IdentityTokenizer()), [], [{"image": normal(4)}], Evaluate(), "toy")

@@ -34,7 +34,7 @@ def play(folder, teacher, **changes):
 
 def pair():
     real = batch()["image"]
-    return {"real": real, "fake": real.flip(0) * 0.5, "draw": torch.arange(4)}
+    return {"real": real, "fake": real.flip(0) * 0.5, "sample_id": torch.arange(4)}
 
 
 def spectral(model):
@@ -71,7 +71,7 @@ def test_features_are_the_vits_patches_plus_its_class(discriminator):
         torch.testing.assert_close(tap, (tokens[:, 1:] + tokens[:, :1]).transpose(1, 2))
 
 
-def test_gradients_reach_the_picture_and_no_weight_of_the_vit(discriminator):
+def test_gradients_reach_the_image_and_no_weight_of_the_vit(discriminator):
     images = (torch.rand(2, 3, 32, 32) * 2 - 1).requires_grad_()
     discriminator(images, torch.full((2, 3), 0.6)).sum().backward()
     assert (images.grad.abs().sum(1) > 0).all()
@@ -89,11 +89,11 @@ def test_the_vit_is_seen_by_nobody(discriminator):
     assert not discriminator.features.vit.embeddings.cls_token.requires_grad
 
 
-def test_gray_pictures_are_looked_at_in_three_channels(teacher):
+def test_gray_images_are_looked_at_in_three_channels(teacher):
     images = torch.rand(2, 1, 24, 24) * 2 - 1
     network = DinoDiscriminator(teacher, 1).eval()
     torch.testing.assert_close(network(images), network(images.expand(-1, 3, -1, -1)))
-    with pytest.raises(LatelierError, match=r"judges pictures of 1 or 3 channels, not 4; use kind: patch"):
+    with pytest.raises(LatelierError, match=r"judges images of 1 or 3 channels, not 4; use kind: patch"):
         DinoDiscriminator(teacher, 4)
 
 
@@ -112,7 +112,7 @@ def test_a_teacher_in_the_weights_folder(teacher, tmp_path, monkeypatch):
 # -- the views --------------------------------------------------------------------------------------------------------
 
 
-def test_views_are_crops_and_shrunk_pictures():
+def test_views_are_crops_and_shrunk_images():
     images = torch.rand(3, 3, 32, 48)
     numbers = torch.tensor([[0.49, 0.0, 0.999], [0.5, 0.0, 0.0], [0.0, 0.999, 0.0]])
     views = view(images, (16, 16), numbers)
@@ -121,7 +121,7 @@ def test_views_are_crops_and_shrunk_pictures():
     assert torch.equal(views[2], images[2, :, 16:, :16])
 
 
-def test_pictures_that_have_no_room_are_never_cropped():
+def test_images_that_have_no_room_are_never_cropped():
     crop = torch.zeros(1, 3)
     image = torch.rand(1, 3, 16, 16)
     assert view(image, (16, 16), crop) is image
@@ -130,7 +130,7 @@ def test_pictures_that_have_no_room_are_never_cropped():
     torch.testing.assert_close(view(flat, (24, 24), crop), torch.full((1, 3, 24, 24), 0.3))
 
 
-def test_pictures_and_reconstructions_share_their_views(teacher):
+def test_images_and_reconstructions_share_their_views(teacher):
     objective = Adversary(Adversarial(kind="dino", teacher=teacher, augment=ALL, augment_share=0.5), 0, 3).objective
     images = batch()["image"]
     objective.eval()
@@ -171,7 +171,7 @@ def test_a_head_looks_around_the_sequence():
     assert seen == [0, 1, 2, 3, 4, 5, 17, 18, 19]
 
 
-def test_group_norm_does_not_mix_pictures(teacher):
+def test_group_norm_does_not_mix_images(teacher):
     images = torch.rand(4, 3, 24, 24) * 2 - 1
     for norm, mixes in (("group", False), ("batch", True)):
         network = DinoDiscriminator(teacher, norm=norm)
@@ -212,14 +212,14 @@ def test_the_discriminators_step_leaves_the_tokenizer_alone(tmp_path, teacher):
     fake = objective(batch()).images["reconstruction"]
     rival = objective.adversary.objective
     before = spectral(rival)
-    rival({"real": batch()["image"], "fake": fake, "draw": torch.arange(4)}).total.backward()
+    rival({"real": batch()["image"], "fake": fake, "sample_id": torch.arange(4)}).total.backward()
     assert all(p.grad is None for p in objective.parameters())
     assert all(p.grad is not None for p in rival.parameters())
     assert all(not torch.equal(before[name], value) for name, value in spectral(rival).items() if len(value) > 1)
 
 
 def test_power_iterations_move_on_once_for_a_batch(teacher):
-    """However many pictures are judged; so consistency does not change what the discriminator says of them."""
+    """However many images are judged; so consistency does not change what the discriminator says of them."""
     states, logits = [], []
     for consistency in (0.0, 4.0):
         torch.manual_seed(0)

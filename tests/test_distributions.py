@@ -82,10 +82,10 @@ class TestStatistics:
         assert torch.allclose(parts[0].mean, x.double().mean(0))
         assert torch.allclose(parts[0].covariance, torch.cov(x.double().T))
 
-    def test_one_picture_has_no_covariance(self):
+    def test_one_image_has_no_covariance(self):
         statistics = FeatureStatistics(2)
         statistics.update(torch.zeros(1, 2))
-        with pytest.raises(LatelierError, match="at least 2 pictures on each side, not 1"):
+        with pytest.raises(LatelierError, match="at least 2 images on each side, not 1"):
             statistics.distance(statistics)
 
 
@@ -113,7 +113,7 @@ class TestPrecisionRecall:
         assert precision_recall(points, line, k=1)[0].tolist() == [1, 0, 1, 0]
 
     def test_too_few(self):
-        with pytest.raises(LatelierError, match="more than 3 pictures on each side, not 3 and 9"):
+        with pytest.raises(LatelierError, match="more than 3 images on each side, not 3 and 9"):
             precision_recall(torch.zeros(3, 2), torch.zeros(9, 2))
 
     def test_manifold_of_a_ring(self):
@@ -128,7 +128,7 @@ class TestPrecisionRecall:
 
 
 class TestGroups:
-    def test_every_ten_pictures_go_to_ten_groups(self):
+    def test_every_ten_images_go_to_ten_groups(self):
         group = group_of(torch.arange(1000))
         assert (group.view(-1, GROUPS).sort(1).values == torch.arange(GROUPS)).all()
         assert len(set(map(tuple, group.view(-1, GROUPS).tolist()))) > 90  # in orders of their own
@@ -230,13 +230,13 @@ class TestDiscrepancies:
 
     def test_too_few(self):
         assert subset_mmd(normal(3, 2), normal(9, 2), polynomial_kernel, 0)[1] is None
-        with pytest.raises(LatelierError, match="at least 2 pictures on each side, not 1 and 9"):
+        with pytest.raises(LatelierError, match="at least 2 images on each side, not 1 and 9"):
             subset_mmd(normal(1, 2), normal(9, 2), polynomial_kernel, 0)
 
 
 class TestInceptionScore:
     def test_sure_and_diverse(self):
-        """Certain of each picture, classes equally often in each split: as many as there are classes."""
+        """Certain of each image, classes equally often in each split: as many as there are classes."""
         score = InceptionScore()
         labels = torch.zeros(40 * GROUPS, dtype=torch.long)
         group = group_of(torch.arange(len(labels)))
@@ -268,7 +268,7 @@ class TestInceptionScore:
     def test_too_few(self):
         score = InceptionScore()
         score.update(torch.zeros(19, 3))
-        with pytest.raises(LatelierError, match="at least 20 pictures, not 19"):
+        with pytest.raises(LatelierError, match="at least 20 images, not 19"):
             score.measure()
 
 

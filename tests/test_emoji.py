@@ -10,7 +10,7 @@ from latelier.errors import LatelierError
 from latelier.recipe import Data
 
 
-def test_all_pictures_are_in_one_split():
+def test_all_images_are_in_one_split():
     train, val = EmojiSource("train"), EmojiSource("val")
     names = [{split.name(i) for i in range(len(split))} for split in (train, val)]
     assert len(train) + len(val) == len(list_emoji()) == 1889

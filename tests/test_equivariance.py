@@ -18,7 +18,7 @@ F2 = ["shift", "half-shift", "flip", "scale"]
 
 
 class Pool(torch.nn.Module):
-    """Latents are means of 2 x 2 pixels, perhaps with signs that alternate along an axis; pictures are enlarged."""
+    """Latents are means of 2 x 2 pixels, perhaps with signs that alternate along an axis; images are enlarged."""
 
     def __init__(self, axis=None):
         super().__init__()
@@ -49,14 +49,14 @@ def measure(codec, images, size=100):
     return by_name(measure_equivariance(codec, batches(images, size), Evaluate(samples=5000), "toy/val", {"run": 7}))
 
 
-def test_means_of_pixels_move_with_the_picture():
+def test_means_of_pixels_move_with_the_image():
     found = measure(Codec(Pool()), noise())
     assert list(found) == [name for move in F2 for name in (f"equivariance-{move}", f"psnr-after-{move}")]
     for move in ("shift", "flip", "scale"):
         assert found[f"equivariance-{move}"].value == pytest.approx(0, abs=1e-10)
     shift = found["equivariance-shift"]
     assert (shift.receipt["n"], shift.receipt["run"]) == (200, 7)
-    assert shift.receipt["latent_scale"] == "measured on the first 200 pictures"
+    assert shift.receipt["latent_scale"] == "measured on the first 200 images"
     assert shift.receipt["moves"][0] == "round by 2 pixels down, 0 right"
     for move in ("shift", "flip"):  # the decoder enlarges pixels: it moves with them too
         after = found[f"psnr-after-{move}"]
@@ -85,7 +85,7 @@ def test_signs_of_places_stay_where_they_are():
 
 
 class Unrelated(Pool):
-    """Latents in which the places, and so the pictures, are mixed by a rotation."""
+    """Latents in which the places, and so the images, are mixed by a rotation."""
 
     def encode(self, images):
         z = F.avg_pool2d(images, 2)
@@ -122,8 +122,8 @@ def test_moves_are_those_that_the_size_allows():
     assert len({move.words for move in moves((32, 32), (2, 2))["shift"]}) == 3
     x = torch.arange(16.0).view(1, 1, 4, 4)
     down, right, both = moves((4, 4), (4, 4))["shift"]
-    assert down.picture(x)[0, 0, 1, 0] == 0
-    assert right.picture(x)[0, 0, 0, 1] == 0
+    assert down.image(x)[0, 0, 1, 0] == 0
+    assert right.image(x)[0, 0, 0, 1] == 0
     assert both.latent(x)[0, 0, 2, 2] == 0
 
 
@@ -147,8 +147,8 @@ def test_autoencoders_straight_from_diffusers_and_latents_in_a_row():
     assert measure(same(flat=True), images[:, :2]) == {}
 
 
-def test_no_pictures_and_latents_that_do_not_vary():
-    with pytest.raises(LatelierError, match="no pictures in toy"):
+def test_no_images_and_latents_that_do_not_vary():
+    with pytest.raises(LatelierError, match="no images in toy"):
         measure_equivariance(Codec(Pool()), [], Evaluate(), "toy")
     with pytest.raises(LatelierError, match="are all equal"):
         measure(Codec(Pool()), torch.zeros(3, 1, 8, 8))

@@ -82,26 +82,26 @@ def test_small_errors_look_the_same_beside_large_ones(tmp_path):
 
 
 @pytest.mark.parametrize("channels", [1, 2, 5])
-def test_pictures_of_other_channels(tmp_path, channels):
+def test_images_of_other_channels(tmp_path, channels):
     pixels = draw(Codec(Brighter(channels, channels)), torch.zeros(3, channels, 16, 16), tmp_path / ERRORS)
     assert (pixels[:16, :16] == 128).all()
     assert (pixels[36:52, 8:16] == BLACK).all()
 
 
-def test_latents_in_a_row_and_at_most_eight_pictures(tmp_path):
+def test_latents_in_a_row_and_at_most_eight_images(tmp_path):
     images = torch.rand(11, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert draw(make_codec(), images, tmp_path / ERRORS).shape[1] == 8 * 34 - 2
 
 
-def test_no_pictures(tmp_path):
+def test_no_images(tmp_path):
     for nothing in ([], [{"image": torch.zeros(0, 3, 8, 8)}]):
-        with pytest.raises(LatelierError, match="no pictures to draw errors of"):
+        with pytest.raises(LatelierError, match="no images to draw errors of"):
             draw_errors(Codec(IdentityTokenizer()), nothing, tmp_path / ERRORS)
     assert not (tmp_path / ERRORS).exists()
 
 
 def test_a_run_measures_its_posterior_and_draws_its_errors(tmp_path):
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     for i in range(6):
         noise = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(i)) * 2 - 1
         save_png(Image.fromarray(((noise[0].movedim(0, -1) + 1) * 127.5).byte().numpy()), folder / f"{i}.png")

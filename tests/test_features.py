@@ -59,7 +59,7 @@ def nowhere(monkeypatch, tmp_path):
     return tmp_path
 
 
-def pictures(count=2, size=32):
+def make_images(count=2, size=32):
     return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
@@ -94,7 +94,7 @@ def test_all_outputs_come_from_one_pass():
 def test_vgg16_needs_nothing_more():
     extractor = load_extractor("vgg16")
     assert extractor.has == ("features",)
-    assert extractor(pictures()).shape == (2, 512)
+    assert extractor(make_images()).shape == (2, 512)
 
 
 # -- the Inception of FID ---------------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def test_architecture_agrees_with_an_independent_torchscript():
 @needs_fid_helper
 def test_fid_helper_has_its_own_name():
     extractor = load_extractor("inception-fid-helper")
-    assert extractor(pictures(1)).shape == (1, 2048)
+    assert extractor(make_images(1)).shape == (1, 2048)
     assert (extractor.name, extractor.has) == ("inception-fid-helper", ("features",))
     assert extractor.describe()["weights_sha256"] == weights.FID_HELPER_SHA256
 
@@ -175,11 +175,11 @@ def test_inception_from_a_file(network, nowhere, monkeypatch):
     monkeypatch.setenv(weights.ENVIRONMENT, str(nowhere))
     monkeypatch.setattr(weights, "INCEPTION_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     extractor = load_extractor("inception")
-    found = extractor.outputs(pictures(1))
+    found = extractor.outputs(make_images(1))
     assert extractor.has == tuple(found) == ("features", "spatial", "logits")
     assert [value.shape[1] for value in found.values()] == [extractor.describe(name)["dims"] for name in found]
     assert extractor.describe()["weights_sha256"] == weights.INCEPTION_SHA256
-    expected = network(to_inception(to_uint8(pictures(1)).float()))
+    expected = network(to_inception(to_uint8(make_images(1)).float()))
     torch.testing.assert_close(found, expected)
 
 
@@ -259,9 +259,9 @@ def test_dinov2_is_cls_at_224_pixels(dino_folder):
     from transformers import Dinov2Model
 
     extractor = load_extractor(f"dinov2:{dino_folder}")
-    pixels = by_hand(pictures(), 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(lambda x: x.clip(0, 255))
+    pixels = by_hand(make_images(), 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(lambda x: x.clip(0, 255))
     expected = Dinov2Model.from_pretrained(dino_folder)(pixels).pooler_output
-    torch.testing.assert_close(extractor(pictures()), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(extractor(make_images()), expected, atol=1e-4, rtol=1e-4)
     assert (extractor.name, extractor.dims, extractor.has) == ("dinov2-tiny-dino", 16, ("features",))
     assert "224 x 224" in extractor.describe()["preprocessing"]
 
@@ -271,10 +271,10 @@ def test_clip_is_the_normalised_embedding_at_its_own_size(clip_folder):
 
     extractor = load_extractor(f"clip:{clip_folder}")
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-    pixels = by_hand(pictures(), 28, mean, std)(lambda x: x)
+    pixels = by_hand(make_images(), 28, mean, std)(lambda x: x)
     model = CLIPModel.from_pretrained(clip_folder)
     expected = model.visual_projection(model.vision_model(pixels).pooler_output)
-    found = extractor(pictures())
+    found = extractor(make_images())
     torch.testing.assert_close(found, expected / expected.norm(dim=1, keepdim=True), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(found.norm(dim=1), torch.ones(2))
     assert (extractor.name, extractor.dims) == ("clip-tiny-clip", 8)

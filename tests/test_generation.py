@@ -1,4 +1,4 @@
-"""Evaluation of generated sets and nearest training pictures, in a feature space that is easy to see through."""
+"""Evaluation of generated sets and nearest training images, in a feature space that is easy to see through."""
 
 import pytest
 import torch
@@ -46,17 +46,17 @@ def several(monkeypatch):
     )  # fmt: skip
 
 
-def images(n, seed, shift=0.0):
+def make_images(n, seed, shift=0.0):
     noise = torch.randn(n, 3, 1, 1, generator=torch.Generator().manual_seed(seed)) * 0.1
     return (noise + shift).expand(-1, -1, 8, 8)
 
 
 def test_distance_and_coverage(colours):
-    real = [{"image": part} for part in images(200, 0).split(30)]
+    real = [{"image": part} for part in make_images(200, 0).split(30)]
     receipt = {"reference": "toy/val", "sampler": "euler", "steps": 3, "seed": 1}
     evaluate = Evaluate(metrics=["gfd", "precision", "recall", "psnr"], samples=150)
-    near = evaluate_generation(images(200, 1).split(64), real, evaluate, receipt)
-    far = evaluate_generation(images(200, 1, 0.6).split(64), real, evaluate, receipt)
+    near = evaluate_generation(make_images(200, 1).split(64), real, evaluate, receipt)
+    far = evaluate_generation(make_images(200, 1, 0.6).split(64), real, evaluate, receipt)
     assert [m.name for m in near] == ["gfd-colour", "precision", "recall"]
     assert near[0].value < 20 < far[0].value
     assert near[1].value > 0.8 > 0.2 > far[1].value
@@ -68,7 +68,7 @@ def test_distance_and_coverage(colours):
 
 def test_known_distance(colours):
     """Equal shapes, one shifted by d levels in each of three channels: 3 d^2."""
-    x = images(100, 0)
+    x = make_images(100, 0)
     levels = 20 / 127.5
     samples = [round_to_8_bit(x) + levels]
     (measured,) = evaluate_generation(samples, [{"image": x}], Evaluate(metrics=["gfd"]), {})
@@ -77,8 +77,8 @@ def test_known_distance(colours):
 
 def test_each_metric_in_its_features(several):
     receipt = {"reference": "toy/val", "data": "f00", "seed": 1}
-    batches = [{"image": part} for part in images(90, 0).split(30)]
-    measured = {m.name: m for m in evaluate_generation(images(90, 1, 0.3).split(40), batches, several, receipt)}
+    batches = [{"image": part} for part in make_images(90, 0).split(30)]
+    measured = {m.name: m for m in evaluate_generation(make_images(90, 1, 0.3).split(40), batches, several, receipt)}
     assert list(measured) == [
         "gfd-inception", "sfid", "inception-score", "kid-inception", "precision", "recall", "gfd-clip-tiny",
         "kid-clip-tiny", "cmmd-clip-tiny",
@@ -94,8 +94,8 @@ def test_each_metric_in_its_features(several):
 
 def test_distances_of_nothing_but_chance_are_small(several):
     """Two halves of one distribution: unbiased discrepancies have zero in their intervals."""
-    batches = [{"image": images(90, 0)}]
-    measured = {m.name: m for m in evaluate_generation([images(90, 1)], batches, several, {})}
+    batches = [{"image": make_images(90, 0)}]
+    measured = {m.name: m for m in evaluate_generation([make_images(90, 1)], batches, several, {})}
     for name in ("kid-inception", "kid-clip-tiny", "cmmd-clip-tiny"):
         low, high = measured[name].interval
         assert low < 0 < high
@@ -108,11 +108,11 @@ def test_fid_needs_fifty_thousand(monkeypatch):
     with pytest.raises(LatelierError, match=r"evaluate\.samples asks for 5,000; what fewer .* called gfd-inception"):
         evaluate_generation([], [], few, {})
     enough = few.model_copy(update={"samples": 50_000})
-    with pytest.raises(LatelierError, match="50,000 pictures on each side, but there are 40"):
-        evaluate_generation([images(40, 0)], [{"image": images(50, 1)}], enough, {})
+    with pytest.raises(LatelierError, match="50,000 images on each side, but there are 40"):
+        evaluate_generation([make_images(40, 0)], [{"image": make_images(50, 1)}], enough, {})
     monkeypatch.setattr(generation, "FID_SAMPLES", 40)
     both = enough.model_copy(update={"metrics": ["fid50k", "gfd"]})
-    gfd, fid = evaluate_generation([images(40, 0)], [{"image": images(50, 1)}], both, {})
+    gfd, fid = evaluate_generation([make_images(40, 0)], [{"image": make_images(50, 1)}], both, {})
     assert (gfd.name, fid.name) == ("gfd-inception", "fid50k")
     assert gfd.value == fid.value
 
@@ -132,11 +132,11 @@ def test_reconstruction_metrics_alone_cost_nothing():
 
 def test_no_samples(colours):
     with pytest.raises(LatelierError, match="from 0 samples and 5 reference"):
-        evaluate_generation([], [{"image": images(5, 0)}], Evaluate(metrics=["gfd"]), {})
+        evaluate_generation([], [{"image": make_images(5, 0)}], Evaluate(metrics=["gfd"]), {})
 
 
-def test_a_remembered_picture_is_found(colours):
-    training = images(50, 0)
+def test_a_remembered_image_is_found(colours):
+    training = make_images(50, 0)
     samples = training[[33, 7, 49]]
     found = nearest(samples, [{"image": part} for part in training.split(8)], colours, k=2)
     assert found.indices[:, 0].tolist() == [33, 7, 49]
@@ -147,12 +147,12 @@ def test_a_remembered_picture_is_found(colours):
 
 
 def test_batches_do_not_matter_to_neighbours(colours):
-    training, samples = images(20, 0), images(4, 1)
+    training, samples = make_images(20, 0), make_images(4, 1)
     ways = [nearest(samples, [{"image": p} for p in training.split(n)], colours, k=3) for n in (1, 6, 20)]
     assert torch.equal(ways[0].indices, ways[1].indices)
     assert torch.equal(ways[0].indices, ways[2].indices)
 
 
-def test_too_few_training_pictures(colours):
+def test_too_few_training_images(colours):
     with pytest.raises(LatelierError, match="there are only 2"):
-        nearest(images(1, 0), [{"image": images(2, 1)}], colours, k=3)
+        nearest(make_images(1, 0), [{"image": make_images(2, 1)}], colours, k=3)

@@ -50,7 +50,7 @@ def test_no_guidance_is_exactly_the_conditional_prediction(case, off):
     assert torch.equal(prediction, model(x, t, told))
 
 
-def test_interval_acts_on_each_picture(case):
+def test_interval_acts_on_each_image(case):
     model, x, _, told, null = case
     t = torch.tensor([0.3, 0.6])
     expected = x + t[:, None, None, None] + torch.tensor([4.0, 1.0])[:, None, None, None]

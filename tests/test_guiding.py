@@ -160,7 +160,7 @@ def test_through_a_codec_and_windows_with_a_condition():
 
 
 def test_perceptual_energy(monkeypatch):
-    """Any distance that is differentiable in the pictures goes: here a stand-in for LPIPS's weights."""
+    """Any distance that is differentiable in the images goes: here a stand-in for LPIPS's weights."""
 
     class Distance(nn.Module):
         def __init__(self, net):

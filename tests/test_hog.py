@@ -78,7 +78,7 @@ def test_a_ramp_has_one_direction(axis, bin_, sign):
     torch.testing.assert_close(hog(images, 8), expected.expand(1, 16, 9))
 
 
-def test_plain_pictures_have_no_direction():
+def test_plain_images_have_no_direction():
     for value in (0, 1, 77, 200, 255):
         assert not hog(torch.full((1, 3, 32, 16), value / 127.5 - 1), 16).any()
 

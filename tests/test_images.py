@@ -23,7 +23,7 @@ def test_rounding_is_idempotent():
     assert (once - images.clamp(-1, 1)).abs().max() <= 0.5 / 127.5 + 1e-6
 
 
-def test_grid_places_pictures_row_by_row():
+def test_grid_places_images_row_by_row():
     images = torch.stack([torch.full((3, 4, 6), value) for value in (-1.0, 0.0, 1.0)])
     grid = make_grid(images, columns=2, padding=1)
     assert grid.size == (2 * 6 + 1, 2 * 4 + 1)
@@ -33,7 +33,7 @@ def test_grid_places_pictures_row_by_row():
     assert pixels[5, 0].tolist() == [255, 255, 255]
 
 
-def test_one_column_without_padding_is_the_picture():
+def test_one_column_without_padding_is_the_image():
     image = torch.rand(1, 3, 5, 7) * 2 - 1
     assert torch.equal(torch.from_numpy(np.array(make_grid(image, 1, padding=0))).permute(2, 0, 1), to_uint8(image)[0])
 

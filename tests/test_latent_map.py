@@ -12,7 +12,7 @@ from latelier import experiment, inspection
 from latelier.errors import LatelierError
 from latelier.evaluation import difficulty, latent_map
 from latelier.evaluation.figures import COLOURS
-from latelier.evaluation.judging import divide, same_pictures, two_sides
+from latelier.evaluation.judging import divide, same_images, two_sides
 from latelier.evaluation.latent_map import NO_LABEL, class_colours, draw_latent_map, principal_map
 from latelier.images import make_grid, save_png
 from latelier.recipe import Evaluate, build_recipe
@@ -28,7 +28,7 @@ def _without_umap(monkeypatch):
 
 
 def two_clouds(count=60):
-    """Pictures around -1 (class 0) and +1 (class 1)."""
+    """Images around -1 (class 0) and +1 (class 1)."""
     labels = torch.arange(count) % 2
     noise = 0.1 * torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     return (labels * 2.0 - 1)[:, None, None, None] + noise, labels
@@ -61,7 +61,7 @@ def test_both_classes_are_on_the_map_and_in_the_legend(tmp_path):
     assert (tmp_path / "map.png").read_bytes() == (tmp_path / "again.png").read_bytes()
 
 
-def test_pictures_without_labels_and_of_many_classes(tmp_path):
+def test_images_without_labels_and_of_many_classes(tmp_path):
     share = draw(tmp_path / "plain.png", labels=None, names=None)
     assert share(COLOURS[0]) > 1e-3
     assert share(COLOURS[1]) == 0
@@ -95,7 +95,7 @@ def test_umap_stands_beside_them_when_installed(tmp_path, monkeypatch, capsys):
 
 
 def test_nothing_to_draw(tmp_path):
-    with pytest.raises(LatelierError, match="at least 3 pictures, not 2"):
+    with pytest.raises(LatelierError, match="at least 3 images, not 2"):
         draw_latent_map(
             Codec(IdentityTokenizer()), [{"image": torch.rand(2, 3, 4, 4)}], Evaluate(), None, tmp_path / "x.png"
         )
@@ -131,38 +131,38 @@ def test_a_recipe_asks_for_all_of_them(tmp_path, short):
     entries = json.loads((recipe.folder / "metrics.json").read_text())["latent space"]
     assert set(entries) >= NAMES
     about = entries["diffusion-loss"]["receipt"]
-    assert (about["n_train"], about["learnt_from"]) == (96, "emoji, training pictures")
+    assert (about["n_train"], about["learnt_from"]) == (96, "emoji, training images")
     page = (recipe.folder / "report.html").read_text()
     assert "<h2>Latent space</h2>" in page
-    assert "One point for each held-out picture" in page
+    assert "One point for each held-out image" in page
     assert "GMM negative log-likelihood over number of modes" in page
 
 
 @pytest.fixture
-def folder_of_pictures(tmp_path):
+def folder_of_images(tmp_path):
     for i in range(80):
-        path = tmp_path / "pictures" / "ab"[i % 2] / f"{i}.png"
+        path = tmp_path / "images" / "ab"[i % 2] / f"{i}.png"
         save_png(make_grid((torch.rand(1, 3, 8, 8) - 0.5) + (i % 2)), path)
-    return tmp_path / "pictures"
+    return tmp_path / "images"
 
 
-def test_inspected_pictures_are_divided(tmp_path, short, folder_of_pictures):
+def test_inspected_images_are_divided(tmp_path, short, folder_of_images):
     recipe = pixels(tmp_path, {"metrics": []})
     experiment.complete(recipe)
     options = [f"evaluate.metrics=[{','.join(NEW)}]", "evaluate.modes=[1,2]"]
     out = tmp_path / "judged"
-    inspection.inspect(str(recipe.folder), str(folder_of_pictures), 8, 80, out, options)
+    inspection.inspect(str(recipe.folder), str(folder_of_images), 8, 80, out, options)
     about = json.loads((out / "metrics.json").read_text())["latent space"]["diffusion-loss"]["receipt"]
     assert about["n"] + about["n_train"] == 80
-    assert "half of the same pictures" in about["learnt_from"]
+    assert "half of the same images" in about["learnt_from"]
     assert (out / "latent-map.png").is_file()
 
 
-def test_no_picture_is_on_both_sides(tmp_path, folder_of_pictures):
-    source = str(folder_of_pictures)
+def test_no_image_is_on_both_sides(tmp_path, folder_of_images):
+    source = str(folder_of_images)
     recipe = tiny_recipe(tmp_path, data={"source": source, "val_source": source, "image_size": 8, "length": 40})
     held_out = open_images(recipe, "val")
-    assert same_pictures(recipe, held_out)  # though of the training pictures only 40 are used
+    assert same_images(recipe, held_out)  # though of the training images only 40 are used
     learn, rest, about = two_sides(recipe, held_out)
     sides = [torch.cat([batch["index"] for batch in side()]) for side in (learn, rest)]
     assert sorted(torch.cat(sides).tolist()) == list(range(80))
@@ -172,4 +172,4 @@ def test_no_picture_is_on_both_sides(tmp_path, folder_of_pictures):
     for batch in divide(iter(held_out.once(7)), 0, True):
         assert len(batch["image"]) == len(batch["label"]) == len(batch["index"])
     parted = tiny_recipe(tmp_path, data={"source": source, "image_size": 8, "val_fraction": 0.25})
-    assert not same_pictures(parted, open_images(parted, "val"))
+    assert not same_images(parted, open_images(parted, "val"))

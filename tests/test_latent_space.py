@@ -10,10 +10,10 @@ from latelier import weights
 from latelier.errors import LatelierError
 from latelier.evaluation.clusters import (
     Regions,
+    image_weights,
     measure_spread,
     part_side,
     perceptual_clusters,
-    picture_weights,
     regions,
     within_and_separation,
 )
@@ -35,7 +35,7 @@ LEVELS = [0, 0.1, 0.2, 0.3, 0.5]
 
 
 class Linear(torch.nn.Module):
-    """Latents are the pictures times a gain; decoding undoes that and adds a constant; flat makes them 1-D."""
+    """Latents are the images times a gain; decoding undoes that and adds a constant; flat makes them 1-D."""
 
     def __init__(self, gain=1.0, shift=0.0, flat=False, logvar=None):
         super().__init__()
@@ -55,12 +55,12 @@ class Linear(torch.nn.Module):
 
 
 def codec(sigma=0.1, gain=1.0, **arguments):
-    """With statistics: the pictures' standard deviation in pixels is said to be sigma."""
+    """With statistics: the images' standard deviation in pixels is said to be sigma."""
     return Codec(Linear(gain, **arguments), torch.zeros(3), torch.full((3,), sigma * gain))
 
 
 def batches(count=3, size=16, batch=4, contrast=0.5):
-    """Random pictures on 8-bit levels, far from black and white."""
+    """Random images on 8-bit levels, far from black and white."""
     generator = torch.Generator().manual_seed(0)
     images = (torch.rand(count * batch, 3, size, size, generator=generator) - 0.5) * contrast
     images = ((images + 1) * 127.5).round() / 127.5 - 1
@@ -100,7 +100,7 @@ def test_codecs_without_statistics_measure_them():
     (known,) = measure_smoothness(codec(sigma, 30.0, shift=0.05), batches(), evaluate, "toy")
     (measured,) = measure_smoothness(Codec(Linear(30.0, shift=0.05)), iter(batches()), evaluate, "toy")
     assert measured.value == pytest.approx(known.value, abs=0.05)
-    assert measured.receipt["latent_scale"] == "measured on the first 12 pictures"
+    assert measured.receipt["latent_scale"] == "measured on the first 12 images"
 
 
 def test_measured_statistics_are_of_sampled_latents():
@@ -164,7 +164,7 @@ def test_short_ranges_are_said():
 
 
 def test_nothing_to_measure_smoothness_on():
-    with pytest.raises(LatelierError, match="no pictures in toy"):
+    with pytest.raises(LatelierError, match="no images in toy"):
         measure_smoothness(Codec(Linear()), [], Evaluate(metrics=["psnr"]), "toy")
     with pytest.raises(LatelierError, match="no level above 0"):
         measure_smoothness(codec(), batches(), Evaluate(metrics=["psnr"], noise_levels=[0]), "toy")
@@ -248,15 +248,15 @@ def test_weights_are_repetitions():
     assert [value.item() for value in weighted] == pytest.approx(estimate(*repeated), rel=1e-5)
 
 
-def test_a_resample_draws_as_many_pictures():
-    weight = picture_weights(50, seed=0)
+def test_a_resample_draws_as_many_images():
+    weight = image_weights(50, seed=0)
     assert torch.equal(weight.sum(1), torch.full((200,), 50.0))
-    assert torch.equal(weight, picture_weights(50, seed=0))
-    assert not torch.equal(weight, picture_weights(50, seed=1))
+    assert torch.equal(weight, image_weights(50, seed=0))
+    assert not torch.equal(weight, image_weights(50, seed=1))
 
 
 def test_intervals_cover_the_truth():
-    """Of pictures with four regions each, which have a shift in common."""
+    """Of images with four regions each, which have a shift in common."""
     means = torch.randn(8, 6, generator=torch.Generator().manual_seed(9))
     truth = (means - means.mean(0)).square().sum().item() / 7 / 6
     covered = covered_if_independent = 0
@@ -265,8 +265,8 @@ def test_intervals_cover_the_truth():
         clusters = torch.randint(0, 8, (150, 4), generator=generator)
         common, own = (torch.randn(150, count, 6, generator=generator) for count in (1, 4))
         x = (means[clusters] + common * 0.7 + own * 0.51**0.5).flatten(0, 1)
-        pictures = torch.arange(150).repeat_interleave(4)
-        low, high = measure_spread(x, clusters.flatten(), pictures, seed).separation_interval
+        images = torch.arange(150).repeat_interleave(4)
+        low, high = measure_spread(x, clusters.flatten(), images, seed).separation_interval
         covered += low <= truth <= high
         low, high = measure_spread(x, clusters.flatten(), torch.arange(600), seed).separation_interval
         covered_if_independent += low <= truth <= high
@@ -326,10 +326,10 @@ def test_the_choice_of_regions_does_not_depend_on_batches():
             part = slice(first, first + size)
             store.add(latents[part], looks[part], labels[part], first)
         kept.append(store)
-    assert all(store.latents.shape == (30, 2) and torch.equal(store.labels, store.pictures) for store in kept)
+    assert all(store.latents.shape == (30, 2) and torch.equal(store.labels, store.images) for store in kept)
     assert torch.equal(kept[0].latents, kept[1].latents)
-    assert len(kept[0].pictures.unique()) > 15
-    assert torch.isin(kept[0].latents, latents[kept[0].pictures]).all()
+    assert len(kept[0].images.unique()) > 15
+    assert torch.isin(kept[0].latents, latents[kept[0].images]).all()
 
 
 def test_perceptual_clusters_find_directions():
@@ -345,7 +345,7 @@ def test_perceptual_clusters_find_directions():
 
 
 def striped(count=32, size=32, labels=True):
-    """Two kinds of pictures, stripes and checks, of random contrast, with a little noise."""
+    """Two kinds of images, stripes and checks, of random contrast, with a little noise."""
     generator = torch.Generator().manual_seed(0)
     across, down = torch.arange(size) // 4 % 2, torch.arange(size)[:, None] // 4 % 2
     kinds = torch.stack([across.expand(size, size), across ^ down]).float() - 0.5
@@ -358,7 +358,7 @@ def striped(count=32, size=32, labels=True):
 
 
 class Scrambled(Linear):
-    """Latents that know nothing of the picture but its contrast."""
+    """Latents that know nothing of the image but its contrast."""
 
     def encode(self, images):
         return type("Encoded", (), {"latents": images * torch.randn(images.shape)})
@@ -378,7 +378,7 @@ def test_latents_that_keep_looks_together_are_told_from_those_that_do_not():
     assert poor["within-class"].value > 0.95
     about = good["within-part"].receipt
     assert (about["n"], about["run"], about["regions"], about["dims"], about["window"]) == (32, 7, 512, 192, [8, 8])
-    assert (about["granularity"], about["clusters"], about["pictures"]) == ("part", 8, 32)
+    assert (about["granularity"], about["clusters"], about["images"]) == ("part", 8, 32)
     assert "relu4_3" in about["clustering"]
     assert good["within-class"].receipt["clustering"] == "labels of the data"
 
@@ -402,7 +402,7 @@ def test_without_labels_and_in_one_dimension():
 
 @needs_weights
 def test_what_cannot_be_compressed():
-    with pytest.raises(LatelierError, match="at least 16 pictures, but toy has only 12"):
+    with pytest.raises(LatelierError, match="at least 16 images, but toy has only 12"):
         measure_compression(codec(), batches(), Evaluate(), "toy")
     with pytest.raises(LatelierError, match="8 x 8; take compression out of"):
         measure_compression(codec(), [{"image": torch.zeros(4, 3, 8, 8)}], Evaluate(), "toy")

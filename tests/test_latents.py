@@ -14,8 +14,8 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from latelier.data.latents import LatentCache, draw_latents, latent_statistics
 from latelier.data.order import permuted_index, share
-from latelier.draws import Draws
 from latelier.errors import LatelierError
+from latelier.keyed_random import KeyedRandom
 from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.conv import IdentityTokenizer
 
@@ -23,8 +23,8 @@ MAPS = Path("/proc/self/maps")
 KEY = {"tokenizer": "abc", "data": "def", "transform": "center crop 4x6"}
 
 
-class Pictures:
-    """Picture i is filled with i / 100 and has a bright left edge; number 5 cannot be read."""
+class Images:
+    """Image i is filled with i / 100 and has a bright left edge; number 5 cannot be read."""
 
     class_names = ("even", "odd")
     shape = (3, 4, 6)
@@ -58,7 +58,7 @@ class Pictures:
             for part in share(batch, process, processes, accumulation):
                 draws = torch.arange(start + part.start, start + part.stop)
                 index = permuted_index(draws, self.size, 0).tolist()
-                yield {"image": torch.stack([self.image(i) for i in index]), "draw": draws}
+                yield {"image": torch.stack([self.image(i) for i in index]), "sample_id": draws}
             start += batch
 
 
@@ -75,8 +75,8 @@ def codec():
     return Codec(NoisyPixels(), torch.tensor([0.0, 0.1, 0.2]), torch.tensor([1.0, 2.0, 4.0]))
 
 
-def write(folder, codec, pictures=None, **options):
-    return LatentCache.write(folder, codec, pictures or Pictures(), KEY, True, 4, shard_size=6, **options)
+def write(folder, codec, images=None, **options):
+    return LatentCache.write(folder, codec, images or Images(), KEY, True, 4, shard_size=6, **options)
 
 
 def test_round_trip(tmp_path, codec):
@@ -89,7 +89,7 @@ def test_round_trip(tmp_path, codec):
     assert record["index"].tolist() == [22, 0, 6, 6]
     assert record["label"].tolist() == [0, 0, 0, 0]
     assert record["caption"] == ["№ 22", "№ 0", "№ 6", "№ 6"]
-    images = torch.stack([Pictures().image(i) for i in (22, 0, 6, 6)])
+    images = torch.stack([Images().image(i) for i in (22, 0, 6, 6)])
     images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
     torch.testing.assert_close(record["mean"], codec.encode(images))
     torch.testing.assert_close(record["std"][0, :, 0, 0], torch.tensor([0.5, 0.25, 0.125]))
@@ -103,12 +103,12 @@ def test_round_trip(tmp_path, codec):
 def test_half_precision_is_the_default(tmp_path, codec):
     cache = write(tmp_path, codec)
     assert cache.about["key"]["dtype"] == "float16"
-    exact = codec.encode(torch.stack([Pictures().image(3)]))
+    exact = codec.encode(torch.stack([Images().image(3)]))
     torch.testing.assert_close(cache.gather(torch.tensor([3]))["mean"], exact, rtol=1e-3, atol=1e-3)
 
 
 def test_interrupted_write_goes_on(tmp_path, codec):
-    class Interrupted(Pictures):
+    class Interrupted(Images):
         def once(self, batch, process=0, processes=1):
             for count, record in enumerate(super().once(batch, process, processes)):
                 if process == 2 and count == 1:
@@ -120,12 +120,12 @@ def test_interrupted_write_goes_on(tmp_path, codec):
     assert len(list((tmp_path / "a").glob("*.safetensors"))) == 2
     with pytest.raises(LatelierError, match=r"unfinished; `latelier encode` goes on"):
         LatentCache.open(tmp_path / "a", KEY)
-    pictures = Pictures()
-    cache = write(tmp_path / "a", codec, pictures)
-    assert pictures.asked == [2, 3]  # the whole shards are kept
+    images = Images()
+    cache = write(tmp_path / "a", codec, images)
+    assert images.asked == [2, 3]  # the whole shards are kept
     whole = write(tmp_path / "b", codec)
     assert [s["sha256"] for s in cache.about["shards"]] == [s["sha256"] for s in whole.about["shards"]]
-    again = Pictures()
+    again = Images()
     write(tmp_path / "a", codec, again)
     assert again.asked == []
 
@@ -136,8 +136,8 @@ def test_stale_key_is_refused_and_says_what_changed(tmp_path, codec):
     with pytest.raises(LatelierError, match=r"tokenizer 'abc' -> 'xyz'\. Delete the folder, or .*--overwrite"):
         LatentCache.open(tmp_path, other)
     with pytest.raises(LatelierError, match=r"stale.*flip True -> False"):
-        LatentCache.write(tmp_path, codec, Pictures(), KEY, False, 4)
-    cache = LatentCache.write(tmp_path, codec, Pictures(), other, False, 4, shard_size=6, overwrite=True)
+        LatentCache.write(tmp_path, codec, Images(), KEY, False, 4)
+    cache = LatentCache.write(tmp_path, codec, Images(), other, False, 4, shard_size=6, overwrite=True)
     assert not LatentCache.open(tmp_path, other).flip
     torch.testing.assert_close(cache.gather(torch.tensor([21]))["index"], torch.tensor([22]))
 
@@ -145,8 +145,8 @@ def test_stale_key_is_refused_and_says_what_changed(tmp_path, codec):
 def test_missing_damaged_and_empty(tmp_path, codec):
     with pytest.raises(LatelierError, match="no latent cache"):
         LatentCache.open(tmp_path / "nowhere", KEY)
-    with pytest.raises(LatelierError, match="No picture could be read"):
-        write(tmp_path / "empty", codec, Pictures(4, unreadable=range(4)))
+    with pytest.raises(LatelierError, match="No image could be read"):
+        write(tmp_path / "empty", codec, Images(4, unreadable=range(4)))
     cache = write(tmp_path, codec)
     del cache
     path = tmp_path / "shard-00001.safetensors"
@@ -167,7 +167,7 @@ def test_foreign_files_in_the_folder_stay(tmp_path, codec):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_stream_shows_every_picture_once_an_epoch(tmp_path, codec):
+def test_stream_shows_every_image_once_an_epoch(tmp_path, codec):
     stream = write(tmp_path, codec).stream(11, seed=3)
     epochs = [torch.cat([next(stream)["index"] for _ in range(2)]) for _ in range(2)]
     assert [sorted(epoch.tolist()) for epoch in epochs] == [[i for i in range(23) if i != 5]] * 2
@@ -180,11 +180,11 @@ def test_stream_is_the_same_however_it_is_split(tmp_path, codec, start):
     whole = [next(cache.stream(12, start, seed=1))]
     parts = [part for p in range(2) for part in islice(cache.stream(12, start, p, 2, 3, seed=1), 3)]
     resumed = list(islice(cache.stream(12, 0, seed=1), 2))[start // 12]
-    for name in ("mean", "std", "label", "index", "draw"):
-        split = torch.cat([part[name] for part in parts])[torch.cat([part["draw"] for part in parts]).argsort()]
+    for name in ("mean", "std", "label", "index", "sample_id"):
+        split = torch.cat([part[name] for part in parts])[torch.cat([part["sample_id"] for part in parts]).argsort()]
         assert torch.equal(split, whole[0][name])
         assert torch.equal(resumed[name], whole[0][name])
-    assert resumed["draw"].tolist() == list(range(start, start + 12))
+    assert resumed["sample_id"].tolist() == list(range(start, start + 12))
 
 
 def test_both_mirror_images_are_shown(tmp_path, codec):
@@ -201,25 +201,25 @@ def test_batch_that_cannot_be_split():
 
 def test_drawn_latents_follow_the_posterior():
     b = 500
-    batch = {"mean": torch.full((b, 2, 3, 3), 2.0), "std": torch.full((b, 2, 3, 3), 0.5), "draw": torch.arange(b)}
-    z = draw_latents(batch, Draws(0, batch["draw"]))
+    batch = {"mean": torch.full((b, 2, 3, 3), 2.0), "std": torch.full((b, 2, 3, 3), 0.5), "sample_id": torch.arange(b)}
+    z = draw_latents(batch, KeyedRandom(0, batch["sample_id"]))
     assert abs(z.mean() - 2) < 0.02
     assert abs(z.std() - 0.5) < 0.02
     part = {name: value[7:9] for name, value in batch.items()}
-    assert torch.equal(draw_latents(part, Draws(0, part["draw"])), z[7:9])
+    assert torch.equal(draw_latents(part, KeyedRandom(0, part["sample_id"])), z[7:9])
 
 
 def test_statistics_are_those_of_sampled_latents():
-    pictures = Pictures(4000, ())
-    pictures.image = lambda i: (
+    images = Images(4000, ())
+    images.image = lambda i: (
         torch.linspace(-1, 1, 4000)[i] * torch.tensor([1.0, 2.0, 0.0])[:, None, None].expand(3, 4, 6)
     )
-    mean, std = latent_statistics(Codec(NoisyPixels()), pictures, 4000, seed=0)
+    mean, std = latent_statistics(Codec(NoisyPixels()), images, 4000, seed=0)
     torch.testing.assert_close(mean, torch.zeros(3), atol=0.01, rtol=0)
     expected = (torch.tensor([1.0, 4.0, 0.0]) / 3 + 0.25).sqrt()  # variance of the means, and of the posteriors
     torch.testing.assert_close(std, expected, atol=0.01, rtol=0)
-    few, _ = latent_statistics(Codec(IdentityTokenizer()), Pictures(), 10, seed=0)
-    shown = torch.stack([Pictures().image(i) for i in permuted_index(torch.arange(10), 23, 0).tolist()])
+    few, _ = latent_statistics(Codec(IdentityTokenizer()), Images(), 10, seed=0)
+    shown = torch.stack([Images().image(i) for i in permuted_index(torch.arange(10), 23, 0).tolist()])
     torch.testing.assert_close(few, shown.mean((0, 2, 3)))
 
 
@@ -232,10 +232,10 @@ def test_two_processes_write_what_one_writes(tmp_path, codec):
         "from test_latents import *\n"
         "accelerator = Accelerator(cpu=True)\n"
         "codec = Codec(NoisyPixels(), torch.tensor([0.0, 0.1, 0.2]), torch.tensor([1.0, 2.0, 4.0]))\n"
-        "pictures = Pictures()\n"
-        f"cache = write({str(tmp_path / 'two')!r}, codec, pictures, accelerator=accelerator)\n"
-        "assert pictures.asked == list(range(accelerator.process_index, 4, 2))\n"
-        "mean, std = latent_statistics(Codec(NoisyPixels()), Pictures(), 20, 0, accelerator)\n"
+        "images = Images()\n"
+        f"cache = write({str(tmp_path / 'two')!r}, codec, images, accelerator=accelerator)\n"
+        "assert images.asked == list(range(accelerator.process_index, 4, 2))\n"
+        "mean, std = latent_statistics(Codec(NoisyPixels()), Images(), 20, 0, accelerator)\n"
         "if accelerator.is_main_process:\n"
         f"    open({str(tmp_path / 'two.json')!r}, 'w').write(json.dumps([mean.tolist(), std.tolist()]))\n"
         "torch.distributed.destroy_process_group()\n"
@@ -252,7 +252,7 @@ def test_two_processes_write_what_one_writes(tmp_path, codec):
         assert process.returncode == 0, errors
     one, two = write(tmp_path / "one", codec), LatentCache.open(tmp_path / "two", KEY)
     assert [s["sha256"] for s in one.about["shards"]] == [s["sha256"] for s in two.about["shards"]]
-    expected = latent_statistics(Codec(NoisyPixels()), Pictures(), 20, 0)
+    expected = latent_statistics(Codec(NoisyPixels()), Images(), 20, 0)
     torch.testing.assert_close(torch.tensor(json.loads((tmp_path / "two.json").read_text())), torch.stack(expected))
 
 

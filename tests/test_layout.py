@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from latelier.conditioning import World
-from latelier.conditioning.layout import LayoutConditioner, build, grid_side, layout_tokens, painted
+from latelier.conditioning import DataSpec
+from latelier.conditioning.layout import LayoutConditioner, build, draw_layout_map, grid_side, layout_tokens
 from latelier.errors import LatelierError
 from latelier.recipe.condition import LayoutCondition
 
@@ -105,7 +105,7 @@ def test_layouts_that_are_none(conditioner, layout, message):
 def records(draw):
     three = torch.cat([BOXES, torch.tensor([[0.5, 0.5, 0.7, 0.7]])])
     boxes, labels = [three] * len(draw), [torch.tensor([0, 1, 2])] * len(draw)
-    return {"boxes": boxes, "box_labels": labels, "draw": torch.tensor(draw)}
+    return {"boxes": boxes, "box_labels": labels, "sample_id": torch.tensor(draw)}
 
 
 def test_the_order_is_addressed_by_draw(conditioner):
@@ -117,7 +117,7 @@ def test_the_order_is_addressed_by_draw(conditioner):
     assert all(sorted(order) == [0, 1, 2] for order in orders)
 
 
-def test_a_crop_in_the_batch_carries_boxes_to_the_whole_picture(conditioner):
+def test_a_crop_in_the_batch_carries_boxes_to_the_whole_image(conditioner):
     batch = records([0])
     batch["boxes"], batch["box_labels"] = [torch.tensor([[0.0, 0.0, 1.0, 0.5]])], [torch.tensor([1])]
     batch["crop"] = torch.tensor([[0.0, 0.4, 0.5, 0.9]])
@@ -163,36 +163,36 @@ def test_folder_round_trip(conditioner, tmp_path):
     torch.testing.assert_close(opened(batch).tokens, conditioner.eval()(batch).tokens)
 
 
-def world(**about):
+def spec(**about):
     nothing = {"class_names": None, "box_names": None, "segmentation_classes": None, "captions": None}
     shape = {"latent_shape": (4, 8, 8), "factor": 4, "image_channels": 3, "vector_width": 32}
-    return World(**{**nothing, **shape, "prefers_tokens": True, "seed": 5, **about})
+    return DataSpec(**{**nothing, **shape, "prefers_tokens": True, "seed": 5, **about})
 
 
 def test_built_for_a_recipe():
     section = LayoutCondition(kind="layout", form="openimages", **SIZES)
-    built = build(section, world(box_names=["cat", "dog"]))
+    built = build(section, spec(box_names=["cat", "dog"]))
     assert built.config["names"] == ["cat", "dog"]
     assert built.config["seed"] == 5
     assert (built.token_width, built.spatial_channels) == (16, 0)
     with pytest.raises(LatelierError, match=r"no boxes; give them by data\.boxes"):
-        build(section, world())
+        build(section, spec())
     with pytest.raises(LatelierError, match=r"tokens = 101 has no room for 7 classes in form openimages"):
-        build(section, world(box_names=list("abcdefg")))
+        build(section, spec(box_names=list("abcdefg")))
 
 
 def test_boxes_are_painted_by_how_much_they_cover():
     boxes = torch.tensor([[0.0, 0.0, 0.5, 0.25], [0.375, 0.5, 0.75, 1.0], [0.25, 0.5, 0.5, 1.0]])
-    found = painted(boxes, torch.tensor([1, 0, 0]), 3, (4, 4))
+    found = draw_layout_map(boxes, torch.tensor([1, 0, 0]), 3, (4, 4))
     assert found[1].tolist() == [[1, 1, 0, 0], [0] * 4, [0] * 4, [0] * 4]
     assert found[0].tolist() == [[0] * 4, [0] * 4, [0, 1, 1, 0], [0, 1, 1, 0]]  # the larger share of 1 and a half
     assert not found[2].any()
-    wide = painted(boxes[:1], torch.tensor([2]), 3, (2, 8))
+    wide = draw_layout_map(boxes[:1], torch.tensor([2]), 3, (2, 8))
     assert wide[2].tolist() == [[0.5] * 4 + [0] * 4, [0] * 8]
 
 
 def test_a_painted_layout_is_concatenated_and_dropped_with_its_tokens():
-    conditioner = LayoutConditioner(["cat", "dog"], **SIZES, painted=5, latent_factor=8)
+    conditioner = LayoutConditioner(["cat", "dog"], **SIZES, layout_map_channels=5, latent_factor=8)
     assert conditioner.spatial_channels == 5
     asked = [[("cat", 0.0, 0.0, 0.5, 0.5)], [("dog", 0.5, 0.5, 1.0, 1.0)]]
     batch = conditioner.inputs(asked, (16, 32))
@@ -203,10 +203,10 @@ def test_a_painted_layout_is_concatenated_and_dropped_with_its_tokens():
     assert not told.spatial[0, :, 1].any()
     assert not untold.spatial[0].any()
     assert torch.equal(untold.spatial[1], told.spatial[1])
-    pictures = {**batch, "image": torch.zeros(2, 3, 32, 32)}
-    assert conditioner.prepare(pictures)["layout_map"].shape == (2, 2, 4, 4)
+    images = {**batch, "image": torch.zeros(2, 3, 32, 32)}
+    assert conditioner.prepare(images)["layout_map"].shape == (2, 2, 4, 4)
 
 
 def test_a_row_of_latents_cannot_be_painted_on():
     with pytest.raises(LatelierError, match="choose a tokenizer with a 2-D grid"):
-        build(LayoutCondition(kind="layout", painted=4), world(box_names=["cat"], latent_shape=(8, 32)))
+        build(LayoutCondition(kind="layout", layout_map_channels=4), spec(box_names=["cat"], latent_shape=(8, 32)))

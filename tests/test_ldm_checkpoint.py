@@ -45,16 +45,16 @@ def test_a_pipeline_of_everything(few_groups, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize(("channels", "asks"), [(7, "inpainting"), (6, "low_resolution")])
-def test_concatenated_tasks_are_told_by_their_channels(few_groups, channels, asks):  # noqa: F811
+def test_concatenated_tasks_are_told_by_their_channels(few_groups, channels, input_name):  # noqa: F811
     weights = {k: v for k, v in checkpoint().items() if not k.startswith((PREFIX, "cond_stage_model."))}
     unet = official()[1]
     unet["input_blocks.0.0.weight"] = torch.randn(32, channels, 3, 3) / 10
     weights |= {f"{PREFIX}{name}": tensor for name, tensor in unet.items()}
     pipeline = from_official("ldm", weights, heads=4, image_size=8).pipeline
-    picture = torch.rand(3, 16, 16) * 2 - 1
-    asked = {"inpainting": (picture, picture[0] > 0), "low_resolution": picture[:, :8, :8]}[asks]
+    image = torch.rand(3, 16, 16) * 2 - 1
+    asked = {"inpainting": (image, image[0] > 0), "low_resolution": image[:, :8, :8]}[input_name]
     draw = {"steps": 2, "progress": False, "output_type": "pt", "precision": "fp32"}
-    images = pipeline(**{asks: [asked]}, **draw).images
+    images = pipeline(**{input_name: [asked]}, **draw).images
     assert images.shape == (1, 3, 16, 16)
     unet["input_blocks.0.0.weight"] = torch.randn(32, 9, 3, 3)
     weights |= {f"{PREFIX}{name}": tensor for name, tensor in unet.items()}

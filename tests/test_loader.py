@@ -18,15 +18,15 @@ from latelier.recipe import Data
 
 @pytest.fixture
 def folder(tmp_path):
-    """Twelve pictures in two classes, with captions; number i is filled with 20 i, its left half is brighter."""
+    """Twelve images in two classes, with captions; number i is filled with 20 i, its left half is brighter."""
     for i in range(12):
-        path = tmp_path / "pictures" / f"class {i % 2}" / f"{i:02d}.png"
+        path = tmp_path / "images" / f"class {i % 2}" / f"{i:02d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         array = np.full((10, 12, 3), 20 * i, np.uint8)
         array[:, :6] += 15
         Image.fromarray(array).save(path)
         path.with_suffix(".txt").write_text(f"number {i}")
-    return tmp_path / "pictures"
+    return tmp_path / "images"
 
 
 def opened(source, seed=0, skip_log=None, split="train", **options):
@@ -65,12 +65,12 @@ def spoil(folder, *names):
 # -- order --------------------------------------------------------------------------------------------------------
 
 
-def test_every_epoch_shows_every_picture_once(folder):
+def test_every_epoch_shows_every_image_once(folder):
     batches = take(opened(folder), 6, 4)
     index = joined(batches, "index").reshape(2, 12)
     assert (index.sort(1).values == torch.arange(12)).all()
     assert not torch.equal(index[0], index[1])
-    assert torch.equal(joined(batches, "draw"), torch.arange(24))
+    assert torch.equal(joined(batches, "sample_id"), torch.arange(24))
     other = joined(take(opened(folder, seed=1), 3, 4), "index")
     assert not torch.equal(index[0], other)
 
@@ -136,7 +136,7 @@ def test_once_is_in_order_and_not_random(folder, options):
     batches = list(dataset.once(5))
     assert [len(b["image"]) for b in batches] == [5, 5, 2]
     assert torch.equal(joined(batches, "index"), torch.arange(12))
-    assert "draw" not in batches[0]
+    assert "sample_id" not in batches[0]
     flipped = list(dataset.once(5, flip=True))
     assert torch.equal(joined(flipped, "image"), joined(batches, "image").flip(-1))
     parts = [joined(dataset.once(2, process, 3), "index") for process in range(3)]
@@ -165,13 +165,13 @@ def test_fingerprint_says_what_evaluation_sees(folder):
     assert len({base, *(opened(folder, **options).fingerprint for options in others)}) == 6
 
 
-# -- pictures in a given order ------------------------------------------------------------------------------------
+# -- images in a given order ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{"in_memory": True}, {"in_memory": False}, {"in_memory": False, "workers": 2}])
 @pytest.mark.parametrize("source", ["folder", "scenes"])
 def test_following_is_once_in_another_order(folder, source, options):
-    """Any crop of the recipe, any plan: the pictures of `once`, mirrored where the plan says it."""
+    """Any crop of the recipe, any plan: the images of `once`, mirrored where the plan says it."""
     if not options["in_memory"]:
         options = {**options, "crop": "random", "background": "random"}
     dataset = opened(folder if source == "folder" else source, length=12, **{"image_size": 32, **options})
@@ -197,7 +197,7 @@ def test_following_is_once_in_another_order(folder, source, options):
 
 
 @pytest.mark.parametrize("options", [{"in_memory": True}, {"in_memory": False}, {"in_memory": False, "workers": 1}])
-def test_a_picture_that_is_gone_is_named(folder, options):
+def test_a_image_that_is_gone_is_named(folder, options):
     spoil(folder, "02.png")
     dataset = opened(folder, max_skipped=0.5, **options)
     plan = [(torch.tensor([0]), [False]), (torch.tensor([0, 1]), [False, False])]
@@ -220,7 +220,7 @@ def test_captions(folder, tmp_path):
     chosen = opened(folder, classes=["class 1"])
     assert list(chosen.captions()) == joined(chosen.once(3), "caption")
     spoil(folder, *(f"{i:02d}.png" for i in range(12)))
-    assert len(list(opened(folder).captions())) == 12  # no picture is read
+    assert len(list(opened(folder).captions())) == 12  # no image is read
     emoji = opened("emoji", length=5, image_size=32)
     assert list(emoji.captions()) == joined(emoji.once(5), "caption")
     texts = [f"text {i}" for i in range(5)]
@@ -248,7 +248,7 @@ def test_many_boxes_take_few_files():
 
 
 @pytest.mark.parametrize("options", [{"in_memory": True}, {"in_memory": False}, {"in_memory": False, "workers": 2}])
-def test_unreadable_pictures_are_replaced_and_written_down(folder, tmp_path, options):
+def test_unreadable_images_are_replaced_and_written_down(folder, tmp_path, options):
     spoil(folder, "02.png", "04.png")  # indices 1 and 2
     log = tmp_path / "run" / "skipped.jsonl"
     dataset = opened(folder, skip_log=log, max_skipped=0.2, **options)
@@ -266,9 +266,9 @@ def test_unreadable_pictures_are_replaced_and_written_down(folder, tmp_path, opt
 
 
 @pytest.mark.parametrize("options", [{"in_memory": True}, {"in_memory": False}, {"in_memory": False, "workers": 1}])
-def test_too_many_unreadable_pictures(folder, options):
+def test_too_many_unreadable_images(folder, options):
     spoil(folder, "02.png", "04.png", "05.png")
-    with pytest.raises(LatelierError, match=r"3 of 12 pictures.*0.2.*class 0/0[24].png"):
+    with pytest.raises(LatelierError, match=r"3 of 12 images.*0.2.*class 0/0[24].png"):
         take(opened(folder, max_skipped=0.2, **options), 6, 4)
     spoil(folder, *(f"{i:02d}.png" for i in range(12)))
     with pytest.raises(LatelierError, match=r"None of the 12|12 of 12"):
@@ -283,7 +283,7 @@ def test_bombs_are_refused(folder, monkeypatch):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_worker_reports_wrong_channels_in_one_sentence(folder, workers):
-    with pytest.raises(LatelierError, match=r"^data.channels = 5, but a picture has 3 channels; set it to 3\.$"):
+    with pytest.raises(LatelierError, match=r"^data.channels = 5, but an image has 3 channels; set it to 3\.$"):
         take(opened(folder, channels=5, in_memory=False, workers=workers), 1, 4)
 
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from latelier.draws import Draws
 from latelier.errors import LatelierError
+from latelier.keyed_random import KeyedRandom
 from latelier.layers import (
     Attention,
     axial_frequencies,
@@ -94,7 +94,7 @@ def test_kinds_of_positions(positions):
     z = torch.randn(1, 6, 4)
     features = model.decoder(z)[0]
     assert (features[1:] - features[:1]).abs().amax(1).min() > 1e-3  # patches know where they are
-    model.paint(z).square().mean().backward()
+    model.decode_tokens(z).square().mean().backward()
     assert positions != "mixed" or model.decoder.freqs.grad.abs().max() > 0
 
 
@@ -123,7 +123,7 @@ def test_masked_patches_do_not_reach_the_latents():
 
 
 def test_a_mask_that_does_not_fit():
-    with pytest.raises(LatelierError, match=r"mask of \(1, 20\) does not fit 1 pictures of 16 patches"):
+    with pytest.raises(LatelierError, match=r"mask of \(1, 20\) does not fit 1 images of 16 patches"):
         tokenizer().moments(torch.rand(1, 3, 32, 32), torch.ones(1, 20, dtype=torch.bool))
 
 
@@ -139,7 +139,7 @@ def test_latents_are_free(latents, channels):
     assert codec.decode(z).shape == images.shape
     wrong = (latents + 1, channels)
     with pytest.raises(LatelierError, match=rf"takes {latents} latents of {channels} channels, not {latents + 1} of"):
-        model.paint(torch.zeros(1, *wrong))
+        model.decode_tokens(torch.zeros(1, *wrong))
 
 
 @pytest.mark.parametrize("positions", ["mixed", "axial", "absolute"])
@@ -150,7 +150,7 @@ def test_resized_computes_the_same(positions, cls):
     other = model.resized((48, 24)).eval()
     images, z = torch.rand(1, 3, 48, 24), torch.randn(1, 6, 4)
     assert torch.equal(other.moments(images), model.moments(images))
-    assert torch.equal(other.paint(z), model.paint(z, (6, 3)))
+    assert torch.equal(other.decode_tokens(z), model.decode_tokens(z, (6, 3)))
     assert torch.equal(other(images).sample, model(images).sample)
     assert other(images).sample.shape == images.shape
     assert other.config["image_size"] == (48, 24)
@@ -196,18 +196,18 @@ def test_learned_positions_begin_as_sinusoids():
 
 def test_stochastic_depth_is_addressed():
     model = tokenizer(decoder_drop_path=0.9).train()
-    z, draws = torch.randn(8, 6, 4), Draws(0, torch.arange(8))
-    whole, without = model.paint(z, draws=draws), model.paint(z)
-    assert torch.equal(model.eval().paint(z, draws=draws), without)
+    z, draws = torch.randn(8, 6, 4), KeyedRandom(0, torch.arange(8))
+    whole, without = model.decode_tokens(z, draws=draws), model.decode_tokens(z)
+    assert torch.equal(model.eval().decode_tokens(z, draws=draws), without)
     changed = (whole - without).abs().amax((1, 2, 3)) > 1e-4
     assert changed.all()  # a branch that stays is ten times as loud
-    half = model.train().paint(z[4:], draws=Draws(0, torch.arange(4, 8)))
+    half = model.train().decode_tokens(z[4:], draws=KeyedRandom(0, torch.arange(4, 8)))
     torch.testing.assert_close(half, whole[4:])
 
 
 def test_stochastic_depth_keeps_the_mean():
     decoder = LatentDecoder(2, 4, (2, 2), 8, 3, 1, drop_path=0.5).train()
-    kept = torch.stack(decoder._kept(Draws(0, torch.arange(4000))))[..., 0, 0]  # (depth, 2, b)
+    kept = torch.stack(decoder._kept(KeyedRandom(0, torch.arange(4000))))[..., 0, 0]  # (depth, 2, b)
     assert torch.equal(kept[0], torch.ones(2, 4000))  # the first block is never left out
     assert kept[1].unique().tolist() == pytest.approx([0, 4 / 3])
     assert kept[2].unique().tolist() == [0, 2]
@@ -221,7 +221,7 @@ def test_gradient_checkpointing_changes_nothing():
         if checkpointed:
             model.enable_gradient_checkpointing()
         model.zero_grad()
-        model.paint(model.moments(images), draws=Draws(0, torch.arange(2))).square().mean().backward()
+        model.decode_tokens(model.moments(images), draws=KeyedRandom(0, torch.arange(2))).square().mean().backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     assert model.decoder.gradient_checkpointing
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
@@ -293,7 +293,7 @@ def test_recipes_and_frozen_encoders(tmp_path):
     assert trained == {"decoder", "head"}
     images = torch.rand(1, 3, *model.config["image_size"])
     z = model.moments(images).detach()[..., :4]
-    model.paint(z).square().mean().backward()
+    model.decode_tokens(z).square().mean().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     assert last_layer(model) is model.head.weight
     model.save_pretrained(tmp_path / "saved")

@@ -63,7 +63,7 @@ def test_golden_of_the_training_graph(whole_goldens, monkeypatch):
     mask = torch.from_numpy(golden.arrays["token_mask"]).bool()
     z = golden.converted.model.moments(synth.synthetic_images(1, 256, 50), mask)
     golden.check("latent", z)
-    golden.check("image_pool16", F.avg_pool2d(golden.converted.model.paint(z), 16))
+    golden.check("image_pool16", F.avg_pool2d(golden.converted.model.decode_tokens(z), 16))
     auxiliary = convert_auxiliary(kept)
     assert list(auxiliary) == ["hog", "dino", "clip"]
     for name, (body, head) in auxiliary.items():
@@ -123,7 +123,7 @@ def linear(w, name, x):
 
 
 def attend(w, block, x, first, columns, freqs):
-    """Attention of one picture, head by head, `(m, d)`; patches begin at `first`, `columns` of them in a row."""
+    """Attention of one image, head by head, `(m, d)`; patches begin at `first`, `columns` of them in a row."""
     q, k, v = linear(w, f"{block}.attn.qkv", x).chunk(3, -1)
     side, result = x.shape[1] // HEADS, []
     for head in range(HEADS):
@@ -140,7 +140,7 @@ def attend(w, block, x, first, columns, freqs):
 
 
 def described_encoder(w, image, mask=None):
-    """One picture `(3, h, w)` to its latents `(l, c)`, patch by patch."""
+    """One image `(3, h, w)` to its latents `(l, c)`, patch by patch."""
     columns, x = image.shape[2] // PATCH, []
     for i in range(image.shape[1] // PATCH * columns):
         top, left = i // columns * PATCH, i % columns * PATCH
@@ -182,14 +182,14 @@ def described_decoder(w, z, grid, name=""):
     return norm(x[first:-LATENTS])
 
 
-def described_picture(w, z, grid):
+def described_image(w, z, grid):
     """Latents `(l, c)` to `(3, h, w)`."""
     patches = linear(w, "decoder.to_pixel.model", described_decoder(w, z, grid))
-    picture = torch.empty(3, grid[0] * PATCH, grid[1] * PATCH)
+    image = torch.empty(3, grid[0] * PATCH, grid[1] * PATCH)
     for i, patch in enumerate(patches):
         top, left = i // grid[1] * PATCH, i % grid[1] * PATCH
-        picture[:, top : top + PATCH, left : left + PATCH] = patch.view(PATCH, PATCH, 3).permute(2, 0, 1)
-    return picture
+        image[:, top : top + PATCH, left : left + PATCH] = patch.view(PATCH, PATCH, 3).permute(2, 0, 1)
+    return image
 
 
 @pytest.mark.parametrize(("rope", "cls"), [(True, False), (True, True), (False, True)])
@@ -203,20 +203,20 @@ def test_follows_the_description(rope, cls):
     expected = torch.stack([described_encoder(w, *pair) for pair in zip(images, mask)])
     torch.testing.assert_close(codec.tokenizer.moments(images, mask), expected, rtol=1e-4, atol=1e-5)
     z = torch.randn(2, CHANNELS, LATENTS)
-    expected = torch.stack([described_picture(w, one.T, (4, 4)) for one in z])
+    expected = torch.stack([described_image(w, one.T, (4, 4)) for one in z])
     torch.testing.assert_close(codec.decode(z), expected, rtol=1e-4, atol=1e-5)
     assert codec.tokenizer.config["positions"] == ("mixed" if rope else "absolute")
 
 
 @torch.no_grad()
-def test_pictures_that_are_not_square():
+def test_images_that_are_not_square():
     w = official((8, 16))
     with pytest.raises(LatelierError, match=r"positions for 8 patches of 4 pixels, .* give its size as image=\[h, w\]"):
         from_official("maetok", w, heads=HEADS)
     model = from_official("maetok", w, heads=HEADS, image=[8, 16]).model
     image, z = torch.rand(1, 3, 8, 16), torch.randn(1, LATENTS, CHANNELS)
     torch.testing.assert_close(model.moments(image)[0], described_encoder(w, image[0]), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(model.paint(z)[0], described_picture(w, z[0], (2, 4)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.decode_tokens(z)[0], described_image(w, z[0], (2, 4)), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ class Colours:
 
 
 class Words(Colours):
-    """Stands for a caption: four words out of five, the same for every picture."""
+    """Stands for a caption: four words out of five, the same for every image."""
 
     dim = 5
 
@@ -71,7 +71,7 @@ def make(targets=(), perceptual=None, variational=False, **changes):
 def batch(n=3, seen=0, **more):
     generator = torch.Generator().manual_seed(1)
     images = torch.rand(n, 3, 64, 64, generator=generator) * 2 - 1
-    return {"image": images, "draw": torch.arange(n), "index": torch.arange(n), "seen": seen, **more}
+    return {"image": images, "sample_id": torch.arange(n), "index": torch.arange(n), "seen": seen, **more}
 
 
 def spied_mask(monkeypatch):
@@ -165,7 +165,7 @@ def test_perceptual_weight_rises():
     assert weights == [0.5, 2.0, 2.0, 2.0]
 
 
-def test_perceptual_judges_some_pictures():
+def test_perceptual_judges_some_images():
     data = batch(seen=7)
     shown = []
 
@@ -176,7 +176,7 @@ def test_perceptual_judges_some_pictures():
 
     make(perceptual=Spy(), perceptual_weight=1.0, perceptual_every=2)(data)
     assert torch.equal(shown[0], data["image"][::2])
-    odd = {**data, "draw": torch.tensor([1, 3, 5])}
+    odd = {**data, "sample_id": torch.tensor([1, 3, 5])}
     assert "lpips" not in make(perceptual=Spy(), perceptual_weight=1.0, perceptual_every=2)(odd).losses
 
 
@@ -201,7 +201,7 @@ def test_randomness_is_addressed_by_the_image(variational):
     objective = make([Colours()], variational=variational).eval()
     data = batch(4, seen=512)
     whole = objective(data).images["reconstruction"]
-    half = {**data, "image": data["image"][2:], "draw": torch.arange(2, 4)}
+    half = {**data, "image": data["image"][2:], "sample_id": torch.arange(2, 4)}
     torch.testing.assert_close(whole[2:], objective(half).images["reconstruction"])
     assert torch.equal(objective(data).images["reconstruction"], whole)
 
@@ -239,7 +239,7 @@ def test_faded_masks_are_no_masks():
     """At the end of fine-tuning the decoder sees what it will see in use."""
     objective = make(mask={"low": 0, "fade": 1000}).eval()
     data = batch(seen=1000)
-    plain = objective.tokenizer.paint(objective.tokenizer.moments(data["image"]), (4, 4))
+    plain = objective.tokenizer.decode_tokens(objective.tokenizer.moments(data["image"]), (4, 4))
     torch.testing.assert_close(objective(data).images["reconstruction"], plain)
 
 
@@ -261,11 +261,11 @@ def test_teachers_are_no_part_of_the_objective():
 
 @pytest.mark.parametrize("depth", [0, 1])
 def test_auxiliary_decoders_read_the_latents(depth):
-    """They come nearer to a target than whatever knows the patch but not the picture."""
+    """They come nearer to a target than whatever knows the patch but not the image."""
     decoder = auxiliary_decoder(make().tokenizer, Colours(depth=depth))
     assert isinstance(decoder, LinearReadout) == (depth == 0)
     z, wanted = torch.randn(2, 6, 4), torch.randn(2, 16, 3)
-    blind = wanted.var(0, correction=0).mean()  # the error of the mean over pictures, patch by patch
+    blind = wanted.var(0, correction=0).mean()  # the error of the mean over images, patch by patch
     optimiser = torch.optim.Adam(decoder.parameters(), 1e-2)
     for _ in range(300):
         loss = (decoder(z, (4, 4)) - wanted).square().mean()
@@ -280,7 +280,7 @@ def test_linear_readout_refuses_other_grids():
     z = torch.randn(2, 6, 4)
     mixed = torch.einsum("nl,blc->bnc", decoder.mix.weight, z) + decoder.mix.bias[:, None]
     torch.testing.assert_close(decoder(z, (4, 4)), mixed @ decoder.head.weight.T + decoder.head.bias)
-    with pytest.raises(LatelierError, match=r"depth 0 is made for \(4, 4\) patches, but the picture has \(2, 8\)"):
+    with pytest.raises(LatelierError, match=r"depth 0 is made for \(4, 4\) patches, but the image has \(2, 8\)"):
         decoder(z, (2, 8))
 
 
@@ -293,7 +293,7 @@ def test_built_from_a_recipe():
     assert objective.auxiliary["hog"].head.out_features == 108
 
 
-def test_the_discriminator_weighs_against_the_picture_not_the_targets():
+def test_the_discriminator_weighs_against_the_image_not_the_targets():
     """Targets do not pass through the last layer, so the adaptive weight is the same with and without them."""
     scales = []
     for targets in ([], MAETOK["targets"]):

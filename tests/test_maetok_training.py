@@ -44,13 +44,13 @@ def test_tuning_leaves_the_encoder_bit_equal(trained):
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed
     assert all(any(name == part or name.startswith(part + ".") for part in parts) for name in changed)
-    pictures = torch.rand(2, 3, 64, 64) * 2 - 1
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
     old, new = (
         MAETok.from_pretrained(trained.folder / part).eval() for part in ("phases/tokenizer", "tokenizer")
     )  # fmt: skip
     with torch.no_grad():
-        assert torch.equal(old.moments(pictures), new.moments(pictures))
-        assert not torch.equal(old.paint(old.moments(pictures)), new.paint(old.moments(pictures)))
+        assert torch.equal(old.moments(images), new.moments(images))
+        assert not torch.equal(old.decode_tokens(old.moments(images)), new.decode_tokens(old.moments(images)))
 
 
 def test_auxiliary_decoders_are_in_checkpoints_of_their_phase_only(trained):

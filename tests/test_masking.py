@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import stats
 
-from latelier.draws import Draws
+from latelier.keyed_random import KeyedRandom
 from latelier.objectives.masking import draw_mask, draw_share
 from latelier.recipe import Masking
 
@@ -25,8 +25,8 @@ def test_equal_numbers_do_not_change_the_count():
     assert (draw_mask(torch.zeros(3, 10), 0.5).sum(1) == 5).all()
 
 
-def test_positions_are_uniform_and_independent_between_pictures():
-    order = Draws(0, torch.arange(4000)).uniform("mask", 16)
+def test_positions_are_uniform_and_independent_between_images():
+    order = KeyedRandom(0, torch.arange(4000)).uniform("mask", 16)
     mask = draw_mask(order, 0.5).double()
     # 8 of 16 without replacement: mean 1/2, covariance -1/60 of two patches, none between neighbours in the stream.
     torch.testing.assert_close(mask.mean(0), torch.full((16,), 0.5).double(), rtol=0, atol=0.04)

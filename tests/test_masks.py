@@ -12,7 +12,7 @@ from latelier.errors import LatelierError
 
 @pytest.mark.parametrize("name", list(SETTINGS))
 @pytest.mark.parametrize("size", [(64, 64), (48, 80), (8, 8), (1, 2)])
-def test_part_of_the_picture_is_a_hole(name, size):
+def test_part_of_the_image_is_a_hole(name, size):
     masks = draw_masks(SETTINGS[name], size, seed=3, numbers=torch.arange(60))
     assert masks.shape == (60, 1, *size)
     assert set(masks.unique().tolist()) == {0.0, 1.0}
@@ -57,7 +57,7 @@ def test_one_segment_is_as_thick_as_wanted():
     assert max(halved) == pytest.approx(np.pi * 5.5**2, rel=0.15)
 
 
-def test_masks_scale_with_the_picture():
+def test_masks_scale_with_the_image():
     small, large = (
         draw_masks(SETTINGS["thick"], (side, side), 0, torch.arange(150)).mean().item() for side in (64, 256)
     )

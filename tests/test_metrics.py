@@ -23,7 +23,7 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-class TestPerPicture:
+class TestPerImage:
     def test_closed_forms(self):
         x = torch.zeros(2, 3, 16, 16)
         y = x.clone()
@@ -32,13 +32,13 @@ class TestPerPicture:
         assert l1(x, y).tolist() == pytest.approx([0, 20 / 127.5])
         assert psnr(x, y).tolist() == pytest.approx([100, 20 * math.log10(255 / 20)], abs=1e-4)
 
-    def test_equal_pictures_are_similar(self):
+    def test_equal_images_are_similar(self):
         x = torch.rand(2, 3, 24, 16, generator=generator()) * 2 - 1
         assert ssim(x, x).tolist() == pytest.approx([1, 1])
         assert ssim(x, -x).max() < 0
         assert ssim(x[:1], x[:1]).shape == (1,)
 
-    def test_pictures_are_compared_as_saved(self):
+    def test_images_are_compared_as_saved(self):
         x = torch.rand(1, 3, 16, 16, generator=generator()) * 2 - 1
         below = 0.2 / 127.5
         levels = (x * 127.5 + 127.5).round() / 127.5 - 1
@@ -50,7 +50,7 @@ class TestPerPicture:
             ssim(torch.zeros(1, 3, 8, 16), torch.zeros(1, 3, 8, 16))
 
     def test_one_scale_after_the_other(self):
-        """Equal pictures are similar at all scales; noise that coarse scales average away hurts less than in SSIM."""
+        """Equal images are similar at all scales; noise that coarse scales average away hurts less than in SSIM."""
         x = torch.nn.functional.interpolate(torch.rand(2, 3, 24, 24, generator=generator()), 176, mode="bicubic")
         noisy = x + 0.1 * torch.randn(x.shape, generator=generator(1))
         assert ms_ssim(x, x).tolist() == pytest.approx([1, 1])
@@ -71,7 +71,7 @@ class TestPerPicture:
         assert mean_with_interval(torch.ones(1)) == (1.0, None)
 
 
-def test_too_few_pictures_are_told():
+def test_too_few_images_are_told():
     assert size_warning(513, 512) == {}
     assert "n = 512 is below" in size_warning(512, 512)["warning"]
 

@@ -22,7 +22,7 @@ GAUSSIAN = 0.5 * math.log(2 * math.pi * math.e)  # nats in one standard normal n
 
 
 class Same(torch.nn.Module):
-    """Latents are the pictures; flat makes them 1-D."""
+    """Latents are the images; flat makes them 1-D."""
 
     def __init__(self, flat=False):
         super().__init__()
@@ -37,12 +37,12 @@ def codec(flat=False):
 
 
 def noise(n, seed=0):
-    """Standard normal pictures of 2 x 2 x 2 numbers."""
+    """Standard normal images of 2 x 2 x 2 numbers."""
     return torch.randn(n, 2, 2, 2, generator=torch.Generator().manual_seed(seed))
 
 
 def modal(n, modes=4, sigma=0.2, seed=0):
-    """Pictures around `modes` corners, equally many, that no two pictures of different modes come near."""
+    """Images around `modes` corners, equally many, that no two images of different modes come near."""
     corners = torch.randn(modes, 2, 2, 2, generator=torch.Generator().manual_seed(99))
     return corners[torch.arange(n) % modes] + sigma * noise(n, seed)
 
@@ -70,7 +70,7 @@ def test_one_gaussian_has_its_entropy_at_one_mode_and_needs_no_more():
     assert (about["n"], about["n_fitted"], about["n_axes"], about["run"]) == (2000, 1000, 1000, 7)
     assert about["dims"] == 8  # 7 of 8 equal directions explain less than 90 %
     assert about["explained_variance"] == pytest.approx(1)
-    assert about["per_picture"] == pytest.approx(8 * one.value)
+    assert about["per_image"] == pytest.approx(8 * one.value)
     assert "warning" not in about
 
 
@@ -101,12 +101,12 @@ def test_too_many_modes_win_only_where_they_were_fitted():
     assert many.held_out.mean() > one.held_out.mean() + 0.1
 
 
-def test_axes_do_not_flatter_the_pictures_that_chose_them():
-    """Of noise in more dimensions than pictures, one Gaussian finds new pictures as likely as the fitted ones."""
+def test_axes_do_not_flatter_the_images_that_chose_them():
+    """Of noise in more dimensions than images, one Gaussian finds new images as likely as the fitted ones."""
     x, other, new = (torch.randn(200, 400, generator=torch.Generator().manual_seed(s)).numpy() for s in range(3))
     space = principal_space(x, other, 0)
     assert space(other).std(0) == pytest.approx(1, abs=1e-3)
-    assert space.explained == pytest.approx(20 / 400, abs=0.01)  # a tenth as many components as pictures
+    assert space.explained == pytest.approx(20 / 400, abs=0.01)  # a tenth as many components as images
     assert fit_mixture(space(other), space(new), 1, 0).held_out.mean().item() == pytest.approx(GAUSSIAN, abs=0.03)
 
 
@@ -121,7 +121,7 @@ def test_scale_rotation_and_shape_of_latents_change_nothing():
     assert turned[0].receipt["latent_positions"] == 4
 
 
-def test_without_training_pictures_a_quarter_is_held_out():
+def test_without_training_images_a_quarter_is_held_out():
     evaluate = Evaluate(samples=300, modes=[1, 4, 50])
     (first, *_, last), (again, *_) = (
         measure_mixture(codec(), None, batches(modal(400), size), evaluate, "toy") for size in (100, 64)
@@ -129,7 +129,7 @@ def test_without_training_pictures_a_quarter_is_held_out():
     assert first.value == again.value
     assert (first.receipt["n"], first.receipt["n_fitted"], first.receipt["fitted_to"][:3]) == (75, 112, "75%")
     assert last.value == 4
-    assert first.receipt["skipped"] == "[50] modes: fewer than 10 of 112 pictures each"
+    assert first.receipt["skipped"] == "[50] modes: fewer than 10 of 112 images each"
     other = measure_mixture(codec(), None, batches(modal(400)), evaluate.model_copy(update={"seed": 1}), "toy")
     assert other[0].value != first.value
 
@@ -137,7 +137,7 @@ def test_without_training_pictures_a_quarter_is_held_out():
 def test_what_components_leave_out_is_said():
     evaluate = Evaluate(samples=60, probe_samples=60, modes=[1])
     (measured, _) = measure_mixture(codec(), batches(noise(60)), batches(noise(60, 1)), evaluate, "toy")
-    assert measured.receipt["dims"] == 3  # a tenth of 30 pictures
+    assert measured.receipt["dims"] == 3  # a tenth of 30 images
     assert "3 components explain only" in measured.receipt["warning"]
 
 
@@ -151,7 +151,7 @@ def test_as_many_modes_as_pay():
     assert modes_needed(noisy - torch.tensor([0.0, noisy[:, 1].mean() - single.mean() + 0.01])) == 0  # within the error
 
 
-def test_modes_that_pictures_carry():
+def test_modes_that_images_carry():
     assert affordable_modes([100, 5, 2], 60) == ([1, 2, 5], [100])
     with pytest.raises(LatelierError, match=r"evaluate.modes \[100\] met only 60"):
         affordable_modes([100], 60)
@@ -176,7 +176,7 @@ def test_latents_are_collected_on_the_scale_of_the_statistics():
     plain = collect(Codec(Same()), read(parts, 25))
     assert plain.values.shape == (25, 2, 4)
     assert plain.values.mean((0, 2)) == pytest.approx(0, abs=1e-5)
-    assert plain.scale == "measured on the first 25 pictures"
+    assert plain.scale == "measured on the first 25 images"
     assert (plain.labels[20:] == -1).all()
     with_labels = collect(plain.codec, labelled(read(parts, 25)))
     assert torch.equal(with_labels.values, plain[plain.labels >= 0].values)
@@ -192,7 +192,7 @@ def test_latents_beyond_memory_are_not_read():
 
     few = collect(codec(), endless(), most=8 * 25)
     assert len(few) == 25
-    assert "more than 25 pictures of 8 numbers" in few.about()["note"]
+    assert "more than 25 images of 8 numbers" in few.about()["note"]
     assert torch.equal(few.values[20:], noise(10, 2)[:5].flatten(2))
     exact = collect(codec(), iter([(noise(10), torch.zeros(10).long())]), most=8 * 10)
     assert not exact.cut

@@ -1,4 +1,4 @@
-"""Latents in a row, `(b, c, l)`, through everything: tokenizer, cache, transformers, pipeline, ODE and SDE."""
+"""1-D latents, `(b, c, l)`, through everything: tokenizer, cache, transformers, pipeline, ODE and SDE."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from latelier import recipe
-from latelier.conditioning import World, build_conditioner
+from latelier.conditioning import DataSpec, build_conditioner
 from latelier.conditioning.condition import ClassConditioner
 from latelier.conditioning.layout import LayoutConditioner
 from latelier.data.latents import LatentCache, latent_statistics
@@ -120,7 +120,7 @@ def test_cosine_term_is_along_channels():
 
     z = torch.randn(3, CHANNELS, LENGTH)
     objective = DenoisingObjective(Spy(), None, Flow(), seed=0, cosine_weight=0.5, sample_posterior=False)
-    terms = objective({"mean": z, "std": torch.zeros_like(z), "draw": torch.arange(3)})
+    terms = objective({"mean": z, "std": torch.zeros_like(z), "sample_id": torch.arange(3)})
     target = (seen["x"] - (1 - seen["t"]) * z) / seen["t"] - z  # eps - z
     rows = zip(*(v.transpose(1, 2).reshape(-1, CHANNELS) for v in (torch.sin(seen["x"]), target)))
     cosines = [(a @ b / a.norm() / b.norm()).item() for a, b in rows]  # one for each of 3 x 12 latents
@@ -204,23 +204,23 @@ def test_a_guide_reaches_latents_in_a_row():
 # -- conditions --------------------------------------------------------------------------------------------------------
 
 
-def world(**changes):
+def spec(**changes):
     about = {
         "class_names": ["cat", "dog"], "box_names": ["cat", "dog"], "segmentation_classes": 4,
         "captions": lambda: iter(["a cat", "a dog", "two cats"] * 20), "latent_shape": (CHANNELS, LENGTH), "factor": 8,
         "image_channels": 3, "vector_width": SMALL["dim"], "prefers_tokens": False, "seed": 0,
     }  # fmt: skip
-    return World(**{**about, **changes})
+    return DataSpec(**{**about, **changes})
 
 
 @pytest.mark.parametrize("kind", ["segmentation", "low-resolution", "inpainting", "map"])
 def test_what_needs_a_plane_is_refused(kind):
     sections = DenoiserRecipe(condition=[kind]).condition
     with pytest.raises(LatelierError, match=f"'{kind}' is concatenated to latents on a grid, .* 12 of them in a row"):
-        build_conditioner(sections, world())
+        build_conditioner(sections, spec())
     with pytest.raises(LatelierError, match=f"'{kind}' is concatenated"):
-        build_conditioner([*DenoiserRecipe(condition="class").condition, *sections], world())
-    assert build_conditioner(sections, world(latent_shape=(CHANNELS, 4, 4))).spatial_channels
+        build_conditioner([*DenoiserRecipe(condition="class").condition, *sections], spec())
+    assert build_conditioner(sections, spec(latent_shape=(CHANNELS, 4, 4))).spatial_channels
 
 
 @pytest.mark.parametrize("size", ["T", "S"])
@@ -241,10 +241,10 @@ def test_tokens_are_told(tmp_path, kind, told):
         section = {"kind": "layout", "tokens": 101, "objects": 3, "dim": 16, "layers": 1, "heads": 2, "head_dim": 4}
         asked, other = ({"layouts": [[(name, 0.1, 0.1, 0.9, 0.9)]]} for name in ("cat", "dog"))
     denoiser = DenoiserRecipe(kind=kind, size="XS", model=SMALL, condition=[section])
-    conditioner = build_conditioner(denoiser.condition, world())
+    conditioner = build_conditioner(denoiser.condition, spec())
     assert isinstance(conditioner, LayoutConditioner) == (told == "layout")
     model = randomise(build_denoiser(denoiser, (CHANNELS, LENGTH), token_width=conditioner.token_width))
-    dropped = [conditioner.asks]
+    dropped = [conditioner.input_name]
     pipeline = LatentDiffusionPipeline.build(
         make_codec(), model, conditioner.eval(), recipe.Process(), (32, 32), dropped
     )
@@ -272,7 +272,7 @@ def test_windows_and_tiles_are_refused(pipeline):
 
 
 def test_another_size_is_refused(pipeline):
-    """Latents in a row do not tell the picture's size, so none but the tokenizer's can be drawn."""
+    """1-D latents do not tell the image's size, so none but the tokenizer's can be drawn."""
     with pytest.raises(LatelierError, match="32 x 32"):
         draw(pipeline, height=64, width=64)
     with pytest.raises(LatelierError, match="32 x 32"):

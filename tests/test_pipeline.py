@@ -1,4 +1,4 @@
-"""The pipeline: saved and loaded whole, the same picture for the same seed."""
+"""The pipeline: saved and loaded whole, the same image for the same seed."""
 
 import json
 
@@ -63,12 +63,12 @@ def test_save_and_load_whole(tmp_path, condition, kind, statistics):
     assert index["tokenizer"] == ["diffusers", "AutoencoderKL"]
 
 
-def test_same_picture_whatever_the_batch():
+def test_same_image_whatever_the_batch():
     pipeline = make()
-    together = draw(pipeline, count=5, seed=10, guidance=2.0)
-    torch.testing.assert_close(draw(pipeline, count=5, seed=10, guidance=2.0, batch=2), together)
-    torch.testing.assert_close(draw(pipeline, classes=["bird"], seed=12, guidance=2.0), together[2:3])
-    assert not torch.allclose(draw(pipeline, classes=["bird"], seed=13, guidance=2.0), together[2:3])
+    composite = draw(pipeline, count=5, seed=10, guidance=2.0)
+    torch.testing.assert_close(draw(pipeline, count=5, seed=10, guidance=2.0, batch=2), composite)
+    torch.testing.assert_close(draw(pipeline, classes=["bird"], seed=12, guidance=2.0), composite[2:3])
+    assert not torch.allclose(draw(pipeline, classes=["bird"], seed=13, guidance=2.0), composite[2:3])
 
 
 def test_classes_by_name_or_index():
@@ -85,11 +85,11 @@ def test_size_and_kinds_of_output():
     images = draw(pipeline, count=2)
     assert images.shape == (2, 3, 16, 24)
     assert images.abs().max() <= 1
-    pictures = draw(pipeline, count=2, output_type="pil")
-    assert pictures[0].size == (24, 16)
+    image_batches = draw(pipeline, count=2, output_type="pil")
+    assert image_batches[0].size == (24, 16)
     array = draw(pipeline, count=2, output_type="np")
     np.testing.assert_allclose(array, (images.permute(0, 2, 3, 1).numpy() + 1) / 2, atol=1e-6)
-    assert np.abs(np.asarray(pictures[1]) / 255 - array[1]).max() <= 0.5 / 255 + 1e-6
+    assert np.abs(np.asarray(image_batches[1]) / 255 - array[1]).max() <= 0.5 / 255 + 1e-6
     latents = draw(pipeline, count=2, output_type="latent")
     torch.testing.assert_close(pipeline.codec.decode(latents).clamp(-1, 1), images)
     assert draw(pipeline, height=32, width=8).shape == (1, 3, 32, 8)

@@ -35,7 +35,7 @@ def save(path, array, mode=None):
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     """`images/train/0.png`, `images/train/1.png`, `images/val/2.png` and their label maps in `ids`."""
     rng = np.random.default_rng(0)
     for name in ("train/0.png", "train/1.png", "val/2.png"):
@@ -66,42 +66,42 @@ def test_palettes_are_not_colours():
     assert np.array_equal(rules(segmentation_classes=256).read(image, "x"), IDS)
 
 
-def test_label_maps_of_a_folder(pictures, tmp_path):
+def test_label_maps_of_a_folder(images, tmp_path):
     """Names may be relative to the folder of the splits, or to that of one split."""
     options = {"segmentation": str(tmp_path / "ids"), "segmentation_classes": 3, "ignore_id": 255}
     for split, count in (("train", 2), ("val", 1)):
-        source = opened(pictures, split, **options)
+        source = opened(images, split, **options)
         assert (len(source), source.segmentation_classes) == (count, 4)
         assert source[0]["segmentation"].tolist() == [[0, 1, 2], [2, 3, 1]]
-    assert len(opened(pictures / "train", **{**options, "segmentation": str(tmp_path / "ids/train")})) == 2
-    inside = pictures / "ids"
-    (tmp_path / "ids").rename(inside)  # label maps below the pictures' folder are no pictures
-    assert len(opened(pictures, split="train", **{**options, "segmentation": str(inside)})) == 2
+    assert len(opened(images / "train", **{**options, "segmentation": str(tmp_path / "ids/train")})) == 2
+    inside = images / "ids"
+    (tmp_path / "ids").rename(inside)  # label maps below the images' folder are no images
+    assert len(opened(images, split="train", **{**options, "segmentation": str(inside)})) == 2
     everything = {**options, "segmentation": str(inside / "train")}
-    (pictures / "val/2.png").unlink()
-    assert len(opened(pictures / "train", **everything)) == 2
+    (images / "val/2.png").unlink()
+    assert len(opened(images / "train", **everything)) == 2
     with pytest.raises(LatelierError, match=r"needs data.segmentation_classes"):
-        opened(pictures, segmentation=str(inside))
+        opened(images, segmentation=str(inside))
     (inside / "train/1.png").unlink()
-    with pytest.raises(LatelierError, match=r"has no file for the picture .*train/1.png"):
-        opened(pictures, **{**options, "segmentation": str(inside)})
+    with pytest.raises(LatelierError, match=r"has no file for the image .*train/1.png"):
+        opened(images, **{**options, "segmentation": str(inside)})
 
 
-def test_annotations_are_refused_for_built_in_pictures(pictures):
+def test_annotations_are_refused_for_built_in_images(images):
     for key in ("boxes", "segmentation", "maps"):
         with pytest.raises(LatelierError, match=f"data.{key} is for folders and datasets"):
-            open_source(Data(source="scenes", **{key: str(pictures)}))
+            open_source(Data(source="scenes", **{key: str(images)}))
 
 
 @pytest.mark.parametrize("options", [{"in_memory": True}, {"in_memory": False, "workers": 1}])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_maps_become_floats(pictures, tmp_path, dtype, options):
+def test_maps_become_floats(images, tmp_path, dtype, options):
     top = np.iinfo(dtype).max
     depth = np.array([[0, top, top], [top, 0, 0]], dtype)
     for name in ("0", "1"):
         save(tmp_path / "depth" / f"{name}.png", depth)
     data = Data(
-        source=str(pictures / "train"), val_fraction=0, image_size=(2, 3), maps=str(tmp_path / "depth"), **options
+        source=str(images / "train"), val_fraction=0, image_size=(2, 3), maps=str(tmp_path / "depth"), **options
     )
     dataset = ImageDataset(open_source(data), data)
     (batch,), (mirrored,) = dataset.once(2), dataset.once(2, flip=True)
@@ -110,11 +110,11 @@ def test_maps_become_floats(pictures, tmp_path, dtype, options):
     assert torch.equal(mirrored["map"], batch["map"].flip(-1))
 
 
-def test_maps_that_do_not_fit(pictures, tmp_path):
+def test_maps_that_do_not_fit(images, tmp_path):
     save(tmp_path / "edges/0.png", np.zeros((2, 3), np.uint8))
     save(tmp_path / "edges/1.png", np.zeros((2, 3, 3), np.uint8))
     for workers in (0, 1):
-        data = Data(source=str(pictures / "train"), val_fraction=0, image_size=(2, 3), maps=str(tmp_path / "edges"),
+        data = Data(source=str(images / "train"), val_fraction=0, image_size=(2, 3), maps=str(tmp_path / "edges"),
                     workers=workers, in_memory=False)  # fmt: skip
         with pytest.raises(LatelierError, match=r"^data.maps: some maps have 1 channels, others 3"):
             list(ImageDataset(open_source(data), data).once(2))
@@ -123,12 +123,12 @@ def test_maps_that_do_not_fit(pictures, tmp_path):
         read_map(np.zeros((2, 2), np.float32), "x")
 
 
-def test_fingerprints_follow_the_maps(pictures, tmp_path):
+def test_fingerprints_follow_the_maps(images, tmp_path):
     save(tmp_path / "depth/train/0.png", IDS)
     save(tmp_path / "depth/train/1.png", IDS)
-    found = {opened(pictures).fingerprint, opened(pictures, maps=str(tmp_path / "depth")).fingerprint}
+    found = {opened(images).fingerprint, opened(images, maps=str(tmp_path / "depth")).fingerprint}
     for options in ({"segmentation_classes": 256}, {"segmentation_classes": 3, "ignore_id": 255}):
-        found.add(opened(pictures, segmentation=str(tmp_path / "ids"), **options).fingerprint)
+        found.add(opened(images, segmentation=str(tmp_path / "ids"), **options).fingerprint)
     assert len(found) == 4
 
 

@@ -22,7 +22,7 @@ SCALE = {"active-channels", "active-numbers", "latent-std", "largest-variance-ra
 
 
 class Spread(Same):
-    """Posterior means are the pictures times the channels' gain, plus their shift; one standard deviation for all."""
+    """Posterior means are the images times the channels' gain, plus their shift; one standard deviation for all."""
 
     def __init__(self, channels=2, std=0.5, gain=1.0, shift=0.0, flat=False):
         super().__init__(flat)
@@ -37,7 +37,7 @@ class Spread(Same):
 
 
 def noise(n, channels=2, seed=0):
-    """Pictures of 2 x 2 pixels whose numbers have mean 0 and variance 1 over the pictures, exactly."""
+    """Images of 2 x 2 pixels whose numbers have mean 0 and variance 1 over the images, exactly."""
     x = torch.randn(n, channels, 2, 2, generator=torch.Generator().manual_seed(seed)).double()
     return ((x - x.mean(0)) / x.std(0, correction=0)).float()
 
@@ -74,7 +74,7 @@ def test_scale_is_that_of_sampled_latents_and_does_not_hang_on_stored_statistics
     assert about.receipt["shift_factor"] == pytest.approx(2, rel=1e-5)
     assert about.receipt["by_channel"] == pytest.approx([first**0.5, second**0.5], rel=1e-5)
     assert about.receipt["mean_by_channel"] == pytest.approx([4, 0], abs=1e-4)
-    assert about.receipt["latent_scale"] == "measured on the first 300 pictures"
+    assert about.receipt["latent_scale"] == "measured on the first 300 images"
     other = measure(Codec(tokenizer, torch.tensor([1.0, -1.0]), torch.tensor([5.0, 0.1])), images)["latent-std"]
     assert other.value == pytest.approx(overall, rel=1e-5)
     assert other.receipt["latent_scale"] == "the codec's statistics"
@@ -92,7 +92,7 @@ def test_a_plain_tokenizer_has_no_rate():
 def test_collapsed_channels_and_numbers_are_not_active():
     images = noise(300, channels=4)
     images[:, 1] = images[:, 1] * 0.1  # signal of variance 0.01 beside a posterior of variance 1: just too small
-    images[:, 2] = 0.7  # the same for all pictures
+    images[:, 2] = 0.7  # the same for all images
     images[:, 3, 0] = torch.tensor([2.0, -2.0])  # two of four numbers, though they differ from each other
     found = measure(Codec(Spread(channels=4, std=1.0)), images)
     channels, numbers = found["active-channels"], found["active-numbers"]
@@ -148,7 +148,7 @@ def autoencoder(**options):
     return AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4, sample_size=8, **options)
 
 
-def test_autoencoders_straight_from_diffusers_grey_pictures_and_1d_latents():
+def test_autoencoders_straight_from_diffusers_grey_images_and_1d_latents():
     images = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
     found = measure(Codec(autoencoder()), images)
     assert set(found) == RATE | SCALE
@@ -160,8 +160,8 @@ def test_autoencoders_straight_from_diffusers_grey_pictures_and_1d_latents():
     assert set(measure(Codec(deterministic), images)) == SCALE
 
 
-def test_too_few_pictures_and_latents_that_do_not_vary():
-    with pytest.raises(LatelierError, match="at least 2 pictures; toy/val has 1"):
+def test_too_few_images_and_latents_that_do_not_vary():
+    with pytest.raises(LatelierError, match="at least 2 images; toy/val has 1"):
         measure(plain(), noise(300)[:1])
     with pytest.raises(LatelierError, match="has 0"):
         measure_posterior(Codec(Same()), [], Evaluate(), "toy")

@@ -13,7 +13,7 @@ from latelier.errors import LatelierError
 from latelier.evaluation import predictors
 from latelier.evaluation.comparison import write_comparison
 from latelier.evaluation.correlation import chance, correlate, holm, interval, needed, partial, pool, rho
-from latelier.evaluation.orderings import Shown
+from latelier.evaluation.orderings import RunSummary
 from latelier.evaluation.predictors import (
     EVIDENCE,
     measures,
@@ -39,7 +39,7 @@ def runs(images=1000, gflop=2.0, **columns):
     """One run for each of eight distances; a column has a value for each."""
     facts = {"denoiser: images": images, "denoiser: training GFLOP an image": gflop}
     return [
-        Shown(
+        RunSummary(
             f"T{i}",
             {
                 "gfd-vgg16": entry(gfd, sampler="euler", n=100, data="ab12"),
@@ -158,7 +158,7 @@ def test_needed_is_where_significance_begins():
 
 
 def test_measures_are_those_of_the_tokenizer():
-    run = Shown(
+    run = RunSummary(
         "A",
         {
             "psnr": entry(20.0), "within-class": entry(0.5), "gmm-nll@1": entry(1.4), "gmm-nll@10": entry(1.2),
@@ -194,19 +194,19 @@ def test_beyond_rfd_tells_an_echo_from_knowledge():
 
 
 def test_target_is_the_recipes_own_sampling():
-    shown = [Shown("A", {name: entry(1.0) for name in names}) for names in (
+    shown = [RunSummary("A", {name: entry(1.0) for name in names}) for names in (
         ["gfd-vgg16@50", "gfd-vgg16"], ["gfd-vgg16@50", "gfd-inception", "gfd-vgg16"], ["gfd-vgg16@50"],
     )]  # fmt: skip
     assert target_of(shown) == "gfd-vgg16"
-    assert target_of([Shown("A", {"gfd-vgg16@50": entry(1.0), "gfd-vgg16@200": entry(1.0)})]) == "gfd-vgg16@200"
-    assert target_of([Shown("A", {"psnr": entry(1.0)})]) is None
+    assert target_of([RunSummary("A", {"gfd-vgg16@50": entry(1.0), "gfd-vgg16@200": entry(1.0)})]) == "gfd-vgg16@200"
+    assert target_of([RunSummary("A", {"psnr": entry(1.0)})]) is None
 
 
-def test_budgets_are_equal_in_pictures_or_in_compute():
+def test_budgets_are_equal_in_images_or_in_compute():
     assert unequal_budget(runs()) == ""
     assert unequal_budget([*runs(images=1000, gflop=2.0), *runs(images=500, gflop=4.01)]) == ""
-    assert "500 to 1,000 pictures" in unequal_budget([*runs(images=1000), *runs(images=500)])
-    assert "not known" in unequal_budget([Shown("A", {})])
+    assert "500 to 1,000 images" in unequal_budget([*runs(images=1000), *runs(images=500)])
+    assert "not known" in unequal_budget([RunSummary("A", {})])
 
 
 # -- page and file ----------------------------------------------------------------------------------------------------
@@ -229,7 +229,7 @@ def test_page_says_plainly_when_nothing_does(tmp_path):
     assert "0.74 or more would have been enough" in said
     assert table.bold == set()
     shown[0].facts = {**shown[0].facts, "denoiser: images": 2000}
-    assert "1,000 to 2,000 pictures" in prediction(tmp_path, shown)[1]
+    assert "1,000 to 2,000 images" in prediction(tmp_path, shown)[1]
 
 
 def test_only_studies_with_enough_denoisers_ask(tmp_path):
@@ -246,7 +246,7 @@ def test_evidence_is_made_from_measured_files(tmp_path):
     for name, shown in (("one", runs(lpips=GFD, psnr=[1.0, 5, 2, 4, 3, 8, 6, 7])), ("two", runs(lpips=GFD)[:4])):
         write_comparison(tmp_path / name, name, "", shown, {"All": ["lpips"]}, None)
         files.append(tmp_path / name / "comparison.json")
-    out = write_evidence(files, "made-up pictures", tmp_path / "evidence.json")
+    out = write_evidence(files, "made-up images", tmp_path / "evidence.json")
     found = read_evidence(out)
     first, second = found["predictors"]
     assert first["metric"] == "lpips"
@@ -257,7 +257,7 @@ def test_evidence_is_made_from_measured_files(tmp_path):
     assert first["interval"][0] < first["spearman"] <= first["interval"][1]
     assert second["metric"] == "psnr"
     assert second["n"] == 8
-    assert found["about"].startswith("12 tokenizers of 2 studies on made-up pictures; rank correlation with gfd-vgg16")
+    assert found["about"].startswith("12 tokenizers of 2 studies on made-up images; rank correlation with gfd-vgg16")
     assert [study["title"] for study in found["studies"]] == ["one", "two"]
     assert found["studies"][0]["receipt"] == {"n": 100, "data": "ab12"} | {"sampler": "euler"}
     assert read_evidence(tmp_path / "none.json") is None

@@ -34,7 +34,7 @@ def batch(seen=0, channels=6):
     return {
         "mean": torch.randn(4, channels, 2, 2),
         "std": torch.zeros(4, channels, 2, 2),
-        "draw": torch.arange(4),
+        "sample_id": torch.arange(4),
         "seen": seen,
     }
 
@@ -94,9 +94,9 @@ def test_a_pipeline_draws_any_prefix(trained):
     for channels in (1, 3):
         drawn = pipeline(count=2, steps=2, channels=channels, output_type="latent", progress=False).images
         assert drawn.shape[:2] == (2, channels)
-    pictures = pipeline(count=2, steps=2, channels=3, output_type="pt", progress=False).images
+    images = pipeline(count=2, steps=2, channels=3, output_type="pt", progress=False).images
     expected = pipeline.codec.decode(drawn, 3).clamp(-1, 1)
-    torch.testing.assert_close(pictures, expected, atol=2e-2, rtol=0)  # under bf16 where the CPU is fast at it
+    torch.testing.assert_close(images, expected, atol=2e-2, rtol=0)  # under bf16 where the CPU is fast at it
     with pytest.raises(LatelierError, match="channels = 5 is not a prefix of 4 latent channels"):
         pipeline(count=1, steps=2, channels=5, progress=False)
 
@@ -116,17 +116,17 @@ def pixels():
     return Codec(IdentityTokenizer())
 
 
-def pictures():
+def make_images():
     yield {"image": torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(2)) * 2 - 1}
 
 
 def test_quality_against_length_is_that_of_the_missing_channels():
     found = {
         m.name: m
-        for m in measure_prefixes(pixels(), pictures(), Evaluate(metrics=["psnr"], prefix_lengths=[1, 2]), "noise")
+        for m in measure_prefixes(pixels(), make_images(), Evaluate(metrics=["psnr"], prefix_lengths=[1, 2]), "noise")
     }
     assert list(found) == ["prefix-psnr@1", "prefix-psnr@2", "prefix-psnr@3"]
-    images = next(pictures())["image"]
+    images = next(make_images())["image"]
     for length in (1, 2):
         squares = torch.cat([torch.zeros_like(images[:, :length]), images[:, length:]], 1).square().mean((1, 2, 3))
         expected = (10 * torch.log10(4 / squares)).mean().item()
@@ -160,7 +160,7 @@ def test_variance_of_channels():
 
 
 def test_maps_are_written(tmp_path):
-    draw_channel_maps(pixels(), pictures(), tmp_path / "channels.png")
+    draw_channel_maps(pixels(), make_images(), tmp_path / "channels.png")
     assert (tmp_path / "channels.png").stat().st_size > 1000
 
 
@@ -168,8 +168,8 @@ def test_training_previews_show_a_row_for_each_length(trained):
     recipe, _ = trained
     from PIL import Image
 
-    with Image.open(recipe.folder / "previews" / "denoiser-000000000016.png") as picture:
-        assert picture.size == (8 * 34 - 2, 3 * 34 - 2)  # eight columns of 32 pixels; lengths 1, 2 and 4
+    with Image.open(recipe.folder / "previews" / "denoiser-000000000016.png") as image:
+        assert image.size == (8 * 34 - 2, 3 * 34 - 2)  # eight columns of 32 pixels; lengths 1, 2 and 4
 
 
 @pytest.mark.parametrize(

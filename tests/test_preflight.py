@@ -1,4 +1,4 @@
-"""Preflight: every phase and loss term is tried, and what a picture costs is counted."""
+"""Preflight: every phase and loss term is tried, and what an image costs is counted."""
 
 import pytest
 

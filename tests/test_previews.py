@@ -1,4 +1,4 @@
-"""Previews while pictures are drawn: what a callback sees, which strips are written, what is refused."""
+"""Previews while images are drawn: what a callback sees, which strips are written, what is refused."""
 
 import pytest
 import torch

@@ -9,7 +9,7 @@ from latelier.recipe import Evaluate
 from test_mixture import codec, noise
 
 
-def pictures(n, kind, seed=0):
+def make_images(n, kind, seed=0):
     """Labelled noise whose class is in the mean, in the pattern, or nowhere."""
     labels = torch.arange(n) % 3
     means = torch.zeros(3, 2, 2, 2)
@@ -22,7 +22,12 @@ def pictures(n, kind, seed=0):
 
 def measure(kind, learnt=200, judged=150, flat=False):
     found = measure_probes(
-        codec(flat), pictures(learnt, kind), pictures(judged, kind, 1), Evaluate(samples=judged), "toy/val", {"run": 7}
+        codec(flat),
+        make_images(learnt, kind),
+        make_images(judged, kind, 1),
+        Evaluate(samples=judged),
+        "toy/val",
+        {"run": 7},
     )
     assert [m.name for m in found] == ["probe-accuracy", "probe-pooled-accuracy", "knn-accuracy"]
     return found
@@ -83,7 +88,7 @@ def test_long_features_are_reduced_and_it_is_said(monkeypatch):
 
 
 def test_the_penalty_is_chosen_where_it_helps():
-    """Of many useless features and few pictures, a weak penalty learns the noise."""
+    """Of many useless features and few images, a weak penalty learns the noise."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(300) % 2
     x = torch.randn(300, 100, generator=generator)
@@ -94,17 +99,17 @@ def test_the_penalty_is_chosen_where_it_helps():
     assert (guesses == labels[100:]).float().mean() > 0.5
 
 
-def test_unlabelled_pictures_are_left_out():
-    train, judged = pictures(120, "mean"), pictures(90, "mean", 1)
+def test_unlabelled_images_are_left_out():
+    train, judged = make_images(120, "mean"), make_images(90, "mean", 1)
     train[0]["label"][:30] = -1
     judged[0]["label"] = torch.where(judged[0]["label"] == 2, 7, judged[0]["label"])  # never seen
     whole, *_ = measure_probes(codec(), train, judged, Evaluate(), "toy")
     assert (whole.receipt["n"], whole.receipt["n_learnt"]) == (90, 90)
-    assert whole.receipt["unseen"].startswith("30 pictures")
+    assert whole.receipt["unseen"].startswith("30 images")
     assert whole.value == pytest.approx(2 / 3, abs=0.03)
 
 
-def test_classes_of_single_pictures():
+def test_classes_of_single_images():
     x = torch.eye(12)[:, :10].numpy()
     labels = torch.arange(12)
     assert nearest_neighbours(x, x[:10], labels, k=1)[0].tolist() == list(range(10))
@@ -118,9 +123,9 @@ def test_a_probe_that_stopped_early_says_so(monkeypatch):
 
 def test_nothing_without_two_classes_or_labels():
     def one(kind, n=40):
-        return [{"image": batch["image"], "label": batch["label"] * 0} for batch in pictures(n, kind)]
+        return [{"image": batch["image"], "label": batch["label"] * 0} for batch in make_images(n, kind)]
 
     bare = [{"image": noise(40)}]
-    both = pictures(40, "mean")
+    both = make_images(40, "mean")
     for train, judged in ((one("mean"), both), (bare, both), (both, bare)):
         assert measure_probes(codec(), train, judged, Evaluate(), "toy") == []

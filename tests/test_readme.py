@@ -54,7 +54,7 @@ def parse(words: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory):
-    """A folder with pictures in class folders and the README's recipe, and then all that its commands leave there."""
+    """A folder with images in class folders and the README's recipe, and then all that its commands leave there."""
     folder = tmp_path_factory.mktemp("readme")
     noise = np.random.default_rng(0)
     for name in ("cat", "dog"):
@@ -90,7 +90,7 @@ def test_readme_python(workshop, monkeypatch):
     namespace = {}
     for i, code in enumerate(blocks("README.md", "python")):
         exec(compile(code, f"README.md, python block {i}", "exec"), namespace)
-    assert len(namespace["pictures"]) == 2
+    assert len(namespace["images"]) == 2
     assert namespace["distance"].shape == (2,)
 
 

@@ -11,7 +11,7 @@ from tiny import colour_extractor, tiny_recipe
 METRICS = ["l1", "psnr", "ssim", "rfd", "gfd", "kid", "precision", "recall", "smoothness", "spectrum", "prefixes",
            "channels", "posterior", "equivariance", "codebook", "cost", "gmm"]  # fmt: skip
 ANYWHERE = {"versions", "git", "device"}
-OF_PICTURES = {"n", "reference", "data", "tokenizer"}
+OF_IMAGES = {"n", "reference", "data", "tokenizer"}
 OF_FEATURES = {"extractor", "weights_sha256", "preprocessing", "layer", "dims"}
 OF_SAMPLES = {"sampler", "steps", "guidance", "seed", "ema", "images_trained", "n_reference"}
 
@@ -34,7 +34,7 @@ def test_receipts_are_complete(sections):
     assert {"reconstruction", "generation", "latent space", "cost"} <= set(sections)
     for section, entries in sections.items():
         for name, entry in entries.items():
-            wanted = ANYWHERE | (set() if section == "cost" else OF_PICTURES)
+            wanted = ANYWHERE | (set() if section == "cost" else OF_IMAGES)
             wanted |= OF_FEATURES if any(part in name for part in ("rfd", "gfd", "kid", "precision")) else set()
             wanted |= OF_SAMPLES if section == "generation" else set()
             assert not wanted - set(entry["receipt"]), f"{section}, {name}"

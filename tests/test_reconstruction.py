@@ -16,7 +16,7 @@ needs_weights = pytest.mark.skipif(
 
 
 class Shifted(torch.nn.Module):
-    """Latents are the pictures; decoding adds a constant; samples of the posterior are far from its mean."""
+    """Latents are the images; decoding adds a constant; samples of the posterior are far from its mean."""
 
     def __init__(self, shift):
         super().__init__()
@@ -76,5 +76,5 @@ def test_worse_reconstructions_are_farther():
 
 
 def test_nothing_to_evaluate():
-    with pytest.raises(LatelierError, match="no pictures in toy/val"):
+    with pytest.raises(LatelierError, match="no images in toy/val"):
         evaluate_reconstruction(Codec(Shifted(0.0)), [], Evaluate(metrics=["l1"]), "toy/val")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from latelier.errors import LatelierError
-from latelier.evaluation.chart import average, bar_chart, line_chart, short, thin, ticks
+from latelier.evaluation.chart import average, bar_chart, line_chart, short, subsample, ticks
 from latelier.evaluation.metrics import Measurement, write_measurements
 from latelier.evaluation.report import read_log, write_report
 from latelier.images import make_grid, save_png
@@ -25,12 +25,12 @@ def fill(folder):
         for i in range(1, 41)
     ]
     (folder / "log.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"stage": "deno')
-    picture = make_grid(torch.zeros(4, 3, 8, 8), 2)
+    image = make_grid(torch.zeros(4, 3, 8, 8), 2)
     for name in (
         "previews/tokenizer-000000064000", "previews/tokenizer-000000128000", "previews/denoiser-000000064000",
         "samples/grid", "samples/nearest",
     ):  # fmt: skip
-        save_png(picture, folder / f"{name}.png")
+        save_png(image, folder / f"{name}.png")
     receipt = {"n": 100, "reference": "<script>alert(1)</script>", "warning": "n is below", "versions": {"torch": "2"}}
     write_measurements(
         folder / "metrics.json", [Measurement("psnr", 27.123456, receipt, (26.0, 28.0))], "reconstruction"
@@ -120,8 +120,8 @@ def test_chart_helpers():
     assert ticks(0, 1, 4) == [0, 0.25, 0.5, 0.75, 1]
     assert average([3.0] * 50) == [3.0] * 50
     assert average([float(i) for i in range(100)])[50] == 50
-    assert thin([(float(i), 1.0) for i in range(1000)])[-1] == (999.0, 1.0)
-    assert len(thin([(float(i), 1.0) for i in range(1000)])) <= 400
+    assert subsample([(float(i), 1.0) for i in range(1000)])[-1] == (999.0, 1.0)
+    assert len(subsample([(float(i), 1.0) for i in range(1000)])) <= 400
 
 
 def test_curves_and_held_out_reconstructions(tmp_path):
@@ -149,7 +149,7 @@ def test_latent_space(tmp_path):
     page = write_report(tmp_path).read_text()
     assert "GMM negative log-likelihood over number of modes, last value 1.4" in page
     assert "loss of a small denoiser over time, from data to noise, last value 1.1" in page
-    assert "One point for each held-out picture" in page
+    assert "One point for each held-out image" in page
     assert "last value 24.5" in page
     assert "psnr of prefixes over channels that are decoded" in page
     assert "lower is better; nats per principal component" in page

@@ -204,7 +204,7 @@ def test_what_is_random_and_what_is_not():
         (DDPM(), Sample(steps=10, sampler="ddpm")),
     ],
 )
-def test_a_picture_does_not_depend_on_its_batch(process, sample):
+def test_a_image_does_not_depend_on_its_batch(process, sample):
     together = draw(process, sample, seeds=[3, 4, 5])
     alone = torch.cat([draw(process, sample, seeds=[seed]) for seed in (3, 4, 5)])
     torch.testing.assert_close(alone, together)

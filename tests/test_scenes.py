@@ -103,9 +103,9 @@ def test_captions_say_where_things_are():
 
 def test_backgrounds_vary():
     rng = np.random.default_rng(0)
-    pictures = [np.asarray(background((16, 24), rng)) for _ in range(20)]
-    assert all(p.shape == (16, 24, 3) for p in pictures)
-    assert len({p.tobytes() for p in pictures}) == 20
+    images = [np.asarray(background((16, 24), rng)) for _ in range(20)]
+    assert all(p.shape == (16, 24, 3) for p in images)
+    assert len({p.tobytes() for p in images}) == 20
 
 
 def test_recipe_options():
@@ -123,7 +123,7 @@ def test_recipe_options():
 
 
 def test_plain_grounds_are_one_colour_behind_the_same_objects():
-    plain, varied = (SceneSource(SIZE, 12, grounds=grounds) for grounds in ("plain", "varied"))
+    plain, varied = (SceneSource(SIZE, 12, backgrounds=backgrounds) for backgrounds in ("plain", "varied"))
     assert plain.fingerprint != varied.fingerprint
     several = 0
     for i in range(12):
@@ -137,5 +137,5 @@ def test_plain_grounds_are_one_colour_behind_the_same_objects():
 
 
 def test_only_scenes_have_grounds():
-    with pytest.raises(LatelierError, match=r"data\.grounds is for the source scenes; remove it for .* 'emoji'"):
-        open_source(Data(source="emoji", grounds="plain"))
+    with pytest.raises(LatelierError, match=r"data\.backgrounds is for the source scenes; remove it for .* 'emoji'"):
+        open_source(Data(source="emoji", backgrounds="plain"))

@@ -81,7 +81,7 @@ def test_many_steps_have_the_distribution_of_the_data(shift):
     assert abs(z.std() - STD) < 4 * STD / (2 * z.numel()) ** 0.5 + 0.004
     rows = z.flatten(1)  # (64, 512)
     correlation = torch.corrcoef(rows)[~torch.eye(64, dtype=torch.bool)].abs().max()
-    assert correlation < 5.5 / rows.shape[1] ** 0.5  # one picture's noise is not another's
+    assert correlation < 5.5 / rows.shape[1] ** 0.5  # one image's noise is not another's
 
 
 def test_the_hand_written_loop():
@@ -142,7 +142,7 @@ def test_shift_keeps_both_ends(shift):
     assert (times.mean() > torch.linspace(1, 0.1, 9).mean()) == (shift > 1)
 
 
-def test_same_seeds_same_pictures_whatever_the_batch():
+def test_same_seeds_same_images_whatever_the_batch():
     together = draw(sde(steps=6), seeds=[3, 4, 5])
     assert torch.equal(draw(sde(steps=6), seeds=[3, 4, 5]), together)
     alone = torch.cat([draw(sde(steps=6), seeds=[seed]) for seed in (3, 4, 5)])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latelier.data.folder import list_pictures
+from latelier.data.folder import list_images
 from latelier.data.sources import Source, hold_out, open_source
 from latelier.errors import LatelierError
 from latelier.recipe import Data
@@ -88,7 +88,7 @@ def test_val_source_may_be_another_folder(tmp_path):
     assert (names(val), val.labels) == (["b/3.png"], [1])
 
 
-def test_held_out_pictures_do_not_change_when_others_come(tmp_path):
+def test_held_out_images_do_not_change_when_others_come(tmp_path):
     write(tmp_path, *(f"{i}.png" for i in range(40)))
     train, val = (set(names(opened(tmp_path, split, val_fraction=0.25))) for split in ("train", "val"))
     assert not train & val
@@ -152,7 +152,7 @@ def test_fingerprint_follows_the_files(tmp_path):
 
 def test_missing_and_empty_folders(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(LatelierError, match=r"no pictures in .*empty"):
+    with pytest.raises(LatelierError, match=r"no images in .*empty"):
         opened(tmp_path / "empty")
     with pytest.raises(LatelierError, match=r"no such folder"):
         opened(tmp_path / "nothing here")
@@ -162,14 +162,14 @@ def test_missing_and_empty_folders(tmp_path):
         opened(write(tmp_path / "some", "a.png"), streaming=True)
     with pytest.raises(LatelierError, match="streaming"):
         open_source(Data(source="emoji", streaming=True))
-    assert list_pictures(tmp_path / "empty") == []
+    assert list_images(tmp_path / "empty") == []
 
 
 # -- datasets -----------------------------------------------------------------------------------------------------
 
 
 def table(path, count, labels=None, start=0, **columns):
-    """A parquet file whose picture i is filled with i."""
+    """A parquet file whose image i is filled with i."""
     features = {"image": datasets.Image(), **{k: datasets.Value("string") for k in columns}}
     rows = {"image": [{"bytes": png(start + i), "path": None} for i in range(count)], **columns}
     if labels is not None:
@@ -217,7 +217,7 @@ def test_unknown_columns_are_named(tmp_path):
             opened(path, **{key: "nope"})
 
 
-def test_the_only_picture_column_is_found(tmp_path):
+def test_the_only_image_column_is_found(tmp_path):
     path = tmp_path / "a.parquet"
     rows = datasets.Dataset.from_dict({"jpg": [{"bytes": png(5), "path": None}]})
     rows.cast_column("jpg", datasets.Image()).to_parquet(path)

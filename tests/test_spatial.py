@@ -1,4 +1,4 @@
-"""Conditions that are concatenated to the noisy latents: label maps, small pictures, holes, image-like maps."""
+"""Conditions that are concatenated to the noisy latents: label maps, small images, holes, image-like maps."""
 
 import numpy as np
 import pytest
@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from latelier.conditioning import World
+from latelier.conditioning import DataSpec
 from latelier.conditioning.inpainting import InpaintingConditioner, build_inpainting, compose, read_hole
 from latelier.conditioning.low_resolution import LowResolutionConditioner, build_low_resolution
 from latelier.conditioning.segmentation import SegmentationConditioner, build_segmentation, class_shares
-from latelier.conditioning.spatial import MapConditioner, build_map, read_picture
+from latelier.conditioning.spatial import MapConditioner, build_map, read_image
 from latelier.data.degradations import bicubic
 from latelier.data.masks import SETTINGS, draw_masks
 from latelier.errors import LatelierError
@@ -37,12 +37,12 @@ def codec():
     return Codec(tokenizer, torch.tensor([0.1, -0.2, 0.3, 0.0]), torch.tensor([0.5, 1.0, 2.0, 0.7]))
 
 
-def world(**changes):
+def spec(**changes):
     about = {
         "class_names": None, "box_names": None, "captions": None, "segmentation_classes": 7, "latent_shape": (4, 6, 8),
         "factor": 4, "image_channels": 3, "vector_width": 16, "prefers_tokens": False, "seed": 3,
     }  # fmt: skip
-    return World(**{**about, **changes})
+    return DataSpec(**{**about, **changes})
 
 
 def batch(count=3, height=24, width=32):
@@ -51,13 +51,13 @@ def batch(count=3, height=24, width=32):
         "image": torch.rand(count, 3, height, width, generator=generator) * 2 - 1,
         "segmentation": torch.randint(0, 7, (count, height, width), generator=generator),
         "map": torch.rand(count, 2, height, width, generator=generator) * 2 - 1,
-        "draw": torch.arange(10, 10 + count),
+        "sample_id": torch.arange(10, 10 + count),
     }
 
 
 def build(kind):
     function, section = BUILDERS[kind]
-    return function(section, world())
+    return function(section, spec())
 
 
 @torch.no_grad()
@@ -70,7 +70,7 @@ def prepared(conditioner, entries, codec):
 
 @pytest.mark.parametrize("kind", list(BUILDERS))
 @pytest.mark.parametrize("size", [(24, 32), (40, 8)])
-def test_channels_on_the_grid_of_the_picture(kind, size, codec):
+def test_channels_on_the_grid_of_the_image(kind, size, codec):
     conditioner = build(kind)
     condition = conditioner(prepared(conditioner, batch(3, *size), codec))
     assert condition.spatial.shape == (3, conditioner.spatial_channels, size[0] // 4, size[1] // 4)
@@ -138,13 +138,13 @@ def test_half_precision(kind, codec):
 def test_latents_in_a_row_are_refused(kind):
     function, section = BUILDERS[kind]
     with pytest.raises(LatelierError, match=f"{kind}.*makes 64 of them in a row"):
-        function(section, world(latent_shape=(16, 64)))
+        function(section, spec(latent_shape=(16, 64)))
 
 
 @pytest.mark.parametrize(("kind", "key"), [("segmentation", "segmentation"), ("map", "map"), ("inpainting", "image")])
 def test_data_without_the_entry(kind, key, codec):
     with pytest.raises(LatelierError, match=f"needs data with '{key}'"):
-        build(kind).prepare({"draw": torch.arange(1)}, codec)
+        build(kind).prepare({"sample_id": torch.arange(1)}, codec)
 
 
 # -- segmentation ------------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def test_label_maps_that_are_none(codec, tmp_path):
         "id -1, but ids go": np.array([[0, -1]]),
         "1 x 2 of float64": np.array([[0.5, 1.0]]),
         "2 x 1 x 1 of int64": np.zeros((2, 1, 1), int),
-        "this picture is RGB": Image.new("RGB", (4, 4)),
+        "this image is RGB": Image.new("RGB", (4, 4)),
         "no file": str(tmp_path / "none.png"),
         "not float": 0.5,
     }
@@ -202,8 +202,8 @@ def test_label_maps_that_are_none(codec, tmp_path):
     with pytest.raises(LatelierError, match="id 255"):
         conditioner.prepare({"segmentation": torch.full((1, 8, 8), 255)}, codec)
     with pytest.raises(LatelierError, match="do not say how many classes"):
-        build_segmentation(SegmentationCondition(kind="segmentation"), world(segmentation_classes=None))
-    chosen = build_segmentation(SegmentationCondition(kind="segmentation", classes=9), world())
+        build_segmentation(SegmentationCondition(kind="segmentation"), spec(segmentation_classes=None))
+    chosen = build_segmentation(SegmentationCondition(kind="segmentation", classes=9), spec())
     assert chosen.config["classes"] == 9
 
 
@@ -232,11 +232,11 @@ def test_smaller_ones_are_enlarged():
     assert (LowResolutionConditioner(4, image_channels=1, latent_factor=1)({"low": ramp}).spatial.diff() >= 0).all()
 
 
-def test_given_small_pictures_are_kept(codec):
+def test_given_small_images_are_kept(codec):
     conditioner = build("low-resolution")
     assert conditioner.prepare({**batch(), "low": torch.zeros(3, 3, 12, 16)}, codec) == {}
     with pytest.raises(LatelierError, match="needs data with 'image'"):
-        conditioner.prepare({"draw": torch.arange(1)}, codec)
+        conditioner.prepare({"sample_id": torch.arange(1)}, codec)
 
 
 def test_degradations_follow_draw_and_seed(codec):
@@ -245,29 +245,29 @@ def test_degradations_follow_draw_and_seed(codec):
     low = first.prepare(entries, codec)["low"]
     assert torch.equal(first.prepare(entries, codec)["low"], low)
     assert not torch.equal(other.prepare(entries, codec)["low"], low)
-    assert not torch.equal(first.prepare({**entries, "draw": entries["draw"] + 1}, codec)["low"], low)
+    assert not torch.equal(first.prepare({**entries, "sample_id": entries["sample_id"] + 1}, codec)["low"], low)
 
 
-def test_small_pictures_of_users(tmp_path):
+def test_small_images_of_users(tmp_path):
     conditioner = LowResolutionConditioner(4)
-    picture = Image.fromarray(np.arange(8 * 6 * 3, dtype=np.uint8).reshape(8, 6, 3))
-    picture.save(tmp_path / "low.png")
-    expected = torch.from_numpy(np.array(picture)).movedim(-1, 0).float() / 127.5 - 1
-    for entry in (picture, tmp_path / "low.png", np.asarray(picture), expected, (expected * 0.999).double()):
+    image = Image.fromarray(np.arange(8 * 6 * 3, dtype=np.uint8).reshape(8, 6, 3))
+    image.save(tmp_path / "low.png")
+    expected = torch.from_numpy(np.array(image)).movedim(-1, 0).float() / 127.5 - 1
+    for entry in (image, tmp_path / "low.png", np.asarray(image), expected, (expected * 0.999).double()):
         low = conditioner.inputs([entry, entry], (32, 24))["low"]
         torch.testing.assert_close(low, torch.stack([expected] * 2), atol=2e-3, rtol=0)
-    message = "factor 4 draws 64 x 64 pictures .* from 16 x 16 ones; this one is 8 x 6: .*height=32, width=24"
+    message = "factor 4 draws 64 x 64 images .* from 16 x 16 ones; this one is 8 x 6: .*height=32, width=24"
     with pytest.raises(LatelierError, match=message):
-        conditioner.inputs([picture], (64, 64))
+        conditioner.inputs([image], (64, 64))
     with pytest.raises(LatelierError, match="from none, as 4 does not divide it"):
-        conditioner.inputs([picture], (30, 24))
+        conditioner.inputs([image], (30, 24))
 
 
 def test_factors_that_do_not_go_together():
     with pytest.raises(LatelierError, match="factor = 3 does not divide the tokenizer's factor 8"):
         LowResolutionConditioner(3, latent_factor=8)
     with pytest.raises(LatelierError, match="factor = 3 does not divide"):
-        build_low_resolution(LowResolutionCondition(kind="low-resolution", factor=3), world(factor=8))
+        build_low_resolution(LowResolutionCondition(kind="low-resolution", factor=3), spec(factor=8))
 
 
 # -- inpainting --------------------------------------------------------------------------------------------------------
@@ -276,7 +276,7 @@ def test_factors_that_do_not_go_together():
 def test_masked_latents_and_mask(codec):
     conditioner, entries = build("inpainting"), batch()
     done = prepared(conditioner, entries, codec)
-    hole = draw_masks(SETTINGS["train"], (24, 32), 3, entries["draw"])
+    hole = draw_masks(SETTINGS["train"], (24, 32), 3, entries["sample_id"])
     assert torch.equal(done["hole"], hole)
     black = ((entries["image"] + 1) / 2 * (1 - hole)) * 2 - 1
     with torch.no_grad():
@@ -324,7 +324,7 @@ def test_pairs_of_users(tmp_path):
     hole[2:5, 3:] = True
     white = Image.fromarray(hole.numpy().astype(np.uint8) * 255)
     white.save(tmp_path / "mask.png")
-    picture = Image.new("RGB", (12, 8), (255, 0, 255))
+    image = Image.new("RGB", (12, 8), (255, 0, 255))
     masks = [
         white,
         white.convert("1"),
@@ -336,21 +336,21 @@ def test_pairs_of_users(tmp_path):
     ]
     masks += [hole.float() * 0.8, hole.to(torch.uint8), hole.to(torch.uint8) * 200]
     for mask in masks:
-        given = conditioner.inputs([(picture, mask)], (8, 12))
+        given = conditioner.inputs([(image, mask)], (8, 12))
         assert torch.equal(given["hole"][0, 0], hole.float())
         assert given["image"][0, :, 0, 0].tolist() == [1, -1, 1]
 
 
 def test_pairs_that_are_none():
-    conditioner, picture = build("inpainting"), Image.new("RGB", (12, 8))
+    conditioner, image = build("inpainting"), Image.new("RGB", (12, 8))
     cases = {
-        r"mask is 8 x 9 \(height x width\), but its picture is 8 x 12": (picture, Image.new("L", (9, 8))),
-        "picture is 4 x 4 .* but 8 x 12 is to be drawn; .*height=4, width=4": (torch.zeros(3, 4, 4), torch.zeros(4, 4)),
-        "pairs .picture, mask., not Image": picture,
-        "pairs .picture, mask., not tuple": (picture,),
-        "floats are in .0, 1., but these go from -1 to 0": (picture, torch.zeros(8, 12) - torch.eye(8, 12)),
-        "of torch.int64": (picture, torch.zeros(8, 12, dtype=torch.int64)),
-        "this one is 2 x 8 x 12": (picture, torch.zeros(2, 8, 12)),
+        r"mask is 8 x 9 \(height x width\), but its image is 8 x 12": (image, Image.new("L", (9, 8))),
+        "image is 4 x 4 .* but 8 x 12 is to be drawn; .*height=4, width=4": (torch.zeros(3, 4, 4), torch.zeros(4, 4)),
+        "pairs .image, mask., not Image": image,
+        "pairs .image, mask., not tuple": (image,),
+        "floats are in .0, 1., but these go from -1 to 0": (image, torch.zeros(8, 12) - torch.eye(8, 12)),
+        "of torch.int64": (image, torch.zeros(8, 12, dtype=torch.int64)),
+        "this one is 2 x 8 x 12": (image, torch.zeros(2, 8, 12)),
     }
     for message, entry in cases.items():
         with pytest.raises(LatelierError, match=message):
@@ -375,7 +375,7 @@ def test_maps_are_averaged(codec):
 
 
 def test_maps_of_users(codec):
-    conditioner = build_map(MapCondition(kind="map"), world())
+    conditioner = build_map(MapCondition(kind="map"), spec())
     grey = Image.new("L", (10, 6), 255)
     deep = Image.fromarray(np.full((6, 10), 65535, np.uint16))
     for entry in (grey, deep, grey.convert("RGB"), torch.ones(1, 24, 32), np.full((5, 5), 255, np.uint8)):
@@ -385,24 +385,24 @@ def test_maps_of_users(codec):
         conditioner.prepare(batch(), codec)
 
 
-# -- pictures of users -------------------------------------------------------------------------------------------------
+# -- images of users -------------------------------------------------------------------------------------------------
 
 
-def test_pictures_are_upright(tmp_path):
+def test_images_are_upright(tmp_path):
     stored = Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
     stored.save(tmp_path / "turned.png", exif=exif)
-    pixels = read_picture(tmp_path / "turned.png", 1, "maps")
+    pixels = read_image(tmp_path / "turned.png", 1, "maps")
     assert ((pixels[0] + 1) * 127.5).round().tolist() == [[3, 0], [4, 1], [5, 2]]
 
 
-def test_pictures_that_are_none(tmp_path):
-    (tmp_path / "text.png").write_text("no picture")
+def test_images_that_are_none(tmp_path):
+    (tmp_path / "text.png").write_text("no image")
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     cases = {
         "there is no file": "none.png",
-        "cannot be read as a picture": tmp_path / "text.png",
+        "cannot be read as an image": tmp_path / "text.png",
         "must have 3 channels.*this one is 4 x 4 x 3": torch.zeros(4, 4, 3),
         "mode F .32 bits.": Image.new("F", (4, 4)),
         "transparent pixels": clear,
@@ -412,7 +412,7 @@ def test_pictures_that_are_none(tmp_path):
     }
     for message, entry in cases.items():
         with pytest.raises(LatelierError, match=message):
-            read_picture(entry, 3, "low_resolution")
+            read_image(entry, 3, "low_resolution")
     opaque = Image.new("RGBA", (4, 4), (255, 0, 0, 255))
-    assert read_picture(opaque, 3, "low_resolution")[:, 0, 0].tolist() == [1, -1, -1]
-    assert read_picture(opaque, 4, "low_resolution")[:, 0, 0].tolist() == [1, -1, -1, 1]
+    assert read_image(opaque, 3, "low_resolution")[:, 0, 0].tolist() == [1, -1, -1]
+    assert read_image(opaque, 4, "low_resolution")[:, 0, 0].tolist() == [1, -1, -1, 1]

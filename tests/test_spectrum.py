@@ -9,7 +9,7 @@ from latelier.evaluation.spectrum import (
     covariance_eigenvalues,
     effective_rank,
     measure_spectrum,
-    thin,
+    subsample,
 )
 from latelier.recipe import Evaluate
 from test_mixture import batches, codec, noise
@@ -56,7 +56,7 @@ def test_entropy_of_unequal_eigenvalues():
     assert effective_rank(torch.tensor([4.0, 2.0, 2.0, 0.0])) == pytest.approx(2**1.5)
 
 
-def test_more_dimensions_than_pictures():
+def test_more_dimensions_than_images():
     x = torch.randn(30, 200, generator=torch.Generator().manual_seed(0))
     values = covariance_eigenvalues(x)  # through the Gram matrix
     assert values.shape == (30,)
@@ -64,18 +64,18 @@ def test_more_dimensions_than_pictures():
     images = torch.randn(5, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     whole, channels = measure_spectrum(codec(), batches(images), Evaluate(), "toy")
     assert 3 < whole.value <= 4
-    assert "n = 5 pictures show at most 4 of 32" in whole.receipt["warning"]
+    assert "n = 5 images show at most 4 of 32" in whole.receipt["warning"]
     assert "warning" not in channels.receipt
 
 
-def test_channels_are_counted_over_positions_of_all_pictures():
+def test_channels_are_counted_over_positions_of_all_images():
     z = torch.randn(600, 3, 5, generator=torch.Generator().manual_seed(0)) + 4
     assert channel_covariance(z) == pytest.approx(z.double().transpose(0, 1).flatten(1).cov(), abs=1e-6)
 
 
 def test_long_spectra_are_thinned():
     values = torch.arange(1000.0)
-    short = thin(values)
+    short = subsample(values)
     assert len(short) <= 64
     assert short[0] == (1, 0.0)
     assert short[-1] == (1000, 999.0)
@@ -83,7 +83,7 @@ def test_long_spectra_are_thinned():
 
 
 def test_nothing_to_see():
-    with pytest.raises(LatelierError, match="at least 2 pictures"):
+    with pytest.raises(LatelierError, match="at least 2 images"):
         measure_spectrum(codec(), batches(noise(1)), Evaluate(), "toy")
     with pytest.raises(LatelierError, match="equal, or not finite"):
         measure_spectrum(codec(), batches(torch.ones(9, 2, 2, 2)), Evaluate(), "toy")

@@ -1,4 +1,4 @@
-"""Sampling at several numbers of steps: what is measured, on which pictures, and what the clock counts."""
+"""Sampling at several numbers of steps: what is measured, on which images, and what the clock counts."""
 
 import itertools
 
@@ -37,7 +37,7 @@ def recipe(folder, steps, samples=10):
 
 
 def references(read, n=12):
-    """Batches of four pictures, which note that they were read."""
+    """Batches of four images, which note that they were read."""
     for part in (torch.rand(n, 3, 16, 16) * 2 - 1).split(4):
         read.append(len(part))
         yield {"image": part}
@@ -70,7 +70,7 @@ def test_the_clock_runs(tmp_path, colours, pipeline):
     assert few > many > 0
 
 
-def test_pictures_have_the_same_seeds_whatever_the_batch(tmp_path, colours, pipeline):
+def test_images_have_the_same_seeds_whatever_the_batch(tmp_path, colours, pipeline):
     torch.manual_seed(1)
     settings = recipe(tmp_path, [2])
     measured = measure_sampling(pipeline, references([]), settings, {})
@@ -93,7 +93,7 @@ def test_without_steps_nothing_is_read(tmp_path, pipeline):
 def test_few_references_are_matched(tmp_path, colours, pipeline):
     measured = measure_sampling(pipeline, references([], 6), recipe(tmp_path, [1]), {})
     assert [m.receipt["n"] for m in measured] == [6, 6]
-    with pytest.raises(LatelierError, match="no reference pictures"):
+    with pytest.raises(LatelierError, match="no reference images"):
         measure_sampling(pipeline, [], recipe(tmp_path, [1]), {})
 
 

@@ -18,7 +18,7 @@ from latelier.losses import teachers
 from latelier.losses.hog import hog
 from latelier.losses.teachers import Teacher
 from latelier.objectives import targets as module
-from latelier.objectives.targets import CaptionTarget, FeatureTarget, HogTarget, build_targets, picture_numbers
+from latelier.objectives.targets import CaptionTarget, FeatureTarget, HogTarget, build_targets, image_numbers
 from latelier.recipe import Data, MAETokRecipe, Target
 
 transformers = pytest.importorskip("transformers", reason="teachers need pip install 'latelier[text]'")
@@ -77,7 +77,7 @@ def fp32(monkeypatch):
 
 
 def by_hand(kind, model, pixels):
-    """The sixteen patch tokens after the final norm, of a picture as large as those the model was made for."""
+    """The sixteen patch tokens after the final norm, of an image as large as those the model was made for."""
     vision = model.vision_model if kind.startswith("whole") else model
     tokens = vision(pixel_values=pixels).last_hidden_state
     if kind.endswith(" clip") or kind == "clip":  # whose last hidden state is before the norm
@@ -153,7 +153,7 @@ def test_one_channel_is_repeated(dinov2):
         teacher(torch.rand(1, 4, 28, 28), (4, 4))
 
 
-def test_pictures_are_resized_and_normalised(dinov2):
+def test_images_are_resized_and_normalised(dinov2):
     teacher = Teacher(dinov2)
     pixels = teacher.preprocess(torch.full((1, 3, 20, 30), 0.5), (28, 21))
     expected = (0.75 - torch.tensor(teachers.IMAGENET[0])) / torch.tensor(teachers.IMAGENET[1])
@@ -274,7 +274,7 @@ def recipe(*sections):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Six pictures with captions; number i has its own pattern."""
+    """Six images with captions; number i has its own pattern."""
     for i in range(6):
         pixels = np.random.default_rng(i).integers(0, 255, (32, 32, 3), np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{i}.png")
@@ -315,7 +315,7 @@ def test_hog_needs_patches_of_whole_cells():
 
 
 def counted(target):
-    """Make a target's teacher count the pictures that it looks at."""
+    """Make a target's teacher count the images that it looks at."""
     seen, teacher = [], target.teacher
 
     def look(images, grid):
@@ -334,7 +334,7 @@ def features(dinov2, dataset, **options):
 
 @pytest.mark.usefixtures("fp32")
 @pytest.mark.parametrize(("flip", "variants"), [(False, 6), (True, 12)])
-def test_features_are_computed_once_for_a_picture(dinov2, folder, flip, variants):
+def test_features_are_computed_once_for_a_image(dinov2, folder, flip, variants):
     dataset = opened(folder, flip=flip)
     target, fresh = features(dinov2, dataset), features(dinov2, dataset, cache=False)
     seen = counted(target)
@@ -343,15 +343,15 @@ def test_features_are_computed_once_for_a_picture(dinov2, folder, flip, variants
         assert value.dtype == torch.float32
         assert torch.equal(value, value.bfloat16().float())
         torch.testing.assert_close(value, fresh(batch, (4, 4)), rtol=1e-2, atol=1e-2)
-    assert len(target.kept) == len(seen) == variants  # mirrored pictures are others
+    assert len(target.kept) == len(seen) == variants  # mirrored images are others
     assert target.hits == 120 - variants
     assert not fresh.kept
 
 
-def test_pictures_that_change_are_not_kept(dinov2, folder):
+def test_images_that_change_are_not_kept(dinov2, folder):
     for options in ({"crop": "random"}, {"background": "random"}):
         dataset = opened(folder, **options)
-        assert picture_numbers(dataset) is None
+        assert image_numbers(dataset) is None
         target = features(dinov2, dataset)
         for batch in islice(dataset.stream(3), 4):
             target(batch, (4, 4))
@@ -364,7 +364,7 @@ def test_pictures_that_change_are_not_kept(dinov2, folder):
 
 
 def test_what_there_is_no_room_for_is_computed(dinov2, folder, monkeypatch):
-    monkeypatch.setattr(module, "CACHE_LIMIT", 4 * 16 * 16 * 2)  # four pictures of 16 patches, 16 numbers of 2 bytes
+    monkeypatch.setattr(module, "CACHE_LIMIT", 4 * 16 * 16 * 2)  # four images of 16 patches, 16 numbers of 2 bytes
     dataset = opened(folder, flip=False)
     target = features(dinov2, dataset)
     seen = counted(target)

@@ -7,10 +7,10 @@ from diffusers.configuration_utils import register_to_config
 from PIL import Image
 
 from latelier import weights
+from latelier.conditioning.composite import CompositeConditioner
 from latelier.conditioning.inpainting import InpaintingConditioner
 from latelier.conditioning.low_resolution import LowResolutionConditioner
 from latelier.conditioning.segmentation import SegmentationConditioner
-from latelier.conditioning.together import Together
 from latelier.data.masks import SETTINGS, draw_masks
 from latelier.errors import LatelierError
 from latelier.evaluation.clip import MEAN, STD, CLIPScore, preprocess
@@ -32,9 +32,9 @@ SAMPLE = Sample(steps=7, seed=40, guidance=1.5)
 class Asks(torch.nn.Module):
     """A conditioner that only says what it asks for."""
 
-    def __init__(self, asks, **config):
+    def __init__(self, input_name, **config):
         super().__init__()
-        self.asks, self.config = asks, config
+        self.input_name, self.config = input_name, config
 
 
 class Fake:
@@ -51,7 +51,7 @@ class Fake:
         return type("Drawn", (), {"images": self.draw(records)})
 
 
-def pictures(count=3, size=32, batches=1):
+def make_images(count=3, size=32, batches=1):
     """Noise on a coarse pattern, so that bicubic enlargement is neither perfect nor hopeless."""
     generator = torch.Generator().manual_seed(1)
     coarse = torch.rand(batches, count, 3, 4, 4, generator=generator) * 2 - 1
@@ -75,16 +75,16 @@ def check_receipt(receipt, n, size):
 def test_nothing_to_judge_draws_nothing():
     for conditioner in (None, Asks("classes"), Asks("maps"), Asks("prompts")):
         pipeline = Fake(conditioner)
-        assert measure(pipeline, pictures(), Evaluate()) == {}
+        assert measure(pipeline, make_images(), Evaluate()) == {}
         assert pipeline.calls == []
 
 
 def test_every_record_is_drawn_once_from_its_own_seed():
     pipeline = Fake(LowResolutionConditioner(4))
-    drawn = list(draw_records(pipeline, pictures(batches=4), SAMPLE, 7, 0))
+    drawn = list(draw_records(pipeline, make_images(batches=4), SAMPLE, 7, 0))
     assert [len(images) for _, images in drawn] == [3, 3, 1]
     assert [(s.seed, s.count) for _, s in pipeline.calls] == [(40, 3), (43, 3), (46, 1)]
-    assert [batch["draw"].tolist() for batch, _ in drawn] == [[40, 41, 42], [43, 44, 45], [46]]
+    assert [batch["sample_id"].tolist() for batch, _ in drawn] == [[40, 41, 42], [43, 44, 45], [46]]
 
 
 class Narrow(ModelMixin, ConfigMixin):
@@ -104,7 +104,7 @@ def test_a_real_pipeline_that_is_told_three_things():
         block_out_channels=[8, 8], norm_num_groups=4, latent_channels=4,
         down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
     ).eval()  # fmt: skip
-    together = Together.of(
+    together = CompositeConditioner.of(
         [LowResolutionConditioner(2, latent_factor=2), InpaintingConditioner(), SegmentationConditioner(5, 3, 2)]
     )
     denoiser = Narrow(4 + together.spatial_channels)
@@ -134,7 +134,7 @@ def test_no_records():
 
 def test_perfect_enlargement_beats_bicubic():
     pipeline = Fake(LowResolutionConditioner(4, "bsrgan-light", seed=5))
-    measured = measure(pipeline, pictures(batches=2), Evaluate(metrics=["psnr", "ssim", "rfd", "l1"]))
+    measured = measure(pipeline, make_images(batches=2), Evaluate(metrics=["psnr", "ssim", "rfd", "l1"]))
     differences = ["sr-psnr-difference", "sr-ssim-difference"]
     assert list(measured) == ["sr-psnr", "sr-ssim", "bicubic-psnr", "bicubic-ssim", *differences]
     assert measured["sr-psnr"].value == 100
@@ -149,28 +149,28 @@ def test_perfect_enlargement_beats_bicubic():
     assert "8-bit" in receipt["settings"]
 
 
-def test_bicubic_starts_from_the_picture_that_the_model_was_told():
+def test_bicubic_starts_from_the_image_that_the_model_was_told():
     """A model that is bicubic enlargement itself has exactly bicubic's numbers, random degradation or not."""
     pipeline = Fake(LowResolutionConditioner(4, "bsrgan-light"), lambda records: enlarge(records["low"], 32, 32))
-    measured = measure(pipeline, pictures(), Evaluate(metrics=["psnr"]))
+    measured = measure(pipeline, make_images(), Evaluate(metrics=["psnr"]))
     assert measured["sr-psnr"].value == measured["bicubic-psnr"].value
 
 
 def test_enlargement_is_that_of_pil():
     small = torch.linspace(-1, 1, 36).view(1, 1, 6, 6)
-    picture = Image.fromarray(to_uint8(small)[0, 0].numpy()).resize((24, 24), Image.Resampling.BICUBIC)
-    theirs = torch.tensor(list(picture.tobytes())).view(24, 24)
+    image = Image.fromarray(to_uint8(small)[0, 0].numpy()).resize((24, 24), Image.Resampling.BICUBIC)
+    theirs = torch.tensor(list(image.tobytes())).view(24, 24)
     assert (to_uint8(enlarge(small, 24, 24))[0, 0].int() - theirs).abs().max() <= 1
 
 
 @needs_weights
 def test_lpips_of_enlargement():
-    measured = measure(Fake(LowResolutionConditioner(4)), pictures(), Evaluate(metrics=["lpips"]))
+    measured = measure(Fake(LowResolutionConditioner(4)), make_images(), Evaluate(metrics=["lpips"]))
     assert measured["sr-lpips"].value == 0 < measured["bicubic-lpips"].value
 
 
-def test_filled_pictures_are_the_originals_outside_of_the_holes():
-    (record,) = pictures()
+def test_filled_images_are_the_originals_outside_of_the_holes():
+    (record,) = make_images()
     pipeline = Fake(InpaintingConditioner(), lambda records: torch.full_like(records["image"], 0.25))
     ((batch, drawn),) = draw_records(pipeline, [record], SAMPLE, 3, 11)
     hole = draw_masks(SETTINGS["thick"], (32, 32), 11, torch.arange(3))
@@ -195,7 +195,7 @@ def test_mean_fill():
 @needs_weights
 def test_perfect_filling():
     evaluate = Evaluate(metrics=["lpips", "gfd", "psnr"], seed=3)
-    measured = measure(Fake(InpaintingConditioner()), pictures(batches=2), evaluate)
+    measured = measure(Fake(InpaintingConditioner()), make_images(batches=2), evaluate)
     lpips = ("inpainting-lpips", "mean-fill-lpips", "inpainting-lpips-difference")
     assert list(measured) == [*lpips, "inpainting-fd-vgg16", "mean-fill-fd-vgg16"]
     ours, theirs, difference = (measured[name] for name in lpips)
@@ -218,7 +218,7 @@ def look(label):
 
 
 def scenes(labels):
-    """Pictures of 16 x 16 with an object of each label in a corner."""
+    """Images of 16 x 16 with an object of each label in a corner."""
     image, boxes, maps = torch.zeros(len(labels), 3, 16, 16), [], torch.zeros(len(labels), 16, 16).long()
     for i, row in enumerate(labels):
         for k, label in enumerate(row):
@@ -234,13 +234,13 @@ HELD_OUT = [[0, 1], [1, 2], [2, 3], [3, 0]]  # no label is at the place that the
 
 
 @pytest.mark.parametrize(("asks", "name"), [("layouts", "layout-match"), ("segmentations", "segmentation-match")])
-def test_perfect_drawings_match_and_other_layouts_do_not(asks, name):
+def test_perfect_drawings_match_and_other_layouts_do_not(input_name, name):
     first, second = scenes(HELD_OUT[:2]), scenes(HELD_OUT[2:])
-    measured = measure(Fake(Asks(asks)), [first, second], Evaluate(), lambda: [scenes(HELD_OUT)])
+    measured = measure(Fake(Asks(input_name)), [first, second], Evaluate(), lambda: [scenes(HELD_OUT)])
     assert {k: m.value for k, m in measured.items()} == {name: 1.0, f"{name}-chance": 0.0, f"{name}-real": 1.0}
     receipt = measured[name].receipt
     check_receipt(receipt, 4, (16, 16))
-    assert (receipt["regions"], receipt["classes"], receipt["template_pictures"]) == (8, 4, 4)
+    assert (receipt["regions"], receipt["classes"], receipt["template_images"]) == (8, 4, 4)
     assert receipt["regions_without_template"] == 0
     assert "next record" in measured[f"{name}-chance"].receipt["judged"]
 
@@ -270,18 +270,18 @@ def test_classes_without_a_template_are_left_out_and_told():
     assert (receipt["regions"], receipt["regions_without_template"], receipt["classes"]) == (6, 2, 3)
 
 
-def test_matches_need_pictures_and_regions():
-    with pytest.raises(LatelierError, match="not 1 pictures"):
+def test_matches_need_images_and_regions():
+    with pytest.raises(LatelierError, match="not 1 images"):
         measure(Fake(Asks("layouts")), [scenes([[0]])], Evaluate(), lambda: [scenes(HELD_OUT)])
-    with pytest.raises(LatelierError, match="none of 2 training pictures"):
+    with pytest.raises(LatelierError, match="none of 2 training images"):
         measure(Fake(Asks("layouts")), [scenes(HELD_OUT)], Evaluate(), lambda: [scenes([[], []])])
     with pytest.raises(LatelierError, match="no 'segmentation'"):
-        measure(Fake(Asks("segmentations")), pictures(), Evaluate(), pictures)
+        measure(Fake(Asks("segmentations")), make_images(), Evaluate(), images)
 
 
 def test_templates_read_no_more_than_they_should():
     templates = Templates.of([scenes([[0], [0]]), scenes([[0], [1]]), scenes([[2]])], "layouts", most=3)
-    assert (templates.pictures, templates.labels.tolist()) == (3, [0])
+    assert (templates.images, templates.labels.tolist()) == (3, [0])
 
 
 def test_regions():
@@ -295,7 +295,7 @@ def test_regions():
     assert map_regions(ids) == [Region(2, (0, 0, 1, 1)), Region(9, (2, 1, 5, 4))]
 
 
-def test_interval_is_over_pictures():
+def test_interval_is_over_images():
     hits = Hits()
     for one in ((1, 1), (0, 1), (1, 1), (0, 1), (0, 0)):
         hits.add(one)
@@ -308,7 +308,7 @@ def test_interval_is_over_pictures():
     assert uneven.share() == (1.0, None)
     uneven.add((8, 10))
     share, interval = uneven.share()
-    assert share == 0.95  # of regions, not the mean of pictures' shares
+    assert share == 0.95  # of regions, not the mean of images' shares
     assert interval[0] == pytest.approx(0.95 - 1.96 * (2 * (1.5**2 + 1.5**2)) ** 0.5 / 40)
     assert interval[1] == 1
 
@@ -339,7 +339,7 @@ def clip_folder(tmp_path):
         text_config=text, vision_config={**sizes, "image_size": 16, "patch_size": 8}, projection_dim=8
     )
     model = transformers.CLIPModel(config)
-    for parameter in model.parameters():  # of size 1: pictures and captions are far apart
+    for parameter in model.parameters():  # of size 1: images and captions are far apart
         torch.nn.init.normal_(parameter)
     model.save_pretrained(tmp_path / "clip")
     fast.save_pretrained(tmp_path / "clip")
@@ -349,7 +349,7 @@ def clip_folder(tmp_path):
 def test_clip_score_is_the_cosine_of_the_features(clip_folder):
     import transformers
 
-    record = {**pictures(size=32)[0], "caption": ["red apple", "owl", "red red owl apple red"]}
+    record = {**make_images(size=32)[0], "caption": ["red apple", "owl", "red red owl apple red"]}
     pipeline = Fake(Asks("prompts"), lambda records: records["image"].flip(3))
     measured = measure(pipeline, [record], Evaluate(clip=str(clip_folder)))
     model = transformers.CLIPModel.from_pretrained(clip_folder).eval()
@@ -376,7 +376,7 @@ def test_clip_score_is_the_cosine_of_the_features(clip_folder):
 
 def test_clip_needs_captions(clip_folder):
     with pytest.raises(LatelierError, match="no 'caption'"):
-        measure(Fake(Asks("prompts")), pictures(), Evaluate(clip=str(clip_folder)))
+        measure(Fake(Asks("prompts")), make_images(), Evaluate(clip=str(clip_folder)))
 
 
 def test_clip_that_cannot_be_loaded(tmp_path):
@@ -388,7 +388,7 @@ def test_clip_that_cannot_be_loaded(tmp_path):
         CLIPScore(str(tmp_path))
 
 
-def test_clip_sees_the_middle_of_wide_pictures_and_grey_as_colour():
+def test_clip_sees_the_middle_of_wide_images_and_grey_as_colour():
     wide = torch.cat([torch.full((1, 1, 8, 8), v) for v in (-1.0, 1.0, -1.0)], 3)
     seen = preprocess(wide, 8)
     assert seen.shape == (1, 3, 8, 8)
@@ -426,8 +426,8 @@ def test_grid_shows_maps_in_colours():
     assert pixel(image, 0, 0, 0, 159, 160) == (235, 235, 235)
 
 
-def test_grid_shows_small_pictures_and_holes():
-    (record,) = pictures(size=200)
+def test_grid_shows_small_images_and_holes():
+    (record,) = make_images(size=200)
     image, _ = task_grid(Fake(LowResolutionConditioner(4)), [record], SAMPLE)
     assert image.size == (3 * 202 - 2, 3 * 202 - 2)
     assert len({pixel(image, 0, 0, x, y, 200) for x in range(4) for y in range(4)}) == 1
@@ -440,7 +440,7 @@ def test_grid_shows_small_pictures_and_holes():
 
 
 def test_grid_of_captions_has_eight_columns_at_most():
-    records = [{**record, "caption": ["red", "apple", "owl"]} for record in pictures(size=160, batches=4)]
+    records = [{**record, "caption": ["red", "apple", "owl"]} for record in make_images(size=160, batches=4)]
     image, captions = task_grid(Fake(Asks("prompts")), records, SAMPLE)
     assert captions == ["red", "apple", "owl", "red", "apple", "owl", "red", "apple"]
     assert image.size == (8 * 162 - 2, 2 * 162 - 2)

@@ -1,4 +1,4 @@
-"""Enlarging and filling holes: any size in, the same picture outside, one sentence for what cannot be done."""
+"""Enlarging and filling holes: any size in, the same image outside, one sentence for what cannot be done."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def test_any_size_is_enlarged(enlarger, size):
     large = tasks.upscale(enlarger, small, **settings())
     assert large.shape == (3, 4 * size[0], 4 * size[1])
     other = tasks.upscale(enlarger, -small, **settings())
-    assert not torch.allclose(large, other)  # the small picture is seen
+    assert not torch.allclose(large, other)  # the small image is seen
 
 
 @pytest.mark.parametrize("size", [(16, 16), (13, 21)])
@@ -62,11 +62,11 @@ def test_outside_of_the_mask_nothing_changes(filler, size):
 
 
 def test_files(filler, tmp_path):
-    Image.new("RGB", (16, 16), (10, 200, 30)).save(tmp_path / "picture.png")
+    Image.new("RGB", (16, 16), (10, 200, 30)).save(tmp_path / "image.png")
     mask = Image.new("L", (16, 16))
     mask.paste(255, (4, 4, 8, 8))
     mask.save(tmp_path / "mask.png")
-    filled = tasks.inpaint(filler, tmp_path / "picture.png", tmp_path / "mask.png", **settings())
+    filled = tasks.inpaint(filler, tmp_path / "image.png", tmp_path / "mask.png", **settings())
     assert torch.allclose(filled[:, 0, 0], torch.tensor([10, 200, 30]) / 127.5 - 1)
 
 
@@ -74,9 +74,9 @@ def test_what_cannot_be_done(enlarger, filler, tmp_path):
     image = torch.zeros(3, 16, 16)
     with pytest.raises(LatelierError, match="not trained to fill holes: it is told low_resolution"):
         tasks.inpaint(enlarger, image, torch.ones(16, 16), **settings())
-    with pytest.raises(LatelierError, match="not trained to enlarge pictures: it is told inpainting"):
+    with pytest.raises(LatelierError, match="not trained to enlarge images: it is told inpainting"):
         tasks.upscale(filler, image, **settings())
-    with pytest.raises(LatelierError, match=r"The mask is 8 x 16 .* but the picture 16 x 16"):
+    with pytest.raises(LatelierError, match=r"The mask is 8 x 16 .* but the image 16 x 16"):
         tasks.inpaint(filler, image, torch.ones(8, 16), **settings())
     with pytest.raises(LatelierError, match="has no hole"):
         tasks.inpaint(filler, image, torch.zeros(16, 16), **settings())

@@ -9,7 +9,7 @@ import synth
 import torch
 from torch import nn
 
-from latelier.conditioning import World
+from latelier.conditioning import DataSpec
 from latelier.conditioning.text import TextConditioner, build, read_encoder, read_tokenizer, train_words
 from latelier.convert.ldm_text import text_conditioner
 from latelier.errors import LatelierError
@@ -253,7 +253,7 @@ def test_models_that_are_no_text_encoders(words, tmp_path):
 def test_real_sentences_that_mean_the_same_are_near():
     pytest.importorskip("transformers", reason="frozen encoders need pip install 'latelier[text]'")
     conditioner = TextConditioner.frozen(str(Path(MINILM.origin).parent / "model"), 16)
-    batch = conditioner.prepare({"caption": ["a photo of a cat", "a picture of a kitten", "the stock market fell"]})
+    batch = conditioner.prepare({"caption": ["a photo of a cat", "an image of a kitten", "the stock market fell"]})
     condition, counts = conditioner(batch), batch["text_mask"][..., None]
     means = nn.functional.normalize((condition.tokens * counts).sum(1) / counts.sum(1), dim=1)  # (3, 384)
     cat, fell = (means[0] @ means[1]).item(), (means[0] @ means[2]).item()
@@ -264,24 +264,24 @@ def test_real_sentences_that_mean_the_same_are_near():
 # -- recipes and checkpoints ------------------------------------------------------------------------------------------
 
 
-def world(**about):
+def spec(**about):
     nothing = {"class_names": None, "box_names": None, "segmentation_classes": None, "captions": None}
     shape = {"latent_shape": (4, 8, 8), "factor": 4, "image_channels": 3, "vector_width": 32}
-    return World(**{**nothing, **shape, "prefers_tokens": True, "seed": 5, **about})
+    return DataSpec(**{**nothing, **shape, "prefers_tokens": True, "seed": 5, **about})
 
 
 def test_built_for_a_recipe(words):
     section = TextCondition(kind="text", length=9, vocabulary_size=300, **TINY)
-    built = build(section, world(captions=lambda: iter(CAPTIONS)))
+    built = build(section, spec(captions=lambda: iter(CAPTIONS)))
     assert built.config["vocabulary_size"] == words.get_vocab_size()
     assert (built.token_width, built.spatial_channels) == (16, 0)
     assert built.prepare({"caption": ["a"]})["text_tokens"].shape == (1, 9)
     with pytest.raises(LatelierError, match=r"no captions; name their column by data\.caption_key"):
-        build(section, world())
+        build(section, spec())
 
 
 def test_built_with_anothers_words_or_encoder(encoder):
-    folder, captions = str(encoder[0]), world(captions=lambda: iter(CAPTIONS))
+    folder, captions = str(encoder[0]), spec(captions=lambda: iter(CAPTIONS))
     built = build(TextCondition(kind="text", vocabulary=folder, length=9, **TINY), captions)
     assert shown(built.words, "a red circle")[:5] == ["[CLS]", "a", "red", "circle", "[SEP]"]
     assert built.encoder is None

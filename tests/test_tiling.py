@@ -59,7 +59,7 @@ def test_no_tile_is_larger_than_allowed(monkeypatch):
 
 @torch.no_grad()
 def test_an_autoencoder_with_norms_is_near():
-    """Group normalisation sees a tile's statistics, not the picture's: near for textures, which are alike all over."""
+    """Group normalisation sees a tile's statistics, not the image's: near for textures, which are alike all over."""
     model = AutoencoderKL(
         block_out_channels=[8, 8], down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
         layers_per_block=1, latent_channels=4, norm_num_groups=2, mid_block_add_attention=False,

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from latelier.errors import LatelierError
-from latelier.objectives.terms import Terms
+from latelier.objectives.terms import LossTerms
 from latelier.recipe import VMAERecipe, build_recipe
 from latelier.tokenizers.codec import Codec
 from latelier.training import checkpoint, runtime
@@ -131,14 +131,14 @@ def test_non_finite_numbers_stop_before_the_weights(tmp_path, monkeypatch, what)
 
     def broken(self, batch):
         terms = original(self, batch)
-        if batch["draw"][0] < 16:
+        if batch["sample_id"][0] < 16:
             return terms
         weights.append(self.tokenizer.to_latent.weight.detach().clone())
         if what == "loss":
-            return Terms({**terms.losses, "mse_masked": terms.losses["mse_masked"] * torch.nan}, terms.weights)
+            return LossTerms({**terms.losses, "mse_masked": terms.losses["mse_masked"] * torch.nan}, terms.weights)
         exploding = self.tokenizer.to_latent.weight.sum().abs().add(1e-30).sqrt() * 0  # its gradient is not finite
         exploding = exploding + (self.tokenizer.to_latent.weight * 0).sum().clamp(min=0).sqrt()
-        return Terms({**terms.losses, "mse_masked": terms.losses["mse_masked"] + exploding}, terms.weights)
+        return LossTerms({**terms.losses, "mse_masked": terms.losses["mse_masked"] + exploding}, terms.weights)
 
     monkeypatch.setattr(VMAEObjective, "forward", broken)
     words = "loss term mse_masked is not finite" if what == "loss" else "gradient of tokenizer.to_latent.weight is not"
@@ -147,7 +147,7 @@ def test_non_finite_numbers_stop_before_the_weights(tmp_path, monkeypatch, what)
     saved = load_file(checkpoint.checkpoints(recipe.folder, "tokenizer")[-1] / "model.safetensors")
     assert torch.equal(saved["tokenizer.to_latent.weight"], weights[0])
     diagnostic = next((recipe.folder / "diagnostics").glob("*.safetensors"))
-    assert load_file(diagnostic)["draw"].tolist() == list(range(16, 24))
+    assert load_file(diagnostic)["sample_id"].tolist() == list(range(16, 24))
 
 
 def test_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):

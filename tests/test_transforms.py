@@ -26,7 +26,7 @@ def transform(seed=0, **options):
 
 
 def ramp(width, height):
-    """A picture whose red is its relative x and whose green is its relative y."""
+    """An image whose red is its relative x and whose green is its relative y."""
     x, y = (np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height
     array = np.stack([*np.broadcast_arrays(x[None] * 255, y[:, None] * 255), np.zeros((height, width))], -1)
     return Image.fromarray(array.round().astype(np.uint8))
@@ -44,7 +44,7 @@ def stored(image, format="JPEG", **options):
 @pytest.mark.parametrize("shape", [(64, 64), (300, 200), (200, 300), (31, 50), (129, 128)])
 @pytest.mark.parametrize("size", [(64, 64), (48, 80)])
 def test_center_crop_covers_the_target(shape, size):
-    """The picture's centre stays in the centre, and the pixels' pitch is the same along both axes."""
+    """The image's centre stays in the centre, and the pixels' pitch is the same along both axes."""
     done = np.asarray(center_crop(ramp(*shape), size)).astype(float)
     assert done.shape == (size[1], size[0], 3)
     pitch = max(size[0] / shape[0], size[1] / shape[1])
@@ -56,7 +56,7 @@ def test_center_crop_covers_the_target(shape, size):
 
 
 def test_center_crop_halves_with_boxes_first():
-    """ADM's crop of a picture exactly 2^k times as large is the mean of its blocks."""
+    """ADM's crop of an image exactly 2^k times as large is the mean of its blocks."""
     array = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
     done = np.asarray(center_crop(Image.fromarray(array), (16, 16)))
     halves = array.reshape(32, 2, 32, 2).mean((1, 3))
@@ -64,7 +64,7 @@ def test_center_crop_halves_with_boxes_first():
     assert np.abs(done - quarters).max() <= 2  # four roundings
 
 
-def test_a_picture_of_the_right_size_is_not_touched():
+def test_a_image_of_the_right_size_is_not_touched():
     array = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
     pixels, region = transform(image_size=(32, 48)).pixels(Image.fromarray(array))
     assert np.array_equal(pixels.permute(1, 2, 0), array)
@@ -156,7 +156,7 @@ def test_camera_orientation_is_undone():
 @pytest.mark.parametrize(("background", "value"), [("white", 255), ("black", 0), ("gray", 128)])
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_transparent_pictures_get_the_background(background, value, mode, channels):
+def test_transparent_images_get_the_background(background, value, mode, channels):
     image = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
     image.paste((200, 200, 200, 255), (8, 0, 16, 16))
     image = stored(image.quantize(8) if mode == "P" else image.convert(mode), "PNG")
@@ -190,7 +190,7 @@ def test_random_background_is_drawn_for_each_draw():
     assert torch.equal(t.finish(clear[None], [False], torch.tensor([2])), done[1:2])
 
 
-def test_grey_and_deep_pictures():
+def test_grey_and_deep_images():
     grey = transform(channels=1, image_size=16)
     assert grey.pixels(ramp(20, 20))[0].shape == (1, 16, 16)
     wide = Image.fromarray(np.full((16, 16), 40_000, np.uint16))
@@ -217,7 +217,7 @@ def test_to_float():
     assert torch.allclose(done.flatten(), torch.linspace(-1, 1, 256), atol=1e-6)
 
 
-# -- what lies in the picture's plane -----------------------------------------------------------------------------
+# -- what lies in the image's plane -----------------------------------------------------------------------------
 
 
 def test_boxes_and_segmentation_follow_the_crop():
@@ -238,7 +238,7 @@ def test_boxes_and_segmentation_follow_the_crop():
 @pytest.mark.parametrize("crop", ["center", "random", "resize"])
 @pytest.mark.parametrize("flip", [False, True])
 def test_a_rectangle_stays_in_its_box(shape, crop, flip):
-    """Pixels, box, label map and a map of half the size show the same rectangle, whatever is done to the picture."""
+    """Pixels, box, label map and a map of half the size show the same rectangle, whatever is done to the image."""
     w, h = shape
     x0, y0, x1, y1 = w // 3, h // 3, w // 3 + w // 4, h // 3 + h // 3
     image = Image.new("RGB", shape)

@@ -221,7 +221,9 @@ def test_conditions_that_do_not_fit():
 
 @torch.no_grad()
 def test_places_tell_the_first_convolution_where_it_is():
-    recipe = DenoiserRecipe(kind="unet", size="tiny", model={"places": True, "block_out_channels": [32, 32, 32]})
+    recipe = DenoiserRecipe(
+        kind="unet", size="tiny", model={"coord_channels": True, "block_out_channels": [32, 32, 32]}
+    )
     model = build_denoiser(recipe, (4, 8, 8), spatial_channels=1).eval()
     assert model.config["in_channels"] == 4 + 1 + 12
     seen = []

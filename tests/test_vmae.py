@@ -35,7 +35,7 @@ def test_keeping_all_in_order_is_no_mask(model):
     moments = model.moments(images, keep)
     torch.testing.assert_close(moments, model.moments(images))
     z = moments[..., :4]
-    torch.testing.assert_close(model.paint(z, (4, 4), keep), model.paint(z, (4, 4)))
+    torch.testing.assert_close(model.decode_tokens(z, (4, 4), keep), model.decode_tokens(z, (4, 4)))
 
 
 def test_order_of_visible_patches_does_not_matter(model):
@@ -44,7 +44,7 @@ def test_order_of_visible_patches_does_not_matter(model):
     turned = keep.flip(1)
     torch.testing.assert_close(model.moments(images, keep), model.moments(images, turned).flip(1))
     z = torch.randn(1, 4, 4)
-    torch.testing.assert_close(model.paint(z, (4, 4), keep), model.paint(z.flip(1), (4, 4), turned))
+    torch.testing.assert_close(model.decode_tokens(z, (4, 4), keep), model.decode_tokens(z.flip(1), (4, 4), turned))
 
 
 def test_losses_touch_only_their_own_patches(model):
@@ -65,9 +65,9 @@ def test_losses_touch_only_their_own_patches(model):
 def test_randomness_is_addressed_by_the_image(model):
     objective = VMAEObjective(model, VMAERecipe(kind="vmae", perceptual_weight=0), seed=3)
     images = torch.rand(4, 3, 32, 32)
-    batch = {"image": images, "draw": torch.arange(4)}
+    batch = {"image": images, "sample_id": torch.arange(4)}
     whole = objective(batch).images["reconstruction"]
-    half = objective({"image": images[2:], "draw": torch.arange(2, 4)}).images["reconstruction"]
+    half = objective({"image": images[2:], "sample_id": torch.arange(2, 4)}).images["reconstruction"]
     torch.testing.assert_close(whole[2:], half)
 
 

@@ -51,7 +51,7 @@ def test_memory_is_bounded_by_the_window():
     inner = Pointwise()
     windowed(inner, 4, 2, batch=6)(torch.randn(2, 3, 12, 20), torch.rand(2), None)
     assert {shape[1:] for shape in inner.seen} == {(3, 4, 4)}
-    assert sum(shape[0] for shape in inner.seen) == 2 * 5 * 9  # windows of two pictures
+    assert sum(shape[0] for shape in inner.seen) == 2 * 5 * 9  # windows of two images
     assert max(shape[0] for shape in inner.seen) == 6
 
 
@@ -65,7 +65,7 @@ def test_one_window_is_the_denoiser_itself():
             return inner(x_t)
 
     assert torch.equal(windowed(Convolution(), 6)(x, t, told), inner(x))
-    assert not torch.allclose(windowed(Convolution(), 4)(x, t, told), inner(x))  # windows end where pictures do not
+    assert not torch.allclose(windowed(Convolution(), 4)(x, t, told), inner(x))  # windows end where images do not
 
 
 def test_predictions_are_blended_by_the_distance_from_the_border():

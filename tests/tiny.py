@@ -57,6 +57,6 @@ def tiny_recipe(folder: Path, **changes: dict) -> Recipe:
 
 
 def colour_extractor() -> FeatureExtractor:
-    """Stands for a network: the features of a picture are the means of its channels."""
+    """Stands for a network: the features of an image are the means of its channels."""
     module = torch.nn.Linear(1, 1)
     return FeatureExtractor("colour", 3, "mean", "rounded to 8 bit", "0" * 64, module, lambda x: x.mean((2, 3)))

@@ -19,7 +19,7 @@ COUNTS = ("images", "warmup")
 class Spending(Section):
     """What one stage of every run may cost: exactly one of the three."""
 
-    images: Count | None = Field(None, description="pictures seen")
+    images: Count | None = Field(None, description="images seen")
     minutes: float | None = Field(None, gt=0, description="of training on this machine, from a few timed steps")
     flops: float | None = Field(None, gt=0, description="operations of training, 2 for a multiply-add")
 
@@ -75,7 +75,7 @@ def spend(recipe: Recipe, budget: Budget) -> tuple[Recipe, dict[str, Any]]:
 
 
 def length(section: Training) -> int:
-    """Pictures seen over all phases."""
+    """Images seen over all phases."""
     phases = section.phases if isinstance(section, TrainedTokenizer) else []
     return section.images + sum(section.phase(i + 1)[1].images for i in range(len(phases)))  # type: ignore[attr-defined]
 

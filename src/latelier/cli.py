@@ -73,25 +73,25 @@ def encode(
     overrides: Overrides = None,
     overwrite: Annotated[bool, typer.Option(help="Delete a stale cache and encode anew.")] = False,
 ) -> None:
-    """Encode the training pictures into the latent cache."""
+    """Encode the training images into the latent cache."""
     from latelier.experiment import prepare
     from latelier.training.denoiser_loop import encode_latents
 
     cache = encode_latents(prepare(_load(recipe, overrides)), overwrite=overwrite)
-    console.print(f"Latents: {cache.folder} ({len(cache):,} pictures)")
+    console.print(f"Latents: {cache.folder} ({len(cache):,} images)")
 
 
 @app.command(epilog="Example:  latelier reconstruct runs/quickstart photo.jpg another.png --out pairs.png")
 def reconstruct(
     tokenizer: Annotated[str, typer.Argument(help="A run folder, a tokenizer folder, or a diffusers Hub name.")],
-    images: Annotated[list[Path], typer.Argument(help="Picture files or folders.")],
-    out: Annotated[Path, typer.Option(help="Where the picture pairs go.")] = Path("reconstructions.png"),
-    size: Annotated[int, typer.Option(help="Side in pixels to which pictures are cropped.")] = 256,
+    images: Annotated[list[Path], typer.Argument(help="Image files or folders.")],
+    out: Annotated[Path, typer.Option(help="Where the image pairs go.")] = Path("reconstructions.png"),
+    size: Annotated[int, typer.Option(help="Side in pixels to which images are cropped.")] = 256,
     channels: Annotated[
         str | None, typer.Option(help="Decode prefixes of the latent channels, such as 4,8,16,32: a row for each.")
     ] = None,
 ) -> None:
-    """Pass pictures through a tokenizer and put originals above reconstructions."""
+    """Pass images through a tokenizer and put originals above reconstructions."""
     from latelier.tasks import reconstruct as reconstruct_images
 
     lengths = _read_numbers(channels, "--channels") if channels else []
@@ -120,7 +120,7 @@ def sample(
     ] = None,
     segmentation: Annotated[list[str] | None, typer.Option(help="PNG map of ids; repeat for several.")] = None,
     map: Annotated[list[str] | None, typer.Option(help="Any other map, such as depth; repeat for several.")] = None,
-    count: Annotated[int, typer.Option(help="How many pictures.")] = 16,
+    count: Annotated[int, typer.Option(help="How many images.")] = 16,
     steps: Steps = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.")] = None,
     sampler: Annotated[str | None, typer.Option(help="ddim, plms, dpm++, unipc, euler, heun, sde, dopri5, ...")] = None,
@@ -128,16 +128,16 @@ def sample(
     channels: Annotated[int | None, typer.Option(help="Draw only the first so many latent channels.")] = None,
     window: Window = None,
     stride: Annotated[int | None, typer.Option(help="From one window to the next; default half a window.")] = None,
-    seed: Annotated[int, typer.Option(help="Picture i is drawn from seed + i.")] = 0,
+    seed: Annotated[int, typer.Option(help="Image i is drawn from seed + i.")] = 0,
     preview: Annotated[
-        int | None, typer.Option(help="Every so many steps, show in previews/ what the first pictures are becoming.")
+        int | None, typer.Option(help="Every so many steps, show in previews/ what the first images are becoming.")
     ] = None,
     preview_channels: Annotated[
         int | None, typer.Option(help="Previews decode the first so many channels; default a quarter if structured.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the pictures; default: samples/ of the run.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the images; default: samples/ of the run.")] = None,
 ) -> None:
-    """Draw pictures from a trained pipeline."""
+    """Draw images from a trained pipeline."""
     from latelier.experiment import sample_to_folder
     from latelier.tasks import read_layout
 
@@ -154,17 +154,17 @@ def sample(
 
 @app.command(epilog="Example:  latelier upscale small.png large.png --run runs/super-resolution")
 def upscale(
-    image: Annotated[Path, typer.Argument(help="The picture, of any size.")],
+    image: Annotated[Path, typer.Argument(help="The image, of any size.")],
     out: Annotated[Path, typer.Argument(help="Where the large one goes.")],
     run: Annotated[Path, typer.Option(help="A run folder or pipeline, trained with condition: low-resolution.")],
     factor: Annotated[int | None, typer.Option(help="How many times larger; checked against the model's.")] = None,
     steps: Steps = None,
-    seed: Annotated[int, typer.Option(help="Another seed is another picture.")] = 0,
+    seed: Annotated[int, typer.Option(help="Another seed is another image.")] = 0,
     prompt: Prompt = None,
     guidance: Guidance = 1.0,
     window: Window = None,
 ) -> None:
-    """Enlarge a picture with a super-resolution model."""
+    """Enlarge an image with a super-resolution model."""
     from latelier.experiment import upscale_file
 
     settings = {"steps": steps, "seed": seed, "window": window, "guidance": guidance}
@@ -174,17 +174,17 @@ def upscale(
 
 @app.command(epilog="Example:  latelier inpaint photo.png mask.png --run runs/inpainting --out filled.png")
 def inpaint(
-    image: Annotated[Path, typer.Argument(help="The picture, of any size.")],
-    mask: Annotated[Path, typer.Argument(help="A picture of the same size, white where it is to be filled.")],
+    image: Annotated[Path, typer.Argument(help="The image, of any size.")],
+    mask: Annotated[Path, typer.Argument(help="An image of the same size, white where it is to be filled.")],
     run: Annotated[Path, typer.Option(help="A run folder or pipeline, trained with condition: inpainting.")],
     out: Annotated[Path, typer.Option(help="Where the result goes.")] = Path("inpainted.png"),
     steps: Steps = None,
-    seed: Annotated[int, typer.Option(help="Another seed is another picture.")] = 0,
+    seed: Annotated[int, typer.Option(help="Another seed is another image.")] = 0,
     prompt: Prompt = None,
     guidance: Guidance = 1.0,
     window: Window = None,
 ) -> None:
-    """Fill the holes of a picture; the rest comes back untouched."""
+    """Fill the holes of an image; the rest comes back untouched."""
     from latelier.experiment import inpaint_file
 
     settings = {"steps": steps, "seed": seed, "window": window, "guidance": guidance}
@@ -245,10 +245,10 @@ def convert(
 @app.command(epilog="Example:  latelier inspect stabilityai/sd-vae-ft-mse --data ./photos --size 256")
 def inspect(
     tokenizer: Annotated[str, typer.Argument(help="A run folder, a tokenizer folder, or a diffusers Hub name.")],
-    data: Annotated[str, typer.Option(help="Pictures to measure on: a folder, a dataset, `emoji`, ...")],
+    data: Annotated[str, typer.Option(help="Images to measure on: a folder, a dataset, `emoji`, ...")],
     overrides: Overrides = None,
-    size: Annotated[int, typer.Option(help="Side in pixels to which pictures are cropped.")] = 256,
-    samples: Annotated[int, typer.Option(help="How many pictures are measured, and learnt from.")] = 2000,
+    size: Annotated[int, typer.Option(help="Side in pixels to which images are cropped.")] = 256,
+    samples: Annotated[int, typer.Option(help="How many images are measured, and learnt from.")] = 2000,
     out: Annotated[Path, typer.Option(help="Folder of report.html, metrics.json and verdict.json.")] = Path(
         "inspection"
     ),
@@ -270,15 +270,15 @@ def compare(
     tokenizers: Annotated[
         list[str], typer.Argument(help="Run folders, tokenizer folders, diffusers Hub names; then changes a.b=c.")
     ],
-    data: Annotated[str, typer.Option(help="Pictures to measure on: a folder, a dataset, `emoji`, ...")],
-    size: Annotated[int, typer.Option(help="Side in pixels to which pictures are cropped.")] = 256,
-    samples: Annotated[int, typer.Option(help="How many pictures are measured, and learnt from.")] = 2000,
+    data: Annotated[str, typer.Option(help="Images to measure on: a folder, a dataset, `emoji`, ...")],
+    size: Annotated[int, typer.Option(help="Side in pixels to which images are cropped.")] = 256,
+    samples: Annotated[int, typer.Option(help="How many images are measured, and learnt from.")] = 2000,
     out: Annotated[Path, typer.Option(help="Folder of the page and of every tokenizer's own.")] = Path("comparison"),
     name: Annotated[
         list[str] | None, typer.Option(help="Short names, once for each tokenizer; default: from their paths.")
     ] = None,
 ) -> None:
-    """Judge tokenizers on the same pictures, side by side. Goes on where it was stopped."""
+    """Judge tokenizers on the same images, side by side. Goes on where it was stopped."""
     from latelier.compare import compare as compare_tokenizers
     from latelier.compare import divide_words
 

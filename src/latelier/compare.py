@@ -1,7 +1,7 @@
-"""Several trained tokenizers side by side: each is inspected on the same pictures, then all stand on one page.
+"""Several trained tokenizers side by side: each is inspected on the same images, then all stand on one page.
 
 They may have any factors and any shapes of latents: grids, sequences, codes. What was measured with the same settings,
-on the same pictures, with the same weights, is not measured again.
+on the same images, with the same weights, is not measured again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from latelier import __version__
 from latelier.errors import LatelierError
 from latelier.evaluation.error_map import ERRORS
 from latelier.evaluation.figures import MAP
-from latelier.evaluation.orderings import Shown
+from latelier.evaluation.orderings import RunSummary
 from latelier.evaluation.overview import BITS, NUMBERS
 from latelier.inspection import inspect, inspection_recipe
 from latelier.recipe import PretrainedRecipe, Recipe
@@ -52,8 +52,8 @@ class Candidate:
         tokenizer: a run folder, a tokenizer folder or a Hub name.
         asked: what its measures depend on.
         facts: what it is, in words and numbers.
-        factor: what the sides of pictures must be multiples of.
-        paints: the only size of pictures that it paints, if there is only one.
+        factor: what the sides of images must be multiples of.
+        paints: the only size of images that it paints, if there is only one.
     """
 
     folder: Path
@@ -73,15 +73,15 @@ def compare(
     options: Sequence[str] = (),
     names: Sequence[str] = (),
 ) -> Path:
-    """Inspect tokenizers on the same pictures and write the comparison of all that could be measured.
+    """Inspect tokenizers on the same images and write the comparison of all that could be measured.
 
     One that fails does not stop the others; it is named at the end.
 
     Args:
         tokenizers: run folders, tokenizer folders, or diffusers Hub names; at least two.
-        source: pictures, as in `data.source`.
+        source: images, as in `data.source`.
         size: side in pixels.
-        samples: how many pictures are measured, and how many more are learnt from.
+        samples: how many images are measured, and how many more are learnt from.
         out: gets a folder for each tokenizer, and `comparison.html`, `table.md`, `comparison.json` and figures.
         options: `a.b=c` changes for every inspection, such as `evaluate.metrics=[psnr,lpips]`.
         names: short names, in the order of the tokenizers; by default from their paths.
@@ -90,7 +90,7 @@ def compare(
         The path of `comparison.html`.
 
     Raises:
-        LatelierError: before anything is measured, for fewer than two tokenizers, wrong options, pictures that cannot
+        LatelierError: before anything is measured, for fewer than two tokenizers, wrong options, images that cannot
             be opened, and a size that does not fit all; afterwards, for tokenizers that failed.
     """
     from latelier.training.runtime import console
@@ -201,7 +201,7 @@ def _noting(failed: dict[str, str], name: str) -> Iterator[None]:
 
 
 def _fingerprint(recipe: Recipe) -> str:
-    """What changes when other pictures would be seen."""
+    """What changes when other images would be seen."""
     from latelier.training.tokenizer_loop import open_images
 
     return open_images(recipe, "val").fingerprint
@@ -227,7 +227,7 @@ def _open(recipe: Recipe, tokenizer: str, data: str) -> Candidate:
 
 
 def _painted(codec: Codec) -> tuple[int, int] | None:
-    """The only size of pictures, if latents are a sequence, which does not tell a size."""
+    """The only size of images, if latents are a sequence, which does not tell a size."""
     size = codec.tokenizer.config.get("image_size")
     if size is None or len(codec.latent_shape(*size)) == 3:
         return None
@@ -239,7 +239,7 @@ def describe(codec: Codec, size: tuple[int, int]) -> dict[str, Any]:
 
     Args:
         codec: the tokenizer.
-        size: `(h, w)` of the pictures, in pixels.
+        size: `(h, w)` of the images, in pixels.
     """
     shape, pixels = codec.latent_shape(*size), math.prod(size)
     numbers = math.prod(shape)
@@ -249,7 +249,7 @@ def describe(codec: Codec, size: tuple[int, int]) -> dict[str, Any]:
         "latent": " x ".join(map(str, shape)),
         "numbers in a latent": numbers,
         NUMBERS: round(numbers / pixels, 5),
-        "picture numbers per latent number": round(codec.image_channels * pixels / numbers, 3),
+        "image numbers per latent number": round(codec.image_channels * pixels / numbers, 3),
     }
     if codes := codec.tokenizer.config.get("num_vq_embeddings"):
         positions = math.prod(shape[1:])
@@ -284,7 +284,7 @@ def show(candidates: Mapping[str, Candidate], where: str, out: Path, failed: Map
 
     Args:
         candidates: by short name.
-        where: the pictures, in words.
+        where: the images, in words.
         out: folder of the page.
         failed: names of those that are not there, and why.
 
@@ -298,9 +298,7 @@ def show(candidates: Mapping[str, Candidate], where: str, out: Path, failed: Map
     page = out / "comparison.html"
     if PartialState().is_main_process:
         shown = [_shown(name, candidate) for name, candidate in candidates.items()]
-        about = (
-            "Every tokenizer met the same pictures with the same seeds, noise and budget of learning. Names lead to "
-        )
+        about = "Every tokenizer met the same images with the same seeds, noise and budget of learning. Names lead to "
         about += "its own report. "
         about += "".join(f"{name} is missing, it failed: {reason} " for name, reason in failed.items())
         title = f"{len(shown)} tokenizers on {where}"
@@ -309,17 +307,17 @@ def show(candidates: Mapping[str, Candidate], where: str, out: Path, failed: Map
     return page
 
 
-def _shown(name: str, candidate: Candidate) -> Shown:
-    """A tokenizer's numbers and pictures, from the folder of its inspection."""
+def _shown(name: str, candidate: Candidate) -> RunSummary:
+    """A tokenizer's numbers and images, from the folder of its inspection."""
     sections = json.loads((candidate.folder / "metrics.json").read_text())
     metrics = {key: entry for section in sections.values() for key, entry in section.items()}
     if "process" in metrics.get("memory-gb", {}).get("receipt", {}).get("peak", ""):
         del metrics["memory-gb"]  # on a CPU it is the process's peak, so also that of the tokenizers before
-    pictures = {Path(file).stem: candidate.folder / file for file in ("reconstructions.png", ERRORS, MAP)}
-    return Shown(name, metrics, candidate.facts, pictures, f"{candidate.folder.name}/report.html")
+    images = {Path(file).stem: candidate.folder / file for file in ("reconstructions.png", ERRORS, MAP)}
+    return RunSummary(name, metrics, candidate.facts, images, f"{candidate.folder.name}/report.html")
 
 
-def _columns(shown: Sequence[Shown]) -> dict[str, list[str]]:
+def _columns(shown: Sequence[RunSummary]) -> dict[str, list[str]]:
     """Metrics of each table, as they were measured; the points of curves, `gmm-nll@5`, are in figures."""
     known = [name for name in dict.fromkeys(name for run in shown for name in run.metrics) if "@" not in name]
     columns: dict[str, list[str]] = {title: [] for title in (*COLUMNS, REST)}

@@ -48,7 +48,7 @@ def run(recipe: Recipe) -> Path:
 
 def next_commands(recipe: Recipe) -> list[str]:
     """What can be done with a finished run: commands to copy, of things that this model can do."""
-    commands = ["latelier run quickstart data.source=/folder/of/your/pictures data.classes=null name=mine"]
+    commands = ["latelier run quickstart data.source=/folder/of/your/images data.classes=null name=mine"]
     if recipe.denoiser is None:
         return commands
     told = {condition.kind for condition in recipe.denoiser.condition}
@@ -111,9 +111,9 @@ def sample_to_folder(
     preview: int | None = None,
     preview_channels: int | None = None,
 ) -> Path:
-    """Draw pictures into a folder; what is not given is the recipe's.
+    """Draw images into a folder; what is not given is the recipe's.
 
-    A model that is told more than classes, and is told nothing here, draws what the held-out pictures say.
+    A model that is told more than classes, and is told nothing here, draws what the held-out images say.
 
     Args:
         run: a run folder or a saved pipeline.
@@ -121,11 +121,11 @@ def sample_to_folder(
         settings: of `sample`: `steps`, `count`, `guidance`, ...; None is the recipe's.
         size: side in pixels.
         out: the folder; by default `samples` of the run.
-        preview: every so many evaluations of the denoiser, show in `previews` of it what the pictures are becoming.
+        preview: every so many evaluations of the denoiser, show in `previews` of it what the images are becoming.
         preview_channels: what a preview decodes, see `make_previews`.
 
     Returns:
-        The grid of all pictures, `grid.png` beside the single ones.
+        The grid of all images, `grid.png` beside the single ones.
     """
     from latelier.images import make_grid, save_png
     from latelier.previews import make_previews
@@ -156,13 +156,13 @@ def sample_to_folder(
 def upscale_file(
     run: Path, image: Path, out: Path, factor: int | None, settings: dict, asked: dict[str, list]
 ) -> tuple[int, int]:
-    """Enlarge a picture file; `asked` are the prompts or classes of a model that is told them too.
+    """Enlarge an image file; `asked` are the prompts or classes of a model that is told them too.
 
     Returns:
         Width and height of the result.
 
     Raises:
-        LatelierError: if the picture cannot be read, or the model has another factor.
+        LatelierError: if the image cannot be read, or the model has another factor.
     """
     from latelier.conditioning import parts
     from latelier.images import make_grid, save_png
@@ -178,10 +178,10 @@ def upscale_file(
 
 
 def inpaint_file(run: Path, image: Path, mask: Path, out: Path, settings: dict, asked: dict[str, list]) -> None:
-    """Fill the holes of a picture file; `asked` are the prompts or classes of a model that is told them too.
+    """Fill the holes of an image file; `asked` are the prompts or classes of a model that is told them too.
 
     Raises:
-        LatelierError: if a file cannot be read, or the mask has another size than the picture.
+        LatelierError: if a file cannot be read, or the mask has another size than the image.
     """
     from latelier.images import make_grid, save_png
     from latelier.tasks import inpaint
@@ -212,10 +212,10 @@ def show_measurements(measured: list[Measurement]) -> None:
     """A table of numbers for the terminal, of the main process; the receipts are in metrics.json."""
     from rich.table import Table
 
-    from latelier.evaluation.sharing import counts_here
+    from latelier.evaluation.sharing import is_main
     from latelier.training.runtime import console
 
-    if not counts_here(shared=True):
+    if not is_main(shared=True):
         return
     table = Table("metric", "value", "95 %", "n")
     for m in measured:

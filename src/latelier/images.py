@@ -1,4 +1,4 @@
-"""From tensors in [-1, 1] to 8-bit pictures, grids and PNG files."""
+"""From tensors in [-1, 1] to 8-bit images, grids and PNG files."""
 
 from __future__ import annotations
 
@@ -19,28 +19,30 @@ def to_uint8(images: Float[Tensor, "*b c h w"]) -> UInt8[Tensor, "*b c h w"]:
 
 
 def round_to_8_bit(images: Float[Tensor, "*b c h w"]) -> Float[Tensor, "*b c h w"]:
-    """What a picture is after it was saved as PNG: clamped to [-1, 1] and rounded to 256 levels, float32."""
+    """What an image is after it was saved as PNG: clamped to [-1, 1] and rounded to 256 levels, float32."""
     return to_uint8(images).float() / 127.5 - 1
 
 
 def make_grid(images: Float[Tensor, "b c h w"], columns: int = 8, padding: int = 2) -> Image.Image:
-    """Pictures side by side, row by row, an RGB picture.
+    """Images side by side, row by row, an RGB image.
 
     Args:
         images: `(b, c, h, w)` in [-1, 1]; one or two channels are shown as grey (the first), more as their first three.
-        columns: pictures in a row.
-        padding: pixels of grey between pictures.
+        columns: images in a row.
+        padding: pixels of grey between images.
     """
-    pictures = to_uint8(images).cpu()
-    pictures = (pictures[:, :3] if pictures.shape[1] >= 3 else pictures[:, :1].expand(-1, 3, -1, -1)).movedim(1, -1)
-    count, height, width, _ = pictures.shape  # (b, h, w, 3)
+    image_batches = to_uint8(images).cpu()
+    image_batches = (
+        image_batches[:, :3] if image_batches.shape[1] >= 3 else image_batches[:, :1].expand(-1, 3, -1, -1)
+    ).movedim(1, -1)
+    count, height, width, _ = image_batches.shape  # (b, h, w, 3)
     columns = max(1, min(columns, count))
     rows = -(-count // columns)
     size = (columns * (width + padding) - padding, rows * (height + padding) - padding)
     canvas = Image.new("RGB", (max(1, size[0]), max(1, size[1])), GAP_COLOUR)
-    for i, picture in enumerate(pictures):
+    for i, image in enumerate(image_batches):
         place = (i % columns * (width + padding), i // columns * (height + padding))
-        canvas.paste(Image.fromarray(picture.numpy()), place)
+        canvas.paste(Image.fromarray(image.numpy()), place)
     return canvas
 
 
@@ -50,7 +52,7 @@ def make_pairs(upper: Float[Tensor, "b c h w"], lower: Float[Tensor, "b c h w"],
 
 
 def make_columns(layers: list[Float[Tensor, "b c h w"]], columns: int = 8) -> Image.Image:
-    """A grid in which versions of a picture, one of each layer, stand below each other."""
+    """A grid in which versions of an image, one of each layer, stand below each other."""
     layers = [layer.detach().float().cpu() for layer in layers]
     count = len(layers[0])
     if count % columns and count > columns:  # fill the last row, so that columns stay aligned

@@ -1,4 +1,4 @@
-"""Judge a trained tokenizer on any pictures: every measure of its latent space, a page, and a verdict in words."""
+"""Judge a trained tokenizer on any images: every measure of its latent space, a page, and a verdict in words."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ WRITTEN = ("metrics.json", "verdict.json", "report.html", "latent-map.png", "cha
 
 
 def inspect(tokenizer: str, source: str, size: int, samples: int, out: Path, options: list[str]) -> Path:
-    """Measure the latent space of any trained tokenizer on any pictures: a run without training.
+    """Measure the latent space of any trained tokenizer on any images: a run without training.
 
     Args:
         tokenizer: a run folder, a tokenizer folder, or a diffusers Hub name.
-        source: pictures, as in `data.source`; they are all held out, since no tokenizer is trained. What learns from
+        source: images, as in `data.source`; they are all held out, since no tokenizer is trained. What learns from
             latents (gmm, probe, difficulty) learns from half of them, if the source has no validation split.
         size: side in pixels.
-        samples: how many pictures are measured, and how many more are learnt from.
-        out: folder of metrics.json, verdict.json, report.html and pictures.
+        samples: how many images are measured, and how many more are learnt from.
+        out: folder of metrics.json, verdict.json, report.html and images.
         options: `a.b=c` changes, such as `data.label_key=class`.
 
     Returns:
@@ -76,7 +76,7 @@ def inspection_recipe(
 
 
 def suited(size: Any) -> list[str]:
-    """The measures that pictures of this size (a side, or height and width) allow, in the order of `INSPECTED`."""
+    """The measures that images of this size (a side, or height and width) allow, in the order of `INSPECTED`."""
     side = min(size) if isinstance(size, Sequence) else size
     return [name for name in INSPECTED if name != "ms-ssim" or side >= MS_SSIM_SIDE]
 

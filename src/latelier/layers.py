@@ -73,7 +73,7 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Tokens of a picture attend to those of a condition, `(b, m, context)`, of which only those in the mask count."""
+    """Tokens of an image attend to those of a condition, `(b, m, context)`, of which only those in the mask count."""
 
     def __init__(self, dim: int, heads: int, context: int):
         super().__init__()
@@ -262,7 +262,7 @@ def resize_positions(
 
 
 def resized(model: Any, image_size: Sequence[int], tables: Sequence[str]) -> Any:
-    """A tokenizer's weights in a new one for another size of pictures, its position tables carried over.
+    """A tokenizer's weights in a new one for another size of images, its position tables carried over.
 
     Args:
         model: with `config["image_size"]` and `grid`.

@@ -29,7 +29,7 @@ from latelier.tokenizers.codec import Codec, fast_bf16
 from latelier.tokenizers.tiling import decode_within
 
 # diffusers opens a saved pipeline's components only from modules that are imported already.
-for _place in (*CLASSES.values(), *DENOISERS.values(), *CONDITIONERS.values(), "latelier.conditioning.together:"):
+for _place in (*CLASSES.values(), *DENOISERS.values(), *CONDITIONERS.values(), "latelier.conditioning.composite:"):
     importlib.import_module(_place.split(":")[0])
 
 OUTPUTS = ("pil", "pt", "np", "latent")
@@ -37,7 +37,7 @@ Watch: TypeAlias = Callable[[list[int], int, Tensor], None]  # seeds, evaluation
 
 
 class LatentDiffusionPipeline(DiffusionPipeline):
-    """Draws pictures: noise, denoiser, tokenizer's decoder.
+    """Draws images: noise, denoiser, tokenizer's decoder.
 
     `LatentDiffusionPipeline.build` makes one from parts, `save_pretrained` and `from_pretrained` keep it whole.
 
@@ -48,7 +48,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         scheduler: the default sampler, used by `sampler="auto"`; any diffusers scheduler may be put in its place.
         process: the diffusion process, as a recipe's `denoiser.process`.
         statistics: `mean` and `std` of the latents, one number per channel; empty leaves latents as they are.
-        height, width: default size of the pictures, in pixels.
+        height, width: default size of the images, in pixels.
         dropped: what the denoiser was sometimes not told in training, so that guidance can leave it out; by default
             `classes`.
     """
@@ -152,21 +152,21 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         sample: recipe.Sample | None = None,
         callback: Watch | None = None,
     ) -> ImagePipelineOutput:
-        """Draw pictures. Picture i is drawn from `seed + i`, whatever the batch.
+        """Draw images. Image i is drawn from `seed + i`, whatever the batch.
 
-        A model draws from what it was told in training. Picture i gets entry `i % len` of each list.
+        A model draws from what it was told in training. Image i gets entry `i % len` of each list.
 
         Args:
             classes: names or indices. None goes through all classes in turn.
             prompts: captions.
             negative_prompts: what guidance leads away from, instead of the empty caption.
-            layouts: for each picture a list of (class, x0, y0, x1, y1), relative to the picture.
-            segmentations: maps of ids: arrays, pictures or paths.
+            layouts: for each image a list of (class, x0, y0, x1, y1), relative to the image.
+            segmentations: maps of ids: arrays, images or paths.
             maps: other image-like maps, such as depth.
-            low_resolution: pictures to enlarge.
-            inpainting: pairs of a picture and its mask, whose holes are white.
+            low_resolution: images to enlarge.
+            inpainting: pairs of an image and its mask, whose holes are white.
             records: entries of records, as batches of training have them, instead of the lists above.
-            count: how many pictures; default the length of the longest list.
+            count: how many images; default the length of the longest list.
             height, width: in pixels; default those of training.
             steps: sampling steps.
             guidance: scale of classifier-free guidance; 1 is none.
@@ -179,24 +179,24 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             shift: flow: above 1 spends more steps near noise.
             eta: ddim: 0 is deterministic, 1 ancestral.
             last_step: sde: the time from which one step without noise follows.
-            seed: of the first picture.
-            batch: pictures, or windows of them, per forward pass.
+            seed: of the first image.
+            batch: images, or windows of them, per forward pass.
             window: side in latent positions: the denoiser sees overlapping windows, and the decoder tiles, of this
-                size, so that their memory does not grow with the picture; for pictures beyond the size of training.
+                size, so that their memory does not grow with the image; for images beyond the size of training.
             stride: from one window to the next; by default half a window.
-            guide: pulls the pictures towards a target while they are drawn; see `latelier.diffusion.guiding.Guide`,
-                whose target has a row for each picture, or one for all.
+            guide: pulls the images towards a target while they are drawn; see `latelier.diffusion.guiding.Guide`,
+                whose target has a row for each image, or one for all.
             precision: `bf16` under autocast, `fp32`, or `auto`, which is what the device is fast at.
             output_type: `pil`; `np`, `(b, h, w, c)` in [0, 1]; `pt`, `(b, c, h, w)` in [-1, 1]; or `latent`, normalised
                 latents `(b, c, *grid)`.
             progress: whether to show a bar.
             sample: a recipe's `sample` section, instead of the settings of the same names above.
             callback: called after each evaluation of the denoiser, as diffusers' `callback_on_step_end`, with the seeds
-                of the pictures that are being drawn, how many evaluations they have seen, and the present estimate of
+                of the images that are being drawn, how many evaluations they have seen, and the present estimate of
                 their normalised latents `(b, c, *grid)`; see `latelier.previews.Previews`.
 
         Returns:
-            The pictures, as `images`.
+            The images, as `images`.
 
         Raises:
             LatelierError: for an unknown class, a size that the tokenizer's factor does not divide, or settings that
@@ -279,7 +279,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 def _finish(
     codec: Codec, latents: Tensor, record: Mapping[str, Any], settings: recipe.Sample
 ) -> Float[Tensor, "b c h w"]:
-    """Pictures of latents; where a record has holes, everything outside of them is the picture that was given."""
+    """Images of latents; where a record has holes, everything outside of them is the image that was given."""
     images = decode_within(codec, latents, settings.window, settings.channels).clamp(-1, 1)  # (b, c, h, w)
     return compose(images, record["image"].to(images), record["hole"]) if "hole" in record else images
 
@@ -302,5 +302,5 @@ def _convert(images: Float[Tensor, "b c *grid"], output_type: str) -> Any:
     if output_type == "np":
         return array
     if array.shape[-1] not in (1, 3):
-        raise LatelierError(f"Pictures with {array.shape[-1]} channels are no PIL images; use output_type='np'.")
+        raise LatelierError(f"Images with {array.shape[-1]} channels are no PIL images; use output_type='np'.")
     return DiffusionPipeline.numpy_to_pil(array)

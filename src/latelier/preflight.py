@@ -60,7 +60,7 @@ def check(recipe: Recipe) -> list[Trial]:
     check_features(recipe.evaluate)
     dataset = tokenizer_loop.open_images(recipe)
     classes = f", {len(dataset.class_names)} classes" if dataset.class_names else ""
-    console.print(f"Data: {len(dataset):,} pictures of {' x '.join(map(str, dataset.shape))}{classes}.")
+    console.print(f"Data: {len(dataset):,} images of {' x '.join(map(str, dataset.shape))}{classes}.")
     rows = [*try_tokenizer(recipe), *try_denoiser(recipe)]
     console.print(_table(rows))
     return rows
@@ -130,7 +130,7 @@ def _try(name: str, training: Training, objective: nn.Module, batch: dict[str, A
         terms = objective({**batch, "seen": seen})
         total, losses = terms.total, dict(terms.losses)
         if rival is not None and seen >= first:
-            pair = {"real": batch["image"], "fake": terms.images["reconstruction"], "draw": batch["draw"]}
+            pair = {"real": batch["image"], "fake": terms.images["reconstruction"], "sample_id": batch["sample_id"]}
             with accelerator.autocast():
                 other = rival(pair)
             losses |= other.losses
@@ -147,7 +147,7 @@ def _try(name: str, training: Training, objective: nn.Module, batch: dict[str, A
     late = first / training.images  # the share of training without the rival
     end = 10**15  # images seen: whatever starts late has started; not infinity, as codebooks count in whole numbers
     shares = {0: min(1.0, late), end: max(0.0, 1 - late)}
-    images = len(batch["draw"]) * accelerator.num_processes
+    images = len(batch["sample_id"]) * accelerator.num_processes
     terms, seconds, flops = {}, 0.0, 0.0
     for seen, share in shares.items():
         if share or seen:  # every loss term is tried

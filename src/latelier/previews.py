@@ -1,4 +1,4 @@
-"""Looking on while pictures are drawn: the present estimate of the clean latents, decoded now and then.
+"""Looking on while images are drawn: the present estimate of the clean latents, decoded now and then.
 
 After each evaluation a prediction means an estimate of z, such as x_t - t v for a flow's velocity v. Where latents are
 structured (DC-AE 1.5) the first channels hold the large shapes, which are settled first, and any prefix of the channels
@@ -21,14 +21,14 @@ from latelier.recipe import Prefixes, Recipe, Sample
 from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.tiling import decode_within
 
-SHOWN = 8  # pictures in a strip: decoding is what a preview costs
+SHOWN = 8  # images in a strip: decoding is what a preview costs
 LEAST = 4  # channels of a short prefix
 
 
 class Previews:
-    """The `callback` of a pipeline that writes strips of pictures as they come about.
+    """The `callback` of a pipeline that writes strips of images as they come about.
 
-    Of the first batch, its first pictures: `step-005.png` is what five evaluations of the denoiser say they will be.
+    Of the first batch, its first images: `step-005.png` is what five evaluations of the denoiser say they will be.
 
     Args:
         codec: of the pipeline.
@@ -61,7 +61,7 @@ class Previews:
             LatelierError: if there are none, because an adaptive sampler was done before.
         """
         if not self._strips:
-            raise LatelierError(f"There is no preview: the pictures took fewer than {self.every} evaluations.")
+            raise LatelierError(f"There is no preview: the images took fewer than {self.every} evaluations.")
         columns = len(self._strips[0])
         return save_png(make_grid(torch.cat(self._strips), columns), self.folder / "strip.png")
 

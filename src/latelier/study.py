@@ -192,7 +192,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 def _training_part(asked: dict[str, Any]) -> dict[str, Any]:
-    """What training depends on; pictures and metrics can be made anew."""
+    """What training depends on; images and metrics can be made anew."""
     whole = build_recipe(asked["recipe"]).model_dump(mode="json")  # keys younger than the plan have their defaults
     recipe = {k: v for k, v in whole.items() if k not in ("sample", "evaluate", "runs")}
     return {"recipe": recipe, "budget": asked["budget"]}
@@ -201,7 +201,7 @@ def _training_part(asked: dict[str, Any]) -> dict[str, Any]:
 def show(study: Study) -> Path:
     """Write table, figures and page of all runs that have results."""
     from latelier.evaluation.comparison import write_comparison
-    from latelier.evaluation.orderings import Shown
+    from latelier.evaluation.orderings import RunSummary
 
     shown = []
     for name in study.runs:
@@ -210,12 +210,12 @@ def show(study: Study) -> Path:
             continue
         sections = json.loads((folder / "metrics.json").read_text())
         metrics = {key: entry for section in sections.values() for key, entry in section.items()}
-        pictures = {
+        images = {
             "reconstructions": folder / "reconstructions.png",
             "samples": folder / "samples" / "grid.png",
             "latent-map": folder / "latent-map.png",
         }
-        shown.append(Shown(name, metrics, _facts(folder, plan["facts"]), pictures))
+        shown.append(RunSummary(name, metrics, _facts(folder, plan["facts"]), images))
     if not shown:
         raise LatelierError(f"No run of study {study.name} has a result yet.")
     known = list(dict.fromkeys(name for run in shown for name in run.metrics))

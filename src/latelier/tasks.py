@@ -1,4 +1,4 @@
-"""Picture in, picture out: through a tokenizer and back; enlarged, or its holes filled, by a pipeline."""
+"""Image in, image out: through a tokenizer and back; enlarged, or its holes filled, by a pipeline."""
 
 from __future__ import annotations
 
@@ -15,44 +15,44 @@ from torch import Tensor
 
 from latelier.conditioning import parts
 from latelier.conditioning.inpainting import read_hole
-from latelier.conditioning.spatial import read_picture
+from latelier.conditioning.spatial import read_image
 from latelier.errors import LatelierError
 from latelier.pipeline import LatentDiffusionPipeline
 
 
 def upscale(pipeline: LatentDiffusionPipeline, image: Any, **settings: Any) -> Float[Tensor, "c h w"]:
-    """Enlarge a picture of any size by the factor that the model was trained for.
+    """Enlarge an image of any size by the factor that the model was trained for.
 
-    Pictures whose sides do not fit the networks are continued at the right and at the bottom, and cut back.
+    Images whose sides do not fit the networks are continued at the right and at the bottom, and cut back.
 
     Args:
         pipeline: trained with `condition: low-resolution`.
-        image: a PIL picture, a file, or a tensor `(c, h, w)` in [-1, 1].
+        image: a PIL image, a file, or a tensor `(c, h, w)` in [-1, 1].
         settings: of the pipeline's call: `steps`, `seed`, ...
 
     Returns:
-        The picture in [-1, 1], `(c, factor h, factor w)`.
+        The image in [-1, 1], `(c, factor h, factor w)`.
 
     Raises:
-        LatelierError: if the model was not trained to enlarge, or the picture cannot be read.
+        LatelierError: if the model was not trained to enlarge, or the image cannot be read.
     """
-    part = _part(pipeline, "low_resolution", "enlarge pictures")
+    part = _part(pipeline, "low_resolution", "enlarge images")
     factor = part.config["factor"]
-    picture = read_picture(image, pipeline.codec.image_channels, "image")
-    height, width = picture.shape[1:]
-    small = _continued(picture, multiple(pipeline) // math.gcd(multiple(pipeline), factor))  # (c, h', w')
+    source_image = read_image(image, pipeline.codec.image_channels, "image")
+    height, width = source_image.shape[1:]
+    small = _continued(source_image, multiple(pipeline) // math.gcd(multiple(pipeline), factor))  # (c, h', w')
     size = {"height": small.shape[1] * factor, "width": small.shape[2] * factor}
     large = pipeline(low_resolution=[small], output_type="pt", **size, **settings).images[0]
     return large[:, : height * factor, : width * factor]
 
 
 def inpaint(pipeline: LatentDiffusionPipeline, image: Any, mask: Any, **settings: Any) -> Float[Tensor, "c h w"]:
-    """Fill the holes of a picture of any size; everything outside of them comes back untouched.
+    """Fill the holes of an image of any size; everything outside of them comes back untouched.
 
     Args:
         pipeline: trained with `condition: inpainting`.
-        image: a PIL picture, a file, or a tensor `(c, h, w)` in [-1, 1].
-        mask: a PIL picture, a file, or a tensor `(h, w)`, bright where the holes are.
+        image: a PIL image, a file, or a tensor `(c, h, w)` in [-1, 1].
+        mask: a PIL image, a file, or a tensor `(h, w)`, bright where the holes are.
         settings: of the pipeline's call: `steps`, `seed`, ...
 
     Raises:
@@ -60,16 +60,16 @@ def inpaint(pipeline: LatentDiffusionPipeline, image: Any, mask: Any, **settings
             no hole.
     """
     _part(pipeline, "inpainting", "fill holes")
-    picture, hole = read_picture(image, pipeline.codec.image_channels, "image"), read_hole(mask, "mask")
-    height, width = picture.shape[1:]
+    source_image, hole = read_image(image, pipeline.codec.image_channels, "image"), read_hole(mask, "mask")
+    height, width = source_image.shape[1:]
     if hole.shape != (height, width):
         raise LatelierError(
-            f"The mask is {hole.shape[0]} x {hole.shape[1]} (height x width), but the picture {height} x {width}; "
+            f"The mask is {hole.shape[0]} x {hole.shape[1]} (height x width), but the image {height} x {width}; "
             "make them equal."
         )
     if not hole.any():
         raise LatelierError("The mask has no hole; paint in white what is to be filled.")
-    whole = _continued(picture, multiple(pipeline))  # (c, h', w')
+    whole = _continued(source_image, multiple(pipeline))  # (c, h', w')
     holes = F.pad(hole, (0, whole.shape[2] - width, 0, whole.shape[1] - height))  # (h', w')
     size = {"height": whole.shape[1], "width": whole.shape[2]}
     drawn = pipeline(inpainting=[(whole, holes)], output_type="pt", **size, **settings).images[0]
@@ -77,7 +77,7 @@ def inpaint(pipeline: LatentDiffusionPipeline, image: Any, mask: Any, **settings
 
 
 def multiple(pipeline: LatentDiffusionPipeline) -> int:
-    """What the sides of pictures must be divisible by, for the tokenizer and the denoiser."""
+    """What the sides of images must be divisible by, for the tokenizer and the denoiser."""
     config = pipeline.denoiser.config
     levels = config.get("block_out_channels")
     inner = 2 ** (len(levels) - 1) if levels else config.get("patch_size", 1)
@@ -114,26 +114,26 @@ def _part(pipeline: LatentDiffusionPipeline, name: str, does: str) -> Any:
 
 
 def _continued(image: Float[Tensor, "c h w"], step: int) -> Float[Tensor, "c k l"]:
-    """The picture with its last row and column repeated until `step` divides both sides."""
+    """The image with its last row and column repeated until `step` divides both sides."""
     down, right = (-side % step for side in image.shape[1:])
     return F.pad(image[None], (0, right, 0, down), mode="replicate")[0]
 
 
 def reconstruct(tokenizer: str, images: list[Path], out: Path, size: int, channels: Sequence[int] = ()) -> list[float]:
-    """Pass picture files through a tokenizer; originals go to `out`, above what came back.
+    """Pass image files through a tokenizer; originals go to `out`, above what came back.
 
     Args:
         tokenizer: a run folder, a tokenizer folder, or a diffusers Hub name.
         images: files and folders.
         out: a PNG file.
-        size: side in pixels to which pictures are cropped.
+        size: side in pixels to which images are cropped.
         channels: decode only the first so many latent channels, a row for each; nothing decodes all.
 
     Returns:
         Mean PSNR in dB of each row.
 
     Raises:
-        LatelierError: if the tokenizer or the pictures cannot be opened, or do not fit.
+        LatelierError: if the tokenizer or the images cannot be opened, or do not fit.
     """
     from latelier.evaluation.metrics import psnr
     from latelier.images import make_columns, save_png
@@ -144,17 +144,17 @@ def reconstruct(tokenizer: str, images: list[Path], out: Path, size: int, channe
     path = folder / "tokenizer" if (folder / "tokenizer").is_dir() else tokenizer
     codec = Codec.from_pretrained(path, precision="auto").to(best_device())
     codec.latent_shape(size, size)
-    pictures = _read_pictures(images, codec.image_channels, size)
+    image_batches = _read_images(images, codec.image_channels, size)
     with torch.no_grad():
-        latents = [codec.encode(x[None].to(codec.device)) for x in pictures]
+        latents = [codec.encode(x[None].to(codec.device)) for x in image_batches]
         lengths: list[int | None] = [*channels] or [None]
         rows = [torch.cat([codec.decode(z, length).clamp(-1, 1).cpu() for z in latents]) for length in lengths]
-    save_png(make_columns([pictures, *rows], columns=min(8, len(pictures))), out)
-    return [psnr(row, pictures).mean().item() for row in rows]
+    save_png(make_columns([image_batches, *rows], columns=min(8, len(image_batches))), out)
+    return [psnr(row, image_batches).mean().item() for row in rows]
 
 
-def _read_pictures(paths: list[Path], channels: int, size: int) -> Tensor:
-    """Picture files, and those in folders, centre-cropped to a square, `(n, c, size, size)` in [-1, 1]."""
+def _read_images(paths: list[Path], channels: int, size: int) -> Tensor:
+    """Image files, and those in folders, centre-cropped to a square, `(n, c, size, size)` in [-1, 1]."""
     from PIL import Image
 
     from latelier.data.transforms import UNREADABLE, Transform, to_float
@@ -170,5 +170,5 @@ def _read_pictures(paths: list[Path], channels: int, size: int) -> Tensor:
         except UNREADABLE:
             continue
     if not tensors:
-        raise LatelierError(f"No picture can be read from {', '.join(map(str, paths)) or 'nothing'}.")
+        raise LatelierError(f"No image can be read from {', '.join(map(str, paths)) or 'nothing'}.")
     return torch.stack(tensors)

@@ -1,6 +1,6 @@
 """Where the weights of judging networks come from, and the proof that they are the right ones.
 
-The networks that judge pictures (LPIPS, feature extractors of Fréchet distances) are constants: another set of
+The networks that judge images (LPIPS, feature extractors of Fréchet distances) are constants: another set of
 weights is another metric. So whatever the source, the *numbers* are hashed, and a wrong hash is an error.
 """
 

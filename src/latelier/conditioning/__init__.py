@@ -6,7 +6,7 @@ A conditioner is a `ModelMixin, ConfigMixin` class with
     token_width        width of the tokens it makes, 0 for none
     spatial_channels   channels it concatenates to `x_t`, 0 for none
     inputs(wanted, size) -> record entries      what a user asks for, as training has it
-    prepare(batch, codec) -> batch entries      without gradients, before the step: degraded pictures, masks, token ids
+    prepare(batch, codec) -> batch entries      without gradients, before the step: degraded images, masks, token ids
     forward(batch, drop) -> Condition           the learned part; dropped rows are told nothing
 
 A new one is a file, a line in `CONDITIONERS` (how it is built for a recipe) and its section in `recipe/condition.py`.
@@ -35,22 +35,22 @@ CONDITIONERS = {
     "inpainting": "latelier.conditioning.inpainting:build_inpainting",
     "map": "latelier.conditioning.spatial:build_map",
 }
-# What a latent cache holds beside latents; conditioners that ask for anything else need the pictures' records.
+# What a latent cache holds beside latents; conditioners that ask for anything else need the images' records.
 CACHED = ("classes", "prompts")
 
 
 @dataclass(frozen=True)
-class World:
+class DataSpec:
     """What conditioners are built for.
 
     Attributes:
-        class_names: of the pictures, index = label; None without labels.
+        class_names: of the images, index = label; None without labels.
         box_names: of the classes of boxes; None without boxes.
         segmentation_classes: how many ids the label maps have; None without maps.
         captions: one pass over the training captions; None without captions.
         latent_shape: `(c, *grid)`.
         factor: pixels along a side of a latent position.
-        image_channels: of the pictures.
+        image_channels: of the images.
         vector_width: width of the denoiser's time embedding.
         prefers_tokens: whether the denoiser has cross-attention by nature (U-Nets) rather than adaLN.
         seed: the run's.
@@ -68,18 +68,18 @@ class World:
     seed: int
 
 
-def build_conditioner(sections: Sequence[ConditionSection], world: World) -> ModelMixin | None:
+def build_conditioner(sections: Sequence[ConditionSection], spec: DataSpec) -> ModelMixin | None:
     """One conditioner for all sections of a recipe; None for none.
 
     Raises:
         LatelierError: if the data lack what a section needs, or two sections do not go together.
     """
-    from latelier.conditioning.together import Together
+    from latelier.conditioning.composite import CompositeConditioner
 
     built: list = []
     for section in sections:
         module, function = CONDITIONERS[section.kind].split(":")
-        built.append(getattr(importlib.import_module(module), function)(section, world))
+        built.append(getattr(importlib.import_module(module), function)(section, spec))
     kinds = [section.kind for section in sections]
     if len(set(kinds)) < len(kinds):
         raise LatelierError(f"denoiser.condition names a kind twice: {', '.join(kinds)}.")
@@ -88,7 +88,7 @@ def build_conditioner(sections: Sequence[ConditionSection], world: World) -> Mod
         raise LatelierError(f"The tokens of denoiser.condition must be equally wide, not {widths}; set their `dim`.")
     if len(built) < 2:
         return built[0] if built else None
-    return Together.of(built)
+    return CompositeConditioner.of(built)
 
 
 def parts(conditioner: ModelMixin | None) -> dict[str, ModelMixin]:
@@ -96,4 +96,4 @@ def parts(conditioner: ModelMixin | None) -> dict[str, ModelMixin]:
     if conditioner is None:
         return {}
     inner = conditioner._modules.get("parts")
-    return dict(inner.items()) if inner is not None else {conditioner.asks: conditioner}  # type: ignore[dict-item]
+    return dict(inner.items()) if inner is not None else {conditioner.input_name: conditioner}  # type: ignore[dict-item]

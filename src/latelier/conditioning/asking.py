@@ -11,14 +11,14 @@ from diffusers import ModelMixin
 from torch import Tensor
 
 from latelier.conditioning import parts
+from latelier.conditioning.composite import CompositeConditioner
 from latelier.conditioning.condition import Condition
-from latelier.conditioning.together import Together
 from latelier.errors import LatelierError
 
 
 @dataclass
 class Asked:
-    """What pictures are to show; picture i gets entry `i % len` of each list.
+    """What images are to show; image i gets entry `i % len` of each list.
 
     Attributes:
         wanted: lists by the names that conditioners ask for: `classes`, `prompts`, `layouts`, ...
@@ -31,7 +31,7 @@ class Asked:
     negative_prompts: list[str] | None = None
 
     def __len__(self) -> int:
-        """How many pictures are asked for: the longest list, at least one."""
+        """How many images are asked for: the longest list, at least one."""
         records = [len(value) for value in self.records.values()]
         return max([1, *map(len, self.wanted.values()), *records])
 
@@ -75,12 +75,12 @@ class Asked:
         guidance: float,
         dropped: Sequence[str],
     ) -> tuple[Condition | None, Condition | None, Mapping[str, Any]]:
-        """The condition of some pictures, the one that says nothing when guidance needs it, and the record entries.
+        """The condition of some images, the one that says nothing when guidance needs it, and the record entries.
 
         Args:
             conditioner: of the model; None for an unconditional one.
-            seeds: of the pictures; random masks and degradations of records are drawn from them.
-            first: the seed of the first of all pictures.
+            seeds: of the images; random masks and degradations of records are drawn from them.
+            first: the seed of the first of all images.
             size: height and width in pixels.
             codec: the tokenizer.
             guidance: scale; 1 needs no second condition.
@@ -89,12 +89,12 @@ class Asked:
         if conditioner is None:
             return None, None, {}
         numbers = [seed - first for seed in seeds]
-        batch = {key: take(value, numbers) for key, value in self.records.items()}
-        wanted = {name: take(values, numbers) for name, values in self.wanted.items()}
-        one = conditioner if isinstance(conditioner, Together) else None
+        batch = {key: cycle_rows(value, numbers) for key, value in self.records.items()}
+        wanted = {name: cycle_rows(values, numbers) for name, values in self.wanted.items()}
+        one = conditioner if isinstance(conditioner, CompositeConditioner) else None
         for name, values in wanted.items():
             batch |= (one.parts[name] if one else conditioner).inputs(values, size)  # type: ignore[operator]
-        batch["draw"] = torch.tensor(seeds)
+        batch["sample_id"] = torch.tensor(seeds)
         batch = {k: v.to(conditioner.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         batch |= conditioner.prepare(batch, codec)  # type: ignore[operator]
         told = conditioner(batch)
@@ -102,7 +102,7 @@ class Asked:
             return told, None, batch
         other = batch
         if self.negative_prompts:
-            other = {**batch, "caption": take(self.negative_prompts, numbers)}
+            other = {**batch, "caption": cycle_rows(self.negative_prompts, numbers)}
             other |= conditioner.prepare(other, codec)  # type: ignore[operator]
         drop = torch.tensor([name in dropped and not self._kept(name) for name in parts(conditioner)])  # (k,)
         drop = drop.expand(len(seeds), -1) if one else drop.expand(len(seeds))  # (b, k) or (b,)
@@ -113,8 +113,8 @@ class Asked:
         return name == "prompts" and bool(self.negative_prompts)
 
 
-def take(values: Any, numbers: Sequence[int]) -> Any:
-    """The entries of some pictures, begun anew where there are fewer entries than pictures."""
+def cycle_rows(values: Any, numbers: Sequence[int]) -> Any:
+    """The entries of some images, begun anew where there are fewer entries than images."""
     places = [n % len(values) for n in numbers]
     return values[places] if isinstance(values, Tensor) else [values[p] for p in places]
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from latelier.errors import LatelierError
 
 if TYPE_CHECKING:
-    from latelier.conditioning import World
+    from latelier.conditioning import DataSpec
     from latelier.recipe.condition import ClassCondition
 
 
@@ -57,7 +57,7 @@ class ClassConditioner(ModelMixin, ConfigMixin):
         inject: `vector` is added to the time embedding (DiT), `tokens` is the one token of cross-attention (LDM).
     """
 
-    asks = "classes"
+    input_name = "classes"
     spatial_channels = 0
 
     @register_to_config
@@ -74,7 +74,7 @@ class ClassConditioner(ModelMixin, ConfigMixin):
         return self.config["dim"] if self.config["inject"] == "tokens" else 0
 
     def prepare(self, batch: Mapping[str, Any], codec: Any) -> dict[str, Tensor]:
-        """Nothing is made from the pictures."""
+        """Nothing is made from the images."""
         return {}
 
     def forward(self, batch: Mapping[str, Any], drop: Bool[Tensor, " b"] | None = None) -> Condition:
@@ -109,22 +109,22 @@ class ClassConditioner(ModelMixin, ConfigMixin):
         return self.config["num_classes"]
 
 
-def build(section: ClassCondition, world: World) -> ClassConditioner:
+def build(section: ClassCondition, spec: DataSpec) -> ClassConditioner:
     """A class conditioner for the data's classes.
 
     Raises:
-        LatelierError: if the pictures have no classes.
+        LatelierError: if the images have no classes.
     """
-    if not world.class_names:
+    if not spec.class_names:
         raise LatelierError(
-            "denoiser.condition = 'class', but the data has no classes; put pictures into one folder per class, "
+            "denoiser.condition = 'class', but the data has no classes; put images into one folder per class, "
             "name the column with data.label_key, or set denoiser.condition=none sample.guidance=1."
         )
-    tokens = section.inject == "tokens" or (section.inject == "auto" and world.prefers_tokens)
+    tokens = section.inject == "tokens" or (section.inject == "auto" and spec.prefers_tokens)
     return ClassConditioner(
-        len(world.class_names),
-        section.dim if tokens else world.vector_width,
+        len(spec.class_names),
+        section.dim if tokens else spec.vector_width,
         null=section.dropout > 0,
-        names=list(world.class_names),
+        names=list(spec.class_names),
         inject="tokens" if tokens else "vector",
     )

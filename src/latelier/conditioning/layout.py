@@ -1,7 +1,7 @@
 """Layouts: boxes with classes as a sequence of tokens, read by a transformer that is trained along.
 
 An object is three tokens: its class (with flags such as "a group of"), its top-left and its bottom-right corner on a
-grid. Two more tokens may tell which part of the picture is seen (Rombach et al. 2022, after Esser et al. 2021).
+grid. Two more tokens may tell which part of the image is seen (Rombach et al. 2022, after Esser et al. 2021).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from latelier.conditioning.condition import Condition
 from latelier.conditioning.spatial import blank, grid_of, require_grid
 from latelier.conditioning.transformer import TokenTransformer
-from latelier.draws import address
 from latelier.errors import LatelierError
+from latelier.keyed_random import fold_in
 from latelier.layers import sincos_positions
 
 if TYPE_CHECKING:
-    from latelier.conditioning import World
+    from latelier.conditioning import DataSpec
     from latelier.recipe.condition import LayoutCondition
     from latelier.tokenizers.codec import Codec
 
@@ -46,22 +46,22 @@ def layout_tokens(
     flip: bool = False,
     order: Sequence[int] | None = None,
 ) -> Int[Tensor, " m"]:
-    """The tokens of one picture's layout.
+    """The tokens of one image's layout.
 
     Objects outside of the crop are left out. When there are more than `objects`, the largest stay; the original leaves
-    such pictures out of the training set.
+    such images out of the training set.
 
     Args:
-        boxes: x0 y0 x1 y1 relative to the whole picture.
+        boxes: x0 y0 x1 y1 relative to the whole image.
         labels: classes in [0, n_classes).
         flags: bits of `FLAG_BITS`; None for no flags.
         n_classes: number of classes.
         form: which flags a class token carries: class + n_classes * flags.
         tokens: size of the vocabulary; the last one stands for nothing.
         objects: most objects.
-        tell_crop: whether boxes are told in the whole picture, and the crop is too; else boxes are told in the crop.
+        tell_crop: whether boxes are told in the whole image, and the crop is too; else boxes are told in the crop.
         crop: x0 y0 x1 y1 of the part that is seen.
-        flip: whether the picture is mirrored, after it was cropped.
+        flip: whether the image is mirrored, after it was cropped.
         order: permutation of the boxes; by default they keep their order.
 
     Returns:
@@ -116,20 +116,20 @@ class LayoutConditioner(ModelMixin, ConfigMixin):
     Args:
         names: of the classes of boxes, index = label.
         form: `coco` or `openimages`, see `layout_tokens`.
-        objects: most objects of a picture.
-        crop: whether two tokens tell which part of the picture is seen.
+        objects: most objects of an image.
+        crop: whether two tokens tell which part of the image is seen.
         tokens: size of the vocabulary.
         dim, layers, heads, head_dim: of the transformer.
-        seed: of the order of objects, which is another one each time a picture is seen.
-        painted: channels of a map of the boxes on the latents' grid, concatenated to `x_t`; 0 is the paper's, tokens
-            alone. With it, which positions a box means need not be learnt, which takes long.
+        seed: of the order of objects, which is another one each time an image is seen.
+        layout_map_channels: of a map of the boxes on the latents' grid, concatenated to `x_t`; 0 is the paper's, tokens
+            alone. With the map, the model need not learn which positions a box means, which takes long.
         latent_factor: pixels along a side of a latent position, of the map.
 
     Raises:
         LatelierError: if classes with flags do not fit into the vocabulary.
     """
 
-    asks = "layouts"
+    input_name = "layouts"
     _supports_gradient_checkpointing = True
 
     @register_to_config
@@ -145,7 +145,7 @@ class LayoutConditioner(ModelMixin, ConfigMixin):
         heads: int = 8,
         head_dim: int = 64,
         seed: int = 0,
-        painted: int = 0,
+        layout_map_channels: int = 0,
         latent_factor: int = 1,
     ):
         super().__init__()
@@ -157,15 +157,15 @@ class LayoutConditioner(ModelMixin, ConfigMixin):
         self.length = 3 * objects + 2 * crop
         self.transformer = TokenTransformer(tokens, self.length, dim, layers, heads, head_dim)
         self._begin(kinds)
-        self.paint = nn.Conv2d(len(names), painted, 1, bias=False) if painted else None
+        self.map_proj = nn.Conv2d(len(names), layout_map_channels, 1, bias=False) if layout_map_channels else None
 
     @property
     def spatial_channels(self) -> int:
         """Channels that are concatenated to `x_t`."""
-        return self.config["painted"]
+        return self.config["layout_map_channels"]
 
     def _begin(self, kinds: int) -> None:
-        """Corners begin as the sinusoids of their places, as pictures' do, so that neighbours are alike from the start.
+        """Corners begin as the sinusoids of their places, as images' do, so that neighbours are alike from the start.
 
         Classes, nothing, and positions in the sequence begin as large as those: what a token is (class, first or second
         corner, of which object) stands in its position alone, and is overheard if that is small.
@@ -185,12 +185,12 @@ class LayoutConditioner(ModelMixin, ConfigMixin):
     # -- what a user asks for -----------------------------------------------------------------------------------------
 
     def inputs(self, wanted: list[Any], size: tuple[int, int]) -> dict[str, list[Tensor]]:
-        """Layouts, a list of objects for each picture, as record entries.
+        """Layouts, a list of objects for each image, as record entries.
 
         Args:
             wanted: objects are `(class, x0, y0, x1, y1)` or `{"class": ..., "box": [x0, y0, x1, y1], "flags": bits}`;
-                the class by name or index, the box relative to the picture, flags as in `FLAG_BITS`, 0 by default.
-            size: height and width of the pictures to draw.
+                the class by name or index, the box relative to the image, flags as in `FLAG_BITS`, 0 by default.
+            size: height and width of the images to draw.
 
         Raises:
             LatelierError: for an unknown class, a box that is none, or too many objects.
@@ -250,31 +250,31 @@ class LayoutConditioner(ModelMixin, ConfigMixin):
     def prepare(self, batch: Mapping[str, Any], codec: Codec | None = None) -> dict[str, Tensor]:
         """`layout_tokens (b, n)` int64 of a batch's boxes and, if they are painted, `layout_map (b, classes, *grid)`.
 
-        Boxes are relative to what is seen, so that what is seen is the whole picture; unless the batch has `crop`,
-        `(b, 4)` x0 y0 x1 y1 of what is seen in the picture that it was cut from. Objects are shuffled by
+        Boxes are relative to what is seen, so that what is seen is the whole image; unless the batch has `crop`,
+        `(b, 4)` x0 y0 x1 y1 of what is seen in the image that it was cut from. Objects are shuffled by
         `batch["draw"]`; without it, as when a user asks for a layout, they keep their order.
         """
         rows = [self._row(batch, i) for i in range(len(batch["boxes"]))]
         told = {"layout_tokens": torch.stack(rows).to(self.device)}  # (b, n)
-        if self.paint is not None:
+        if self.map_proj is not None:
             size = batch["image"].shape[2:] if "image" in batch else batch["layout_size"][0].tolist()
             grid = grid_of((size[0], size[1]), self.config["latent_factor"])
             kinds = len(self.config["names"])
-            maps = [painted(b, k, kinds, grid) for b, k in zip(batch["boxes"], batch["box_labels"])]
+            maps = [draw_layout_map(b, k, kinds, grid) for b, k in zip(batch["boxes"], batch["box_labels"])]
             told["layout_map"] = torch.stack(maps).to(self.device)  # (b, k, *grid)
         return told
 
     def _row(self, batch: Mapping[str, Any], i: int) -> Int[Tensor, " n"]:
         boxes, labels = batch["boxes"][i].cpu().double(), batch["box_labels"][i].cpu()  # (n, 4), (n,)
         order, crop = None, WHOLE
-        if "draw" in batch:
+        if "sample_id" in batch:
             generator = torch.Generator().manual_seed(
-                address(self.config["seed"], "order of objects", int(batch["draw"][i]))
+                fold_in(self.config["seed"], "order of objects", int(batch["sample_id"][i]))
             )
             order = torch.randperm(len(boxes), generator=generator).tolist()
         if "crop" in batch and self.config["crop"]:
             corner, end = batch["crop"][i].cpu().double().split(2)  # (2,), (2,)
-            boxes = corner.repeat(2) + boxes * (end - corner).repeat(2)  # (n, 4), in the whole picture
+            boxes = corner.repeat(2) + boxes * (end - corner).repeat(2)  # (n, 4), in the whole image
             crop = (*corner.tolist(), *end.tolist())
         return layout_tokens(
             boxes,
@@ -296,11 +296,13 @@ class LayoutConditioner(ModelMixin, ConfigMixin):
         tokens = batch["layout_tokens"].to(self.device)  # (b, n)
         if drop is not None:
             tokens = tokens.masked_fill(drop.to(tokens.device)[:, None], self.config["tokens"] - 1)
-        spatial = None if self.paint is None else blank(self.paint(batch["layout_map"].to(self.paint.weight)), drop)
+        spatial = (
+            None if self.map_proj is None else blank(self.map_proj(batch["layout_map"].to(self.map_proj.weight)), drop)
+        )
         return Condition(tokens=self.transformer(tokens), spatial=spatial)
 
 
-def painted(
+def draw_layout_map(
     boxes: Float[Tensor, "n 4"], labels: Int[Tensor, " n"], kinds: int, grid: tuple[int, int]
 ) -> Float[Tensor, "k h w"]:
     """How much of each position's square the boxes of every class cover; where several do, the one that covers most.
@@ -325,20 +327,20 @@ def painted(
     return found
 
 
-def build(section: LayoutCondition, world: World) -> LayoutConditioner:
+def build(section: LayoutCondition, spec: DataSpec) -> LayoutConditioner:
     """The conditioner of a recipe's section.
 
     Raises:
         LatelierError: if the data have no boxes, or too many classes.
     """
-    if world.box_names is None:
+    if spec.box_names is None:
         raise LatelierError(
             "denoiser.condition is layout, but the data have no boxes; give them by data.boxes or a column `objects`."
         )
-    if section.painted:
-        require_grid(world, section.kind)
+    if section.layout_map_channels:
+        require_grid(spec, section.kind)
     return LayoutConditioner(
-        names=list(world.box_names),
+        names=list(spec.box_names),
         form=section.form,
         objects=section.objects,
         crop=section.crop,
@@ -347,7 +349,7 @@ def build(section: LayoutCondition, world: World) -> LayoutConditioner:
         layers=section.layers,
         heads=section.heads,
         head_dim=section.head_dim,
-        seed=world.seed,
-        painted=section.painted,
-        latent_factor=world.factor,
+        seed=spec.seed,
+        layout_map_channels=section.layout_map_channels,
+        latent_factor=spec.factor,
     )

@@ -1,6 +1,6 @@
-"""Super-resolution: the small picture beside `x_t` (LDM, section 4.4).
+"""Super-resolution: the small image beside `x_t` (LDM, section 4.4).
 
-The small picture is not encoded. Where it has the latents' size, as in the paper (64 x 64 for 256 x 256, f = 4), it is
+The small image is not encoded. Where it has the latents' size, as in the paper (64 x 64 for 256 x 256, f = 4), it is
 concatenated as it is; larger ones are folded into channels without loss, smaller ones are enlarged.
 """
 
@@ -17,30 +17,30 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from latelier.conditioning.condition import Condition
-from latelier.conditioning.spatial import blank, grid_of, needed, read_picture, require_grid
+from latelier.conditioning.spatial import blank, grid_of, needed, read_image, require_grid
 from latelier.data.degradations import degrade
 from latelier.errors import LatelierError
 
 if TYPE_CHECKING:
-    from latelier.conditioning import World
+    from latelier.conditioning import DataSpec
     from latelier.recipe.condition import LowResolutionCondition
 
 
 class LowResolutionConditioner(ModelMixin, ConfigMixin):
-    """A smaller picture on the latents' grid; nothing is learned.
+    """A smaller image on the latents' grid; nothing is learned.
 
     Args:
         factor: how many times smaller a side is.
-        degradation: how small pictures are made in training, see `latelier.data.degradations`.
-        image_channels: of the pictures.
+        degradation: how small images are made in training, see `latelier.data.degradations`.
+        image_channels: of the images.
         latent_factor: pixels along a side of a latent position; `factor` divides it, or is larger.
         seed: of random degradations, addressed by `batch["draw"]`.
 
     Raises:
-        LatelierError: if the small picture's pixels do not make whole latent positions.
+        LatelierError: if the small image's pixels do not make whole latent positions.
     """
 
-    asks = "low_resolution"
+    input_name = "low_resolution"
     token_width = 0
 
     @register_to_config
@@ -62,7 +62,7 @@ class LowResolutionConditioner(ModelMixin, ConfigMixin):
 
     @property
     def _fold(self) -> int:
-        """Pixels of the small picture along a side of a latent position, at least one."""
+        """Pixels of the small image along a side of a latent position, at least one."""
         return max(1, self.config["latent_factor"] // self.config["factor"])
 
     def prepare(self, batch: Mapping[str, Any], codec: Any) -> dict[str, Tensor]:
@@ -70,7 +70,7 @@ class LowResolutionConditioner(ModelMixin, ConfigMixin):
         if "low" in batch:
             return {}
         image, config = needed(batch, "image", "low-resolution"), self.config
-        return {"low": degrade(image, config["factor"], config["degradation"], config["seed"], batch["draw"])}
+        return {"low": degrade(image, config["factor"], config["degradation"], config["seed"], batch["sample_id"])}
 
     def forward(self, batch: Mapping[str, Any], drop: Bool[Tensor, " b"] | None = None) -> Condition:
         """The condition of `batch["low"]` in [-1, 1]; rows where `drop` is true get zeros."""
@@ -83,15 +83,15 @@ class LowResolutionConditioner(ModelMixin, ConfigMixin):
         return Condition(spatial=blank(low, drop))
 
     def inputs(self, wanted: list[Any], size: tuple[int, int]) -> dict[str, Any]:
-        """Small pictures as a user gives them (see `read_picture`) to `low`.
+        """Small images as a user gives them (see `read_image`) to `low`.
 
         Raises:
-            LatelierError: if one has not `size`, height and width of the pictures to draw, over the factor.
+            LatelierError: if one has not `size`, height and width of the images to draw, over the factor.
         """
-        pictures = [read_picture(entry, self.config["image_channels"], self.asks) for entry in wanted]
-        for picture in pictures:
-            self._check(picture.shape[1], picture.shape[2], size)
-        return {"low": torch.stack(pictures)}  # (b, c, h / s, w / s)
+        images = [read_image(entry, self.config["image_channels"], self.input_name) for entry in wanted]
+        for image in images:
+            self._check(image.shape[1], image.shape[2], size)
+        return {"low": torch.stack(images)}  # (b, c, h / s, w / s)
 
     def _check(self, height: int, width: int, size: tuple[int, int]) -> None:
         factor = self.config["factor"]
@@ -101,16 +101,16 @@ class LowResolutionConditioner(ModelMixin, ConfigMixin):
         if size[0] % factor or size[1] % factor:
             fits = f"from none, as {factor} does not divide it"
         raise LatelierError(
-            f"{self.asks}: a model for factor {factor} draws {size[0]} x {size[1]} pictures (height x width) {fits}; "
+            f"{self.input_name}: a model of factor {factor} draws images of {size[0]} x {size[1]} pixels {fits}; "
             f"this one is {height} x {width}: resize it, or ask for height={height * factor}, width={width * factor}."
         )
 
 
-def build_low_resolution(section: LowResolutionCondition, world: World) -> LowResolutionConditioner:
+def build_low_resolution(section: LowResolutionCondition, spec: DataSpec) -> LowResolutionConditioner:
     """A conditioner for the recipe's factor and degradation.
 
     Raises:
         LatelierError: if the factor does not go with the tokenizer's, or the latents are no grid.
     """
-    require_grid(world, section.kind)
-    return LowResolutionConditioner(section.factor, section.degradation, world.image_channels, world.factor, world.seed)
+    require_grid(spec, section.kind)
+    return LowResolutionConditioner(section.factor, section.degradation, spec.image_channels, spec.factor, spec.seed)

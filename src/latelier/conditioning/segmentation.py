@@ -18,7 +18,7 @@ from latelier.data.transforms import nearest
 from latelier.errors import LatelierError
 
 if TYPE_CHECKING:
-    from latelier.conditioning import World
+    from latelier.conditioning import DataSpec
     from latelier.recipe.condition import SegmentationCondition
 
 LABEL_MODES = ("1", "L", "P", "I")  # of PIL; and I;16 in its byte orders
@@ -33,7 +33,7 @@ class SegmentationConditioner(ModelMixin, ConfigMixin):
         latent_factor: pixels along a side of a latent position.
     """
 
-    asks = "segmentations"
+    input_name = "segmentations"
     token_width = 0
 
     @register_to_config
@@ -47,7 +47,7 @@ class SegmentationConditioner(ModelMixin, ConfigMixin):
         return self.config["channels"]
 
     def prepare(self, batch: Mapping[str, Any], codec: Any) -> dict[str, Tensor]:
-        """Nothing is made from the pictures; the ids of `batch["segmentation"]` `(b, h, w)` are checked.
+        """Nothing is made from the images; the ids of `batch["segmentation"]` `(b, h, w)` are checked.
 
         Raises:
             LatelierError: if there are no maps, or an id is not of a class.
@@ -65,9 +65,9 @@ class SegmentationConditioner(ModelMixin, ConfigMixin):
         """Label maps as a user gives them, resized to `size`, height and width, to `segmentation`.
 
         Args:
-            wanted: `(h, w)` arrays or tensors of integers, PIL pictures whose pixels are ids (modes P, L, I), or PNG
+            wanted: `(h, w)` arrays or tensors of integers, PIL images whose pixels are ids (modes P, L, I), or PNG
                 files of such.
-            size: height and width of the pictures to draw.
+            size: height and width of the images to draw.
 
         Raises:
             LatelierError: if one is something else, or an id is not of a class.
@@ -82,15 +82,15 @@ class SegmentationConditioner(ModelMixin, ConfigMixin):
         if isinstance(entry, Tensor):
             entry = entry.detach().cpu().numpy()
         if not isinstance(entry, np.ndarray):
-            image = open_image(entry, self.asks)
+            image = open_image(entry, self.input_name)
             if image.mode not in LABEL_MODES and not image.mode.startswith("I;16"):
                 raise LatelierError(
-                    f"{self.asks}: a label map's pixels are ids (modes P, L or I), but this picture is {image.mode}."
+                    f"{self.input_name}: a label map holds ids (modes P, L or I), but this image is {image.mode}."
                 )
             entry = np.asarray(image)
         if entry.ndim != 2 or entry.dtype.kind not in "biu":
             raise LatelierError(
-                f"{self.asks}: label maps are (h, w) arrays of integers, not {' x '.join(map(str, entry.shape))} "
+                f"{self.input_name}: label maps are (h, w) arrays of integers, not {' x '.join(map(str, entry.shape))} "
                 f"of {entry.dtype}."
             )
         return entry
@@ -110,7 +110,7 @@ def class_shares(ids: Int[Tensor, "b h w"], classes: int, factor: int) -> Float[
 
     This is the one-hot map after bilinear halving, as often as it takes: each halving averages squares of 2 x 2 (LDM's
     SpatialRescaler), so that a power of two averages squares of factor x factor. Counting ids gives the same without
-    one-hot maps of the picture's size, and for any factor.
+    one-hot maps of the image's size, and for any factor.
 
     Args:
         ids: `(b, h, w)`, 0 <= id < classes.
@@ -128,17 +128,17 @@ def class_shares(ids: Int[Tensor, "b h w"], classes: int, factor: int) -> Float[
     return (counts / factor**2).movedim(3, 1)
 
 
-def build_segmentation(section: SegmentationCondition, world: World) -> SegmentationConditioner:
+def build_segmentation(section: SegmentationCondition, spec: DataSpec) -> SegmentationConditioner:
     """A conditioner for the data's label maps.
 
     Raises:
         LatelierError: if neither the recipe nor the data say how many classes there are, or the latents are no grid.
     """
-    require_grid(world, section.kind)
-    classes = section.classes or world.segmentation_classes
+    require_grid(spec, section.kind)
+    classes = section.classes or spec.segmentation_classes
     if classes is None:
         raise LatelierError(
             "denoiser.condition = 'segmentation', but the data do not say how many classes their maps have; use data "
             "with label maps, and set the condition's `classes`."
         )
-    return SegmentationConditioner(classes, section.channels, world.factor)
+    return SegmentationConditioner(classes, section.channels, spec.factor)

@@ -30,7 +30,7 @@ from latelier.weights import quiet
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from latelier.conditioning import World
+    from latelier.conditioning import DataSpec
     from latelier.recipe.condition import TextCondition
     from latelier.tokenizers.codec import Codec
 
@@ -60,7 +60,7 @@ class TextConditioner(ModelMixin, ConfigMixin):
         encoder_config: its config.
     """
 
-    asks = "prompts"
+    input_name = "prompts"
     spatial_channels = 0
     _supports_gradient_checkpointing = True
 
@@ -166,14 +166,14 @@ class TextConditioner(ModelMixin, ConfigMixin):
         return self._words
 
     def inputs(self, wanted: list[Any], size: tuple[int, int]) -> dict[str, list[str]]:
-        """Prompts, one for each picture, as captions.
+        """Prompts, one for each image, as captions.
 
         Raises:
             LatelierError: if one is no text.
         """
         for prompt in wanted:
             if not isinstance(prompt, str):
-                raise LatelierError(f"prompts has {prompt!r}, which is no text; give one string for each picture.")
+                raise LatelierError(f"prompts has {prompt!r}, which is no text; give one string for each image.")
         return {"caption": list(wanted)}
 
     @torch.no_grad()
@@ -381,20 +381,20 @@ def _first(error: Exception) -> str:
 # -- from a recipe ----------------------------------------------------------------------------------------------------
 
 
-def build(section: TextCondition, world: World) -> TextConditioner:
+def build(section: TextCondition, spec: DataSpec) -> TextConditioner:
     """The conditioner of a recipe's section.
 
     Raises:
         LatelierError: if the data have no captions, or a name cannot be loaded.
     """
-    if world.captions is None:
+    if spec.captions is None:
         raise LatelierError(
             "denoiser.condition is text, but the data have no captions; name their column by data.caption_key."
         )
     if section.encoder != "trained":
         return TextConditioner.frozen(section.encoder, section.length)
     if section.vocabulary == "data":
-        words = train_words(world.captions, section.vocabulary_size)
+        words = train_words(spec.captions, section.vocabulary_size)
     else:
         words = read_tokenizer(section.vocabulary)
     return TextConditioner.trained(

@@ -102,23 +102,23 @@ def _conditioner(weights: dict[str, Tensor], config: dict[str, Any], factor: int
 def _concatenated(unet: ModelMixin, tokenizer: ModelMixin) -> ModelMixin | None:
     """Inpainting and super-resolution learn nothing beside the U-Net; its further channels tell which it is."""
     channels = unet.config["in_channels"] - unet.config["out_channels"]  # type: ignore[index]
-    latent, picture = (tokenizer.config[key] for key in ("latent_channels", "in_channels"))  # type: ignore[index]
+    latent, image = (tokenizer.config[key] for key in ("latent_channels", "in_channels"))  # type: ignore[index]
     if channels == latent + 1:  # masked latents and mask
-        return InpaintingConditioner("thick", latent, picture)
-    if channels == picture:  # a small picture at the size of the latents
+        return InpaintingConditioner("thick", latent, image)
+    if channels == image:  # a small image at the size of the latents
         factor = Codec(tokenizer).factor
-        return LowResolutionConditioner(factor, "bsrgan-light", picture, factor)
+        return LowResolutionConditioner(factor, "bsrgan-light", image, factor)
     if channels:
         raise LatelierError(
-            f"The U-Net takes {channels} channels beside {latent} of latents, which is neither a small picture "
-            f"({picture}) nor masked latents and mask ({latent + 1}); convert it as ldm-unet."
+            f"The U-Net takes {channels} channels beside {latent} of latents, which is neither a small image "
+            f"({image}) nor masked latents and mask ({latent + 1}); convert it as ldm-unet."
         )
     return None
 
 
 def _dropped(conditioner: ModelMixin | None) -> list[str]:
     """Class and text models of latent diffusion can be guided: they know the null class or the empty caption."""
-    asks = getattr(conditioner, "asks", None)
-    if asks == "classes":
+    input_name = getattr(conditioner, "asks", None)
+    if input_name == "classes":
         return ["classes"] if conditioner.config["null"] else []  # type: ignore[union-attr, index]
-    return ["prompts"] if asks == "prompts" else []
+    return ["prompts"] if input_name == "prompts" else []

@@ -16,7 +16,7 @@ from latelier.errors import LatelierError
 from latelier.losses.adversarial import PatchGAN
 
 NOT_OURS = ("loss.",)  # LPIPS, the discriminator and a log-variance were sub-modules of the training model
-RENAMED = (  # decoder.up counts from the pictures there, from the latents here: `_rename` turns it round first
+RENAMED = (  # decoder.up counts from the images there, from the latents here: `_rename` turns it round first
     (r"\.(down|up)\.(\d+)\.block\.", r".\1_blocks.\2.resnets."),
     (r"\.(down|up)\.(\d+)\.attn\.", r".\1_blocks.\2.attentions."),
     (r"\.(down|up)\.(\d+)\.(down|up)sample\.", r".\1_blocks.\2.\3samplers.0."),
@@ -41,7 +41,7 @@ def convert_kl(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
 
     Args:
         weights: original names; those under `loss.` are left out.
-        config: `resolution`, the side of the pictures it was trained on.
+        config: `resolution`, the side of the images it was trained on.
 
     Raises:
         LatelierError: for names or shapes that are not such an autoencoder's.

@@ -42,7 +42,7 @@ def convert(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
     Args:
         weights: original names; learned rotary frequencies (the paper) or absolute positions, any image size.
         config: `heads`, `decoder_heads` (64 channels each by default), `image` (pixels, an integer or `[h, w]`, read
-            off the position table of square pictures), `vq_mean` and `vq_std` of the original configuration, which
+            off the position table of square images), `vq_mean` and `vq_std` of the original configuration, which
             become latent statistics.
 
     Raises:

@@ -1,7 +1,7 @@
 """Boxes around objects, from the forms in which they are kept: COCO files, YOLO's text files, tables of objects.
 
-All of them become the same entries of a record: `boxes` `(n, 4)` float32, relative x0 y0 x1 y1 of the upright picture,
-`box_labels` `(n,)` int64 and `box_flags` `(n,)` int64, bits of `FLAGS`. Boxes are cut at the picture's edges; those of
+All of them become the same entries of a record: `boxes` `(n, 4)` float32, relative x0 y0 x1 y1 of the upright image,
+`box_labels` `(n,)` int64 and `box_flags` `(n,)` int64, bits of `FLAGS`. Boxes are cut at the image's edges; those of
 which nothing is left are dropped.
 """
 
@@ -47,9 +47,7 @@ class Numbering(NamedTuple):
         names = list(own) if like is None else like
         for name in own:
             if name not in names:
-                raise LatelierError(
-                    f"{where} has boxes of the class {name!r}, which the training pictures do not have."
-                )
+                raise LatelierError(f"{where} has boxes of the class {name!r}, which the training images do not have.")
         return cls(names, {value: names.index(name) for value, name in zip(values, own)})
 
     def number(self, values: Iterable[Any], where: Any) -> list[int]:
@@ -67,7 +65,7 @@ class Numbering(NamedTuple):
 
 @runtime_checkable
 class Boxes(Protocol):
-    """The boxes of a folder's pictures.
+    """The boxes of a folder's images.
 
     Attributes:
         names: of the classes, index = label.
@@ -78,26 +76,26 @@ class Boxes(Protocol):
     files: list[Path]
 
     def knows(self, path: Path) -> bool:
-        """Whether anything is said of a picture; others are left out."""
+        """Whether anything is said of an image; others are left out."""
 
     def entries(self, path: Path, image: Image.Image | np.ndarray) -> Entries:
-        """A picture's entries of the record."""
+        """An image's entries of the record."""
 
 
 class CocoBoxes:
     """A COCO annotation file: `images`, `annotations` with `bbox` (x, y, w, h in pixels), `categories`.
 
-    A picture is found by the longest end of its path that is a `file_name`. Classes are numbered in the order of
+    An image is found by the longest end of its path that is a `file_name`. Classes are numbered in the order of
     their ids.
 
     Args:
         file: the annotations.
-        root: pictures' paths are relative to this folder.
-        paths: the pictures.
+        root: images' paths are relative to this folder.
+        paths: the images.
         like: numbering of the classes.
 
     Raises:
-        LatelierError: if the file cannot be read, or names none of the pictures, or one `file_name` means several.
+        LatelierError: if the file cannot be read, or names none of the images, or one `file_name` means several.
     """
 
     def __init__(self, file: Path, root: Path, paths: list[Path], like: list[str] | None = None):
@@ -137,15 +135,15 @@ class CocoBoxes:
 
 
 class YoloBoxes:
-    """Text files with a line `class cx cy w h` for each object, relative to the picture's size.
+    """Text files with a line `class cx cy w h` for each object, relative to the image's size.
 
-    The file of `images/a/b.jpg` is `labels/a/b.txt` if that is there, or else beside the picture; a picture without a
+    The file of `images/a/b.jpg` is `labels/a/b.txt` if that is there, or else beside the image; an image without a
     file shows no objects. Names of the classes are those of `data.yaml` (`names`), or the lines of `classes.txt`: in
-    the folder of the pictures, of the labels, or in one of the two folders above.
+    the folder of the images, of the labels, or in one of the two folders above.
 
     Args:
-        root: folder of the pictures.
-        paths: the pictures.
+        root: folder of the images.
+        paths: the images.
         like: numbering of the classes.
 
     Raises:
@@ -155,7 +153,7 @@ class YoloBoxes:
     def __init__(self, root: Path, paths: list[Path], like: list[str] | None = None):
         self._files = {path: file for path in paths if (file := _yolo_file(path)) is not None}
         if not self._files:
-            raise LatelierError(f"data.boxes = yolo, but no picture in {root} has a file of labels.")
+            raise LatelierError(f"data.boxes = yolo, but no image in {root} has a file of labels.")
         labels = (_labels_file(root.resolve() / "x.jpg") or root / "x.txt").parent
         folders = [root, labels, root / "labels", *root.resolve().parents[:2]]
         names_file = next(
@@ -234,10 +232,10 @@ class TableBoxes:
 
 
 class ObjectBoxes:
-    """`objects` of pictures in a `metadata.jsonl`, as in Hugging Face's `imagefolder`.
+    """`objects` of images in a `metadata.jsonl`, as in Hugging Face's `imagefolder`.
 
     Args:
-        rows: the metadata's row of each picture.
+        rows: the metadata's row of each image.
         form: `xywh` or `xyxy`, see `data.box_format`.
         like: numbering of the classes; by default their names, sorted.
     """
@@ -265,13 +263,13 @@ def folder_boxes(
     metadata: dict[Path, dict[str, Any]],
     like: list[str] | None,
 ) -> Boxes | None:
-    """The boxes of a folder's pictures; None if there are none.
+    """The boxes of a folder's images; None if there are none.
 
     Args:
         data: the recipe's section.
         file: the split's annotations, if `data.boxes` is a COCO file.
-        root: folder of the pictures.
-        paths: the pictures.
+        root: folder of the images.
+        paths: the images.
         metadata: rows of the folder's metadata tables.
         like: numbering of the classes.
     """
@@ -327,12 +325,12 @@ def object_columns(objects: Any, where: Any) -> tuple[list[Any], list[Any], list
 
 
 def object_entries(objects: Any, numbering: Numbering | None, size: tuple[int, int], form: str, where: Any) -> Entries:
-    """The entries of `objects`, whose boxes are in pixels of a picture of this size (width, height).
+    """The entries of `objects`, whose boxes are in pixels of an image of this size (width, height).
 
     Args:
         objects: see `object_columns`.
         numbering: of the classes; None takes their values as labels.
-        size: width and height of the picture.
+        size: width and height of the image.
         form: `xywh` (corner and size) or `xyxy` (two corners).
         where: what to call it in messages.
     """
@@ -359,7 +357,7 @@ def pixel_entries(
 
 
 def relative_entries(boxes: np.ndarray, labels: Sequence[int], flags: Sequence[int]) -> Entries:
-    """Entries from relative boxes `(n, 4)`, cut at the picture's edges; those without area are left out."""
+    """Entries from relative boxes `(n, 4)`, cut at the image's edges; those without area are left out."""
     boxes = boxes.clip(0, 1).astype(np.float32)
     kept = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
     numbers = {"box_labels": np.array(labels, np.int64)[kept], "box_flags": np.array(flags, np.int64)[kept]}
@@ -367,7 +365,7 @@ def relative_entries(boxes: np.ndarray, labels: Sequence[int], flags: Sequence[i
 
 
 def upright_size(image: Image.Image | np.ndarray) -> tuple[int, int]:
-    """Width and height of a picture as it is shown, which may not be as it is stored."""
+    """Width and height of an image as it is shown, which may not be as it is stored."""
     if isinstance(image, np.ndarray):
         return image.shape[1], image.shape[0]
     return image.size[::-1] if orientation(image) >= 5 else image.size
@@ -403,7 +401,7 @@ def _longest_end(path: Path, root: Path, names: dict[str, Any]) -> str | None:
 def _check_matches(matches: dict[Path, dict[str, Any]], file: Path, root: Path) -> None:
     if not matches:
         raise LatelierError(
-            f"data.boxes: {file} names none of the pictures in {root}; write {SPLIT} in data.boxes where files of "
+            f"data.boxes: {file} names none of the images in {root}; write {SPLIT} in data.boxes where files of "
             "several splits have the split's name."
         )
     first: dict[Any, Path] = {}

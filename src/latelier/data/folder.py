@@ -1,4 +1,4 @@
-"""A folder of pictures: class folders become labels, captions come from text files or a metadata table.
+"""A folder of images: class folders become labels, captions come from text files or a metadata table.
 
 Boxes, label maps and maps come from files that are named in the recipe, see `latelier.data.boxes` and
 `latelier.data.planes`.
@@ -31,13 +31,13 @@ CAPTION_NAMES = ("caption", "text")
 
 
 class FolderSource:
-    """Pictures below a folder, sorted by name.
+    """Images below a folder, sorted by name.
 
-    The folder of a picture, relative to the root, is its class, unless pictures lie in the root itself. A
+    The folder of an image, relative to the root, is its class, unless images lie in the root itself. A
     `metadata.csv` or `metadata.jsonl` with a `file_name` column, as in Hugging Face's `imagefolder`, gives captions
-    and labels; so does, for captions, a `.txt` file beside each picture. Multi-channel pictures that PIL cannot open
+    and labels; so does, for captions, a `.txt` file beside each image. Multi-channel images that PIL cannot open
     may be `.npy` files of `(h, w, c)` uint8. With `data.boxes: yolo` text files hold boxes instead, and folders such as
-    `images` are no classes. With a COCO file only the pictures that it lists are used.
+    `images` are no classes. With a COCO file only the images that it lists are used.
 
     Args:
         root: the folder.
@@ -48,7 +48,7 @@ class FolderSource:
         box_names: numbering of the classes of boxes; by default as the files have it.
 
     Raises:
-        LatelierError: if there are no pictures, a class is not in `class_names`, or what the recipe names is not there.
+        LatelierError: if there are no images, a class is not in `class_names`, or what the recipe names is not there.
     """
 
     def __init__(
@@ -62,9 +62,9 @@ class FolderSource:
     ):
         self.root, top = root, top or root
         maps = [Path(folder).expanduser().resolve() for folder in (data.segmentation, data.maps) if folder]
-        paths = [path for path in list_pictures(root) if not _lies_in(path, maps)]
+        paths = [path for path in list_images(root) if not _lies_in(path, maps)]
         if not paths:
-            raise LatelierError(f"There are no pictures in {root}; it needs files such as .jpg, .png or .webp.")
+            raise LatelierError(f"There are no images in {root}; it needs files such as .jpg, .png or .webp.")
         metadata, metadata_files = _read_metadata(root)
         file = annotation_file(data, split, root.name if root != top else None)
         self._boxes = folder_boxes(data, file, root, paths, metadata, box_names)
@@ -80,7 +80,7 @@ class FolderSource:
         self.fingerprint = digest(*facts, *self._more_facts())
 
     def _number(self, named: list[str] | None, class_names: list[str] | None) -> None:
-        """Labels from the pictures' class names."""
+        """Labels from the images' class names."""
         self.class_names: list[str] | None = None
         self.labels: list[int] | None = None
         if named is not None:
@@ -90,7 +90,7 @@ class FolderSource:
             self.labels = [number[name] for name in named]
 
     def _open_planes(self, data: Data, roots: list[Path]) -> None:
-        """Find the pictures' label maps and maps."""
+        """Find the images' label maps and maps."""
         self._label_maps = LabelMaps(data)
         self.segmentation_classes = self._label_maps.count if data.segmentation else None
         if data.segmentation and self.segmentation_classes is None:
@@ -101,7 +101,7 @@ class FolderSource:
         )
 
     def _more_facts(self) -> list[Any]:
-        """What the fingerprint depends on beside pictures, captions and classes."""
+        """What the fingerprint depends on beside images, captions and classes."""
         facts: list[Any] = []
         if self._boxes is not None:
             facts.append(["boxes", file_facts(self._boxes.files, self.root), self.box_names])
@@ -132,7 +132,7 @@ class FolderSource:
         return record
 
     def captions(self, indices: Iterable[int]) -> Iterator[str]:
-        """Captions of these pictures, which are not opened; none if there are none."""
+        """Captions of these images, which are not opened; none if there are none."""
         if self._captions is not None:
             yield from (self._caption(self.paths[i]) for i in indices)
 
@@ -147,12 +147,12 @@ class FolderSource:
 
 
 def open_bytes(content: bytes) -> Image.Image:
-    """A picture whose header is read and whose pixels are not decoded yet."""
+    """An image whose header is read and whose pixels are not decoded yet."""
     return Image.open(io.BytesIO(content))
 
 
-def list_pictures(root: Path) -> list[Path]:
-    """All picture files below a folder, sorted; hidden files and folders are left out."""
+def list_images(root: Path) -> list[Path]:
+    """All image files below a folder, sorted; hidden files and folders are left out."""
     found = []
     for folder, folders, files in os.walk(root, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -165,7 +165,7 @@ def list_pictures(root: Path) -> list[Path]:
 
 
 def _lies_in(path: Path, folders: list[Path]) -> bool:
-    """Whether a file is a label map or a map: they may be kept below the folder of pictures."""
+    """Whether a file is a label map or a map: they may be kept below the folder of images."""
     return bool(folders) and any(path.resolve().is_relative_to(folder) for folder in folders)
 
 
@@ -189,7 +189,7 @@ def split_folders(root: Path, data: Data) -> dict[str, Path | None]:
 
 
 def _read_metadata(root: Path) -> tuple[dict[Path, dict[str, Any]], list[Path]]:
-    """Rows of all metadata tables below a folder, by the picture's path."""
+    """Rows of all metadata tables below a folder, by the image's path."""
     rows: dict[Path, dict[str, Any]] = {}
     files = sorted(path for name in METADATA for path in root.rglob(name))
     for path in files:
@@ -208,12 +208,12 @@ def _read_metadata(root: Path) -> tuple[dict[Path, dict[str, Any]], list[Path]]:
 
 
 def _class_of_each(paths: list[Path], root: Path, metadata: dict[Path, dict[str, Any]], data: Data) -> list[str] | None:
-    """The class name of every picture, from the metadata's label column or else from its folder."""
+    """The class name of every image, from the metadata's label column or else from its folder."""
     key = data.label_key or "label"
     if any(row.get(key) not in (None, "") for row in metadata.values()):
         for path in paths:
             if metadata.get(path, {}).get(key) in (None, ""):
-                raise LatelierError(f"{path} has no {key!r} in the metadata of {root}; every picture needs one.")
+                raise LatelierError(f"{path} has no {key!r} in the metadata of {root}; every image needs one.")
         return [str(metadata[path][key]) for path in paths]
     if data.label_key:
         raise LatelierError(f"data.label_key = {data.label_key!r}, but no metadata file in {root} has that column.")
@@ -224,7 +224,7 @@ def _class_of_each(paths: list[Path], root: Path, metadata: dict[Path, dict[str,
 
 
 def _captions(paths: list[Path], metadata: dict[Path, dict[str, Any]], data: Data) -> dict[Path, str] | None:
-    """Captions known from the metadata; None if the pictures have no captions at all, not even beside them."""
+    """Captions known from the metadata; None if the images have no captions at all, not even beside them."""
     keys = (data.caption_key,) if data.caption_key else CAPTION_NAMES
     found = {}
     for path, row in metadata.items():
@@ -241,6 +241,6 @@ def _sidecar(path: Path) -> Path:
 
 
 def _sidecar_text(path: Path) -> str:
-    """The text beside a picture; without a text file a picture's caption is empty."""
+    """The text beside an image; without a text file an image's caption is empty."""
     sidecar = _sidecar(path)
     return sidecar.read_text(encoding="utf-8").strip() if sidecar.is_file() else ""

@@ -1,7 +1,7 @@
-"""The latent cache: posteriors of all pictures on disk, encoded once, gathered from memory-mapped shards.
+"""The latent cache: posteriors of all images on disk, encoded once, gathered from memory-mapped shards.
 
 A cache is a folder of `shard-00000.safetensors`, ... and `cache.json`. It holds the normalised mean and standard
-deviation of every picture's posterior, and of its mirror image, so that z is drawn anew whenever it is used.
+deviation of every image's posterior, and of its mirror image, so that z is drawn anew whenever it is used.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from latelier.data.order import permuted_index, share
-from latelier.draws import Draws
 from latelier.errors import LatelierError
+from latelier.keyed_random import KeyedRandom
 from latelier.tokenizers.codec import Codec
 
 INDEX_FILE = "cache.json"
@@ -32,14 +32,14 @@ PIXELS_AT_ONCE = 64 * 256 * 256  # of a forward pass that measures statistics
 
 
 @runtime_checkable
-class Pictures(Protocol):
+class Images(Protocol):
     """What is encoded: `latelier.data.loader.ImageDataset`, or anything that gives its batches."""
 
     class_names: list[str] | None
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """`(c, h, w)` of every picture."""
+        """`(c, h, w)` of every image."""
 
     def __len__(self) -> int: ...
 
@@ -53,7 +53,7 @@ class Pictures(Protocol):
 
 
 class LatentCache:
-    """Posteriors of a dataset's pictures, read from a complete cache; `write` makes one, `open` checks its key.
+    """Posteriors of a dataset's images, read from a complete cache; `write` makes one, `open` checks its key.
 
     Args:
         folder: the cache.
@@ -70,7 +70,7 @@ class LatentCache:
         rows = [len(shard["index"]) for shard in self._shards]
         index = torch.cat([shard["index"] for shard in self._shards])  # (n,)
         order = index.argsort()
-        self.index = index[order]  # (n,) pictures' numbers in the dataset, ascending
+        self.index = index[order]  # (n,) images' numbers in the dataset, ascending
         self._shard = torch.arange(len(rows)).repeat_interleave(torch.tensor(rows))[order]  # (n,)
         self._row = torch.cat([torch.arange(n) for n in rows])[order]  # (n,)
 
@@ -103,7 +103,7 @@ class LatentCache:
         cls,
         folder: str | Path,
         codec: Codec,
-        dataset: Pictures,
+        dataset: Images,
         key: dict[str, Any],
         flip: bool,
         batch: int,
@@ -120,13 +120,13 @@ class LatentCache:
         Args:
             folder: where the cache goes; it must be seen by all processes.
             codec: tokenizer with statistics; the cache holds normalised latents.
-            dataset: its `once` gives the pictures.
+            dataset: its `once` gives the images.
             key: what the latents depend on: tokenizer hash, data fingerprint, transform. A cache made from anything
                 else is refused.
             flip: encode the mirror images too.
-            batch: pictures per forward pass.
+            batch: images per forward pass.
             accelerator: the process group; None is a single process.
-            shard_size: pictures per file.
+            shard_size: images per file.
             dtype: of the stored numbers.
             overwrite: delete a cache that is there.
 
@@ -159,13 +159,13 @@ class LatentCache:
         accumulation: int = 1,
         seed: int = 0,
     ) -> Iterator[dict[str, Any]]:
-        """Micro-batches without end, from the `start`-th picture of the stream on.
+        """Micro-batches without end, from the `start`-th image of the stream on.
 
         Order and flips depend on `(seed, draw)` alone: a resumed run, and any number of processes and micro-batches,
-        see the same pictures.
+        see the same images.
 
         Args:
-            batch: pictures per optimiser step over all processes.
+            batch: images per optimiser step over all processes.
             start: images seen so far.
             process, processes: which share of the batch is this process's.
             accumulation: micro-batches per optimiser step.
@@ -176,7 +176,7 @@ class LatentCache:
             the data have them.
         """
         for draws, positions, flipped in self.plan(batch, start, process, processes, accumulation, seed):
-            yield {**self.gather(positions, flipped), "draw": draws}
+            yield {**self.gather(positions, flipped), "sample_id": draws}
 
     def plan(
         self, batch: int, start: int, process: int, processes: int, accumulation: int, seed: int
@@ -186,7 +186,9 @@ class LatentCache:
         while True:
             for offsets in micro_batches:
                 draws = start + offsets  # (b,)
-                flipped = Draws(seed, draws).uniform("flip") < 0.5 if self.flip else torch.zeros(len(draws)).bool()
+                flipped = (
+                    KeyedRandom(seed, draws).uniform("flip") < 0.5 if self.flip else torch.zeros(len(draws)).bool()
+                )
                 yield draws, permuted_index(draws, len(self), seed), flipped
             start += batch
 
@@ -208,7 +210,7 @@ class LatentCache:
             for name in ("mean", "std"):
                 stored = tensors[name].flatten(
                     0, 1
-                )  # (n, c, *grid), or (2 n, c, *grid): picture, mirror image, picture, ...
+                )  # (n, c, *grid), or (2 n, c, *grid): image, mirror image, image, ...
                 record[name][where] = stored[rows * (1 + self.flip) + side[where]].float()
             if "label" in first:
                 record["label"][where] = tensors["label"][rows]
@@ -228,25 +230,25 @@ class LatentCache:
                 raise LatelierError(f"{self.folder / shard['file']} is damaged; delete it and run `latelier encode`.")
 
 
-def draw_latents(batch: dict[str, Any], draws: Draws) -> Float[Tensor, "b c *grid"]:
+def draw_latents(batch: dict[str, Any], draws: KeyedRandom) -> Float[Tensor, "b c *grid"]:
     """z = mean + std eps, with noise of its own for each draw of the stream."""
     return torch.addcmul(batch["mean"], batch["std"], draws.normal("posterior", *batch["mean"].shape[1:]))
 
 
 @torch.no_grad()
 def latent_statistics(
-    codec: Codec, dataset: Pictures, limit: int, seed: int, accelerator: Accelerator | None = None
+    codec: Codec, dataset: Images, limit: int, seed: int, accelerator: Accelerator | None = None
 ) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
     """Mean and standard deviation, per channel, of raw latents sampled from their posteriors.
 
-    The pictures are the first of the training stream: a random part of the data, cropped and flipped as in training.
+    The images are the first of the training stream: a random part of the data, cropped and flipped as in training.
     They and their noise do not depend on how many processes share the work. Sums are float64. A channel that is
     constant gets a deviation of 1e-6, so that it can be normalised.
 
     Args:
         codec: a tokenizer without statistics.
-        dataset: the training pictures.
-        limit: how many pictures at most.
+        dataset: the training images.
+        limit: how many images at most.
         seed: of the posterior samples.
         accelerator: the process group; None is a single process.
     """
@@ -257,8 +259,12 @@ def latent_statistics(
     sums = torch.zeros(3, codec.latent_shape(height, width)[0], dtype=torch.float64)  # count, sum, sum of squares
     for batch in islice(dataset.stream(size, 0, process, processes, 1), -(-limit // size)):
         posterior = codec.posterior(batch["image"].to(codec.device))
-        noise = Draws(seed, batch["draw"], posterior.mean.device).normal("statistics", *posterior.mean.shape[1:])
-        z = (posterior.mean + posterior.std * noise)[(batch["draw"] < limit).to(posterior.mean.device)]  # (b, c, *grid)
+        noise = KeyedRandom(seed, batch["sample_id"], posterior.mean.device).normal(
+            "statistics", *posterior.mean.shape[1:]
+        )
+        z = (posterior.mean + posterior.std * noise)[
+            (batch["sample_id"] < limit).to(posterior.mean.device)
+        ]  # (b, c, *grid)
         z = z.transpose(0, 1).flatten(1).cpu().double()  # (c, n)
         sums += torch.stack([torch.ones_like(z).sum(1), z.sum(1), (z * z).sum(1)])
     if accelerator is not None and processes > 1:
@@ -274,7 +280,7 @@ def latent_statistics(
 def _start(
     folder: Path,
     codec: Codec,
-    dataset: Pictures,
+    dataset: Images,
     key: dict[str, Any],
     shard_size: int,
     accelerator: Accelerator | None,
@@ -311,7 +317,7 @@ def _finish(folder: Path, about: dict[str, Any]) -> None:
             shard["sha256"] = file.metadata()["sha256"]
             shard["rows"] = file.get_slice("index").get_shape()[0]
     if not sum(shard["rows"] for shard in about["shards"]):
-        raise LatelierError(f"No picture could be read, so the latent cache in {folder} is empty; check data.source.")
+        raise LatelierError(f"No image could be read, so the latent cache in {folder} is empty; check data.source.")
     _write_about(folder, {**about, "complete": True})
 
 
@@ -417,7 +423,7 @@ def _wait(accelerator: Accelerator | None) -> None:
 
 @contextmanager
 def _progress(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A bar with pictures per second and the time that is left."""
+    """A bar with images per second and the time that is left."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -1,7 +1,7 @@
-"""Batches of pictures: an endless stream addressed by images seen, and single passes.
+"""Batches of images: an endless stream addressed by images seen, and single passes.
 
-What a batch holds depends on `(seed, draw)` alone. Decoded pictures are kept in memory where they fit; otherwise
-worker processes decode them again each time. Both give the same pictures.
+What a batch holds depends on `(seed, draw)` alone. Decoded images are kept in memory where they fit; otherwise
+worker processes decode them again each time. Both give the same images.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from latelier.recipe import Data
 
 MEMORY_LIMIT = 1_000_000_000  # bytes of pixels
 NAMED_IN_ERRORS = 3
-WORTH_LEAVING = 2048  # pictures that a short pass need not decode
+WORTH_LEAVING = 2048  # images that a short pass need not decode
 
 
 class ImageDataset:
-    """Pictures of a source as tensors in [-1, 1].
+    """Images of a source as tensors in [-1, 1].
 
     Args:
         source: from `latelier.data.sources.open_source`.
         data: the recipe's section: size, crop, flip, background, workers, ...
         seed: the run's seed.
-        skip_log: unreadable pictures are appended to this file, one JSON object `{index, name, reason}` each.
+        skip_log: unreadable images are appended to this file, one JSON object `{index, name, reason}` each.
 
     Attributes:
         class_names: index = label; None without labels.
         box_names: names of the classes of boxes, index = box label; None without boxes, or if they are not known.
         segmentation_classes: how many ids the label maps have; None without them, or if it is not known.
-        fingerprint: changes when evaluation would see other pictures.
+        fingerprint: changes when evaluation would see other images.
         shape: `(c, h, w)`.
 
     Raises:
@@ -69,13 +69,13 @@ class ImageDataset:
     def stream(
         self, batch: int, start: int = 0, process: int = 0, processes: int = 1, accumulation: int = 1
     ) -> Iterator[dict[str, Any]]:
-        """Micro-batches without end, from the `start`-th picture of the stream on.
+        """Micro-batches without end, from the `start`-th image of the stream on.
 
         Draw n belongs to epoch `n // len(self)`, and each epoch has an order of its own. An optimiser step takes the
-        next `batch` draws. A picture that cannot be read is replaced by the next one of the source that can.
+        next `batch` draws. An image that cannot be read is replaced by the next one of the source that can.
 
         Args:
-            batch: pictures per optimiser step over all processes.
+            batch: images per optimiser step over all processes.
             start: images seen so far.
             process, processes: which share of the batch is this process's.
             accumulation: micro-batches per optimiser step.
@@ -86,7 +86,7 @@ class ImageDataset:
             and `box_flags` of `(n,)`), `segmentation` and `mask` `(b, h, w)`, `map` `(b, c, h, w)` in [-1, 1].
 
         Raises:
-            LatelierError: if `batch` cannot be divided, or more than `max_skipped` of the pictures cannot be read.
+            LatelierError: if `batch` cannot be divided, or more than `max_skipped` of the images cannot be read.
         """
         parts = share(batch, process, processes, accumulation)
         if isinstance(self.source, StreamSource):
@@ -99,14 +99,14 @@ class ImageDataset:
         self, batch: int, process: int = 0, processes: int = 1, flip: bool = False, limit: int | None = None,
         whole: bool = False,
     ) -> Iterator[dict[str, Any]]:  # fmt: skip
-        """One pass in the source's order, with the deterministic crop; unreadable pictures are left out.
+        """One pass in the source's order, with the deterministic crop; unreadable images are left out.
 
         Args:
-            batch: pictures per batch; the last one may have fewer.
-            process, processes: every `processes`-th picture, from the `process`-th on, is this process's.
+            batch: images per batch; the last one may have fewer.
+            process, processes: every `processes`-th image, from the `process`-th on, is this process's.
             flip: give mirror images.
-            limit: use only so many pictures, spread evenly over the source (streamed: the first).
-            whole: deal out batches rather than pictures, so that they are the same for any number of processes.
+            limit: use only so many images, spread evenly over the source (streamed: the first).
+            whole: deal out batches rather than images, so that they are the same for any number of processes.
 
         Yields:
             What `stream` yields, without `draw`.
@@ -126,36 +126,36 @@ class ImageDataset:
     def follow(
         self, plan: Iterable[tuple[Tensor, list[bool]]], process: int = 0, processes: int = 1
     ) -> Iterator[dict[str, Any]]:
-        """The pictures of a plan, with the crop of `once`: what a cache's latents were made from, and all that is known
+        """The images of a plan, with the crop of `once`: what a cache's latents were made from, and all that is known
         of it.
 
         Args:
-            plan: for each batch, which pictures `(b,)` int64 and which of them are mirrored; it may have no end.
+            plan: for each batch, which images `(b,)` int64 and which of them are mirrored; it may have no end.
             process, processes: this process, for the number of workers.
 
         Yields:
-            What `once` yields, one batch for each of the plan's, with all of its pictures in order.
+            What `once` yields, one batch for each of the plan's, with all of its images in order.
 
         Raises:
-            LatelierError: if a picture cannot be read any more, or the data are streamed.
+            LatelierError: if an image cannot be read any more, or the data are streamed.
         """
         if isinstance(self.source, StreamSource):
             raise LatelierError(
-                "data.streaming = true: streamed pictures cannot be looked up by number, so that latents from a cache "
-                "cannot be given their boxes, maps or pictures; set denoiser.cache=false."
+                "data.streaming = true: streamed images cannot be looked up by number, so that latents from a cache "
+                "cannot be given their boxes, maps or images; set denoiser.cache=false."
             )
         jobs = (Job(index, index, False, list(flipped), whole=True) for index, flipped in plan)
         yield from self._run(jobs, process, processes)
 
     def captions(self) -> Iterator[str]:
-        """One pass over the captions, of which pictures are not decoded; nothing if there are none."""
+        """One pass over the captions, of which images are not decoded; nothing if there are none."""
         if isinstance(self.source, StreamSource):
             yield from self.source.captions()
         else:
             yield from captions_of(self.source, range(len(self)))
 
     def _jobs(self, batch: int, start: int, parts: list[range]) -> Iterator[Job]:
-        """The endless plan: which draws show which pictures."""
+        """The endless plan: which draws show which images."""
         while True:
             for part in parts:
                 draws = torch.arange(start + part.start, start + part.stop)  # (b,)
@@ -222,7 +222,7 @@ class ImageDataset:
         return max(1, min(16, cores // processes))
 
     def _fits(self) -> bool:
-        """Whether decoded pictures are kept in memory."""
+        """Whether decoded images are kept in memory."""
         possible = self.data.crop != "random" and not isinstance(self.source, StreamSource)
         if self.data.in_memory and not possible:
             raise LatelierError("data.in_memory = true needs data.crop other than random and data.streaming = false.")
@@ -235,7 +235,7 @@ class ImageDataset:
         return int(self.data.max_skipped * len(self))
 
     def _note(self, failures: Failures, log: bool) -> None:
-        """Remember pictures that could not be read, write them down, and give up if they are too many."""
+        """Remember images that could not be read, write them down, and give up if they are too many."""
         new = {index: reason for index, reason in failures if index not in self._failed}
         if not new:
             return
@@ -245,7 +245,7 @@ class ImageDataset:
         if len(self._failed) > self._allowed() or len(self._failed) == len(self):
             first = [f"{self.source.name(i)} ({reason})" for i, reason in list(self._failed.items())[:NAMED_IN_ERRORS]]
             raise LatelierError(
-                f"{len(self._failed)} of {len(self)} pictures cannot be read, more than data.max_skipped = "
+                f"{len(self._failed)} of {len(self)} images cannot be read, more than data.max_skipped = "
                 f"{self.data.max_skipped:g} allows; the first: {'; '.join(first)}."
             )
 
@@ -271,7 +271,7 @@ class _Pass(IterableDataset):
 
 
 def _append(path: Path, entries: list[dict[str, Any]]) -> None:
-    """Add lines for pictures that the file does not name yet."""
+    """Add lines for images that the file does not name yet."""
     path.parent.mkdir(parents=True, exist_ok=True)
     known = {json.loads(line)["name"] for line in path.read_text().splitlines()} if path.is_file() else set()
     with path.open("a") as file:

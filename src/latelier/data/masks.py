@@ -1,7 +1,7 @@
 """Holes for inpainting: thick strokes and boxes, as LaMa draws them (Suvorov et al. 2022, section 2.3).
 
 A mask is made either of strokes or of boxes. A stroke is a walk of a few segments that turns this way and that (Yu et
-al. 2019, free-form masks). Lengths are meant for a picture of a certain side and scale with the picture.
+al. 2019, free-form masks). Lengths are meant for an image of a certain side and scale with the image.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from latelier.draws import address
 from latelier.errors import LatelierError
+from latelier.keyed_random import fold_in
 
 
 @dataclass(frozen=True)
 class MaskSetting:
-    """How masks are drawn; ranges are inclusive, lengths are pixels of a picture whose shorter side is `side`.
+    """How masks are drawn; ranges are inclusive, lengths are pixels of an image whose shorter side is `side`.
 
     Attributes:
         side: that lengths are meant for.
         box_share: probability that a mask is made of boxes.
         strokes: how many, if it is made of strokes.
         boxes: how many, if it is made of boxes.
-        margin: that boxes keep from the picture's edges.
-        most: the largest share of the picture that may be a hole.
+        margin: that boxes keep from the image's edges.
+        most: the largest share of the image that may be a hole.
         length, width, segments: of a stroke's segments.
         angle: of a segment's direction, at most, in radians.
         box_side: of a box.
@@ -47,7 +47,7 @@ class MaskSetting:
     box_side: tuple[int, int] = (30, 150)
 
 
-# LaMa gives strokes : boxes as 1 : 1 and 1 : 0.3. Its evaluation sets leave out masks of more than half the picture.
+# LaMa gives strokes : boxes as 1 : 1 and 1 : 0.3. Its evaluation sets leave out masks of more than half the image.
 SETTINGS = {
     "train": MaskSetting(side=256, box_share=1 / 2, strokes=(1, 5), boxes=(1, 4), margin=10, most=1.0),
     "thick": MaskSetting(side=256, box_share=0.3 / 1.3, strokes=(1, 5), boxes=(1, 3), margin=10, most=0.5),
@@ -66,7 +66,7 @@ def draw_masks(
         seed: the run's seed.
         numbers: `(b,)` stream numbers.
     """
-    rows = [draw_mask(setting, size, np.random.default_rng(address(seed, "mask", n))) for n in numbers.tolist()]
+    rows = [draw_mask(setting, size, np.random.default_rng(fold_in(seed, "mask", n))) for n in numbers.tolist()]
     return torch.from_numpy(np.array(rows, np.float32).reshape(-1, 1, *size))  # (b, 1, h, w)
 
 
@@ -79,10 +79,10 @@ def draw_mask(setting: MaskSetting, size: tuple[int, int], rng: np.random.Genera
         rng: where the random numbers come from.
 
     Raises:
-        LatelierError: if the picture is too small to be a part hole.
+        LatelierError: if the image is too small to be a part hole.
     """
     if size[0] * size[1] < 2:
-        raise LatelierError(f"A picture of {size[0]} x {size[1]} pixels has no room for a hole beside a rest.")
+        raise LatelierError(f"An image of {size[0]} x {size[1]} pixels has no room for a hole beside a rest.")
     scale = min(size) / setting.side
     while True:
         canvas = Image.new("1", (size[1], size[0]))

@@ -1,4 +1,4 @@
-"""All pictures of a source, decoded once and kept as 8-bit pixels."""
+"""All images of a source, decoded once and kept as 8-bit pixels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from latelier.data.reading import Failures, Job, columns, finish, gone, reason
+from latelier.data.reading import Failures, Job, columns, finish, missing_image, reason
 from latelier.data.sources import Source
 from latelier.data.transforms import UNREADABLE, Transform
 from latelier.errors import LatelierError
@@ -28,7 +28,7 @@ class Memory:
         progress: show a bar if it takes long.
 
     Attributes:
-        failures: index and reason of pictures that cannot be read.
+        failures: index and reason of images that cannot be read.
     """
 
     def __init__(self, source: Source, transform: Transform, progress: bool = True):
@@ -45,10 +45,10 @@ class Memory:
         self._next = _next_readable(self._readable)
 
     def batch(self, job: Job) -> dict[str, Any] | None:
-        """The batch of a job; None if none of its pictures can be read.
+        """The batch of a job; None if none of its images can be read.
 
         Raises:
-            LatelierError: if the job is to be done as a whole and a picture cannot be read.
+            LatelierError: if the job is to be done as a whole and an image cannot be read.
         """
         if job.training:
             index, places = self._next[job.index], list(range(len(job.index)))
@@ -57,7 +57,7 @@ class Memory:
             index = job.index[places]
         if job.whole and len(places) < len(job.index):
             lost = int(job.index[~self._readable[job.index]][0])
-            raise LatelierError(gone(self.source.name(lost), dict(self.failures)[lost]))
+            raise LatelierError(missing_image(self.source.name(lost), dict(self.failures)[lost]))
         if not places:
             return None
         rows = [row for i in index.tolist() if (row := self._rows[i]) is not None]
@@ -78,7 +78,7 @@ def _next_readable(readable: torch.Tensor) -> torch.Tensor:
     """For each index the next one, itself included, that is readable, going round at the end."""
     size = len(readable)
     if not readable.any():
-        raise LatelierError(f"None of the {size} pictures can be read; check data.source.")
+        raise LatelierError(f"None of the {size} images can be read; check data.source.")
     index = torch.arange(2 * size)
     index[~readable.repeat(2)] = 2 * size
     following = index.flip(0).cummin(0).values.flip(0)  # (2 n,)
@@ -91,7 +91,7 @@ def _with_bar(starts: Iterable[int], total: int, progress: bool) -> Iterator[int
 
     begin = time.perf_counter()
     bar = Progress(
-        TextColumn("Decoding pictures"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), transient=True
+        TextColumn("Decoding images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), transient=True
     )
     task = bar.add_task("", total=total)
     try:

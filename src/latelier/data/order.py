@@ -1,4 +1,4 @@
-"""In which order an endless stream visits a finite set of pictures."""
+"""In which order an endless stream visits a finite set of images."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from latelier.draws import address
 from latelier.errors import LatelierError
+from latelier.keyed_random import fold_in
 
 
 def permuted_index(numbers: Int[Tensor, " b"], size: int, seed: int) -> Int[Tensor, " b"]:
-    """Which picture each draw of the stream shows.
+    """Which image each draw of the stream shows.
 
-    Draw n belongs to epoch `n // size`; every epoch shows every picture once, in an order of its own.
+    Draw n belongs to epoch `n // size`; every epoch shows every image once, in an order of its own.
 
     Args:
         numbers: `(b,)` numbers of the draws, 0, 1, 2, ...
-        size: how many pictures there are.
+        size: how many images there are.
         seed: the run's seed.
     """
     epochs = torch.div(numbers, size, rounding_mode="floor")
@@ -48,5 +48,5 @@ def share(batch: int, process: int, processes: int, accumulation: int) -> list[r
 
 @lru_cache(maxsize=4)
 def _permutation(size: int, seed: int, epoch: int) -> Tensor:
-    generator = torch.Generator().manual_seed(address(seed, "order", epoch))
+    generator = torch.Generator().manual_seed(fold_in(seed, "order", epoch))
     return torch.randperm(size, generator=generator)

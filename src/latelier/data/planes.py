@@ -1,4 +1,4 @@
-"""Files that belong to pictures pixel by pixel: label maps (ids) and image-like maps (depth, edges, ...)."""
+"""Files that belong to images pixel by pixel: label maps (ids) and image-like maps (depth, edges, ...)."""
 
 from __future__ import annotations
 
@@ -85,20 +85,20 @@ def read_map(stored: Image.Image | np.ndarray, name: str) -> np.ndarray:
 
 
 def partners(key: str, folder: Path, paths: list[Path], roots: list[Path]) -> dict[Path, Path]:
-    """For each picture the file in another folder that has its name, whatever the suffix.
+    """For each image the file in another folder that has its name, whatever the suffix.
 
     Args:
         key: of the recipe, for messages.
         folder: where the files are.
-        paths: the pictures.
-        roots: folders to which pictures' names are relative; the first under whose name there is a file counts.
+        paths: the images.
+        roots: folders to which images' names are relative; the first under whose name there is a file counts.
 
     Raises:
-        LatelierError: if there is no such folder, or a picture has no file.
+        LatelierError: if there is no such folder, or an image has no file.
     """
-    from latelier.data.folder import list_pictures
+    from latelier.data.folder import list_images
 
-    files = {path.relative_to(folder).with_suffix(""): path for path in list_pictures(folder)}
+    files = {path.relative_to(folder).with_suffix(""): path for path in list_images(folder)}
     if not files:
         raise LatelierError(f"{key} = {str(folder)!r}: there are no files such as .png in this folder.")
     found = {}
@@ -106,13 +106,13 @@ def partners(key: str, folder: Path, paths: list[Path], roots: list[Path]) -> di
         names = [path.relative_to(root).with_suffix("") for root in roots]
         file = next((files[name] for name in names if name in files), None)
         if file is None:
-            raise LatelierError(f"{key}: {folder} has no file for the picture {path}; it would be {names[0]}.png.")
+            raise LatelierError(f"{key}: {folder} has no file for the image {path}; it would be {names[0]}.png.")
         found[path] = file
     return found
 
 
 def open_plane(path: Path) -> Any:
-    """A file's picture, or its array if it is a `.npy`."""
+    """A file's image, or its array if it is a `.npy`."""
     from latelier.data.folder import open_bytes
 
     return np.load(path) if path.suffix == ".npy" else open_bytes(path.read_bytes())

@@ -17,7 +17,7 @@ from latelier.data.tables import StreamSource
 from latelier.data.transforms import BOXES, PLANAR, UNREADABLE, Transform, mirror
 from latelier.errors import LatelierError
 
-Failures = list[tuple[int, str]]  # index and reason of pictures that cannot be read
+Failures = list[tuple[int, str]]  # index and reason of images that cannot be read
 DECODING_THREADS = 4
 
 
@@ -26,10 +26,10 @@ class Job(NamedTuple):
 
     Attributes:
         numbers: `(b,)` draws of the training stream; in a single pass the same as `index`.
-        index: `(b,)` which pictures.
-        training: draw crops at random, and replace unreadable pictures instead of leaving them out.
+        index: `(b,)` which images.
+        training: draw crops at random, and replace unreadable images instead of leaving them out.
         flipped: which are mirrored.
-        whole: nothing may be left out: a picture that cannot be read is an error.
+        whole: nothing may be left out: an image that cannot be read is an error.
     """
 
     numbers: Tensor
@@ -40,12 +40,12 @@ class Job(NamedTuple):
 
 
 class Reader(Dataset):
-    """A source whose items are the batches of jobs; a batch also says which pictures could not be read (`failures`).
+    """A source whose items are the batches of jobs; a batch also says which images could not be read (`failures`).
 
     Args:
         source: the records.
         transform: what is done to them.
-        tries: how many pictures in a row may be unreadable before the search for a replacement is given up.
+        tries: how many images in a row may be unreadable before the search for a replacement is given up.
     """
 
     def __init__(self, source: Source, transform: Transform, tries: int):
@@ -62,7 +62,7 @@ class Reader(Dataset):
                         row = self.transform.record(record, number if job.training else None)
                     except UNREADABLE as error:
                         if job.whole:
-                            raise LatelierError(gone(self.source.name(candidate), reason(error))) from None
+                            raise LatelierError(missing_image(self.source.name(candidate), reason(error))) from None
                         failures.append((candidate, reason(error)))
                         continue
                     rows.append({**row, "index": candidate})
@@ -145,7 +145,7 @@ def assemble(rows: list[dict[str, Any]], places: list[int], job: Job, transform:
         rows: the records, with their `index`.
         places: the job's row of each.
         job: which draws they are and which are mirrored.
-        transform: finishes the pictures.
+        transform: finishes the images.
     """
     if not rows:
         return {}
@@ -157,11 +157,11 @@ def finish(pixels: UInt8[Tensor, "b d h w"], places: list[int], job: Job, transf
     """`image`, and in training `draw`, of a batch."""
     numbers = job.numbers[places]
     image = transform.finish(pixels, [job.flipped[place] for place in places], numbers)  # (b, c, h, w)
-    return {"image": image, "draw": numbers} if job.training else {"image": image}
+    return {"image": image, "sample_id": numbers} if job.training else {"image": image}
 
 
 def columns(rows: list[dict[str, Any]], flipped: list[bool]) -> dict[str, Any]:
-    """Everything in a batch but its pictures."""
+    """Everything in a batch but its images."""
     rows = [mirror(row) if flip else row for row, flip in zip(rows, flipped)]
     batch: dict[str, Any] = {"index": torch.tensor([row["index"] for row in rows])}
     if "label" in rows[0]:
@@ -210,11 +210,11 @@ def unpack(batch: dict[str, Any]) -> dict[str, Any]:
     return {k: list(v.values.split(v.lengths)) if isinstance(v, Ragged) else v for k, v in batch.items()}
 
 
-def gone(name: str, why: str) -> str:
-    """What to say of a picture that was there when latents were made of it."""
+def missing_image(name: str, why: str) -> str:
+    """What to say of an image that was there when latents were made of it."""
     return f"{name} could be read when the latents were made and now it cannot ({why}); put it back or encode again."
 
 
 def reason(error: BaseException) -> str:
-    """Why a picture cannot be read, on one line."""
+    """Why an image cannot be read, on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

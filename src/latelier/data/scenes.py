@@ -14,8 +14,8 @@ from PIL import Image
 
 from latelier.data.emoji import Emoji, emoji_versions, list_emoji, open_emoji
 from latelier.data.sources import check_classes, digest
-from latelier.draws import address
 from latelier.errors import LatelierError
+from latelier.keyed_random import fold_in
 
 VERSION = 1  # to be raised when scenes come to look different
 CATEGORIES = ("Activities", "Animals & Nature", "Food & Drink", "Objects", "Travel & Places")
@@ -24,7 +24,7 @@ MAIN_SIZE, OTHER_SIZE = (0.4, 0.6), (0.22, 0.4)  # of the shorter side
 TRIES = 30
 OPAQUE = 128
 MAIN_NEAR, OTHER_NEAR = 255, 160
-Grounds = Literal["varied", "plain"]
+Backgrounds = Literal["varied", "plain"]
 IS_OPAQUE = [255 * (alpha >= OPAQUE) for alpha in range(256)]
 MIRRORED = {"left of": "right of", "right of": "left of", "above": "above", "below": "below"}
 
@@ -35,7 +35,7 @@ class Placed(NamedTuple):
     emoji: Emoji
     label: int
     box: tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels
-    picture: Image.Image  # RGBA, cropped to the box
+    image: Image.Image  # RGBA, cropped to the box
 
 
 class SceneSource:
@@ -60,7 +60,7 @@ class SceneSource:
         segmentation_classes: how many ids the segmentation has, the background's included.
 
     Raises:
-        LatelierError: for an unknown class, categories mixed with names, a picture smaller than 16 pixels, or if there
+        LatelierError: for an unknown class, categories mixed with names, an image smaller than 16 pixels, or if there
             are no scenes.
     """
 
@@ -70,7 +70,7 @@ class SceneSource:
         length: int,
         split: str = "train",
         classes: list[str] | None = None,
-        grounds: Grounds = "varied",
+        backgrounds: Backgrounds = "varied",
         seed: int = 0,
     ):
         if min(size) < 16 or not length:
@@ -86,8 +86,8 @@ class SceneSource:
         self.segmentation_classes = 1 + len(names)
         self.labels: list[int] | None = None
         self.size, self._length, self._purpose, self._seed = size, length, f"scene {split}", seed
-        self._grounds = grounds
-        self.fingerprint = digest("scenes", VERSION, emoji_versions(), size, length, split, seed, names, grounds)
+        self._backgrounds = backgrounds
+        self.fingerprint = digest("scenes", VERSION, emoji_versions(), size, length, split, seed, names, backgrounds)
 
     def __len__(self) -> int:
         return self._length
@@ -98,14 +98,14 @@ class SceneSource:
         rng = self._rng(index)
         height, width = self.size
         style = Style.draw(rng)
-        image = paint(self.size, style._replace(kind="plain") if self._grounds == "plain" else style)
+        image = paint(self.size, style._replace(kind="plain") if self._backgrounds == "plain" else style)
         objects = self._place(rng)
         nearness = np.zeros(self.size, np.uint8)
         segmentation = np.zeros(self.size, np.uint8 if self.segmentation_classes <= 256 else np.int32)
         for number, placed in enumerate(objects):
             x0, y0, x1, y1 = placed.box
-            image.paste(placed.picture, (x0, y0), placed.picture)
-            opaque = np.asarray(placed.picture)[..., 3] >= OPAQUE
+            image.paste(placed.image, (x0, y0), placed.image)
+            opaque = np.asarray(placed.image)[..., 3] >= OPAQUE
             segmentation[y0:y1, x0:x1][opaque] = placed.label + 1
             nearness[y0:y1, x0:x1][opaque] = OTHER_NEAR if number else MAIN_NEAR
         relations = _relations(objects)
@@ -129,7 +129,7 @@ class SceneSource:
             yield _caption(objects, _relations(objects))
 
     def _rng(self, index: int) -> np.random.Generator:
-        return np.random.default_rng(address(self._seed, self._purpose, index))
+        return np.random.default_rng(fold_in(self._seed, self._purpose, index))
 
     def name(self, index: int) -> str:
         """The scene's number."""
@@ -141,13 +141,13 @@ class SceneSource:
         for i in range(rng.integers(OBJECTS[0], OBJECTS[1] + 1)):
             emoji, label = self._pool[rng.integers(len(self._pool))]
             side = max(4, round(min(self.size) * rng.uniform(*(OTHER_SIZE if i else MAIN_SIZE))))
-            picture = _sprite(emoji, side)
+            image = _sprite(emoji, side)
             for _ in range(TRIES):
-                x0 = int(rng.integers(self.size[1] - picture.width + 1))
-                y0 = int(rng.integers(self.size[0] - picture.height + 1))
-                box = (x0, y0, x0 + picture.width, y0 + picture.height)
+                x0 = int(rng.integers(self.size[1] - image.width + 1))
+                y0 = int(rng.integers(self.size[0] - image.height + 1))
+                box = (x0, y0, x0 + image.width, y0 + image.height)
                 if not any(_overlap(box, other.box) for other in placed):
-                    placed.append(Placed(emoji, label, box, picture))
+                    placed.append(Placed(emoji, label, box, image))
                     break
         return placed
 
@@ -204,9 +204,9 @@ def _whole(emoji: Emoji) -> Image.Image:
 
 def _sprite(emoji: Emoji, side: int) -> Image.Image:
     """The emoji at a size, cropped to its opaque pixels, RGBA."""
-    picture = _whole(emoji).resize((side, side), Image.Resampling.BICUBIC)
-    box = picture.getchannel("A").point(IS_OPAQUE).getbbox()
-    return picture.crop(box) if box else picture
+    image = _whole(emoji).resize((side, side), Image.Resampling.BICUBIC)
+    box = image.getchannel("A").point(IS_OPAQUE).getbbox()
+    return image.crop(box) if box else image
 
 
 def _overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:

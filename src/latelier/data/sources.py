@@ -1,7 +1,7 @@
-"""Where pictures come from: a source is a sequence of records; `open_source` finds the one that a recipe means.
+"""Where images come from: a source is a sequence of records; `open_source` finds the one that a recipe means.
 
 A record is a dict with `image` and any of `label`, `caption`, `boxes`, `box_labels`, `box_flags`, `segmentation`,
-`mask`, `map`. Pictures are opened but not decoded here; `latelier.data.transforms` does that.
+`mask`, `map`. Images are opened but not decoded here; `latelier.data.transforms` does that.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class Source(Protocol):
     """A finite sequence of records.
 
     A source may also have `box_names` (names of the classes of boxes, index = box label), `segmentation_classes` (how
-    many ids its label maps have), and `captions(indices)`, which yields captions without opening pictures.
+    many ids its label maps have), and `captions(indices)`, which yields captions without opening images.
 
     Attributes:
         class_names: names of the classes, index = label; None if there are no labels.
         labels: the label of every record; None if there are none, or if they are not known before a record is read.
-        fingerprint: changes when the pictures change.
+        fingerprint: changes when the images change.
     """
 
     class_names: list[str] | None
@@ -45,10 +45,10 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Record `index`; raises what PIL raises if the picture cannot be read."""
+        """Record `index`; raises what PIL raises if the image cannot be read."""
 
     def name(self, index: int) -> str:
-        """What to call the picture in messages."""
+        """What to call the image in messages."""
 
 
 class Selection:
@@ -90,7 +90,7 @@ class Selection:
 
 
 def open_source(data: Data, split: str = "train") -> Source | StreamSource:
-    """The pictures of a recipe.
+    """The images of a recipe.
 
     Args:
         data: the recipe's section.
@@ -100,7 +100,7 @@ def open_source(data: Data, split: str = "train") -> Source | StreamSource:
         A `Source`, or with `data.streaming` a `latelier.data.tables.StreamSource`.
 
     Raises:
-        LatelierError: if there is no such source, it has no pictures, or a class is unknown.
+        LatelierError: if there is no such source, it has no images, or a class is unknown.
     """
     if split not in ("train", "val"):
         raise ValueError(f"split must be 'train' or 'val', not {split!r}.")
@@ -117,12 +117,12 @@ def open_source(data: Data, split: str = "train") -> Source | StreamSource:
         length = GENERATED_LENGTH if data.length is None else data.length
         if split == "val":
             length = max(1, round(length * data.val_fraction))
-        return SceneSource(data.image_size, length, split, data.classes, data.grounds or "varied")
+        return SceneSource(data.image_size, length, split, data.classes, data.backgrounds or "varied")
     source = select_classes(_open_split(data, split), data.classes)
     if split == "train" and data.length is not None:
-        source = thin(source, data.length)
+        source = subsample(source, data.length)
     if not len(source):
-        raise LatelierError(f"data.source = {data.source!r} has no pictures left for its {split} split.")
+        raise LatelierError(f"data.source = {data.source!r} has no images left for its {split} split.")
     return source
 
 
@@ -163,23 +163,23 @@ def _open(data: Data, where: str, split: str, like: Source | None = None) -> tup
         return FolderSource(path, data, class_names, split, box_names=box_names), False
     folders = split_folders(path, data)
     has_val = folders["val"] is not None
-    if folders["train"] is None and SPLIT in (data.boxes or ""):  # one folder; which pictures, the files say
+    if folders["train"] is None and SPLIT in (data.boxes or ""):  # one folder; which images, the files say
         file = annotation_file(data, "val")
         has_val = file is not None and file.is_file()
     return FolderSource(folders[split] or path, data, class_names, split, path, box_names), has_val
 
 
 def _check_annotations(data: Data) -> None:
-    """Refuse files of annotations for pictures that are not in files, and grounds of pictures that have theirs."""
-    if data.grounds is not None and data.source != "scenes":
-        raise LatelierError(f"data.grounds is for the source scenes; remove it for the source {data.source!r}.")
+    """Refuse files of annotations for images that are not in files, and grounds of images that have theirs."""
+    if data.backgrounds is not None and data.source != "scenes":
+        raise LatelierError(f"data.backgrounds is for the source scenes; remove it for the source {data.source!r}.")
     for key in ("boxes", "segmentation", "maps"):
         if getattr(data, key) is not None and data.source in ("emoji", "scenes"):
             raise LatelierError(f"data.{key} is for folders and datasets; remove it for the source {data.source!r}.")
 
 
 def captions_of(source: Source, indices: Iterable[int]) -> Iterator[str]:
-    """Captions of some records, without opening pictures where the source can; none if there are none."""
+    """Captions of some records, without opening images where the source can; none if there are none."""
     if hasattr(source, "captions"):
         yield from source.captions(indices)
         return
@@ -211,7 +211,7 @@ def check_classes(classes: list[str], known: list[str] | None) -> None:
         LatelierError: naming the first of them and the nearest known one.
     """
     if known is None:
-        raise LatelierError("data.classes is set, but the pictures have no labels; set data.label_key or remove it.")
+        raise LatelierError("data.classes is set, but the images have no labels; set data.label_key or remove it.")
     for name in classes:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1, 0.5)
@@ -220,18 +220,18 @@ def check_classes(classes: list[str], known: list[str] | None) -> None:
             raise LatelierError(f"Unknown class {name!r}; {hint}")
 
 
-def thin(source: Source, length: int) -> Source:
+def subsample(source: Source, length: int) -> Source:
     """`length` records, spread evenly over the source."""
     size = len(source)
     return source if length >= size else Selection(source, [i * size // length for i in range(length)])
 
 
 def hold_out(source: Source, fraction: float, split: str) -> Source:
-    """A part of a source that does not change when pictures are added: chosen by a hash of their names.
+    """A part of a source that does not change when images are added: chosen by a hash of their names.
 
     Args:
-        source: all pictures.
-        fraction: share that belongs to `val`; at least one picture does if it is above 0.
+        source: all images.
+        fraction: share that belongs to `val`; at least one image does if it is above 0.
         split: `train` or `val`.
     """
     if not fraction:

@@ -1,4 +1,4 @@
-"""Pictures from any dataset of Hugging Face's `datasets`: the Hub, parquet files, webdataset shards, streams."""
+"""Images from any dataset of Hugging Face's `datasets`: the Hub, parquet files, webdataset shards, streams."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL.Image import Image as Picture
+from PIL.Image import Image as Image
 
 from latelier.data.boxes import TableBoxes
 from latelier.data.folder import CAPTION_NAMES, open_bytes
@@ -23,8 +23,8 @@ from latelier.data.sources import (
     looks_like_hub_name,
     name_hash,
 )
-from latelier.draws import address
 from latelier.errors import LatelierError
+from latelier.keyed_random import fold_in
 from latelier.recipe import Data
 
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
@@ -81,7 +81,7 @@ class TableSource:
         return record if self.labels is None else {**record, "label": self.labels[index]}
 
     def captions(self, indices: Iterable[int]) -> Iterator[str]:
-        """Captions of these rows, whose pictures are not read; none if there is no such column."""
+        """Captions of these rows, whose images are not read; none if there is no such column."""
         if self._columns.caption is None:
             return
         texts, wanted = self._table.select_columns([self._columns.caption]), iter(indices)
@@ -96,7 +96,7 @@ class Columns:
     """Which columns of a table hold what.
 
     Raises:
-        LatelierError: if there is no column of pictures, or the recipe names a column that is not there.
+        LatelierError: if there is no column of images, or the recipe names a column that is not there.
     """
 
     def __init__(self, features: Any, data: Data, where: str):
@@ -124,7 +124,7 @@ class Columns:
         return [{key: getattr(self, key) for key in keys}, *more]
 
     def undecoded(self, table: Any) -> Any:
-        """The same table without other columns, its pictures as file contents."""
+        """The same table without other columns, its images as file contents."""
         from datasets import Image
 
         wanted = [self.image, self.label, self.caption, *self.others, *self.boxes.columns, self.segmentation, self.map]
@@ -213,7 +213,7 @@ class StreamSource:
         """
         table = self._table
         if epoch is not None:
-            table = table.shuffle(seed=address(seed, "order", epoch) % 2**32, buffer_size=SHUFFLE_BUFFER)
+            table = table.shuffle(seed=fold_in(seed, "order", epoch) % 2**32, buffer_size=SHUFFLE_BUFFER)
         for row in table:
             number = row.pop(ROW_NUMBER)
             if self._keep is not None and not self._keep(number):
@@ -227,7 +227,7 @@ class StreamSource:
             yield from (row[self._columns.caption] or "" for _, row in self.rows())
 
     def record(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The record of a row; raises what PIL raises if the picture cannot be read."""
+        """The record of a row; raises what PIL raises if the image cannot be read."""
         record = self._columns.record(row)
         if self.class_names is not None:
             record["label"] = self.class_names.index(self._class_of(row))
@@ -293,21 +293,21 @@ def _plane_columns(features: Any, data: Data, where: str) -> tuple[str | None, s
         if name is not None and name not in features:
             raise LatelierError(f"data.{key} = {name!r} is no column of {where}; it has: {', '.join(features)}.")
         if key == "maps" and name is not None and not isinstance(features[name], Image):
-            raise LatelierError(f"data.maps = {name!r} is no column of pictures.")
-    pictures = [name for name in LABEL_MAPS if isinstance(features.get(name), Image)]
-    found = "segmentation" if "segmentation" in features else next(iter(pictures), None)
+            raise LatelierError(f"data.maps = {name!r} is no column of images.")
+    images = [name for name in LABEL_MAPS if isinstance(features.get(name), Image)]
+    found = "segmentation" if "segmentation" in features else next(iter(images), None)
     return data.segmentation or found, data.maps
 
 
-def _opened(stored: dict[str, Any] | None) -> Picture:
-    """The picture of a column that is not decoded."""
+def _opened(stored: dict[str, Any] | None) -> Image:
+    """The image of a column that is not decoded."""
     if stored is None:
-        raise ValueError("there is no picture in this row")
+        raise ValueError("there is no image in this row")
     return open_bytes(Path(stored["path"]).read_bytes() if stored["bytes"] is None else stored["bytes"])
 
 
-def _plane(stored: Any) -> Picture | np.ndarray:
-    """A label map from a column of pictures, or of lists of numbers."""
+def _plane(stored: Any) -> Image | np.ndarray:
+    """A label map from a column of images, or of lists of numbers."""
     return _opened(stored) if isinstance(stored, dict) else np.asarray(stored)
 
 
@@ -371,7 +371,7 @@ def _with_number(row: dict[str, Any], number: int) -> dict[str, Any]:
 
 
 def _image_column(features: Any, data: Data, where: str) -> str:
-    """The recipe's column of pictures, or the only one that there is."""
+    """The recipe's column of images, or the only one that there is."""
     from datasets import Image
 
     if data.image_key in features:

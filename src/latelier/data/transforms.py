@@ -1,7 +1,7 @@
-"""From an opened picture to uint8 pixels of the wanted size, and to floats in [-1, 1].
+"""From an opened image to uint8 pixels of the wanted size, and to floats in [-1, 1].
 
-Everything random is a function of `(seed, draw)`, see `latelier.draws`. The parts of a record that live in the
-picture's plane (boxes, segmentation, mask, map) go through the same crop and flip.
+Everything random is a function of `(seed, draw)`, see `latelier.keyed_random`. The parts of a record that live in the
+image's plane (boxes, segmentation, mask, map) go through the same crop and flip.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from latelier.data.sources import digest
-from latelier.draws import address
 from latelier.errors import LatelierError
+from latelier.keyed_random import fold_in
 from latelier.recipe import Data
 
 # What PIL and numpy raise for files that are damaged, cut off, or so large that they must be an attack.
@@ -35,7 +35,7 @@ Box = tuple[float, float, float, float]  # x0, y0, x1, y1
 
 
 class Transform:
-    """What a recipe's `data` section does to pictures.
+    """What a recipe's `data` section does to images.
 
     Args:
         data: the section; size, channels, crop, flip and background are used.
@@ -54,18 +54,18 @@ class Transform:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the same picture would look different in evaluation."""
+        """Changes when the same image would look different in evaluation."""
         kind = "resize" if self.crop == "resize" else "center"
         return digest("transform", 1, self.height, self.width, self.channels, kind, self.background)
 
     def flipped(self, draws: Int[Tensor, " b"]) -> list[bool]:
         """Which draws of the training stream are mirrored."""
-        return [self.flip and bool(address(self.seed, "flip", n) & 1) for n in draws.tolist()]
+        return [self.flip and bool(fold_in(self.seed, "flip", n) & 1) for n in draws.tolist()]
 
     def colours(self, numbers: Int[Tensor, " b"]) -> UInt8[Tensor, "b c"]:
         """Random background colours of these draws."""
         rows = [
-            [address(self.seed, f"background {c}", n) & 255 for c in range(self.channels)] for n in numbers.tolist()
+            [fold_in(self.seed, f"background {c}", n) & 255 for c in range(self.channels)] for n in numbers.tolist()
         ]
         return torch.tensor(rows, dtype=torch.uint8)
 
@@ -77,14 +77,14 @@ class Transform:
             draw: number of the draw for a random crop; None gives the deterministic crop.
 
         Raises:
-            LatelierError: if the picture's channels are not the recipe's.
+            LatelierError: if the image's channels are not the recipe's.
             OSError, ...: one of `UNREADABLE`.
         """
         image, region = self.pixels(record["image"], draw)
         return {**record, **self._planar(record, region), "image": image}
 
     def pixels(self, image: Image.Image | np.ndarray, draw: int | None = None) -> tuple[UInt8[Tensor, "d h w"], Box]:
-        """Decoded, cropped pixels, and which part of the whole picture they show, relative."""
+        """Decoded, cropped pixels, and which part of the whole image they show, relative."""
         bands = self._open(image)
         width, height = bands[0].size
         if self.crop == "random" and draw is not None:
@@ -112,7 +112,7 @@ class Transform:
         return to_float(pixels)
 
     def _open(self, image: Image.Image | np.ndarray) -> list[Image.Image]:
-        """The decoded picture, whole, as one PIL picture or one for each channel."""
+        """The decoded image, whole, as one PIL image or one for each channel."""
         if isinstance(image, np.ndarray):
             if image.dtype != np.uint8 or image.ndim not in (2, 3):
                 raise LatelierError(f"Arrays must be (h, w, c) of uint8, not {image.shape} of {image.dtype}.")
@@ -127,7 +127,7 @@ class Transform:
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         elif image.mode in ("I", "F"):
-            raise ValueError(f"pictures of mode {image.mode} (32 bits) have no fixed range; store 8 or 16 bits")
+            raise ValueError(f"images of mode {image.mode} (32 bits) have no fixed range; store 8 or 16 bits")
         if image.mode in ("P", "PA"):
             image = image.convert("RGBA" if self.channels == 4 or image.has_transparency_data else "RGB")
         if self.channels not in (1, 3):
@@ -146,13 +146,13 @@ class Transform:
     def _check_channels(self, found: int) -> None:
         if found != self.channels:
             raise LatelierError(
-                f"data.channels = {self.channels}, but a picture has {found} channels; set it to {found}."
+                f"data.channels = {self.channels}, but an image has {found} channels; set it to {found}."
             )
 
     def _random_box(self, width: int, height: int, draw: int) -> Box:
         """A box of the target's shape at a random place, with a random share of the largest such box's area."""
         low, high = self.crop_scale
-        share, right, down = (address(self.seed, f"crop {part}", draw) / 2**63 for part in ("area", "x", "y"))
+        share, right, down = (fold_in(self.seed, f"crop {part}", draw) / 2**63 for part in ("area", "x", "y"))
         scale = min(width / self.width, height / self.height) * (low + (high - low) * share) ** 0.5
         w, h = self.width * scale, self.height * scale
         x, y = right * (width - w), down * (height - h)
@@ -195,9 +195,9 @@ def orientation(image: Image.Image) -> int:
 
 
 def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The centre of a picture, as ADM does it (Dhariwal and Nichol 2021), for any shape.
+    """The centre of an image, as ADM does it (Dhariwal and Nichol 2021), for any shape.
 
-    Halve with a box filter while the picture stays twice as large as the target, scale with bicubic so that the target
+    Halve with a box filter while the image stays twice as large as the target, scale with bicubic so that the target
     is just covered, cut out the middle.
 
     Args:
@@ -216,7 +216,7 @@ def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def resize(image: Image.Image, box: Box, size: tuple[int, int]) -> Image.Image:
-    """A box of a picture at a size (width, height), antialiased."""
+    """A box of an image at a size (width, height), antialiased."""
     return image.resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
 
 
@@ -248,7 +248,7 @@ def mirror(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def crop_boxes(boxes: np.ndarray, region: Box) -> tuple[np.ndarray, np.ndarray]:
-    """Relative boxes `(n, 4)` seen from a region of the picture, cut at its edges, and which of them are in it."""
+    """Relative boxes `(n, 4)` seen from a region of the image, cut at its edges, and which of them are in it."""
     x0, y0, x1, y1 = region
     offset = np.array([x0, y0, x0, y0], np.float32)
     scale = np.array([x1 - x0, y1 - y0] * 2, np.float32)
@@ -280,7 +280,7 @@ def smooth(plane: np.ndarray, region: Box, size: tuple[int, int]) -> np.ndarray:
 
 
 def _center_region(width: int, height: int, target_width: int, target_height: int) -> Box:
-    """The part of a picture that `center_crop` shows, relative; its whole pixels are counted as there."""
+    """The part of an image that `center_crop` shows, relative; its whole pixels are counted as there."""
     while width >= 2 * target_width and height >= 2 * target_height:
         width, height = width // 2, height // 2
     scale = max(target_width / width, target_height / height)

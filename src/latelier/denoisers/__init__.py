@@ -36,7 +36,7 @@ def build_denoiser(
 
     Args:
         recipe: kind, size and overrides.
-        latent_shape: `(c, *grid)` of one picture.
+        latent_shape: `(c, *grid)` of one image.
         token_width: of the tokens that a condition has; 0 for none.
         spatial_channels: how many channels a condition concatenates to `x_t`.
         vector: whether a condition has a vector.

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from latelier.conditioning.condition import Condition
-from latelier.denoisers.prefix import fill_up
+from latelier.denoisers.prefix import pad_channels
 from latelier.layers import (
     MLP,
     Attention,
@@ -138,7 +138,7 @@ class DiT(ModelMixin, ConfigMixin):
         """
         channels, p = x_t.shape[1], self.config["patch_size"]
         grid = tuple(g // p for g in x_t.shape[2:])
-        x_t = fill_up(x_t, self.config["in_channels"], self.config["prefix_channels"])
+        x_t = pad_channels(x_t, self.config["in_channels"], self.config["prefix_channels"])
         if condition is not None and condition.spatial is not None:
             x_t = torch.cat([x_t, condition.spatial], dim=1)
         x = self.x_embed(patchify(x_t, p)) + resize_positions(self.pos_embed, self.grid, grid)  # (b, n, d)
@@ -218,7 +218,7 @@ def build(
 
     Args:
         recipe: kind, size, patch and overrides.
-        latent_shape: of one picture.
+        latent_shape: of one image.
         token_width: of a condition's tokens; 0 for none.
         spatial_channels: that a condition concatenates.
         vector: whether a condition has a vector, which every DiT takes.

@@ -13,7 +13,7 @@ from torch import Tensor
 from latelier.errors import LatelierError
 
 
-def fill_up(x_t: Float[Tensor, "b k *grid"], channels: int, allowed: bool) -> Float[Tensor, "b c *grid"]:
+def pad_channels(x_t: Float[Tensor, "b k *grid"], channels: int, allowed: bool) -> Float[Tensor, "b c *grid"]:
     """`x_t` with `channels` channels, those that lack zero.
 
     Args:

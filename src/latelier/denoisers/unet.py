@@ -22,14 +22,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from latelier.conditioning.condition import Condition
-from latelier.denoisers.prefix import fill_up
+from latelier.denoisers.prefix import pad_channels
 from latelier.errors import LatelierError
 from latelier.presets import open_init, preset_arguments
 from latelier.recipe import DenoiserRecipe
 
 TIMESTEPS = 1000  # of the discrete process that LDM's time embedding was made for
 WAVES = (0.5, 1, 2)  # over the whole grid, of the channels that tell places
-PLACES = 4 * len(WAVES)  # channels
+COORD_CHANNELS = 4 * len(WAVES)  # channels
 
 # Arguments of `architecture`; `attention` counts in downsampling factors, as in the paper's tables 12 to 15.
 # FFHQ and LSUN bedrooms have the U-Net of CelebA-HQ. `token_width` is the released one; a recipe's condition decides.
@@ -141,10 +141,10 @@ class _Denoiser:
         """Input of the first convolution `(b, c, h, w)`, and what is added to the time embedding `(b, 4 width)`."""
         config: dict[str, Any] = self.config  # type: ignore[attr-defined]
         _check_grid(x_t.shape[2:], len(config["block_out_channels"]))
-        x_t = fill_up(x_t, config["out_channels"], config["prefix_channels"])
+        x_t = pad_channels(x_t, config["out_channels"], config["prefix_channels"])
         x = x_t if condition.spatial is None else torch.cat([x_t, condition.spatial], dim=1)
-        if config["places"]:
-            x = torch.cat([x, _places(x)], dim=1)
+        if config["coord_channels"]:
+            x = torch.cat([x, _coordinates(x)], dim=1)
         if x.shape[1] != config["in_channels"]:
             raise LatelierError(
                 f"This U-Net takes {config['in_channels']} channels, latents and condition together, not {x.shape[1]}."
@@ -174,7 +174,9 @@ class UNet(_Denoiser, UNet2DModel):
 
     @register_to_config
     @_extends(UNet2DModel)
-    def __init__(self, *, heads: int | None = None, prefix_channels: bool = False, places: bool = False, **others: Any):
+    def __init__(
+        self, *, heads: int | None = None, prefix_channels: bool = False, coord_channels: bool = False, **others: Any
+    ):
         super().__init__(**others)
         for module in self.modules():
             if heads and isinstance(module, Attention):
@@ -213,7 +215,7 @@ class CrossAttentionUNet(_Denoiser, UNet2DConditionModel):
 
     @register_to_config
     @_extends(UNet2DConditionModel)
-    def __init__(self, *, prefix_channels: bool = False, places: bool = False, **others: Any):
+    def __init__(self, *, prefix_channels: bool = False, coord_channels: bool = False, **others: Any):
         super().__init__(**others)
 
     def forward(  # type: ignore[override]
@@ -252,7 +254,7 @@ def build(
 
     Args:
         recipe: size and overrides; `model` has arguments of the class.
-        latent_shape: of one picture.
+        latent_shape: of one image.
         token_width: of a condition's tokens; 0 makes a `UNet`, others a `CrossAttentionUNet`.
         spatial_channels: that a condition concatenates.
         vector: whether a condition has a vector.
@@ -267,9 +269,9 @@ def build(
             "choose a transformer, or another tokenizer."
         )
     cls = CrossAttentionUNet if token_width else UNet
-    places = _saved(recipe.init).get("places") if recipe.init else recipe.model.get("places")
+    coord_channels = _saved(recipe.init).get("coord_channels") if recipe.init else recipe.model.get("coord_channels")
     wanted = {
-        "in_channels": channels + spatial_channels + PLACES * bool(places),
+        "in_channels": channels + spatial_channels + COORD_CHANNELS * bool(coord_channels),
         "out_channels": channels,
         "class_embed_type": "identity" if vector else None,
         **({"cross_attention_dim": token_width} if token_width else {}),
@@ -286,7 +288,7 @@ def build(
     return model
 
 
-def _places(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b p h w"]:
+def _coordinates(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b p h w"]:
     """Where each position is: sine and cosine of row and column, over the whole grid half, one and two waves long."""
     rows, columns = (torch.linspace(-1, 1, side, device=x.device, dtype=x.dtype) for side in x.shape[2:])
     grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij"))  # (2, h, w)

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from latelier.conditioning.condition import Condition
-from latelier.denoisers.prefix import fill_up
+from latelier.denoisers.prefix import pad_channels
 from latelier.errors import LatelierError
 from latelier.layers import MLP, Attention, patchify, resize_positions, sinusoid, unpatchify
 from latelier.presets import open_init, preset_arguments
@@ -107,7 +107,7 @@ class UViT(ModelMixin, ConfigMixin):
         channels, p = x_t.shape[1], self.config["patch_size"]
         grid = tuple(g // p for g in x_t.shape[2:])
         told = condition or Condition()
-        x_t = fill_up(x_t, self.config["in_channels"], self.config["prefix_channels"])
+        x_t = pad_channels(x_t, self.config["in_channels"], self.config["prefix_channels"])
         if told.spatial is not None:
             x_t = torch.cat([x_t, told.spatial], dim=1)
         x, mask = self._sequence(self.x_embed(patchify(x_t, p)), t, told, grid)  # (b, m, d)

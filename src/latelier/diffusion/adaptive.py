@@ -1,7 +1,7 @@
 """Sampling a flow by an adaptive solver: Dormand and Prince's method of order 5(4), known as dopri5 (SciPy's RK45).
 
 dx/dt = v(x, t) from t = 1 to 0. The solver takes as many steps as its tolerances ask for, `steps` has no part in it.
-Its error is measured over all pictures of a batch together, so a picture depends a little on its neighbours: by about
+Its error is measured over all images of a batch together, so an image depends a little on its neighbours: by about
 the tolerance.
 """
 

@@ -1,6 +1,6 @@
-"""Guiding: pulling a trained, even unconditional, model towards a picture while it samples (LDM, appendix on guiding).
+"""Guiding: pulling a trained, even unconditional, model towards an image while it samples (LDM, appendix on guiding).
 
-An energy E(x_t) = 1/2 |y - T(D(z(x_t)))|^2 says how far the picture D(z) of the present estimate z lies from a target
+An energy E(x_t) = 1/2 |y - T(D(z(x_t)))|^2 says how far the image D(z) of the present estimate z lies from a target
 y, after some T, such as downsampling. Adding -E to the log-density moves the score, and with it the epsilon
 (Dhariwal & Nichol 2021, algorithm 2; Song et al. 2021, section 5):
 
@@ -27,17 +27,17 @@ from torch import Tensor, nn
 from latelier.diffusion.process import DDPM, Flow
 from latelier.errors import LatelierError
 
-LEAST_ALPHA = 1e-3  # below, x_t says nothing about the picture, and sigma^2 / alpha has no bound
+LEAST_ALPHA = 1e-3  # below, x_t says nothing about the image, and sigma^2 / alpha has no bound
 
 
 class Guide:
-    """Pulls samples towards a picture.
+    """Pulls samples towards an image.
 
     Args:
         decode: normalised latents to images in [-1, 1], differentiable: `codec.decode`.
-        target: y, `(b, c, h, w)` in [-1, 1], one for each picture, or one for all.
-        kind: `l2`, half the squared distance summed over a picture, or `lpips`, the perceptual distance.
-        factor: T averages blocks of `factor` x `factor` pixels of the decoded picture; the target is as much smaller.
+        target: y, `(b, c, h, w)` in [-1, 1], one for each image, or one for all.
+        kind: `l2`, half the squared distance summed over an image, or `lpips`, the perceptual distance.
+        factor: T averages blocks of `factor` x `factor` pixels of the decoded image; the target is as much smaller.
         scale: s; 0 does nothing. For `l2`, 1 / variance makes E the log-likelihood of a target with that much noise.
 
     Raises:
@@ -63,18 +63,18 @@ class Guide:
 
             self._distance = LPIPS("vgg")
 
-    def of(self, pictures: list[int]) -> Guide:
-        """The guide of some pictures, by their places in the target."""
+    def of(self, images: list[int]) -> Guide:
+        """The guide of some images, by their places in the target."""
         chosen = copy(self)
         if len(self.target) > 1:
-            chosen.target = self.target[pictures]
+            chosen.target = self.target[images]
         return chosen
 
     def energy(self, z: Float[Tensor, "b c *grid"]) -> Float[Tensor, " b"]:
-        """How far the pictures of some latents are from the target.
+        """How far the images of some latents are from the target.
 
         Raises:
-            LatelierError: if the pictures, once smaller, are not of the target's shape.
+            LatelierError: if the images, once smaller, are not of the target's shape.
         """
         images = self.decode(z)  # (b, c, h, w)
         if self.factor > 1:
@@ -82,7 +82,7 @@ class Guide:
         target = self.target.to(images)
         if target.shape[1:] != images.shape[1:] or len(target) not in (1, len(images)):
             raise LatelierError(
-                f"The guide's target is {tuple(target.shape)}, but the pictures that are drawn, {self.factor} times "
+                f"The guide's target is {tuple(target.shape)}, but the images that are drawn, {self.factor} times "
                 f"smaller, are {tuple(images.shape)}; give a target of that shape."
             )
         if isinstance(self._distance, nn.Module):

@@ -1,11 +1,11 @@
-"""Sampling: from one seed per picture to latents, through any diffusers scheduler.
+"""Sampling: from one seed per image to latents, through any diffusers scheduler.
 
 Latents are drawn normalised: the Codec takes mean and standard deviation out of every channel, in training and here,
 so the signal-to-noise ratio of a process is the same for all tokenizers and no `scale_factor` (LDM, appendix G) is
 needed, neither for KL latents of large variance nor for sizes beyond that of training.
 
-Beside classifier-free guidance there are two wrappers: `windows.windowed` around the denoiser, for pictures larger
-than those of training, and `guiding.Guide`, which pulls towards a picture.
+Beside classifier-free guidance there are two wrappers: `windows.windowed` around the denoiser, for images larger
+than those of training, and `guiding.Guide`, which pulls towards an image.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from latelier.errors import LatelierError
 
 
 def initial_noise(shape: tuple[int, ...], seeds: list[int]) -> Float[Tensor, "b c *grid"]:
-    """Standard normal latents `(b, *shape)` on the CPU; picture i depends on `seeds[i]` only."""
+    """Standard normal latents `(b, *shape)` on the CPU; image i depends on `seeds[i]` only."""
     return _normal(shape, _generators(seeds))
 
 
@@ -57,15 +57,15 @@ def sample_latents(
         denoiser: `forward(x_t, t, condition) -> prediction`.
         process: what the denoiser was trained with.
         sample: steps, sampler, guidance and so on; `count`, `batch`, `classes` and `seed` are not read.
-        shape: `(c, *grid)` of one picture's latents.
-        condition: for all pictures, `(b, ...)`; None is unconditional.
+        shape: `(c, *grid)` of one image's latents.
+        condition: for all images, `(b, ...)`; None is unconditional.
         null: the condition that says nothing, for guidance.
-        seeds: one for each picture. A picture's initial noise, and all noise of stochastic samplers, is drawn from
+        seeds: one for each image. An image's initial noise, and all noise of stochastic samplers, is drawn from
             its own seed, on the CPU, so that it depends neither on the batch nor on the device.
         device: where the denoiser is.
         progress: called after each evaluation with how many are done and how many there are.
         scheduler: a diffusers scheduler with timesteps set, instead of the one that `sample.sampler` names.
-        guide: pulls the pictures towards what it holds; None leaves them alone.
+        guide: pulls the images towards what it holds; None leaves them alone.
         watch: called after each evaluation with how many are done and with the estimate of the latents `(b, c, *grid)`
             that the prediction means.
 

@@ -61,7 +61,7 @@ class DDIM(DDIMScheduler):
             timestep: one of `timesteps`.
             sample: x at `timestep`.
             eta: 0 is deterministic, 1 as random as ancestral sampling.
-            generator: one generator, or one for each picture.
+            generator: one generator, or one for each image.
             variance_noise: the noise itself, instead of a generator.
         """
         level = int(timestep)

@@ -119,7 +119,7 @@ class ReverseSDE(SchedulerMixin, ConfigMixin):
             model_output: the velocity at `timestep`.
             timestep: one of `timesteps`.
             sample: x at `timestep`.
-            generator: one generator, or one for each picture.
+            generator: one generator, or one for each image.
         """
         scale, now = self.config["num_train_timesteps"], float(timestep)
         t, h = now / scale, (now - self.below[now]) / scale

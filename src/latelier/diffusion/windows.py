@@ -91,7 +91,7 @@ def _cut(x: Tensor, pieces: list[tuple[int, tuple[int, ...]]], size: tuple[int, 
 def _told(
     condition: Condition | None, rows: Tensor, pieces: list[tuple[int, tuple[int, ...]]], size: tuple[int, ...]
 ) -> Condition | None:
-    """What each window is told: its picture's vector and tokens, its own part of the spatial channels."""
+    """What each window is told: its image's vector and tokens, its own part of the spatial channels."""
     if condition is None:
         return None
     told = {field.name: getattr(condition, field.name) for field in fields(Condition)}

@@ -1,4 +1,4 @@
-"""What each latent channel carries: its share of the variance, how sparse it is, pictures of it (DC-AE 1.5, figure 2).
+"""What each latent channel carries: its share of the variance, how sparse it is, images of it (DC-AE 1.5, figure 2).
 
 In a structured latent space the first channels show objects: large values where things are, small ones elsewhere. Later
 ones look like texture.
@@ -24,7 +24,7 @@ from latelier.receipt import make_receipt
 from latelier.recipe import Evaluate
 from latelier.tokenizers.codec import Codec
 
-GROUPS, SHOWN = 8, 8  # groups of neighbouring channels, and pictures, in the picture of maps
+GROUPS, SHOWN = 8, 8  # groups of neighbouring channels, and images, in the image of maps
 
 
 @torch.no_grad()
@@ -39,9 +39,9 @@ def measure_channels(
 
     Args:
         codec: the tokenizer.
-        batches: dicts with `image`; at most `evaluate.samples` pictures are read.
+        batches: dicts with `image`; at most `evaluate.samples` images are read.
         evaluate: `samples`.
-        reference: the name of the pictures, for the receipts.
+        reference: the name of the images, for the receipts.
         extra: fields for the receipts beyond those gathered here.
 
     Returns:
@@ -50,11 +50,11 @@ def measure_channels(
         values of equal size, 1 for a single one that is not 0. Receipts have both for every channel.
 
     Raises:
-        LatelierError: if there are no pictures.
+        LatelierError: if there are no images.
     """
     found = collect(codec, read(batches, evaluate.samples))
     if found is None:
-        raise LatelierError(f"There are no pictures in {reference} to measure channels on.")
+        raise LatelierError(f"There are no images in {reference} to measure channels on.")
     raw = found.codec.denormalise(found.values.float())  # (n, c, l)
     values = raw.transpose(0, 1).flatten(1).double()  # (c, n l)
     variance = values.var(1, correction=0)  # (c,)
@@ -80,7 +80,7 @@ def hoyer(values: Float[Tensor, "c n"]) -> Float[Tensor, " c"]:
 
 @torch.no_grad()
 def draw_channel_maps(codec: Codec, batches: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """Pictures, and below each how large its latents are on the grid: the mean over groups of neighbouring channels.
+    """Images, and below each how large its latents are on the grid: the mean over groups of neighbouring channels.
 
     Args:
         codec: a tokenizer whose latents lie on a plane.
@@ -93,7 +93,7 @@ def draw_channel_maps(codec: Codec, batches: Iterable[Mapping[str, Any]], path: 
     images = next(iter(batches))["image"][:SHOWN]  # (b, c, h, w)
     z = codec.encode(images.to(codec.device)).abs().cpu()  # (b, k, h / f, w / f)
     if z.ndim != 4:
-        raise LatelierError("Latents in a row have no place in the picture, so there are no maps of their channels.")
+        raise LatelierError("1-D latents have no place in the image, so there are no maps of their channels.")
     maps = []
     for group in z.chunk(min(GROUPS, z.shape[1]), dim=1):
         mean = group.mean(1, keepdim=True)  # (b, 1, h / f, w / f)

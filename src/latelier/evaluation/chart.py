@@ -29,7 +29,7 @@ def line_chart(title: str, points: Points, smooth: bool = True, over: str = "ima
     Returns:
         HTML of the figure, empty if there is no finite value.
     """
-    points = thin([(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)])
+    points = subsample([(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)])
     if not points:
         return ""
     values = [y for _, y in points]
@@ -101,7 +101,7 @@ def short(value: Number) -> str:
     return f"{value:.4g}"
 
 
-def thin(points: Points) -> list[tuple[Number, Number]]:
+def subsample(points: Points) -> list[tuple[Number, Number]]:
     """At most `MOST_POINTS` points: means of neighbours."""
     size = -(-len(points) // MOST_POINTS)
     if size <= 1:
@@ -137,7 +137,7 @@ def log_ticks(low: Number, high: Number) -> list[Number]:
 
 
 class _Scale:
-    """From values to places in the picture."""
+    """From values to places in the image."""
 
     def __init__(self, xs: tuple[Number, Number], ys: tuple[Number, Number], logarithmic: bool):
         self._map = math.log10 if logarithmic else float

@@ -1,4 +1,4 @@
-"""How well pictures fit their captions, as CLIP sees it (Hessel et al. 2021): 100 max(cos, 0) of the two features."""
+"""How well images fit their captions, as CLIP sees it (Hessel et al. 2021): 100 max(cos, 0) of the two features."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from latelier.errors import LatelierError
 from latelier.images import to_uint8
 
-# CLIP's own statistics of pictures in [0, 1] (Radford et al. 2021)
+# CLIP's own statistics of images in [0, 1] (Radford et al. 2021)
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -38,7 +38,7 @@ class CLIPScore:
 
     @torch.no_grad()
     def __call__(self, images: Float[Tensor, "b c h w"], captions: list[str]) -> Float[Tensor, " b"]:
-        """The score of each picture in [-1, 1] with its caption; captions that are too long are cut."""
+        """The score of each image in [-1, 1] with its caption; captions that are too long are cut."""
         device = self._model.device
         tokens = self._words(
             captions, padding=True, truncation=True, max_length=self._length, return_tensors="pt"
@@ -61,21 +61,21 @@ class CLIPScore:
             "clip": self.name, "weights_sha256": digest.hexdigest(), "caption_tokens": self._length,
             "preprocessing": f"rounded to 8 bit, bicubic (antialiased) to {self._size} pixels on the shorter side, "
             "centre crop, CLIP's mean and standard deviation",
-            "settings": "100 max(cos, 0), mean over pictures",
+            "settings": "100 max(cos, 0), mean over images",
         }  # fmt: skip
 
 
 def preprocess(images: Float[Tensor, "b c h w"], size: int) -> Float[Tensor, "b 3 s s"]:
-    """Pictures in [-1, 1] as CLIP takes them: `size` pixels on the shorter side, centre crop; grey is repeated.
+    """Images in [-1, 1] as CLIP takes them: `size` pixels on the shorter side, centre crop; grey is repeated.
 
     Raises:
         LatelierError: for other than 1 or 3 channels.
     """
     if images.shape[1] not in (1, 3):
         raise LatelierError(f"CLIP looks at 1 or 3 channels, not {images.shape[1]}; take evaluate.clip out.")
-    pictures = to_uint8(images).float().expand(-1, 3, -1, -1) / 255  # (b, 3, h, w)
+    image_batches = to_uint8(images).float().expand(-1, 3, -1, -1) / 255  # (b, 3, h, w)
     height, width = (max(size, round(side * size / min(images.shape[2:]))) for side in images.shape[2:])
-    resized = F.interpolate(pictures, size=(height, width), mode="bicubic", antialias=True).clamp(0, 1)
+    resized = F.interpolate(image_batches, size=(height, width), mode="bicubic", antialias=True).clamp(0, 1)
     top, left = (height - size) // 2, (width - size) // 2
     crop = resized[..., top : top + size, left : left + size]  # (b, 3, s, s)
     return (crop - crop.new_tensor(MEAN).view(3, 1, 1)) / crop.new_tensor(STD).view(3, 1, 1)

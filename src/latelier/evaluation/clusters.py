@@ -1,4 +1,4 @@
-"""How tightly vectors lie within clusters and how far clusters lie apart, and which regions of pictures they are of.
+"""How tightly vectors lie within clusters and how far clusters lie apart, and which regions of images they are of.
 
 The clusters are given, and found elsewhere than in the vectors themselves. Both numbers compare variances, summed over
 dimensions, so neither changes when the space is scaled or rotated; both are free of the bias that small clusters bring.
@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from latelier.draws import Draws
 from latelier.errors import LatelierError
+from latelier.keyed_random import KeyedRandom
 
 RESAMPLES = 200
 REGIONS_PER_CLUSTER = 8  # k-means makes no more clusters than one for so many regions
@@ -47,29 +47,29 @@ class Spread:
 
 
 def measure_spread(
-    x: Float[Tensor, "n d"], clusters: Int[Tensor, " n"], pictures: Int[Tensor, " n"], seed: int = 0
+    x: Float[Tensor, "n d"], clusters: Int[Tensor, " n"], images: Int[Tensor, " n"], seed: int = 0
 ) -> Spread:
-    """Within and separation, with intervals from a bootstrap over pictures.
+    """Within and separation, with intervals from a bootstrap over images.
 
-    Regions of one picture are not independent, so whole pictures are drawn with replacement (cluster-robust). A
+    Regions of one image are not independent, so whole images are drawn with replacement (cluster-robust). A
     resample holds doubles, which makes its clusters seem tighter and farther apart; hence the percentiles are shifted
     until the resamples' mean is the estimate. The clusters are taken as fixed.
 
     Args:
         x: one vector per region.
         clusters: the region's cluster, any integers.
-        pictures: the region's picture, any integers.
+        images: the region's image, any integers.
         seed: of the resamples.
 
     Raises:
         LatelierError: for fewer than two clusters, clusters of single regions only, or equal vectors.
     """
     clusters = clusters.unique(return_inverse=True)[1]  # (n,), 0 ... k - 1
-    owners, pictures = pictures.unique(return_inverse=True)
+    owners, images = images.unique(return_inverse=True)
     _check(x, clusters)
     estimate = torch.cat(within_and_separation(x, clusters, torch.ones(1, len(x)))).tolist()
-    weights = picture_weights(len(owners), seed)  # (r, p)
-    resampled = within_and_separation(x, clusters, weights, pictures)  # 2 x (r,)
+    weights = image_weights(len(owners), seed)  # (r, p)
+    resampled = within_and_separation(x, clusters, weights, images)  # 2 x (r,)
     within, separation = (_recentred(values, value) for values, value in zip(resampled, estimate))
     return Spread(estimate[0], estimate[1], within and (max(0.0, within[0]), min(1.0, within[1])), separation)
 
@@ -78,7 +78,7 @@ def within_and_separation(
     x: Float[Tensor, "n d"],
     clusters: Int[Tensor, " n"],
     weights: Float[Tensor, "r p"],
-    pictures: Int[Tensor, " n"] | None = None,
+    images: Int[Tensor, " n"] | None = None,
 ) -> tuple[Float[Tensor, " r"], Float[Tensor, " r"]]:
     """The two estimators, for each of r weightings at once.
 
@@ -97,8 +97,8 @@ def within_and_separation(
     Args:
         x: the vectors.
         clusters: 0 ... K - 1.
-        weights: how often each vector, or with `pictures` each picture, is counted; clusters of weight 0 do not exist.
-        pictures: column of `weights` that each vector takes; by default its own.
+        weights: how often each vector, or with `images` each image, is counted; clusters of weight 0 do not exist.
+        images: column of `weights` that each vector takes; by default its own.
     """
     rows, count = len(weights), int(clusters.max()) + 1
     weights = weights.double()
@@ -109,7 +109,7 @@ def within_and_separation(
     for k in range(count):
         members = (clusters == k).nonzero()[:, 0]  # (n_k,)
         own = x[members].double() - centre  # (n_k, d)
-        weight = weights[:, members if pictures is None else pictures[members]]  # (r, n_k)
+        weight = weights[:, members if images is None else images[members]]  # (r, n_k)
         sizes[:, k] = weight.sum(1)
         mean = weight @ own / sizes[:, k : k + 1].clamp(min=1)  # (r, d)
         square = mean.square().sum(1)  # (r,)
@@ -135,11 +135,11 @@ def _ratios(
     return msw / (msw + between), spread / msw - inverse
 
 
-def picture_weights(pictures: int, seed: int, resamples: int = RESAMPLES) -> Float[Tensor, "r p"]:
-    """How often each picture appears in each bootstrap resample."""
-    uniform = Draws(seed, torch.arange(resamples)).uniform("bootstrap", pictures)  # (r, p)
-    picks = (uniform * pictures).long().clamp(max=pictures - 1)  # rounding may reach 1
-    return torch.zeros(resamples, pictures).scatter_add_(1, picks, torch.ones_like(uniform))
+def image_weights(images: int, seed: int, resamples: int = RESAMPLES) -> Float[Tensor, "r p"]:
+    """How often each image appears in each bootstrap resample."""
+    uniform = KeyedRandom(seed, torch.arange(resamples)).uniform("bootstrap", images)  # (r, p)
+    picks = (uniform * images).long().clamp(max=images - 1)  # rounding may reach 1
+    return torch.zeros(resamples, images).scatter_add_(1, picks, torch.ones_like(uniform))
 
 
 def _check(x: Tensor, clusters: Tensor) -> None:
@@ -147,7 +147,7 @@ def _check(x: Tensor, clusters: Tensor) -> None:
     if count < 2 or n <= count:
         raise LatelierError(
             f"Within and separation need at least 2 clusters, and more regions than clusters, not {count} clusters of "
-            f"{n} regions; evaluate on more, or more varied, pictures."
+            f"{n} regions; evaluate on more, or more varied, images."
         )
     if not x.var(0).sum() > 0:
         raise LatelierError(f"The latents of all {n} regions are equal, or not finite; there is nothing to compare.")
@@ -165,7 +165,7 @@ def _recentred(values: Float[Tensor, " r"], estimate: float) -> Interval | None:
 
 
 class Region(NamedTuple):
-    """A batch's regions of one granularity: r of them in each picture."""
+    """A batch's regions of one granularity: r of them in each image."""
 
     latents: Float[Tensor, "b r d"]
     looks: Float[Tensor, "b r k"]
@@ -173,7 +173,7 @@ class Region(NamedTuple):
 
 
 def regions(z: Float[Tensor, "b c *grid"], taps: list[Tensor]) -> dict[str, Region]:
-    """Latents and VGG16 features of the same regions: the whole picture, windows of it, single latent positions.
+    """Latents and VGG16 features of the same regions: the whole image, windows of it, single latent positions.
 
     Args:
         z: normalised latents.
@@ -201,9 +201,9 @@ def part_side(side: int) -> int:
 
 
 class Regions:
-    """At most so many regions out of a stream of pictures, each equally likely to stay.
+    """At most so many regions out of a stream of images, each equally likely to stay.
 
-    Every region has a random number that belongs to its picture; those with the smallest are kept.
+    Every region has a random number that belongs to its image; those with the smallest are kept.
 
     Args:
         name: `object`, `part` or `pattern`.
@@ -220,11 +220,11 @@ class Regions:
     def add(
         self, latents: Float[Tensor, "b r d"], looks: Float[Tensor, "b r k"], labels: Int[Tensor, " b"], first: int
     ) -> None:
-        """Count in the regions of pictures first, first + 1, ..."""
+        """Count in the regions of images first, first + 1, ..."""
         b, r, d = latents.shape
         self.most = min(self.most, max(1, MOST_NUMBERS // d))
         numbers = torch.arange(first, first + b)
-        keys = Draws(self.seed, numbers).uniform(f"region-{self.name}", r).flatten()  # (b r,)
+        keys = KeyedRandom(self.seed, numbers).uniform(f"region-{self.name}", r).flatten()  # (b r,)
         parts = (keys, latents.flatten(0, 1), looks.flatten(0, 1), numbers.repeat_interleave(r))
         self._parts.append((*(part.cpu() for part in parts), labels.cpu().repeat_interleave(r)))
         self._count += len(keys)
@@ -242,13 +242,13 @@ class Regions:
         return self._column(2)
 
     @property
-    def pictures(self) -> Int[Tensor, " n"]:
-        """Numbers of their pictures."""
+    def images(self) -> Int[Tensor, " n"]:
+        """Numbers of their images."""
         return self._column(3)
 
     @property
     def labels(self) -> Int[Tensor, " n"]:
-        """Labels of their pictures."""
+        """Labels of their images."""
         return self._column(4)
 
     def _column(self, index: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""How much of a codebook a tokenizer uses, over all held-out pictures.
+"""How much of a codebook a tokenizer uses, over all held-out images.
 
 The perplexity of codes that are used p_1, ..., p_K of the time is exp(- sum_k p_k ln p_k): K where all are used alike,
 1 where it is always the same one.
@@ -15,7 +15,7 @@ from diffusers import VQModel
 from latelier.errors import LatelierError
 from latelier.evaluation.latent_space import read
 from latelier.evaluation.metrics import Measurement
-from latelier.evaluation.spectrum import thin
+from latelier.evaluation.spectrum import subsample
 from latelier.losses.codebook import nearest_codes, perplexity
 from latelier.receipt import make_receipt
 from latelier.recipe import Evaluate
@@ -32,13 +32,13 @@ def measure_codebook(
     reference: str,
     extra: Mapping[str, Any] | None = None,
 ) -> list[Measurement]:
-    """Which codes the pictures' latents are nearest to.
+    """Which codes the images' latents are nearest to.
 
     Args:
         codec: the tokenizer.
-        batches: dicts with `image`, `(b, c, h, w)` in [-1, 1]; at most `evaluate.samples` pictures are read.
+        batches: dicts with `image`, `(b, c, h, w)` in [-1, 1]; at most `evaluate.samples` images are read.
         evaluate: `samples`.
-        reference: the name of the pictures, for the receipts.
+        reference: the name of the images, for the receipts.
         extra: fields for the receipts beyond those gathered here.
 
     Returns:
@@ -46,7 +46,7 @@ def measure_codebook(
         occur. Nothing for tokenizers without a codebook.
 
     Raises:
-        LatelierError: if there are no pictures.
+        LatelierError: if there are no images.
     """
     if not isinstance(codec.tokenizer, VQModel):
         return []
@@ -59,7 +59,7 @@ def measure_codebook(
         indices = nearest_codes(z.movedim(1, -1).flatten(0, -2), codes)  # (b h w / f f,)
         counts += torch.bincount(indices, minlength=len(codes)).cpu()
     if n == 0:
-        raise LatelierError(f"There are no pictures in {reference} to measure the codebook on.")
+        raise LatelierError(f"There are no images in {reference} to measure the codebook on.")
     vectors, used = int(counts.sum()), int((counts > 0).sum())
     receipt = make_receipt(
         n=n, reference=reference, image_size=size, latents="before quantisation", codes=len(codes), vectors=vectors,
@@ -67,7 +67,7 @@ def measure_codebook(
     )  # fmt: skip
     if vectors < ENOUGH * len(codes):
         receipt["warning"] = f"{vectors} latent vectors cannot show all of {len(codes)} codes; compare at equal n"
-    by_rank = {"shares_by_rank": thin(counts.sort(descending=True).values / vectors)}
+    by_rank = {"shares_by_rank": subsample(counts.sort(descending=True).values / vectors)}
     return [
         Measurement("codebook-usage", used / len(codes), receipt),
         Measurement("codebook-perplexity", perplexity(counts).item(), {**receipt, **by_rank}),

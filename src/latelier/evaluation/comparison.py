@@ -1,4 +1,4 @@
-"""Several runs side by side: tables, orderings, figures and pictures, as Markdown for docs and as one HTML page.
+"""Several runs side by side: tables, orderings, figures and images, as Markdown for docs and as one HTML page.
 
 Both texts are written from the same sections, so they cannot say different things. Nothing is chosen for effect: every
 column asked for is shown, and the orderings say where a paper's order came out otherwise.
@@ -22,11 +22,11 @@ from latelier.errors import LatelierError
 from latelier.evaluation.convergence_table import convergence
 from latelier.evaluation.directions import better
 from latelier.evaluation.error_map import ERRORS
-from latelier.evaluation.figures import INK, MAP, Picture, draw_figures, write
+from latelier.evaluation.figures import INK, MAP, ImageFile, draw_figures, write
 from latelier.evaluation.orderings import (
     Ordering,
     Published,
-    Shown,
+    RunSummary,
     Table,
     costs,
     measured,
@@ -41,36 +41,36 @@ from latelier.evaluation.page import inline_image, page
 from latelier.evaluation.predictors import prediction
 from latelier.images import GAP_COLOUR, save_png
 
-__all__ = ["Published", "Shown", "write_comparison"]
+__all__ = ["Published", "RunSummary", "write_comparison"]
 
-PICTURE_HEIGHT, PICTURE_WIDTH, MAP_WIDTH, NAME_HEIGHT = 300, 1100, 900, 26
+IMAGE_HEIGHT, IMAGE_WIDTH, MAP_WIDTH, NAME_HEIGHT = 300, 1100, 900, 26
 
 STYLE = (
-    "<style>.card, .figure, .picture { margin-bottom: 10px; } th.number { white-space: normal; } "
+    "<style>.card, .figure, .image { margin-bottom: 10px; } th.number { white-space: normal; } "
     "td:first-child { white-space: nowrap; }</style>"
 )
 
 
 @dataclass
 class Section:
-    """A heading and what stands below it: paragraphs, tables, pictures."""
+    """A heading and what stands below it: paragraphs, tables, images."""
 
     title: str
-    parts: Sequence[str | Table | Picture]
+    parts: Sequence[str | Table | ImageFile]
 
 
 def write_comparison(
     folder: Path,
     title: str,
     about: str,
-    shown: list[Shown],
+    shown: list[RunSummary],
     columns: Mapping[str, Sequence[str]],
     published: Published | None,
     *,
     facts: str = "",
     baseline: str | None = None,
 ) -> Path:
-    """Write `table.md`, `comparison.html`, `comparison.json`, figures and pictures into a folder.
+    """Write `table.md`, `comparison.html`, `comparison.json`, figures and images into a folder.
 
     Args:
         folder: made if missing.
@@ -107,7 +107,7 @@ def write_comparison(
         Section("Does the judge predict?", prediction(folder, shown)),
         Section("What each run took", [] if facts else costs(shown)),
         Section("Figures", draw_figures(folder, shown, every)),
-        Section("Pictures", _pictures(folder, shown)),
+        Section("Images", _images(folder, shown)),
         Section("Receipt", receipts(shown, every)),
     ]
     sections = [section for section in sections if section.parts]
@@ -116,30 +116,30 @@ def write_comparison(
     return write(folder / "comparison.html", _html(title, about, sections).encode())
 
 
-# -- pictures ---------------------------------------------------------------------------------------------------------
+# -- images ---------------------------------------------------------------------------------------------------------
 
 
-def _pictures(folder: Path, shown: Sequence[Shown]) -> list[Picture]:
+def _images(folder: Path, shown: Sequence[RunSummary]) -> list[ImageFile]:
     """One PNG for each kind: the runs' grids below each other."""
-    parts: list[Picture] = []
-    for kind in dict.fromkeys(kind for run in shown for kind in run.pictures):
-        there = [(run.name, path) for run in shown if (path := run.pictures.get(kind)) and path.is_file()]
+    parts: list[ImageFile] = []
+    for kind in dict.fromkeys(kind for run in shown for kind in run.images):
+        there = [(run.name, path) for run in shown if (path := run.images.get(kind)) and path.is_file()]
         if there:
             path = save_png(_stack(there), folder / f"{kind}.png")
             parts.append(
-                Picture(
+                ImageFile(
                     path, path.name, f"{kind.replace('-', ' ').capitalize()} of {', '.join(n for n, _ in there)}", False
                 )
             )
     return parts
 
 
-def _stack(pictures: Sequence[tuple[str, Path]]) -> Image.Image:
-    """Each picture below its name."""
+def _stack(images: Sequence[tuple[str, Path]]) -> Image.Image:
+    """Each image below its name."""
     from matplotlib import get_data_path
 
     font = ImageFont.truetype(str(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), 15)
-    grids = [(name, _cut(path)) for name, path in pictures]
+    grids = [(name, _cut(path)) for name, path in images]
     width = max([grid.width for _, grid in grids] + [math.ceil(font.getlength(name)) + 4 for name, _ in grids])
     height = sum(grid.height + NAME_HEIGHT for _, grid in grids) + 6 * (len(grids) - 1)
     canvas = Image.new("RGB", (width, height), "white")
@@ -156,11 +156,11 @@ def _cut(path: Path) -> Image.Image:
     with Image.open(path) as opened:
         grid = opened.convert("RGB")
     if path.name == ERRORS:  # originals, reconstructions, errors and their scale: the whole of it
-        return ImageOps.contain(grid, (PICTURE_WIDTH, grid.height)) if grid.width > PICTURE_WIDTH else grid
+        return ImageOps.contain(grid, (IMAGE_WIDTH, grid.height)) if grid.width > IMAGE_WIDTH else grid
     if path.name == MAP:  # a figure, not a grid: the whole of it
         return grid.resize((MAP_WIDTH, round(grid.height * MAP_WIDTH / grid.width)), Image.Resampling.LANCZOS)
-    scale = 2 if 2 * grid.width <= PICTURE_WIDTH else 1
-    room = PICTURE_HEIGHT // scale
+    scale = 2 if 2 * grid.width <= IMAGE_WIDTH else 1
+    room = IMAGE_HEIGHT // scale
     if grid.height > room:
         row = _row_height(grid)
         keep = max(2, room // row // 2 * 2) * row - 2 if row else room
@@ -184,7 +184,7 @@ def _row_height(grid: Image.Image) -> int | None:
 
 
 def _json(
-    title: str, about: str, shown: Sequence[Shown], columns: Sequence[str], published: Published | None,
+    title: str, about: str, shown: Sequence[RunSummary], columns: Sequence[str], published: Published | None,
     orders: Sequence[Ordering],
 ) -> bytes:  # fmt: skip
     content = {
@@ -215,7 +215,7 @@ def _markdown(title: str, about: str, sections: Sequence[Section]) -> str:
         for part in section.parts:
             if isinstance(part, Table):
                 blocks.append(_markdown_table(part))
-            elif isinstance(part, Picture):
+            elif isinstance(part, ImageFile):
                 blocks.append(f"![{_literal(part.words)}]({part.link})")
             else:
                 blocks.append(_literal(part))
@@ -245,8 +245,8 @@ def _html(title: str, about: str, sections: Sequence[Section]) -> str:
         for part in section.parts:
             if isinstance(part, Table):
                 body.append(_html_table(part))
-            elif isinstance(part, Picture):
-                kind = "figure" if part.figure else "picture"
+            elif isinstance(part, ImageFile):
+                kind = "figure" if part.figure else "image"
                 body.append(f'<div class="{kind}">{inline_image(part.png, part.words)}</div>')
                 body.append(f'<p class="soft">{escape(part.words)}.</p>')
             else:

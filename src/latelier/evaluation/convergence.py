@@ -1,4 +1,4 @@
-"""How fast a denoiser learns: its loss and its pictures at snapshots of training (DC-AE 1.5, figure 1).
+"""How fast a denoiser learns: its loss and its images at snapshots of training (DC-AE 1.5, figure 1).
 
 Every snapshot meets the same held-out latents at the same times, with the same noise, and draws from the same seeds.
 So a curve shows what the weights have learnt. The loss is that of all channels, without dropped conditions, also where
@@ -42,15 +42,15 @@ def measure_convergence(recipe: Recipe, codec: Codec, held_out: ImageDataset) ->
     Args:
         recipe: of a trained run; `denoiser.snapshots` says which snapshots there are.
         codec: the run's tokenizer, on the device that is to be used.
-        held_out: the pictures whose latents the loss is measured on; at most `evaluate.samples`.
+        held_out: the images whose latents the loss is measured on; at most `evaluate.samples`.
 
     Returns:
-        For each snapshot, by images seen, `convergence-loss@<images>`: the objective's loss, mean over pictures and
+        For each snapshot, by images seen, `convergence-loss@<images>`: the objective's loss, mean over images and
         times; and, if gfd is asked for too, `convergence-gfd-<features>@<images>` in the first of
         `evaluate.features`, of as many samples as gfd has, with the recipe's sampler.
 
     Raises:
-        LatelierError: if a snapshot is missing, or there are no held-out pictures.
+        LatelierError: if a snapshot is missing, or there are no held-out images.
     """
     if "convergence" not in recipe.evaluate.metrics:
         return []
@@ -66,8 +66,8 @@ def measure_convergence(recipe: Recipe, codec: Codec, held_out: ImageDataset) ->
     for images, folder in folders.items():
         load_snapshot(pipeline, folder)
         about = {"images_trained": images, "of": section.images, "ema": section.ema, "tokenizer": tokenizer}
-        pictures = held_out.once(settings.batch, limit=settings.samples)
-        found.append(_loss(recipe, codec, pipeline, pictures, {**about, "data": held_out.fingerprint}))
+        image_batches = held_out.once(settings.batch, limit=settings.samples)
+        found.append(_loss(recipe, codec, pipeline, image_batches, {**about, "data": held_out.fingerprint}))
         if "gfd" in settings.metrics:
             found.append(_distance(recipe, pipeline, about))
         write_measurements(recipe.folder / "metrics.json", found, "convergence")
@@ -87,7 +87,7 @@ def _loss(
     recipe: Recipe,
     codec: Codec,
     pipeline: LatentDiffusionPipeline,
-    pictures: Iterator[dict[str, Any]],
+    images: Iterator[dict[str, Any]],
     about: Mapping[str, Any],
 ) -> Measurement:
     """The loss of the pipeline's weights on held-out latents."""
@@ -96,7 +96,7 @@ def _loss(
         pipeline.denoiser, pipeline.conditioner, pipeline.process, seed, dropout=(), loss=section.loss,
         cosine_weight=section.cosine_weight, sample_posterior=section.sample_posterior,
     )  # fmt: skip
-    value, n = held_out_loss(objective.eval(), codec, pictures, lambda: pipeline._autocast(section.precision))
+    value, n = held_out_loss(objective.eval(), codec, images, lambda: pipeline._autocast(section.precision))
     receipt = make_receipt(
         n=n, reference=f"{recipe.data.source}, held out", passes=PASSES, seed=seed, precision=section.precision,
         latent_shape=list(codec.latent_shape(*recipe.data.image_size)), architecture=type(codec.tokenizer).__name__,
@@ -111,32 +111,32 @@ def _loss(
 def held_out_loss(
     objective: DenoisingObjective,
     codec: Codec,
-    pictures: Iterator[dict[str, Any]],
+    images: Iterator[dict[str, Any]],
     precision: Callable[[], AbstractContextManager] = nullcontext,
 ) -> tuple[float, int]:
-    """The objective's loss, mean over `PASSES` times and noises of each picture's latent, and how many pictures.
+    """The objective's loss, mean over `PASSES` times and noises of each image's latent, and how many images.
 
     Args:
-        objective: in evaluation mode; picture i meets the times and noises of the draws `PASSES i + k` of its seed.
+        objective: in evaluation mode; image i meets the times and noises of the draws `PASSES i + k` of its seed.
         codec: what encodes; the loss is computed on its device.
-        pictures: batches with `image`, and what the objective's conditioner needs.
+        images: batches with `image`, and what the objective's conditioner needs.
         precision: makes the context of the denoiser, such as autocast.
 
     Raises:
-        LatelierError: if there are no pictures.
+        LatelierError: if there are no images.
     """
     total, n = torch.zeros((), dtype=torch.float64), 0
-    for batch in encoded(codec, pictures, codec.device):
+    for batch in encoded(codec, images, codec.device):
         count = len(batch["mean"])
         for k in range(PASSES):
-            drawn = {**to_device(batch, codec.device), "draw": torch.arange(n, n + count) * PASSES + k}
+            drawn = {**to_device(batch, codec.device), "sample_id": torch.arange(n, n + count) * PASSES + k}
             with precision():
                 if objective.conditioner is not None:
                     drawn |= objective.conditioner.prepare(drawn, codec)
                 total += count * objective(drawn).total.double().cpu()
         n += count
     if not n:
-        raise LatelierError("convergence is measured on held-out pictures, but there are none.")
+        raise LatelierError("convergence is measured on held-out images, but there are none.")
     return total.item() / (PASSES * n), n
 
 
@@ -145,7 +145,7 @@ def _distance(recipe: Recipe, pipeline: LatentDiffusionPipeline, about: Mapping[
     settings, training = recipe.evaluate, open_images(recipe)
     first = settings.model_copy(update={"metrics": ["gfd"], "features": settings.features[:1]})
     receipt = {
-        **about, "reference": f"{recipe.data.source}, training pictures", "data": training.fingerprint,
+        **about, "reference": f"{recipe.data.source}, training images", "data": training.fingerprint,
         **{k: v for k, v in recipe.sample.model_dump().items() if k not in ("count", "batch")},
     }  # fmt: skip
     references = training.once(settings.batch, limit=settings.samples)
@@ -156,7 +156,7 @@ def _distance(recipe: Recipe, pipeline: LatentDiffusionPipeline, about: Mapping[
 
 
 def _samples(pipeline: LatentDiffusionPipeline, recipe: Recipe, count: int) -> Iterator[Tensor]:
-    """Batches of samples of the recipe's settings; picture i has the seed `sample.seed + i`."""
+    """Batches of samples of the recipe's settings; image i has the seed `sample.seed + i`."""
     records = shown_records(recipe, pipeline)
     for batch in batches(recipe.sample, count):
         told = records(batch.seed - recipe.sample.seed, batch.count)

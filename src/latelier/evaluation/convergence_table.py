@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from latelier.evaluation.chart import short
 from latelier.evaluation.directions import heading
-from latelier.evaluation.figures import SOFT, STYLE, Picture, legend, make_panels, save_figure, styles
-from latelier.evaluation.orderings import MISSING, Shown, Table, at_steps, texts, value
+from latelier.evaluation.figures import SOFT, STYLE, ImageFile, legend, make_panels, save_figure, styles
+from latelier.evaluation.orderings import MISSING, RunSummary, Table, at_steps, texts, value
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,7 +46,7 @@ class Reached:
     at_most: bool = False
 
 
-def convergence(folder: Path, shown: Sequence[Shown], baseline: str | None) -> list[str | Table | Picture]:
+def convergence(folder: Path, shown: Sequence[RunSummary], baseline: str | None) -> list[str | Table | ImageFile]:
     """The figure of all curves, and with a baseline the table of who is sooner where it ends.
 
     Args:
@@ -61,7 +61,7 @@ def convergence(folder: Path, shown: Sequence[Shown], baseline: str | None) -> l
         return []
     with rc_context(STYLE):
         words = "Quality of the averaged weights over images seen in the denoiser's training"
-        parts: list[str | Table | Picture] = [save_figure(folder, "convergence", _figure(shown, curves), words)]
+        parts: list[str | Table | ImageFile] = [save_figure(folder, "convergence", _figure(shown, curves), words)]
     about = (
         "A loss is that of the denoiser on its own tokenizer's latents, all channels, with the same noise and times at "
         "every snapshot. Losses compare only between runs of equal latent shape, kind of tokenizer and objective; "
@@ -80,7 +80,7 @@ def convergence(folder: Path, shown: Sequence[Shown], baseline: str | None) -> l
 # -- curves -----------------------------------------------------------------------------------------------------------
 
 
-def read_curves(shown: Sequence[Shown]) -> dict[str, dict[int, Curve]]:
+def read_curves(shown: Sequence[RunSummary]) -> dict[str, dict[int, Curve]]:
     """Curves by metric and the run's position: distances first, then the loss."""
     found: dict[str, dict[int, Curve]] = {}
     for name in sorted(at_steps(shown, BEGIN), key=lambda name: (name.startswith(LOSS), _images(name))):
@@ -91,7 +91,7 @@ def read_curves(shown: Sequence[Shown]) -> dict[str, dict[int, Curve]]:
 
 
 def comparable(
-    shown: Sequence[Shown], curves: Mapping[str, dict[int, Curve]], baseline: str | None
+    shown: Sequence[RunSummary], curves: Mapping[str, dict[int, Curve]], baseline: str | None
 ) -> dict[str, dict[int, Curve]]:
     """The same without losses that do not compare with the baseline's, see `SAME`."""
     reference = next((run for run in shown if run.name == baseline and _has_loss(run)), None)
@@ -117,11 +117,11 @@ def _images(name: str) -> int:
     return int(name.partition("@")[2])
 
 
-def _has_loss(run: Shown) -> bool:
+def _has_loss(run: RunSummary) -> bool:
     return any(name.startswith(f"{LOSS}@") for name in run.metrics)
 
 
-def _kind(run: Shown) -> list[Any]:
+def _kind(run: RunSummary) -> list[Any]:
     """What two runs must share for their losses to compare."""
     receipt = next(entry.get("receipt") or {} for name, entry in run.metrics.items() if name.startswith(f"{LOSS}@"))
     return [receipt.get(key) for key in SAME]
@@ -130,7 +130,7 @@ def _kind(run: Shown) -> list[Any]:
 # -- table and figure -------------------------------------------------------------------------------------------------
 
 
-def speed_table(shown: Sequence[Shown], curves: Mapping[str, dict[int, Curve]], baseline: int) -> Table:
+def speed_table(shown: Sequence[RunSummary], curves: Mapping[str, dict[int, Curve]], baseline: int) -> Table:
     """For each metric the last value, the images seen at the baseline's last value, and how many times fewer they are.
 
     Args:
@@ -176,7 +176,7 @@ def _how_to_read(baseline: str) -> str:
     )
 
 
-def _figure(shown: Sequence[Shown], curves: Mapping[str, dict[int, Curve]]) -> Figure:
+def _figure(shown: Sequence[RunSummary], curves: Mapping[str, dict[int, Curve]]) -> Figure:
     """Chen et al. 2025 (DC-AE 1.5), figure 1: one line for each run, one point for each snapshot."""
     drawn = {name: runs for name, runs in curves.items() if runs}
     figure, panels = make_panels(len(drawn), 2 if len(drawn) > 1 else 1, height=3.2, above=0.6)

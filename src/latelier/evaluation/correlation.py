@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from latelier.draws import Draws
+from latelier.keyed_random import KeyedRandom
 
 FEWEST = 4  # runs of one study; fewer have no weight, since it is n - 3
 EXACT = 8  # runs of one study up to which all of their orders are tried, 40,320
@@ -149,7 +149,7 @@ def orders(n: int, study: int, exact: bool) -> Int[np.ndarray, "p n"]:
     """Orders of n runs: all, or 19,999 random ones that belong to the study's number."""
     if exact:
         return np.array(list(permutations(range(n))))
-    drawn = Draws(0, torch.tensor([study])).uniform("orders of runs", ORDERS, n)[0]  # (p, n)
+    drawn = KeyedRandom(0, torch.tensor([study])).uniform("orders of runs", ORDERS, n)[0]  # (p, n)
     return drawn.argsort(1).numpy()
 
 

@@ -1,9 +1,9 @@
-"""What a tokenizer costs: parameters, bytes, floating-point operations, pictures per second, memory.
+"""What a tokenizer costs: parameters, bytes, floating-point operations, images per second, memory.
 
 Operations are counted on a copy without memory ("meta" tensors), so counting takes no time and any model fits. One
 multiply-add is two operations. Papers count differently, so two rules are kept apart: everything, attention's matrix
-products included, for one picture; and that of LDMAE's table, which is the encoder's convolutions and linear layers
-for 64 pictures.
+products included, for one image; and that of LDMAE's table, which is the encoder's convolutions and linear layers
+for 64 images.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from latelier.draws import Draws
 from latelier.evaluation.metrics import Measurement
+from latelier.keyed_random import KeyedRandom
 from latelier.receipt import make_receipt
 from latelier.tokenizers import decoder_parts
 from latelier.tokenizers.codec import Codec
@@ -36,9 +36,9 @@ class Cost:
         parameters: of encoder and decoder.
         decoder_parameters: of what makes images of latents; the rest makes latents of images.
         mib: the weights file in float32, MiB; fixed tables that are stored, such as positions, included.
-        encode: GFLOP of one picture, by operator.
-        encode_layers: GFLOP of one picture in convolutions and linear layers alone.
-        decode: GFLOP of one picture's latents, by operator.
+        encode: GFLOP of one image, by operator.
+        encode_layers: GFLOP of one image in convolutions and linear layers alone.
+        decode: GFLOP of one image's latents, by operator.
     """
 
     parameters: int
@@ -50,17 +50,17 @@ class Cost:
 
     @property
     def gflop_encode(self) -> float:
-        """GFLOP to encode one picture, everything counted."""
+        """GFLOP to encode one image, everything counted."""
         return float(sum(self.encode.values()))
 
     @property
     def gflop_decode(self) -> float:
-        """GFLOP to decode one picture, everything counted."""
+        """GFLOP to decode one image, everything counted."""
         return float(sum(self.decode.values()))
 
     @property
     def gflop_paper(self) -> float:
-        """GFLOP by the rule of LDMAE's table: encoder, 64 pictures, convolutions and linear layers only."""
+        """GFLOP by the rule of LDMAE's table: encoder, 64 images, convolutions and linear layers only."""
         return PAPER_BATCH * self.encode_layers
 
 
@@ -70,7 +70,7 @@ def count_cost(codec: Codec, height: int, width: int) -> Cost:
 
     Args:
         codec: the tokenizer; its weights are neither read nor moved.
-        height, width: of the pictures, in pixels.
+        height, width: of the images, in pixels.
 
     Raises:
         LatelierError: if the tokenizer's factor does not divide the size.
@@ -103,8 +103,8 @@ def measure_cost(
 
     Args:
         codec: the tokenizer, on the device that is to be measured.
-        height, width: of the pictures, in pixels.
-        batch: pictures at once, in the measured numbers only.
+        height, width: of the images, in pixels.
+        batch: images at once, in the measured numbers only.
         seconds: how long encoding, and decoding, are repeated; a batch that has begun is finished.
         extra: fields for the receipts beyond those gathered here.
 
@@ -121,11 +121,11 @@ def measure_cost(
     receipt = make_receipt(image_size=(height, width), tokenizer=codec.hash(), **(extra or {}))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    pictures = Draws(0, torch.arange(batch), device).uniform("cost", codec.image_channels, height, width) * 2 - 1
-    latents = codec.encode(pictures)
+    images = KeyedRandom(0, torch.arange(batch), device).uniform("cost", codec.image_channels, height, width) * 2 - 1
+    latents = codec.encode(images)
     encode, decode = (
         _speed(action, batch, seconds, device)
-        for action in (lambda: codec.encode(pictures), lambda: codec.decode(latents))
+        for action in (lambda: codec.encode(images), lambda: codec.decode(latents))
     )
     run = {**receipt, "batch": batch, "precision": codec.precision, "seconds": seconds}
     kind = "accelerator, weights included" if device.type == "cuda" else "the whole process since it began"
@@ -138,8 +138,8 @@ def measure_cost(
 
 
 def _counted(cost: Cost, receipt: dict[str, Any]) -> list[Measurement]:
-    every = {**receipt, "rule": "one picture, 2 FLOP per multiply-add, attention included"}
-    layers = f"encoder, {PAPER_BATCH} pictures, 2 FLOP per multiply-add, convolutions and linear layers only"
+    every = {**receipt, "rule": "one image, 2 FLOP per multiply-add, attention included"}
+    layers = f"encoder, {PAPER_BATCH} images, 2 FLOP per multiply-add, convolutions and linear layers only"
     split = {"encoder": cost.parameters - cost.decoder_parameters, "decoder": cost.decoder_parameters}
     return [
         Measurement("parameters", float(cost.parameters), {**receipt, **split}),
@@ -192,7 +192,7 @@ def _count(module: nn.Module, action: Callable[[], Any]) -> tuple[dict[str, floa
 
 
 def _speed(action: Callable[[], Any], batch: int, seconds: float, device: torch.device) -> tuple[float, int]:
-    """Pictures per second, the median over repetitions, and how many there were; one to warm up is not counted."""
+    """Images per second, the median over repetitions, and how many there were; one to warm up is not counted."""
     action()
     times: list[float] = []
     end = time.perf_counter() + seconds

@@ -19,10 +19,10 @@ from torch import Tensor
 from latelier.data.order import permuted_index
 from latelier.denoisers.dit import DiT
 from latelier.diffusion.process import Flow
-from latelier.draws import Draws, address
 from latelier.errors import LatelierError
-from latelier.evaluation.latent_space import Pictures, read, with_statistics
+from latelier.evaluation.latent_space import Images, read, with_statistics
 from latelier.evaluation.metrics import Measurement, mean_with_interval
+from latelier.keyed_random import KeyedRandom, fold_in
 from latelier.receipt import make_receipt
 from latelier.recipe import Evaluate
 from latelier.tokenizers.codec import Codec
@@ -33,7 +33,7 @@ NETWORK: dict[str, Any] = {
 MOST_TOKENS = 64
 STEPS, BATCH, LEARNING_RATE, WARMUP = 300, 32, 1e-3, 30
 TIMES = 8  # at which the loss is measured
-HELD_OUT = 512  # pictures on which it is measured, at most
+HELD_OUT = 512  # images on which it is measured, at most
 BYTES = 2**29  # of latents that are held at once
 FLOW = Flow("logit-normal")
 
@@ -52,24 +52,24 @@ def measure_difficulty(
         codec: the tokenizer; its `precision` is the denoiser's too.
         train: dicts with `image`, `(b, c, h, w)` in [-1, 1]; at most `evaluate.probe_samples` are learnt from, never
             more than training draws (9,600) or half a GiB of latents.
-        batches: the same of held-out pictures; at most `evaluate.samples` and 512 are measured on.
-        evaluate: how many pictures, and the `seed` of weights, order, times and noise.
-        reference: the name of the held-out pictures, for the receipt.
+        batches: the same of held-out images; at most `evaluate.samples` and 512 are measured on.
+        evaluate: how many images, and the `seed` of weights, order, times and noise.
+        reference: the name of the held-out images, for the receipt.
         extra: fields for the receipt beyond those gathered here.
 
     Returns:
         `diffusion-loss`: mean squared error of the velocity for each number of a latent, lower is easier, with a 95 %
-        interval over pictures. In the receipt stand `constant` and `independent`, to read it against, and `by_time`.
+        interval over images. In the receipt stand `constant` and `independent`, to read it against, and `by_time`.
 
     Raises:
-        LatelierError: if there are no pictures on one of the sides.
+        LatelierError: if there are no images on one of the sides.
     """
-    scaled, pictures, scale = with_statistics(codec, read(train, evaluate.probe_samples))
-    z = encode(scaled, pictures, STEPS * BATCH)  # (m, c, *grid)
+    scaled, images, scale = with_statistics(codec, read(train, evaluate.probe_samples))
+    z = encode(scaled, images, STEPS * BATCH)  # (m, c, *grid)
     held_out = encode(scaled, read(batches, evaluate.samples), HELD_OUT)  # (n, c, *grid)
     if not len(z) or not len(held_out):
         raise LatelierError(
-            f"difficulty learns from some pictures and is measured on others, but of {reference} there are {len(z)} "
+            f"difficulty learns from some images and is measured on others, but of {reference} there are {len(z)} "
             f"to learn from and {len(held_out)} to measure on."
         )
     model = build_denoiser(tuple(z.shape[1:]), evaluate.seed).to(scaled.device)
@@ -88,10 +88,10 @@ def measure_difficulty(
 
 
 @torch.no_grad()
-def encode(codec: Codec, pictures: Pictures, count: int) -> Float[Tensor, "n ..."]:
-    """Normalised latents of the first pictures, on the CPU; fewer than asked for where they would not fit `BYTES`."""
+def encode(codec: Codec, image_batches: Images, count: int) -> Float[Tensor, "n ..."]:
+    """Normalised latents of the first images, on the CPU; fewer than asked for where they would not fit `BYTES`."""
     parts: list[Tensor] = []
-    for images, _ in pictures:
+    for images, _ in image_batches:
         z = codec.encode(images.to(codec.device)).cpu()  # (b, c, *grid)
         count = min(count, max(1, BYTES // (4 * z[0].numel())))
         parts.append(z[: count - sum(map(len, parts))])
@@ -110,7 +110,7 @@ def build_denoiser(shape: tuple[int, ...], seed: int) -> DiT:
     """
     channels, *grid = shape
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(address(seed, "difficulty weights", 0))
+        torch.default_generator.manual_seed(fold_in(seed, "difficulty weights", 0))
         return DiT(in_channels=channels, grid=tuple(grid), patch_size=choose_patch(grid), **NETWORK)
 
 
@@ -140,7 +140,7 @@ def train_denoiser(model: DiT, z: Float[Tensor, "n c *grid"], seed: int, codec: 
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * learning_rate_share(step)
         numbers = torch.arange(step * BATCH, (step + 1) * BATCH)  # (b,)
-        draws = Draws(seed, numbers, codec.device)
+        draws = KeyedRandom(seed, numbers, codec.device)
         clean = z[permuted_index(numbers, len(z), seed)].to(codec.device)  # (b, c, *grid)
         eps, t = draws.normal("difficulty noise", *z.shape[1:]), FLOW.sample_t(draws.uniform("difficulty time"))
         with codec._autocast():
@@ -185,7 +185,7 @@ def flow_losses(
     """
     rows, constants = [], []
     for number in torch.arange(len(z)).split(BATCH):
-        clean, draws = z[number].to(codec.device), Draws(seed, number, codec.device)
+        clean, draws = z[number].to(codec.device), KeyedRandom(seed, number, codec.device)
         here: list[Tensor] = []
         blind: list[Tensor] = []
         for k, at in enumerate(times().tolist()):

@@ -1,7 +1,7 @@
-"""Sets of pictures compared as distributions of feature vectors: Fréchet distance, KID, CMMD, Inception Score, recall.
+"""Sets of images compared as distributions of feature vectors: Fréchet distance, KID, CMMD, Inception Score, recall.
 
 What is a function of sums (Fréchet distances, Inception Score) keeps sums, so that memory does not grow with the number
-of pictures. They are kept in ten groups of pictures, drawn by chance: how much a number changes when each group in turn
+of images. They are kept in ten groups of images, drawn by chance: how much a number changes when each group in turn
 is left out tells how sure it is (delete-a-group jackknife, Efron & Stein 1981).
 """
 
@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from latelier.draws import Draws, address
 from latelier.errors import LatelierError
+from latelier.keyed_random import KeyedRandom, fold_in
 
 GROUPS = 10  # also the Inception Score's splits
 BLOCK = 1024  # vectors that are summed up at once: ten small products cost more than a large one
@@ -76,7 +76,7 @@ class FeatureStatistics:
             LatelierError: for fewer than two vectors.
         """
         if self.n < 2:
-            raise LatelierError(f"A Fréchet distance needs at least 2 pictures on each side, not {self.n}.")
+            raise LatelierError(f"A Fréchet distance needs at least 2 images on each side, not {self.n}.")
         return (self.outer - torch.outer(self.total, self.total) / self.n) / (self.n - 1)
 
     def distance(self, other: FeatureStatistics) -> float:
@@ -86,7 +86,7 @@ class FeatureStatistics:
 
 
 class GroupedStatistics:
-    """The same in groups: the number of a picture in its set says by chance which one it belongs to.
+    """The same in groups: the number of an image in its set says by chance which one it belongs to.
 
     Args:
         dims: length of a vector.
@@ -124,9 +124,9 @@ class GroupedStatistics:
         return total
 
     def distance(self, other: GroupedStatistics) -> tuple[float, Interval]:
-        """Fréchet distance to another set and its 95 % interval; no interval where groups have fewer than 2 pictures.
+        """Fréchet distance to another set and its 95 % interval; no interval where groups have fewer than 2 images.
 
-        Left out are the groups of the same number on both sides: where pictures belong together, as a reconstruction
+        Left out are the groups of the same number on both sides: where images belong together, as a reconstruction
         and its original do, they go together, and where they do not, variances of both sides add up.
         """
         ours, theirs = self.whole(), other.whole()
@@ -155,18 +155,18 @@ def frechet_distance(
 
 
 def group_of(numbers: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
-    """The group of each picture: of every ten in a row, each goes to another group, in an order drawn by chance.
+    """The group of each image: of every ten in a row, each goes to another group, in an order drawn by chance.
 
     By chance, because classes often come in turn, and a group of one class would tell nothing of the whole.
 
     Args:
-        numbers: ascending places of pictures in their set.
+        numbers: ascending places of images in their set.
     """
     if not len(numbers):
         return numbers
     blocks = numbers // GROUPS
     drawn = torch.arange(int(blocks[0]), int(blocks[-1]) + 1)
-    order = Draws(0, drawn).uniform("group", GROUPS).argsort(1).flatten()  # (blocks * groups,)
+    order = KeyedRandom(0, drawn).uniform("group", GROUPS).argsort(1).flatten()  # (blocks * groups,)
     return order[numbers - drawn[0] * GROUPS]
 
 
@@ -219,7 +219,7 @@ def subset_mmd(
     """
     least, most = sorted((len(ours), len(theirs)))
     if least < 2:
-        raise LatelierError(f"KID and CMMD need at least 2 pictures on each side, not {len(ours)} and {len(theirs)}.")
+        raise LatelierError(f"KID and CMMD need at least 2 images on each side, not {len(ours)} and {len(theirs)}.")
     count = min(max(GROUPS, math.ceil(most / SUBSET)), least // 2)
     sides = [
         [part[:SUBSET] for part in _shuffled(x, seed, purpose).tensor_split(count)]
@@ -234,7 +234,7 @@ def subset_mmd(
 
 
 def _shuffled(x: Tensor, seed: int, purpose: str) -> Tensor:
-    generator = torch.Generator().manual_seed(address(seed, purpose, 0))
+    generator = torch.Generator().manual_seed(fold_in(seed, purpose, 0))
     return x[torch.randperm(len(x), generator=generator).to(x.device)]
 
 
@@ -251,7 +251,7 @@ class InceptionScore:
         self._counts = torch.zeros(GROUPS, dtype=torch.float64)
 
     def update(self, logits: Float[Tensor, "b classes"]) -> None:
-        """Count the next pictures in."""
+        """Count the next images in."""
         p = logits.detach().cpu().double().softmax(1)  # (b, classes)
         split = group_of(torch.arange(self.n, self.n + len(p)))  # (b,)
         if self._total is None:
@@ -265,10 +265,10 @@ class InceptionScore:
         """The mean over splits, and its 95 % interval.
 
         Raises:
-            LatelierError: if a split has fewer than two pictures.
+            LatelierError: if a split has fewer than two images.
         """
         if self._total is None or self.n < 2 * GROUPS:
-            raise LatelierError(f"The Inception Score needs at least {2 * GROUPS} pictures, not {self.n}.")
+            raise LatelierError(f"The Inception Score needs at least {2 * GROUPS} images, not {self.n}.")
         marginal = self._total / self._counts[:, None]  # (splits, classes)
         scores = (self._certainty / self._counts + torch.special.entr(marginal).sum(1)).exp()  # (splits,)
         mean, error = scores.mean().item(), scores.std().item() / math.sqrt(GROUPS)
@@ -284,8 +284,8 @@ def precision_recall(
     """Improved precision and recall (Kynkäänniemi et al. 2019, equations 1-2), one indicator for each vector.
 
     Args:
-        samples: features of generated pictures.
-        references: features of real pictures.
+        samples: features of generated images.
+        references: features of real images.
         k: a manifold is the union of balls that reach each vector's k-th nearest neighbour.
         chunk: rows of the distance matrix held at once.
 
@@ -297,7 +297,7 @@ def precision_recall(
     """
     if min(len(samples), len(references)) <= k:
         raise LatelierError(
-            f"Precision and recall need more than {k} pictures on each side, not {len(samples)} and {len(references)}."
+            f"Precision and recall need more than {k} images on each side, not {len(samples)} and {len(references)}."
         )
     return _inside(samples, references, k, chunk), _inside(references, samples, k, chunk)
 

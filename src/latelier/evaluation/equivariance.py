@@ -1,8 +1,8 @@
-"""Whether a latent moves as its picture does: encode a moved picture, or move the latent of the picture.
+"""Whether a latent moves as its image does: encode a moved image, or move the latent of the image.
 
 Kouzelis et al. 2025 ("EQ-VAE", section 3) train autoencoders so that both are the same under scaling and rotation, and
 find their latents easier to learn. The error here is our own, of normalised latents. With a = E(T x) and b = T E(x),
-over pictures and positions,
+over images and positions,
 
     error = sum over channels of mean (a - b)²  /  sum over channels of (Var a + Var b) / 2
 
@@ -29,23 +29,23 @@ from latelier.receipt import make_receipt
 from latelier.recipe import Evaluate
 from latelier.tokenizers.codec import Codec
 
-MOST_PICTURES = 256  # each is encoded and decoded about eight times
+MOST_IMAGES = 256  # each is encoded and decoded about eight times
 
 
 @dataclass(frozen=True)
 class Move:
-    """The same thing done to a picture and to its latents.
+    """The same thing done to an image and to its latents.
 
     Attributes:
         name: of the measure; several moves may share one.
         words: what it does, for the receipt.
-        picture: of `(b, c, h, w)`.
+        image: of `(b, c, h, w)`.
         latent: of `(b, k, h / f, w / f)`.
     """
 
     name: str
     words: str
-    picture: Callable[[Tensor], Tensor]
+    image: Callable[[Tensor], Tensor]
     latent: Callable[[Tensor], Tensor]
 
 
@@ -57,27 +57,27 @@ def measure_equivariance(
     reference: str,
     extra: Mapping[str, Any] | None = None,
 ) -> list[Measurement]:
-    """How far encoding and moving are from being exchangeable, in latents and in pictures.
+    """How far encoding and moving are from being exchangeable, in latents and in images.
 
     Args:
         codec: the tokenizer.
-        batches: dicts with `image`, `(b, c, h, w)` in [-1, 1]; at most `evaluate.samples` pictures, and 256, are read.
+        batches: dicts with `image`, `(b, c, h, w)` in [-1, 1]; at most `evaluate.samples` images, and 256, are read.
         evaluate: `samples`.
-        reference: the name of the pictures, for the receipts.
+        reference: the name of the images, for the receipts.
         extra: fields for the receipts beyond those gathered here.
 
     Returns:
         `equivariance-<move>`, the error above, and `psnr-after-<move>`: moved latents, decoded, against the moved
-        picture, dB. Moves are those of `moves`. Nothing for latents in a row, which have no place in the picture.
+        image, dB. Moves are those of `moves`. Nothing for 1-D latents, which have no place in the image.
 
     Raises:
-        LatelierError: if there are no pictures, or latents do not vary.
+        LatelierError: if there are no images, or latents do not vary.
     """
-    scaled, pictures, scale = with_statistics(codec, read(batches, min(evaluate.samples, MOST_PICTURES)))
+    scaled, image_batches, scale = with_statistics(codec, read(batches, min(evaluate.samples, MOST_IMAGES)))
     tallies: dict[str, Tally] = {}
     plain: list[Tensor] = []
     size = (0, 0)
-    for images, _ in pictures:
+    for images, _ in image_batches:
         size = (images.shape[2], images.shape[3])
         for part in images.to(codec.device).split(max(1, PIXELS // (size[0] * size[1]))):
             z = scaled.encode(part)  # (b, k, *grid)
@@ -87,7 +87,7 @@ def measure_equivariance(
             for name, group in moves(size, (z.shape[2], z.shape[3])).items():
                 tallies.setdefault(name, Tally(group)).add(scaled, part, z)
     if not plain:
-        raise LatelierError(f"There are no pictures in {reference} to measure equivariance on.")
+        raise LatelierError(f"There are no images in {reference} to measure equivariance on.")
     values = torch.cat(plain)  # (n,)
     receipt = make_receipt(
         n=len(values), reference=reference, image_size=size, latents="posterior mean, normalised", latent_scale=scale,
@@ -97,14 +97,14 @@ def measure_equivariance(
 
 
 def moves(size: tuple[int, int], grid: tuple[int, int]) -> dict[str, list[Move]]:
-    """The moves that pictures of this size allow, by name.
+    """The moves that images of this size allow, by name.
 
     `shift`: round by one position downwards, by one to the right, and by half of the grid both ways. `half-shift`: by
     half a position; latents are means of two neighbours. `flip`: left to right. `scale`: to half the size, means of
     2 x 2 pixels or positions. A side of one position cannot be shifted; half positions and half sizes must be whole.
 
     Args:
-        size: of the pictures, pixels.
+        size: of the images, pixels.
         grid: of the latents, positions.
     """
     steps = (size[0] // grid[0], size[1] // grid[1])  # pixels of a position
@@ -157,7 +157,7 @@ class Tally:
         """Count a batch in, its latents `z` being known."""
         errors, ratios = [], []
         for move in self.group:
-            moved, target = move.latent(z), move.picture(images)  # (b, k, i, j), (b, c, h, w)
+            moved, target = move.latent(z), move.image(images)  # (b, k, i, j), (b, c, h, w)
             ours = codec.encode(target)  # (b, k, i, j)
             errors.append((ours - moved).square().mean((2, 3)).cpu().double())  # (b, k)
             ratios.append(psnr(codec.decode(moved).clamp(-1, 1), target).cpu())  # (b,)
@@ -167,10 +167,10 @@ class Tally:
         self.psnr.append(torch.stack(ratios).mean(0))
 
     def measure(self, name: str, receipt: dict[str, Any]) -> list[Measurement]:
-        """The error, whose interval takes the variances as known, and the PSNR; both are means over pictures."""
+        """The error, whose interval takes the variances as known, and the PSNR; both are means over images."""
         errors, unit = torch.cat(self.errors), self._unit()  # (n, k), (k,)
         if not unit.sum() > 0:
-            raise LatelierError(f"The latents of {len(errors)} pictures are all equal, or not finite: nothing moves.")
+            raise LatelierError(f"The latents of {len(errors)} images are all equal, or not finite: nothing moves.")
         value, interval = mean_with_interval(errors.sum(1) / unit.sum())
         about = {**receipt, "moves": [move.words for move in self.group]}
         by_channel = (errors.mean(0) / unit.clamp(min=1e-12)).tolist()

@@ -1,10 +1,10 @@
-"""Feature extractors: networks that turn a picture into the vectors that distances and neighbours see.
+"""Feature extractors: networks that turn an image into the vectors that distances and neighbours see.
 
 A Fréchet distance is comparable only under the same extractor, weights and preprocessing, so an extractor describes
-all three (`describe`), and every metric's name and receipt carry them. What happens to a picture before a network sees
+all three (`describe`), and every metric's name and receipt carry them. What happens to an image before a network sees
 it is fixed here and nowhere else:
 
-- rounding: the levels `round(127.5 x + 127.5)` of a picture x in [-1, 1], clamped to 0..255 (`images.to_uint8`). Code
+- rounding: the levels `round(127.5 x + 127.5)` of an image x in [-1, 1], clamped to 0..255 (`images.to_uint8`). Code
   that cuts `127.5 x + 128` off gets the same levels, but for ties, which here go to the even level;
 - `inception`, `inception-fid-helper`: resized as TensorFlow 1 does, then (level - 128) / 128 (`to_inception`);
 - `dinov2`, `clip`: resized by an antialiased bicubic filter, then standardised (`to_vision`);
@@ -44,7 +44,7 @@ class FeatureExtractor:
         name: the suffix of metric names: `vgg16`, `inception`, `dinov2-small`.
         dims: length of a feature vector.
         layer: which activations.
-        preprocessing: what happens to pictures first, in words.
+        preprocessing: what happens to images first, in words.
         weights_sha256: of the network's numbers or file.
         module: the network.
         compute: from `(b, 3, h, w)` 8-bit levels 0..255, float32, to `(b, dims)`, or to all outputs by name.
@@ -61,7 +61,7 @@ class FeatureExtractor:
     others: Mapping[str, tuple[int, str]] = field(default_factory=dict)
 
     def __call__(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
-        """Features of pictures in [-1, 1] (clamped, rounded to 8 bit; grey is repeated), float32."""
+        """Features of images in [-1, 1] (clamped, rounded to 8 bit; grey is repeated), float32."""
         return self.outputs(images)["features"]
 
     @torch.no_grad()
@@ -206,7 +206,7 @@ def _needs_inception(metric: str, names: Iterable[str]) -> str:
 
 
 def _vgg16() -> FeatureExtractor:
-    """Spatial mean of relu5_3 of the ImageNet VGG16 inside LPIPS: 512 numbers, pictures at their own size."""
+    """Spatial mean of relu5_3 of the ImageNet VGG16 inside LPIPS: 512 numbers, images at their own size."""
     from latelier.losses.perceptual import LPIPS
     from latelier.weights import LPIPS_WEIGHTS
 
@@ -250,7 +250,7 @@ def _fid_helper() -> FeatureExtractor:
 
 
 def _dinov2(model: str) -> FeatureExtractor:
-    """CLS after the last norm of a DINOv2, of pictures at 224 px: FD-DINOv2 (Stein et al. 2023)."""
+    """CLS after the last norm of a DINOv2, of images at 224 px: FD-DINOv2 (Stein et al. 2023)."""
     from latelier.losses.teachers import IMAGENET
 
     network = _open(model, "dinov2", {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"})
@@ -346,7 +346,7 @@ def to_vision(
 
 
 def resize_bicubic(images: Float[Tensor, "b c h w"], size: int) -> Float[Tensor, "b c s s"]:
-    """Bicubic resizing to a square with Pillow's and JAX's kernel, a = -1/2, widened where pictures shrink."""
+    """Bicubic resizing to a square with Pillow's and JAX's kernel, a = -1/2, widened where images shrink."""
     return F.interpolate(images, (size, size), mode="bicubic", antialias=True)
 
 

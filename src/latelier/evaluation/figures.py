@@ -16,7 +16,7 @@ from latelier.evaluation.directions import SAMPLING_SPEED, heading
 from latelier.evaluation.orderings import (
     MIXTURE,
     TRAINING_SPEED,
-    Shown,
+    RunSummary,
     at_steps,
     best,
     interval,
@@ -47,7 +47,7 @@ STYLE: Any = {
 
 
 @dataclass
-class Picture:
+class ImageFile:
     """A PNG for the page, and the file that Markdown links to; figures may change colours with the page's scheme."""
 
     png: Path
@@ -56,19 +56,19 @@ class Picture:
     figure: bool
 
 
-def draw_figures(folder: Path, shown: Sequence[Shown], columns: Sequence[str]) -> list[Picture]:
+def draw_figures(folder: Path, shown: Sequence[RunSummary], columns: Sequence[str]) -> list[ImageFile]:
     """Draw what there is to draw, as SVG for docs and as PNG."""
     from matplotlib import rc_context
 
     there = [name for name in columns if any(value(run, name) is not None for run in shown)]
     curves = {name: found for name in _smoothness(shown) if (found := _curves(shown, name))}
-    parts: list[Picture] = []
+    parts: list[ImageFile] = []
     with rc_context(STYLE):
         if there:
             words = "Every metric of every run; lines are 95 % intervals"
             parts.append(save_figure(folder, "overview", _overview(shown, there), words))
         if curves:
-            words = f"Quality of pictures decoded from noisy latents; the shaded levels, up to {FLAT}, make the mean"
+            words = f"Quality of images decoded from noisy latents; the shaded levels, up to {FLAT}, make the mean"
             parts.append(save_figure(folder, "smoothness", _smooth(shown, curves), words))
         if mixtures := _mixtures(shown):
             words = "GMM negative log-likelihood of held-out latents against the number of modes"
@@ -82,17 +82,17 @@ def draw_figures(folder: Path, shown: Sequence[Shown], columns: Sequence[str]) -
     return parts
 
 
-def save_figure(folder: Path, name: str, figure: Figure, words: str) -> Picture:
+def save_figure(folder: Path, name: str, figure: Figure, words: str) -> ImageFile:
     """Write a figure as `<name>.svg` and `<name>.png`; `words` stand below it."""
     """Save a figure as SVG and as PNG; `words` stand below it, without a full stop."""
     for kind in ("svg", "png"):
         stream = io.BytesIO()
         figure.savefig(stream, format=kind, dpi=200, metadata={"Date": None} if kind == "svg" else None)
         write(folder / f"{name}.{kind}", stream.getvalue())
-    return Picture(folder / f"{name}.png", f"{name}.svg", words, figure=True)
+    return ImageFile(folder / f"{name}.png", f"{name}.svg", words, figure=True)
 
 
-def _overview(shown: Sequence[Shown], columns: Sequence[str]) -> Figure:
+def _overview(shown: Sequence[RunSummary], columns: Sequence[str]) -> Figure:
     """Horizontal bars, one panel for each metric, the runs in the same order and colours everywhere."""
     figure, panels = make_panels(len(columns), 4, height=0.55 + 0.24 * len(shown))
     for i, (name, axes) in enumerate(zip(columns, panels)):
@@ -101,7 +101,7 @@ def _overview(shown: Sequence[Shown], columns: Sequence[str]) -> Figure:
     return figure
 
 
-def _bars(axes: Axes, shown: Sequence[Shown], name: str) -> None:
+def _bars(axes: Axes, shown: Sequence[RunSummary], name: str) -> None:
     values = [value(run, name) for run in shown]
     winners, words = best(values, name), texts(values)
     ends = [interval(run, name) if v is not None else None for run, v in zip(shown, values)]
@@ -124,11 +124,11 @@ def _bars(axes: Axes, shown: Sequence[Shown], name: str) -> None:
     axes.axvline(0, color=LINE, linewidth=0.8)
 
 
-def _smoothness(shown: Iterable[Shown]) -> list[str]:
+def _smoothness(shown: Iterable[RunSummary]) -> list[str]:
     return list(dict.fromkeys(name for run in shown for name in run.metrics if name.startswith("smoothness-")))
 
 
-def _curves(shown: Sequence[Shown], name: str) -> dict[int, list[tuple[float, float]]]:
+def _curves(shown: Sequence[RunSummary], name: str) -> dict[int, list[tuple[float, float]]]:
     """(noise level, value), ascending, by the run's position; without runs that have none."""
     found = {}
     for i, run in enumerate(shown):
@@ -139,7 +139,7 @@ def _curves(shown: Sequence[Shown], name: str) -> dict[int, list[tuple[float, fl
     return found
 
 
-def _smooth(shown: Sequence[Shown], curves: Mapping[str, Mapping[int, list[tuple[float, float]]]]) -> Figure:
+def _smooth(shown: Sequence[RunSummary], curves: Mapping[str, Mapping[int, list[tuple[float, float]]]]) -> Figure:
     """One panel for each metric over the noise level; its square root has a zero and room for small levels."""
     figure, panels = make_panels(len(curves), 3, height=2.7, above=0.4)
     looks = styles(shown)
@@ -176,7 +176,7 @@ def _level_axis(axes: Axes, levels: Sequence[float]) -> None:
     axes.axvspan(0, min(FLAT, last), color="#f1f1ee", zorder=0)
 
 
-def _mixtures(shown: Sequence[Shown]) -> dict[int, list[tuple[float, float]]]:
+def _mixtures(shown: Sequence[RunSummary]) -> dict[int, list[tuple[float, float]]]:
     """(number of modes, negative log-likelihood), ascending, by the run's position; without runs that have none."""
     found: dict[int, list[tuple[float, float]]] = {}
     for name in at_steps(shown, MIXTURE):
@@ -186,7 +186,7 @@ def _mixtures(shown: Sequence[Shown]) -> dict[int, list[tuple[float, float]]]:
     return dict(sorted(found.items()))
 
 
-def _modes(shown: Sequence[Shown], lines: Mapping[int, list[tuple[float, float]]]) -> Figure:
+def _modes(shown: Sequence[RunSummary], lines: Mapping[int, list[tuple[float, float]]]) -> Figure:
     """Chen et al. 2025 (MAETok), section 3: one line for each run, over the modes of mixtures fitted to its latents."""
     figure, (axes,) = make_panels(1, 1, height=3.2, above=0.4)
     for i, points in lines.items():
@@ -206,7 +206,7 @@ def _modes(shown: Sequence[Shown], lines: Mapping[int, list[tuple[float, float]]
     return figure
 
 
-def _trade_offs(shown: Sequence[Shown]) -> dict[str, dict[int, list[tuple[float, float, int]]]]:
+def _trade_offs(shown: Sequence[RunSummary]) -> dict[str, dict[int, list[tuple[float, float, int]]]]:
     """(samples per second, Fréchet distance, steps), ascending in steps, by distance and the run's position."""
     found: dict[str, dict[int, list[tuple[float, float, int]]]] = {}
     for name in at_steps(shown, "gfd"):
@@ -218,7 +218,7 @@ def _trade_offs(shown: Sequence[Shown]) -> dict[str, dict[int, list[tuple[float,
     return found
 
 
-def _sampling(shown: Sequence[Shown], lines: Mapping[str, Mapping[int, list[tuple[float, float, int]]]]) -> Figure:
+def _sampling(shown: Sequence[RunSummary], lines: Mapping[str, Mapping[int, list[tuple[float, float, int]]]]) -> Figure:
     """Rombach et al. 2022, figure 7: one line for each run, one point for each number of sampling steps."""
     figure, panels = make_panels(len(lines), 2 if len(lines) > 1 else 1, height=3.6, above=0.4)
     looks = styles(shown)
@@ -235,7 +235,7 @@ def _sampling(shown: Sequence[Shown], lines: Mapping[str, Mapping[int, list[tupl
     return figure
 
 
-def _trained(shown: Sequence[Shown]) -> dict[str, dict[int, tuple[float, float]]]:
+def _trained(shown: Sequence[RunSummary]) -> dict[str, dict[int, tuple[float, float]]]:
     """(training images per second, Fréchet distance) by distance and the run's position.
 
     The distance is that of the recipe's own sampling steps; where no run has it, that of the most steps measured.
@@ -252,7 +252,7 @@ def _trained(shown: Sequence[Shown]) -> dict[str, dict[int, tuple[float, float]]
     return found
 
 
-def _training(shown: Sequence[Shown], points: Mapping[str, Mapping[int, tuple[float, float]]]) -> Figure:
+def _training(shown: Sequence[RunSummary], points: Mapping[str, Mapping[int, tuple[float, float]]]) -> Figure:
     """Rombach et al. 2022, figures 5 and 6, at one length of training: one point for each run."""
     figure, panels = make_panels(len(points), 2 if len(points) > 1 else 1, height=3.0)
     looks = styles(shown)
@@ -290,7 +290,7 @@ def _note(axes: Axes, x: float, y: float, words: str) -> None:
     axes.annotate(words, (x, y), (0, 5), textcoords="offset points", ha="center", fontsize=7, color=SOFT)
 
 
-def styles(shown: Sequence[Shown]) -> list[dict[str, Any]]:
+def styles(shown: Sequence[RunSummary]) -> list[dict[str, Any]]:
     """Colour and marker of each run."""
     return [
         {"color": colour, "marker": marker, "linewidth": 1.6, "markersize": 4}
@@ -298,7 +298,7 @@ def styles(shown: Sequence[Shown]) -> list[dict[str, Any]]:
     ]
 
 
-def legend(figure: Figure, shown: Sequence[Shown], there: Sequence[int], across: int) -> None:
+def legend(figure: Figure, shown: Sequence[RunSummary], there: Sequence[int], across: int) -> None:
     """Names of the runs at these positions, above all panels."""
     from matplotlib.lines import Line2D
 

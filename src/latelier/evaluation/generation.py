@@ -1,4 +1,4 @@
-"""How good generated pictures are, as a set, and whether they are merely remembered."""
+"""How good generated images are, as a set, and whether they are merely remembered."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from latelier.evaluation.features import (
     load_extractors,
 )
 from latelier.evaluation.metrics import Measurement, mean_with_interval, size_warning
-from latelier.evaluation.reconstruction import FRECHET_INTERVAL, pictures
-from latelier.evaluation.references import FeatureSet, Key, Watcher, collect, reference_sets
-from latelier.evaluation.sharing import counts_here
+from latelier.evaluation.reconstruction import FRECHET_INTERVAL, read_images
+from latelier.evaluation.references import FeatureCollector, FeatureSet, Key, collect, reference_sets
+from latelier.evaluation.sharing import is_main
 from latelier.receipt import make_receipt
 from latelier.recipe import Evaluate
 
@@ -53,11 +53,11 @@ def evaluate_generation(
     key: Key | None = None,
     shared: bool = False,
 ) -> list[Measurement]:
-    """Compare generated pictures with real ones as distributions of features.
+    """Compare generated images with real ones as distributions of features.
 
     Args:
-        samples: batches of pictures in [-1, 1]; at most `evaluate.samples` are read.
-        references: dicts with `image`; at most `evaluate.samples` pictures are read.
+        samples: batches of images in [-1, 1]; at most `evaluate.samples` are read.
+        references: dicts with `image`; at most `evaluate.samples` images are read.
         evaluate: which metrics, in which features; those of reconstruction are skipped.
         receipt: how the samples came about: reference, sampler, steps, guidance, ema, seed, tokenizer.
         device: where features are computed.
@@ -70,23 +70,23 @@ def evaluate_generation(
         what they need, `fid50k` in `inception`. Nothing on processes that only take part.
 
     Raises:
-        LatelierError: if a side has no pictures, or too few, or a metric is not defined in these features.
+        LatelierError: if a side has no images, or too few, or a metric is not defined in these features.
     """
     if not any(name in KEPT for name in evaluate.metrics):
         return []
     _check(evaluate)
     tasks = _tasks(evaluate, device)
     watchers = [task.watcher for task in tasks]
-    ours = collect(watchers, pictures(({"image": batch} for batch in samples), evaluate.samples), shared)
-    known = [Watcher(w.extractor, {*w.kept} - {"logits"} or {"features"}) for w in watchers]
-    theirs = reference_sets(known, pictures(references, evaluate.samples), key, shared)
-    if not counts_here(shared):
+    ours = collect(watchers, read_images(({"image": batch} for batch in samples), evaluate.samples), shared)
+    known = [FeatureCollector(w.extractor, {*w.kept} - {"logits"} or {"features"}) for w in watchers]
+    theirs = reference_sets(known, read_images(references, evaluate.samples), key, shared)
+    if not is_main(shared):
         return []
     result: list[Measurement] = []
     for task in tasks:
         a, b = (sets[task.watcher.extractor.name] for sets in (ours, theirs))
         if not a.n or not b.n:
-            raise LatelierError(f"Generation cannot be judged from {a.n} samples and {b.n} reference pictures.")
+            raise LatelierError(f"Generation cannot be judged from {a.n} samples and {b.n} reference images.")
         about = make_receipt(n=a.n, n_reference=b.n, **receipt, **task.watcher.extractor.describe())
         result += _measure(task, a, b, about, evaluate.seed)
     return result
@@ -99,12 +99,12 @@ def evaluate_generation(
 class Task:
     """An extractor, and the metrics that are measured in its features."""
 
-    watcher: Watcher
+    watcher: FeatureCollector
     metrics: set[str]
 
 
 def _check(evaluate: Evaluate) -> None:
-    """Refuse early what cannot be measured, before pictures are drawn."""
+    """Refuse early what cannot be measured, before images are drawn."""
     check_features(evaluate)
     if "cmmd" in evaluate.metrics and not any(name.startswith(CLIP) for name in evaluate.features):
         raise LatelierError(
@@ -118,7 +118,7 @@ def _check(evaluate: Evaluate) -> None:
 def _check_fid(n: int, who: str) -> None:
     if n < FID_SAMPLES:
         raise LatelierError(
-            f"fid50k needs {FID_SAMPLES:,} pictures on each side, but {who} {n:,}; what fewer pictures give is called "
+            f"fid50k needs {FID_SAMPLES:,} images on each side, but {who} {n:,}; what fewer images give is called "
             "gfd-inception, with n in its receipt: ask for gfd."
         )
 
@@ -134,7 +134,7 @@ def _tasks(evaluate: Evaluate, device: torch.device | str) -> list[Task]:
             chosen[extractor.name] |= wanted & {"cmmd"}
     for metric in wanted & set(NEEDS):
         chosen[inception_of(extractors, metric).name].add(metric)
-    found = [Task(Watcher(e, sorted({KEPT[m] for m in chosen[e.name]})), chosen[e.name]) for e in extractors]
+    found = [Task(FeatureCollector(e, sorted({KEPT[m] for m in chosen[e.name]})), chosen[e.name]) for e in extractors]
     return [task for task in found if task.metrics]
 
 
@@ -212,12 +212,12 @@ def _shares(interval: tuple[float, float] | None) -> tuple[float, float] | None:
 
 @dataclass
 class Neighbours:
-    """The nearest training pictures of some samples.
+    """The nearest training images of some samples.
 
     Attributes:
         indices: `(n, k)` positions in the order in which references came.
         distances: `(n, k)` Euclidean distances of features, ascending.
-        images: `(n, k, c, h, w)` the pictures themselves.
+        images: `(n, k, c, h, w)` the images themselves.
     """
 
     indices: Int[Tensor, "n k"]
@@ -232,16 +232,16 @@ def nearest(
     extractor: FeatureExtractor,
     k: int = 1,
 ) -> Neighbours:
-    """Find each sample's nearest training pictures in feature space, reading the training set once.
+    """Find each sample's nearest training images in feature space, reading the training set once.
 
     Args:
-        samples: generated pictures in [-1, 1].
-        references: batches of training pictures, dicts with `image` of the samples' size.
+        samples: generated images in [-1, 1].
+        references: batches of training images, dicts with `image` of the samples' size.
         extractor: the space in which near is meant.
         k: how many neighbours of each.
 
     Raises:
-        LatelierError: if there are fewer than k training pictures.
+        LatelierError: if there are fewer than k training images.
     """
     own = extractor(samples).cpu()  # (n, d)
     n, seen = len(samples), 0
@@ -256,7 +256,7 @@ def nearest(
         best = _closest(best, found, k)
         seen += len(images)
     if seen < k:
-        raise LatelierError(f"{k} nearest training pictures were asked for, but there are only {seen}.")
+        raise LatelierError(f"{k} nearest training images were asked for, but there are only {seen}.")
     return best
 
 

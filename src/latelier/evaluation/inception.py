@@ -65,7 +65,7 @@ class Mixed(nn.ModuleDict):
 
 
 class Inception(nn.Module):
-    """Pictures of 299 x 299 to 2048 numbers, and what else is read from the same pass.
+    """Images of 299 x 299 to 2048 numbers, and what else is read from the same pass.
 
     Args:
         classifier: whether the last product, 1008 classes, is there.

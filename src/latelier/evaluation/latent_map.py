@@ -1,4 +1,4 @@
-"""A map of a latent space: each picture's latents as one point in two dimensions, coloured by its class.
+"""A map of a latent space: each image's latents as one point in two dimensions, coloured by its class.
 
 Something to look at, not to measure by. Principal components show what varies most and keep distances as they are;
 UMAP (McInnes et al. 2018), where it is installed, shows who is whose neighbour, and its distances mean little.
@@ -42,25 +42,25 @@ def draw_latent_map(
     class_names: Sequence[str] | None,
     path: Path,
 ) -> None:
-    """Write the map of some pictures as a PNG: principal components, and UMAP beside them if it is installed.
+    """Write the map of some images as a PNG: principal components, and UMAP beside them if it is installed.
 
     Args:
         codec: the tokenizer.
         batches: dicts with `image`, `(b, c, h, w)` in [-1, 1], and optionally `label` `(b,)`, -1 for none; at most
-            `evaluate.samples` and 3,000 pictures are shown.
-        evaluate: how many pictures, and the `seed` of both projections.
-        class_names: by label; None if the pictures have no classes. Up to 12 classes are named in a legend.
+            `evaluate.samples` and 3,000 images are shown.
+        evaluate: how many images, and the `seed` of both projections.
+        class_names: by label; None if the images have no classes. Up to 12 classes are named in a legend.
         path: of the PNG.
 
     Raises:
-        LatelierError: if there are fewer than three pictures, or their latents are not finite.
+        LatelierError: if there are fewer than three images, or their latents are not finite.
     """
     latents = collect(codec, read(batches, min(evaluate.samples, MOST_POINTS)))
     if latents is None or len(latents) < 3:
-        raise LatelierError(f"A map needs at least 3 pictures, not {0 if latents is None else len(latents)}.")
+        raise LatelierError(f"A map needs at least 3 images, not {0 if latents is None else len(latents)}.")
     x, labels = latents.flat(), latents.labels.numpy()  # (n, d), (n,)
     if not np.isfinite(x).all():
-        raise LatelierError("The latents of some pictures are not finite, so that no map of them can be drawn.")
+        raise LatelierError("The latents of some images are not finite, so that no map of them can be drawn.")
     maps = {"Principal components": principal_map(x, evaluate.seed)}
     if find_spec("umap"):
         maps["UMAP"] = neighbour_map(x, evaluate.seed)
@@ -68,7 +68,7 @@ def draw_latent_map(
         from latelier.training.runtime import console
 
         console.print("The map shows principal components only; for UMAP: pip install 'latelier[umap]'", markup=False)
-    save_png(_picture(maps, labels, class_names), path)
+    save_png(_image(maps, labels, class_names), path)
 
 
 def principal_map(x: Float[np.ndarray, "n d"], seed: int) -> Float[np.ndarray, "n 2"]:
@@ -83,7 +83,7 @@ def principal_map(x: Float[np.ndarray, "n d"], seed: int) -> Float[np.ndarray, "
 
 
 def neighbour_map(x: Float[np.ndarray, "n d"], seed: int) -> Float[np.ndarray, "n 2"]:
-    """UMAP's two dimensions, from the principal components (its spectral start cannot do few pictures), one thread."""
+    """UMAP's two dimensions, from the principal components (its spectral start cannot do few images), one thread."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a part that needs tensorflow, and of what numba thinks of its code
         from umap import UMAP
@@ -103,8 +103,8 @@ def class_colours(labels: Int[np.ndarray, " n"]) -> dict[int, str]:
     return {label: to_hex(colormaps["turbo"](i / (len(known) - 1))) for i, label in enumerate(known)}
 
 
-def _picture(maps: Mapping[str, np.ndarray], labels: np.ndarray, class_names: Sequence[str] | None) -> Any:
-    """The maps side by side as a PIL picture."""
+def _image(maps: Mapping[str, np.ndarray], labels: np.ndarray, class_names: Sequence[str] | None) -> Any:
+    """The maps side by side as a PIL image."""
     import io
 
     from matplotlib import rc_context
@@ -124,7 +124,7 @@ def _picture(maps: Mapping[str, np.ndarray], labels: np.ndarray, class_names: Se
 
 
 def _scatter(axes: Axes, title: str, points: np.ndarray, labels: np.ndarray, colours: Mapping[int, str]) -> None:
-    """One panel. Pictures are drawn in their own order, so that no class covers all others."""
+    """One panel. Images are drawn in their own order, so that no class covers all others."""
     shades = [colours.get(int(label), NO_LABEL if colours else COLOURS[0]) for label in labels]
     size = float(np.clip(6_000 / len(points), 4, 30))
     axes.scatter(points[:, 0], points[:, 1], s=size, c=shades, alpha=0.75, linewidths=0)

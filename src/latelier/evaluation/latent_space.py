@@ -16,7 +16,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from latelier.draws import Draws
 from latelier.errors import LatelierError
 from latelier.evaluation.clusters import LAYERS, RESAMPLES, Regions, measure_spread, perceptual_clusters, regions
 from latelier.evaluation.distributions import FeatureStatistics
@@ -24,16 +23,17 @@ from latelier.evaluation.features import load_extractor
 from latelier.evaluation.metrics import Measurement, mean_with_interval, psnr, size_warning
 from latelier.evaluation.reconstruction import SETTINGS
 from latelier.images import round_to_8_bit
+from latelier.keyed_random import KeyedRandom
 from latelier.losses.perceptual import LPIPS
 from latelier.receipt import make_receipt
 from latelier.recipe import Evaluate
 from latelier.tokenizers.codec import Codec
 
-Pictures = Iterable[tuple[Tensor, Tensor]]  # images (b, c, h, w) and labels (b,), -1 for none
+Images = Iterable[tuple[Tensor, Tensor]]  # images (b, c, h, w) and labels (b,), -1 for none
 
 AREA_END = 0.3  # the paper's largest noise level
-PIXELS = 2**20  # of pictures whose feature maps are held at once: half a gigabyte
-STATISTICS_PICTURES = 256  # what the scale of a codec without statistics is measured on
+PIXELS = 2**20  # of images whose feature maps are held at once: half a gigabyte
+STATISTICS_IMAGES = 256  # what the scale of a codec without statistics is measured on
 
 
 # -- smoothness -------------------------------------------------------------------------------------------------------
@@ -47,15 +47,15 @@ def measure_smoothness(
     reference: str,
     extra: Mapping[str, Any] | None = None,
 ) -> list[Measurement]:
-    """How much of the picture is left when noise is added to its latents (the paper's figure 6).
+    """How much of the image is left when noise is added to its latents (the paper's figure 6).
 
     Args:
         codec: the tokenizer.
-        batches: dicts with `image`, `(b, c, h, w)` in [-1, 1]; at most `evaluate.samples` pictures are read.
+        batches: dicts with `image`, `(b, c, h, w)` in [-1, 1]; at most `evaluate.samples` images are read.
         evaluate: `noise_levels`, in standard deviations of each channel; 0 is always measured. Of `metrics`, psnr,
-            lpips and rfd count. `seed` is the noise's: picture i has the same at every level and in every codec of
+            lpips and rfd count. `seed` is the noise's: image i has the same at every level and in every codec of
             equal latent shape.
-        reference: the name of the pictures, for the receipts.
+        reference: the name of the images, for the receipts.
         extra: fields for the receipts beyond those gathered here.
 
     Returns:
@@ -63,7 +63,7 @@ def measure_smoothness(
         trapezoidal rule over the range), in the metric's unit; the curve is in the receipt.
 
     Raises:
-        LatelierError: if there are no pictures, no noise, or a metric is not defined for the pictures.
+        LatelierError: if there are no images, no noise, or a metric is not defined for the images.
     """
     levels = sorted({0.0, *evaluate.noise_levels})
     if len(levels) < 2:
@@ -71,15 +71,15 @@ def measure_smoothness(
     if not {"psnr", "lpips", "rfd"} & set(evaluate.metrics):
         return []
     judge = Judge(evaluate, codec.device, len(levels))
-    scaled, pictures, scale = with_statistics(codec, read(batches, evaluate.samples))
+    scaled, image_batches, scale = with_statistics(codec, read(batches, evaluate.samples))
     n, size = 0, (0, 0)
-    for images, _ in pictures:
+    for images, _ in image_batches:
         size = (images.shape[2], images.shape[3])
         for part in images.to(codec.device).split(max(1, PIXELS // (size[0] * size[1]))):
             judge.compare(part, decode_noisy(scaled, part, levels, evaluate.seed, n))
             n += len(part)
     if n == 0:
-        raise LatelierError(f"There are no pictures in {reference} to measure smoothness on.")
+        raise LatelierError(f"There are no images in {reference} to measure smoothness on.")
     receipt = make_receipt(
         n=n, reference=reference, image_size=size, latents="posterior mean", latent_scale=scale, seed=evaluate.seed,
         noise="z + level * standard deviation of the channel * normal noise", tokenizer=codec.hash(), **(extra or {}),
@@ -97,10 +97,10 @@ def decode_noisy(
         images: in [-1, 1].
         levels: of the noise.
         seed: of the noise.
-        first: the first picture's number; noise belongs to the number.
+        first: the first image's number; noise belongs to the number.
     """
     z = codec.encode(images)  # (b, k, *grid)
-    draws = Draws(seed, torch.arange(first, first + len(z)), z.device)
+    draws = KeyedRandom(seed, torch.arange(first, first + len(z)), z.device)
     noise = draws.normal("smoothness", *z.shape[1:])  # (b, k, *grid)
     for level in levels:
         yield codec.decode(z + level * noise).clamp(-1, 1)
@@ -122,7 +122,7 @@ def area_weights(levels: list[float], end: float = AREA_END) -> Float[Tensor, " 
 
 
 class Judge:
-    """PSNR, LPIPS and Fréchet distance of each level's pictures to the originals, in one pass of VGG16 where it can be.
+    """PSNR, LPIPS and Fréchet distance of each level's images to the originals, in one pass of VGG16 where it can be.
 
     Args:
         evaluate: which of the three, in the first of its features.
@@ -149,10 +149,10 @@ class Judge:
         if vector is not None:
             self.theirs.update(vector)
         rows: dict[str, list[Tensor]] = {name: [] for name in self.names}
-        for statistics, pictures in zip(self.ours, noisy):
-            theirs, vector = self._look(pictures)
+        for statistics, image_batches in zip(self.ours, noisy):
+            theirs, vector = self._look(image_batches)
             if "psnr" in rows:
-                rows["psnr"].append(psnr(pictures, images).cpu())
+                rows["psnr"].append(psnr(image_batches, images).cpu())
             if "lpips" in rows:
                 rows["lpips"].append(self.network.compare(theirs, maps).cpu())
             if vector is not None:
@@ -183,7 +183,7 @@ class Judge:
 
 
 def _area(name: str, levels: list[float], curves: Float[Tensor, "n l"], receipt: dict[str, Any]) -> Measurement:
-    """The mean curve's area, with an interval from the areas of single pictures where there are several."""
+    """The mean curve's area, with an interval from the areas of single images where there are several."""
     curves, end = curves.double(), min(AREA_END, levels[-1])
     mean, interval = mean_with_interval(curves @ area_weights(levels))
     curve = curves.mean(0).tolist()  # (l,)
@@ -209,45 +209,45 @@ def measure_compression(
     reference: str,
     extra: Mapping[str, Any] | None = None,
 ) -> list[Measurement]:
-    """Whether pictures, parts and patterns that look alike lie together (the paper's figure 7).
+    """Whether images, parts and patterns that look alike lie together (the paper's figure 7).
 
-    The clusters are found in VGG16's features of the pictures, never in the latents, and are the same for every codec
-    with the same latent grid. 1-D latents have no place in the picture, so they have classes and objects only.
+    The clusters are found in VGG16's features of the images, never in the latents, and are the same for every codec
+    with the same latent grid. 1-D latents have no place in the image, so they have classes and objects only.
 
     Args:
         codec: the tokenizer.
-        batches: dicts with `image` and optionally `label` `(b,)`, -1 for none; at most `evaluate.samples` pictures.
+        batches: dicts with `image` and optionally `label` `(b,)`, -1 for none; at most `evaluate.samples` images.
         evaluate: `clusters` at each granularity, never more than an eighth of the regions; `seed`.
-        reference: the name of the pictures, for the receipts.
+        reference: the name of the images, for the receipts.
         extra: fields for the receipts beyond those gathered here.
 
     Returns:
         `within-<granularity>` (lower is better) and `separation-<granularity>` (higher is better), see `clusters.py`,
-        for class (if two classes have two pictures each), object, part and pattern.
+        for class (if two classes have two images each), object, part and pattern.
 
     Raises:
-        LatelierError: if there are too few pictures, or VGG16 has no features for them.
+        LatelierError: if there are too few images, or VGG16 has no features for them.
     """
     from latelier.weights import LPIPS_WEIGHTS
 
     network = LPIPS("vgg").to(codec.device)
-    scaled, pictures, scale = with_statistics(codec, read(batches, evaluate.samples))
+    scaled, image_batches, scale = with_statistics(codec, read(batches, evaluate.samples))
     kept: dict[str, Regions] = {}
     n, size = 0, (0, 0)
-    for images, labels in pictures:
+    for images, labels in image_batches:
         n, size = n + len(images), (images.shape[2], images.shape[3])
         images = _visible(images, reference).to(codec.device)
         taps = network.features(round_to_8_bit(images))  # 5 x (b, k, i, j)
         for name, (latents, looks, window) in regions(scaled.encode(images), taps).items():
             kept.setdefault(name, Regions(name, window, evaluate.seed)).add(latents, looks, labels, n - len(images))
     if n < 16:
-        raise LatelierError(f"Compression needs at least 16 pictures, but {reference} has only {n}.")
+        raise LatelierError(f"Compression needs at least 16 images, but {reference} has only {n}.")
     receipt = make_receipt(
         n=n, reference=reference, image_size=size, latents="posterior mean, normalised", latent_scale=scale,
         tokenizer=codec.hash(), seed=evaluate.seed, resamples=RESAMPLES, **(extra or {}),
     )  # fmt: skip
     if len(kept) == 1:
-        receipt["note"] = "1-D latents have no place in the picture: classes and objects only"
+        receipt["note"] = "1-D latents have no place in the image: classes and objects only"
     result = _by_class(kept["object"], receipt)
     for name, found in kept.items():
         clusters = perceptual_clusters(found.looks, evaluate.clusters, evaluate.seed)  # (n,)
@@ -258,7 +258,7 @@ def measure_compression(
 
 
 def _by_class(objects: Regions, receipt: dict[str, Any]) -> list[Measurement]:
-    """The data set's classes as clusters of whole pictures; nothing where there are no two classes."""
+    """The data set's classes as clusters of whole images; nothing where there are no two classes."""
     labels, counts = objects.labels[objects.labels >= 0].unique(return_counts=True)
     usable = torch.isin(objects.labels, labels[counts >= 2])  # (n,)
     if (counts >= 2).sum() < 2:
@@ -270,11 +270,11 @@ def _spread(
     name: str, found: Regions, clusters: Int[Tensor, " n"], chosen: Tensor, receipt: dict[str, Any]
 ) -> list[Measurement]:
     latents = found.latents if chosen.all() else found.latents[chosen]  # (n, d)
-    clusters, pictures = clusters[chosen], found.pictures[chosen]
-    spread = measure_spread(latents, clusters, pictures, found.seed)
+    clusters, images = clusters[chosen], found.images[chosen]
+    spread = measure_spread(latents, clusters, images, found.seed)
     about = {
         **receipt, "granularity": name, "window": list(found.window), "regions": len(latents),
-        "dims": latents.shape[1], "clusters": len(clusters.unique()), "pictures": len(pictures.unique()),
+        "dims": latents.shape[1], "clusters": len(clusters.unique()), "images": len(images.unique()),
     }  # fmt: skip
     return [
         Measurement(f"within-{name}", spread.within, about, spread.within_interval),
@@ -283,11 +283,11 @@ def _spread(
 
 
 def _visible(images: Tensor, reference: str) -> Tensor:
-    """Refuse pictures that VGG16 cannot see."""
+    """Refuse images that VGG16 cannot see."""
     _, channels, height, width = images.shape
     if channels not in (1, 3) or min(height, width) < 16:
         raise LatelierError(
-            f"VGG16 finds clusters in pictures of 1 or 3 channels and at least 16 pixels a side; {reference} has "
+            f"VGG16 finds clusters in images of 1 or 3 channels and at least 16 pixels a side; {reference} has "
             f"{channels} channels, {height} x {width}; take compression out of evaluate.metrics."
         )
     return images
@@ -297,7 +297,7 @@ def _visible(images: Tensor, reference: str) -> Tensor:
 
 
 def read(batches: Iterable[Mapping[str, Any]], count: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images and labels (-1 where there are none), cut off after so many pictures."""
+    """Images and labels (-1 where there are none), cut off after so many images."""
     left = count
     for batch in batches:
         if left <= 0:
@@ -308,17 +308,17 @@ def read(batches: Iterable[Mapping[str, Any]], count: int) -> Iterator[tuple[Ten
         yield images, torch.full((len(images),), -1) if labels is None else labels[: len(images)].long()
 
 
-def with_statistics(codec: Codec, pictures: Pictures) -> tuple[Codec, Pictures, str]:
-    """A codec whose latents have mean 0 and variance 1 in each channel, the pictures, and where the scale is from.
+def with_statistics(codec: Codec, image_batches: Images) -> tuple[Codec, Images, str]:
+    """A codec whose latents have mean 0 and variance 1 in each channel, the images, and where the scale is from.
 
-    A codec without stored statistics gets them from the first pictures, by the same definition as training's: of
+    A codec without stored statistics gets them from the first images, by the same definition as training's: of
     sampled latents, whose variance is that of the posterior's mean plus the mean of its variance.
     """
     if codec.std is not None:
-        return codec, pictures, "the codec's statistics"
-    pictures = iter(pictures)
+        return codec, image_batches, "the codec's statistics"
+    image_batches = iter(image_batches)
     first: list[tuple[Tensor, Tensor]] = []
-    while sum(len(images) for images, _ in first) < STATISTICS_PICTURES and (batch := next(pictures, None)):
+    while sum(len(images) for images, _ in first) < STATISTICS_IMAGES and (batch := next(image_batches, None)):
         first.append(batch)
     if not first:
         return codec, first, "none"
@@ -333,4 +333,4 @@ def with_statistics(codec: Codec, pictures: Pictures) -> tuple[Codec, Pictures, 
     std = (square - mean.square()).clamp(min=1e-12).sqrt()  # a dead channel stays finite
     scaled = Codec(codec.tokenizer, mean.float(), std.float(), precision=codec.precision)
     n = sum(len(images) for images, _ in first)
-    return scaled, chain(first, pictures), f"measured on the first {n} pictures"
+    return scaled, chain(first, image_batches), f"measured on the first {n} images"

@@ -16,7 +16,7 @@ from latelier.evaluation.metrics import Measurement, write_measurements
 from latelier.evaluation.reconstruction import evaluate_reconstruction
 from latelier.evaluation.references import reference_key
 from latelier.evaluation.report import write_report
-from latelier.evaluation.sharing import counts_here, place
+from latelier.evaluation.sharing import is_main, rank
 from latelier.evaluation.speed import batches, measure_sampling
 from latelier.images import make_pairs, save_png
 from latelier.recipe import Recipe
@@ -37,9 +37,9 @@ RECONSTRUCTIONS_SHOWN = 16
 
 
 def evaluate(recipe: Recipe) -> list[Measurement]:
-    """Measure a trained run; numbers and receipts go to metrics.json, pictures and plots to report.html.
+    """Measure a trained run; numbers and receipts go to metrics.json, images and plots to report.html.
 
-    All processes take part in what is measured of many pictures; the numbers are those of one process.
+    All processes take part in what is measured of many images; the numbers are those of one process.
 
     Returns:
         All measurements; nothing on processes that only take part.
@@ -53,7 +53,7 @@ def evaluate(recipe: Recipe) -> list[Measurement]:
         generated = _generation(recipe, pipeline, shown)
         _write(recipe, "generation", generated)
         measured += generated
-    if not counts_here(True):
+    if not is_main(True):
         return []
     save_reconstructions(codec, held_out, recipe.folder / "reconstructions.png")
     measured += judge_latents(recipe, codec, held_out)
@@ -67,9 +67,9 @@ def evaluate(recipe: Recipe) -> list[Measurement]:
     return measured
 
 
-def save_reconstructions(codec: Codec, pictures: ImageDataset, out: Path) -> None:
-    """The first pictures above their reconstructions, for looking at."""
-    images = next(pictures.once(RECONSTRUCTIONS_SHOWN, limit=RECONSTRUCTIONS_SHOWN))["image"]
+def save_reconstructions(codec: Codec, image_batches: ImageDataset, out: Path) -> None:
+    """The first images above their reconstructions, for looking at."""
+    images = next(image_batches.once(RECONSTRUCTIONS_SHOWN, limit=RECONSTRUCTIONS_SHOWN))["image"]
     with torch.no_grad():
         result = codec.decode(codec.encode(images.to(codec.device))).clamp(-1, 1).cpu()
     save_png(make_pairs(images, result, columns=min(8, len(images))), out)
@@ -79,11 +79,11 @@ def save_reconstructions(codec: Codec, pictures: ImageDataset, out: Path) -> Non
 
 
 def _reconstruction(recipe: Recipe, codec: Codec, held_out: ImageDataset) -> list[Measurement]:
-    """The held-out pictures through the tokenizer."""
+    """The held-out images through the tokenizer."""
     settings = recipe.evaluate
     return evaluate_reconstruction(
         codec,
-        held_out.once(settings.batch, *place(), limit=settings.samples, whole=True),
+        held_out.once(settings.batch, *rank(), limit=settings.samples, whole=True),
         settings,
         f"{recipe.data.source}, held out",
         {"data": held_out.fingerprint},
@@ -93,7 +93,7 @@ def _reconstruction(recipe: Recipe, codec: Codec, held_out: ImageDataset) -> lis
 
 
 def _generation(recipe: Recipe, pipeline: LatentDiffusionPipeline, shown: list[Tensor]) -> list[Measurement]:
-    """Compare fresh samples with the training pictures, which are spread over the classes, should they be sorted.
+    """Compare fresh samples with the training images, which are spread over the classes, should they be sorted.
 
     Args:
         recipe: of the run.
@@ -101,7 +101,7 @@ def _generation(recipe: Recipe, pipeline: LatentDiffusionPipeline, shown: list[T
         shown: the first samples of this process are appended.
     """
     settings, training = recipe.evaluate, open_images(recipe)
-    process, processes = place()
+    process, processes = rank()
 
     def drawn() -> Iterator[Tensor]:
         for images in _samples(pipeline, recipe, min(settings.samples, len(training)), process, processes):
@@ -127,9 +127,9 @@ def _generation(recipe: Recipe, pipeline: LatentDiffusionPipeline, shown: list[T
 def _samples(
     pipeline: LatentDiffusionPipeline, recipe: Recipe, count: int, process: int, processes: int
 ) -> Iterator[Tensor]:
-    """This process's batches of samples of the recipe's settings; picture i has the seed `sample.seed + i`.
+    """This process's batches of samples of the recipe's settings; image i has the seed `sample.seed + i`.
 
-    A model that is told more than classes draws what the held-out pictures say, in turn.
+    A model that is told more than classes draws what the held-out images say, in turn.
     """
     records = shown_records(recipe, pipeline)
     for settings in list(batches(recipe.sample, count))[process::processes]:
@@ -141,7 +141,7 @@ def _samples(
 
 
 def _save_nearest(recipe: Recipe, shown: Tensor) -> None:
-    """The nearest training pictures below some samples."""
+    """The nearest training images below some samples."""
     searched = max(NEAREST_SEARCHED, 5 * recipe.evaluate.samples)  # all of a small set, a part of a large one
     training = open_images(recipe).once(recipe.evaluate.batch, limit=searched)
     neighbours = nearest(shown, training, load_extractor("vgg16"))
@@ -157,7 +157,7 @@ def _speed(recipe: Recipe, pipeline: LatentDiffusionPipeline) -> list[Measuremen
 
 
 def _tasks(recipe: Recipe, pipeline: LatentDiffusionPipeline, held_out: ImageDataset) -> list[Measurement]:
-    """Whether the denoiser does what it is told, when it is told more than a class; pictures to look at."""
+    """Whether the denoiser does what it is told, when it is told more than a class; images to look at."""
     from latelier.conditioning import parts
     from latelier.evaluation.regions import MOST_TRAINING
     from latelier.evaluation.task_grid import task_grid
@@ -191,13 +191,13 @@ def _pipeline(recipe: Recipe) -> LatentDiffusionPipeline | None:
 
 
 def _sampled(recipe: Recipe, pipeline: LatentDiffusionPipeline, training: ImageDataset) -> dict[str, Any]:
-    """What receipts say of samples that are compared with training pictures."""
+    """What receipts say of samples that are compared with training images."""
     settings = {k: v for k, v in recipe.sample.model_dump().items() if k not in ("count", "batch")}
-    return {**_about(recipe, pipeline, f"{recipe.data.source}, training pictures", training), **settings}
+    return {**_about(recipe, pipeline, f"{recipe.data.source}, training images", training), **settings}
 
 
 def _about(recipe: Recipe, pipeline: LatentDiffusionPipeline, reference: str, data: ImageDataset) -> dict[str, Any]:
-    """What receipts of a pipeline's pictures say of it and of what they are compared with."""
+    """What receipts of a pipeline's images say of it and of what they are compared with."""
     return {
         "reference": reference,
         "data": data.fingerprint,
@@ -208,5 +208,5 @@ def _about(recipe: Recipe, pipeline: LatentDiffusionPipeline, reference: str, da
 
 
 def _write(recipe: Recipe, section: str, measured: list[Measurement]) -> None:
-    if counts_here(True):
+    if is_main(True):
         write_measurements(recipe.folder / "metrics.json", measured, section)

@@ -1,6 +1,6 @@
 """The numbers: what they are, how sure they are, and where they come from.
 
-Pictures are compared as they would be saved: clamped to [-1, 1] and rounded to 8 bit.
+Images are compared as they would be saved: clamped to [-1, 1] and rounded to 8 bit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from latelier.errors import LatelierError
 from latelier.images import to_uint8
 
-PSNR_LIMIT = 100.0  # dB, for pictures without any error
+PSNR_LIMIT = 100.0  # dB, for images without any error
 SSIM_WINDOW = 11
 MS_SSIM_SCALES = 5
 
@@ -40,17 +40,17 @@ class Measurement:
     interval: tuple[float, float] | None = None
 
 
-# -- per picture ------------------------------------------------------------------------------------------------------
+# -- per image ------------------------------------------------------------------------------------------------------
 
 
 def l1(images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
-    """Mean absolute error of each picture in units of [-1, 1], after rounding to 8 bit."""
+    """Mean absolute error of each image in units of [-1, 1], after rounding to 8 bit."""
     x, y = _levels(images), _levels(reference)  # (b, c, h, w)
     return (x - y).abs().mean((1, 2, 3)) / 127.5
 
 
 def psnr(images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
-    """Peak signal-to-noise ratio of each picture in dB: 8-bit levels, range 255; 100 dB when nothing differs."""
+    """Peak signal-to-noise ratio of each image in dB: 8-bit levels, range 255; 100 dB when nothing differs."""
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
     x, y = _levels(images), _levels(reference)  # (b, c, h, w)
@@ -59,17 +59,17 @@ def psnr(images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]) 
 
 
 def ssim(images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
-    """Structural similarity of each picture: 8-bit levels, range 255, Gaussian window 11 x 11 of sigma 1.5.
+    """Structural similarity of each image: 8-bit levels, range 255, Gaussian window 11 x 11 of sigma 1.5.
 
     Raises:
-        LatelierError: for pictures smaller than the window.
+        LatelierError: for images smaller than the window.
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     if min(images.shape[-2:]) < SSIM_WINDOW:
         height, width = images.shape[-2:]
         raise LatelierError(
-            f"SSIM needs pictures of at least {SSIM_WINDOW} pixels a side, not {height} x {width}; "
+            f"SSIM needs images of at least {SSIM_WINDOW} pixels a side, not {height} x {width}; "
             "take ssim out of evaluate.metrics."
         )
     x, y = _levels(images), _levels(reference)  # (b, c, h, w)
@@ -79,12 +79,12 @@ def ssim(images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]) 
 
 
 def ms_ssim(images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
-    """Multi-scale structural similarity of each picture: five scales and weights as in Wang et al. 2003, section 3.2.
+    """Multi-scale structural similarity of each image: five scales and weights as in Wang et al. 2003, section 3.2.
 
     Contrasts that are correlated the wrong way round count as zero, since they are raised to powers.
 
     Raises:
-        LatelierError: for pictures whose coarsest scale is smaller than the window.
+        LatelierError: for images whose coarsest scale is smaller than the window.
     """
     from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
@@ -92,7 +92,7 @@ def ms_ssim(images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"
     if min(images.shape[-2:]) < least:
         height, width = images.shape[-2:]
         raise LatelierError(
-            f"MS-SSIM of {MS_SSIM_SCALES} scales needs pictures of at least {least} pixels a side, not "
+            f"MS-SSIM of {MS_SSIM_SCALES} scales needs images of at least {least} pixels a side, not "
             f"{height} x {width}; take ms-ssim out of evaluate.metrics. With fewer scales it would be another number."
         )
     x, y = _levels(images), _levels(reference)  # (b, c, h, w)
@@ -136,7 +136,7 @@ def write_measurements(path: str | Path, measurements: list[Measurement], sectio
 
 
 def size_warning(n: int, dims: int) -> dict[str, str]:
-    """What a receipt adds when there are too few pictures for a covariance of full rank."""
+    """What a receipt adds when there are too few images for a covariance of full rank."""
     if n > dims:
         return {}
     return {"warning": f"n = {n} is below the feature dimension {dims}; compare only at equal n"}

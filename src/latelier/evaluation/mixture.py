@@ -1,9 +1,9 @@
-"""How many Gaussians a latent space takes: mixtures fitted to the latents of whole pictures.
+"""How many Gaussians a latent space takes: mixtures fitted to the latents of whole images.
 
 "Masked Autoencoders Are Effective Tokenizers for Diffusion Models" (ICML 2025, section 3) argues that a space whose
 mixture has fewer modes is easier to learn for a diffusion model, and looks at the negative log-likelihood of mixtures
-of 1, 2, 5, ... Gaussians. There it is taken on the very pictures that the mixture was fitted to, where more modes
-always win; here the value is of pictures that the mixture has not seen, and the fitted one is in the receipt.
+of 1, 2, 5, ... Gaussians. There it is taken on the very images that the mixture was fitted to, where more modes
+always win; here the value is of images that the mixture has not seen, and the fitted one is in the receipt.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from latelier.draws import Draws
 from latelier.errors import LatelierError
 from latelier.evaluation.clusters import RESAMPLES
 from latelier.evaluation.latent_matrix import MOST_DIMS, Latents, collect, random_share
 from latelier.evaluation.latent_space import read
 from latelier.evaluation.metrics import Measurement, mean_with_interval
+from latelier.keyed_random import KeyedRandom
 from latelier.receipt import make_receipt
 from latelier.recipe import Evaluate
 from latelier.tokenizers.codec import Codec
 
 EXPLAINED = 0.9  # the paper's: components are kept until they explain more of the variance than this
-PICTURES_PER_DIM = 10  # fewer, and the components are those of the fitted pictures only
-PICTURES_PER_MODE = 10  # fewer, and a mode's variances mean nothing
+IMAGES_PER_DIM = 10  # fewer, and the components are those of the fitted images only
+IMAGES_PER_MODE = 10  # fewer, and a mode's variances mean nothing
 ITERATIONS = 500  # the paper's, of EM
-REGULARISER = 1e-3  # added to each variance, where the whole has 1: no mode shrinks onto a single picture
-HELD_OUT = 0.25  # of the pictures, where no others are given to fit to
+REGULARISER = 1e-3  # added to each variance, where the whole has 1: no mode shrinks onto a single image
+HELD_OUT = 0.25  # of the images, where no others are given to fit to
 SLACK = 0.05  # of the likelihood gained by the best number of modes
 
 
 @dataclass
 class PrincipalSpace:
-    """The leading principal components of some pictures, each with mean 0 and variance 1 over others.
+    """The leading principal components of some images, each with mean 0 and variance 1 over others.
 
     Attributes:
         mean: `(d,)`.
@@ -59,7 +59,7 @@ class PrincipalSpace:
 
 @dataclass
 class Fit:
-    """One mixture: its number of modes, and the negative log-likelihood of each picture in nats per dimension."""
+    """One mixture: its number of modes, and the negative log-likelihood of each image in nats per dimension."""
 
     modes: int
     held_out: Float[Tensor, " n"]
@@ -77,29 +77,29 @@ def measure_mixture(
     reference: str,
     extra: Mapping[str, Any] | None = None,
 ) -> list[Measurement]:
-    """Fit mixtures of more and more Gaussians, and see how likely they find pictures they have not seen.
+    """Fit mixtures of more and more Gaussians, and see how likely they find images they have not seen.
 
     Latents are flattened, reduced to the principal components that explain more than 90 % of the variance (at most
-    512, and a tenth of the pictures that give them), and standardised. Half of the pictures to learn from give the
-    components, half the variances and the mixture: along components a space has too much variance in the pictures
+    512, and a tenth of the images that give them), and standardised. Half of the images to learn from give the
+    components, half the variances and the mixture: along components a space has too much variance in the images
     that chose them, and others would seem too likely. Covariances are diagonal: a full one has p^2 / 2 numbers for
-    each mode, more than thousands of pictures can tell; the components are uncorrelated over the whole already.
+    each mode, more than thousands of images can tell; the components are uncorrelated over the whole already.
 
     Args:
         codec: the tokenizer.
         train: dicts with `image` to fit to, at most `evaluate.probe_samples`; None holds a quarter of `batches` out.
-        batches: dicts with `image`, `(b, c, h, w)` in [-1, 1]; at most `evaluate.samples` pictures are read.
-        evaluate: `modes`, of which those are left out that would have fewer than ten pictures each; `seed`.
-        reference: the name of the pictures, for the receipts.
+        batches: dicts with `image`, `(b, c, h, w)` in [-1, 1]; at most `evaluate.samples` images are read.
+        evaluate: `modes`, of which those are left out that would have fewer than ten images each; `seed`.
+        reference: the name of the images, for the receipts.
         extra: fields for the receipts beyond those gathered here.
 
     Returns:
-        `gmm-nll@<k>` for each number of modes, nats per principal component, with an interval over held-out pictures.
+        `gmm-nll@<k>` for each number of modes, nats per principal component, with an interval over held-out images.
         Standardised, every space has about 1.419 = ln(2 pi e) / 2 at one mode; how far more modes go below shows how
         far it is from a Gaussian. And `gmm-modes`, how many of them are needed, see `modes_needed`.
 
     Raises:
-        LatelierError: if there are too few pictures, or latents do not vary.
+        LatelierError: if there are too few images, or latents do not vary.
     """
     learnt, held_out, how = _two_sides(codec, train, batches, evaluate, reference)
     for_axes = random_share(len(learnt), 0.5, evaluate.seed, "gmm-axes")  # (n,)
@@ -113,21 +113,21 @@ def measure_mixture(
         **learnt.about(), **_protocol(space), seed=evaluate.seed, tokenizer=codec.hash(), **(extra or {}),
     )  # fmt: skip
     if skipped:
-        receipt["skipped"] = f"{skipped} modes: fewer than {PICTURES_PER_MODE} of {len(fitted)} pictures each"
+        receipt["skipped"] = f"{skipped} modes: fewer than {IMAGES_PER_MODE} of {len(fitted)} images each"
     return [_likelihood(fit, space, receipt) for fit in fits if fit.modes in evaluate.modes] + [_needed(fits, receipt)]
 
 
 def affordable_modes(modes: list[int], n: int) -> tuple[list[int], list[int]]:
-    """Numbers of modes that n pictures carry, ascending and always with 1, and those that they do not.
+    """Numbers of modes that n images carry, ascending and always with 1, and those that they do not.
 
     Raises:
         LatelierError: if they carry none of `modes`.
     """
-    carried = [k for k in modes if k * PICTURES_PER_MODE <= n]
+    carried = [k for k in modes if k * IMAGES_PER_MODE <= n]
     if not carried:
         raise LatelierError(
-            f"A mixture needs {PICTURES_PER_MODE} pictures for each mode, but evaluate.modes {modes} met only {n} "
-            "pictures to fit to; give it more pictures, or fewer modes."
+            f"A mixture needs {IMAGES_PER_MODE} images for each mode, but evaluate.modes {modes} met only {n} "
+            "images to fit to; give it more images, or fewer modes."
         )
     return sorted({1, *carried}), sorted({*modes} - {*carried})
 
@@ -148,8 +148,8 @@ def principal_space(x: np.ndarray, others: np.ndarray, seed: int, explained: flo
 
     total = others.var(0, dtype=np.float64).sum()
     if not (total > 0 and x.var(0, dtype=np.float64).sum() > 0):
-        raise LatelierError(f"The latents of {len(x)} pictures are equal, or not finite; there are no modes to find.")
-    most = max(1, min(MOST_DIMS, len(x) // PICTURES_PER_DIM, x.shape[1]))
+        raise LatelierError(f"The latents of {len(x)} images are equal, or not finite; there are no modes to find.")
+    most = max(1, min(MOST_DIMS, len(x) // IMAGES_PER_DIM, x.shape[1]))
     axes = PCA(most, random_state=seed % 2**32).fit(x).components_  # (most, d)
     variance = ((others - others.mean(0)) @ axes.T).var(0, dtype=np.float64)  # (most,)
     axes, variance = axes[variance > 0], variance[variance > 0]
@@ -184,11 +184,11 @@ def modes_needed(nll: Float[Tensor, "n k"]) -> int:
     """Column of the smallest mixture that is as good as the best one.
 
     As good: of what the best gains over the first column, which is the single Gaussian, it has at least 95 %; or
-    what it lacks is no more than a standard error of their difference over the pictures (one-standard-error rule,
+    what it lacks is no more than a standard error of their difference over the images (one-standard-error rule,
     Breiman et al. 1984).
 
     Args:
-        nll: of each held-out picture under mixtures of more and more modes.
+        nll: of each held-out image under mixtures of more and more modes.
     """
     nll = nll.double()
     mean = nll.mean(0)  # (k,)
@@ -209,17 +209,17 @@ def _two_sides(
     if train is not None:
         learnt = collect(codec, read(train, evaluate.probe_samples))
         held_out = collect(learnt.codec, read(batches, evaluate.samples)) if learnt else None
-        how = "training pictures"
+        how = "training images"
     elif given := collect(codec, read(batches, evaluate.samples)):
         away = random_share(len(given), HELD_OUT, evaluate.seed, "gmm-held-out")  # (n,)
-        learnt, held_out, how = given[~away], given[away], f"{1 - HELD_OUT:.0%} of the same pictures, by chance"
+        learnt, held_out, how = given[~away], given[away], f"{1 - HELD_OUT:.0%} of the same images, by chance"
     else:
         learnt = held_out = None
         how = "nothing"
     sizes = [len(side) if side else 0 for side in (learnt, held_out)]
     if learnt is None or held_out is None or min(sizes) < 2:
         raise LatelierError(
-            f"Mixtures are fitted to pictures and judged by others, but {reference} left {sizes[0]} and {sizes[1]}; "
+            f"Mixtures are fitted to images and judged by others, but {reference} left {sizes[0]} and {sizes[1]}; "
             "give at least 2 on each side."
         )
     return learnt, held_out, how
@@ -243,16 +243,16 @@ def _protocol(space: PrincipalSpace) -> dict[str, Any]:
 def _likelihood(fit: Fit, space: PrincipalSpace, receipt: dict[str, Any]) -> Measurement:
     mean, interval = mean_with_interval(fit.held_out)
     about = {
-        "modes": fit.modes, "fitted": fit.fitted, "per_picture": mean * len(space.axes),
-        "fitted_per_picture": fit.fitted * len(space.axes), "iterations": fit.iterations, "converged": fit.converged,
+        "modes": fit.modes, "fitted": fit.fitted, "per_image": mean * len(space.axes),
+        "fitted_per_image": fit.fitted * len(space.axes), "iterations": fit.iterations, "converged": fit.converged,
     }  # fmt: skip
     return Measurement(f"gmm-nll@{fit.modes}", mean, {**receipt, **about}, interval)
 
 
 def _needed(fits: list[Fit], receipt: dict[str, Any]) -> Measurement:
-    """How many modes are enough, with an interval from resampled held-out pictures."""
+    """How many modes are enough, with an interval from resampled held-out images."""
     nll = torch.stack([fit.held_out for fit in fits], 1)  # (n, k)
-    picks = Draws(receipt["seed"], torch.arange(RESAMPLES)).uniform("gmm-bootstrap", len(nll))  # (r, n)
+    picks = KeyedRandom(receipt["seed"], torch.arange(RESAMPLES)).uniform("gmm-bootstrap", len(nll))  # (r, n)
     picks = (picks * len(nll)).long().clamp(max=len(nll) - 1)  # rounding may reach the end
     found = sorted(fits[modes_needed(nll[rows])].modes for rows in picks)
     interval = float(found[int(0.025 * RESAMPLES)]), float(found[math.ceil(0.975 * RESAMPLES) - 1])

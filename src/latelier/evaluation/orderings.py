@@ -22,12 +22,12 @@ Verdict = Literal["reproduced", "reversed", "undecided"]
 
 MISSING = "–"
 RECEIPT = {
-    "n": "n", "n_reference": "n of references", "image_size": "image size", "reference": "pictures",
+    "n": "n", "n_reference": "n of references", "image_size": "image size", "reference": "images",
     "data": "data", "extractor": "features", "latents": "latents", "sampler": "sampler", "steps": "steps",
     "guidance": "guidance", "seed": "seed", "ema": "EMA", "versions": "versions", "git": "code", "device": "device",
 }  # fmt: skip
 SAMPLING_RECEIPT = {
-    "n": "n", "n_reference": "n of references", "reference": "pictures", "extractor": "features", "sampler": "sampler",
+    "n": "n", "n_reference": "n of references", "reference": "images", "extractor": "features", "sampler": "sampler",
     "guidance": "guidance", "seed": "seed", "batch": "batch", "threads": "threads", "drawn_on": "drawn on",
     "device": "device",
 }  # fmt: skip
@@ -36,21 +36,21 @@ TRAINING_SPEED = "denoiser: training images/s"  # a fact of a run
 
 
 @dataclass
-class Shown:
+class RunSummary:
     """One run of a study.
 
     Attributes:
         name: such as `VMAE`.
         metrics: metric name to `{value, interval, receipt}`, the sections of `metrics.json` merged.
         facts: what it is or cost, in words and numbers: latent shape, images seen, training seconds, ...
-        pictures: kind (`reconstructions`, `samples`) to a PNG file; files may be missing.
+        images: kind (`reconstructions`, `samples`) to a PNG file; files may be missing.
         link: of its own report, relative to the comparison; empty if it has none.
     """
 
     name: str
     metrics: dict[str, dict[str, Any]]
     facts: dict[str, Any] = field(default_factory=dict)
-    pictures: dict[str, Path] = field(default_factory=dict)
+    images: dict[str, Path] = field(default_factory=dict)
     link: str = ""
 
 
@@ -141,7 +141,7 @@ def steps_of(name: str) -> int | None:
     return int(steps) if steps.isdigit() else None
 
 
-def at_steps(shown: Iterable[Shown], begin: str) -> list[str]:
+def at_steps(shown: Iterable[RunSummary], begin: str) -> list[str]:
     """Names of what the runs have measured at given numbers of steps, the fewest first.
 
     Args:
@@ -153,12 +153,12 @@ def at_steps(shown: Iterable[Shown], begin: str) -> list[str]:
     return [name for *_, name in sorted(found)]
 
 
-def value(run: Shown, name: str) -> float | None:
+def value(run: RunSummary, name: str) -> float | None:
     """A run's value of a metric; None if it is missing or not finite."""
     return number(run.metrics.get(name, {}).get("value"))
 
 
-def interval(run: Shown, name: str) -> tuple[float, float] | None:
+def interval(run: RunSummary, name: str) -> tuple[float, float] | None:
     """A run's 95 % confidence interval of a metric, if there is one."""
     ends = [number(end) for end in run.metrics.get(name, {}).get("interval") or ()]
     return (ends[0], ends[1]) if len(ends) == 2 and ends[0] is not None and ends[1] is not None else None
@@ -183,7 +183,7 @@ def best(values: Sequence[float | None], name: str) -> set[int]:
 # -- orders -----------------------------------------------------------------------------------------------------------
 
 
-def orderings(shown: Sequence[Shown], published: Published, first: Iterable[str] = ()) -> list[Ordering]:
+def orderings(shown: Sequence[RunSummary], published: Published, first: Iterable[str] = ()) -> list[Ordering]:
     """Compare the orders of every metric that both have.
 
     Args:
@@ -201,7 +201,7 @@ def orderings(shown: Sequence[Shown], published: Published, first: Iterable[str]
     return [ordering for ordering in found if ordering is not None]
 
 
-def _ordering(shown: Sequence[Shown], published: Published, metric: str, name: str) -> Ordering | None:
+def _ordering(shown: Sequence[RunSummary], published: Published, metric: str, name: str) -> Ordering | None:
     paper = {run.name: number(published.values.get(run.name, {}).get(name)) for run in shown}
     runs = [run for run in shown if value(run, metric) is not None and paper[run.name] is not None]
     if len(runs) < 2:
@@ -221,7 +221,7 @@ def _ordering(shown: Sequence[Shown], published: Published, metric: str, name: s
     )
 
 
-def _judge(a: Shown, b: Shown, metric: str, theirs: Mapping[str, float], ours: Mapping[str, float]) -> Pair:
+def _judge(a: RunSummary, b: RunSummary, metric: str, theirs: Mapping[str, float], ours: Mapping[str, float]) -> Pair:
     """One pair; a value without an interval is an interval of no width."""
     if theirs[b.name] < theirs[a.name]:
         a, b = b, a
@@ -235,7 +235,7 @@ def _judge(a: Shown, b: Shown, metric: str, theirs: Mapping[str, float], ours: M
     return Pair(a.name, b.name, "reproduced" if ours[a.name] < ours[b.name] else "reversed")
 
 
-def _range(run: Shown, metric: str) -> tuple[float, float]:
+def _range(run: RunSummary, metric: str) -> tuple[float, float]:
     single = value(run, metric)
     assert single is not None
     return interval(run, metric) or (single, single)
@@ -258,7 +258,7 @@ def _tau(theirs: list[float], ours: list[float]) -> float | None:
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
-def measured(shown: Sequence[Shown], columns: Sequence[str]) -> list[str | Table]:
+def measured(shown: Sequence[RunSummary], columns: Sequence[str]) -> list[str | Table]:
     """Our values: one row for each run, one column for each metric; missing ones are a dash."""
     table = Table(["Run", *map(heading, columns)], [[run.name] for run in shown], links=[run.link for run in shown])
     for j, name in enumerate(columns, start=1):
@@ -273,7 +273,7 @@ def measured(shown: Sequence[Shown], columns: Sequence[str]) -> list[str | Table
     return [table, words]
 
 
-def sampling(shown: Sequence[Shown]) -> list[str | Table]:
+def sampling(shown: Sequence[RunSummary]) -> list[str | Table]:
     """Quality and speed of sampling, a column for each number of steps; nothing if nobody has measured them."""
     speeds = at_steps(shown, SAMPLING_SPEED)
     names = [*at_steps(shown, "gfd"), *speeds]
@@ -288,7 +288,7 @@ def sampling(shown: Sequence[Shown]) -> list[str | Table]:
     return [table, words, *receipts(shown, names, SAMPLING_RECEIPT)]
 
 
-def printed(shown: Sequence[Shown], published: Published) -> list[str | Table]:
+def printed(shown: Sequence[RunSummary], published: Published) -> list[str | Table]:
     """The paper's values, as exact as it printed them; runs that we have come first, in our order."""
     metrics = list(dict.fromkeys(name for values in published.values.values() for name in values))
     runs = [run.name for run in shown if run.name in published.values]
@@ -346,7 +346,7 @@ def _chain(ranks: Sequence[Sequence[str]]) -> str:
     return " > ".join(" = ".join(equal) for equal in ranks)
 
 
-def costs(shown: Sequence[Shown]) -> list[str | Table]:
+def costs(shown: Sequence[RunSummary]) -> list[str | Table]:
     """What each run is or took; nothing if nothing is known of any."""
     fullest = sorted(shown, key=lambda run: -len(run.facts))  # its order, should others have trained one stage only
     facts = list(dict.fromkeys(fact for run in fullest for fact in run.facts))
@@ -354,7 +354,9 @@ def costs(shown: Sequence[Shown]) -> list[str | Table]:
     return [Table(["Run", *facts], rows, links=[run.link for run in shown])] if facts else []
 
 
-def receipts(shown: Sequence[Shown], columns: Sequence[str], keys: Mapping[str, str] = RECEIPT) -> list[str | Table]:
+def receipts(
+    shown: Sequence[RunSummary], columns: Sequence[str], keys: Mapping[str, str] = RECEIPT
+) -> list[str | Table]:
     """What was equal in all runs, and what was not, which should make one wary.
 
     Args:

@@ -19,7 +19,7 @@ from latelier.evaluation.figures import (
     SOFT,
     STYLE,
     WIDTH,
-    Picture,
+    ImageFile,
     fit,
     legend,
     log_axes,
@@ -27,7 +27,7 @@ from latelier.evaluation.figures import (
     save_figure,
     styles,
 )
-from latelier.evaluation.orderings import MISSING, Shown, Table, number, texts, value
+from latelier.evaluation.orderings import MISSING, RunSummary, Table, number, texts, value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,7 +69,7 @@ class Cost:
 
     words: str
     better: Better
-    of: Callable[[Shown], float | None]
+    of: Callable[[RunSummary], float | None]
 
 
 @dataclass
@@ -97,27 +97,27 @@ class Front:
 # -- costs ------------------------------------------------------------------------------------------------------------
 
 
-def gflop(run: Shown) -> float | None:
-    """GFLOP to encode a picture and to decode it."""
+def gflop(run: RunSummary) -> float | None:
+    """GFLOP to encode an image and to decode it."""
     parts = [value(run, name) for name in ("gflop-encode", "gflop-decode")]
     return None if None in parts else sum(part for part in parts if part is not None)
 
 
-def speed(run: Shown) -> float | None:
-    """Pictures per second, encoded and decoded one after the other."""
+def speed(run: RunSummary) -> float | None:
+    """Images per second, encoded and decoded one after the other."""
     rates = [value(run, f"{side}-images-per-second") for side in ("encode", "decode")]
     return 1 / sum(1 / rate for rate in rates if rate) if all(rates) else None
 
 
-def bits(run: Shown) -> float | None:
-    """What the latents of a picture say, in bits per pixel: their codes, or the KL divergence from the prior."""
+def bits(run: RunSummary) -> float | None:
+    """What the latents of an image say, in bits per pixel: their codes, or the KL divergence from the prior."""
     codes = number(run.facts.get(BITS))
     return value(run, "kl-bits-per-pixel") if codes is None else codes
 
 
 COSTS = (
     Cost("GFLOP, encode + decode", "lower", gflop),
-    Cost("pictures/s, encode + decode", "higher", speed),
+    Cost("images/s, encode + decode", "higher", speed),
     Cost("latent numbers per pixel", "lower", lambda run: number(run.facts.get(NUMBERS))),
     Cost("bits per pixel, codes or KL", "lower", bits),
 )
@@ -126,7 +126,7 @@ COSTS = (
 # -- what is best -----------------------------------------------------------------------------------------------------
 
 
-def axes_of(shown: Sequence[Shown]) -> tuple[list[Axis], list[str]]:
+def axes_of(shown: Sequence[RunSummary]) -> tuple[list[Axis], list[str]]:
     """The measures of a radar.
 
     Returns:
@@ -151,7 +151,7 @@ def scaled(values: Sequence[float], direction: Better | None) -> list[float]:
     return [1 - share for share in shares] if direction == "lower" else shares
 
 
-def fronts(shown: Sequence[Shown]) -> list[Front]:
+def fronts(shown: Sequence[RunSummary]) -> list[Front]:
     """Every quality against every cost that at least two runs have."""
     found = []
     for name in _measured(shown, QUALITIES):
@@ -182,7 +182,7 @@ def dominated(
     return {name: by for name, by in found.items() if by}
 
 
-def _measured(shown: Sequence[Shown], wanted: Sequence[str]) -> list[str]:
+def _measured(shown: Sequence[RunSummary], wanted: Sequence[str]) -> list[str]:
     """Names of metrics as they were measured, in the order of `wanted`: `rfd` is `rfd-vgg16`."""
     known = dict.fromkeys(name for run in shown for name in run.metrics if "@" not in name)
     found = [name for begin in wanted for name in known if plain(name) == begin]
@@ -192,7 +192,7 @@ def _measured(shown: Sequence[Shown], wanted: Sequence[str]) -> list[str]:
 # -- tables and figures -----------------------------------------------------------------------------------------------
 
 
-def overview(folder: Path, shown: Sequence[Shown]) -> list[str | Table | Picture]:
+def overview(folder: Path, shown: Sequence[RunSummary]) -> list[str | Table | ImageFile]:
     """Radar, Pareto plots and who is on which front; nothing where there are not two runs to compare.
 
     Args:
@@ -201,7 +201,7 @@ def overview(folder: Path, shown: Sequence[Shown]) -> list[str | Table | Picture
     """
     from matplotlib import rc_context
 
-    parts: list[str | Table | Picture] = []
+    parts: list[str | Table | ImageFile] = []
     axes, lacking = axes_of(shown) if len(shown) > 1 else ([], [])
     planes = fronts(shown)
     with rc_context(STYLE):
@@ -227,7 +227,7 @@ def _front_table(planes: Sequence[Front]) -> Table:
     return Table(["Quality", "Cost", "On the Pareto front", "Dominated"], rows)
 
 
-def _radar(shown: Sequence[Shown], axes: Sequence[Axis]) -> Figure:
+def _radar(shown: Sequence[RunSummary], axes: Sequence[Axis]) -> Figure:
     """One large radar with all runs, and a small one for each, as many lines hide each other."""
     from matplotlib.figure import Figure
 
@@ -283,7 +283,7 @@ def _ends(axis: Axis) -> str:
     return f"{axis.words}\n{by_share[0][1]} to {by_share[-1][1]}"
 
 
-def _pareto(shown: Sequence[Shown], planes: Sequence[Front]) -> Figure:
+def _pareto(shown: Sequence[RunSummary], planes: Sequence[Front]) -> Figure:
     """A row of panels for each quality, a column for each cost."""
     costs = list(dict.fromkeys(plane.cost for plane in planes))
     qualities = list(dict.fromkeys(plane.quality for plane in planes))
@@ -303,7 +303,7 @@ def _pareto(shown: Sequence[Shown], planes: Sequence[Front]) -> Figure:
     return figure
 
 
-def _plane(axes: Axes, shown: Sequence[Shown], plane: Front) -> None:
+def _plane(axes: Axes, shown: Sequence[RunSummary], plane: Front) -> None:
     """The points of one panel."""
     front = sorted(plane.points[name] for name in plane.front)
     axes.plot(*zip(*front), color=SOFT, linewidth=1, linestyle=":", zorder=2)

@@ -1,4 +1,4 @@
-"""What every page is made of: one HTML file with its style, pictures and script inside, and numbers in words."""
+"""What every page is made of: one HTML file with its style, images and script inside, and numbers in words."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def page(name: str, body: str) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><link rel="icon" href="data:,">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(name)} · latelier</title><style>{style}</style></head><body><main>{body}"
-        f'<footer>Written by latelier. Click a picture to enlarge it.</footer></main><dialog><img alt=""></dialog>'
+        f'<footer>Written by latelier. Click an image to enlarge it.</footer></main><dialog><img alt=""></dialog>'
         f"<script>{ZOOM}</script></body></html>"
     )
 

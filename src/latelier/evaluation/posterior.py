@@ -1,7 +1,7 @@
 """How latents are spread: the posterior's rate and width, the channels' scale, and which numbers are in use at all.
 
 The posterior N(mean, std²) of a latent number costs its Kullback-Leibler divergence to the prior N(0, 1). Where a
-training weighs that much, numbers stop telling pictures apart: they are no longer active (Burda, Grosse & Salakhutdinov
+training weighs that much, numbers stop telling images apart: they are no longer active (Burda, Grosse & Salakhutdinov
 2016, "Importance weighted autoencoders", section 5). The scale tells what a denoiser would see without normalisation,
 and which channels normalisation has to stretch or squeeze.
 """
@@ -43,9 +43,9 @@ def measure_posterior(
 
     Args:
         codec: the tokenizer, variational or not.
-        batches: dicts with `image`, `(b, c, h, w)` in [-1, 1]; at most `evaluate.samples` pictures are read.
+        batches: dicts with `image`, `(b, c, h, w)` in [-1, 1]; at most `evaluate.samples` images are read.
         evaluate: `samples`.
-        reference: the name of the pictures, for the receipts.
+        reference: the name of the images, for the receipts.
         extra: fields for the receipts beyond those gathered here.
 
     Returns:
@@ -54,19 +54,19 @@ def measure_posterior(
         have the values of all channels, which count from 0.
 
     Raises:
-        LatelierError: for fewer than two pictures, or latents that do not vary or are not finite.
+        LatelierError: for fewer than two images, or latents that do not vary or are not finite.
     """
-    scaled, pictures, scale = with_statistics(codec, read(batches, evaluate.samples))
+    scaled, image_batches, scale = with_statistics(codec, read(batches, evaluate.samples))
     spread = Spread(scaled)
     size = (0, 0)
-    for images, _ in pictures:
+    for images, _ in image_batches:
         size = (images.shape[2], images.shape[3])
         spread.add(scaled.posterior(images.to(codec.device)))
     if spread.n < 2:
-        raise LatelierError(f"The spread of latents needs at least 2 pictures; {reference} has {spread.n}.")
+        raise LatelierError(f"The spread of latents needs at least 2 images; {reference} has {spread.n}.")
     variance = spread.raw_variance()  # (c,)
     if not (variance.isfinite().all() and variance.max() > 0):
-        raise LatelierError(f"The latents of {spread.n} pictures of {reference} are equal, or not finite.")
+        raise LatelierError(f"The latents of {spread.n} images of {reference} are equal, or not finite.")
     _, channels, positions = spread.powers.shape
     receipt = make_receipt(
         n=spread.n, reference=reference, image_size=size, latent_scale=scale, latent_channels=channels,
@@ -77,18 +77,18 @@ def measure_posterior(
 
 
 class Spread:
-    """Sums over pictures, from which all the measures follow; float64, on the CPU.
+    """Sums over images, from which all the measures follow; float64, on the CPU.
 
     Args:
         codec: with statistics, so that normalised units are defined.
 
     Attributes:
-        n: pictures counted in.
+        n: images counted in.
         powers: `(4, c, l)` sums of the first to fourth powers of normalised posterior means.
         widths: `(2, c, l)` sums of normalised posterior standard deviations and their squares.
-        kl: of each picture, nats of each channel to N(0, 1), `(b, c)`.
+        kl: of each image, nats of each channel to N(0, 1), `(b, c)`.
         own_kl: the same, to a normal distribution of the channel's own mean and standard deviation.
-        std_of_pictures: the mean normalised posterior standard deviation of each picture, `(b,)`.
+        std_of_images: the mean normalised posterior standard deviation of each image, `(b,)`.
         variational: whether any posterior has a spread.
     """
 
@@ -98,7 +98,7 @@ class Spread:
         self.powers = self.widths = torch.zeros(())
         self.kl: list[Tensor] = []
         self.own_kl: list[Tensor] = []
-        self.std_of_pictures: list[Tensor] = []
+        self.std_of_images: list[Tensor] = []
 
     @property
     def mean(self) -> Float[Tensor, " c"]:
@@ -124,15 +124,15 @@ class Spread:
         self.widths = self.widths + torch.stack([width.sum(0), width.square().sum(0)])
         self.kl.append(gaussian_kl(raw, logvar).sum(2))
         self.own_kl.append(gaussian_kl(z, logvar - 2 * std.log()).sum(2))
-        self.std_of_pictures.append(width.mean((1, 2)))
+        self.std_of_images.append(width.mean((1, 2)))
 
     def variance_of_numbers(self) -> Float[Tensor, "c l"]:
-        """Variance over pictures of each number's normalised posterior mean, unbiased."""
+        """Variance over images of each number's normalised posterior mean, unbiased."""
         first, second = self.powers[:2] / self.n  # (c, l)
         return (second - first.square()).clamp(min=0) * self.n / (self.n - 1)
 
     def central(self) -> Float[Tensor, "2 c"]:
-        """Second and fourth central moment of a channel's normalised posterior means, over pictures and positions."""
+        """Second and fourth central moment of a channel's normalised posterior means, over images and positions."""
         a, b, c, d = self.powers.mean(2) / self.n  # (c,)
         fourth = d - 4 * a * c + 6 * a.square() * b - 3 * a**4
         return torch.stack([b - a.square(), fourth]).clamp(min=0)
@@ -154,7 +154,7 @@ class Spread:
 def _rate(spread: Spread, size: tuple[int, int], receipt: dict[str, Any]) -> list[Measurement]:
     """What the posterior costs, and how wide it is."""
     _, channels, positions = spread.powers.shape
-    bits = 1 / (math.log(2) * size[0] * size[1])  # per pixel, of a nat per picture
+    bits = 1 / (math.log(2) * size[0] * size[1])  # per pixel, of a nat per image
     kl, own = torch.cat(spread.kl), torch.cat(spread.own_kl)  # (n, c)
     mean, interval = mean_with_interval(kl.sum(1) * bits)
     about = {
@@ -162,7 +162,7 @@ def _rate(spread: Spread, size: tuple[int, int], receipt: dict[str, Any]) -> lis
         "by_channel": (kl.mean(0) / positions).tolist(), "by_channel_unit": "nats per number",
         "bits_per_pixel_at_own_scale": (own.sum(1).mean() * bits).item(),
     }  # fmt: skip
-    width, width_interval = mean_with_interval(torch.cat(spread.std_of_pictures))
+    width, width_interval = mean_with_interval(torch.cat(spread.std_of_images))
     widths = (spread.widths[0].mean(1) / spread.n).tolist()  # (c,)
     return [
         Measurement("kl-bits-per-pixel", mean, {**receipt, **about}, interval),
@@ -171,7 +171,7 @@ def _rate(spread: Spread, size: tuple[int, int], receipt: dict[str, Any]) -> lis
 
 
 def _activity(spread: Spread, receipt: dict[str, Any]) -> list[Measurement]:
-    """Shares of channels and numbers whose posterior mean differs between pictures."""
+    """Shares of channels and numbers whose posterior mean differs between images."""
     rounding = spread.rounding()  # (c,)
     channels = spread.central()[0] * rounding  # (c,)
     numbers = spread.variance_of_numbers() * rounding[:, None] > ACTIVE  # (c, l)

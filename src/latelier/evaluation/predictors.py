@@ -1,4 +1,4 @@
-"""Does the judge predict? Which measures of a tokenizer order tokenizers as the pictures drawn with them do.
+"""Does the judge predict? Which measures of a tokenizer order tokenizers as the images drawn with them do.
 
 A latent space is judged so that nobody has to train a denoiser on it to learn whether that is worth while. Here
 the denoisers are trained, at equal budget, and each measure is correlated with the Fréchet distance of generation.
@@ -19,8 +19,8 @@ from latelier.errors import LatelierError
 from latelier.evaluation.correlation import FEWEST as STUDY_FEWEST
 from latelier.evaluation.correlation import Correlation, Pair, correlate, holm, needed, partial, pool
 from latelier.evaluation.directions import Better, better, heading
-from latelier.evaluation.figures import COLOURS, SOFT, STYLE, Picture, legend, make_panels, save_figure, styles, write
-from latelier.evaluation.orderings import MISSING, MIXTURE, Shown, Table, at_steps, number, value
+from latelier.evaluation.figures import COLOURS, SOFT, STYLE, ImageFile, legend, make_panels, save_figure, styles, write
+from latelier.evaluation.orderings import MISSING, MIXTURE, RunSummary, Table, at_steps, number, value
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,7 +64,7 @@ class Predictor:
 # -- from runs to correlations ----------------------------------------------------------------------------------------
 
 
-def predict(studies: Sequence[Sequence[Shown]], target: str) -> list[Predictor]:
+def predict(studies: Sequence[Sequence[RunSummary]], target: str) -> list[Predictor]:
     """Correlate every measure of the tokenizers with a distance of generation.
 
     Args:
@@ -87,7 +87,7 @@ def predict(studies: Sequence[Sequence[Shown]], target: str) -> list[Predictor]:
     return sorted(predictors, key=lambda predictor: -abs(predictor.correlation.value))
 
 
-def measures(run: Shown) -> dict[str, float]:
+def measures(run: RunSummary) -> dict[str, float]:
     """What is known of a tokenizer without a denoiser, by name.
 
     Costs are left out, and what was measured at a setting of its own, such as `prefix-psnr@8`: as many tests as there
@@ -106,15 +106,15 @@ def measures(run: Shown) -> dict[str, float]:
     return {**found, MIXTURE: min(mixtures)} if mixtures else found
 
 
-def target_of(shown: Sequence[Shown]) -> str | None:
+def target_of(shown: Sequence[RunSummary]) -> str | None:
     """The distance of generation that most runs have: the recipe's own sampling, else that of the most steps."""
     names = [name for run in shown for name in run.metrics if name.startswith("gfd") and value(run, name) is not None]
     plain = [name for name in dict.fromkeys(names) if "@" not in name]
     return max(plain or at_steps(shown, "gfd")[::-1], key=names.count, default=None)
 
 
-def unequal_budget(shown: Sequence[Shown]) -> str:
-    """A sentence if the runs' denoisers did not see equally many pictures, nor cost equally much; else empty."""
+def unequal_budget(shown: Sequence[RunSummary]) -> str:
+    """A sentence if the runs' denoisers did not see equally many images, nor cost equally much; else empty."""
     images = [number(run.facts.get(IMAGES)) for run in shown]
     gflop = [number(run.facts.get(GFLOP)) for run in shown]
     if None in images:
@@ -124,12 +124,12 @@ def unequal_budget(shown: Sequence[Shown]) -> str:
     if any(amounts and max(amounts) <= (1 + EQUAL) * min(amounts) and min(amounts) > 0 for amounts in (seen, spent)):
         return ""
     return (
-        f"The denoisers had different budgets ({min(seen):,.0f} to {max(seen):,.0f} pictures, at different cost), "
+        f"The denoisers had different budgets ({min(seen):,.0f} to {max(seen):,.0f} images, at different cost), "
         "which orders them besides their latents."
     )
 
 
-def _columns(studies: Sequence[Sequence[Shown]], name: str, target: str) -> list[Pair]:
+def _columns(studies: Sequence[Sequence[RunSummary]], name: str, target: str) -> list[Pair]:
     """A measure and the target of each study's runs that have both; of both, larger is better."""
     columns = []
     for runs in studies:
@@ -140,7 +140,7 @@ def _columns(studies: Sequence[Sequence[Shown]], name: str, target: str) -> list
     return columns
 
 
-def _beyond(studies: Sequence[Sequence[Shown]], name: str, target: str) -> float | None:
+def _beyond(studies: Sequence[Sequence[RunSummary]], name: str, target: str) -> float | None:
     """The partial correlation given `rfd`, over all studies; None for `rfd` itself, or where it says all there is."""
     given = next((key for runs in studies for run in runs for key in measures(run) if key.startswith(BEYOND)), None)
     found, numbers = [], []
@@ -159,7 +159,7 @@ def _beyond(studies: Sequence[Sequence[Shown]], name: str, target: str) -> float
 # -- on the page of a study -------------------------------------------------------------------------------------------
 
 
-def prediction(folder: Path, shown: Sequence[Shown]) -> list[str | Table | Picture]:
+def prediction(folder: Path, shown: Sequence[RunSummary]) -> list[str | Table | ImageFile]:
     """A table, a verdict and figures for the comparison of a study; nothing for fewer than six runs with a distance.
 
     Args:
@@ -209,7 +209,9 @@ def _signed(correlation: float) -> str:
     return f"{correlation:.2f}".replace("-", "−")
 
 
-def _figures(folder: Path, shown: Sequence[Shown], predictors: Sequence[Predictor], target: str) -> list[Picture]:
+def _figures(
+    folder: Path, shown: Sequence[RunSummary], predictors: Sequence[Predictor], target: str
+) -> list[ImageFile]:
     from matplotlib import rc_context
 
     with rc_context(STYLE):
@@ -242,7 +244,7 @@ def _dots(predictors: Sequence[Predictor], target: str) -> Figure:
     return figure
 
 
-def _scatter(shown: Sequence[Shown], predictors: Sequence[Predictor], target: str) -> Figure:
+def _scatter(shown: Sequence[RunSummary], predictors: Sequence[Predictor], target: str) -> Figure:
     """One panel for each measure, one point for each run."""
     figure, panels = make_panels(len(predictors), 2, height=3.2, above=0.6)
     for predictor, axes in zip(predictors, panels):
@@ -268,7 +270,7 @@ def write_evidence(comparisons: Sequence[str | Path], data: str, out: str | Path
 
     Args:
         comparisons: `comparison.json` of one study or of several; ranks are taken within each.
-        data: the pictures, in words: `Imagenette, ten classes of photographs`.
+        data: the images, in words: `Imagenette, ten classes of photographs`.
         out: the file; by default the package's own.
 
     Returns:
@@ -310,11 +312,11 @@ def read_evidence(path: str | Path = EVIDENCE) -> dict[str, Any] | None:
     return json.loads(Path(path).read_text()) if Path(path).is_file() else None
 
 
-def _read(path: Path) -> tuple[str, str, list[Shown]]:
+def _read(path: Path) -> tuple[str, str, list[RunSummary]]:
     """Title, distance and runs of a comparison.json."""
     try:
         content = json.loads(path.read_text())
-        shown = [Shown(run["name"], run["metrics"], run["facts"]) for run in content["runs"]]
+        shown = [RunSummary(run["name"], run["metrics"], run["facts"]) for run in content["runs"]]
         title = str(content["title"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LatelierError(f"{path} is not the comparison.json of a study ({error!r}).") from None
@@ -329,7 +331,7 @@ def _read(path: Path) -> tuple[str, str, list[Shown]]:
     return title, target, shown
 
 
-def _study(title: str, shown: Sequence[Shown], target: str) -> dict[str, Any]:
+def _study(title: str, shown: Sequence[RunSummary], target: str) -> dict[str, Any]:
     """What is to be known of a study; receipts agree within one, so those of its first run are told."""
     receipt = shown[0].metrics[target].get("receipt") or {}
     budgets = {fact: sorted({run.facts.get(fact, 0) for run in shown}) for fact in (IMAGES, GFLOP)}

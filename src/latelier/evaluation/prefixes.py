@@ -1,4 +1,4 @@
-"""How much of the picture the first channels hold: quality against the length of the prefix (DC-AE 1.5, figure 3).
+"""How much of the image the first channels hold: quality against the length of the prefix (DC-AE 1.5, figure 3).
 
 For any codec. Where latents are structured, quality falls slowly with the length; where they are not, at once.
 """
@@ -31,20 +31,20 @@ def measure_prefixes(
     reference: str,
     extra: Mapping[str, Any] | None = None,
 ) -> list[Measurement]:
-    """PSNR, LPIPS and Fréchet distance of pictures decoded from the first channels alone.
+    """PSNR, LPIPS and Fréchet distance of images decoded from the first channels alone.
 
     Args:
         codec: the tokenizer.
-        batches: dicts with `image`, `(b, c, h, w)` in [-1, 1]; at most `evaluate.samples` pictures are read.
+        batches: dicts with `image`, `(b, c, h, w)` in [-1, 1]; at most `evaluate.samples` images are read.
         evaluate: `prefix_lengths`; of `metrics`, psnr, lpips and rfd count.
-        reference: the name of the pictures, for the receipts.
+        reference: the name of the images, for the receipts.
         extra: fields for the receipts beyond those gathered here.
 
     Returns:
         `prefix-<metric>@<length>` for every length.
 
     Raises:
-        LatelierError: if there are no pictures, or a length is longer than there are channels.
+        LatelierError: if there are no images, or a length is longer than there are channels.
     """
     lengths = prefix_lengths(evaluate.prefix_lengths, codec.channels)
     if not {"psnr", "lpips", "rfd"} & set(evaluate.metrics):
@@ -57,7 +57,7 @@ def measure_prefixes(
             judge.compare(part, decode_prefixes(codec, part, lengths))
             n += len(part)
     if n == 0:
-        raise LatelierError(f"There are no pictures in {reference} to measure prefixes on.")
+        raise LatelierError(f"There are no images in {reference} to measure prefixes on.")
     receipt = make_receipt(
         n=n, reference=reference, image_size=size, latents="posterior mean, first channels; the others are zero",
         channels=codec.channels, tokenizer=codec.hash(), **(extra or {}),
@@ -93,7 +93,7 @@ def prefix_lengths(wanted: list[int] | None, channels: int) -> list[int]:
 def decode_prefixes(
     codec: Codec, images: Float[Tensor, "b c h w"], lengths: list[int]
 ) -> Iterator[Float[Tensor, "b c h w"]]:
-    """The pictures that each prefix of their latents decodes to, clamped."""
+    """The images that each prefix of their latents decodes to, clamped."""
     z = codec.encode(images)  # (b, k, *grid)
     for length in lengths:
         yield codec.decode(z, length).clamp(-1, 1)

@@ -1,7 +1,7 @@
 """What latents say about classes: a linear probe and nearest neighbours.
 
 The paper of MAETok (ICML 2025, figure 5a) finds that tokenizers with more accurate linear probes carry better
-diffusion models. Probes learn from training pictures and are judged by others.
+diffusion models. Probes learn from training images and are judged by others.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ STRENGTHS = (
     1e-2,
     1e-1,
     1.0,
-)  # scikit-learn's C: 1 / C is the weight of |w|^2 / 2 against a sum over pictures
-VALIDATION = 0.2  # of the training pictures choose among them
+)  # scikit-learn's C: 1 / C is the weight of |w|^2 / 2 against a sum over images
+VALIDATION = 0.2  # of the training images choose among them
 ITERATIONS = 200  # of L-BFGS
 NEIGHBOURS = 20  # with the temperature, as DINO measures (Caron et al. 2021, section 4.1 and appendix)
 TEMPERATURE = 0.07
@@ -45,15 +45,15 @@ def measure_probes(
     reference: str,
     extra: Mapping[str, Any] | None = None,
 ) -> list[Measurement]:
-    """How often the class of a picture is told from its latents.
+    """How often the class of an image is told from its latents.
 
     Args:
         codec: the tokenizer.
-        train: dicts with `image` and `label` to learn from; at most `evaluate.probe_samples` pictures are read, and
+        train: dicts with `image` and `label` to learn from; at most `evaluate.probe_samples` images are read, and
             those labelled -1 left out.
         batches: the same to be judged by; at most `evaluate.samples`.
         evaluate: `samples`, `probe_samples`, `seed`.
-        reference: the name of the pictures, for the receipts.
+        reference: the name of the images, for the receipts.
         extra: fields for the receipts beyond those gathered here.
 
     Returns:
@@ -85,7 +85,7 @@ def measure_probes(
 def linear_probe(
     x: np.ndarray, held_out: np.ndarray, labels: Int[Tensor, " n"], seed: int
 ) -> tuple[Int[Tensor, " m"], dict[str, Any]]:
-    """Multinomial logistic regression on standardised features, the penalty chosen on a fifth of the pictures.
+    """Multinomial logistic regression on standardised features, the penalty chosen on a fifth of the images.
 
     More than 512 features are standardised and then turned into 512 principal components, for speed.
 
@@ -150,7 +150,7 @@ def nearest_neighbours(
 
 
 def _standardise(x: np.ndarray, held_out: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """Features of mean 0 and variance 1 over the training pictures, at most 512 components of them."""
+    """Features of mean 0 and variance 1 over the training images, at most 512 components of them."""
     from sklearn.decomposition import PCA
     from sklearn.preprocessing import StandardScaler
 
@@ -197,7 +197,7 @@ def _baselines(learnt: Latents, judged: Latents) -> dict[str, Any]:
     share = (judged.labels == classes[counts.argmax()]).float().mean().item()
     about: dict[str, Any] = {"classes": len(classes), "chance": 1 / len(classes), "majority": share}
     if unseen:
-        about["unseen"] = f"{unseen} pictures are of classes without training pictures, and count as missed"
+        about["unseen"] = f"{unseen} images are of classes without training images, and count as missed"
     return about
 
 

@@ -20,20 +20,20 @@ from latelier.evaluation.metrics import (
     size_warning,
     ssim,
 )
-from latelier.evaluation.references import FeatureSet, Key, Watcher, open_sets, store_sets
-from latelier.evaluation.sharing import counts_here, in_turn
+from latelier.evaluation.references import FeatureCollector, FeatureSet, Key, open_sets, store_sets
+from latelier.evaluation.sharing import gather_in_order, is_main
 from latelier.receipt import make_receipt
 from latelier.recipe import Evaluate
 from latelier.tokenizers.codec import Codec
 
 SETTINGS = {
     "l1": "8-bit levels, units of [-1, 1]",
-    "psnr": "8-bit levels, range 255, mean over pictures of dB",
+    "psnr": "8-bit levels, range 255, mean over images of dB",
     "ssim": "8-bit levels, range 255, Gaussian window 11, sigma 1.5",
     "ms-ssim": f"8-bit levels, range 255, Gaussian window 11, sigma 1.5, {MS_SSIM_SCALES} scales",
     "lpips": "LPIPS 0.1, VGG16, 8-bit levels, own size",
 }
-FRECHET_INTERVAL = "delete-a-group jackknife of 10 groups of pictures, Student's t"
+FRECHET_INTERVAL = "delete-a-group jackknife of 10 groups of images, Student's t"
 
 
 @torch.no_grad()
@@ -50,11 +50,11 @@ def evaluate_reconstruction(
 
     Args:
         codec: the tokenizer.
-        batches: dicts with `image`, `(b, c, h, w)` in [-1, 1]; at most `evaluate.samples` pictures are read.
+        batches: dicts with `image`, `(b, c, h, w)` in [-1, 1]; at most `evaluate.samples` images are read.
         evaluate: which metrics; those of generation are skipped.
-        reference: the name of the pictures, for the receipts: `emoji/validation`.
+        reference: the name of the images, for the receipts: `emoji/validation`.
         extra: fields for the receipts beyond those gathered here.
-        key: what the pictures depend on, see `references.reference_key`: their features are cached; None caches none.
+        key: what the images depend on, see `references.reference_key`: their features are cached; None caches none.
         shared: whether all processes take part, each with its own batches, see `sharing.in_turn`.
 
     Returns:
@@ -62,26 +62,26 @@ def evaluate_reconstruction(
         confidence intervals; nothing on processes that only take part.
 
     Raises:
-        LatelierError: if there are no pictures, or a metric is not defined for them.
+        LatelierError: if there are no images, or a metric is not defined for them.
     """
-    per_picture, watchers = picture_metrics(evaluate, codec.device), _watchers(evaluate, codec.device)
+    per_image, watchers = image_metrics(evaluate, codec.device), _watchers(evaluate, codec.device)
     known = open_sets(watchers, key, shared)
     new = [watcher for watcher in watchers if watcher.extractor.name not in known]
     ours, theirs = ({watcher.extractor.name: FeatureSet(watcher.kept) for watcher in watchers} for _ in range(2))
-    values: dict[str, list[Tensor]] = {name: [] for name in per_picture}
+    values: dict[str, list[Tensor]] = {name: [] for name in per_image}
     n, size = 0, (0, 0)
-    seen = (_look(codec, images, per_picture, watchers, new) for images in pictures(batches, evaluate.samples))
-    for batch in in_turn(seen, shared):
+    seen = (_look(codec, images, per_image, watchers, new) for images in read_images(batches, evaluate.samples))
+    for batch in gather_in_order(seen, shared):
         n, size = n + batch["n"], batch["size"]
         for name, value in batch["values"].items():
             values[name].append(value.cpu())
         for sets, outputs in ((ours, batch["ours"]), (theirs, batch["theirs"])):
             for name, found in outputs.items():
                 sets[name].update(found)
-    if not counts_here(shared):
+    if not is_main(shared):
         return []
     if n == 0:
-        raise LatelierError(f"There are no pictures in {reference} to evaluate reconstruction on.")
+        raise LatelierError(f"There are no images in {reference} to evaluate reconstruction on.")
     store_sets(new, key, theirs)
     receipt = make_receipt(
         n=n, reference=reference, image_size=size, latents="posterior mean", tokenizer=codec.hash(), **(extra or {})
@@ -90,8 +90,8 @@ def evaluate_reconstruction(
     return means + [_distance(watcher, ours, {**theirs, **known}, receipt) for watcher in watchers]
 
 
-def pictures(batches: Iterable[Mapping[str, Any]], count: int) -> Iterator[Tensor]:
-    """The batches' images, cut off after so many pictures."""
+def read_images(batches: Iterable[Mapping[str, Any]], count: int) -> Iterator[Tensor]:
+    """The batches' images, cut off after so many images."""
     left = count
     for batch in batches:
         if left <= 0:
@@ -101,8 +101,8 @@ def pictures(batches: Iterable[Mapping[str, Any]], count: int) -> Iterator[Tenso
         yield images
 
 
-def picture_metrics(evaluate: Evaluate, device: torch.device) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """The metrics that are means over pictures."""
+def image_metrics(evaluate: Evaluate, device: torch.device) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """The metrics that are means over images."""
     from latelier.images import round_to_8_bit
     from latelier.losses.perceptual import LPIPS
 
@@ -115,20 +115,20 @@ def picture_metrics(evaluate: Evaluate, device: torch.device) -> dict[str, Calla
     return chosen
 
 
-def _watchers(evaluate: Evaluate, device: torch.device) -> list[Watcher]:
+def _watchers(evaluate: Evaluate, device: torch.device) -> list[FeatureCollector]:
     """Every extractor, if Fréchet distances are asked for."""
     names = evaluate.features if "rfd" in evaluate.metrics else ()
-    return [Watcher(extractor, ("features",)) for extractor in load_extractors(names, device)]
+    return [FeatureCollector(extractor, ("features",)) for extractor in load_extractors(names, device)]
 
 
 def _look(
     codec: Codec,
     images: Tensor,
     metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor]],
-    watchers: Sequence[Watcher],
-    new: Sequence[Watcher],
+    watchers: Sequence[FeatureCollector],
+    new: Sequence[FeatureCollector],
 ) -> dict[str, Any]:
-    """One batch: errors of each picture, features of the reconstructions, and of originals that are not known."""
+    """One batch: errors of each image, features of the reconstructions, and of originals that are not known."""
     images = images.to(codec.device)
     reconstruction = codec.decode(codec.encode(images)).clamp(-1, 1)  # (b, c, h, w)
     return {
@@ -146,14 +146,17 @@ def _mean(name: str, values: Tensor, receipt: Mapping[str, Any]) -> Measurement:
 
 
 def _distance(
-    watcher: Watcher, ours: Mapping[str, FeatureSet], theirs: Mapping[str, FeatureSet], receipt: Mapping[str, Any]
+    watcher: FeatureCollector,
+    ours: Mapping[str, FeatureSet],
+    theirs: Mapping[str, FeatureSet],
+    receipt: Mapping[str, Any],
 ) -> Measurement:
     """`rfd-<features>`."""
     extractor = watcher.extractor
     a, b = ours[extractor.name], theirs[extractor.name]
     if a.n != b.n:
         raise LatelierError(
-            f"{a.n} pictures could be read, but features of {b.n} were kept of them; delete the folder that "
+            f"{a.n} images could be read, but features of {b.n} were kept of them; delete the folder that "
             "$LATELIER_CACHE names (by default ~/.cache/latelier) and measure again."
         )
     value, interval = a.sums["features"].distance(b.sums["features"])

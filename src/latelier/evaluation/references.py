@@ -1,8 +1,8 @@
-"""What is kept of the features of a set of pictures, and the cache of those that others are compared with.
+"""What is kept of the features of a set of images, and the cache of those that others are compared with.
 
-Reference pictures are the same in every run of a comparison, so what their features sum up to is kept in
+Reference images are the same in every run of a comparison, so what their features sum up to is kept in
 `$LATELIER_CACHE/references` (by default `~/.cache/latelier/references`). A file's name is a hash of all it depends on:
-the data's fingerprint, the transform, the extractor with its weights and preprocessing, and how many pictures.
+the data's fingerprint, the transform, the extractor with its weights and preprocessing, and how many images.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from latelier.data.loader import ImageDataset
 from latelier.errors import LatelierError
 from latelier.evaluation.distributions import GROUPS, GroupedStatistics, InceptionScore
 from latelier.evaluation.features import FeatureExtractor
-from latelier.evaluation.sharing import agreed, counts_here, in_turn
+from latelier.evaluation.sharing import agreed, gather_in_order, is_main
 
 ENVIRONMENT = "LATELIER_CACHE"
 MOST_VECTORS = 50_000  # 0.4 GB of 2,048 numbers each
@@ -32,7 +32,7 @@ Key = Mapping[str, Any]
 
 
 class FeatureSet:
-    """What is kept of a set of pictures, however many: sums, and of the first 50,000 the vectors too, if need be.
+    """What is kept of a set of images, however many: sums, and of the first 50,000 the vectors too, if need be.
 
     Args:
         kept: of the extractor's outputs `features`, `spatial` and `logits` those that are summed up, and `vectors`.
@@ -47,7 +47,7 @@ class FeatureSet:
         self._held = 0
 
     def update(self, outputs: Mapping[str, Tensor]) -> None:
-        """Count the next pictures in.
+        """Count the next images in.
 
         Args:
             outputs: of `FeatureExtractor.outputs`: `features` `(b, d)`, and what else is kept.
@@ -106,7 +106,7 @@ def _restore(n: Tensor, total: Float[Tensor, "g d"], outer: Float[Tensor, "g hal
 
 
 @dataclass
-class Watcher:
+class FeatureCollector:
     """An extractor, and what a `FeatureSet` of its outputs keeps."""
 
     extractor: FeatureExtractor
@@ -120,13 +120,13 @@ class Watcher:
 
 @torch.no_grad()
 def collect(
-    watchers: Sequence[Watcher], batches: Iterable[Float[Tensor, "_ c h w"]], shared: bool
+    watchers: Sequence[FeatureCollector], batches: Iterable[Float[Tensor, "_ c h w"]], shared: bool
 ) -> dict[str, FeatureSet]:
-    """Go through pictures once and keep of each extractor's outputs what is asked for.
+    """Go through images once and keep of each extractor's outputs what is asked for.
 
     Args:
         watchers: extractors.
-        batches: of pictures in [-1, 1].
+        batches: of images in [-1, 1].
         shared: whether all processes take part, each with its own batches, see `sharing.in_turn`.
 
     Returns:
@@ -134,27 +134,27 @@ def collect(
     """
     sets = {watcher.extractor.name: FeatureSet(watcher.kept) for watcher in watchers}
     seen = ({watcher.extractor.name: watcher.look(images) for watcher in watchers} for images in batches)
-    for outputs in in_turn(seen, shared):
+    for outputs in gather_in_order(seen, shared):
         for name, found in sets.items():
             found.update(outputs[name])
     return sets
 
 
 def reference_sets(
-    watchers: Sequence[Watcher], batches: Iterable[Float[Tensor, "_ c h w"]], key: Key | None, shared: bool
+    watchers: Sequence[FeatureCollector], batches: Iterable[Float[Tensor, "_ c h w"]], key: Key | None, shared: bool
 ) -> dict[str, FeatureSet]:
-    """The same for reference pictures, as far as possible from the cache.
+    """The same for reference images, as far as possible from the cache.
 
     Args:
         watchers: extractors.
-        batches: of pictures in [-1, 1]; not read if all is there.
-        key: what the pictures depend on, see `reference_key`; None caches nothing.
+        batches: of images in [-1, 1]; not read if all is there.
+        key: what the images depend on, see `reference_key`; None caches nothing.
         shared: as for `collect`.
     """
     cached = open_sets(watchers, key, shared)
     missing = [watcher for watcher in watchers if watcher.extractor.name not in cached]
     found = collect(missing, batches, shared) if missing else {}
-    if counts_here(shared):
+    if is_main(shared):
         store_sets(missing, key, found)
     return {**cached, **found}
 
@@ -162,33 +162,33 @@ def reference_sets(
 # -- the cache --------------------------------------------------------------------------------------------------------
 
 
-def reference_key(pictures: ImageDataset, count: int) -> Key:
-    """What features of a dataset's pictures depend on, besides the extractor.
+def reference_key(images: ImageDataset, count: int) -> Key:
+    """What features of a dataset's images depend on, besides the extractor.
 
     Args:
-        pictures: the dataset, passed over by `once`.
-        count: how many of its pictures at most.
+        images: the dataset, passed over by `once`.
+        count: how many of its images at most.
     """
-    data = pictures.data
+    data = images.data
     return {
-        "data": pictures.fingerprint, "shape": list(pictures.shape), "crop": data.crop,
+        "data": images.fingerprint, "shape": list(images.shape), "crop": data.crop,
         "background": str(data.background), "n": count,
     }  # fmt: skip
 
 
-def open_sets(watchers: Sequence[Watcher], key: Key | None, shared: bool) -> dict[str, FeatureSet]:
+def open_sets(watchers: Sequence[FeatureCollector], key: Key | None, shared: bool) -> dict[str, FeatureSet]:
     """The cached sets, by the extractor's name; all processes hear of the same ones, the main one has what is in them.
 
     Of a damaged file a warning tells.
     """
     found = {}
-    if key is not None and counts_here(shared):
+    if key is not None and is_main(shared):
         opened = {watcher.extractor.name: _open(_about(key, watcher), watcher.kept) for watcher in watchers}
         found = {name: one for name, one in opened.items() if one is not None}
     return {name: found.get(name, FeatureSet(())) for name in agreed(list(found), shared)}
 
 
-def store_sets(watchers: Sequence[Watcher], key: Key | None, sets: Mapping[str, FeatureSet]) -> None:
+def store_sets(watchers: Sequence[FeatureCollector], key: Key | None, sets: Mapping[str, FeatureSet]) -> None:
     """Put sets into the cache, so that no file is ever half there.
 
     Raises:
@@ -208,13 +208,13 @@ def store_sets(watchers: Sequence[Watcher], key: Key | None, sets: Mapping[str, 
             _write(path.with_suffix(".json"), json.dumps(facts, indent=2).encode())
         except OSError as error:
             raise LatelierError(
-                f"Features of the reference pictures cannot be kept in {path.parent} ({error}); "
+                f"Features of the reference images cannot be kept in {path.parent} ({error}); "
                 f"set ${ENVIRONMENT} to a folder with room."
             ) from None
 
 
 def cache_folder() -> Path:
-    """Where features of reference pictures are kept."""
+    """Where features of reference images are kept."""
     return Path(os.environ.get(ENVIRONMENT) or Path.home() / ".cache" / "latelier") / "references"
 
 
@@ -244,7 +244,7 @@ def _write(path: Path, content: bytes) -> None:
     partial.replace(path)
 
 
-def _about(key: Key | None, watcher: Watcher) -> dict[str, Any]:
+def _about(key: Key | None, watcher: FeatureCollector) -> dict[str, Any]:
     facts = {"features": watcher.extractor.describe(), "kept": sorted(watcher.kept), "groups": GROUPS}
     return json.loads(json.dumps({**(key or {}), **facts, "format": FORMAT}, default=str))
 

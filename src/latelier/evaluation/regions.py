@@ -1,8 +1,8 @@
-"""Does what was asked for stand where it was asked for? Regions of drawn pictures against the mean look of each class.
+"""Does what was asked for stand where it was asked for? Regions of drawn images against the mean look of each class.
 
-A matcher that every data set can have: the template of a class is the mean of all its regions in training pictures,
+A matcher that every data set can have: the template of a class is the mean of all its regions in training images,
 and a region shows the class whose template it correlates with most. It is a weak judge, so that its share of hits means
-something only between what it says of the real pictures and what it says of the layouts of other pictures.
+something only between what it says of the real images and what it says of the layouts of other images.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from latelier.errors import LatelierError
 from latelier.evaluation.metrics import Measurement
 
 SIDE = 24  # pixels of a template
-MOST_TRAINING = 4_000  # pictures that templates are made of
+MOST_TRAINING = 4_000  # images that templates are made of
 FLAT = 1e-4  # standard deviation in [-1, 1] below which a region shows nothing
 
 
 class Region(NamedTuple):
-    """A place in a picture and what is there.
+    """A place in an image and what is there.
 
     Attributes:
         label: the class.
@@ -40,8 +40,8 @@ class Region(NamedTuple):
 # -- where ------------------------------------------------------------------------------------------------------------
 
 
-def read_regions(batch: Mapping[str, Any], asks: str) -> list[list[Region]]:
-    """The regions of each picture of a batch.
+def read_regions(batch: Mapping[str, Any], input_name: str) -> list[list[Region]]:
+    """The regions of each image of a batch.
 
     Args:
         batch: `image` `(b, c, h, w)`, and for layouts `boxes` and `box_labels`, for segmentations `segmentation`.
@@ -50,17 +50,17 @@ def read_regions(batch: Mapping[str, Any], asks: str) -> list[list[Region]]:
     Raises:
         LatelierError: if the records lack what is needed.
     """
-    for key in ("boxes", "box_labels") if asks == "layouts" else ("segmentation",):
+    for key in ("boxes", "box_labels") if input_name == "layouts" else ("segmentation",):
         if key not in batch:
-            raise LatelierError(f"Drawn {asks} cannot be judged: the records have no {key!r}.")
-    if asks == "segmentations":
+            raise LatelierError(f"Drawn {input_name} cannot be judged: the records have no {key!r}.")
+    if input_name == "segmentations":
         return [map_regions(ids) for ids in batch["segmentation"]]
     size = (batch["image"].shape[2], batch["image"].shape[3])
     return [box_regions(boxes, labels, size) for boxes, labels in zip(batch["boxes"], batch["box_labels"])]
 
 
 def box_regions(boxes: Float[Tensor, "n 4"], labels: Int[Tensor, " n"], size: tuple[int, int]) -> list[Region]:
-    """Regions of boxes, relative x0 y0 x1 y1, in a picture of a height and a width."""
+    """Regions of boxes, relative x0 y0 x1 y1, in an image of a height and a width."""
     height, width = size
     found = []
     for label, (x0, y0, x1, y1) in zip(labels.tolist(), boxes.tolist()):
@@ -96,29 +96,29 @@ class Templates:
     Args:
         labels: of the classes.
         patterns: one for each, before normalisation.
-        pictures: how many they were made of.
+        images: how many they were made of.
     """
 
-    def __init__(self, labels: Int[Tensor, " k"], patterns: Float[Tensor, "k d"], pictures: int):
-        self.labels, self.patterns, self.pictures = labels, normalise(patterns), pictures
+    def __init__(self, labels: Int[Tensor, " k"], patterns: Float[Tensor, "k d"], images: int):
+        self.labels, self.patterns, self.images = labels, normalise(patterns), images
 
     @classmethod
-    def of(cls, batches: Iterable[Mapping[str, Any]], asks: str, most: int = MOST_TRAINING) -> Templates:
-        """The mean region of each class over training pictures.
+    def of(cls, batches: Iterable[Mapping[str, Any]], input_name: str, most: int = MOST_TRAINING) -> Templates:
+        """The mean region of each class over training images.
 
         Args:
             batches: of training records.
             asks: `layouts` or `segmentations`.
-            most: pictures are read at most.
+            most: images are read at most.
 
         Raises:
-            LatelierError: if no picture has a region.
+            LatelierError: if no image has a region.
         """
         sums: dict[int, Tensor] = {}
         counts: dict[int, int] = defaultdict(int)
         seen = 0
         for batch in batches:
-            for image, regions in zip(batch["image"].float().cpu()[: most - seen], read_regions(batch, asks)):
+            for image, regions in zip(batch["image"].float().cpu()[: most - seen], read_regions(batch, input_name)):
                 seen += 1
                 for label, row in zip((r.label for r in regions), patterns(image, regions)):
                     sums[label] = sums[label] + row if label in sums else row.clone()
@@ -126,12 +126,12 @@ class Templates:
             if seen >= most:
                 break
         if not sums:
-            raise LatelierError(f"Drawn {asks} cannot be judged: none of {seen} training pictures has a region.")
+            raise LatelierError(f"Drawn {input_name} cannot be judged: none of {seen} training images has a region.")
         labels = sorted(sums)
         return cls(torch.tensor(labels), torch.stack([sums[k] / counts[k] for k in labels]), seen)
 
     def hits(self, image: Float[Tensor, "c h w"], regions: Sequence[Region]) -> tuple[int, int]:
-        """How many regions of a picture show what they should, and how many were looked at.
+        """How many regions of an image show what they should, and how many were looked at.
 
         Regions of classes without a template are left out; flat ones show nothing.
         """
@@ -146,7 +146,7 @@ class Templates:
 
 
 def patterns(image: Float[Tensor, "c h w"], regions: Sequence[Region]) -> Float[Tensor, "n d"]:
-    """The regions of a picture, each resized to `SIDE` x `SIDE`."""
+    """The regions of an image, each resized to `SIDE` x `SIDE`."""
     rows = [image.new_zeros(0, image.shape[0] * SIDE**2)]
     for _, (x0, y0, x1, y1) in regions:
         crop = image[None, :, y0:y1, x0:x1]  # (1, c, i, j)
@@ -168,13 +168,13 @@ def normalise(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
 
 
 class Hits:
-    """Hits and regions, picture by picture."""
+    """Hits and regions, image by image."""
 
     def __init__(self) -> None:
         self._counts: list[tuple[int, int]] = []
 
     def add(self, hits: tuple[int, int]) -> None:
-        """Count a picture's in; one without regions says nothing."""
+        """Count an image's in; one without regions says nothing."""
         if hits[1]:
             self._counts.append(hits)
 
@@ -184,42 +184,42 @@ class Hits:
         return sum(total for _, total in self._counts)
 
     def share(self) -> tuple[float, tuple[float, float] | None]:
-        """The share of regions that are hits, and its 95 % interval, None for fewer than two pictures.
+        """The share of regions that are hits, and its 95 % interval, None for fewer than two images.
 
-        Regions of one picture are not independent, so pictures are the sample: with h_i hits among n_i regions,
+        Regions of one image are not independent, so images are the sample: with h_i hits among n_i regions,
 
             p = sum h_i / sum n_i,    var p = m / (m - 1) sum (h_i - p n_i)^2 / (sum n_i)^2
 
-        over m pictures, the ratio estimator (Cochran 1977, section 6.3).
+        over m images, the ratio estimator (Cochran 1977, section 6.3).
         """
         right, total = torch.tensor(self._counts, dtype=torch.float64).T  # 2 x (m,)
-        pictures, share = len(total), (right.sum() / total.sum()).item()
-        if pictures < 2:
+        images, share = len(total), (right.sum() / total.sum()).item()
+        if images < 2:
             return share, None
         spread = (right - share * total).square().sum().item()
-        half = 1.96 * math.sqrt(pictures / (pictures - 1) * spread) / total.sum().item()
+        half = 1.96 * math.sqrt(images / (images - 1) * spread) / total.sum().item()
         return share, (max(0.0, share - half), min(1.0, share + half))
 
 
 class RegionJudge:
-    """Compares regions of drawn pictures with templates, beside the two ends of the scale.
+    """Compares regions of drawn images with templates, beside the two ends of the scale.
 
     Args:
         asks: `layouts` or `segmentations`.
         templates: of the classes.
     """
 
-    def __init__(self, asks: str, templates: Templates):
-        self._asks, self._templates = asks, templates
+    def __init__(self, input_name: str, templates: Templates):
+        self._asks, self._templates = input_name, templates
         self._drawn, self._shifted, self._real = Hits(), Hits(), Hits()
-        self._first: list[Region] | None = None  # of all pictures
-        self._last: Tensor | None = None  # the drawn picture before
+        self._first: list[Region] | None = None  # of all images
+        self._last: Tensor | None = None  # the drawn image before
         self._asked = 0
 
     def look(
         self, batch: Mapping[str, Any], drawn: Float[Tensor, "b c h w"], original: Float[Tensor, "b c h w"]
     ) -> None:
-        """See drawn pictures with the records that they were drawn from."""
+        """See drawn images with the records that they were drawn from."""
         for regions, one, real in zip(read_regions(batch, self._asks), drawn.cpu().float(), original.cpu().float()):
             self._drawn.add(self._templates.hits(one, regions))
             self._real.add(self._templates.hits(real, regions))
@@ -229,17 +229,17 @@ class RegionJudge:
             self._last, self._asked = one, self._asked + len(regions)
 
     def measure(self, about: Mapping[str, Any]) -> list[Measurement]:
-        """`<asked>-match`; `-match-chance`, where picture i is judged by the regions of record i + 1 (the last one by
-        those of the first); `-match-real`, what the matcher says of the original pictures.
+        """`<asked>-match`; `-match-chance`, where image i is judged by the regions of record i + 1 (the last one by
+        those of the first); `-match-real`, what the matcher says of the original images.
 
         Raises:
-            LatelierError: if there are no regions, or only one picture.
+            LatelierError: if there are no regions, or only one image.
         """
         name = f"{self._asks.removesuffix('s')}-match"
         if about["n"] < 2 or not self._drawn.regions:
             raise LatelierError(
-                f"{name} needs 2 pictures and a region of a class that training pictures show, not {about['n']} "
-                f"pictures with {self._drawn.regions}; raise evaluate.samples."
+                f"{name} needs 2 images and a region of a class that training images show, not {about['n']} "
+                f"images with {self._drawn.regions}; raise evaluate.samples."
             )
         assert self._last is not None
         assert self._first is not None
@@ -249,13 +249,13 @@ class RegionJudge:
             "regions": self._drawn.regions,
             "regions_without_template": self._asked - self._drawn.regions,
             "classes": len(self._templates.labels),
-            "template_pictures": self._templates.pictures,
+            "template_images": self._templates.images,
             "matcher": f"nearest mean training region, {SIDE} x {SIDE}, correlation over all channels",
         }
         sides = {
             name: (self._drawn, "regions asked for"),
             f"{name}-chance": (self._shifted, "regions of the next record"),
-            f"{name}-real": (self._real, "regions asked for, in the original pictures"),
+            f"{name}-real": (self._real, "regions asked for, in the original images"),
         }
         result = []
         for key, (hits, judged) in sides.items():

@@ -36,7 +36,7 @@ def write_report(folder: Path) -> Path:
 
     Args:
         folder: the run folder; reads recipe.yaml, log.jsonl, previews/, samples/, metrics.json, skipped.jsonl and the
-            pictures, as far as they exist.
+            images, as far as they exist.
 
     Raises:
         LatelierError: if the folder does not exist.
@@ -53,7 +53,7 @@ def write_report(folder: Path) -> Path:
         "Reconstructions": _reconstructions(folder / "previews"),
         "Noise on latents": latents.show_noise(metrics),
         "Channels": latents.show_prefixes(metrics) + latents.show_channels(metrics),
-        "Latent space": latents.show_pictures(folder) + latents.show_distribution(metrics),
+        "Latent space": latents.show_images(folder) + latents.show_distribution(metrics),
         "Metrics": metrics_tables(metrics),
         "Training": _training(log),
         "Previews": _previews(folder / "previews"),
@@ -115,7 +115,7 @@ def _tiles(log: Mapping[str, list[Row]], metrics: Row) -> str:
 
 
 def _samples(folder: Path) -> str:
-    """The grid (or single pictures), and beside it the nearest training pictures."""
+    """The grid (or single images), and beside it the nearest training images."""
     grid, near, asked = (folder / f"{name}.png" for name in ("grid", "nearest", "asked"))
     left = ""
     if grid.is_file():
@@ -137,8 +137,8 @@ def _samples(folder: Path) -> str:
         return above + left
     return (
         f'{above}<div class="two">{f"<div><h3>Generated</h3>{left}</div>" if left else ""}<div class="big">'
-        "<h3>Samples (upper rows) above their nearest training pictures (lower rows)</h3>"
-        f"{inline_image(near, 'samples above nearest training pictures')}"
+        "<h3>Samples (upper rows) above their nearest training images (lower rows)</h3>"
+        f"{inline_image(near, 'samples above nearest training images')}"
         '<p class="soft">Pairs that look the same are remembered rather than invented.</p></div></div>'
     )
 
@@ -215,7 +215,7 @@ def _skipped(path: Path) -> str:
     )
     more = f'<p class="soft">and {len(rows) - len(shown):,} more in skipped.jsonl</p>' if len(rows) > len(shown) else ""
     return (
-        f"<details><summary>{len(rows):,} unreadable picture{'s' * (len(rows) != 1)} left out</summary>"
+        f"<details><summary>{len(rows):,} unreadable image{'s' * (len(rows) != 1)} left out</summary>"
         f'<div class="card scroll"><table><tr>{head}</tr>{body}</table></div>{more}</details>'
     )
 

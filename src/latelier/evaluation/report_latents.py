@@ -1,4 +1,4 @@
-"""What a report shows of a latent space: the verdict in words, curves, a bar for each channel, pictures."""
+"""What a report shows of a latent space: the verdict in words, curves, a bar for each channel, images."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from latelier.evaluation.verdict import Finding
 Metrics = Mapping[str, Any]  # the content of metrics.json
 
 MAP = "latent-map.png"
-PICTURES = {
-    MAP: "One point for each held-out picture: its latents, in two dimensions.",
-    "channels.png": "Pictures, and below each how large its latents are: means over groups of neighbouring channels.",
+IMAGES = {
+    MAP: "One point for each held-out image: its latents, in two dimensions.",
+    "channels.png": "Images, and below each how large its latents are: means over groups of neighbouring channels.",
 }
 BARS = {
     "latent-std": "std of raw latents",
@@ -54,15 +54,15 @@ def show_noise(metrics: Metrics) -> str:
 
 
 def show_prefixes(metrics: Metrics) -> str:
-    """Quality of pictures over how many of the first channels they are decoded from."""
+    """Quality of images over how many of the first channels they are decoded from."""
     about, numbers = receipts(metrics), values(metrics)
     prefixes = [name for name in numbers if name.startswith("prefix-") and "prefix" in about[name]]
     charts = []
     for metric in dict.fromkeys(name.removeprefix("prefix-").partition("@")[0] for name in prefixes):
         points = sorted((about[n]["prefix"], numbers[n]) for n in prefixes if n.startswith(f"prefix-{metric}@"))
         charts.append(line_chart(f"{metric} of prefixes", points, False, "channels that are decoded"))
-    words = "Pictures from the first channels alone, more of them from left to right. Where channels are in order, "
-    return _charts(f"{words}a few show most of the picture.", charts)
+    words = "Images from the first channels alone, more of them from left to right. Where channels are in order, "
+    return _charts(f"{words}a few show most of the image.", charts)
 
 
 def show_channels(metrics: Metrics) -> str:
@@ -90,12 +90,12 @@ def show_distribution(metrics: Metrics) -> str:
     return _charts("Left to right: more modes of the mixture; more noise; smaller directions.", charts)
 
 
-def show_pictures(folder: Path) -> str:
+def show_images(folder: Path) -> str:
     """What was drawn of the latents."""
     return "".join(
         f'<div class="{"figure map" if name == MAP else "big"}">{inline_image(folder / name, words)}</div>'
         f'<p class="soft">{words}</p>'
-        for name, words in PICTURES.items()
+        for name, words in IMAGES.items()
         if (folder / name).is_file()
     )
 

@@ -18,7 +18,7 @@ BETTER = {"l1": "lower", "lpips": "lower", "rfd": "lower", "gfd": "lower", "psnr
           "equivariance": "lower", "codebook": "higher", "dead-codes": "lower", "active": "higher",
           "outlier-channels": "lower", "largest-variance-ratio": "lower", "convergence": "lower"}  # fmt: skip
 UNITS = {"gmm-nll": "nats per principal component", "gmm-modes": "Gaussians", "effective-rank": "directions",
-         "channel-rank": "directions", "probe": "share of pictures", "knn": "share of pictures",
+         "channel-rank": "directions", "probe": "share of images", "knn": "share of images",
          "diffusion-loss": "squared error of the velocity", "latent-std": "of raw latents",
          "equivariance": "share of the latents' variance"}  # fmt: skip
 KEYS = ("gmm-modes", "probe-accuracy", "diffusion-loss", "effective-rank", "channel-rank", "smoothness-psnr",

@@ -1,7 +1,7 @@
 """Evaluation on several processes, with the numbers of one.
 
-Pictures are cut into the same batches whatever the number of processes W, and process p works on batches p, p + W, ...
-What it makes of them (features, errors: some numbers for each picture) goes to the main process, which counts batches
+Images are cut into the same batches whatever the number of processes W, and process p works on batches p, p + W, ...
+What it makes of them (features, errors: some numbers for each image) goes to the main process, which counts batches
 in their order. So sums are the very same as on one process, to the last bit, and only one process needs the memory.
 """
 
@@ -15,7 +15,7 @@ import torch
 T = TypeVar("T")
 
 
-def place() -> tuple[int, int]:
+def rank() -> tuple[int, int]:
     """This process's number and how many there are."""
     from accelerate import PartialState
 
@@ -23,14 +23,14 @@ def place() -> tuple[int, int]:
     return state.process_index, state.num_processes
 
 
-def in_turn(results: Iterator[dict[str, Any]], shared: bool) -> Iterator[dict[str, Any]]:
+def gather_in_order(results: Iterator[dict[str, Any]], shared: bool) -> Iterator[dict[str, Any]]:
     """The results of all processes in the order of batches, on the main process; nothing on the others.
 
     Args:
         results: dicts of tensors (dicts of them, too) of this process's batches: batches p, p + W, ... of the whole.
         shared: whether all processes take part, which must then all go through it to its end.
     """
-    if not shared or place()[1] == 1:
+    if not shared or rank()[1] == 1:
         yield from results
         return
     from accelerate.utils import gather_object
@@ -39,7 +39,7 @@ def in_turn(results: Iterator[dict[str, Any]], shared: bool) -> Iterator[dict[st
         row = gather_object([_on_cpu(next(results, None))])  # one batch of each process, in order
         if all(batch is None for batch in row):
             return
-        if place()[0] == 0:
+        if rank()[0] == 0:
             yield from (batch for batch in row if batch is not None)
 
 
@@ -47,12 +47,12 @@ def agreed(value: T, shared: bool) -> T:
     """The main process's value, on all processes."""
     from accelerate.utils import broadcast_object_list
 
-    return broadcast_object_list([value])[0] if shared and place()[1] > 1 else value
+    return broadcast_object_list([value])[0] if shared and rank()[1] > 1 else value
 
 
-def counts_here(shared: bool) -> bool:
+def is_main(shared: bool) -> bool:
     """Whether this process counts, measures and writes."""
-    return not shared or place()[0] == 0
+    return not shared or rank()[0] == 0
 
 
 def _on_cpu(content: Any) -> Any:

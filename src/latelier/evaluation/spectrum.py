@@ -27,9 +27,9 @@ from latelier.receipt import make_receipt
 from latelier.recipe import Evaluate
 from latelier.tokenizers.codec import Codec
 
-MOST_PICTURES = 8192  # the Gram matrix of so many takes half a GiB, and its eigenvalues a minute
-ENOUGH = 10  # pictures for each dimension: the effective rank of white noise is then 5 % too small, with fewer more
-CHUNK = 256  # pictures whose positions are held in float64 at once
+MOST_IMAGES = 8192  # the Gram matrix of so many takes half a GiB, and its eigenvalues a minute
+ENOUGH = 10  # images for each dimension: the effective rank of white noise is then 5 % too small, with fewer more
+CHUNK = 256  # images whose positions are held in float64 at once
 MOST_ENTRIES = 64  # of a list in a receipt
 
 
@@ -45,23 +45,23 @@ def measure_spectrum(
 
     Args:
         codec: the tokenizer.
-        batches: dicts with `image`, `(b, c, h, w)` in [-1, 1]; at most `evaluate.samples` pictures, and 8192, are read.
+        batches: dicts with `image`, `(b, c, h, w)` in [-1, 1]; at most `evaluate.samples` images, and 8192, are read.
         evaluate: `samples`.
-        reference: the name of the pictures, for the receipts.
+        reference: the name of the images, for the receipts.
         extra: fields for the receipts beyond those gathered here.
 
     Returns:
-        `effective-rank` of the covariance of flattened latents over pictures, at most n - 1 and too small where
-        pictures are few, so that only values of equal n compare; and `channel-rank` of the `(c, c)` covariance of
-        channels over pictures and positions. Spectra, as shares of the variance, and standard deviations of the
+        `effective-rank` of the covariance of flattened latents over images, at most n - 1 and too small where
+        images are few, so that only values of equal n compare; and `channel-rank` of the `(c, c)` covariance of
+        channels over images and positions. Spectra, as shares of the variance, and standard deviations of the
         channels are in the receipts.
 
     Raises:
-        LatelierError: for fewer than two pictures, or latents that do not vary.
+        LatelierError: for fewer than two images, or latents that do not vary.
     """
-    latents = collect(codec, read(batches, min(evaluate.samples, MOST_PICTURES)))
+    latents = collect(codec, read(batches, min(evaluate.samples, MOST_IMAGES)))
     if latents is None or len(latents) < 2:
-        raise LatelierError(f"A spectrum needs at least 2 pictures; {reference} has fewer.")
+        raise LatelierError(f"A spectrum needs at least 2 images; {reference} has fewer.")
     n, dims = len(latents), latents.values[0].numel()
     receipt = make_receipt(
         n=n, reference=reference, **latents.about(), measure="effective rank (Roy & Vetterli 2007)",
@@ -70,12 +70,12 @@ def measure_spectrum(
     whole = covariance_eigenvalues(latents.values.flatten(1))  # (min(n, d),)
     covariance = channel_covariance(latents.values)  # (c, c)
     channels = torch.linalg.eigvalsh(covariance).flip(0).clamp(min=0)  # (c,)
-    deviations = thin(covariance.diag().sqrt())
-    about = {"dims": dims, "spectrum": thin(whole / whole.sum())}
+    deviations = subsample(covariance.diag().sqrt())
+    about = {"dims": dims, "spectrum": subsample(whole / whole.sum())}
     if n < ENOUGH * dims:
-        about["warning"] = f"n = {n} pictures show at most {min(n - 1, dims)} of {dims} dimensions, and those unevenly"
+        about["warning"] = f"n = {n} images show at most {min(n - 1, dims)} of {dims} dimensions, and those unevenly"
         about["warning"] += "; compare only at equal n"
-    of_channels = {"dims": len(channels), "spectrum": thin(channels / channels.sum()), "channel_std": deviations}
+    of_channels = {"dims": len(channels), "spectrum": subsample(channels / channels.sum()), "channel_std": deviations}
     return [
         Measurement("effective-rank", effective_rank(whole), {**receipt, **about}),
         Measurement("channel-rank", effective_rank(channels), {**receipt, **of_channels}),
@@ -98,7 +98,7 @@ def covariance_eigenvalues(x: Float[Tensor, "n d"]) -> Float[Tensor, " r"]:
 
 
 def channel_covariance(z: Float[Tensor, "n c l"]) -> Float[Tensor, "c c"]:
-    """Covariance of channels over all positions of all pictures, float64."""
+    """Covariance of channels over all positions of all images, float64."""
     statistics = FeatureStatistics(z.shape[1])
     for part in z.split(CHUNK):
         statistics.update(part.transpose(1, 2).flatten(0, 1))  # (b l, c)
@@ -110,7 +110,7 @@ def effective_rank(eigenvalues: Float[Tensor, " r"]) -> float:
     return torch.special.entr(eigenvalues / eigenvalues.sum()).sum().exp().item()
 
 
-def thin(values: Float[Tensor, " n"], most: int = MOST_ENTRIES) -> list[tuple[int, float]]:
+def subsample(values: Float[Tensor, " n"], most: int = MOST_ENTRIES) -> list[tuple[int, float]]:
     """At most so many `(number, value)`, numbers from 1, spaced evenly in their logarithm; all where they are few."""
     numbers = np.arange(1, len(values) + 1)
     if len(values) > most:

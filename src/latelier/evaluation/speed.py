@@ -1,4 +1,4 @@
-"""How good pictures are, and how fast they are drawn, at several numbers of sampling steps.
+"""How good images are, and how fast they are drawn, at several numbers of sampling steps.
 
 Latent diffusion trades quality for speed twice: by the factor of its tokenizer, and by its steps (Rombach et al. 2022,
 section 4.1 and figure 7). Drawing is timed alone: denoiser and decoder, neither features nor the reading of records.
@@ -17,7 +17,7 @@ from latelier.errors import LatelierError
 from latelier.evaluation.distributions import FeatureStatistics
 from latelier.evaluation.features import FeatureExtractor, load_extractor
 from latelier.evaluation.metrics import Measurement, size_warning
-from latelier.evaluation.reconstruction import pictures
+from latelier.evaluation.reconstruction import read_images
 from latelier.pipeline import LatentDiffusionPipeline
 from latelier.receipt import make_receipt
 from latelier.recipe import Recipe, Sample
@@ -31,17 +31,17 @@ def measure_sampling(
     recipe: Recipe,
     receipt: Mapping[str, Any],
 ) -> list[Measurement]:
-    """Draw the same pictures with each of `evaluate.sampling_steps`, time it, and compare them with real ones.
+    """Draw the same images with each of `evaluate.sampling_steps`, time it, and compare them with real ones.
 
     Args:
         pipeline: what draws, on the device that is to be measured.
-        references: dicts with `image`; at most `evaluate.samples` pictures are read, once for all numbers of steps.
+        references: dicts with `image`; at most `evaluate.samples` images are read, once for all numbers of steps.
         recipe: the experiment; `sample` says how to draw, all but the steps, and `evaluate` what is measured.
-        receipt: how the pictures come about: reference, tokenizer, ema, the settings of `sample`.
+        receipt: how the images come about: reference, tokenizer, ema, the settings of `sample`.
 
     Returns:
         For each number of steps, the fewest first, `gfd-<features>@<steps>` and `samples-per-second@<steps>`. As many
-        pictures are drawn as there are references; picture i has the seed `sample.seed + i` at each number of steps.
+        images are drawn as there are references; image i has the seed `sample.seed + i` at each number of steps.
 
     Raises:
         LatelierError: if there are no references, or the sampler cannot make so many steps.
@@ -51,10 +51,10 @@ def measure_sampling(
         return []
     extractor = load_extractor(recipe.evaluate.features[0], pipeline.device)
     theirs = FeatureStatistics(extractor.dims)
-    for images in pictures(references, recipe.evaluate.samples):
+    for images in read_images(references, recipe.evaluate.samples):
         theirs.update(extractor(images))
     if not theirs.n:
-        raise LatelierError("There are no reference pictures to compare samples with at evaluate.sampling_steps.")
+        raise LatelierError("There are no reference images to compare samples with at evaluate.sampling_steps.")
     about = {
         "n": theirs.n, "n_reference": theirs.n, **receipt, **extractor.describe(), "batch": recipe.sample.batch,
         "threads": torch.get_num_threads(), "drawn_on": str(pipeline.device),
@@ -62,7 +62,7 @@ def measure_sampling(
     records = shown_records(recipe, pipeline)
 
     def draw(batch: Sample) -> tuple[Tensor, float]:
-        """Pictures of one batch `(b, c, h, w)` in [-1, 1], and the seconds it took."""
+        """Images of one batch `(b, c, h, w)` in [-1, 1], and the seconds it took."""
         told = records(batch.seed - recipe.sample.seed, batch.count)
         begin = time.perf_counter()
         images = pipeline(sample=batch, records=told, output_type="pt", progress=False).images
@@ -78,11 +78,11 @@ def measure_sampling(
 
 
 def batches(sample: Sample, count: int) -> Iterator[Sample]:
-    """Settings of one batch after the other; picture i has the seed `sample.seed + i`, and the i-th class in turn.
+    """Settings of one batch after the other; image i has the seed `sample.seed + i`, and the i-th class in turn.
 
     Args:
-        sample: settings of all pictures.
-        count: how many pictures there are in all.
+        sample: settings of all images.
+        count: how many images there are in all.
     """
     for done in range(0, count, sample.batch):
         turn = done % len(sample.classes) if sample.classes else 0

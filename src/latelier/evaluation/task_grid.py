@@ -1,4 +1,4 @@
-"""What was asked above what was drawn above what there was, picture by picture, for looking at."""
+"""What was asked above what was drawn above what there was, image by image, for looking at."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from latelier.images import make_grid
 from latelier.recipe import Sample
 
 COLUMNS = 8
-LEAST_WIDTH = 160  # of a picture in the grid; smaller ones are enlarged, so that words fit in
+LEAST_WIDTH = 160  # of an image in the grid; smaller ones are enlarged, so that words fit in
 GOLDEN = 0.618034  # of a turn of hue from one class to the next: neighbours differ, none comes again
 BACKGROUND = 235
 
 
 class TaskGrid(NamedTuple):
-    """A picture to look at, and what its columns were drawn from where that is words.
+    """An image to look at, and what its columns were drawn from where that is words.
 
     Attributes:
         image: the grid.
@@ -42,12 +42,12 @@ class TaskGrid(NamedTuple):
 def task_grid(pipeline: Any, records: Iterable[Mapping[str, Any]], sample: Sample, seed: int = 0) -> TaskGrid:
     """Draw the first records: a column for each, with a row for each thing that can be seen of what was asked.
 
-    Those are the small picture, enlarged; the picture with grey holes; boxes and their classes; the label map; the map.
+    Those are the small image, enlarged; the image with grey holes; boxes and their classes; the label map; the map.
 
     Args:
         pipeline: a `LatentDiffusionPipeline`.
-        records: batches of records; the first `COLUMNS` pictures are drawn.
-        sample: how pictures are drawn; picture i from seed `sample.seed + i`.
+        records: batches of records; the first `COLUMNS` images are drawn.
+        sample: how images are drawn; image i from seed `sample.seed + i`.
         seed: of the holes, `evaluate.seed`.
 
     Raises:
@@ -72,7 +72,7 @@ def task_grid(pipeline: Any, records: Iterable[Mapping[str, Any]], sample: Sampl
 
 
 def _asked(name: str, part: Any, batch: Mapping[str, Any], size: tuple[int, int]) -> Float[Tensor, "b c h w"] | None:
-    """Pictures of what was asked; None for classes and captions."""
+    """Images of what was asked; None for classes and captions."""
     if name == "low_resolution":
         return batch["low"]
     if name == "inpainting":

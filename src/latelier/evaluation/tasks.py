@@ -1,7 +1,7 @@
 """How well a model does what it is told: enlarges, fills holes, follows layouts, maps and captions.
 
 What is measured follows from what the model's conditioner asks for. Each held-out record is drawn once, and each number
-stands beside the same of something simple: bicubic enlargement, holes in one colour, the layout of another picture.
+stands beside the same of something simple: bicubic enlargement, holes in one colour, the layout of another image.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from latelier.evaluation.clip import CLIPScore
 from latelier.evaluation.distributions import FeatureStatistics
 from latelier.evaluation.features import FeatureExtractor, load_extractor
 from latelier.evaluation.metrics import Measurement, mean_with_interval, size_warning
-from latelier.evaluation.reconstruction import SETTINGS, picture_metrics
+from latelier.evaluation.reconstruction import SETTINGS, image_metrics
 from latelier.evaluation.regions import RegionJudge, Templates
 from latelier.receipt import make_receipt
 from latelier.recipe import Evaluate, Sample
@@ -43,16 +43,16 @@ def evaluate_tasks(
 
     Args:
         pipeline: a `LatentDiffusionPipeline`.
-        records: batches of held-out records; at most `evaluate.samples` pictures are read.
+        records: batches of held-out records; at most `evaluate.samples` images are read.
         training: gives batches of training records, for the templates of layouts and label maps.
-        sample: how pictures are drawn; picture i from seed `sample.seed + i`.
-        evaluate: which metrics (psnr, ssim and lpips of enlarged, lpips and gfd of filled pictures), the first of
+        sample: how images are drawn; image i from seed `sample.seed + i`.
+        evaluate: which metrics (psnr, ssim and lpips of enlarged, lpips and gfd of filled images), the first of
             which features, which CLIP, and the seed of the holes.
         receipt: what is known besides: reference, data, tokenizer, ema, images_trained.
 
     Returns:
         `sr-<metric>` and `bicubic-<metric>`, `inpainting-<metric>` and `mean-fill-<metric>`, and how far the first is
-        above the second in the same pictures, `<task>-<metric>-difference`; `layout-match` and
+        above the second in the same images, `<task>-<metric>-difference`; `layout-match` and
         `segmentation-match` with `-chance` and `-real`; `clip-score` and `clip-score-real`. Empty for models that are
         told classes, maps or nothing.
 
@@ -79,18 +79,18 @@ def evaluate_tasks(
 def draw_records(
     pipeline: Any, records: Iterable[Mapping[str, Any]], sample: Sample, count: int, seed: int
 ) -> Iterator[tuple[Batch, Float[Tensor, "b c h w"]]]:
-    """One picture for each record, on the CPU; filled ones are the originals outside of the holes.
+    """One image for each record, on the CPU; filled ones are the originals outside of the holes.
 
     Args:
         pipeline: a `LatentDiffusionPipeline`.
         records: batches of records.
-        sample: how pictures are drawn; picture i from seed `sample.seed + i`.
-        count: pictures at most.
-        seed: of the holes; those of picture i are a function of `(seed, i)`.
+        sample: how images are drawn; image i from seed `sample.seed + i`.
+        count: images at most.
+        seed: of the holes; those of image i are a function of `(seed, i)`.
 
     Yields:
-        A batch of records, with what was made of them before they were drawn: `low`, small pictures, and `hole`; and
-        the pictures.
+        A batch of records, with what was made of them before they were drawn: `low`, small images, and `hole`; and
+        the images.
     """
     from latelier.conditioning.inpainting import compose
     from latelier.data import masks
@@ -101,7 +101,7 @@ def draw_records(
         image = batch["image"]
         numbers = torch.arange(done, done + len(image))  # (b,)
         if "low_resolution" in known:
-            batch["draw"] = sample.seed + numbers
+            batch["sample_id"] = sample.seed + numbers
             batch |= known["low_resolution"].prepare(batch, pipeline.codec)  # type: ignore[operator]
         if "inpainting" in known:
             batch["hole"] = masks.draw_masks(masks.SETTINGS[HOLES], (image.shape[2], image.shape[3]), seed, numbers)
@@ -123,22 +123,22 @@ def _judges(
     judges: list[Judge] = []
     wanted = [name for name in ("psnr", "ssim", "lpips") if name in evaluate.metrics]
     if "low_resolution" in known and wanted:
-        metrics = picture_metrics(evaluate, device)
+        metrics = image_metrics(evaluate, device)
         judges.append(EnlargementJudge({name: metrics[name] for name in wanted}, known["low_resolution"].config))
     if "inpainting" in known and {"lpips", "gfd"} & set(evaluate.metrics):
-        lpips = {k: v for k, v in picture_metrics(evaluate, device).items() if k == "lpips"}
+        lpips = {k: v for k, v in image_metrics(evaluate, device).items() if k == "lpips"}
         extractor = load_extractor(evaluate.features[0], device) if "gfd" in evaluate.metrics else None
         judges.append(FillingJudge(lpips, extractor, evaluate.seed))
-    for asks in ("layouts", "segmentations"):
-        if asks in known:
-            judges.append(RegionJudge(asks, Templates.of(training(), asks)))
+    for input_name in ("layouts", "segmentations"):
+        if input_name in known:
+            judges.append(RegionJudge(input_name, Templates.of(training(), input_name)))
     if "prompts" in known and evaluate.clip:
         judges.append(CaptionJudge(CLIPScore(evaluate.clip, device)))
     return judges
 
 
 class Judge(Protocol):
-    """Sees all drawn pictures in batches, then says its numbers."""
+    """Sees all drawn images in batches, then says its numbers."""
 
     def look(self, batch: Mapping[str, Any], drawn: Tensor, original: Tensor) -> None: ...
 
@@ -146,10 +146,10 @@ class Judge(Protocol):
 
 
 class Means:
-    """Means over pictures of some metrics, of drawn pictures and of a simple rival.
+    """Means over images of some metrics, of drawn images and of a simple rival.
 
     Args:
-        metrics: by name, `(pictures, originals)` to `(b,)`.
+        metrics: by name, `(images, originals)` to `(b,)`.
         names: of the two, before the metric's.
     """
 
@@ -159,14 +159,14 @@ class Means:
 
     def add(self, drawn: Tensor, rival: Tensor, original: Tensor) -> None:
         """Count a batch in."""
-        for side, pictures in zip(self._names, (drawn, rival)):
+        for side, images in zip(self._names, (drawn, rival)):
             for name, metric in self._metrics.items():
-                self._values[f"{side}-{name}"].append(metric(pictures, original).cpu())
+                self._values[f"{side}-{name}"].append(metric(images, original).cpu())
 
     def measure(self, about: Mapping[str, Any]) -> list[Measurement]:
-        """`<side>-<metric>`, and `<drawn>-<metric>-difference`: drawn minus rival, picture by picture; with intervals.
+        """`<side>-<metric>`, and `<drawn>-<metric>-difference`: drawn minus rival, image by image; with intervals.
 
-        Pictures differ far more among each other than drawn and rival do, so the difference is known more closely.
+        Images differ far more among each other than drawn and rival do, so the difference is known more closely.
         """
         values = {name: torch.cat(parts_) for name, parts_ in self._values.items()}  # (n,)
         drawn, rival = self._names
@@ -181,7 +181,7 @@ class Means:
 
 
 class EnlargementJudge:
-    """Super-resolution against the originals, beside bicubic enlargement of the same small pictures.
+    """Super-resolution against the originals, beside bicubic enlargement of the same small images.
 
     Args:
         metrics: of psnr, ssim, lpips.
@@ -196,7 +196,7 @@ class EnlargementJudge:
         }  # fmt: skip
 
     def look(self, batch: Mapping[str, Any], drawn: Tensor, original: Tensor) -> None:
-        """See drawn pictures; `batch["low"]` is what they were drawn from."""
+        """See drawn images; `batch["low"]` is what they were drawn from."""
         self._means.add(drawn, enlarge(batch["low"].to(original), original.shape[2], original.shape[3]), original)
 
     def measure(self, about: Mapping[str, Any]) -> list[Measurement]:
@@ -205,7 +205,7 @@ class EnlargementJudge:
 
 
 class FillingJudge:
-    """Inpainting against the originals, beside holes in the mean colour of the rest of the picture.
+    """Inpainting against the originals, beside holes in the mean colour of the rest of the image.
 
     Args:
         metrics: lpips, or nothing.
@@ -217,11 +217,11 @@ class FillingJudge:
         self._means, self._extractor = Means(metrics, ("inpainting", "mean-fill")), extractor
         dims = extractor.dims if extractor else 0
         self._drawn, self._filled, self._real = (FeatureStatistics(dims) for _ in range(3))
-        self._about = {"masks": f"LaMa's {HOLES}, lengths in proportion to the picture", "mask_seed": seed}
+        self._about = {"masks": f"LaMa's {HOLES}, lengths in proportion to the image", "mask_seed": seed}
         self._covered = 0.0
 
     def look(self, batch: Mapping[str, Any], drawn: Tensor, original: Tensor) -> None:
-        """See pictures whose `batch["hole"]` was filled."""
+        """See images whose `batch["hole"]` was filled."""
         hole = batch["hole"].to(original)  # (b, 1, h, w)
         filled = fill_with_mean(original, hole)
         self._covered += hole.mean((1, 2, 3)).sum().item()
@@ -245,7 +245,7 @@ class FillingJudge:
 
 
 class CaptionJudge:
-    """Pictures and the captions that they were drawn from, beside the original pictures.
+    """Images and the captions that they were drawn from, beside the original images.
 
     Args:
         clip: what compares them.
@@ -257,7 +257,7 @@ class CaptionJudge:
         self._real: list[Tensor] = []
 
     def look(self, batch: Mapping[str, Any], drawn: Tensor, original: Tensor) -> None:
-        """See pictures that `batch["caption"]` describes."""
+        """See images that `batch["caption"]` describes."""
         if "caption" not in batch:
             raise LatelierError("clip-score cannot be measured: the records have no 'caption'; see data.caption_key.")
         self._drawn.append(self._clip(drawn, batch["caption"]))
@@ -281,7 +281,7 @@ def enlarge(low: Float[Tensor, "b c i j"], height: int, width: int) -> Float[Ten
 
 
 def fill_with_mean(image: Float[Tensor, "b c h w"], hole: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b c h w"]:
-    """Holes in the mean colour of the rest of each picture."""
+    """Holes in the mean colour of the rest of each image."""
     rest = (hole < 0.5).to(image)  # (b, 1, h, w)
     mean = (image * rest).sum((2, 3), keepdim=True) / rest.sum((2, 3), keepdim=True)  # (b, c, 1, 1)
     return torch.where(hole > 0.5, mean, image)

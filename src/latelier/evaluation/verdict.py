@@ -17,7 +17,7 @@ from latelier.evaluation.report_metrics import receipts, values
 Kind = Literal["good", "fair", "bad"]
 KINDS: tuple[Kind, ...] = ("bad", "fair", "good")  # in the order in which they are told
 
-FEW_PICTURES = 500  # a share of 0.5 is known to 4 % then (95 %)
+FEW_IMAGES = 500  # a share of 0.5 is known to 4 % then (95 %)
 GOOD_PSNR, BAD_PSNR = 26.0, 20.0  # dB: errors of a twentieth and a tenth of the range from black to white
 TOKENIZER_BOUND, DENOISER_BOUND = 0.5, 0.1  # of the samples' Fréchet distance lies in reconstruction
 LARGE_SCALE, OFF_SCALE = 2.0, 1.25  # raw standard deviation, or one divided by it; the same with a configured factor
@@ -29,12 +29,12 @@ FLAT, STEEP = 3.0, 6.0  # dB lost to noise of 0.3: the error doubles, quadruples
 ORDERED = 3.0  # dB lost with half of the channels: the error doubles
 MANY_CHANNELS = 64  # DC-AE 1.5 (Chen et al. 2025, section 3): from here on, more channels slow diffusion down
 GAUSSIAN = 0.02  # nats per component that the best mixture gains over one Gaussian
-ENOUGH_MODES = 10  # must have been tried: with fewer pictures every mixture loses against one Gaussian
+ENOUGH_MODES = 10  # must have been tried: with fewer images every mixture loses against one Gaussian
 TOLD_APART, NOT_TOLD_APART = 0.5, 0.1  # of the way from guessing the most frequent class to making no error
-EQUIVARIANT, UNRELATED = 0.1, 1.0  # error as a share of the variance; two unrelated pictures have 2
+EQUIVARIANT, UNRELATED = 0.1, 1.0  # error as a share of the variance; two unrelated images have 2
 USED, HALF_USED = 0.9, 0.5  # of the codebook
 LEARNT, NOT_LEARNT = 0.25, 0.02  # of the loss of independent Gaussians that the small denoiser takes away
-SLOW_HOURS = 24.0  # to encode a million pictures
+SLOW_HOURS = 24.0  # to encode a million images
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,13 @@ def _near(value: float) -> str:
 # -- reconstruction ---------------------------------------------------------------------------------------------------
 
 
-def pictures(m: Measures) -> Finding | None:
-    """Whether there were enough pictures to judge by."""
+def images(m: Measures) -> Finding | None:
+    """Whether there were enough images to judge by."""
     counts = [m.about(name, "n") for name in m.values]
-    n = max((n for n in counts if isinstance(n, int)), default=FEW_PICTURES)
-    if n >= FEW_PICTURES:
+    n = max((n for n in counts if isinstance(n, int)), default=FEW_IMAGES)
+    if n >= FEW_IMAGES:
         return None
-    words = f"All this was measured on {n} pictures: small differences are chance. Measure on more before choosing."
+    words = f"All this was measured on {n} images: small differences are chance. Measure on more before choosing."
     return Finding("fair", words, {"n": float(n)})
 
 
@@ -199,7 +199,7 @@ def active(m: Measures) -> Finding | None:
     """How many channels carry anything: the posterior's mean varies by more than 0.01 (Burda et al. 2016)."""
     if (found := m.get("active-channels")) is None or found[0] >= ACTIVE:
         return None
-    words = f"Only {100 * found[0]:.0f} % of the channels say anything about the picture; the denoiser learns noise in "
+    words = f"Only {100 * found[0]:.0f} % of the channels say anything about the image; the denoiser learns noise in "
     words += "the others. Take fewer channels, or less KL."
     return Finding("bad" if found[0] < FEW_ACTIVE else "fair", words, {"active-channels": found[0]})
 
@@ -230,7 +230,7 @@ def noise(m: Measures) -> Finding | None:
 
 
 def order(m: Measures) -> Finding | None:
-    """Whether the first channels hold most of the picture (DC-AE 1.5, Chen et al. 2025, section 3.2)."""
+    """Whether the first channels hold most of the image (DC-AE 1.5, Chen et al. 2025, section 3.2)."""
     lengths = {m.about(name, "prefix"): name for name in m.begin("prefix-psnr@")}
     lengths = {length: name for length, name in lengths.items() if isinstance(length, int)}
     whole = max(lengths, default=0)
@@ -258,9 +258,7 @@ def codes(m: Measures) -> Finding | None:
     (usage,) = found
     if usage >= USED:
         return Finding("good", f"{100 * usage:.0f} % of the codes are in use.", {"codebook-usage": usage})
-    words = (
-        f"Only {100 * usage:.0f} % of the codes are in use. Measure on more pictures; if it stays so, take a smaller "
-    )
+    words = f"Only {100 * usage:.0f} % of the codes are in use. Measure on more images; if it stays so, take a smaller "
     words += "codebook, or restart dead codes."
     return Finding("bad" if usage < HALF_USED else "fair", words, {"codebook-usage": usage})
 
@@ -269,7 +267,7 @@ def codes(m: Measures) -> Finding | None:
 
 
 def smoothness(m: Measures) -> Finding | None:
-    """What small errors of a denoiser will do to pictures (LDMAE, Lee et al. 2025, figure 6)."""
+    """What small errors of a denoiser will do to images (LDMAE, Lee et al. 2025, figure 6)."""
     drop = m.about("smoothness-psnr", "drop")
     if not isinstance(drop, int | float) or (found := m.get("smoothness-psnr")) is None:
         return None
@@ -292,22 +290,22 @@ def likeness(m: Measures) -> Finding | None:
     name = "separation-object"
     if (found := m.get(name)) is None or found[0] > 0:
         return None
-    words = "Pictures that look alike do not lie closer together than any others: distances in this space mean little."
+    words = "Images that look alike do not lie closer together than any others: distances in this space mean little."
     return Finding("bad", words, {name: found[0]})
 
 
 def equivariance(m: Measures) -> Finding | None:
-    """Whether moved and scaled pictures have moved and scaled latents (EQ-VAE, Kouzelis et al. 2025)."""
+    """Whether moved and scaled images have moved and scaled latents (EQ-VAE, Kouzelis et al. 2025)."""
     if not (errors := m.begin("equivariance-")):
         return None
     name, worst = max(errors.items(), key=lambda item: item[1])
     what = name.removeprefix("equivariance-").replace("-", " ")
     if worst <= EQUIVARIANT:
-        return Finding("good", "Latents move with the picture: shifts, flips and scales change little else.", errors)
+        return Finding("good", "Latents move with the image: shifts, flips and scales change little else.", errors)
     if worst < UNRELATED:
         return None
-    words = f"Latents do not follow the picture ({what}): the error is {worst:.1f} of their variance, where unrelated "
-    return Finding("fair", f"{words}pictures have 2. A denoiser must learn every place anew.", {name: worst})
+    words = f"Latents do not follow the image ({what}): the error is {worst:.1f} of their variance, where unrelated "
+    return Finding("fair", f"{words}images have 2. A denoiser must learn every place anew.", {name: worst})
 
 
 # -- distribution -----------------------------------------------------------------------------------------------------
@@ -335,7 +333,7 @@ def classes(m: Measures) -> Finding | None:
     if (found := m.get("probe-accuracy")) is None or not isinstance(guess, int | float) or guess >= 1:
         return None
     skill, evidence = (found[0] - guess) / (1 - guess), {"probe-accuracy": found[0], "by guessing": float(guess)}
-    told = f"a linear probe is right in {100 * found[0]:.0f} % of the pictures, guessing in {100 * guess:.0f} %"
+    told = f"a linear probe is right in {100 * found[0]:.0f} % of the images, guessing in {100 * guess:.0f} %"
     if skill >= TOLD_APART:
         return Finding("good", f"Classes lie apart: {told}.", evidence)
     if skill < NOT_TOLD_APART:
@@ -371,13 +369,13 @@ def cost(m: Measures) -> Finding | None:
     hours = 1e6 / found[0] / 3600
     if hours <= SLOW_HOURS:
         return None
-    words = f"Encoding a million pictures takes {hours:.0f} hours on this device. Encode once, into a latent cache."
+    words = f"Encoding a million images takes {hours:.0f} hours on this device. Encode once, into a latent cache."
     return Finding("fair", words, {"encode-images-per-second": found[0]})
 
 
 RULES: tuple[Rule, ...] = (
     detail, limit, smoothness, scale, outliers, silent, active, redundancy, noise, order, codes, likeness, equivariance,
-    modes, classes, difficulty, cost, pictures,
+    modes, classes, difficulty, cost, images,
 )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """A patch discriminator and its losses: what makes reconstructions sharp (VQGAN, LDM).
 
-The discriminator sees overlapping patches and says for each whether it is a picture or a reconstruction. The tokenizer
+The discriminator sees overlapping patches and says for each whether it is an image or a reconstruction. The tokenizer
 is rewarded for patches that pass. Esser et al. 2021, "Taming Transformers", section 3.1 and equations 5-7.
 """
 
@@ -19,17 +19,17 @@ from latelier.errors import LatelierError
 
 ADAPTIVE_EPSILON, ADAPTIVE_LIMIT = 1e-4, 1e4
 GROUPS = 32
-HOLE = 0.5  # side of a cutout, as a share of the picture's
+HOLE = 0.5  # side of a cutout, as a share of the image's
 
 
 class PatchGAN(nn.Module):
     """Fully convolutional discriminator (Isola et al. 2017): a map of logits, one for each overlapping patch.
 
     Args:
-        in_channels: of the pictures.
+        in_channels: of the images.
         channels: of the first layer; doubled at every stride up to eightfold.
         layers: strided convolutions after the first; 3 judges patches of 70 x 70 pixels.
-        norm: `batch` as in LDM; `group` does not mix the pictures of a batch, so processes and micro-batches agree.
+        norm: `batch` as in LDM; `group` does not mix the images of a batch, so processes and micro-batches agree.
     """
 
     def __init__(self, in_channels: int = 3, channels: int = 64, layers: int = 3, norm: str = "group"):
@@ -46,15 +46,15 @@ class PatchGAN(nn.Module):
         self.apply(_initialise)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 i j"]:
-        """Logits: positive where the patch looks like a picture.
+        """Logits: positive where the patch looks like an image.
 
         Raises:
-            LatelierError: for pictures smaller than the last layers need.
+            LatelierError: for images smaller than the last layers need.
         """
         if min(images.shape[2:]) < self.smallest:
             height, width = images.shape[2:]
             raise LatelierError(
-                f"A discriminator of {self.smallest.bit_length() - 3} layers needs pictures of at least "
+                f"A discriminator of {self.smallest.bit_length() - 3} layers needs images of at least "
                 f"{self.smallest} pixels a side, not {height} x {width}; lower tokenizer.adversarial.layers."
             )
         return self.head(self.body(images))
@@ -84,13 +84,13 @@ def lecam(
 def consistency(
     judged: Sequence[Float[Tensor, "b 1 *patches"]], again: Sequence[Float[Tensor, "b 1 *patches"]]
 ) -> Float[Tensor, ""]:
-    """Mean squared change of the logits when the pictures are augmented.
+    """Mean squared change of the logits when the images are augmented.
 
-    Zhang et al. 2020, "Consistency Regularization for Generative Adversarial Networks"; of pictures and of
+    Zhang et al. 2020, "Consistency Regularization for Generative Adversarial Networks"; of images and of
     reconstructions alike, as in Zhao et al. 2021, "Improved Consistency Regularization for GANs".
 
     Args:
-        judged: logits of pictures, and of their reconstructions.
+        judged: logits of images, and of their reconstructions.
         again: the same when both are augmented.
     """
     return torch.stack([(one - other).square().mean() for one, other in zip(judged, again, strict=True)]).mean()
@@ -116,14 +116,14 @@ def augment(
     hole: float = HOLE,
     chosen: Bool[Tensor, "b 3"] | None = None,
 ) -> Float[Tensor, "b c h w"]:
-    """DiffAugment (Zhao et al. 2020): the same differentiable changes to pictures and reconstructions.
+    """DiffAugment (Zhao et al. 2020): the same differentiable changes to images and reconstructions.
 
     Args:
         images: in [-1, 1].
         policy: any of `color`, `translation`, `cutout`, applied in this order.
-        numbers: uniform in [0, 1): brightness, saturation, contrast, shift (y, x), hole (y, x), for each picture.
-        hole: side of the cutout, as a share of the picture's.
-        chosen: which of the three changes each picture undergoes, in the order above; by default all.
+        numbers: uniform in [0, 1): brightness, saturation, contrast, shift (y, x), hole (y, x), for each image.
+        hole: side of the cutout, as a share of the image's.
+        chosen: which of the three changes each image undergoes, in the order above; by default all.
     """
     u = [n.view(-1, 1, 1, 1) for n in numbers.to(images).unbind(1)]
     changes = {
@@ -162,7 +162,7 @@ def _shift(images: Float[Tensor, "b c h w"], down: Tensor, right: Tensor) -> Flo
 
 
 def _cut(images: Float[Tensor, "b c h w"], down: Tensor, right: Tensor, share: float) -> Float[Tensor, "b c h w"]:
-    """A hole of zeros around a place anywhere in the picture."""
+    """A hole of zeros around a place anywhere in the image."""
     height, width = images.shape[2:]
     y, x = _places(images)
     top, left = ((n.view(-1, 1, 1) * side).long() for n, side in ((down, height), (right, width)))

@@ -13,7 +13,7 @@ from accelerate.utils import gather, reduce
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from latelier.draws import Draws
+from latelier.keyed_random import KeyedRandom
 
 DISTANCES_AT_ONCE = 2**26  # numbers: 256 MiB
 
@@ -111,7 +111,7 @@ class CodebookUse(nn.Module):
         """Put codes that were not used for `after` images onto random latents of all processes' batches, in place.
 
         Each latent vector has a random number of its own, and the vectors with the highest are taken; so neither the
-        order of the pictures nor their distribution over processes matters.
+        order of the images nor their distribution over processes matters.
 
         Args:
             codebook: one code a row; changed.
@@ -127,7 +127,7 @@ class CodebookUse(nn.Module):
         if not len(dead):
             return dead
         vectors = latents.detach().float().permute(0, 2, 3, 1).flatten(0, 2)  # (n, c)
-        lots = Draws(self.seed, numbers, latents.device).uniform("restart", *latents.shape[2:]).flatten()  # (n)
+        lots = KeyedRandom(self.seed, numbers, latents.device).uniform("restart", *latents.shape[2:]).flatten()  # (n)
         lots, chosen = lots.topk(min(len(dead), len(lots)))
         lots, vectors = gather(lots), gather(vectors[chosen])
         chosen = lots.argsort(descending=True, stable=True)[: len(dead)]

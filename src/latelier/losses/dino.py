@@ -1,7 +1,7 @@
 """A discriminator on the features of a frozen vision transformer: what MAETok plays against.
 
-A ViT that learnt without labels (DINO) describes the patches of a picture at several depths. At each depth a small
-trainable head says for every patch whether it belongs to a picture or to a reconstruction. The ViT is a constant: it
+A ViT that learnt without labels (DINO) describes the patches of an image at several depths. At each depth a small
+trainable head says for every patch whether it belongs to an image or to a reconstruction. The ViT is a constant: it
 is held outside of the module, so that optimisers, checkpoints and DDP see the heads alone. Sauer et al. 2021,
 "Projected GANs Converge Faster"; Sauer et al. 2023, "StyleGAN-T", section 3.2 (DINO ViT-S, five heads).
 """
@@ -19,7 +19,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from latelier.errors import LatelierError
 from latelier.losses.adversarial import group_count
 
-CROP_SHARE = 0.5  # of the pictures that are cropped to the ViT's size; the others are shrunk to it
+CROP_SHARE = 0.5  # of the images that are cropped to the ViT's size; the others are shrunk to it
 TAPS = 4  # blocks that are listened to, besides the embedded patches
 NEIGHBOURS = 9  # patches, in raster order, that the second convolution of a head looks at
 
@@ -29,8 +29,8 @@ class DinoDiscriminator(nn.Module):
 
     Args:
         teacher: the ViT: a name on the Hugging Face Hub or a folder, see `Teacher`.
-        in_channels: of the pictures, 1 or 3; gray is given to the ViT three times.
-        norm: `batch` as in the paper; `group` does not mix the pictures of a batch.
+        in_channels: of the images, 1 or 3; gray is given to the ViT three times.
+        norm: `batch` as in the paper; `group` does not mix the images of a batch.
 
     Raises:
         LatelierError: for other channel counts, and for a teacher that cannot be used.
@@ -40,7 +40,7 @@ class DinoDiscriminator(nn.Module):
         super().__init__()
         if in_channels not in (1, 3):
             raise LatelierError(
-                f"tokenizer.adversarial.kind = 'dino' judges pictures of 1 or 3 channels, not {in_channels}; "
+                f"tokenizer.adversarial.kind = 'dino' judges images of 1 or 3 channels, not {in_channels}; "
                 "use kind: patch."
             )
         self.features = FrozenFeatures(teacher)
@@ -49,11 +49,11 @@ class DinoDiscriminator(nn.Module):
     def forward(
         self, images: Float[Tensor, "b c h w"], numbers: Float[Tensor, "b 3"] | None = None
     ) -> Float[Tensor, "b 1 n"]:
-        """Logits of all patches at all depths: positive where the patch looks like a picture.
+        """Logits of all patches at all depths: positive where the patch looks like an image.
 
         Args:
             images: in [-1, 1].
-            numbers: uniform in [0, 1), see `view`; without them every picture is resized.
+            numbers: uniform in [0, 1), see `view`; without them every image is resized.
         """
         images = images.expand(-1, 3, -1, -1)  # (b, 3, h, w)
         taps = self.features(view(images, self.features.size, numbers))  # each (b, d, n)
@@ -61,12 +61,12 @@ class DinoDiscriminator(nn.Module):
 
 
 class FrozenFeatures:
-    """Features of a ViT of `transformers`, differentiable in the picture and in nothing else.
+    """Features of a ViT of `transformers`, differentiable in the image and in nothing else.
 
-    No module on purpose: whatever holds it does not register the ViT. It follows the pictures to their device.
+    No module on purpose: whatever holds it does not register the ViT. It follows the images to their device.
 
     Attributes:
-        size: height and width of the pictures that it takes.
+        size: height and width of the images that it takes.
         dim: width of its tokens.
         taps: depths that are read: 0 before the first block, k after k blocks.
     """
@@ -83,7 +83,7 @@ class FrozenFeatures:
         self.taps = tapped(config.num_hidden_layers)
 
     def __call__(self, images: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b d n"]]:
-        """Patch tokens with the CLS token added to each, at every tapped depth, of pictures in [-1, 1]."""
+        """Patch tokens with the CLS token added to each, at every tapped depth, of images in [-1, 1]."""
         if self.mean.device != images.device:
             self.vit.to(images.device)
             self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
@@ -134,14 +134,14 @@ def tapped(depth: int) -> list[int]:
 def view(
     images: Float[Tensor, "b c h w"], size: Sequence[int], numbers: Float[Tensor, "b 3"] | None = None
 ) -> Float[Tensor, "b c i j"]:
-    """Pictures at the ViT's size: some cropped at a random place, the others shrunk by area.
+    """Images at the ViT's size: some cropped at a random place, the others shrunk by area.
 
-    A picture that is smaller than the ViT's size is enlarged (bilinear) and never cropped.
+    An image that is smaller than the ViT's size is enlarged (bilinear) and never cropped.
 
     Args:
         images: of any size.
         size: height and width.
-        numbers: uniform in [0, 1), for each picture: below a half it is cropped; then the crop's place (y, x).
+        numbers: uniform in [0, 1), for each image: below a half it is cropped; then the crop's place (y, x).
     """
     room = [have - want for have, want in zip(images.shape[2:], size)]
     if not any(room):

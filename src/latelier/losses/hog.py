@@ -40,7 +40,7 @@ def hog_width(patch: int, channels: int) -> int:
 
 @torch.no_grad()
 def hog(images: Float[Tensor, "b c h w"], patch: int) -> Float[Tensor, "b n d"]:
-    """HOG of pictures, patch by patch; float32, whatever the autocast, and without gradients.
+    """HOG of images, patch by patch; float32, whatever the autocast, and without gradients.
 
     Args:
         images: `(b, c, h, w)`, of any number of channels; brightness and contrast do not matter.
@@ -50,12 +50,12 @@ def hog(images: Float[Tensor, "b c h w"], patch: int) -> Float[Tensor, "b n d"]:
         `(b, n, d)`: patches in raster order; of each, (channel, bin, cell row, cell column) flattened.
 
     Raises:
-        LatelierError: if patches do not divide the picture, or cells the patch.
+        LatelierError: if patches do not divide the image, or cells the patch.
     """
     batch, channels, height, width = images.shape
     if height % CELL or width % CELL or height % patch or width % patch:
         raise LatelierError(
-            f"HOG needs pictures whose sides are divisible by {math.lcm(CELL, patch)}, not {height} x {width}; choose "
+            f"HOG needs images whose sides are divisible by {math.lcm(CELL, patch)}, not {height} x {width}; choose "
             "another image_size, or take the target hog out."
         )
     d, k = hog_width(patch, channels), patch // CELL
@@ -79,7 +79,7 @@ def _histograms(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c 9 i j"]:
 def sobel(images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
     """Sobel's differences to the right and downwards, (1, 0, -1) across and (1, 2, 1) along, edges reflected.
 
-    Differences come first: where a picture is plain they are exactly zero, and rounding errors are no direction.
+    Differences come first: where an image is plain they are exactly zero, and rounding errors are no direction.
     """
     x = F.pad(images, (1, 1, 1, 1), mode="reflect")  # (b, c, h + 2, w + 2)
     across = x[..., :-2] - x[..., 2:]  # (b, c, h + 2, w)
@@ -90,7 +90,7 @@ def sobel(images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b c h w"], F
 
 
 def _window(height: int, width: int, device: torch.device) -> Float[Tensor, "h w"]:
-    """The Gaussian, summing to 1, repeated from the upper left corner over the picture; the last ones may be cut.
+    """The Gaussian, summing to 1, repeated from the upper left corner over the image; the last ones may be cut.
 
     It is symmetric, so each cell sees one quarter of it, brightest at one corner; a cut leaves whole quarters.
     """

@@ -1,4 +1,4 @@
-"""LPIPS: how different two pictures look, by a network that learned it from human judgements.
+"""LPIPS: how different two images look, by a network that learned it from human judgements.
 
 Zhang et al. 2018, "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", equation 1.
 """
@@ -69,14 +69,14 @@ class LPIPS(nn.Module):
         self.register_buffer("scale", torch.tensor(SCALE).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
-        """Distance of each picture from its reference.
+        """Distance of each image from its reference.
 
         Args:
             images: `(b, c, h, w)` in [-1, 1], 1 or 3 channels; gradients flow into these only.
             reference: the same shape.
 
         Raises:
-            LatelierError: for other channel counts, and for pictures too small for the network.
+            LatelierError: for other channel counts, and for images too small for the network.
         """
         self._check(images)
         pieces = -(-images.numel() // images.shape[1] * CHANNELS // PIECE[images.device.type == "cuda"])
@@ -99,7 +99,7 @@ class LPIPS(nn.Module):
         return taps
 
     def compare(self, ours: list[Tensor], theirs: list[Tensor]) -> Float[Tensor, " b"]:
-        """Distance of pictures whose `features` are known already."""
+        """Distance of images whose `features` are known already."""
         distances = [_Distance.apply(x, y, getattr(self, f"head{i}")) for i, (x, y) in enumerate(zip(ours, theirs))]
         return torch.stack(distances).sum(0)  # (b,)
 
@@ -114,8 +114,8 @@ class LPIPS(nn.Module):
         smallest = _SMALLEST[self.net]
         if min(height, width) < smallest:
             raise LatelierError(
-                f"LPIPS ({self.net}) needs pictures of at least {smallest} pixels a side, not {height} x {width}; "
-                "use larger pictures or set perceptual_weight: 0."
+                f"LPIPS ({self.net}) needs images of at least {smallest} pixels a side, not {height} x {width}; "
+                "use larger images or set perceptual_weight: 0."
             )
         if channels not in (1, 3):
             raise LatelierError(
@@ -165,9 +165,9 @@ class _Pieces(torch.autograd.Function):
 
 
 class _Distance(torch.autograd.Function):
-    """Mean over positions of sum_c w_c (x_c / |x| - y_c / |y|)^2, float32 inside, one picture at a time on the CPU.
+    """Mean over positions of sum_c w_c (x_c / |x| - y_c / |y|)^2, float32 inside, one image at a time on the CPU.
 
-    One picture's features stay in the cache through all element-wise steps, and the gradient is computed on the way,
+    One image's features stay in the cache through all element-wise steps, and the gradient is computed on the way,
     so nothing but itself has to be kept: for u = x / (|x| + e), g = 2 w (u - v),
 
         dx = (g - u (g . u) (|x| + e) / |x|) / (|x| + e)

@@ -1,6 +1,6 @@
 """Frozen vision models whose features a tokenizer learns to predict: DINOv2, SigLIP, CLIP, any ViT of `transformers`.
 
-A teacher gives one vector for each patch of *our* grid. Its picture is resized so that its own patches are as many,
+A teacher gives one vector for each patch of *our* grid. Its image is resized so that its own patches are as many,
 and its position table is interpolated; a model that reads one size only has its map of features resampled instead.
 
 The features are the last hidden state after the model's final norm, without CLS and registers. MAETok's released code
@@ -30,7 +30,7 @@ VISION_HALF = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}
 NORM_LEFT_OUT = ("clip_vision_model",)  # the final norm, which transformers gives to the pooled CLS only
 UNUSED = ("pooler", "head.")  # weights that no patch feature needs
 
-# Mean and standard deviation for pictures in [0, 1], of checkpoints without a preprocessor's file.
+# Mean and standard deviation for images in [0, 1], of checkpoints without a preprocessor's file.
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 STATISTICS = {
     "clip_vision_model": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
@@ -49,7 +49,7 @@ class Teacher:
     Attributes:
         dim: width of the features.
         patch: pixels along a side of its own patches.
-        mean, std: `(3, 1, 1)` for pictures in [0, 1].
+        mean, std: `(3, 1, 1)` for images in [0, 1].
 
     Raises:
         LatelierError: if it cannot be loaded, or has no patches.
@@ -68,7 +68,7 @@ class Teacher:
         self.to(device)
 
     def to(self, device: torch.device | str) -> Teacher:
-        """Move to another device; a call moves to where its pictures are."""
+        """Move to another device; a call moves to where its images are."""
         self.device = torch.device(device)
         self.model.to(self.device)
         self.mean, self.std = self.mean.to(self.device), self.std.to(self.device)
@@ -76,7 +76,7 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, images: Float[Tensor, "b c h w"], grid: tuple[int, int]) -> Float[Tensor, "b n d"]:
-        """Features of pictures, float32, one for each cell of a grid in raster order.
+        """Features of images, float32, one for each cell of a grid in raster order.
 
         Args:
             images: `(b, c, h, w)` in [-1, 1], 1 or 3 channels; one channel is repeated.
@@ -103,7 +103,7 @@ class Teacher:
         return F.interpolate(planes, grid, mode="bilinear", antialias=True).flatten(2).transpose(1, 2)
 
     def preprocess(self, images: Float[Tensor, "b c h w"], size: tuple[int, int]) -> Float[Tensor, "b 3 i j"]:
-        """Pictures in [-1, 1] at a size in pixels, with the teacher's mean and standard deviation."""
+        """Images in [-1, 1] at a size in pixels, with the teacher's mean and standard deviation."""
         pixels = images.float().expand(-1, 3, -1, -1)  # (b, 3, h, w)
         if tuple(pixels.shape[2:]) != tuple(size):
             pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(-1, 1)
@@ -163,7 +163,7 @@ def find_pretrained(name: str) -> str:
 
 
 def read_statistics(name: str, config: Any) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation that a checkpoint's preprocessor subtracts and divides by, for pictures in [0, 1].
+    """Mean and standard deviation that a checkpoint's preprocessor subtracts and divides by, for images in [0, 1].
 
     A checkpoint without a preprocessor's file gets those of its kind: CLIP's, SigLIP's, or ImageNet's.
     """

@@ -33,7 +33,7 @@ def build_objective(
         section: weights and forms.
         seed: of the objective's random choices.
         tokenizer: the model to train.
-        dataset: what it is trained on; targets learn words from its captions, and which pictures stay as they are.
+        dataset: what it is trained on; targets learn words from its captions, and which images stay as they are.
     """
     freeze(tokenizer, section.train)
     perceptual = None

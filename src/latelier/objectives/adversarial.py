@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from latelier.draws import Draws
+from latelier.keyed_random import KeyedRandom
 from latelier.losses.adversarial import (
     PatchGAN,
     adaptive_weight,
@@ -28,7 +28,7 @@ from latelier.losses.adversarial import (
     generator_loss,
     lecam,
 )
-from latelier.objectives.terms import Terms
+from latelier.objectives.terms import LossTerms
 from latelier.recipe import Adversarial
 
 CHANGES = ("color", "translation", "cutout")
@@ -36,7 +36,7 @@ HOLES = {"patch": 0.5, "dino": 0.2}  # cutouts of DiffAugment's paper and of MAE
 
 
 class DiscriminatorObjective(nn.Module):
-    """Loss terms of the discriminator on pictures and their reconstructions.
+    """Loss terms of the discriminator on images and their reconstructions.
 
     Args:
         discriminator: the model to train.
@@ -49,15 +49,15 @@ class DiscriminatorObjective(nn.Module):
     def __init__(self, discriminator: nn.Module, recipe: Adversarial, seed: int):
         super().__init__()
         self.discriminator, self.recipe, self.seed = discriminator, recipe, seed
-        self.register_buffer("averages", torch.zeros(2))  # running means of the logits of pictures, reconstructions
+        self.register_buffer("averages", torch.zeros(2))  # running means of the logits of images, reconstructions
 
-    def forward(self, batch: dict[str, Any]) -> Terms:
+    def forward(self, batch: dict[str, Any]) -> LossTerms:
         """Terms of `real` and `fake`, both `(b, c, h, w)` and without gradients; `draw` addresses randomness."""
-        with parametrize.cached():  # spectral norms move on once for each batch, and are the same for all its pictures
-            logits = [self.logits(batch[side], batch["draw"]) for side in ("real", "fake")]
+        with parametrize.cached():  # spectral norms move on once for each batch, and are the same for all its images
+            logits = [self.logits(batch[side], batch["sample_id"]) for side in ("real", "fake")]
             again = []
             if self.recipe.consistency:
-                again = [self.logits(batch[side], batch["draw"], strong=True) for side in ("real", "fake")]
+                again = [self.logits(batch[side], batch["sample_id"], strong=True) for side in ("real", "fake")]
         on_real, on_fake = logits
         losses = {
             "d_loss": discriminator_loss(on_real, on_fake, self.recipe.loss),
@@ -74,25 +74,25 @@ class DiscriminatorObjective(nn.Module):
         if again:
             losses["d_consistency"] = consistency(logits, again)
             weights["d_consistency"] = self.recipe.consistency
-        return Terms(losses, weights)
+        return LossTerms(losses, weights)
 
     def logits(
         self, images: Float[Tensor, "b c h w"], numbers: Tensor, strong: bool = False
     ) -> Float[Tensor, "b 1 *patches"]:
-        """What the discriminator says of augmented pictures, float32.
+        """What the discriminator says of augmented images, float32.
 
         Args:
             images: in [-1, 1].
-            numbers: that address the augmentation, which pictures and their reconstructions share.
+            numbers: that address the augmentation, which images and their reconstructions share.
             strong: every change is made and cutouts are large, whatever the recipe says: for the consistency.
         """
         if strong:
-            changes = Draws(self.seed, numbers, images.device).uniform("consistency", 7)
+            changes = KeyedRandom(self.seed, numbers, images.device).uniform("consistency", 7)
             images = augment(images, CHANGES, changes)
         else:
             images = changed(images, numbers, self.recipe, self.seed)
         if self.recipe.kind == "dino":  # the view is drawn on the CPU, where it is used
-            return self.discriminator(images, Draws(self.seed, numbers).uniform("view", 3)).float()
+            return self.discriminator(images, KeyedRandom(self.seed, numbers).uniform("view", 3)).float()
         return self.discriminator(images).float()  # (b, 1, i, j)
 
 
@@ -102,7 +102,7 @@ class Adversary:
     Args:
         recipe: weight, start, form.
         seed: of the augmentation.
-        channels: of the pictures.
+        channels: of the images.
     """
 
     def __init__(self, recipe: Adversarial, seed: int, channels: int):
@@ -115,7 +115,7 @@ class Adversary:
         return max(0, self.recipe.start - self.recipe.ahead)
 
     def add(
-        self, terms: Terms, reconstruction: Float[Tensor, "b c h w"], last_layer: Tensor, batch: dict[str, Any]
+        self, terms: LossTerms, reconstruction: Float[Tensor, "b c h w"], last_layer: Tensor, batch: dict[str, Any]
     ) -> None:
         """Add `adversarial` to a tokenizer's terms, once `batch["seen"]` has reached the start.
 
@@ -128,7 +128,7 @@ class Adversary:
         if batch["seen"] < self.recipe.start:
             return
         with untouched(self.objective.discriminator):
-            logits = self.objective.logits(reconstruction, batch["draw"])
+            logits = self.objective.logits(reconstruction, batch["sample_id"])
         loss = generator_loss(logits, self.recipe.loss)
         weight = self.recipe.weight
         if self.recipe.adaptive and torch.is_grad_enabled():
@@ -139,7 +139,7 @@ class Adversary:
 
 
 def build_discriminator(recipe: Adversarial, channels: int) -> nn.Module:
-    """The discriminator of a recipe, with fresh weights, for pictures of so many channels."""
+    """The discriminator of a recipe, with fresh weights, for images of so many channels."""
     if recipe.kind == "dino":
         from latelier.losses.dino import DinoDiscriminator
 
@@ -163,10 +163,10 @@ def untouched(discriminator: nn.Module) -> Iterator[None]:
 
 
 def changed(images: Float[Tensor, "b c h w"], numbers: Tensor, recipe: Adversarial, seed: int) -> Tensor:
-    """Pictures as the recipe augments them for the discriminator."""
+    """Images as the recipe augments them for the discriminator."""
     if not recipe.augment:
         return images
-    draws = Draws(seed, numbers, images.device)
+    draws = KeyedRandom(seed, numbers, images.device)
     chosen = None
     if recipe.augment_share < 1:
         chosen = draws.uniform("augment share", len(CHANGES)) < recipe.augment_share  # (b, 3)

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from latelier.objectives.adversarial import Adversary
 from latelier.objectives.prefixes import draw_lengths, keep_prefix
-from latelier.objectives.terms import Terms, judged
+from latelier.objectives.terms import LossTerms, judged
 from latelier.recipe import DCAERecipe
 from latelier.tokenizers import last_layer
 
 
 class DCAEObjective(nn.Module):
-    """Loss terms of an autoencoder on a batch of pictures, means over all its reconstructions.
+    """Loss terms of an autoencoder on a batch of images, means over all its reconstructions.
 
     Args:
         tokenizer: the model to train.
@@ -57,26 +57,26 @@ class DCAEObjective(nn.Module):
                 module.eval()
         return self
 
-    def forward(self, batch: dict[str, Any]) -> Terms:
+    def forward(self, batch: dict[str, Any]) -> LossTerms:
         """Terms of `batch["image"]` `(b, c, h, w)`; `seen` addresses the prefixes."""
         images, rows = batch["image"], judged(batch, self.recipe)
         z = self.tokenizer.encode(images).latent  # (b, k, h/f, w/f)
         lengths = [z.shape[1]]
         if self.recipe.prefixes is not None:
             lengths = draw_lengths(self.recipe.prefixes, z.shape[1], self.seed, batch["seen"])
-        parts, pictures = [], []
+        parts, images = [], []
         for length in lengths:
             reconstruction = self.tokenizer.decode(keep_prefix(z, length)).sample.float()  # (b, c, h, w)
             parts.append(self._losses(reconstruction, images, rows))
-            pictures.append(reconstruction)
+            image_batches.append(reconstruction)
         losses = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
         weights = {self.recipe.reconstruction: 1.0, "lpips": self.recipe.perceptual_weight}
         weights = {name: weights[name] for name in losses}
         if self.recipe.prefixes is not None:
             losses["prefix"] = z.new_tensor(lengths, dtype=torch.float32).mean()  # in the log only
-        terms = Terms(losses, weights, images={"reconstruction": pictures[0].detach()})
+        terms = LossTerms(losses, weights, images={"reconstruction": image_batches[0].detach()})
         if self.adversary is not None:
-            self.adversary.add(terms, pictures[0], last_layer(self.tokenizer), batch)
+            self.adversary.add(terms, image_batches[0], last_layer(self.tokenizer), batch)
         return terms
 
     def _losses(

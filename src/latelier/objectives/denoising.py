@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from latelier.conditioning.condition import Condition
 from latelier.data.latents import draw_latents
 from latelier.diffusion.process import DDPM, Flow
-from latelier.draws import Draws
+from latelier.keyed_random import KeyedRandom
 from latelier.objectives.prefixes import draw_lengths
-from latelier.objectives.terms import Terms
+from latelier.objectives.terms import LossTerms
 from latelier.recipe import Prefixes
 
 
@@ -52,9 +52,9 @@ class DenoisingObjective(nn.Module):
         self.seed, self.dropout, self.loss, self.cosine_weight = seed, tuple(dropout), loss, cosine_weight
         self.sample_posterior, self.prefixes = sample_posterior, prefixes
 
-    def forward(self, batch: dict[str, Any]) -> Terms:
+    def forward(self, batch: dict[str, Any]) -> LossTerms:
         """Terms of a batch of normalised latents `mean` and `std` `(b, c, *grid)`; `draw` addresses randomness."""
-        draws = Draws(self.seed, batch["draw"], batch["mean"].device)
+        draws = KeyedRandom(self.seed, batch["sample_id"], batch["mean"].device)
         z = draw_latents(batch, draws) if self.sample_posterior else batch["mean"]  # (b, c, *grid)
         condition = None
         if self.conditioner is not None:
@@ -66,10 +66,10 @@ class DenoisingObjective(nn.Module):
             parts = [self._errors(z[:, :k], draws, condition, f" {i}" * (i > 0)) for i, k in enumerate(lengths)]
             losses = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
         weights = {"l1": 1.0, "mse": 1.0, "cosine": self.cosine_weight}
-        return Terms(losses, {name: weights[name] for name in losses})
+        return LossTerms(losses, {name: weights[name] for name in losses})
 
     def _errors(
-        self, z: Float[Tensor, "b c *grid"], draws: Draws, condition: Condition | None, again: str = ""
+        self, z: Float[Tensor, "b c *grid"], draws: KeyedRandom, condition: Condition | None, again: str = ""
     ) -> dict[str, Tensor]:
         """Errors of the prediction for latents, or for a prefix of their channels; `again` tells draws apart."""
         eps = draws.normal("noise" + again, *z.shape[1:])
@@ -85,8 +85,8 @@ class DenoisingObjective(nn.Module):
             losses["cosine"] = (1 - F.cosine_similarity(prediction, target, dim=1)).mean()
         return losses
 
-    def _drop(self, draws: Draws) -> Bool[Tensor, "b ..."] | None:
-        """Which pictures are told nothing: `(b,)`, or `(b, k)` with a column for each of several conditions."""
+    def _drop(self, draws: KeyedRandom) -> Bool[Tensor, "b ..."] | None:
+        """Which images are told nothing: `(b,)`, or `(b, k)` with a column for each of several conditions."""
         if not any(self.dropout):
             return None
         if len(self.dropout) == 1:

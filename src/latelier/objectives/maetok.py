@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from latelier.draws import Draws
 from latelier.errors import LatelierError
+from latelier.keyed_random import KeyedRandom
 from latelier.layers import init_linear
 from latelier.losses.kl import gaussian_kl
 from latelier.objectives.adversarial import Adversary
 from latelier.objectives.masking import draw_mask, draw_share
-from latelier.objectives.terms import Terms, judged
+from latelier.objectives.terms import LossTerms, judged
 from latelier.recipe import MAETokRecipe
 from latelier.tokenizers import last_layer
 from latelier.tokenizers.latent_decoder import LatentDecoder
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class MAETokObjective(nn.Module):
-    """Loss terms of a MAETok on a batch of pictures.
+    """Loss terms of a MAETok on a batch of images.
 
     Args:
         tokenizer: the model to train.
@@ -65,17 +65,17 @@ class MAETokObjective(nn.Module):
         if not recipe.mask.high:
             tokenizer.mask_token.requires_grad_(False)  # nothing stands in for a missing patch
 
-    def forward(self, batch: dict[str, Any]) -> Terms:
+    def forward(self, batch: dict[str, Any]) -> LossTerms:
         """Terms of `batch["image"]` `(b, c, h, w)`; `draw` addresses the random numbers, `seen` counts images."""
         images = batch["image"]
         grid = patch_grid(self.tokenizer, images.shape[2:])
-        draws = Draws(self.seed, batch["draw"], images.device)
+        draws = KeyedRandom(self.seed, batch["sample_id"], images.device)
         mask, share = None, 0.0
         if self.recipe.mask.high:
             share = draw_share(self.recipe.mask, self.seed, batch["seen"])
             mask = draw_mask(draws.uniform("mask", grid[0] * grid[1]), share)  # (b, n)
         z, losses = self._latents(images, mask, draws)
-        reconstruction = self.tokenizer.paint(z, grid, draws).float()  # (b, c, h, w)
+        reconstruction = self.tokenizer.decode_tokens(z, grid, draws).float()  # (b, c, h, w)
 
         losses["mse"] = F.mse_loss(reconstruction, images)
         weights = {"mse": 1.0, "lpips": self._perceptual_weight(batch["seen"]), "kl": self.recipe.kl_weight}
@@ -88,13 +88,13 @@ class MAETokObjective(nn.Module):
         else:
             losses["mse"] = losses["mse"] + self._idle()
         weights |= {target.name: target.section.weight for target in self.targets}
-        terms = Terms(losses, {k: weights[k] for k in losses}, images={"reconstruction": reconstruction.detach()})
+        terms = LossTerms(losses, {k: weights[k] for k in losses}, images={"reconstruction": reconstruction.detach()})
         if self.adversary is not None:
             self.adversary.add(terms, reconstruction, last_layer(self.tokenizer), batch)
         return terms
 
     def _latents(
-        self, images: Float[Tensor, "b c h w"], mask: Bool[Tensor, "b n"] | None, draws: Draws
+        self, images: Float[Tensor, "b c h w"], mask: Bool[Tensor, "b n"] | None, draws: KeyedRandom
     ) -> tuple[Float[Tensor, "b l k"], dict[str, Tensor]]:
         """Latents, drawn from the posterior if there is one, and the KL of that."""
         moments = self.tokenizer.moments(images, mask).float()  # (b, l, c), or (b, l, 2 c)
@@ -154,7 +154,7 @@ class LinearReadout(nn.Module):
     def forward(self, z: Float[Tensor, "b l c"], grid: tuple[int, int]) -> Float[Tensor, "b n d"]:
         if tuple(grid) != self.grid:
             raise LatelierError(
-                f"A target of depth 0 is made for {self.grid} patches, but the picture has {tuple(grid)}; "
+                f"A target of depth 0 is made for {self.grid} patches, but the image has {tuple(grid)}; "
                 "give it a depth."
             )
         return self.head(self.mix(z.transpose(1, 2)).transpose(1, 2))  # (b, n, width)
@@ -174,6 +174,6 @@ def auxiliary_decoder(tokenizer: MAETok, target: Target) -> nn.Module:
 
 
 def patch_grid(tokenizer: MAETok, size: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of patches in a picture of `(h, w)` pixels."""
+    """Rows and columns of patches in an image of `(h, w)` pixels."""
     p = tokenizer.config["patch_size"]
     return size[0] // p, size[1] // p

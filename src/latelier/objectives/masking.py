@@ -1,4 +1,4 @@
-"""Which patches are masked: one share for a whole batch, and for each picture that many patches of its own."""
+"""Which patches are masked: one share for a whole batch, and for each image that many patches of its own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from latelier.draws import Draws
+from latelier.keyed_random import KeyedRandom
 from latelier.recipe import Masking
 
 FAR = 2**62  # stands for an unbounded count of images, with which a check tries the far end of training
@@ -34,7 +34,7 @@ def draw_share(masking: Masking, seed: int, seen: int | float) -> float:
         return masking.high
     from scipy.stats import truncnorm
 
-    uniform = Draws(seed, torch.tensor([int(min(seen, FAR))])).uniform("mask share").item()
+    uniform = KeyedRandom(seed, torch.tensor([int(min(seen, FAR))])).uniform("mask share").item()
     low, high = ((end - masking.mode) / masking.std for end in (masking.low, masking.high))
     return float(truncnorm.ppf(uniform, low, high, masking.mode, masking.std))  # the inverse of the distribution
 

@@ -7,7 +7,7 @@ from accelerate import PartialState
 from jaxtyping import Float
 from torch import Tensor
 
-from latelier.draws import Draws
+from latelier.keyed_random import KeyedRandom
 from latelier.recipe import Prefixes
 
 
@@ -28,7 +28,7 @@ def draw_lengths(section: Prefixes, channels: int, seed: int, seen: int | float)
     lengths = section.of(channels)
     place = f" of process {PartialState().process_index}" if section.per_process else ""
     number = torch.tensor([int(min(seen, 2**62))])
-    uniform = Draws(seed, number).uniform("prefix" + place, section.draws)[0]  # (draws,)
+    uniform = KeyedRandom(seed, number).uniform("prefix" + place, section.draws)[0]  # (draws,)
     rest = [(u - section.full_share) / (1 - section.full_share) for u in uniform.tolist()]  # below 0: all channels
     drawn = [lengths[int(u * len(lengths))] if u >= 0 else channels for u in rest]
     return [channels, *drawn] if section.always_full else drawn

@@ -48,7 +48,7 @@ class Target:
         self.name, self.section, self.dim = name, section, dim
 
     def tokens(self, grid: tuple[int, int]) -> tuple[int, int]:
-        """The grid that the auxiliary decoder paints, for pictures of `grid` patches."""
+        """The grid that the auxiliary decoder paints, for images of `grid` patches."""
         return grid
 
     def __call__(self, batch: Mapping[str, Any], grid: tuple[int, int]) -> Tensor:
@@ -71,7 +71,7 @@ class Target:
 
 
 class HogTarget(Target):
-    """Histograms of oriented gradients of the picture itself."""
+    """Histograms of oriented gradients of the image itself."""
 
     def __call__(self, batch: Mapping[str, Any], grid: tuple[int, int]) -> Float[Tensor, "b n d"]:
         return hog(batch["image"], batch["image"].shape[2] // grid[0])
@@ -83,12 +83,12 @@ class FeatureTarget(Target):
     Args:
         name, section: see `Target`.
         teacher: the model.
-        shown: the number of each picture that a batch shows, or None where it cannot be told; equal numbers mean equal
-            pictures. None: nothing is kept.
+        shown: the number of each image that a batch shows, or None where it cannot be told; equal numbers mean equal
+            images. None: nothing is kept.
 
     Attributes:
         kept: features by number, bf16, on the CPU.
-        hits: how many pictures were found there.
+        hits: how many images were found there.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class FeatureTarget(Target):
         old = [row for row, number in enumerate(numbers) if number in self.kept]
         if old:
             features[old] = torch.stack([self.kept[numbers[row]] for row in old]).to(images.device)
-        if new:  # rounded like those that are kept, lest a picture's target depend on whether it was seen before
+        if new:  # rounded like those that are kept, lest an image's target depend on whether it was seen before
             features[new] = self.teacher(images[new], grid).bfloat16()
             self._keep([numbers[row] for row in new], features[new])
         self.hits += len(old)
@@ -147,7 +147,7 @@ class CaptionTarget(Target):
         self.words.no_padding()
 
     def tokens(self, grid: tuple[int, int]) -> tuple[int, int]:
-        """One row of tokens, whatever the picture's grid."""
+        """One row of tokens, whatever the image's grid."""
         return 1, self.section.length
 
     def __call__(self, batch: Mapping[str, Any], grid: tuple[int, int]) -> Int[Tensor, "b length"]:
@@ -178,8 +178,8 @@ def build_targets(
     Args:
         recipe: the section.
         tokenizer_config: of the tokenizer; `patch_size` and `in_channels` are read.
-        dataset: the training pictures: word pieces are learnt from their captions, and features are kept in memory
-            where it is known which picture a batch shows.
+        dataset: the training images: word pieces are learnt from their captions, and features are kept in memory
+            where it is known which image a batch shows.
 
     Raises:
         LatelierError: if a teacher cannot be loaded, cells do not divide patches, or captions are missing.
@@ -196,17 +196,17 @@ def build_targets(
             targets.append(CaptionTarget(name, section, _caption_words(section, dataset)))
         else:
             assert section.teacher is not None  # the section has checked it
-            shown = picture_numbers(dataset) if section.cache and dataset is not None else None
+            shown = image_numbers(dataset) if section.cache and dataset is not None else None
             targets.append(FeatureTarget(name, section, Teacher(section.teacher), shown))
     return targets
 
 
-def picture_numbers(dataset: ImageDataset) -> Callable[[Mapping[str, Any]], list[int] | None] | None:
-    """How to tell which pictures a batch of `dataset.stream` shows, the mirrored ones apart.
+def image_numbers(dataset: ImageDataset) -> Callable[[Mapping[str, Any]], list[int] | None] | None:
+    """How to tell which images a batch of `dataset.stream` shows, the mirrored ones apart.
 
     Returns:
-        None where a picture looks different each time (random crops or backgrounds, streamed data); else a function
-        that gives a number for each picture of a batch, or None for a batch without draws, of which mirroring is not
+        None where an image looks different each time (random crops or backgrounds, streamed data); else a function
+        that gives a number for each image of a batch, or None for a batch without draws, of which mirroring is not
         known.
     """
     transform = dataset.transform
@@ -214,9 +214,9 @@ def picture_numbers(dataset: ImageDataset) -> Callable[[Mapping[str, Any]], list
         return None
 
     def numbers(batch: Mapping[str, Any]) -> list[int] | None:
-        if "draw" not in batch:
+        if "sample_id" not in batch:
             return None
-        flipped = transform.flipped(batch["draw"])
+        flipped = transform.flipped(batch["sample_id"])
         return [2 * index + mirrored for index, mirrored in zip(batch["index"].tolist(), flipped)]
 
     return numbers

@@ -14,13 +14,13 @@ from latelier.recipe import TrainedTokenizer
 
 
 @dataclass
-class Terms:
+class LossTerms:
     """Loss terms of one batch.
 
     Attributes:
         losses: unweighted scalar terms, by name.
         weights: the weight of each; a term without a weight is logged and not trained on.
-        images: pictures worth showing, `(b, c, h, w)` in [-1, 1], detached, by name.
+        images: images worth showing, `(b, c, h, w)` in [-1, 1], detached, by name.
     """
 
     losses: dict[str, Tensor]
@@ -41,7 +41,7 @@ class Terms:
 
 
 def judged(batch: Mapping[str, Any], recipe: TrainedTokenizer) -> Bool[Tensor, " b"] | None:
-    """Which pictures LPIPS judges: every n-th of the stream, or all (None)."""
+    """Which images LPIPS judges: every n-th of the stream, or all (None)."""
     if recipe.perceptual_every == 1:
         return None
-    return (batch["draw"] % recipe.perceptual_every == 0).to(batch["image"].device)
+    return (batch["sample_id"] % recipe.perceptual_every == 0).to(batch["image"].device)

@@ -1,6 +1,6 @@
 """The VMAE objective: visible and masked reconstruction, LPIPS, and a KL that leaves the mean free.
 
-L = (1 - v) MSE(masked patches) + v MSE(visible patches) + w_p LPIPS(whole picture) + w_kl KL
+L = (1 - v) MSE(masked patches) + v MSE(visible patches) + w_p LPIPS(whole image) + w_kl KL
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from latelier.draws import Draws
+from latelier.keyed_random import KeyedRandom
 from latelier.losses.kl import gaussian_kl
 from latelier.objectives.adversarial import Adversary
-from latelier.objectives.terms import Terms, judged
+from latelier.objectives.terms import LossTerms, judged
 from latelier.recipe import VMAERecipe
 from latelier.tokenizers import last_layer
 from latelier.tokenizers.vmae import VMAE, visible_patches
 
 
 class VMAEObjective(nn.Module):
-    """Loss terms of a VMAE on a batch of pictures.
+    """Loss terms of a VMAE on a batch of images.
 
     Args:
         tokenizer: the model to train.
@@ -52,11 +52,11 @@ class VMAEObjective(nn.Module):
             "kl": recipe.kl_weight,
         }
 
-    def forward(self, batch: dict[str, Any]) -> Terms:
+    def forward(self, batch: dict[str, Any]) -> LossTerms:
         """Terms of `batch["image"]` `(b, c, h, w)`; `draw` addresses the random numbers, `seen` counts images."""
         images, p = batch["image"], self.tokenizer.config["patch_size"]
         grid = (images.shape[2] // p, images.shape[3] // p)
-        draws = Draws(self.seed, batch["draw"], images.device)
+        draws = KeyedRandom(self.seed, batch["sample_id"], images.device)
         keep = None
         if self.recipe.mask_ratio:
             keep = visible_patches(draws.uniform("mask", grid[0] * grid[1]), self.recipe.mask_ratio)
@@ -75,14 +75,14 @@ class VMAEObjective(nn.Module):
         keep: Int[Tensor, "b k"] | None,
         noise: Float[Tensor, "b k l"] | None,
         rows: Bool[Tensor, " b"] | None = None,
-    ) -> tuple[Terms, Float[Tensor, "b c h w"]]:
-        """Terms and reconstruction with the mask, the posterior's noise and the pictures that LPIPS judges given."""
+    ) -> tuple[LossTerms, Float[Tensor, "b c h w"]]:
+        """Terms and reconstruction with the mask, the posterior's noise and the images that LPIPS judges given."""
         p = self.tokenizer.config["patch_size"]
         grid = (images.shape[2] // p, images.shape[3] // p)
         mean, logvar = self.tokenizer.moments(images, keep).float().chunk(2, dim=-1)  # (b, k, c)
         logvar = logvar.clamp(-30, 20)
         z = mean if noise is None else mean + (0.5 * logvar).exp() * noise
-        reconstruction = self.tokenizer.paint(z, grid, keep).float()  # (b, c, h, w)
+        reconstruction = self.tokenizer.decode_tokens(z, grid, keep).float()  # (b, c, h, w)
 
         squared = patch_errors(reconstruction, images, p)  # (b, n)
         losses = {"kl": gaussian_kl(mean, logvar, self.recipe.kl, self.recipe.fixed_std).sum(-1).mean()}
@@ -96,7 +96,7 @@ class VMAEObjective(nn.Module):
             pair = (reconstruction, images) if rows is None else (reconstruction[rows], images[rows])
             losses["lpips"] = self.perceptual(*pair).mean()
         weights = {name: self.weights[name] for name in losses}
-        return Terms(losses, weights, images={"reconstruction": reconstruction.detach()}), reconstruction
+        return LossTerms(losses, weights, images={"reconstruction": reconstruction.detach()}), reconstruction
 
 
 def patch_errors(x: Float[Tensor, "b c h w"], y: Float[Tensor, "b c h w"], patch: int) -> Float[Tensor, "b n"]:

@@ -10,7 +10,7 @@ from latelier.recipe.base import Section, Unit
 
 
 class ClassCondition(Section):
-    """The picture's class."""
+    """The image's class."""
 
     kind: Literal["class"]
     inject: Literal["auto", "vector", "tokens"] = Field(
@@ -18,11 +18,11 @@ class ClassCondition(Section):
         description="added to the time embedding, or through cross-attention; auto: what the denoiser has",
     )
     dim: int = Field(512, ge=1, description="width of the token, when it is one")
-    dropout: Unit = Field(0.1, description="share of pictures that are not told, for classifier-free guidance")
+    dropout: Unit = Field(0.1, description="share of images that are not told, for classifier-free guidance")
 
 
 class TextCondition(Section):
-    """The picture's caption: a transformer that is trained along, or a frozen one."""
+    """The image's caption: a transformer that is trained along, or a frozen one."""
 
     kind: Literal["text"]
     encoder: str = Field("trained", description="`trained`, or a text encoder's Hub name or folder, which stays frozen")
@@ -33,23 +33,23 @@ class TextCondition(Section):
     layers: int = Field(32, ge=1)
     heads: int = Field(8, ge=1)
     head_dim: int = Field(64, ge=1)
-    dropout: Unit = Field(0.1, description="share of pictures whose caption is empty, for classifier-free guidance")
+    dropout: Unit = Field(0.1, description="share of images whose caption is empty, for classifier-free guidance")
 
 
 class LayoutCondition(Section):
-    """Boxes with classes, as tokens, and painted on the latents' grid if asked for."""
+    """Boxes with classes, as tokens, and drawn on the latents' grid if asked for."""
 
     kind: Literal["layout"]
     form: Literal["coco", "openimages"] = Field("coco", description="which flags of a box its class token may carry")
     objects: int = Field(30, ge=1, description="that are told at most; more are left out")
-    crop: bool = Field(True, description="whether two more tokens tell which part of the picture is seen")
+    crop: bool = Field(True, description="whether two more tokens tell which part of the image is seen")
     tokens: int = Field(8192, ge=16, description="size of the vocabulary; its root is the grid of corners")
     dim: int = Field(512, ge=1)
     layers: int = Field(16, ge=1)
     heads: int = Field(8, ge=1)
     head_dim: int = Field(64, ge=1)
-    painted: int = Field(0, ge=0, description="channels of a map of the boxes beside the tokens; 0: none")
-    dropout: Unit = Field(0.1, description="share of pictures whose layout is empty")
+    layout_map_channels: int = Field(0, ge=0, description="channels of a map of the boxes beside the tokens; 0: none")
+    dropout: Unit = Field(0.1, description="share of images whose layout is empty")
 
 
 class SegmentationCondition(Section):
@@ -58,11 +58,11 @@ class SegmentationCondition(Section):
     kind: Literal["segmentation"]
     classes: int | None = Field(None, ge=2, description="how many ids the maps have; by default what the data say")
     channels: int = Field(3, ge=1, description="after the projection")
-    dropout: Unit = Field(0.1, description="share of pictures whose map is empty")
+    dropout: Unit = Field(0.1, description="share of images whose map is empty")
 
 
 class LowResolutionCondition(Section):
-    """A smaller picture: super-resolution."""
+    """A smaller image: super-resolution."""
 
     kind: Literal["low-resolution"]
     factor: int = Field(4, ge=2, description="how many times smaller a side is")
@@ -71,7 +71,7 @@ class LowResolutionCondition(Section):
 
 
 class InpaintingCondition(Section):
-    """The picture with holes."""
+    """The image with holes."""
 
     kind: Literal["inpainting"]
     masks: Literal["train", "thick", "medium"] = Field(
@@ -86,7 +86,7 @@ class MapCondition(Section):
     kind: Literal["map"]
     map_channels: int = Field(1, ge=1, description="of the map")
     channels: int | None = Field(None, ge=1, description="after a learned projection; by default none")
-    dropout: Unit = Field(0.1, description="share of pictures whose map is empty")
+    dropout: Unit = Field(0.1, description="share of images whose map is empty")
 
 
 ConditionSection = Annotated[

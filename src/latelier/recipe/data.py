@@ -1,4 +1,4 @@
-"""The recipe's `data` section: where pictures come from."""
+"""The recipe's `data` section: where images come from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from latelier.recipe.base import Count, Section, Size, Unit
 
 
 class Data(Section):
-    """Where pictures come from and how they become tensors."""
+    """Where images come from and how they become tensors."""
 
     source: str = Field(description="`emoji`, `scenes`, a folder, a parquet/tar file or glob, or a Hub dataset name")
     image_size: Size = (64, 64)
@@ -25,32 +25,32 @@ class Data(Section):
     classes: list[str] | None = Field(
         None, description="use only these classes, in this order; of `scenes`: categories, or single emoji by name"
     )
-    grounds: Literal["varied", "plain"] | None = Field(
+    backgrounds: Literal["varied", "plain"] | None = Field(
         None,
         description="of `scenes`: behind the objects, by default varied: gradients, stripes and more; or one colour",
     )
     boxes: str | None = Field(
         None,
-        description="boxes of a folder's pictures: a COCO annotation file ({split} stands for the split's name), or "
+        description="boxes of a folder's images: a COCO annotation file ({split} stands for the split's name), or "
         "`yolo`; by default `objects` of its metadata.jsonl, and of datasets the column `objects` or `boxes`",
     )
     box_format: Literal["xywh", "xyxy"] = Field("xywh", description="of `objects.bbox`, in pixels")
     segmentation: str | None = Field(
-        None, description="folder of label maps with the pictures' names, or a dataset's column of them"
+        None, description="folder of label maps with the images' names, or a dataset's column of them"
     )
     segmentation_classes: Annotated[int, Field(ge=1)] | list[str] | None = Field(
         None, description="how many ids the label maps have, or the classes' names"
     )
     ignore_id: int | None = Field(None, description="id of pixels nobody labelled; it becomes one more class, the last")
     maps: str | None = Field(
-        None, description="folder of image-like maps (depth, edges) with the pictures' names, or a dataset's column"
+        None, description="folder of image-like maps (depth, edges) with the images' names, or a dataset's column"
     )
     crop: Literal["center", "random", "resize"] = "center"
     crop_scale: tuple[float, float] = Field((0.75, 1.0), description="area kept by `crop: random`")
     flip: bool = True
-    background: Literal["white", "black", "gray", "random"] = Field("white", description="behind transparent pictures")
+    background: Literal["white", "black", "gray", "random"] = Field("white", description="behind transparent images")
     streaming: bool = False
-    in_memory: bool | None = Field(None, description="keep decoded pictures in memory; by default when they fit 1 GB")
+    in_memory: bool | None = Field(None, description="keep decoded images in memory; by default when they fit 1 GB")
     workers: int | None = Field(None, ge=0, description="loader processes; by default none in memory, else the cores")
     max_skipped: Unit = Field(0.01, description="share of unreadable files that is tolerated")
-    length: Count | None = Field(None, description="how many pictures a generated source has, or how many to use")
+    length: Count | None = Field(None, description="how many images a generated source has, or how many to use")

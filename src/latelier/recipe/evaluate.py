@@ -20,7 +20,7 @@ def _one_or_several(value: object) -> object:
 
 
 class Evaluate(Section):
-    """Which numbers are measured, on how many pictures."""
+    """Which numbers are measured, on how many images."""
 
     metrics: list[Metric] = ["psnr", "ssim", "lpips", "rfd", "gfd"]
     features: Annotated[list[str], BeforeValidator(_one_or_several), Field(min_length=1)] = Field(
@@ -40,10 +40,10 @@ class Evaluate(Section):
     prefix_lengths: list[Annotated[int, Field(ge=1)]] | None = Field(
         None, description="of prefixes: numbers of channels that are decoded; default quarters of them"
     )
-    probe_samples: Count = Field(10_000, description="training pictures that probe, gmm and difficulty learn from")
+    probe_samples: Count = Field(10_000, description="training images that probe, gmm and difficulty learn from")
     seed: int = Field(0, ge=0, description="of the noise, of the clusters, of the holes of inpainting")
     clip: str | None = Field(
-        None, description="Hub name or folder of a CLIP, which judges how well drawn pictures fit their captions"
+        None, description="Hub name or folder of a CLIP, which judges how well drawn images fit their captions"
     )
     sampling_steps: list[Annotated[int, Field(ge=1)]] = Field(
         [], description="numbers of sampling steps at which gfd and samples per second are measured; none by default"

@@ -46,7 +46,7 @@ class Target(Section):
     teacher: str | None = Field(
         None, description="Hub name or folder of a vision model of `transformers`; of a tokenizer for captions"
     )
-    cache: bool = Field(True, description="keep a picture's features in memory, where pictures are not augmented")
+    cache: bool = Field(True, description="keep an image's features in memory, where images are not augmented")
     dim: int = Field(192, ge=1, description="width of the auxiliary decoder")
     depth: int = Field(3, ge=0, description="its blocks; 0: a linear layer on the decoder's input")
     heads: int = Field(3, ge=1)
@@ -63,7 +63,7 @@ class Target(Section):
         if (self.error == "cross-entropy") != (self.kind == "caption"):
             raise LatelierError(f"tokenizer.targets: loss {self.error!r} does not go with kind {self.kind!r}.")
         if self.kind == "hog" and self.teacher:
-            raise LatelierError("tokenizer.targets: hog is computed from the picture and has no teacher; leave it out.")
+            raise LatelierError("tokenizer.targets: hog is computed from the image and has no teacher; leave it out.")
         if self.teacher is None:
             self.teacher = TEACHERS.get(self.kind)
         if self.kind == "features" and self.teacher is None:

@@ -1,4 +1,4 @@
-"""The recipe's `sample` section: how pictures are drawn."""
+"""The recipe's `sample` section: how images are drawn."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from latelier.recipe.base import Section, Unit
 
 
 class Sample(Section):
-    """How pictures are drawn."""
+    """How images are drawn."""
 
     steps: int = Field(50, ge=1)
     guidance: float = Field(1.0, ge=0)

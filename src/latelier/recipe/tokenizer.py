@@ -66,7 +66,7 @@ class ConvRecipe(TrainedTokenizer):
     kl_weight: Weight = Field(1e-6, description="of the KL, summed over a latent; 0: a plain autoencoder")
     kl: Literal["standard", "free-mean"] = "standard"
     kl_per_pixel: bool = Field(
-        False, description="divide kl_weight by a picture's c h w, as where pixel errors are summed (LDM)"
+        False, description="divide kl_weight by an image's c h w, as where pixel errors are summed (LDM)"
     )
     codebook_weight: float = Field(1.0, gt=0, description="of the codebook's term (`vq` presets)")
     codebook_beta: Weight = Field(0.25, description="of the smaller half of that term")

@@ -13,7 +13,7 @@ from latelier.recipe.problems import first_problem
 
 
 class Adversarial(Section):
-    """A discriminator that tells pictures from reconstructions: of patches (LDM), or on DINO's features (MAETok)."""
+    """A discriminator that tells images from reconstructions: of patches (LDM), or on DINO's features (MAETok)."""
 
     kind: Literal["patch", "dino"] = Field("patch", description="PatchGAN, or heads on the features of a frozen ViT")
     weight: Weight = Field(0.5, description="of the generator's term")
@@ -25,12 +25,12 @@ class Adversarial(Section):
     betas: tuple[Unit, Unit] = (0.5, 0.9)
     layers: int = Field(3, ge=1, description="strided convolutions: each doubles the patch that is judged")
     channels: int = Field(64, ge=1, description="of the first layer")
-    norm: Literal["group", "batch"] = Field("group", description="batch as in LDM; group does not mix pictures")
+    norm: Literal["group", "batch"] = Field("group", description="batch as in LDM; group does not mix images")
     lecam: Weight = Field(0.0, description="LeCAM regularisation, for little data")
     lecam_decay: float = Field(0.99, ge=0, lt=1, description="of the running means of the logits")
     augment: list[Literal["color", "translation", "cutout"]] = Field([], description="DiffAugment, for little data")
-    augment_share: Unit = Field(1.0, description="probability of each change, drawn for each picture")
-    consistency: Weight = Field(0.0, description="of the squared change of the logits when pictures are augmented")
+    augment_share: Unit = Field(1.0, description="probability of each change, drawn for each image")
+    consistency: Weight = Field(0.0, description="of the squared change of the logits when images are augmented")
     teacher: str = Field("facebook/dino-vits16", description="dino: Hub name or folder of a ViT of `transformers`")
 
     @model_validator(mode="after")
@@ -61,7 +61,7 @@ class TrainedTokenizer(Training):
         "all", description="what learns: all, the decoder, the layers around the latent, those next to the pixels"
     )
     perceptual_weight: Weight = Field(0.5, description="of LPIPS (VGG16); 0 leaves it out")
-    perceptual_every: int = Field(1, ge=1, description="n: LPIPS on every n-th picture only, since it costs most")
+    perceptual_every: int = Field(1, ge=1, description="n: LPIPS on every n-th image only, since it costs most")
     adversarial: Adversarial | None = Field(None, description="a discriminator; none by default")
     phases: list[dict[str, Any]] = Field([], description="what follows: `name`, `images`, and any key that changes")
 

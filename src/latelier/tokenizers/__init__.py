@@ -40,7 +40,7 @@ def build_tokenizer(recipe: "Recipe") -> "ModelMixin":
 
 
 def remove_spread(tokenizer: "nn.Module") -> None:
-    """Make a posterior a point: log-variance -30, whatever the picture.
+    """Make a posterior a point: log-variance -30, whatever the image.
 
     Where nothing trains the log-variance, it would otherwise keep what its random weights say, about 0: noise as large
     as the latents, which everything that samples the posterior would see.

@@ -20,7 +20,7 @@ from latelier.errors import LatelierError
 from latelier.presets import open_init, preset_arguments
 from latelier.recipe import ConvRecipe, Data, IdentityRecipe
 
-PICTURE = 256  # pixels; LDM counts the resolutions that have attention from here
+IMAGE = 256  # pixels; LDM counts the resolutions that have attention from here
 
 
 def _kl(channels: list[int], latent: int, layers: int = 2, attention: tuple[int, ...] = (), **rest) -> dict:
@@ -30,10 +30,10 @@ def _kl(channels: list[int], latent: int, layers: int = 2, attention: tuple[int,
         channels: width of each level.
         latent: channels of the latents.
         layers: residual blocks of each level; the decoder has one more.
-        attention: sides, for pictures of 256 pixels, of the levels with attention after each block.
+        attention: sides, for images of 256 pixels, of the levels with attention after each block.
         rest: further arguments.
     """
-    attends = [PICTURE >> level in attention for level in range(len(channels))]
+    attends = [IMAGE >> level in attention for level in range(len(channels))]
     return {
         "block_out_channels": channels,
         "down_block_types": [f"{'Attn' * a}DownEncoderBlock2D" for a in attends],
@@ -109,7 +109,7 @@ class IdentityTokenizer(ModelMixin, ConfigMixin):
 
 
 def build(recipe: ConvRecipe, data: Data) -> AutoencoderKL | VQModel:
-    """An autoencoder for these pictures, fresh or from `init`.
+    """An autoencoder for these images, fresh or from `init`.
 
     Raises:
         LatelierError: for an unknown preset or argument, or as many widths as there are no levels.

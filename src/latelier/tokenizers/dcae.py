@@ -63,7 +63,7 @@ PRESETS = {
     "dcae-f32c32-sana": _sana(),
     "dcae15-f32c128": _convolutional(128, (128, 256, 512, 512, 1024, 1024), (0, 5, 10, 4, 4, 4)),
     "dcae15-f64c128": _convolutional(128, (128, 256, 512, 512, 1024, 1024, 1024), (0, 5, 10, 4, 4, 4, 4)),
-    # For pictures of 64 to 128 pixels and few cores.
+    # For images of 64 to 128 pixels and few cores.
     "dcae15-f8c32-tiny": _convolutional(32, (16, 32, 64, 128), (0, 1, 1, 2)),
     "dcae15-f16c64-tiny": _convolutional(64, (16, 32, 64, 128, 256), (0, 1, 1, 2, 2)),
     "dcae15-f32c128-tiny": _convolutional(128, (16, 32, 64, 128, 256, 256), (0, 1, 1, 2, 2, 2)),
@@ -71,7 +71,7 @@ PRESETS = {
 
 
 def build(recipe: DCAERecipe, data: Data) -> AutoencoderDC:
-    """An autoencoder for these pictures, fresh or from `init`.
+    """An autoencoder for these images, fresh or from `init`.
 
     Raises:
         LatelierError: for an unknown preset or argument, or widths that the shortcuts cannot divide.

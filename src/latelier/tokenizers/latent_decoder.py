@@ -27,7 +27,7 @@ from latelier.layers import (
 )
 
 if TYPE_CHECKING:
-    from latelier.draws import Draws
+    from latelier.keyed_random import KeyedRandom
 
 POSITIONS = ("mixed", "axial", "absolute")
 
@@ -36,14 +36,14 @@ class LatentDecoder(nn.Module):
     """A ViT over mask tokens and latents.
 
     Args:
-        latent_tokens: l latents of a picture.
+        latent_tokens: l latents of an image.
         latent_channels: c numbers in each.
         grid: rows and columns of patches.
         dim, depth, heads: of the transformer.
         mlp_ratio: hidden width of the MLPs over the width.
         positions: of patches: `mixed` (learned rotary frequencies), `axial` (fixed ones), `absolute` (a learned table).
         cls_token: whether the sequence begins with one more learned token.
-        drop_path: share of pictures for which the last block's branches are left out in training (stochastic depth);
+        drop_path: share of images for which the last block's branches are left out in training (stochastic depth);
             it rises linearly from 0 at the first block.
         latent_scale: where the scales begin by which latents modulate their tokens. At 0, the paper's, no patch hears
             a latent at first; 1 lets them speak at once, which short trainings need.
@@ -91,14 +91,14 @@ class LatentDecoder(nn.Module):
             init_table(self.pos_embed, grid)
 
     def forward(
-        self, z: Float[Tensor, "b l c"], grid: tuple[int, int] | None = None, draws: Draws | None = None
+        self, z: Float[Tensor, "b l c"], grid: tuple[int, int] | None = None, draws: KeyedRandom | None = None
     ) -> Float[Tensor, "b n d"]:
         """Features of the patches in raster order, after the final norm.
 
         Args:
             z: raw latents.
             grid: rows and columns to paint; None for those that the decoder is made for.
-            draws: random numbers of the pictures; stochastic depth acts when they are given, in training mode.
+            draws: random numbers of the images; stochastic depth acts when they are given, in training mode.
 
         Raises:
             LatelierError: if these are not as many latents as the decoder has positions for.
@@ -122,7 +122,7 @@ class LatentDecoder(nn.Module):
             canvas = torch.cat([self.cls_token, canvas], dim=1)
         return canvas if self.pos_embed is None else canvas + resize_positions(self.pos_embed, self.grid, grid)
 
-    def _kept(self, draws: Draws | None) -> Sequence[Tensor | None]:
+    def _kept(self, draws: KeyedRandom | None) -> Sequence[Tensor | None]:
         """For each block, factors `(2, b, 1, 1)` of its two branches: 0, or 1 / (1 - rate) so that the mean stays."""
         depth = len(self.blocks)
         if draws is None or not self.drop_path or not self.training:

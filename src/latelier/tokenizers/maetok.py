@@ -1,9 +1,9 @@
 """MAETok: "Masked Autoencoders Are Effective Tokenizers for Diffusion Models" (ICML 2025).
 
-A picture becomes a short sequence of latents instead of a grid: learned latent tokens stand behind the patches in the
+An image becomes a short sequence of latents instead of a grid: learned latent tokens stand behind the patches in the
 sequence of a ViT, and what they have gathered after the last block, through a linear layer, is the latent. In training
-a share of the patches is replaced by a mask token, which makes the latents say what the picture means and not only how
-it looks; at inference nothing is masked. A ViT of the same size paints the picture (`latent_decoder`).
+a share of the patches is replaced by a mask token, which makes the latents say what the image means and not only how
+it looks; at inference nothing is masked. A ViT of the same size paints the image (`latent_decoder`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from latelier.tokenizers.latent_decoder import (
 )
 
 if TYPE_CHECKING:
-    from latelier.draws import Draws
+    from latelier.keyed_random import KeyedRandom
 
 
 def _preset(patch: int, latents: int, channels: int, dim: int, depth: int, heads: int, **more: float) -> dict:
@@ -47,7 +47,7 @@ PRESETS = {
     "maetok-s-128": _preset(16, 128, 32, 384, 12, 6, decoder_drop_path=0.05),
     "maetok-b-128": _preset(16, 128, 32, 768, 12, 12, decoder_drop_path=0.05),  # the paper's, 173M parameters
     "maetok-l-128": _preset(16, 128, 32, 1024, 24, 16, decoder_drop_path=0.05),
-    "maetok-mini-32": _preset(8, 32, 16, 192, 4, 4, latent_scale=1.0),  # pictures of 64 pixels
+    "maetok-mini-32": _preset(8, 32, 16, 192, 4, 4, latent_scale=1.0),  # images of 64 pixels
     "maetok-tiny-32": _preset(8, 32, 16, 128, 2, 4, latent_scale=1.0),  # minutes on a laptop's CPU
 }
 
@@ -56,10 +56,10 @@ class MAETok(ModelMixin, ConfigMixin):
     """Masked one-dimensional tokenizer.
 
     Args:
-        image_size: `(h, w)` in pixels of the pictures that it paints; `resized` makes one for another size.
+        image_size: `(h, w)` in pixels of the images that it paints; `resized` makes one for another size.
         patch_size: side of a patch in pixels.
         in_channels: image channels.
-        latent_tokens: l latents of a picture, whatever its size.
+        latent_tokens: l latents of an image, whatever its size.
         latent_channels: c numbers in each.
         dim, depth, heads: of the encoder.
         decoder_dim, decoder_depth, decoder_heads: of the decoder.
@@ -138,7 +138,7 @@ class MAETok(ModelMixin, ConfigMixin):
         return (self.config["latent_channels"], self.config["latent_tokens"])
 
     def resized(self, image_size: Sequence[int]) -> MAETok:
-        """The same weights for another size of pictures, position tables carried over by bilinear interpolation.
+        """The same weights for another size of images, position tables carried over by bilinear interpolation.
 
         What it computes at that size is what this model computes there; rotary positions count on beyond the old grid.
         """
@@ -164,7 +164,7 @@ class MAETok(ModelMixin, ConfigMixin):
         if mask is not None:
             if mask.shape != x.shape[:2]:
                 raise LatelierError(
-                    f"A mask of {tuple(mask.shape)} does not fit {len(x)} pictures of {x.shape[1]} patches each; "
+                    f"A mask of {tuple(mask.shape)} does not fit {len(x)} images of {x.shape[1]} patches each; "
                     "it needs one entry for every patch."
                 )
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
@@ -176,15 +176,15 @@ class MAETok(ModelMixin, ConfigMixin):
             x = run(self, block, x, rope, 1)
         return self.to_latent(self.norm(x[:, -latents.shape[1] :]))  # (b, l, m)
 
-    def paint(
-        self, z: Float[Tensor, "b l k"], grid: tuple[int, int] | None = None, draws: Draws | None = None
+    def decode_tokens(
+        self, z: Float[Tensor, "b l k"], grid: tuple[int, int] | None = None, draws: KeyedRandom | None = None
     ) -> Float[Tensor, "b c h w"]:
-        """The picture of raw latents.
+        """The image of raw latents.
 
         Args:
             z: raw latents.
             grid: rows and columns of patches; None for `image_size`.
-            draws: random numbers of the pictures, from which stochastic depth (`decoder_drop_path`) is drawn; without
+            draws: random numbers of the images, from which stochastic depth (`decoder_drop_path`) is drawn; without
                 them, and outside of training mode, it does not act.
         """
         grid = grid or self.grid
@@ -203,17 +203,17 @@ class MAETok(ModelMixin, ConfigMixin):
 
     def decode(self, z: Float[Tensor, "b c l"]) -> DecoderOutput:
         """`sample`: images of `image_size`."""
-        return DecoderOutput(sample=self.paint(z.transpose(1, 2)))
+        return DecoderOutput(sample=self.decode_tokens(z.transpose(1, 2)))
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> DecoderOutput:
         """Reconstruction, through the posterior's mean if there is one, at the images' own size."""
         p = self.config["patch_size"]
         z = self.moments(images)[..., : self.config["latent_channels"]]  # (b, l, c)
-        return DecoderOutput(sample=self.paint(z, (images.shape[2] // p, images.shape[3] // p)))
+        return DecoderOutput(sample=self.decode_tokens(z, (images.shape[2] // p, images.shape[3] // p)))
 
 
 def build(recipe: MAETokRecipe, data: Data) -> MAETok:
-    """A MAETok for these pictures, fresh or from `init`."""
+    """A MAETok for these images, fresh or from `init`."""
     if recipe.init:
         return open_init(MAETok, recipe.init)
     arguments = {"variational": recipe.variational, **preset_arguments(MAETok, PRESETS, recipe.preset, recipe.model)}

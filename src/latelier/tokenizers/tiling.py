@@ -1,8 +1,8 @@
-"""Large pictures through a tokenizer tile by tile, with memory bounded by the tile.
+"""Large images through a tokenizer tile by tile, with memory bounded by the tile.
 
 Tiles overlap. At an inner border, the last quarter of the overlap, where a tile feels that it ends, is thrown away,
 and over the half in the middle one tile fades into the next. So wherever nothing within a quarter of the overlap
-is missing from the receptive field, the result is that of the whole picture. What looks at all positions at once
+is missing from the receptive field, the result is that of the whole image. What looks at all positions at once
 (attention, group normalisation) sees its tile only; there the result is near, not equal.
 """
 
@@ -109,7 +109,7 @@ def _tiled(convert: Callable[[Tensor], Tensor], x: Tensor, tile: tuple[int, int]
 
 
 def _fade(start: int, size: int, length: int, overlap: int, unit: int) -> Float[Tensor, " n"]:
-    """A tile's weight along one side, `(size unit,)`: 1, falling to 0 towards ends that are not the picture's."""
+    """A tile's weight along one side, `(size unit,)`: 1, falling to 0 towards ends that are not the image's."""
     weight = torch.ones(size * unit)
     if not overlap:
         return weight

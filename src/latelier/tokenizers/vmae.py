@@ -1,7 +1,7 @@
 """VMAE: the variational masked autoencoder of "Latent Diffusion Models with Masked AutoEncoders" (ICCV 2025).
 
 A ViT encoder sees only the visible patches (dropped tokens cost nothing), `to_latent` turns each token into the mean
-and log-variance of its latent, and a ViT decoder fills in mask tokens for the rest and paints the whole picture. At
+and log-variance of its latent, and a ViT decoder fills in mask tokens for the rest and paints the whole image. At
 inference nothing is masked and the latents form a grid `(c, h / p, w / p)`.
 """
 
@@ -117,7 +117,7 @@ class VMAE(ModelMixin, ConfigMixin):
         return self.smoother.weight if self.config["smooth"] else self.head.weight
 
     def resized(self, image_size: Sequence[int]) -> VMAE:
-        """The same weights for another size of pictures, position tables carried over by bilinear interpolation.
+        """The same weights for another size of images, position tables carried over by bilinear interpolation.
 
         What it computes at that size is what this model computes there.
         """
@@ -143,10 +143,10 @@ class VMAE(ModelMixin, ConfigMixin):
         x = self._run(self.blocks, x)
         return self.to_latent(self.norm(x))  # (b, k, 2 c)
 
-    def paint(
+    def decode_tokens(
         self, z: Float[Tensor, "b k l"], grid: tuple[int, int], keep: Int[Tensor, "b k"] | None = None
     ) -> Float[Tensor, "b c h w"]:
-        """The whole picture from the latents of the visible tokens."""
+        """The whole image from the latents of the visible tokens."""
         x = self.decoder_embed(self.from_latent(z))  # (b, k, d)
         if keep is not None:
             canvas = self.mask_token.to(x.dtype).repeat(len(x), grid[0] * grid[1], 1)  # (b, n, d)
@@ -167,7 +167,7 @@ class VMAE(ModelMixin, ConfigMixin):
 
     def decode(self, z: Float[Tensor, "b c *grid"]) -> DecoderOutput:
         """`sample`: images of a latent grid."""
-        return DecoderOutput(sample=self.paint(z.flatten(2).transpose(1, 2), tuple(z.shape[2:])))
+        return DecoderOutput(sample=self.decode_tokens(z.flatten(2).transpose(1, 2), tuple(z.shape[2:])))
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> DecoderOutput:
         """Reconstruction through the posterior's mean."""
@@ -186,7 +186,7 @@ class VMAE(ModelMixin, ConfigMixin):
 
 
 def build(recipe: VMAERecipe, data: Data) -> VMAE:
-    """A VMAE for these pictures, fresh or from `init`."""
+    """A VMAE for these images, fresh or from `init`."""
     if recipe.init:
         return open_init(VMAE, recipe.init)
     arguments = preset_arguments(VMAE, PRESETS, recipe.preset, recipe.model)

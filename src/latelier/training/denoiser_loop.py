@@ -1,4 +1,4 @@
-"""Stage 2: encode the pictures once, train a denoiser on their latents, and save a pipeline that samples."""
+"""Stage 2: encode the images once, train a denoiser on their latents, and save a pipeline that samples."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from latelier.conditioning import CACHED, World, build_conditioner, parts
-from latelier.conditioning.asking import take
+from latelier.conditioning import CACHED, DataSpec, build_conditioner, parts
+from latelier.conditioning.asking import cycle_rows
 from latelier.data.latents import LatentCache
 from latelier.data.loader import ImageDataset
 from latelier.denoisers import build_denoiser, vector_width
@@ -84,7 +84,7 @@ def train_denoiser(recipe: Recipe, accelerator: Accelerator | None = None) -> Pa
                         recipe.folder, stage.name, stage.images, accelerator, ema, objective, training.keep_checkpoints
                     )
             if stage.should_stop() and stage.images < training.images:
-                stage.say_goodbye()
+                stage.exit_resumable()
 
     if accelerator.is_main_process:
         model = accelerator.unwrap_model(objective)
@@ -121,7 +121,7 @@ def build_objective(recipe: Recipe, codec: Codec, dataset: ImageDataset) -> Deno
     captioned = any(condition.kind == "text" for condition in section.condition) and any(
         True for _ in dataset.captions()
     )
-    world = World(
+    spec = DataSpec(
         class_names=dataset.class_names,
         box_names=dataset.box_names,
         segmentation_classes=dataset.segmentation_classes,
@@ -138,14 +138,14 @@ def build_objective(recipe: Recipe, codec: Codec, dataset: ImageDataset) -> Deno
             f"sample.guidance = {recipe.sample.guidance}, but this denoiser is never left untold in training, so it "
             "cannot be guided; set sample.guidance to 1, or the `dropout` of a condition above 0."
         )
-    conditioner = build_conditioner(section.condition, world)
+    conditioner = build_conditioner(section.condition, spec)
     told = parts(conditioner).values()
     denoiser = build_denoiser(
         section,
         shape,
         token_width=max((part.token_width for part in told), default=0),
         spatial_channels=sum(part.spatial_channels for part in told),
-        vector=any(part.asks == "classes" and not part.token_width for part in told),
+        vector=any(part.input_name == "classes" and not part.token_width for part in told),
     )
     _check_channels(recipe, shape[0], denoiser.config.get("prefix_channels", False))
     return DenoisingObjective(
@@ -174,7 +174,7 @@ def _check_channels(recipe: Recipe, channels: int, allowed: bool) -> None:
 
 
 def encode_latents(recipe: Recipe, accelerator: Accelerator | None = None, overwrite: bool = False) -> LatentCache:
-    """Encode the training pictures once; goes on where a stopped run left it, and refuses a stale cache."""
+    """Encode the training images once; goes on where a stopped run left it, and refuses a stale cache."""
     accelerator = accelerator or Accelerator()
     codec = open_codec(recipe).to(accelerator.device)
     return open_cache(recipe, codec, open_images(recipe), accelerator, overwrite)
@@ -201,7 +201,7 @@ def latent_stream(
 ) -> Iterator[dict[str, Any]]:
     """Micro-batches of normalised latents and of all that the conditioner needs.
 
-    Latents come from the cache, or are encoded on the fly with all augmentations. Pictures, boxes and maps are read
+    Latents come from the cache, or are encoded on the fly with all augmentations. Images, boxes and maps are read
     beside cached latents, if the conditioner asks for more than labels and captions.
     """
     accelerator, training = stage.accelerator, stage.training
@@ -226,7 +226,7 @@ def latent_stream(
 
 @torch.no_grad()
 def encoded(codec: Codec, batches: Iterator[dict[str, Any]], device: torch.device) -> Iterator[dict[str, Any]]:
-    """Batches of pictures with their posteriors."""
+    """Batches of images with their posteriors."""
     for batch in batches:
         posterior = codec.posterior(batch["image"].to(device))
         yield {**batch, "mean": codec.normalise(posterior.mean), "std": codec.scale(posterior.std)}
@@ -249,7 +249,7 @@ def shown_records(recipe: Recipe, pipeline: LatentDiffusionPipeline) -> Callable
         pipeline: what asks.
 
     Returns:
-        `(first, count) -> records`, nothing for a pipeline that needs none; when the held-out pictures are fewer, they
+        `(first, count) -> records`, nothing for a pipeline that needs none; when the held-out images are fewer, they
         are gone through again.
     """
     if set(parts(pipeline.conditioner)) <= {"classes"}:
@@ -259,7 +259,7 @@ def shown_records(recipe: Recipe, pipeline: LatentDiffusionPipeline) -> Callable
     def records(first: int, count: int) -> dict[str, Any]:
         if recipe.data.streaming:
             batch = next(held_out.once(first + count, limit=first + count))
-            return {name: take(values, range(first, first + count)) for name, values in batch.items()}
+            return {name: cycle_rows(values, range(first, first + count)) for name, values in batch.items()}
         numbers = torch.arange(first, first + count) % len(held_out)
         return next(held_out.follow([(numbers, [False] * count)]))
 
@@ -271,7 +271,7 @@ def save_preview(
 ) -> None:
     """Samples of the averaged weights on noise that stays the same through training.
 
-    A denoiser that is trained on prefixes of the channels shows a row of pictures for each of `shown_lengths`, drawn
+    A denoiser that is trained on prefixes of the channels shows a row of images for each of `shown_lengths`, drawn
     with so many channels from the same noise, the fewest on top.
     """
     prefixes = denoiser_section(recipe).prefixes

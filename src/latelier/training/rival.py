@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from latelier.objectives.adversarial import Adversary
-from latelier.objectives.terms import Terms
+from latelier.objectives.terms import LossTerms
 from latelier.recipe import TrainedTokenizer
 from latelier.training.runtime import Stage, adamw
 
@@ -37,10 +37,10 @@ class Rival:
         """Whether the step that begins at `images` seen trains the discriminator."""
         return images >= self.first
 
-    def backward(self, stage: Stage, batch: dict[str, Any], terms: Terms, last: bool) -> None:
-        """Forward and backward on pictures and what the tokenizer has just made of them."""
+    def backward(self, stage: Stage, batch: dict[str, Any], terms: LossTerms, last: bool) -> None:
+        """Forward and backward on images and what the tokenizer has just made of them."""
         if self.learns(stage.images):
-            pair = {"real": batch["image"], "fake": terms.images["reconstruction"], "draw": batch["draw"]}
+            pair = {"real": batch["image"], "fake": terms.images["reconstruction"], "sample_id": batch["sample_id"]}
             stage.backward(self.objective, pair, last, total="d_total")
 
     def update(self, stage: Stage, batch: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 from torch import Tensor, nn
 
 from latelier.errors import LatelierError
-from latelier.objectives.terms import Terms
+from latelier.objectives.terms import LossTerms
 from latelier.recipe import Recipe, Training
 from latelier.tokenizers.codec import fast_bf16
 from latelier.training import checkpoint
@@ -142,7 +142,7 @@ class Stage:
         if training is None:
             self.lr = rate
 
-    def backward(self, objective: nn.Module, batch: dict[str, Any], last: bool, total: str = "loss") -> Terms:
+    def backward(self, objective: nn.Module, batch: dict[str, Any], last: bool, total: str = "loss") -> LossTerms:
         """Forward and backward of one micro-batch; gradients are averaged over processes on the last one.
 
         Args:
@@ -152,7 +152,7 @@ class Stage:
             total: the name under which the weighted sum is logged.
         """
         with nullcontext() if last else self.accelerator.no_sync(objective):
-            terms: Terms = objective(batch)
+            terms: LossTerms = objective(batch)
             bad = terms.non_finite()
             if self._any(bool(bad)):
                 self._refuse(f"the loss term {' and '.join(bad) or '(on another process)'} is not finite", batch)
@@ -239,7 +239,7 @@ class Stage:
         """Whether any process was asked to stop; the same answer on all of them."""
         return self._any(self.stopping is not None)
 
-    def say_goodbye(self) -> None:
+    def exit_resumable(self) -> None:
         """Tell how to go on, and leave with exit code 0."""
         if self.accelerator.is_main_process:
             console.print(

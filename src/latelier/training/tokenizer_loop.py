@@ -100,7 +100,7 @@ def train_phase(recipe: Recipe, number: int, before: int, accelerator: Accelerat
                         recipe.folder, stage.name, stage.images, accelerator, ema, objective, training.keep_checkpoints
                     )
             if stage.should_stop() and stage.images < training.images:
-                stage.say_goodbye()
+                stage.exit_resumable()
 
     checkpoint.export_ema(objective, ema)
     tokenizer = accelerator.unwrap_model(objective).tokenizer.eval()
@@ -164,7 +164,7 @@ def _refuse_later_phases(recipe: Recipe, number: int) -> None:
 
 
 def open_images(recipe: Recipe, split: str = "train", size: tuple[int, int] | None = None) -> ImageDataset:
-    """The recipe's pictures as a stream, at another size on demand; unreadable files are noted in the run folder."""
+    """The recipe's images as a stream, at another size on demand; unreadable files are noted in the run folder."""
     data = recipe.data.model_copy(update={"image_size": size}) if size else recipe.data
     return ImageDataset(open_source(data, split), data, recipe.seed, skip_log=recipe.folder / "skipped.jsonl")
 
@@ -222,7 +222,7 @@ def save_codec(
 
 @torch.no_grad()
 def save_preview(folder: Path, stage: Stage, tokenizer: nn.Module, images: torch.Tensor) -> None:
-    """Pictures above their reconstructions, nothing masked, through the posterior's mean."""
+    """Images above their reconstructions, nothing masked, through the posterior's mean."""
     images = images[:PREVIEW_IMAGES]
     tokenizer.eval()
     codec = Codec(tokenizer, precision=stage.training.precision)

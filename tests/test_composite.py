@@ -5,21 +5,21 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
-from latelier.conditioning import World, build_conditioner, parts
+from latelier.conditioning import DataSpec, build_conditioner, parts
 from latelier.conditioning.asking import Asked
+from latelier.conditioning.composite import CompositeConditioner, merge
 from latelier.conditioning.condition import ClassConditioner, Condition
 from latelier.conditioning.low_resolution import LowResolutionConditioner
-from latelier.conditioning.together import Together, merge
 from latelier.errors import LatelierError
 from latelier.recipe import DenoiserRecipe
 
-WORLD = World(["cat", "dog"], None, None, None, (4, 8, 8), 4, 3, 16, False, 0)
+WORLD = DataSpec(["cat", "dog"], None, None, None, (4, 8, 8), 4, 3, 16, False, 0)
 
 
 class Toy(ModelMixin, ConfigMixin):
     """Tokens that are the caption's length."""
 
-    asks = "prompts"
+    input_name = "prompts"
     spatial_channels = 0
 
     @register_to_config
@@ -45,11 +45,11 @@ class Toy(ModelMixin, ConfigMixin):
 
 
 def both():
-    return Together.of([ClassConditioner(2, 8, names=["cat", "dog"], inject="tokens"), Toy()])
+    return CompositeConditioner.of([ClassConditioner(2, 8, names=["cat", "dog"], inject="tokens"), Toy()])
 
 
 def batch(**more):
-    return {"label": torch.tensor([0, 1]), "lengths": torch.tensor([2.0, 3.0]), "draw": torch.arange(2), **more}
+    return {"label": torch.tensor([0, 1]), "lengths": torch.tensor([2.0, 3.0]), "sample_id": torch.arange(2), **more}
 
 
 def test_merge_adds_vectors_and_lines_up_the_rest():
@@ -76,13 +76,13 @@ def test_each_part_is_dropped_by_its_own_column():
 
 
 def test_saved_and_loaded_whole(tmp_path):
-    world = WORLD
+    spec = WORLD
     section = DenoiserRecipe(condition=["class", {"kind": "low-resolution", "factor": 4}]).condition
-    together = build_conditioner(section, world)
+    together = build_conditioner(section, spec)
     assert together.spatial_channels == 3
     assert together.token_width == 0
     together.save_pretrained(tmp_path)
-    again = Together.from_pretrained(tmp_path)
+    again = CompositeConditioner.from_pretrained(tmp_path)
     assert isinstance(again.parts["low_resolution"], LowResolutionConditioner)
     for name, tensor in together.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor)
@@ -91,7 +91,7 @@ def test_saved_and_loaded_whole(tmp_path):
 def test_sections_that_do_not_go_together():
     with pytest.raises(LatelierError, match="names a kind twice: class, class"):
         build_conditioner(DenoiserRecipe(condition=["class", "class"]).condition, WORLD)
-    nothing = World(None, None, None, None, (4, 8, 8), 4, 3, 16, False, 0)
+    nothing = DataSpec(None, None, None, None, (4, 8, 8), 4, 3, 16, False, 0)
     with pytest.raises(LatelierError, match="the data has no classes"):
         build_conditioner(DenoiserRecipe().condition, nothing)
 
@@ -132,7 +132,7 @@ def test_negative_prompts_take_the_place_of_nothing():
     assert torch.equal(null.tokens[0, 0], together.parts["classes"].null(1).tokens[0, 0])
 
 
-def test_pictures_go_round_the_lists():
+def test_images_go_round_the_lists():
     asked = Asked({"classes": ["dog", "cat"]}).check(ClassConditioner(2, 8, names=["cat", "dog"]), 1.0, [])
     conditioner = ClassConditioner(2, 8, names=["cat", "dog"])
     told, _, _ = asked.conditions(conditioner, [12, 13, 14], 10, (8, 8), None, 1.0, [])

@@ -18,14 +18,14 @@ from latelier.conditioning.condition import Condition
 from latelier.errors import LatelierError
 
 
-class Together(ModelMixin, ConfigMixin):
+class CompositeConditioner(ModelMixin, ConfigMixin):
     """Conditioners whose conditions are merged.
 
     Args:
         about: the parts, by what each asks for: `{"module": ..., "class": ..., "config": {...}}`; see `Together.of`.
     """
 
-    asks = None
+    input_name = None
 
     @register_to_config
     def __init__(self, about: dict[str, dict[str, Any]]):
@@ -33,10 +33,10 @@ class Together(ModelMixin, ConfigMixin):
         self.parts = nn.ModuleDict({name: _build(part) for name, part in about.items()})
 
     @classmethod
-    def of(cls, conditioners: list[Any]) -> Together:
+    def of(cls, conditioners: list[Any]) -> CompositeConditioner:
         """The merger of conditioners that are built already."""
         about = {
-            c.asks: {
+            c.input_name: {
                 "module": type(c).__module__,
                 "class": type(c).__name__,
                 "config": {k: v for k, v in c.config.items() if not k.startswith("_")},
@@ -46,7 +46,7 @@ class Together(ModelMixin, ConfigMixin):
         with torch.device("meta"):  # the parts are here already
             together = cls(about)
         for conditioner in conditioners:  # with their weights and whatever they have frozen
-            together.parts[conditioner.asks] = conditioner
+            together.parts[conditioner.input_name] = conditioner
         return together
 
     @property

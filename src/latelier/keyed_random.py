@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
-def address(seed: int, purpose: str, number: int) -> int:
+def fold_in(seed: int, purpose: str, number: int) -> int:
     """A 63-bit generator seed for one random choice (splitmix64 finaliser, so that neighbours are unrelated)."""
     x = (seed * 0x9E3779B97F4A7C15 + zlib.crc32(purpose.encode()) * 0xD1B54A32D192ED03 + number) % 2**64
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
@@ -20,7 +20,7 @@ def address(seed: int, purpose: str, number: int) -> int:
     return (x ^ (x >> 31)) >> 1
 
 
-class Draws:
+class KeyedRandom:
     """Random tensors for a batch of stream numbers; row i depends on `(seed, purpose, numbers[i])` only.
 
     Args:
@@ -44,6 +44,6 @@ class Draws:
     def _fill(self, purpose: str, shape: tuple[int, ...], method: str) -> Tensor:
         out = torch.empty(len(self.numbers), *shape)
         for row, number in zip(out, self.numbers):
-            self._generator.manual_seed(address(self.seed, purpose, number))
+            self._generator.manual_seed(fold_in(self.seed, purpose, number))
             getattr(row, method)(generator=self._generator)
         return out.to(self.device, non_blocking=True)
