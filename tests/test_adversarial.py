@@ -57,7 +57,7 @@ def test_the_tokenizers_step_leaves_the_discriminator_alone(objective):
 
 def test_the_discriminators_step_leaves_the_tokenizer_alone(objective):
     terms = objective(batch())
-    fake = terms.images["reconstruction"]
+    fake = terms.reconstruction.detach()
     assert not fake.requires_grad
     rival = objective.adversary.objective
     rival({"real": batch()["image"], "fake": fake, "sample_id": torch.arange(4)}).total.backward()

@@ -15,15 +15,15 @@ from latelier.evaluation.comparison import write_comparison
 from latelier.evaluation.convergence import PASSES, held_out_loss, load_snapshot, measure_convergence
 from latelier.evaluation.convergence_table import LOSS, comparable, convergence, reach, read_curves, speed_table
 from latelier.evaluation.orderings import RunSummary
-from latelier.experiment import open_run
 from latelier.objectives.denoising import DenoisingObjective
+from latelier.opening import open_codec, open_images, open_run
 from latelier.recipe import DenoiserRecipe
 from latelier.study import load_study
 from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.conv import IdentityTokenizer
 from latelier.training import denoiser_loop
-from latelier.training.denoiser_loop import open_codec, snapshot_folder, train_denoiser
-from latelier.training.tokenizer_loop import open_images, train_tokenizer
+from latelier.training.denoiser_loop import snapshot_folder, train_denoiser
+from latelier.training.tokenizer_loop import train_tokenizer
 from test_study import write_study
 from tiny import colour_extractor, tiny_recipe
 

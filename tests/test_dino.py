@@ -209,7 +209,7 @@ def test_the_tokenizers_step_leaves_the_discriminator_alone(tmp_path, teacher):
 
 def test_the_discriminators_step_leaves_the_tokenizer_alone(tmp_path, teacher):
     _, objective = play(tmp_path, teacher, consistency=4.0, lecam=0.1)
-    fake = objective(batch()).images["reconstruction"]
+    fake = objective(batch()).reconstruction.detach()
     rival = objective.adversary.objective
     before = spectral(rival)
     rival({"real": batch()["image"], "fake": fake, "sample_id": torch.arange(4)}).total.backward()

@@ -15,10 +15,10 @@ from latelier.evaluation.figures import COLOURS
 from latelier.evaluation.judging import divide, same_images, two_sides
 from latelier.evaluation.latent_map import NO_LABEL, class_colours, draw_latent_map, principal_map
 from latelier.images import make_grid, save_png
+from latelier.opening import open_images
 from latelier.recipe import Evaluate, build_recipe
 from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.conv import IdentityTokenizer
-from latelier.training.tokenizer_loop import open_images
 from tiny import tiny_recipe
 
 

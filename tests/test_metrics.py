@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from latelier.errors import LatelierError
-from latelier.evaluation.metrics import (
+from latelier.evaluation.results import (
     Measurement,
     l1,
     mean_with_interval,

@@ -18,13 +18,13 @@ from latelier.diffusion.process import Flow
 from latelier.errors import LatelierError
 from latelier.layers import rope_table, rotate, sincos_positions
 from latelier.objectives.denoising import DenoisingObjective
+from latelier.opening import open_images
 from latelier.pipeline import LatentDiffusionPipeline
 from latelier.recipe import DenoiserRecipe, Sample
 from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.maetok import MAETok
 from latelier.tokenizers.tiling import decode_tiled
 from latelier.training.denoiser_loop import train_denoiser
-from latelier.training.tokenizer_loop import open_images
 from tiny import tiny_recipe
 
 CHANNELS, LENGTH = 4, 12

@@ -11,9 +11,9 @@ import torch
 
 from latelier import experiment, inspection
 from latelier.evaluation.comparison import RunSummary, write_comparison
-from latelier.evaluation.metrics import Measurement, write_measurements
 from latelier.evaluation.page import page
 from latelier.evaluation.report import write_report
+from latelier.evaluation.results import Measurement, write_measurements
 from latelier.images import make_grid, save_png
 from latelier.recipe import build_recipe
 

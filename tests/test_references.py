@@ -9,9 +9,9 @@ from latelier.errors import LatelierError
 from latelier.evaluation import references
 from latelier.evaluation.reconstruction import evaluate_reconstruction
 from latelier.evaluation.references import FeatureCollector, FeatureSet, cache_folder, reference_key, reference_sets
+from latelier.opening import open_images
 from latelier.recipe import Evaluate
 from latelier.tokenizers.codec import Codec
-from latelier.training.tokenizer_loop import open_images
 from test_reconstruction import Shifted
 from tiny import colour_extractor, tiny_recipe
 

@@ -9,8 +9,8 @@ import torch
 
 from latelier.errors import LatelierError
 from latelier.evaluation.chart import average, bar_chart, line_chart, short, subsample, ticks
-from latelier.evaluation.metrics import Measurement, write_measurements
 from latelier.evaluation.report import read_log, write_report
+from latelier.evaluation.results import Measurement, write_measurements
 from latelier.images import make_grid, save_png
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from latelier.errors import LatelierError
-from latelier.objectives.terms import LossTerms
+from latelier.losses.terms import LossTerms
 from latelier.recipe import VMAERecipe, build_recipe
 from latelier.tokenizers.codec import Codec
 from latelier.training import checkpoint, runtime
@@ -105,7 +105,7 @@ def test_run_folder(trained):
 
 
 def test_normalised_latents_have_unit_variance(trained):
-    from latelier.training.tokenizer_loop import open_images
+    from latelier.opening import open_images
 
     codec = Codec.from_pretrained(trained.folder / "tokenizer")
     posteriors = [codec.posterior(batch["image"]) for batch in open_images(trained).once(16)]

@@ -93,7 +93,7 @@ def compare(
         LatelierError: before anything is measured, for fewer than two tokenizers, wrong options, images that cannot
             be opened, and a size that does not fit all; afterwards, for tokenizers that failed.
     """
-    from latelier.training.runtime import console
+    from latelier.terminal import console
 
     chosen = dict(zip(short_names(tokenizers, names), tokenizers))
     recipes = {
@@ -187,7 +187,7 @@ def _pixels(size: Sequence[int]) -> str:
 @contextmanager
 def _noting(failed: dict[str, str], name: str) -> Iterator[None]:
     """Note why a tokenizer failed and go on: what is wrong with one must not cost the others' hours of measuring."""
-    from latelier.training.runtime import console
+    from latelier.terminal import console
 
     try:
         yield
@@ -202,14 +202,14 @@ def _noting(failed: dict[str, str], name: str) -> Iterator[None]:
 
 def _fingerprint(recipe: Recipe) -> str:
     """What changes when other images would be seen."""
-    from latelier.training.tokenizer_loop import open_images
+    from latelier.opening import open_images
 
     return open_images(recipe, "val").fingerprint
 
 
 def _open(recipe: Recipe, tokenizer: str, data: str) -> Candidate:
     """Read a tokenizer's weights and config, without measuring anything."""
-    from latelier.training.tokenizer_loop import open_pretrained
+    from latelier.opening import open_pretrained
 
     assert isinstance(recipe.tokenizer, PretrainedRecipe)
     codec = open_pretrained(recipe.tokenizer)
@@ -261,7 +261,7 @@ def _measure(candidate: Candidate, source: str, size: int, samples: int, options
     """Inspect a tokenizer, unless its numbers are there and were made by the same settings."""
     from accelerate import PartialState
 
-    from latelier.training.runtime import console
+    from latelier.terminal import console
 
     file, folder = candidate.folder / ASKED, candidate.folder
     there = all((folder / name).is_file() for name in (ASKED, "metrics.json", "report.html"))

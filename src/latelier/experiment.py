@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latelier.errors import LatelierError
-from latelier.recipe import Recipe, dump, load_recipe
+from latelier.recipe import Recipe, dump
 
 if TYPE_CHECKING:
-    from latelier.evaluation.metrics import Measurement
-    from latelier.pipeline import LatentDiffusionPipeline
+    from latelier.evaluation.results import Measurement
     from latelier.recipe import Sample
 
 
@@ -36,7 +35,7 @@ def run(recipe: Recipe) -> Path:
     """
     from accelerate import PartialState
 
-    from latelier.training.runtime import console
+    from latelier.terminal import console
 
     report = complete(recipe)
     if PartialState().is_main_process:
@@ -70,8 +69,8 @@ def complete(recipe: Recipe) -> Path:
 
     from latelier.evaluation.features import check_features
     from latelier.evaluation.measuring import evaluate
+    from latelier.terminal import console
     from latelier.training.denoiser_loop import train_denoiser
-    from latelier.training.runtime import console
     from latelier.training.tokenizer_loop import train_tokenizer
 
     check_features(recipe.evaluate)  # now, not after days of training
@@ -84,22 +83,6 @@ def complete(recipe: Recipe) -> Path:
     show_measurements(evaluate(recipe))
     PartialState().wait_for_everyone()
     return recipe.folder / "report.html"
-
-
-def open_run(path: Path) -> tuple[LatentDiffusionPipeline, Recipe | None]:
-    """The pipeline of a run folder or a saved pipeline, on the fastest device, and the run's recipe."""
-    from accelerate import PartialState
-    from diffusers.utils.logging import disable_progress_bar
-
-    from latelier.pipeline import LatentDiffusionPipeline
-
-    disable_progress_bar()  # of loading; sampling has its own
-    folder = path / "pipeline" if (path / "pipeline").is_dir() else path
-    if not (folder / "model_index.json").is_file():
-        raise LatelierError(f"There is no trained pipeline in {path}; run `latelier run` or `latelier train denoiser`.")
-    recipe = load_recipe(path) if (path / "recipe.yaml").is_file() else None
-    pipeline = LatentDiffusionPipeline.from_pretrained(folder)
-    return pipeline.to(PartialState().device), recipe
 
 
 def sample_to_folder(
@@ -128,13 +111,13 @@ def sample_to_folder(
         The grid of all images, `grid.png` beside the single ones.
     """
     from latelier.images import make_grid, save_png
+    from latelier.opening import held_out_records
     from latelier.previews import make_previews
-    from latelier.training.denoiser_loop import shown_records
 
     pipeline, recipe = open_run(run)
     asked = {name: values for name, values in (asked or {}).items() if values}
     chosen = _chosen(recipe, {**(settings or {}), "classes": asked.pop("classes", None)})
-    records = shown_records(recipe, pipeline)(0, chosen.count) if recipe and not asked else {}
+    records = held_out_records(recipe, pipeline)(0, chosen.count) if recipe and not asked else {}
     out = out or run / "samples"
     previews = None
     if preview is not None:
@@ -213,7 +196,7 @@ def show_measurements(measured: list[Measurement]) -> None:
     from rich.table import Table
 
     from latelier.evaluation.sharing import is_main
-    from latelier.training.runtime import console
+    from latelier.terminal import console
 
     if not is_main(shared=True):
         return

@@ -19,11 +19,13 @@ from latelier.data.loader import ImageDataset
 from latelier.errors import LatelierError
 from latelier.evaluation.features import check_features
 from latelier.objectives import build_objective
+from latelier.opening import best_device
 from latelier.recipe import PretrainedRecipe, Recipe, TrainedTokenizer, Training
+from latelier.terminal import console
 from latelier.tokenizers import build_tokenizer
 from latelier.tokenizers.codec import Codec
 from latelier.training import checkpoint, denoiser_loop, tokenizer_loop
-from latelier.training.runtime import adamw, best_device, console, make_accelerator, peak_memory
+from latelier.training.runtime import adamw, make_accelerator, peak_memory, to_device
 
 TIMED_STEPS = 3
 
@@ -108,7 +110,7 @@ def _codec(recipe: Recipe) -> Codec:
 
 
 def _latents(codec: Codec, dataset: ImageDataset, n: int) -> dict[str, Any]:
-    batch = tokenizer_loop.to_device(next(dataset.stream(n)), codec.device)
+    batch = to_device(next(dataset.stream(n)), codec.device)
     with torch.no_grad():
         posterior = codec.posterior(batch["image"])
     return {**batch, "mean": posterior.mean, "std": posterior.std}
@@ -124,13 +126,13 @@ def _try(name: str, training: Training, objective: nn.Module, batch: dict[str, A
     objective, optimizer = accelerator.prepare(objective, optimizer)
     rival = adversary.objective.to(accelerator.device) if adversary else None
     first = adversary.first if adversary else 0  # images seen before the rival learns
-    batch = tokenizer_loop.to_device(batch, accelerator.device)
+    batch = to_device(batch, accelerator.device)
 
     def step(seen: int) -> dict[str, float]:
         terms = objective({**batch, "seen": seen})
         total, losses = terms.total, dict(terms.losses)
         if rival is not None and seen >= first:
-            pair = {"real": batch["image"], "fake": terms.images["reconstruction"], "sample_id": batch["sample_id"]}
+            pair = {"real": batch["image"], "fake": terms.reconstruction.detach(), "sample_id": batch["sample_id"]}
             with accelerator.autocast():
                 other = rival(pair)
             losses |= other.losses

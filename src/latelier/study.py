@@ -133,7 +133,7 @@ def run_study(study: Study, only: list[str] | None = None) -> Path:
     """
     from accelerate import PartialState
 
-    from latelier.training.runtime import console
+    from latelier.terminal import console
 
     for name in only or ():
         if name not in study.runs:
@@ -159,7 +159,7 @@ def run_study(study: Study, only: list[str] | None = None) -> Path:
 def _do(study: Study, recipe: Recipe) -> None:
     """One run, unless its result is there and was made by the same recipe."""
     from latelier.experiment import complete
-    from latelier.training.runtime import console
+    from latelier.terminal import console
 
     file = recipe.folder / PLAN
     asked = {"recipe": recipe.model_dump(mode="json"), "budget": study.budget.model_dump(mode="json")}

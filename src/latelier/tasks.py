@@ -135,10 +135,10 @@ def reconstruct(tokenizer: str, images: list[Path], out: Path, size: int, channe
     Raises:
         LatelierError: if the tokenizer or the images cannot be opened, or do not fit.
     """
-    from latelier.evaluation.metrics import psnr
+    from latelier.evaluation.results import psnr
     from latelier.images import make_columns, save_png
+    from latelier.opening import best_device
     from latelier.tokenizers.codec import Codec
-    from latelier.training.runtime import best_device
 
     folder = Path(tokenizer)
     path = folder / "tokenizer" if (folder / "tokenizer").is_dir() else tokenizer

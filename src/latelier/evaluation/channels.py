@@ -18,7 +18,7 @@ from torch import Tensor
 from latelier.errors import LatelierError
 from latelier.evaluation.latent_matrix import collect
 from latelier.evaluation.latent_space import read
-from latelier.evaluation.metrics import Measurement
+from latelier.evaluation.results import Measurement
 from latelier.images import make_columns, save_png
 from latelier.receipt import make_receipt
 from latelier.recipe import Evaluate

@@ -14,7 +14,7 @@ from diffusers import VQModel
 
 from latelier.errors import LatelierError
 from latelier.evaluation.latent_space import read
-from latelier.evaluation.metrics import Measurement
+from latelier.evaluation.results import Measurement
 from latelier.evaluation.spectrum import subsample
 from latelier.losses.codebook import nearest_codes, perplexity
 from latelier.receipt import make_receipt

@@ -20,16 +20,17 @@ from latelier.data.loader import ImageDataset
 from latelier.errors import LatelierError
 from latelier.evaluation.convergence_table import BEGIN, LOSS
 from latelier.evaluation.generation import evaluate_generation
-from latelier.evaluation.metrics import Measurement, write_measurements
 from latelier.evaluation.references import reference_key
+from latelier.evaluation.results import Measurement, write_measurements
 from latelier.evaluation.speed import batches
 from latelier.objectives.denoising import DenoisingObjective
+from latelier.opening import held_out_records, open_images
 from latelier.pipeline import LatentDiffusionPipeline
 from latelier.receipt import make_receipt
 from latelier.recipe import Recipe
 from latelier.tokenizers.codec import Codec
-from latelier.training.denoiser_loop import denoiser_section, encoded, shown_records, snapshot_folder
-from latelier.training.tokenizer_loop import open_images, to_device
+from latelier.training.denoiser_loop import denoiser_section, encoded, snapshot_folder
+from latelier.training.runtime import to_device
 
 PASSES = 4  # times, each with noise of its own, at which each held-out latent is met
 
@@ -157,7 +158,7 @@ def _distance(recipe: Recipe, pipeline: LatentDiffusionPipeline, about: Mapping[
 
 def _samples(pipeline: LatentDiffusionPipeline, recipe: Recipe, count: int) -> Iterator[Tensor]:
     """Batches of samples of the recipe's settings; image i has the seed `sample.seed + i`."""
-    records = shown_records(recipe, pipeline)
+    records = held_out_records(recipe, pipeline)
     for batch in batches(recipe.sample, count):
         told = records(batch.seed - recipe.sample.seed, batch.count)
         yield pipeline(sample=batch, records=told, output_type="pt", progress=False).images

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from latelier.evaluation.metrics import Measurement
+from latelier.evaluation.results import Measurement
 from latelier.keyed_random import KeyedRandom
 from latelier.receipt import make_receipt
 from latelier.tokenizers import decoder_parts

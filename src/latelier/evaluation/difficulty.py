@@ -21,7 +21,7 @@ from latelier.denoisers.dit import DiT
 from latelier.diffusion.process import Flow
 from latelier.errors import LatelierError
 from latelier.evaluation.latent_space import Images, read, with_statistics
-from latelier.evaluation.metrics import Measurement, mean_with_interval
+from latelier.evaluation.results import Measurement, mean_with_interval
 from latelier.keyed_random import KeyedRandom, fold_in
 from latelier.receipt import make_receipt
 from latelier.recipe import Evaluate

@@ -27,9 +27,9 @@ from latelier.evaluation.features import (
     inception_of,
     load_extractors,
 )
-from latelier.evaluation.metrics import Measurement, mean_with_interval, size_warning
 from latelier.evaluation.reconstruction import FRECHET_INTERVAL, read_images
 from latelier.evaluation.references import FeatureCollector, FeatureSet, Key, collect, reference_sets
+from latelier.evaluation.results import Measurement, mean_with_interval, size_warning
 from latelier.evaluation.sharing import is_main
 from latelier.receipt import make_receipt
 from latelier.recipe import Evaluate

@@ -23,16 +23,16 @@ from latelier.evaluation.error_map import ERRORS, SHOWN, draw_errors
 from latelier.evaluation.figures import CHANNELS, MAP
 from latelier.evaluation.latent_map import draw_latent_map
 from latelier.evaluation.latent_space import measure_compression, measure_smoothness
-from latelier.evaluation.metrics import Measurement, write_measurements
 from latelier.evaluation.mixture import measure_mixture
 from latelier.evaluation.posterior import measure_posterior
 from latelier.evaluation.prefixes import measure_prefixes
 from latelier.evaluation.probes import measure_probes
+from latelier.evaluation.results import Measurement, write_measurements
 from latelier.evaluation.spectrum import measure_spectrum
 from latelier.keyed_random import KeyedRandom
+from latelier.opening import open_images
 from latelier.recipe import Recipe
 from latelier.tokenizers.codec import Codec
-from latelier.training.tokenizer_loop import open_images
 
 Batches = Iterator[dict[str, Any]]
 

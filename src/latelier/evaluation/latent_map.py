@@ -65,7 +65,7 @@ def draw_latent_map(
     if find_spec("umap"):
         maps["UMAP"] = neighbour_map(x, evaluate.seed)
     else:
-        from latelier.training.runtime import console
+        from latelier.terminal import console
 
         console.print("The map shows principal components only; for UMAP: pip install 'latelier[umap]'", markup=False)
     save_png(_image(maps, labels, class_names), path)

@@ -12,17 +12,15 @@ from latelier.evaluation.convergence import measure_convergence
 from latelier.evaluation.features import load_extractor
 from latelier.evaluation.generation import evaluate_generation, nearest
 from latelier.evaluation.judging import judge_latents
-from latelier.evaluation.metrics import Measurement, write_measurements
 from latelier.evaluation.reconstruction import evaluate_reconstruction
 from latelier.evaluation.references import reference_key
 from latelier.evaluation.report import write_report
+from latelier.evaluation.results import Measurement, write_measurements
 from latelier.evaluation.sharing import is_main, rank
 from latelier.evaluation.speed import batches, measure_sampling
 from latelier.images import make_pairs, save_png
+from latelier.opening import best_device, held_out_records, open_codec, open_images
 from latelier.recipe import Recipe
-from latelier.training.denoiser_loop import open_codec, shown_records
-from latelier.training.runtime import best_device
-from latelier.training.tokenizer_loop import open_images
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -131,7 +129,7 @@ def _samples(
 
     A model that is told more than classes draws what the held-out images say, in turn.
     """
-    records = shown_records(recipe, pipeline)
+    records = held_out_records(recipe, pipeline)
     for settings in list(batches(recipe.sample, count))[process::processes]:
         told = records(settings.seed - recipe.sample.seed, settings.count)
         yield pipeline(sample=settings, records=told, output_type="pt", progress=False).images
@@ -184,7 +182,7 @@ def _tasks(recipe: Recipe, pipeline: LatentDiffusionPipeline, held_out: ImageDat
 
 def _pipeline(recipe: Recipe) -> LatentDiffusionPipeline | None:
     """The run's pipeline, if a denoiser was trained."""
-    from latelier.experiment import open_run
+    from latelier.opening import open_run
 
     trained = (recipe.folder / "pipeline" / "model_index.json").is_file()
     return open_run(recipe.folder)[0] if trained else None

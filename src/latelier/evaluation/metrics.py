@@ -1,146 +1,191 @@
-"""The numbers: what they are, how sure they are, and where they come from.
+"""The one table of metrics: what `evaluate.metrics` may name, which function measures it, and how to read its results.
 
-Images are compared as they would be saved: clamped to [-1, 1] and rounded to 8 bit.
+Runs, `inspect`, `compare`, studies, reports and the verdict read everything they know of a metric from here. A new
+metric is a function and one entry. Modules are imported when a metric is measured, so the table costs nothing.
+
+A metric of latents is a plain function: `function(*takes, **settings) -> dict[str, Result]`, where `takes` names the
+tensors it wants (`sample` and `train` are `LatentSample`s, `codec` the tokenizer) and `settings` the keys of the
+recipe's `evaluate` section that it reads.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import os
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from jaxtyping import Float
-from torch import Tensor
-
-from latelier.errors import LatelierError
-from latelier.images import to_uint8
-
-PSNR_LIMIT = 100.0  # dB, for images without any error
-SSIM_WINDOW = 11
-MS_SSIM_SCALES = 5
+Better = Literal["lower", "higher"]
+Group = Literal["reconstruction", "generation", "latents", "cost"]  # what is compared, in the order of reports
+ARROWS = {"lower": " ↓", "higher": " ↑", None: ""}
 
 
-@dataclass
-class Measurement:
-    """One number with its receipt.
+@dataclass(frozen=True)
+class Metric:
+    """What is known of a metric.
 
     Attributes:
-        name: Fréchet distances carry their extractor: `rfd-vgg16`, `gfd-inception`.
-        value: the number.
-        receipt: n, reference, extractor, preprocessing, sampler, versions, ...: what is needed to measure it again.
-        interval: 95 % confidence interval, where there is one.
+        group: what it measures; the section of reports and of `metrics.json` follows from it.
+        function: `module:function`; empty for what `reconstruction.py` and `generation.py` measure in one pass.
+        takes: positional arguments of a latent metric, of `sample`, `train` and `codec`.
+        settings: keys of `evaluate` that are passed by name.
+        better: the better direction of results, by the beginning of their names; the longest that fits counts.
+        units: the same for units, in words.
+        headline: results that stand in front of a report.
+        inspect: whether `latelier inspect` measures it unless told otherwise.
+        features: whether results carry the extractor's name: `rfd-vgg16`.
     """
 
-    name: str
-    value: float
-    receipt: dict[str, Any] = field(default_factory=dict)
-    interval: tuple[float, float] | None = None
+    group: Group
+    function: str = ""
+    takes: tuple[str, ...] = ("sample",)
+    settings: tuple[str, ...] = ()
+    better: Mapping[str, Better] = field(default_factory=dict)
+    units: Mapping[str, str] = field(default_factory=dict)
+    headline: tuple[str, ...] = ()
+    inspect: bool = False
+    features: tuple[str, ...] = ()
+
+    def load(self) -> Callable[..., Any]:
+        """The function."""
+        module, name = self.function.split(":")
+        return getattr(importlib.import_module(module), name)
 
 
-# -- per image ------------------------------------------------------------------------------------------------------
+_ANALYSIS = "latelier.analysis"
+_EVALUATION = "latelier.evaluation"
+
+METRICS: dict[str, Metric] = {
+    # of reconstructions, measured in one pass
+    "l1": Metric("reconstruction", better={"l1": "lower"}, units={"l1": "of [-1, 1]"}, inspect=True),
+    "psnr": Metric("reconstruction", better={"psnr": "higher"}, units={"psnr": "dB"}, inspect=True),
+    "ssim": Metric("reconstruction", better={"ssim": "higher"}, inspect=True),
+    "ms-ssim": Metric("reconstruction", better={"ms-ssim": "higher"}, inspect=True),
+    "lpips": Metric("reconstruction", better={"lpips": "lower"}, inspect=True),
+    "rfd": Metric("reconstruction", better={"rfd": "lower"}, inspect=True, features=("rfd",)),
+    # of latents: functions of one sample that is encoded once
+    "smoothness": Metric(
+        "latents", f"{_ANALYSIS}.smoothness:smoothness", ("sample", "codec"),
+        ("noise_levels", "metrics", "features", "seed"),
+        better={"smoothness-psnr": "higher", "smoothness-lpips": "lower", "smoothness-rfd": "lower"},
+        headline=("smoothness-psnr",), inspect=True, features=("smoothness-rfd",),
+    ),
+    "compression": Metric(
+        "latents", f"{_ANALYSIS}.clustering:perceptual_compression", ("sample",), ("clusters", "seed"),
+        better={"within": "lower", "separation": "higher"}, headline=("separation-object",), inspect=True,
+    ),
+    "spectrum": Metric(
+        "latents", f"{_ANALYSIS}.spectrum:spectrum",
+        units={"effective-rank": "directions", "channel-rank": "directions"},
+        headline=("effective-rank", "channel-rank"), inspect=True,
+    ),
+    "prefixes": Metric(
+        "latents", f"{_ANALYSIS}.prefixes:prefix_quality", ("sample", "codec"),
+        ("prefix_lengths", "metrics", "features"),
+        better={"prefix-psnr": "higher", "prefix-lpips": "lower", "prefix-rfd": "lower"}, inspect=True,
+        features=("prefix-rfd",),
+    ),
+    "channels": Metric("latents", f"{_ANALYSIS}.channels:channel_statistics", ("sample", "codec"), inspect=True),
+    "posterior": Metric(
+        "latents", f"{_ANALYSIS}.posterior:posterior_statistics",
+        better={"active": "higher", "outlier-channels": "lower", "largest-variance-ratio": "lower"},
+        units={"latent-std": "of raw latents"}, headline=("latent-std", "active-channels"), inspect=True,
+    ),
+    "equivariance": Metric(
+        "latents", f"{_ANALYSIS}.equivariance:equivariance", ("sample", "codec"), ("seed",),
+        better={"equivariance": "lower"}, units={"equivariance": "share of the latents' variance"}, inspect=True,
+    ),
+    "codebook": Metric(
+        "latents", f"{_ANALYSIS}.codebook:codebook_usage", ("sample", "codec"),
+        better={"codebook": "higher", "dead-codes": "lower"}, headline=("codebook-usage",), inspect=True,
+    ),
+    "gmm": Metric(
+        "latents", f"{_ANALYSIS}.mixture:gaussian_mixtures", ("train", "sample"), ("modes", "seed"),
+        better={"gmm": "lower"}, units={"gmm-nll": "nats per principal component", "gmm-modes": "Gaussians"},
+        headline=("gmm-modes",), inspect=True,
+    ),
+    "probe": Metric(
+        "latents", f"{_ANALYSIS}.probes:class_probes", ("train", "sample"), ("seed",),
+        better={"probe": "higher", "knn": "higher"}, units={"probe": "share of images", "knn": "share of images"},
+        headline=("probe-accuracy",), inspect=True,
+    ),
+    "difficulty": Metric(
+        "latents", f"{_ANALYSIS}.difficulty:diffusion_difficulty", ("train", "sample"), ("seed",),
+        better={"diffusion": "lower"}, units={"diffusion-loss": "squared error of the velocity"},
+        headline=("diffusion-loss",), inspect=True,
+    ),
+    "map": Metric("latents", f"{_ANALYSIS}.latent_map:draw_latent_map", inspect=True),  # a figure, no number
+    # of samples
+    "gfd": Metric("generation", better={"gfd": "lower"}, features=("gfd",)),
+    "fid50k": Metric("generation", better={"fid50k": "lower"}),
+    "sfid": Metric("generation", better={"sfid": "lower"}),
+    "kid": Metric("generation", better={"kid": "lower"}, features=("kid",)),
+    "cmmd": Metric("generation", better={"cmmd": "lower"}, features=("cmmd",)),
+    "inception-score": Metric("generation", better={"inception-score": "higher"}),
+    "precision": Metric("generation", better={"precision": "higher"}),
+    "recall": Metric("generation", better={"recall": "higher"}),
+    "convergence": Metric("generation", better={"convergence": "lower"}),
+    # of the tokenizer itself
+    "cost": Metric(
+        "cost", f"{_EVALUATION}.cost:measure_cost", ("codec",),
+        better={
+            "gflop": "lower", "parameters": "lower", "size-mib": "lower", "memory-gb": "lower",
+            "encode-images-per-second": "higher", "decode-images-per-second": "higher",
+        },
+        headline=("parameters", "gflop-encode", "gflop-decode"), inspect=True,
+    ),
+}  # fmt: skip
+
+# Results that no entry of `evaluate.metrics` asks for: whether conditions are followed, and how fast samples come.
+OTHERS: dict[str, Better] = {
+    "fd": "lower", "match": "higher", "score": "higher", "samples-per-second": "higher",
+    "images-per-second": "higher",
+}  # fmt: skip
 
 
-def l1(images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
-    """Mean absolute error of each image in units of [-1, 1], after rounding to 8 bit."""
-    x, y = _levels(images), _levels(reference)  # (b, c, h, w)
-    return (x - y).abs().mean((1, 2, 3)) / 127.5
+def metric_of(name: str) -> Metric | None:
+    """The metric that a result belongs to, by the longest beginning that some metric knows."""
+    found = [
+        (len(begin), metric)
+        for metric in METRICS.values()
+        for begin in (*metric.better, *metric.units, *metric.headline)
+        if _begins(name, begin)
+    ]
+    return max(found, key=lambda pair: pair[0])[1] if found else METRICS.get(name)
 
 
-def psnr(images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
-    """Peak signal-to-noise ratio of each image in dB: 8-bit levels, range 255; 100 dB when nothing differs."""
-    from torchmetrics.functional.image import peak_signal_noise_ratio
-
-    x, y = _levels(images), _levels(reference)  # (b, c, h, w)
-    ratio = peak_signal_noise_ratio(x, y, data_range=255.0, reduction="none", dim=(1, 2, 3))  # (b,)
-    return ratio.clamp(max=PSNR_LIMIT)
-
-
-def ssim(images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
-    """Structural similarity of each image: 8-bit levels, range 255, Gaussian window 11 x 11 of sigma 1.5.
-
-    Raises:
-        LatelierError: for images smaller than the window.
-    """
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
-    if min(images.shape[-2:]) < SSIM_WINDOW:
-        height, width = images.shape[-2:]
-        raise LatelierError(
-            f"SSIM needs images of at least {SSIM_WINDOW} pixels a side, not {height} x {width}; "
-            "take ssim out of evaluate.metrics."
-        )
-    x, y = _levels(images), _levels(reference)  # (b, c, h, w)
-    similarity = structural_similarity_index_measure(x, y, data_range=255.0, kernel_size=SSIM_WINDOW, reduction="none")
-    assert isinstance(similarity, Tensor)
-    return similarity.reshape(-1)  # (b,)
+def better(name: str) -> Better | None:
+    """Whether lower or higher values of a result are better; None where neither is."""
+    known: dict[str, Better] = {}
+    for metric in METRICS.values():
+        known |= metric.better
+    begins = [begin for begin in known if _begins(name, begin)]
+    if begins:
+        return known[max(begins, key=len)]
+    words = name.partition("@")[0]
+    return next((side for end, side in OTHERS.items() if words == end or words.endswith(f"-{end}")), None)
 
 
-def ms_ssim(images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
-    """Multi-scale structural similarity of each image: five scales and weights as in Wang et al. 2003, section 3.2.
-
-    Contrasts that are correlated the wrong way round count as zero, since they are raised to powers.
-
-    Raises:
-        LatelierError: for images whose coarsest scale is smaller than the window.
-    """
-    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
-
-    least = SSIM_WINDOW * 2 ** (MS_SSIM_SCALES - 1)  # halved four times, a window still fits
-    if min(images.shape[-2:]) < least:
-        height, width = images.shape[-2:]
-        raise LatelierError(
-            f"MS-SSIM of {MS_SSIM_SCALES} scales needs images of at least {least} pixels a side, not "
-            f"{height} x {width}; take ms-ssim out of evaluate.metrics. With fewer scales it would be another number."
-        )
-    x, y = _levels(images), _levels(reference)  # (b, c, h, w)
-    similarity = multiscale_structural_similarity_index_measure(
-        x, y, data_range=255.0, kernel_size=SSIM_WINDOW, reduction="none", normalize="relu"
-    )
-    return similarity.reshape(-1)  # (b,)
+def unit(name: str) -> str | None:
+    """The unit of a result, in words."""
+    units = {begin: words for metric in METRICS.values() for begin, words in metric.units.items()}
+    begins = [begin for begin in units if _begins(name, begin)]
+    return units[max(begins, key=len)] if begins else None
 
 
-def mean_with_interval(values: Float[Tensor, " n"]) -> tuple[float, tuple[float, float] | None]:
-    """Mean and its 95 % confidence interval (normal approximation), None for fewer than two values."""
-    values = values.double()
-    mean = values.mean().item()
-    if len(values) < 2:
-        return mean, None
-    half = 1.96 * values.std().item() / math.sqrt(len(values))
-    return mean, (mean - half, mean + half)
+def plain(name: str) -> str:
+    """A result's name without its extractor: `rfd-vgg16` is `rfd`, `gfd-vgg16@50` is `gfd@50`."""
+    name, at, setting = name.partition("@")
+    with_features = [begin for metric in METRICS.values() for begin in metric.features if name.startswith(f"{begin}-")]
+    return (max(with_features, key=len) if with_features else name) + at + setting
 
 
-# -- the file ---------------------------------------------------------------------------------------------------------
+def heading(name: str) -> str:
+    """A result's name with an arrow in its better direction."""
+    return f"{name}{ARROWS[better(name)]}"
 
 
-def write_measurements(path: str | Path, measurements: list[Measurement], section: str) -> None:
-    """Merge measurements into `metrics.json`: `{section: {name: {value, interval, receipt}}}`, never half written.
-
-    Args:
-        path: the file; made if missing.
-        measurements: replace those of the same name in the section.
-        section: such as `reconstruction` or `generation`.
-    """
-    path = Path(path)
-    content = json.loads(path.read_text()) if path.is_file() else {}
-    entries = content.setdefault(section, {})
-    for measurement in measurements:
-        entry = asdict(measurement)
-        entries[entry.pop("name")] = entry
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_text(json.dumps(content, indent=2, default=str))
-    partial.replace(path)
-
-
-def size_warning(n: int, dims: int) -> dict[str, str]:
-    """What a receipt adds when there are too few images for a covariance of full rank."""
-    if n > dims:
-        return {}
-    return {"warning": f"n = {n} is below the feature dimension {dims}; compare only at equal n"}
-
-
-def _levels(images: Tensor) -> Tensor:
-    return to_uint8(images).float()
+def _begins(name: str, begin: str) -> bool:
+    """Whether a result's name begins with these whole words: `probe-accuracy` with `probe`."""
+    words = name.partition("@")[0]
+    return words == begin or words.startswith(f"{begin}-")

@@ -23,7 +23,7 @@ from latelier.errors import LatelierError
 from latelier.evaluation.clusters import RESAMPLES
 from latelier.evaluation.latent_matrix import MOST_DIMS, Latents, collect, random_share
 from latelier.evaluation.latent_space import read
-from latelier.evaluation.metrics import Measurement, mean_with_interval
+from latelier.evaluation.results import Measurement, mean_with_interval
 from latelier.keyed_random import KeyedRandom
 from latelier.receipt import make_receipt
 from latelier.recipe import Evaluate

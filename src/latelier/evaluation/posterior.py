@@ -18,7 +18,7 @@ from torch import Tensor
 
 from latelier.errors import LatelierError
 from latelier.evaluation.latent_space import read, with_statistics
-from latelier.evaluation.metrics import Measurement, mean_with_interval
+from latelier.evaluation.results import Measurement, mean_with_interval
 from latelier.losses.kl import gaussian_kl
 from latelier.receipt import make_receipt
 from latelier.recipe import Evaluate

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from latelier.evaluation.latent_matrix import MOST_DIMS, Latents, collect, labelled, random_share
 from latelier.evaluation.latent_space import read
-from latelier.evaluation.metrics import Measurement
+from latelier.evaluation.results import Measurement
 from latelier.receipt import make_receipt
 from latelier.recipe import Evaluate
 from latelier.tokenizers.codec import Codec

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from latelier.errors import LatelierError
 from latelier.evaluation.features import load_extractors
-from latelier.evaluation.metrics import (
+from latelier.evaluation.references import FeatureCollector, FeatureSet, Key, open_sets, store_sets
+from latelier.evaluation.results import (
     MS_SSIM_SCALES,
     Measurement,
     l1,
@@ -20,7 +21,6 @@ from latelier.evaluation.metrics import (
     size_warning,
     ssim,
 )
-from latelier.evaluation.references import FeatureCollector, FeatureSet, Key, open_sets, store_sets
 from latelier.evaluation.sharing import gather_in_order, is_main
 from latelier.receipt import make_receipt
 from latelier.recipe import Evaluate

@@ -222,7 +222,7 @@ def _open(about: Mapping[str, Any], kept: Collection[str]) -> FeatureSet | None:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    from latelier.training.runtime import console
+    from latelier.terminal import console
 
     path = _path(about)
     if not path.is_file():

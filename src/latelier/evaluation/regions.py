@@ -18,7 +18,7 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from latelier.errors import LatelierError
-from latelier.evaluation.metrics import Measurement
+from latelier.evaluation.results import Measurement
 
 SIDE = 24  # pixels of a template
 MOST_TRAINING = 4_000  # images that templates are made of

@@ -22,7 +22,7 @@ from latelier.errors import LatelierError
 from latelier.evaluation.distributions import FeatureStatistics
 from latelier.evaluation.latent_matrix import collect
 from latelier.evaluation.latent_space import read
-from latelier.evaluation.metrics import Measurement
+from latelier.evaluation.results import Measurement
 from latelier.receipt import make_receipt
 from latelier.recipe import Evaluate
 from latelier.tokenizers.codec import Codec

@@ -16,12 +16,12 @@ from torch import Tensor
 from latelier.errors import LatelierError
 from latelier.evaluation.distributions import FeatureStatistics
 from latelier.evaluation.features import FeatureExtractor, load_extractor
-from latelier.evaluation.metrics import Measurement, size_warning
 from latelier.evaluation.reconstruction import read_images
+from latelier.evaluation.results import Measurement, size_warning
+from latelier.opening import held_out_records
 from latelier.pipeline import LatentDiffusionPipeline
 from latelier.receipt import make_receipt
 from latelier.recipe import Recipe, Sample
-from latelier.training.denoiser_loop import shown_records
 
 
 @torch.no_grad()
@@ -59,7 +59,7 @@ def measure_sampling(
         "n": theirs.n, "n_reference": theirs.n, **receipt, **extractor.describe(), "batch": recipe.sample.batch,
         "threads": torch.get_num_threads(), "drawn_on": str(pipeline.device),
     }  # fmt: skip
-    records = shown_records(recipe, pipeline)
+    records = held_out_records(recipe, pipeline)
 
     def draw(batch: Sample) -> tuple[Tensor, float]:
         """Images of one batch `(b, c, h, w)` in [-1, 1], and the seconds it took."""

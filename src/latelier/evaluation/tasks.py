@@ -19,9 +19,9 @@ from latelier.errors import LatelierError
 from latelier.evaluation.clip import CLIPScore
 from latelier.evaluation.distributions import FeatureStatistics
 from latelier.evaluation.features import FeatureExtractor, load_extractor
-from latelier.evaluation.metrics import Measurement, mean_with_interval, size_warning
 from latelier.evaluation.reconstruction import SETTINGS, image_metrics
 from latelier.evaluation.regions import RegionJudge, Templates
+from latelier.evaluation.results import Measurement, mean_with_interval, size_warning
 from latelier.receipt import make_receipt
 from latelier.recipe import Evaluate, Sample
 

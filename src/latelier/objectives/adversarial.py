@@ -28,7 +28,7 @@ from latelier.losses.adversarial import (
     generator_loss,
     lecam,
 )
-from latelier.objectives.terms import LossTerms
+from latelier.losses.terms import LossTerms
 from latelier.recipe import Adversarial
 
 CHANGES = ("color", "translation", "cutout")

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from latelier.keyed_random import KeyedRandom
 from latelier.losses.codebook import CodebookUse, perplexity, quantise
 from latelier.losses.kl import mean_kl
+from latelier.losses.terms import LossTerms, judged
 from latelier.objectives.adversarial import Adversary
-from latelier.objectives.terms import LossTerms, judged
 from latelier.recipe import ConvRecipe
 from latelier.tokenizers import last_layer
 
@@ -69,7 +69,7 @@ class AutoencoderObjective(nn.Module):
             pair = (reconstruction, images) if rows is None else (reconstruction[rows], images[rows])
             losses["lpips"] = self.perceptual(*pair).mean()
             weights["lpips"] = self.recipe.perceptual_weight
-        terms = LossTerms(losses, weights, images={"reconstruction": reconstruction.detach()})
+        terms = LossTerms(losses, weights, reconstruction=reconstruction)
         if self.adversary is not None:
             self.adversary.add(terms, reconstruction, last_layer(self.tokenizer), batch)
         return terms

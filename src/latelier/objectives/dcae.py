@@ -17,9 +17,9 @@ from diffusers import AutoencoderDC
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from latelier.losses.terms import LossTerms, judged
 from latelier.objectives.adversarial import Adversary
 from latelier.objectives.prefixes import draw_lengths, keep_prefix
-from latelier.objectives.terms import LossTerms, judged
 from latelier.recipe import DCAERecipe
 from latelier.tokenizers import last_layer
 
@@ -74,7 +74,7 @@ class DCAEObjective(nn.Module):
         weights = {name: weights[name] for name in losses}
         if self.recipe.prefixes is not None:
             losses["prefix"] = z.new_tensor(lengths, dtype=torch.float32).mean()  # in the log only
-        terms = LossTerms(losses, weights, images={"reconstruction": image_batches[0].detach()})
+        terms = LossTerms(losses, weights, reconstruction=image_batches[0])
         if self.adversary is not None:
             self.adversary.add(terms, image_batches[0], last_layer(self.tokenizer), batch)
         return terms

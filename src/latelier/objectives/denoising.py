@@ -14,8 +14,8 @@ from latelier.conditioning.condition import Condition
 from latelier.data.latents import draw_latents
 from latelier.diffusion.process import DDPM, Flow
 from latelier.keyed_random import KeyedRandom
+from latelier.losses.terms import LossTerms
 from latelier.objectives.prefixes import draw_lengths
-from latelier.objectives.terms import LossTerms
 from latelier.recipe import Prefixes
 
 

@@ -19,9 +19,9 @@ from latelier.errors import LatelierError
 from latelier.keyed_random import KeyedRandom
 from latelier.layers import init_linear
 from latelier.losses.kl import gaussian_kl
+from latelier.losses.terms import LossTerms, judged
 from latelier.objectives.adversarial import Adversary
 from latelier.objectives.masking import draw_mask, draw_share
-from latelier.objectives.terms import LossTerms, judged
 from latelier.recipe import MAETokRecipe
 from latelier.tokenizers import last_layer
 from latelier.tokenizers.latent_decoder import LatentDecoder
@@ -88,7 +88,7 @@ class MAETokObjective(nn.Module):
         else:
             losses["mse"] = losses["mse"] + self._idle()
         weights |= {target.name: target.section.weight for target in self.targets}
-        terms = LossTerms(losses, {k: weights[k] for k in losses}, images={"reconstruction": reconstruction.detach()})
+        terms = LossTerms(losses, {k: weights[k] for k in losses}, reconstruction=reconstruction)
         if self.adversary is not None:
             self.adversary.add(terms, reconstruction, last_layer(self.tokenizer), batch)
         return terms

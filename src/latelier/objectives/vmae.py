@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from latelier.keyed_random import KeyedRandom
 from latelier.losses.kl import gaussian_kl
+from latelier.losses.terms import LossTerms, judged
 from latelier.objectives.adversarial import Adversary
-from latelier.objectives.terms import LossTerms, judged
 from latelier.recipe import VMAERecipe
 from latelier.tokenizers import last_layer
 from latelier.tokenizers.vmae import VMAE, visible_patches
@@ -96,7 +96,7 @@ class VMAEObjective(nn.Module):
             pair = (reconstruction, images) if rows is None else (reconstruction[rows], images[rows])
             losses["lpips"] = self.perceptual(*pair).mean()
         weights = {name: self.weights[name] for name in losses}
-        return LossTerms(losses, weights, images={"reconstruction": reconstruction.detach()}), reconstruction
+        return LossTerms(losses, weights, reconstruction=reconstruction), reconstruction
 
 
 def patch_errors(x: Float[Tensor, "b c h w"], y: Float[Tensor, "b c h w"], patch: int) -> Float[Tensor, "b n"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -15,7 +15,6 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from latelier.conditioning import CACHED, DataSpec, build_conditioner, parts
-from latelier.conditioning.asking import cycle_rows
 from latelier.data.latents import LatentCache
 from latelier.data.loader import ImageDataset
 from latelier.denoisers import build_denoiser, vector_width
@@ -23,13 +22,13 @@ from latelier.diffusion.process import build_process
 from latelier.errors import LatelierError
 from latelier.images import make_grid, save_png
 from latelier.objectives.denoising import DenoisingObjective
+from latelier.opening import held_out_records, open_codec, open_images
 from latelier.pipeline import LatentDiffusionPipeline
 from latelier.previews import shown_lengths
 from latelier.recipe import DenoiserRecipe, Recipe
 from latelier.tokenizers.codec import Codec
 from latelier.training import checkpoint
-from latelier.training.runtime import Stage, adamw, compile_model, make_accelerator
-from latelier.training.tokenizer_loop import open_images, to_device
+from latelier.training.runtime import Stage, adamw, compile_model, make_accelerator, to_device
 
 PREVIEW_SAMPLES, PREVIEW_COLUMNS = 16, 8
 PREVIEW_STEPS = 25
@@ -101,16 +100,6 @@ def denoiser_section(recipe: Recipe) -> DenoiserRecipe:
     if recipe.denoiser is None:
         raise LatelierError(f"Recipe {recipe.name} has no `denoiser` section, so there is nothing to train.")
     return recipe.denoiser
-
-
-def open_codec(recipe: Recipe) -> Codec:
-    """The run's trained tokenizer."""
-    folder = recipe.folder / "tokenizer"
-    if not (folder / "config.json").is_file():
-        raise LatelierError(f"There is no trained tokenizer in {folder}; run `latelier train tokenizer` first.")
-    codec = Codec.from_pretrained(folder, precision="auto")
-    codec.tokenizer.requires_grad_(False)
-    return codec
 
 
 def build_objective(recipe: Recipe, codec: Codec, dataset: ImageDataset) -> DenoisingObjective:
@@ -241,31 +230,6 @@ def make_pipeline(recipe: Recipe, codec: Codec, objective: DenoisingObjective) -
     )
 
 
-def shown_records(recipe: Recipe, pipeline: LatentDiffusionPipeline) -> Callable[[int, int], dict[str, Any]]:
-    """What tells a pipeline what to draw, when it needs more than a class: held-out records.
-
-    Args:
-        recipe: the experiment.
-        pipeline: what asks.
-
-    Returns:
-        `(first, count) -> records`, nothing for a pipeline that needs none; when the held-out images are fewer, they
-        are gone through again.
-    """
-    if set(parts(pipeline.conditioner)) <= {"classes"}:
-        return lambda first, count: {}
-    held_out = open_images(recipe, "val")
-
-    def records(first: int, count: int) -> dict[str, Any]:
-        if recipe.data.streaming:
-            batch = next(held_out.once(first + count, limit=first + count))
-            return {name: cycle_rows(values, range(first, first + count)) for name, values in batch.items()}
-        numbers = torch.arange(first, first + count) % len(held_out)
-        return next(held_out.follow([(numbers, [False] * count)]))
-
-    return records
-
-
 def save_preview(
     recipe: Recipe, codec: Codec, stage: Stage, objective: DenoisingObjective, ema: EMAModel | None
 ) -> None:
@@ -281,7 +245,7 @@ def save_preview(
     images = []
     with averaged(objective, ema):
         pipeline = make_pipeline(recipe, codec, objective)
-        records = shown_records(recipe, pipeline)(0, count)
+        records = held_out_records(recipe, pipeline)(0, count)
         for length in lengths:
             settings = recipe.sample.model_copy(update={**changes, "channels": length})
             drawn = pipeline(

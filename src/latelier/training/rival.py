@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from latelier.losses.terms import LossTerms
 from latelier.objectives.adversarial import Adversary
-from latelier.objectives.terms import LossTerms
 from latelier.recipe import TrainedTokenizer
 from latelier.training.runtime import Stage, adamw
 
@@ -40,7 +40,7 @@ class Rival:
     def backward(self, stage: Stage, batch: dict[str, Any], terms: LossTerms, last: bool) -> None:
         """Forward and backward on images and what the tokenizer has just made of them."""
         if self.learns(stage.images):
-            pair = {"real": batch["image"], "fake": terms.images["reconstruction"], "sample_id": batch["sample_id"]}
+            pair = {"real": batch["image"], "fake": terms.reconstruction.detach(), "sample_id": batch["sample_id"]}
             stage.backward(self.objective, pair, last, total="d_total")
 
     def update(self, stage: Stage, batch: dict[str, Any]) -> None:

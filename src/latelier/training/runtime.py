@@ -17,21 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from diffusers.training_utils import EMAModel
-from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from latelier.errors import LatelierError
-from latelier.objectives.terms import LossTerms
+from latelier.losses.terms import LossTerms
+from latelier.opening import best_device
 from latelier.recipe import Recipe, Training
+from latelier.terminal import console
 from latelier.tokenizers.codec import fast_bf16
 from latelier.training import checkpoint
-
-console = Console(stderr=True)
 
 
 def make_accelerator(training: Training) -> Accelerator:
@@ -44,11 +43,6 @@ def make_accelerator(training: Training) -> Accelerator:
         # changes, the statistics of batch norms, is averaged after each step.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
-
-
-def best_device() -> torch.device:
-    """The device that accelerate would train on."""
-    return PartialState().device
 
 
 def adamw(model: nn.Module, training: Training) -> torch.optim.AdamW:
@@ -308,6 +302,11 @@ class Stage:
 
     def _on_signal(self, number: int, _frame: Any) -> None:
         self.stopping = signal.Signals(number).name
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    """Tensors of a batch onto the device."""
+    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
 def peak_memory(device: torch.device) -> float:

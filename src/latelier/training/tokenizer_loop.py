@@ -12,17 +12,18 @@ from torch import nn
 
 from latelier.data.latents import latent_statistics
 from latelier.data.loader import ImageDataset
-from latelier.data.sources import open_source
 from latelier.errors import LatelierError
 from latelier.images import make_pairs, save_png
 from latelier.objectives import build_objective
 from latelier.objectives.adversarial import Adversary
+from latelier.opening import open_images, open_pretrained
 from latelier.recipe import PretrainedRecipe, Recipe, TrainedTokenizer
+from latelier.terminal import console
 from latelier.tokenizers import build_tokenizer
 from latelier.tokenizers.codec import Codec, check_size, is_convolutional, model_class
 from latelier.training import checkpoint
 from latelier.training.rival import Rival
-from latelier.training.runtime import Stage, adamw, compile_model, console, make_accelerator
+from latelier.training.runtime import Stage, adamw, compile_model, make_accelerator
 
 STATISTICS_IMAGES = 10_000
 PREVIEW_IMAGES = 16
@@ -163,22 +164,6 @@ def _refuse_later_phases(recipe: Recipe, number: int) -> None:
             )
 
 
-def open_images(recipe: Recipe, split: str = "train", size: tuple[int, int] | None = None) -> ImageDataset:
-    """The recipe's images as a stream, at another size on demand; unreadable files are noted in the run folder."""
-    data = recipe.data.model_copy(update={"image_size": size}) if size else recipe.data
-    return ImageDataset(open_source(data, split), data, recipe.seed, skip_log=recipe.folder / "skipped.jsonl")
-
-
-def open_pretrained(section: PretrainedRecipe) -> Codec:
-    """A tokenizer that is trained already, from its folder or the Hub.
-
-    Raises:
-        LatelierError: if it cannot be opened.
-    """
-    options = {"subfolder": section.subfolder} if section.subfolder else {}
-    return Codec.from_pretrained(section.path, precision="auto", **options)
-
-
 def import_tokenizer(recipe: Recipe, dataset: ImageDataset, folder: Path) -> Path:
     """A tokenizer that needs no training: pixels, or one that is trained already; its statistics are measured here."""
     if isinstance(recipe.tokenizer, PretrainedRecipe):
@@ -229,8 +214,3 @@ def save_preview(folder: Path, stage: Stage, tokenizer: nn.Module, images: torch
     pairs = make_pairs(images, codec.decode(codec.encode(images)).clamp(-1, 1), columns=min(8, len(images)))
     save_png(pairs, folder / "previews" / f"{stage.name}-{stage.images:012d}.png")
     tokenizer.train()
-
-
-def to_device(batch: dict, device: torch.device) -> dict:
-    """Tensors of a batch onto the device."""
-    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}

@@ -1,13 +1,13 @@
-"""What an objective returns: named loss terms, their weights, and what was painted."""
+"""What an objective returns: named loss terms and their weights."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from latelier.recipe import TrainedTokenizer
@@ -20,12 +20,12 @@ class LossTerms:
     Attributes:
         losses: unweighted scalar terms, by name.
         weights: the weight of each; a term without a weight is logged and not trained on.
-        images: images worth showing, `(b, c, h, w)` in [-1, 1], detached, by name.
+        reconstruction: of a tokenizer's objective: `(b, c, h, w)` with its graph, for the adversarial loss.
     """
 
     losses: dict[str, Tensor]
     weights: dict[str, float]
-    images: dict[str, Tensor] = field(default_factory=dict)
+    reconstruction: Float[Tensor, "b c h w"] | None = None
 
     @property
     def total(self) -> Tensor:
