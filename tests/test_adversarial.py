@@ -6,24 +6,26 @@ from torch import nn
 
 from latelier.errors import LatelierError
 from latelier.losses.adversarial import (
-    PatchGAN,
     adaptive_weight,
-    augment,
-    consistency,
+    consistency_loss,
     discriminator_loss,
     generator_loss,
-    lecam,
+    lecam_loss,
 )
+from latelier.losses.augment import CHANGES, augment
+from latelier.losses.discriminator import add_adversarial_loss, build_discriminator
+from latelier.losses.patchgan import PatchGAN
 from latelier.objectives import build_objective
-from latelier.objectives.adversarial import CHANGES, Adversary, changed
 from latelier.recipe import Adversarial, build_recipe
-from latelier.tokenizers import build_tokenizer
+from latelier.tokenizers import build_tokenizer, last_layer
+from latelier.training import tokenizer_loop
 from latelier.training.runtime import Stage
 from latelier.training.tokenizer_loop import train_tokenizer
 from test_training import newest
 from tiny import tiny_recipe
 
 GAME = {"layers": 1, "channels": 8}
+SMALL = {"layers": 1, "width": 8}
 CONV = {
     "kind": "conv", "preset": "kl-f8c16-tiny", "model": {"block_out_channels": [32, 32, 32, 32]}, "images": 32,
     "batch": 8, "perceptual_weight": 0, "precision": "fp32", "ema": 0.9, "checkpoint_every": 16, "log_every": 8,
@@ -41,50 +43,56 @@ def objective(tmp_path):
     return build_objective(recipe.tokenizer, 0, build_tokenizer(recipe))
 
 
+@pytest.fixture
+def discriminator():
+    torch.manual_seed(1)
+    return build_discriminator(3, 0, **SMALL)
+
+
 def batch(seen=0):
     images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
     return {"image": images, "sample_id": torch.arange(4), "seen": seen}
 
 
-def test_the_tokenizers_step_leaves_the_discriminator_alone(objective):
+def generator_terms(objective, discriminator):
+    """The tokenizer's loss terms once the game has started."""
     terms = objective(batch())
-    terms.total.backward()
-    assert all(p.grad is None for p in objective.adversary.objective.parameters())
-    assert all(p.requires_grad for p in objective.adversary.objective.parameters())
+    add_adversarial_loss(terms, discriminator, last_layer(objective.tokenizer), batch()["sample_id"], 0.5)
+    return terms
+
+
+def test_the_generator_step_leaves_the_discriminator_alone(objective, discriminator):
+    generator_terms(objective, discriminator).total.backward()
+    assert all(p.grad is None and p.requires_grad for p in discriminator.parameters())
     assert objective.tokenizer.decoder.conv_out.weight.grad is not None
     assert not any("discriminator" in name for name, _ in objective.named_parameters())
 
 
-def test_the_discriminators_step_leaves_the_tokenizer_alone(objective):
-    terms = objective(batch())
-    fake = terms.reconstruction.detach()
-    assert not fake.requires_grad
-    rival = objective.adversary.objective
-    rival({"real": batch()["image"], "fake": fake, "sample_id": torch.arange(4)}).total.backward()
+def test_the_discriminator_step_leaves_the_tokenizer_alone(objective, discriminator):
+    fake = objective(batch()).reconstruction.detach()
+    discriminator(batch()["image"], fake, torch.arange(4)).total.backward()
     assert all(p.grad is None for p in objective.parameters())
-    assert all(p.grad is not None for p in rival.parameters())
+    assert all(p.grad is not None for p in discriminator.parameters())
 
 
-def test_nothing_before_the_start(tmp_path):
-    recipe = conv_recipe(tmp_path, adversarial={**GAME, "start": 16, "ahead": 8})
-    objective = build_objective(recipe.tokenizer, 0, build_tokenizer(recipe))
-    assert "adversarial" not in objective(batch(seen=15)).losses
-    assert "adversarial" in objective(batch(seen=16)).losses
-    assert objective.adversary.first == 8
-
-
-def test_the_discriminator_learns_from_its_start_on(tmp_path, monkeypatch):
+def test_both_sides_begin_when_the_recipe_says(tmp_path, monkeypatch):
     recipe = conv_recipe(tmp_path, adversarial={**GAME, "start": 24, "ahead": 8})
-    steps = []
+    steps, fooled = [], []
 
-    def step(self, objective, *rest, original=Stage.step, **options):
-        steps.append((type(objective).__name__, self.images))
-        original(self, objective, *rest, **options)
+    def clip(self, model, *name, original=Stage.clip):
+        steps.append((type(model).__name__, self.images))
+        original(self, model, *name)
 
-    monkeypatch.setattr(Stage, "step", step)
+    def fool(terms, *rest):
+        fooled.append(len(steps))
+        add_adversarial_loss(terms, *rest)
+
+    monkeypatch.setattr(Stage, "clip", clip)
+    monkeypatch.setattr(tokenizer_loop, "add_adversarial_loss", fool)
     train_tokenizer(recipe)
-    assert [n for name, n in steps if name == "DiscriminatorObjective"] == [16, 24]
+    assert [n for name, n in steps if name == "Discriminator"] == [16, 24]
     assert [n for name, n in steps if name == "AutoencoderObjective"] == [0, 8, 16, 24]
+    assert fooled == [4]  # in the last step only, after two steps of the tokenizer and one of both
 
 
 def test_resume_includes_the_discriminator_and_its_optimiser(tmp_path, monkeypatch):
@@ -122,8 +130,8 @@ def test_adaptive_weight_has_its_closed_form():
     assert adaptive_weight(reconstruction * 1e9, adversarial, layer).item() == 1e4
 
 
-def test_adaptive_weight_balances_the_gradients(objective):
-    terms = objective(batch())
+def test_adaptive_weight_balances_the_gradients(objective, discriminator):
+    terms = generator_terms(objective, discriminator)
     last = objective.tokenizer.decoder.conv_out.weight
     rest = {k: v for k, v in terms.weights.items() if k != "adversarial"}
     ours = torch.autograd.grad(sum(w * terms.losses[k] for k, w in rest.items()), last, retain_graph=True)[0]
@@ -138,7 +146,7 @@ def test_losses_have_their_closed_forms():
     log2 = torch.log(torch.tensor(2.0)).item()
     assert discriminator_loss(real * 0, fake * 0, "non-saturating").item() == pytest.approx(log2)
     assert generator_loss(fake * 0, "non-saturating").item() == pytest.approx(log2)
-    assert lecam(real, fake, torch.tensor(1.0), torch.tensor(-1.0)).item() == pytest.approx(1.25**2 + 4.0**2)
+    assert lecam_loss(real, fake, torch.tensor(1.0), torch.tensor(-1.0)).item() == pytest.approx(1.25**2 + 4.0**2)
 
 
 def test_group_norm_does_not_mix_images():
@@ -209,11 +217,12 @@ def test_the_share_of_augmented_images():
     images, numbers = torch.rand(400, 3, 8, 8) * 2 - 1, torch.arange(400)
 
     def augmented(share, policy, order=numbers):
-        return changed(images[order], order, Adversarial(augment=policy, augment_share=share), 0)
+        changes = build_discriminator(3, 0, **SMALL, augment=policy, augment_share=share)
+        return changes.augmented(images[order], order)
 
     assert torch.equal(augmented(0.0, list(CHANGES)), images)
     always = augmented(1.0, list(CHANGES))
-    assert torch.equal(always, changed(images, numbers, Adversarial(augment=list(CHANGES)), 0))
+    assert torch.equal(always, build_discriminator(3, 0, **SMALL, augment=CHANGES).augmented(images, numbers))
     touched = torch.stack([(augmented(0.5, [name]) != images).flatten(1).any(1) for name in CHANGES]).float()
     assert (touched.mean(1) - 0.5).abs().max() < 0.1
     assert torch.corrcoef(touched).fill_diagonal_(0).abs().max() < 0.2  # each is drawn for itself
@@ -223,34 +232,36 @@ def test_the_share_of_augmented_images():
 
 def test_consistency_has_its_closed_form():
     ones, threes = torch.ones(2, 1, 2, 2), torch.full((2, 1, 2, 2), 3.0)
-    assert consistency([ones, ones], [threes, ones]).item() == 2.0  # (4 + 0) / 2
+    assert consistency_loss([ones, ones], [threes, ones]).item() == 2.0  # (4 + 0) / 2
     flat = torch.zeros(4, 3, 32, 32)
-    rival = Adversary(Adversarial(**GAME, consistency=4.0), 0, 3).objective
-    nn.init.zeros_(rival.discriminator.head.weight)  # whatever it sees, it says the same
-    terms = rival({"real": flat, "fake": flat, "sample_id": torch.arange(4)})
+    discriminator = build_discriminator(3, 0, **SMALL, consistency=4.0)
+    nn.init.zeros_(discriminator.network.head.weight)  # whatever it sees, it says the same
+    terms = discriminator(flat, flat, torch.arange(4))
     assert (terms.losses["d_consistency"].item(), terms.weights["d_consistency"]) == (0.0, 4.0)
 
 
 def test_consistency_compares_with_all_changes_made():
-    rival = Adversary(Adversarial(**GAME, consistency=1.0), 0, 3).objective
+    discriminator = build_discriminator(3, 0, **SMALL, consistency=1.0)
     real, numbers = batch()["image"], torch.arange(4)
     fake, loss = real.flip(0), nn.functional.mse_loss
-    terms = rival({"real": real, "fake": fake, "sample_id": numbers})
-    expected = [loss(rival.logits(x, numbers, strong=True), rival.logits(x, numbers)) for x in (real, fake)]
+    terms = discriminator(real, fake, numbers)
+    expected = [
+        loss(discriminator.logits(x, numbers, strong=True), discriminator.logits(x, numbers)) for x in (real, fake)
+    ]
     torch.testing.assert_close(terms.losses["d_consistency"], sum(expected) / 2)
-    assert torch.equal(rival.logits(real, numbers), rival.discriminator(real))  # this recipe augments nothing
+    assert torch.equal(discriminator.logits(real, numbers), discriminator.network(real))  # nothing is augmented
     assert min(expected) > 0
     torch.testing.assert_close(terms.total, terms.losses["d_loss"] + terms.losses["d_consistency"])
 
 
 @pytest.mark.parametrize("decay", [0.99, 0.5, 0.0])
 def test_lecam_follows_the_logits_at_its_decay(decay):
-    rival = Adversary(Adversarial(**GAME, lecam=0.1, lecam_decay=decay), 0, 3).objective
+    discriminator = build_discriminator(3, 0, **SMALL, lecam=0.1, lecam_decay=decay)
     real = batch()["image"]
     for step in range(1, 4):
-        terms = rival({"real": real, "fake": -real, "sample_id": torch.arange(4)})
+        terms = discriminator(real, -real, torch.arange(4))
         means = torch.stack([terms.losses["d_real"], terms.losses["d_fake"]])
-        torch.testing.assert_close(rival.averages, (1 - decay**step) * means)
+        torch.testing.assert_close(discriminator.averages, (1 - decay**step) * means)
 
 
 def test_defaults_are_those_of_ldm():
@@ -275,4 +286,4 @@ def test_settings_of_the_other_kind_are_refused(tmp_path, section, key):
 def test_a_frozen_last_layer_is_refused(tmp_path):
     recipe = conv_recipe(tmp_path, adversarial=GAME, train=["encoder"])
     with pytest.raises(LatelierError, match=r"last layer, which tokenizer.train = \['encoder'\] freezes"):
-        build_objective(recipe.tokenizer, 0, build_tokenizer(recipe))
+        train_tokenizer(recipe)

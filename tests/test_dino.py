@@ -7,10 +7,9 @@ from torch import nn
 
 from latelier.errors import LatelierError
 from latelier.losses.dino import DinoDiscriminator, Head, tapped, view
+from latelier.losses.discriminator import add_adversarial_loss, build_discriminator
 from latelier.objectives import build_objective
-from latelier.objectives.adversarial import Adversary, build_discriminator
-from latelier.recipe import Adversarial
-from latelier.tokenizers import build_tokenizer
+from latelier.tokenizers import build_tokenizer, last_layer
 from latelier.training.checkpoint import checkpoints
 from latelier.training.runtime import Stage
 from latelier.training.tokenizer_loop import train_tokenizer
@@ -25,16 +24,25 @@ def discriminator(teacher):
     return DinoDiscriminator(teacher)
 
 
-def play(folder, teacher, **changes):
-    """A tiny autoencoder's recipe, and its objective with the discriminator in it."""
-    recipe = conv_recipe(folder, adversarial={"kind": "dino", "teacher": teacher, **changes})
+def game_recipe(folder, teacher, **changes):
+    """A tiny autoencoder's recipe with a game against a small ViT."""
+    return conv_recipe(folder, adversarial={"kind": "dino", "teacher": teacher, **changes})
+
+
+def make_discriminator(teacher, **settings):
+    torch.manual_seed(1)
+    return build_discriminator(3, 0, "dino", teacher=teacher, **settings)
+
+
+def make_objective(folder, teacher):
     torch.manual_seed(0)
-    return recipe, build_objective(recipe.tokenizer, 0, build_tokenizer(recipe))
+    recipe = game_recipe(folder, teacher)
+    return build_objective(recipe.tokenizer, 0, build_tokenizer(recipe))
 
 
 def pair():
     real = batch()["image"]
-    return {"real": real, "fake": real.flip(0) * 0.5, "sample_id": torch.arange(4)}
+    return real, real.flip(0) * 0.5, torch.arange(4)
 
 
 def spectral(model):
@@ -106,7 +114,7 @@ def test_an_unknown_teacher_is_one_sentence(tmp_path, monkeypatch):
 def test_a_teacher_in_the_weights_folder(teacher, tmp_path, monkeypatch):
     (tmp_path / "dino-vits16").symlink_to(teacher)
     monkeypatch.setenv("LATELIER_WEIGHTS", str(tmp_path))
-    assert build_discriminator(Adversarial(kind="dino"), 3).features.size == (24, 24)
+    assert build_discriminator(3, 0, "dino").network.features.size == (24, 24)
 
 
 # -- the views --------------------------------------------------------------------------------------------------------
@@ -131,11 +139,12 @@ def test_images_that_have_no_room_are_never_cropped():
 
 
 def test_images_and_reconstructions_share_their_views(teacher):
-    objective = Adversary(Adversarial(kind="dino", teacher=teacher, augment=ALL, augment_share=0.5), 0, 3).objective
+    discriminator = make_discriminator(teacher, augment=ALL, augment_share=0.5)
     images = batch()["image"]
-    objective.eval()
-    assert torch.equal(objective.logits(images, torch.arange(4)), objective.logits(images, torch.arange(4)))
-    assert not torch.equal(objective.logits(images, torch.arange(4)), objective.logits(images, torch.arange(4, 8)))
+    discriminator.eval()
+    first, again, others = (discriminator.logits(images, torch.arange(n, n + 4)) for n in (0, 0, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, others)
 
 
 # -- the heads --------------------------------------------------------------------------------------------------------
@@ -193,39 +202,39 @@ def test_weights_are_normalised_in_float32_under_autocast(discriminator):
 # -- the game ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_tokenizers_step_leaves_the_discriminator_alone(tmp_path, teacher):
-    _, objective = play(tmp_path, teacher)
-    rival = objective.adversary.objective
-    before = {name: value.clone() for name, value in rival.state_dict().items()}
+def test_the_generator_step_leaves_the_discriminator_alone(tmp_path, teacher):
+    objective, discriminator = make_objective(tmp_path, teacher), make_discriminator(teacher)
+    before = {name: value.clone() for name, value in discriminator.state_dict().items()}
     terms = objective(batch())
+    add_adversarial_loss(terms, discriminator, last_layer(objective.tokenizer), batch()["sample_id"])
     terms.total.backward()
     assert "adversarial" in terms.losses
     assert objective.tokenizer.decoder.conv_out.weight.grad is not None
-    assert all(p.grad is None and p.requires_grad for p in rival.parameters())
-    assert all(torch.equal(before[name], value) for name, value in rival.state_dict().items())  # power iterations too
-    assert all(m.training for m in rival.modules())
-    assert not any("vit" in name or "heads" in name for name in objective.state_dict())
+    assert all(p.grad is None and p.requires_grad for p in discriminator.parameters())
+    assert all(torch.equal(before[name], value) for name, value in discriminator.state_dict().items())
+    assert all(m.training for m in discriminator.modules())
 
 
-def test_the_discriminators_step_leaves_the_tokenizer_alone(tmp_path, teacher):
-    _, objective = play(tmp_path, teacher, consistency=4.0, lecam=0.1)
-    fake = objective(batch()).reconstruction.detach()
-    rival = objective.adversary.objective
-    before = spectral(rival)
-    rival({"real": batch()["image"], "fake": fake, "sample_id": torch.arange(4)}).total.backward()
+def test_the_discriminator_step_leaves_the_tokenizer_alone(tmp_path, teacher):
+    objective, discriminator = (
+        make_objective(tmp_path, teacher),
+        make_discriminator(teacher, consistency=4.0, lecam=0.1),
+    )
+    fake, before = objective(batch()).reconstruction.detach(), spectral(discriminator)
+    discriminator(batch()["image"], fake, torch.arange(4)).total.backward()
     assert all(p.grad is None for p in objective.parameters())
-    assert all(p.grad is not None for p in rival.parameters())
-    assert all(not torch.equal(before[name], value) for name, value in spectral(rival).items() if len(value) > 1)
+    assert all(p.grad is not None for p in discriminator.parameters())
+    after = spectral(discriminator)
+    assert all(not torch.equal(before[name], value) for name, value in after.items() if len(value) > 1)
 
 
 def test_power_iterations_move_on_once_for_a_batch(teacher):
-    """However many images are judged; so consistency does not change what the discriminator says of them."""
+    """However many images there are; so consistency does not change what the discriminator says of them."""
     states, logits = [], []
     for consistency in (0.0, 4.0):
-        torch.manual_seed(0)
-        rival = Adversary(Adversarial(kind="dino", teacher=teacher, consistency=consistency), 0, 3).objective
-        terms = rival(pair())
-        states.append(spectral(rival))
+        discriminator = make_discriminator(teacher, consistency=consistency)
+        terms = discriminator(*pair())
+        states.append(spectral(discriminator))
         logits.append(terms.losses["d_real"])
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert torch.equal(*logits)
@@ -233,7 +242,7 @@ def test_power_iterations_move_on_once_for_a_batch(teacher):
 
 def test_resume_is_exact_and_checkpoints_hold_no_vit(tmp_path, teacher, monkeypatch):
     game = {"start": 8, "lecam": 0.1, "lecam_decay": 0.9, "consistency": 4.0, "augment": ALL, "augment_share": 0.5}
-    recipes = [play(tmp_path / name, teacher, **game)[0] for name in ("whole", "parts")]
+    recipes = [game_recipe(tmp_path / name, teacher, **game) for name in ("whole", "parts")]
     train_tokenizer(recipes[0])
     with monkeypatch.context() as patch:
 
@@ -250,7 +259,7 @@ def test_resume_is_exact_and_checkpoints_hold_no_vit(tmp_path, teacher, monkeypa
     assert_same(newest(recipes[0].folder, "tokenizer"), newest(recipes[1].folder, "tokenizer"))
     names = load_file(files[0] / "model_1.safetensors")
     assert any(name.endswith("._u") for name in names)
-    assert {name.split(".")[0] for name in names} == {"averages", "discriminator"}
+    assert {name.split(".")[0] for name in names} == {"averages", "network"}
     assert {name.split(".")[1] for name in names if name != "averages"} == {"heads"}
     optimizers = [torch.load(file / "optimizer_1.bin", weights_only=True)["state"] for file in files]
     assert len(optimizers[0]) == len(list(DinoDiscriminator(teacher).parameters()))
@@ -260,6 +269,6 @@ def test_resume_is_exact_and_checkpoints_hold_no_vit(tmp_path, teacher, monkeypa
 def test_preflight_tries_it(tmp_path, teacher):
     from latelier.preflight import try_tokenizer
 
-    recipe, _ = play(tmp_path, teacher, start=8, consistency=4.0)
+    recipe = game_recipe(tmp_path, teacher, start=8, consistency=4.0)
     (trial,) = try_tokenizer(recipe)
     assert {"adversarial", "d_loss", "d_consistency"} <= trial.terms.keys()

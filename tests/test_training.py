@@ -2,6 +2,7 @@
 
 import json
 import signal
+from functools import partial, partialmethod
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,13 @@ from safetensors.torch import load_file
 
 from latelier.errors import LatelierError
 from latelier.losses.terms import LossTerms
-from latelier.recipe import VMAERecipe, build_recipe
+from latelier.recipe import build_recipe
 from latelier.tokenizers.codec import Codec
 from latelier.training import checkpoint, runtime
 from latelier.training.denoiser_loop import train_denoiser
-from latelier.training.runtime import Stage, learning_rate
+from latelier.training.finite import FiniteCheck
+from latelier.training.optimizer import learning_rate
+from latelier.training.runtime import Stage
 from latelier.training.tokenizer_loop import train_tokenizer
 from tiny import tiny_recipe
 
@@ -70,12 +73,12 @@ def test_resume_equals_uninterrupted(trained, tmp_path, monkeypatch, stage, how)
             assert checkpoint.checkpoints(recipe.folder, stage)[-1].name.endswith("24")
         else:  # a power cut inside the fourth step: training goes on from the second
 
-            def step(self, *args, original=Stage.step):
-                original(self, *args)
+            def advance(self, original=Stage.advance):
                 if self.images == 24:
                     raise Killed
+                original(self)
 
-            patch.setattr(Stage, "step", step)
+            patch.setattr(Stage, "advance", advance)
             with pytest.raises(Killed):
                 LOOPS[stage](recipe)
             assert checkpoint.checkpoints(recipe.folder, stage)[-1].name.endswith("16")
@@ -121,10 +124,14 @@ def test_a_finished_stage_is_not_trained_again(trained):
     assert (trained.folder / "log.jsonl").read_text() == before
 
 
+@pytest.mark.parametrize("deferred", [False, True])
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_non_finite_numbers_stop_before_the_weights(tmp_path, monkeypatch, what):
+def test_non_finite_numbers_never_reach_the_weights(tmp_path, monkeypatch, what, deferred):
+    """Neither where the check is read at once, nor where it is read a step later and masks the update meanwhile."""
     recipe = tiny_recipe(tmp_path, denoiser=None)
-    weights = []
+    weights, later = [], []
+    check = partialmethod(FiniteCheck.__init__, deferred=deferred)
+    monkeypatch.setattr(FiniteCheck, "__init__", check)
     from latelier.objectives.vmae import VMAEObjective
 
     original = VMAEObjective.forward
@@ -132,6 +139,9 @@ def test_non_finite_numbers_stop_before_the_weights(tmp_path, monkeypatch, what)
     def broken(self, batch):
         terms = original(self, batch)
         if batch["sample_id"][0] < 16:
+            return terms
+        if weights:  # deferred: the next step runs on weights that the bad one has not touched
+            later.append(self.tokenizer.to_latent.weight.detach().clone())
             return terms
         weights.append(self.tokenizer.to_latent.weight.detach().clone())
         if what == "loss":
@@ -146,6 +156,8 @@ def test_non_finite_numbers_stop_before_the_weights(tmp_path, monkeypatch, what)
         train_tokenizer(recipe)
     saved = load_file(checkpoint.checkpoints(recipe.folder, "tokenizer")[-1] / "model.safetensors")
     assert torch.equal(saved["tokenizer.to_latent.weight"], weights[0])
+    assert len(later) == deferred
+    assert all(torch.equal(weight, weights[0]) for weight in later)
     diagnostic = next((recipe.folder / "diagnostics").glob("*.safetensors"))
     assert load_file(diagnostic)["sample_id"].tolist() == list(range(16, 24))
 
@@ -178,13 +190,13 @@ def test_checkpoint_of_another_architecture(trained, tmp_path):
 
 
 def test_learning_rate_in_images():
-    section = VMAERecipe(kind="vmae", images=1000, batch=100, lr=1.0, warmup=200, schedule="cosine", final_lr=0.1)
-    rates = [learning_rate(section, n) for n in range(0, 1000, 100)]
+    rate = partial(learning_rate, total=1000, batch=100, lr=1.0, warmup=200, schedule="cosine", final_lr=0.1)
+    rates = [rate(n) for n in range(0, 1000, 100)]
     assert rates[0] == pytest.approx(1 / 3)
     assert rates[1] == pytest.approx(2 / 3)
     assert rates[2] == 1.0
-    assert learning_rate(section, 600) == pytest.approx(0.1 + 0.9 * 0.5)
-    assert learning_rate(section, 1000) == pytest.approx(0.1)
+    assert rate(600) == pytest.approx(0.1 + 0.9 * 0.5)
+    assert rate(1000) == pytest.approx(0.1)
 
 
 def test_batch_must_divide(tmp_path):

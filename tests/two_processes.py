@@ -23,9 +23,9 @@ EVALUATE = {"metrics": ["l1", "psnr", "rfd", "gfd", "kid", "precision", "recall"
 TRAINED: list[torch.nn.Module] = []  # what stepped, tokenizers and discriminators alike
 
 
-def remember(self, objective, *rest, original=Stage.step, **options):
-    """A step that leaves a trace of what it was taken with."""
-    original(self, objective, *rest, **options)
+def remember(self, objective, *rest, original=Stage.clip):
+    """Clip, and keep what is trained."""
+    original(self, objective, *rest)
     if not any(objective is one for one in TRAINED):
         TRAINED.append(objective)
 
@@ -47,7 +47,7 @@ def main(folder: Path) -> None:
     """Both stages, on this process."""
     torch.set_num_threads(1)
     recipe = tiny_recipe(folder, tokenizer=TOKENIZER, denoiser={"ema": 0}, evaluate=EVALUATE)
-    Stage.step = remember
+    Stage.clip = remember
     for name, section, train in (
         ("tokenizer", recipe.tokenizer, tokenizer_loop.train_tokenizer),
         ("denoiser", recipe.denoiser, denoiser_loop.train_denoiser),

@@ -18,14 +18,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from latelier.data.loader import ImageDataset
 from latelier.errors import LatelierError
 from latelier.evaluation.features import check_features
-from latelier.objectives import build_objective
-from latelier.opening import best_device
-from latelier.recipe import PretrainedRecipe, Recipe, TrainedTokenizer, Training
+from latelier.losses.discriminator import Discriminator, add_adversarial_loss
+from latelier.objectives import build_objective, build_perceptual
+from latelier.opening import best_device, open_images, open_pretrained
+from latelier.recipe import Adversarial, PretrainedRecipe, Recipe, TrainedTokenizer, Training
 from latelier.terminal import console
-from latelier.tokenizers import build_tokenizer
+from latelier.tokenizers import build_tokenizer, last_layer
 from latelier.tokenizers.codec import Codec
 from latelier.training import checkpoint, denoiser_loop, tokenizer_loop
-from latelier.training.runtime import adamw, make_accelerator, peak_memory, to_device
+from latelier.training.optimizer import adamw
+from latelier.training.runtime import make_accelerator, peak_memory, to_device
 
 TIMED_STEPS = 3
 
@@ -60,7 +62,7 @@ def check(recipe: Recipe) -> list[Trial]:
         LatelierError: for whatever would stop the run later.
     """
     check_features(recipe.evaluate)
-    dataset = tokenizer_loop.open_images(recipe)
+    dataset = open_images(recipe)
     classes = f", {len(dataset.class_names)} classes" if dataset.class_names else ""
     console.print(f"Data: {len(dataset):,} images of {' x '.join(map(str, dataset.shape))}{classes}.")
     rows = [*try_tokenizer(recipe), *try_denoiser(recipe)]
@@ -75,19 +77,21 @@ def try_tokenizer(recipe: Recipe, count: bool = False) -> Iterator[Trial]:
         return
     for number in range(1 + len(section.phases)):
         name, training = section.phase(number)
-        dataset = tokenizer_loop.open_images(recipe, size=training.image_size)
+        dataset = open_images(recipe, size=training.image_size)
         tokenizer = tokenizer_loop.fit(build_tokenizer(recipe), training.image_size or recipe.data.image_size)
         tokenizer_loop.check_sizes(recipe, Codec(tokenizer).factor)
-        objective = build_objective(training, recipe.seed, tokenizer, dataset)
+        perceptual = build_perceptual(training)
+        discriminator = tokenizer_loop.prepare_discriminator(training, recipe, make_accelerator(training))
+        objective = build_objective(training, recipe.seed, tokenizer, perceptual, dataset)
         micro = _micro(training)
-        yield _try(name, training, objective, next(dataset.stream(micro)), count)
+        yield _try(name, training, objective, next(dataset.stream(micro)), count, discriminator)
 
 
 def try_denoiser(recipe: Recipe, count: bool = False) -> Iterator[Trial]:
     """A trial of stage 2, on latents of an untrained tokenizer; none if the recipe has no denoiser."""
     if recipe.denoiser is None:
         return
-    dataset, codec = tokenizer_loop.open_images(recipe), _codec(recipe)
+    dataset, codec = open_images(recipe), _codec(recipe)
     objective = denoiser_loop.build_objective(recipe, codec, dataset)
     batch = _latents(codec, dataset, _micro(recipe.denoiser))
     if objective.conditioner is not None:
@@ -102,7 +106,7 @@ def _micro(training: Training) -> int:
 
 def _codec(recipe: Recipe) -> Codec:
     if isinstance(recipe.tokenizer, PretrainedRecipe):
-        return tokenizer_loop.open_pretrained(recipe.tokenizer).to(best_device())
+        return open_pretrained(recipe.tokenizer).to(best_device())
     tokenizer = tokenizer_loop.fit(build_tokenizer(recipe), recipe.data.image_size)
     codec = Codec(tokenizer, precision="auto")
     codec.latent_shape(*recipe.data.image_size)
@@ -116,37 +120,45 @@ def _latents(codec: Codec, dataset: ImageDataset, n: int) -> dict[str, Any]:
     return {**batch, "mean": posterior.mean, "std": posterior.std}
 
 
-def _try(name: str, training: Training, objective: nn.Module, batch: dict[str, Any], count: bool) -> Trial:
+def _try(
+    name: str,
+    training: Training,
+    objective: nn.Module,
+    batch: dict[str, Any],
+    count: bool,
+    discriminator: Discriminator | None = None,
+) -> Trial:
     """Steps on one micro-batch of the recipe, before and after a discriminator's start, weighted by their share."""
     accelerator = make_accelerator(training)
     parameters = sum(p.numel() for p in objective.parameters() if p.requires_grad)
-    adversary = getattr(objective, "adversary", None)
-    optimizer = adamw(objective.to(accelerator.device), training)
+    optimizer = adamw(objective.to(accelerator.device), training.lr, training.betas, training.weight_decay)
     ema = checkpoint.make_ema(objective, training.ema)
     objective, optimizer = accelerator.prepare(objective, optimizer)
-    rival = adversary.objective.to(accelerator.device) if adversary else None
-    first = adversary.first if adversary else 0  # images seen before the rival learns
+    game = getattr(training, "adversarial", None) or Adversarial()
+    first = max(0, game.start - game.ahead) if discriminator else 0  # images seen before the discriminator learns
     batch = to_device(batch, accelerator.device)
 
     def step(seen: int) -> dict[str, float]:
         terms = objective({**batch, "seen": seen})
-        total, losses = terms.total, dict(terms.losses)
-        if rival is not None and seen >= first:
-            pair = {"real": batch["image"], "fake": terms.reconstruction.detach(), "sample_id": batch["sample_id"]}
+        others = None
+        if discriminator is not None:
             with accelerator.autocast():
-                other = rival(pair)
-            losses |= other.losses
-            total = total + other.total
+                if seen >= game.start:
+                    last = last_layer(accelerator.unwrap_model(objective).tokenizer)
+                    add_adversarial_loss(terms, discriminator, last, batch["sample_id"], game.weight, game.adaptive)
+                if seen >= first:
+                    others = discriminator(batch["image"], terms.reconstruction.detach(), batch["sample_id"])
+        losses = {**terms.losses, **(others.losses if others else {})}
         if bad := [k for k, v in losses.items() if not torch.isfinite(v.detach()).all()]:
             raise LatelierError(f"{name}: the loss term {', '.join(bad)} is not finite on the very first step.")
-        accelerator.backward(total)
+        accelerator.backward(terms.total + (others.total if others else 0))
         optimizer.step()
         optimizer.zero_grad()
         if ema is not None:
             ema.step(checkpoint.trained(objective))
         return {key: value.item() for key, value in losses.items()}
 
-    late = first / training.images  # the share of training without the rival
+    late = first / training.images  # the share of training without the discriminator
     end = 10**15  # images seen: whatever starts late has started; not infinity, as codebooks count in whole numbers
     shares = {0: min(1.0, late), end: max(0.0, 1 - late)}
     images = len(batch["sample_id"]) * accelerator.num_processes

@@ -1,63 +1,20 @@
-"""A patch discriminator and its losses: what makes reconstructions sharp (VQGAN, LDM).
+"""Losses of the game between a tokenizer and a discriminator: what makes reconstructions sharp (VQGAN, LDM).
 
-The discriminator sees overlapping patches and says for each whether it is an image or a reconstruction. The tokenizer
-is rewarded for patches that pass. Esser et al. 2021, "Taming Transformers", section 3.1 and equations 5-7.
+The discriminator says of overlapping patches whether they belong to an image or to a reconstruction; the tokenizer is
+rewarded for patches that pass. Esser et al. 2021, "Taming Transformers", section 3.1 and equations 5-7.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import reduce
-from jaxtyping import Bool, Float
-from torch import Tensor, nn
-
-from latelier.errors import LatelierError
+from jaxtyping import Float
+from torch import Tensor
 
 ADAPTIVE_EPSILON, ADAPTIVE_LIMIT = 1e-4, 1e4
-GROUPS = 32
-HOLE = 0.5  # side of a cutout, as a share of the image's
-
-
-class PatchGAN(nn.Module):
-    """Fully convolutional discriminator (Isola et al. 2017): a map of logits, one for each overlapping patch.
-
-    Args:
-        in_channels: of the images.
-        channels: of the first layer; doubled at every stride up to eightfold.
-        layers: strided convolutions after the first; 3 judges patches of 70 x 70 pixels.
-        norm: `batch` as in LDM; `group` does not mix the images of a batch, so processes and micro-batches agree.
-    """
-
-    def __init__(self, in_channels: int = 3, channels: int = 64, layers: int = 3, norm: str = "group"):
-        super().__init__()
-        widths = [channels * min(2**i, 8) for i in range(layers + 1)]
-        blocks: list[nn.Module] = [nn.Conv2d(in_channels, channels, 4, 2, 1), nn.LeakyReLU(0.2)]
-        for number, (narrow, wide) in enumerate(pairwise(widths)):
-            stride = 1 if number == layers - 1 else 2
-            normalise = nn.BatchNorm2d(wide) if norm == "batch" else nn.GroupNorm(group_count(wide), wide)
-            blocks += [nn.Conv2d(narrow, wide, 4, stride, 1, bias=False), normalise, nn.LeakyReLU(0.2)]
-        self.body = nn.Sequential(*blocks)
-        self.head = nn.Conv2d(widths[-1], 1, 4, 1, 1)
-        self.smallest = 2 ** (layers + 2)
-        self.apply(_initialise)
-
-    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 i j"]:
-        """Logits: positive where the patch looks like an image.
-
-        Raises:
-            LatelierError: for images smaller than the last layers need.
-        """
-        if min(images.shape[2:]) < self.smallest:
-            height, width = images.shape[2:]
-            raise LatelierError(
-                f"A discriminator of {self.smallest.bit_length() - 3} layers needs images of at least "
-                f"{self.smallest} pixels a side, not {height} x {width}; lower tokenizer.adversarial.layers."
-            )
-        return self.head(self.body(images))
 
 
 def discriminator_loss(
@@ -74,15 +31,15 @@ def generator_loss(fake: Float[Tensor, "b 1 *patches"], kind: str = "hinge") -> 
     return -fake.mean() if kind == "hinge" else F.softplus(-fake).mean()
 
 
-def lecam(
+def lecam_loss(
     real: Float[Tensor, "b 1 *patches"], fake: Float[Tensor, "b 1 *patches"], average_real: Tensor, average_fake: Tensor
 ) -> Float[Tensor, ""]:
     """Keeps logits near the other side's running mean (Tseng et al. 2021, equation 3), against overfitting."""
     return F.relu(real - average_fake).square().mean() + F.relu(average_real - fake).square().mean()
 
 
-def consistency(
-    judged: Sequence[Float[Tensor, "b 1 *patches"]], again: Sequence[Float[Tensor, "b 1 *patches"]]
+def consistency_loss(
+    logits: Sequence[Float[Tensor, "b 1 *patches"]], augmented: Sequence[Float[Tensor, "b 1 *patches"]]
 ) -> Float[Tensor, ""]:
     """Mean squared change of the logits when the images are augmented.
 
@@ -90,10 +47,10 @@ def consistency(
     reconstructions alike, as in Zhao et al. 2021, "Improved Consistency Regularization for GANs".
 
     Args:
-        judged: logits of images, and of their reconstructions.
-        again: the same when both are augmented.
+        logits: of images, and of their reconstructions.
+        augmented: the same when both are augmented.
     """
-    return torch.stack([(one - other).square().mean() for one, other in zip(judged, again, strict=True)]).mean()
+    return torch.stack([(one - other).square().mean() for one, other in zip(logits, augmented, strict=True)]).mean()
 
 
 def adaptive_weight(
@@ -107,93 +64,3 @@ def adaptive_weight(
     theirs = torch.autograd.grad(adversarial_loss, last_layer, retain_graph=True)[0].float()
     ours, theirs = reduce(torch.stack([ours, theirs]), reduction="mean")
     return (ours.norm() / (theirs.norm() + ADAPTIVE_EPSILON)).clamp(0, ADAPTIVE_LIMIT).detach()
-
-
-def augment(
-    images: Float[Tensor, "b c h w"],
-    policy: Sequence[str],
-    numbers: Float[Tensor, "b 7"],
-    hole: float = HOLE,
-    chosen: Bool[Tensor, "b 3"] | None = None,
-) -> Float[Tensor, "b c h w"]:
-    """DiffAugment (Zhao et al. 2020): the same differentiable changes to images and reconstructions.
-
-    Args:
-        images: in [-1, 1].
-        policy: any of `color`, `translation`, `cutout`, applied in this order.
-        numbers: uniform in [0, 1): brightness, saturation, contrast, shift (y, x), hole (y, x), for each image.
-        hole: side of the cutout, as a share of the image's.
-        chosen: which of the three changes each image undergoes, in the order above; by default all.
-    """
-    u = [n.view(-1, 1, 1, 1) for n in numbers.to(images).unbind(1)]
-    changes = {
-        "color": lambda x: _colour(x, u[0], u[1], u[2]),
-        "translation": lambda x: _shift(x, u[3], u[4]),
-        "cutout": lambda x: _cut(x, u[5], u[6], hole),
-    }
-    for number, (name, change) in enumerate(changes.items()):
-        if name in policy:
-            changed = change(images)
-            images = changed if chosen is None else torch.where(chosen[:, number, None, None, None], changed, images)
-    return images
-
-
-def _colour(
-    images: Float[Tensor, "b c h w"], brightness: Tensor, saturation: Tensor, contrast: Tensor
-) -> Float[Tensor, "b c h w"]:
-    """Brightness by up to a half, saturation up to twofold, contrast from a half to one and a half."""
-    images = images + (brightness - 0.5)
-    gray = images.mean(1, keepdim=True)  # (b, 1, h, w)
-    images = (images - gray) * (2 * saturation) + gray
-    mean = images.mean((1, 2, 3), keepdim=True)  # (b, 1, 1, 1)
-    return (images - mean) * (0.5 + contrast) + mean
-
-
-def _shift(images: Float[Tensor, "b c h w"], down: Tensor, right: Tensor) -> Float[Tensor, "b c h w"]:
-    """Moved by up to an eighth of the side; zeros come in."""
-    height, width = images.shape[2:]
-    y, x = _places(images)
-    dy, dx = (_steps(n, side // 8) for n, side in ((down, height), (right, width)))  # (b, 1, 1)
-    rows, columns = y + dy, x + dx
-    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)  # (b, h, w)
-    batch = torch.arange(len(images), device=images.device).view(-1, 1, 1)
-    moved = images.permute(0, 2, 3, 1)[batch, rows.clamp(0, height - 1), columns.clamp(0, width - 1)]
-    return moved.permute(0, 3, 1, 2) * inside[:, None]  # (b, c, h, w)
-
-
-def _cut(images: Float[Tensor, "b c h w"], down: Tensor, right: Tensor, share: float) -> Float[Tensor, "b c h w"]:
-    """A hole of zeros around a place anywhere in the image."""
-    height, width = images.shape[2:]
-    y, x = _places(images)
-    top, left = ((n.view(-1, 1, 1) * side).long() for n, side in ((down, height), (right, width)))
-    reach = [int(side * share / 2) for side in (height, width)]
-    hole = ((y - top).abs() <= reach[0]) & ((x - left).abs() <= reach[1])  # (b, h, w)
-    return images * ~hole[:, None]
-
-
-def _places(images: Float[Tensor, "b c h w"]) -> tuple[Tensor, Tensor]:
-    """Rows `(1, h, 1)` and columns `(1, 1, w)`."""
-    height, width = images.shape[2:]
-    y, x = (torch.arange(side, device=images.device) for side in (height, width))
-    return y.view(1, -1, 1), x.view(1, 1, -1)
-
-
-def _steps(u: Tensor, most: int) -> Tensor:
-    """Whole numbers from -most to most."""
-    return (u.view(-1, 1, 1) * (2 * most + 1)).long() - most
-
-
-def group_count(channels: int) -> int:
-    """Of a group norm: the most groups, up to 32, that divide the channels."""
-    return next(groups for groups in range(min(GROUPS, channels), 0, -1) if channels % groups == 0)
-
-
-def _initialise(module: nn.Module) -> None:
-    """N(0, 0.02) convolutions, N(1, 0.02) norms, as in pix2pix."""
-    if isinstance(module, nn.Conv2d):
-        nn.init.normal_(module.weight, 0.0, 0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.BatchNorm2d | nn.GroupNorm):
-        nn.init.normal_(module.weight, 1.0, 0.02)
-        nn.init.zeros_(module.bias)

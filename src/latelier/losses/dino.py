@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from latelier.errors import LatelierError
-from latelier.losses.adversarial import group_count
+from latelier.losses.patchgan import group_count
+from latelier.losses.teachers import Teacher
 
 CROP_SHARE = 0.5  # of the images that are cropped to the ViT's size; the others are shrunk to it
 TAPS = 4  # blocks that are listened to, besides the embedded patches
@@ -72,8 +73,6 @@ class FrozenFeatures:
     """
 
     def __init__(self, teacher: str):
-        from latelier.losses.teachers import Teacher
-
         opened = Teacher(teacher)
         self.name, self.vit, self.dim = teacher, opened.model, opened.dim
         self.mean, self.std = opened.mean, opened.std  # (3, 1, 1) each

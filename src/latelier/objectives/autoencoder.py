@@ -19,7 +19,6 @@ from latelier.keyed_random import KeyedRandom
 from latelier.losses.codebook import CodebookUse, perplexity, quantise
 from latelier.losses.kl import mean_kl
 from latelier.losses.terms import LossTerms, judged
-from latelier.objectives.adversarial import Adversary
 from latelier.recipe import ConvRecipe
 from latelier.tokenizers import last_layer
 
@@ -41,7 +40,7 @@ class AutoencoderObjective(nn.Module):
         recipe: ConvRecipe,
         seed: int,
         perceptual: nn.Module | None = None,
-        adversary: Adversary | None = None,
+        adversary: None = None,
     ):
         super().__init__()
         self.tokenizer, self.perceptual, self.recipe, self.seed = tokenizer, perceptual, recipe, seed

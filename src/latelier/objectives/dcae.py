@@ -18,7 +18,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from latelier.losses.terms import LossTerms, judged
-from latelier.objectives.adversarial import Adversary
 from latelier.objectives.prefixes import draw_lengths, keep_prefix
 from latelier.recipe import DCAERecipe
 from latelier.tokenizers import last_layer
@@ -41,7 +40,7 @@ class DCAEObjective(nn.Module):
         recipe: DCAERecipe,
         seed: int,
         perceptual: nn.Module | None = None,
-        adversary: Adversary | None = None,
+        adversary: None = None,
     ):
         super().__init__()
         self.tokenizer, self.perceptual, self.recipe, self.seed = tokenizer, perceptual, recipe, seed
@@ -64,7 +63,7 @@ class DCAEObjective(nn.Module):
         lengths = [z.shape[1]]
         if self.recipe.prefixes is not None:
             lengths = draw_lengths(self.recipe.prefixes, z.shape[1], self.seed, batch["seen"])
-        parts, images = [], []
+        parts, image_batches = [], []
         for length in lengths:
             reconstruction = self.tokenizer.decode(keep_prefix(z, length)).sample.float()  # (b, c, h, w)
             parts.append(self._losses(reconstruction, images, rows))

@@ -20,7 +20,6 @@ from latelier.keyed_random import KeyedRandom
 from latelier.layers import init_linear
 from latelier.losses.kl import gaussian_kl
 from latelier.losses.terms import LossTerms, judged
-from latelier.objectives.adversarial import Adversary
 from latelier.objectives.masking import draw_mask, draw_share
 from latelier.recipe import MAETokRecipe
 from latelier.tokenizers import last_layer
@@ -50,7 +49,7 @@ class MAETokObjective(nn.Module):
         recipe: MAETokRecipe,
         seed: int,
         perceptual: nn.Module | None = None,
-        adversary: Adversary | None = None,
+        adversary: None = None,
         targets: Sequence[Target] = (),
     ):
         super().__init__()

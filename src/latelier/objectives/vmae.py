@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from latelier.keyed_random import KeyedRandom
 from latelier.losses.kl import gaussian_kl
 from latelier.losses.terms import LossTerms, judged
-from latelier.objectives.adversarial import Adversary
 from latelier.recipe import VMAERecipe
 from latelier.tokenizers import last_layer
 from latelier.tokenizers.vmae import VMAE, visible_patches
@@ -37,7 +36,7 @@ class VMAEObjective(nn.Module):
         recipe: VMAERecipe,
         seed: int,
         perceptual: nn.Module | None = None,
-        adversary: Adversary | None = None,
+        adversary: None = None,
     ):
         super().__init__()
         self.tokenizer, self.perceptual, self.recipe, self.seed = tokenizer, perceptual, recipe, seed

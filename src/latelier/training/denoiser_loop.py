@@ -28,7 +28,8 @@ from latelier.previews import shown_lengths
 from latelier.recipe import DenoiserRecipe, Recipe
 from latelier.tokenizers.codec import Codec
 from latelier.training import checkpoint
-from latelier.training.runtime import Stage, adamw, compile_model, make_accelerator, to_device
+from latelier.training.optimizer import adamw, average_batch_norms, step
+from latelier.training.runtime import Stage, compile_model, make_accelerator, to_device
 
 PREVIEW_SAMPLES, PREVIEW_COLUMNS = 16, 8
 PREVIEW_STEPS = 25
@@ -53,7 +54,7 @@ def train_denoiser(recipe: Recipe, accelerator: Accelerator | None = None) -> Pa
     objective = build_objective(recipe, codec, dataset).to(accelerator.device)
     if training.compile:
         compile_model(objective.denoiser)
-    optimizer = adamw(objective, training)
+    optimizer = adamw(objective, training.lr, training.betas, training.weight_decay)
     ema = checkpoint.make_ema(objective, training.ema)
     objective, optimizer = accelerator.prepare(objective, optimizer)
     stage.images = checkpoint.resume(recipe.folder, stage.name, accelerator, ema, objective)
@@ -65,24 +66,32 @@ def train_denoiser(recipe: Recipe, accelerator: Accelerator | None = None) -> Pa
         drop_snapshots(recipe.folder, stage.images)
     conditioner = accelerator.unwrap_model(objective).conditioner
     stream = latent_stream(recipe, codec, dataset, stage, conditioner)
+    snapshots = training.snapshots_at()
     with stage.running():
         while stage.images < training.images:
             stage.set_learning_rate(optimizer)
-            for micro in range(stage.accumulation):
-                batch = {**next(stream), "seen": stage.images}
-                stage.backward(objective, batch, last=micro == stage.accumulation - 1)
-            stage.update(objective, optimizer, ema, batch)
+            for batch, last in stage.micro_batches(stream):
+                with stage.accumulate(objective, last):
+                    stage.backward(objective(batch))
+            stage.clip(objective)
+            step(optimizer, stage.check(batch))
+            average_batch_norms(objective, accelerator)
+            if ema is not None:
+                ema.step(checkpoint.trained(objective))
+            stage.advance()
 
+            stop = stage.should_stop()
             with stage.paused():
                 if stage.due(training.preview_every) and accelerator.is_main_process:
                     save_preview(recipe, codec, stage, accelerator.unwrap_model(objective), ema)
-                if stage.images in training.snapshots_at() and accelerator.is_main_process:
+                if stage.images in snapshots and accelerator.is_main_process:
                     save_snapshot(recipe.folder, stage.images, accelerator.unwrap_model(objective), ema)
-                if stage.due(training.checkpoint_every) or stage.should_stop():
+                if stage.due(training.checkpoint_every) or stop:
+                    stage.settle()
                     checkpoint.save(
                         recipe.folder, stage.name, stage.images, accelerator, ema, objective, training.keep_checkpoints
                     )
-            if stage.should_stop() and stage.images < training.images:
+            if stop and stage.images < training.images:
                 stage.exit_resumable()
 
     if accelerator.is_main_process:

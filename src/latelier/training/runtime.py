@@ -6,21 +6,19 @@ Nothing here decides what is learned; that is the objective's business.
 from __future__ import annotations
 
 import json
-import math
 import resource
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
-from diffusers.training_utils import EMAModel
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
@@ -31,6 +29,8 @@ from latelier.recipe import Recipe, Training
 from latelier.terminal import console
 from latelier.tokenizers.codec import fast_bf16
 from latelier.training import checkpoint
+from latelier.training.finite import FiniteCheck, NotFinite
+from latelier.training.optimizer import clip_gradients, learning_rate
 
 
 def make_accelerator(training: Training) -> Accelerator:
@@ -43,51 +43,6 @@ def make_accelerator(training: Training) -> Accelerator:
         # changes, the statistics of batch norms, is averaged after each step.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
-
-
-def adamw(model: nn.Module, training: Training) -> torch.optim.AdamW:
-    """Fused AdamW; weight decay on matrices only."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": training.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    fused = all(p.device.type in ("cpu", "cuda") for p in trained)
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=training.lr, betas=training.betas, fused=fused)
-
-
-def learning_rate(training: Training, images: int) -> float:
-    """The rate for the step that begins at `images` seen; a function of nothing else, so resuming is exact."""
-    if images < training.warmup:
-        return training.lr * (images + training.batch) / (training.warmup + training.batch)
-    if training.schedule == "constant":
-        return training.lr
-    progress = (images - training.warmup) / max(1, training.images - training.warmup)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return training.lr * (training.final_lr + (1 - training.final_lr) * cosine)
-
-
-@torch.no_grad()
-def average_batch_norms(model: nn.Module, accelerator: Accelerator) -> None:
-    """Give the batch norms of all processes the same running statistics, the means over processes.
-
-    Gradients are averaged by the process group, running statistics are not. They are linear in those of the batches,
-    so their mean is what one process gets that sees all parts: for means exactly that of the whole batch, for
-    variances the mean of those within the parts.
-
-    Args:
-        model: its batch norms in `eval` mode are frozen and left alone.
-        accelerator: the process group; one process has nothing to average.
-    """
-    if accelerator.num_processes == 1:
-        return
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
-    statistics = [t for m in norms for t in (m.running_mean, m.running_var) if t is not None]
-    if not statistics:
-        return
-    mean = accelerator.reduce(torch.cat(statistics), reduction="mean")  # in one message
-    for tensor, part in zip(statistics, mean.split([len(t) for t in statistics])):
-        tensor.copy_(part)
 
 
 def compile_model(model: nn.Module) -> None:
@@ -121,6 +76,8 @@ class Stage:
                 f"{name}.batch = {training.batch} is not a multiple of micro_batch {self.micro} "
                 f"x {accelerator.num_processes} processes."
             )
+        self.learning_rate = 0.0
+        self._finite = FiniteCheck(accelerator)
         self._sums: dict[str, tuple[Tensor | float, float]] = {}
         self._steps = 0
         self._clock = time.monotonic()
@@ -128,66 +85,66 @@ class Stage:
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
-    def set_learning_rate(self, optimizer: torch.optim.Optimizer, training: Training | None = None) -> None:
-        """Set the rate of the coming step."""
-        rate = learning_rate(training or self.training, self.images)
+    def micro_batches(self, stream: Iterator[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], bool]]:
+        """The micro-batches of one optimiser step, on the device, and whether each is the last."""
+        for micro in range(self.accumulation):
+            batch = {**next(stream), "seen": self.images}
+            yield to_device(batch, self.accelerator.device), micro == self.accumulation - 1
+
+    def set_learning_rate(self, optimizer: torch.optim.Optimizer, lr: float | None = None) -> None:
+        """Set the rate of the coming step, on the stage's schedule; `lr` is its full rate, by default the stage's."""
+        t = self.training
+        rate = learning_rate(self.images, t.images, t.batch, lr or t.lr, t.warmup, t.schedule, t.final_lr)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        if training is None:
-            self.lr = rate
+        if lr is None:
+            self.learning_rate = rate
 
-    def backward(self, objective: nn.Module, batch: dict[str, Any], last: bool, total: str = "loss") -> LossTerms:
-        """Forward and backward of one micro-batch; gradients are averaged over processes on the last one.
+    def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager:
+        """Around forward and backward: gradients are averaged over processes on the last micro-batch only."""
+        return nullcontext() if last else self.accelerator.no_sync(model)
+
+    def backward(self, terms: LossTerms, total: str = "loss") -> None:
+        """Add the gradients of one micro-batch; its terms are logged and their finiteness is noted, not read.
 
         Args:
-            objective: what makes the loss terms.
-            batch: its input.
-            last: whether this is the step's last micro-batch.
+            terms: of the micro-batch.
             total: the name under which the weighted sum is logged.
         """
-        with nullcontext() if last else self.accelerator.no_sync(objective):
-            terms: LossTerms = objective(batch)
-            bad = terms.non_finite()
-            if self._any(bool(bad)):
-                self._refuse(f"the loss term {' and '.join(bad) or '(on another process)'} is not finite", batch)
-            self.accelerator.backward(terms.total / self.accumulation)
-        for key, value in {total: terms.total, **terms.losses}.items():
-            self._count(key, value.detach().float(), 1 / self.accumulation)
-        return terms
+        self.accelerator.backward(terms.total / self.accumulation)
+        values = {total: terms.total, **terms.losses}
+        for name, value in values.items():
+            self._count(name, value.detach().float(), 1 / self.accumulation)
+        names, losses = list(terms.losses), torch.stack([value.detach().float() for value in terms.losses.values()])
+        self._finite.watch((f"the loss term {name} is not finite" for name in names), losses)
 
-    def step(
-        self, objective: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Any], norm: str = "grad_norm"
-    ) -> None:
-        """Clip gradients to the recipe's norm and step; stop before the weights if the norm is not finite."""
-        self._clip(objective, batch, norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        average_batch_norms(objective, self.accelerator)
-
-    def _clip(self, objective: nn.Module, batch: dict[str, Any], name: str) -> None:
-        trained = [p for p in objective.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in trained], foreach=True)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # sharded gradients
-        if self._any(not torch.isfinite(norm).item()):
-            bad = [n for n, p in objective.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-            self._refuse(f"the gradient of {bad[0] if bad else 'a weight'} is not finite", batch)
-        if self.training.clip:
-            torch.nn.utils.clip_grads_with_norm_(trained, self.training.clip, norm, foreach=True)
+    def clip(self, model: nn.Module, name: str = "grad_norm") -> None:
+        """Clip gradients to the recipe's norm."""
+        norm, names, norms = clip_gradients(model, self.training.clip)
+        self._finite.watch((f"the gradient of {parameter} is not finite" for parameter in names), norms)
         self._count(name, norm.detach().float(), 1.0)
 
-    def _count(self, name: str, value: Tensor, weight: float) -> None:
-        """Add to a logged mean."""
-        total, weights = self._sums.get(name, (0.0, 0.0))
-        self._sums[name] = (total + weight * value, weights + weight)
+    def check(self, batch: dict[str, Any]) -> Tensor | None:
+        """One look at all numbers of the step, before the update.
 
-    def update(
-        self, objective: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel | None, batch: dict[str, Any]
-    ) -> None:
-        """Clip, step, average the weights, count."""
-        self.step(objective, optimizer, batch)
-        if ema is not None:
-            ema.step(checkpoint.trained(objective))
-        self.advance()
+        Returns:
+            What `optimizer.step` takes as `skip`: a flag on the device where the answer is not known yet, else None.
+
+        Raises:
+            LatelierError: if a loss term or a gradient is not finite; weights were not touched.
+        """
+        try:
+            skip = self._finite.answer(self.stopping is not None, (batch, self.images))
+        except NotFinite as error:
+            self._refuse(error)
+        return skip if self._finite.deferred else None
+
+    def settle(self) -> None:
+        """Wait for the answer to the last step's check, before anything is saved."""
+        try:
+            self._finite.settle()
+        except NotFinite as error:
+            self._refuse(error)
 
     def advance(self) -> None:
         """One optimiser step is done: count it, move the bar, write the log when due."""
@@ -196,6 +153,11 @@ class Stage:
         self._bar.update(self._task, completed=self.images)
         if self.due(self.training.log_every):
             self._log()
+
+    def _count(self, name: str, value: Tensor, weight: float) -> None:
+        """Add to a logged mean."""
+        total, weights = self._sums.get(name, (0.0, 0.0))
+        self._sums[name] = (total + weight * value, weights + weight)
 
     def due(self, every: int) -> bool:
         """Whether a multiple of `every` images was passed by the last step, or training ended."""
@@ -230,8 +192,8 @@ class Stage:
                     sink.close()
 
     def should_stop(self) -> bool:
-        """Whether any process was asked to stop; the same answer on all of them."""
-        return self._any(self.stopping is not None)
+        """Whether any process was asked to stop; the same answer on all of them, which several know one step later."""
+        return self._finite.stop if self.accelerator.num_processes > 1 else self.stopping is not None
 
     def exit_resumable(self) -> None:
         """Tell how to go on, and leave with exit code 0."""
@@ -243,20 +205,12 @@ class Stage:
         self.accelerator.wait_for_everyone()
         sys.exit(0)
 
-    def pause_clock(self) -> None:
-        """Previews and checkpoints do not count as training time."""
-        self._seconds += time.monotonic() - self._clock
-
-    def resume_clock(self) -> None:
-        """See `pause_clock`."""
-        self._clock = time.monotonic()
-
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """A pause for previews and checkpoints."""
-        self.pause_clock()
+        """Previews and checkpoints do not count as training time."""
+        self._seconds += time.monotonic() - self._clock
         yield
-        self.resume_clock()
+        self._clock = time.monotonic()
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -265,14 +219,14 @@ class Stage:
         means = [torch.as_tensor(total / weights) for total, weights in (self._sums[name] for name in names)]
         values = torch.stack([mean.to(self.accelerator.device) for mean in means])
         values = self.accelerator.reduce(values, reduction="mean").tolist()
-        self.pause_clock()
-        seconds, steps = max(self._seconds, 1e-9), self._steps
-        self._sums, self._steps, self._seconds = {}, 0, 0.0
-        self.resume_clock()
+        now = time.monotonic()
+        seconds, steps = max(self._seconds + now - self._clock, 1e-9), self._steps
+        self._sums, self._steps, self._seconds, self._clock = {}, 0, 0.0, now
         row = dict(zip(names, values))
         speed = steps * self.training.batch / seconds
         record = {
-            "stage": self.name, "images": self.images, **{k: round(v, 6) for k, v in row.items()}, "lr": self.lr,
+            "stage": self.name, "images": self.images, **{k: round(v, 6) for k, v in row.items()},
+            "lr": self.learning_rate,
             "images_per_second": round(speed, 1), "memory_gb": round(peak_memory(self.accelerator.device), 2),
             "seconds": round(seconds, 2),
         }  # fmt: skip
@@ -286,19 +240,14 @@ class Stage:
         status = f"{self.images:,} images  loss {row['loss']:.4f}  {speed:,.0f} img/s"
         self._bar.update(self._task, status=status)
 
-    def _any(self, flag: bool) -> bool:
-        """Logical or over processes."""
-        if self.accelerator.num_processes == 1:
-            return flag
-        return self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device)).item() > 0
-
-    def _refuse(self, what: str, batch: dict[str, Any]) -> None:
-        path = checkpoint.save_diagnostic(self.folder, self.name, self.images, batch, self.accelerator.process_index)
+    def _refuse(self, error: NotFinite) -> NoReturn:
+        batch, images = error.step
+        path = checkpoint.save_diagnostic(self.folder, self.name, images, batch, self.accelerator.process_index)
         raise LatelierError(
-            f"Training stopped before the weights were touched: at {self.images:,} images {what}. "
+            f"Training stopped before the weights were touched: at {images:,} images {error.what}. "
             f"The batch is in {path}; lower lr of the {self.name}, or set its precision: fp32, and run again to go on "
             "from the last checkpoint."
-        )
+        ) from None
 
     def _on_signal(self, number: int, _frame: Any) -> None:
         self.stopping = signal.Signals(number).name

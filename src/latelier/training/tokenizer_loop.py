@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -14,16 +15,16 @@ from latelier.data.latents import latent_statistics
 from latelier.data.loader import ImageDataset
 from latelier.errors import LatelierError
 from latelier.images import make_pairs, save_png
-from latelier.objectives import build_objective
-from latelier.objectives.adversarial import Adversary
+from latelier.losses.discriminator import Discriminator, add_adversarial_loss, build_discriminator
+from latelier.objectives import build_objective, build_perceptual
 from latelier.opening import open_images, open_pretrained
-from latelier.recipe import PretrainedRecipe, Recipe, TrainedTokenizer
+from latelier.recipe import Adversarial, PretrainedRecipe, Recipe, TrainedTokenizer
 from latelier.terminal import console
-from latelier.tokenizers import build_tokenizer
+from latelier.tokenizers import build_tokenizer, last_layer
 from latelier.tokenizers.codec import Codec, check_size, is_convolutional, model_class
 from latelier.training import checkpoint
-from latelier.training.rival import Rival
-from latelier.training.runtime import Stage, adamw, compile_model, make_accelerator
+from latelier.training.optimizer import adamw, average_batch_norms, step
+from latelier.training.runtime import Stage, compile_model, make_accelerator
 
 STATISTICS_IMAGES = 10_000
 PREVIEW_IMAGES = 16
@@ -63,18 +64,23 @@ def train_phase(recipe: Recipe, number: int, before: int, accelerator: Accelerat
     torch.manual_seed(recipe.seed)
     tokenizer = open_phase(recipe, number)
     check_sizes(recipe, Codec(tokenizer).factor)
-    objective = build_objective(training, recipe.seed, tokenizer, dataset)
+    perceptual = build_perceptual(training)
+    discriminator: Any = prepare_discriminator(training, recipe, accelerator)
+    game = training.adversarial or Adversarial()
+    objective = build_objective(training, recipe.seed, tokenizer, perceptual, dataset)
+    _check_last_layer(training, tokenizer)
     if is_convolutional(tokenizer) and accelerator.device.type != "cpu":  # there GroupNorm's backward is slow in it
         objective.to(memory_format=torch.channels_last)
     objective.to(accelerator.device)
     if training.compile:
         compile_model(tokenizer)
-    adversary: Adversary | None = objective.adversary  # type: ignore[assignment]
     stage = Stage(name, recipe, training, accelerator)
-    optimizer = adamw(objective, training)
+    optimizer = adamw(objective, training.lr, training.betas, training.weight_decay)
     ema = checkpoint.make_ema(objective, training.ema)
     objective, optimizer = accelerator.prepare(objective, optimizer)
-    rival = Rival(adversary, training, accelerator) if adversary is not None else None
+    if discriminator is not None:
+        d_optimizer = adamw(discriminator, game.lr or training.lr, game.betas)
+        discriminator, d_optimizer = accelerator.prepare(discriminator, d_optimizer)
     stage.images = checkpoint.resume(recipe.folder, stage.name, accelerator, ema, objective)
 
     stream = dataset.stream(
@@ -82,25 +88,49 @@ def train_phase(recipe: Recipe, number: int, before: int, accelerator: Accelerat
     )
     with stage.running():
         while stage.images < training.images:
+            fools = discriminator is not None and stage.images >= game.start
+            judges = discriminator is not None and stage.images >= game.start - game.ahead
             stage.set_learning_rate(optimizer)
-            for micro in range(stage.accumulation):
-                batch = to_device({**next(stream), "seen": stage.images}, accelerator.device)
-                last = micro == stage.accumulation - 1
-                terms = stage.backward(objective, batch, last)
-                if rival is not None:
-                    rival.backward(stage, batch, terms, last)
-            if rival is not None:
-                rival.update(stage, batch)
-            stage.update(objective, optimizer, ema, batch)
+            for batch, last in stage.micro_batches(stream):
+                # Generator: reconstruct the images and, once the game has started, pass for images.
+                with stage.accumulate(objective, last):
+                    terms = objective(batch)
+                    if fools:
+                        with accelerator.autocast():
+                            add_adversarial_loss(
+                                terms, accelerator.unwrap_model(discriminator), last_layer(tokenizer),
+                                batch["sample_id"], game.weight, game.adaptive,
+                            )  # fmt: skip
+                    stage.backward(terms)
+                # Discriminator: tell the images from what the tokenizer has just made of them.
+                if judges:
+                    with stage.accumulate(discriminator, last):
+                        fake = terms.reconstruction.detach()
+                        stage.backward(discriminator(batch["image"], fake, batch["sample_id"]), total="d_total")
+            stage.clip(objective)
+            if judges:
+                stage.clip(discriminator, "d_grad_norm")
+                stage.set_learning_rate(d_optimizer, game.lr or training.lr)
+            skip = stage.check(batch)
+            step(optimizer, skip)
+            average_batch_norms(objective, accelerator)
+            if judges:
+                step(d_optimizer, skip)
+                average_batch_norms(discriminator, accelerator)
+            if ema is not None:
+                ema.step(checkpoint.trained(objective))
+            stage.advance()
 
+            stop = stage.should_stop()
             with stage.paused():
                 if stage.due(training.preview_every) and accelerator.is_main_process:
                     save_preview(recipe.folder, stage, accelerator.unwrap_model(objective).tokenizer, batch["image"])
-                if stage.due(training.checkpoint_every) or stage.should_stop():
+                if stage.due(training.checkpoint_every) or stop:
+                    stage.settle()
                     checkpoint.save(
                         recipe.folder, stage.name, stage.images, accelerator, ema, objective, training.keep_checkpoints
                     )
-            if stage.should_stop() and stage.images < training.images:
+            if stop and stage.images < training.images:
                 stage.exit_resumable()
 
     checkpoint.export_ema(objective, ema)
@@ -112,6 +142,31 @@ def train_phase(recipe: Recipe, number: int, before: int, accelerator: Accelerat
     elif accelerator.is_main_process:
         tokenizer.save_pretrained(folder)
     accelerator.wait_for_everyone()
+
+
+def prepare_discriminator(training: TrainedTokenizer, recipe: Recipe, accelerator: Accelerator) -> Discriminator | None:
+    """The discriminator of a phase, on its device, if there is one."""
+    game = training.adversarial
+    if game is None:
+        return None
+    discriminator = build_discriminator(
+        recipe.data.channels, recipe.seed, game.kind, game.layers, game.channels, game.norm, game.teacher,
+        loss=game.loss, lecam=game.lecam, lecam_decay=game.lecam_decay, consistency=game.consistency,
+        augment=game.augment, augment_share=game.augment_share,
+    )  # fmt: skip
+    if game.norm == "batch" and accelerator.num_processes > 1 and accelerator.device.type != "cpu":  # has none
+        discriminator = torch.nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
+    return discriminator.to(accelerator.device)
+
+
+def _check_last_layer(training: TrainedTokenizer, tokenizer: nn.Module) -> None:
+    """Refuse an adaptive weight where there is no gradient to adapt to."""
+    game = training.adversarial
+    if game is not None and game.adaptive and not last_layer(tokenizer).requires_grad:
+        raise LatelierError(
+            "tokenizer.adversarial.adaptive compares gradients at the tokenizer's last layer, which "
+            f"tokenizer.train = {training.train} freezes; set adaptive: false, or train that layer too."
+        )
 
 
 def check_sizes(recipe: Recipe, factor: int) -> None:
