@@ -1,8 +1,7 @@
-"""Atomic checkpoints: written beside, then renamed; the last N are kept; the newest is always whole."""
+"""Checkpoints: published whole, checked when they are opened; the last N are kept, a damaged one is passed over."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from latelier import publish
 from latelier.errors import LatelierError
-
-STATE = "state.json"
+from latelier.terminal import console
 
 
 def save(
@@ -27,18 +27,16 @@ def save(
     objective: nn.Module,
     keep: int,
 ) -> None:
-    """Write `checkpoints/<stage>-<images>` with weights, optimiser, EMA and RNG states of all processes.
+    """Publish `checkpoints/<stage>-<images>` with weights, optimiser, EMA and RNG states of all processes.
 
     Raises:
-        LatelierError: if the disk is full or not writable; the last good checkpoint stays.
+        LatelierError: if a weight is not finite, or the disk is full or not writable; the last good checkpoint stays.
     """
     root = folder / "checkpoints"
     final = root / f"{stage}-{images:012d}"
-    temporary = root / f".{final.name}.tmp"
+    refuse_non_finite(objective, f"The {stage} at {images:,} images", folder, stage)
     try:
-        if accelerator.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+        temporary = publish.begin(final) if accelerator.is_main_process else final.with_name(f".{final.name}.tmp")
         accelerator.wait_for_everyone()
         accelerator.save_state(str(temporary))
         accelerator.wait_for_everyone()
@@ -47,16 +45,13 @@ def save(
                 names = _trained_names(accelerator.unwrap_model(objective))
                 averages = {name: shadow.contiguous() for name, shadow in zip(names, ema.shadow_params)}
                 save_file(averages, temporary / "ema.safetensors")
-            state = {"stage": stage, "images": images, "ema_step": ema.optimization_step if ema else 0}
-            (temporary / STATE).write_text(json.dumps(state))
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.rename(final)
+            publish.finish(temporary, final, stage=stage, images=images, ema_step=ema.optimization_step if ema else 0)
             for old in checkpoints(folder, stage)[:-keep]:
                 shutil.rmtree(old)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and not _is_write_error(error):
             raise
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(final.with_name(f".{final.name}.tmp"), ignore_errors=True)
         last = checkpoints(folder, stage)
         kept = f"the last good checkpoint, {last[-1]}, stays" if last else "there was no earlier checkpoint"
         raise LatelierError(
@@ -67,37 +62,85 @@ def save(
 
 
 def resume(folder: Path, stage: str, accelerator: Accelerator, ema: EMAModel | None, objective: nn.Module) -> int:
-    """Load the newest checkpoint of a stage into everything prepared; returns its images seen, 0 without one."""
-    found = checkpoints(folder, stage)
-    if not found:
+    """Load the newest undamaged checkpoint of a stage into everything prepared.
+
+    Returns:
+        Its images seen; 0 where there is no checkpoint.
+
+    Raises:
+        LatelierError: if all checkpoints are damaged, or the newest is of another architecture.
+    """
+    path = _newest_whole(folder, stage, accelerator)
+    if path is None:
         return 0
+    facts = publish.manifest(path)
+    assert facts is not None
     try:
-        accelerator.load_state(str(found[-1]))
-        state = json.loads((found[-1] / STATE).read_text())
+        accelerator.load_state(str(path))
         if ema is not None:
-            shadow = load_file(found[-1] / "ema.safetensors")
+            shadow = load_file(path / "ema.safetensors")
             names = _trained_names(accelerator.unwrap_model(objective))
             for parameter, name in zip(ema.shadow_params, names):
                 parameter.copy_(shadow[name])
-            ema.optimization_step = state["ema_step"]
-    except (RuntimeError, KeyError, ValueError) as error:
+            ema.optimization_step = facts["ema_step"]
+    except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
         raise LatelierError(
-            f"The checkpoint {found[-1]} does not fit this recipe ({str(error).splitlines()[0]}); "
+            f"The checkpoint {path} does not fit this recipe ({str(error).splitlines()[0]}); "
             "give the recipe another name, or delete the folder to begin anew."
         ) from None
-    return state["images"]
+    return facts["images"]
+
+
+def _newest_whole(folder: Path, stage: str, accelerator: Accelerator) -> Path | None:
+    """The newest checkpoint whose files are as they were written; damaged ones are named and passed over."""
+    found = checkpoints(folder, stage)
+    for path in reversed(found):
+        wrong = publish.damage(path)
+        if wrong is None:
+            return path
+        if accelerator.is_main_process:
+            console.print(f"The checkpoint {path} is damaged (it {wrong}); going on from the one before.")
+    if found:
+        raise LatelierError(
+            f"All checkpoints of the {stage} in {folder / 'checkpoints'} are damaged; delete that folder to begin anew."
+        )
+    return None
 
 
 def checkpoints(folder: Path, stage: str) -> list[Path]:
-    """Whole checkpoints of a stage, oldest first."""
+    """Finished checkpoints of a stage, oldest first."""
     root = folder / "checkpoints"
-    return sorted(p for p in root.glob(f"{stage}-*") if (p / STATE).is_file())
+    return sorted(p for p in root.glob(f"{stage}-*") if publish.manifest(p))
 
 
 def images_trained(folder: Path, stage: str) -> int:
     """Images seen at the newest checkpoint of a stage, 0 without one."""
     found = checkpoints(folder, stage)
-    return json.loads((found[-1] / STATE).read_text())["images"] if found else 0
+    return (publish.manifest(found[-1]) or {})["images"] if found else 0
+
+
+def is_exported(folder: Path, images: int) -> bool:
+    """Whether a folder holds a finished export made after at least `images` images."""
+    return (publish.manifest(folder) or {}).get("images", -1) >= images
+
+
+def refuse_non_finite(model: nn.Module, what: str, folder: Path, stage: str) -> None:
+    """Weights that are not finite are never saved: training from them, and sampling with them, would be lost.
+
+    Raises:
+        LatelierError: naming the first such weight.
+    """
+    weights = [(name, p) for name, p in model.named_parameters() if p.is_floating_point()]
+    if not weights:
+        return
+    norms = torch.stack(torch._foreach_norm([p.detach() for _, p in weights]))  # (k,), one look for all
+    if not bool(torch.isfinite(norms).all()):
+        name = next(name for (name, _), norm in zip(weights, norms) if not torch.isfinite(norm))
+        last = checkpoints(folder, stage)
+        raise LatelierError(
+            f"{what} has weights that are not finite ({name}), so it is not saved; lower lr of the {stage} and run "
+            f"again, {'to go on from ' + str(last[-1]) if last else 'from the beginning'}."
+        )
 
 
 def save_diagnostic(folder: Path, stage: str, images: int, batch: dict[str, Any], process: int) -> Path:

@@ -25,6 +25,7 @@ from latelier.objectives.denoising import DenoisingObjective
 from latelier.opening import held_out_records, open_codec, open_images
 from latelier.pipeline import LatentDiffusionPipeline
 from latelier.previews import shown_lengths
+from latelier.publish import manifest, publish
 from latelier.recipe import DenoiserRecipe, Recipe
 from latelier.tokenizers.codec import Codec
 from latelier.training import checkpoint
@@ -48,6 +49,10 @@ def train_denoiser(recipe: Recipe, accelerator: Accelerator | None = None) -> Pa
     accelerator = accelerator or make_accelerator(training)
     stage = Stage("denoiser", recipe, training, accelerator)
     codec = open_codec(recipe).to(accelerator.device)
+    folder = recipe.folder / "pipeline"
+    if checkpoint.is_exported(folder, training.images):
+        _check_tokenizer(folder, codec)
+        return folder
     dataset = open_images(recipe)
 
     torch.manual_seed(recipe.seed)
@@ -58,9 +63,6 @@ def train_denoiser(recipe: Recipe, accelerator: Accelerator | None = None) -> Pa
     ema = checkpoint.make_ema(objective, training.ema)
     objective, optimizer = accelerator.prepare(objective, optimizer)
     stage.images = checkpoint.resume(recipe.folder, stage.name, accelerator, ema, objective)
-    folder = recipe.folder / "pipeline"
-    if stage.images >= training.images and (folder / "model_index.json").is_file():
-        return folder
 
     if accelerator.is_main_process:
         drop_snapshots(recipe.folder, stage.images)
@@ -96,12 +98,26 @@ def train_denoiser(recipe: Recipe, accelerator: Accelerator | None = None) -> Pa
 
     if accelerator.is_main_process:
         model = accelerator.unwrap_model(objective)
-        model.denoiser.save_pretrained(recipe.folder / "denoiser" / "last")
+        with publish(recipe.folder / "denoiser" / "last", images=stage.images) as temporary:
+            model.denoiser.save_pretrained(temporary)
         checkpoint.export_ema(objective, ema)
-        model.denoiser.save_pretrained(recipe.folder / "denoiser" / "ema")
-        make_pipeline(recipe, codec, model).save_pretrained(folder)
+        checkpoint.refuse_non_finite(objective, "The trained denoiser", recipe.folder, stage.name)
+        with publish(recipe.folder / "denoiser" / "ema", images=stage.images) as temporary:
+            model.denoiser.save_pretrained(temporary)
+        with publish(folder, images=stage.images, tokenizer=codec.hash()) as temporary:
+            make_pipeline(recipe, codec, model).save_pretrained(temporary)
     accelerator.wait_for_everyone()
     return folder
+
+
+def _check_tokenizer(folder: Path, codec: Codec) -> None:
+    """A finished denoiser belongs to the tokenizer that it was trained on."""
+    trained_on = (manifest(folder) or {}).get("tokenizer")
+    if trained_on != codec.hash():
+        raise LatelierError(
+            f"The denoiser in {folder} was trained on another tokenizer ({trained_on}, now {codec.hash()}); give the "
+            f"recipe another name, or delete {folder} and checkpoints/denoiser-* to train it again."
+        )
 
 
 def denoiser_section(recipe: Recipe) -> DenoiserRecipe:
@@ -282,19 +298,11 @@ def averaged(objective: DenoisingObjective, ema: EMAModel | None) -> Iterator[No
 
 
 def save_snapshot(folder: Path, images: int, objective: DenoisingObjective, ema: EMAModel | None) -> None:
-    """Keep the averaged weights as `denoiser/snapshots/<images>`, a trained conditioner in it as `conditioner`.
-
-    Written beside, then renamed: a snapshot that is there is whole.
-    """
-    final = snapshot_folder(folder, images)
-    temporary = final.with_name(f".{images}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    with averaged(objective, ema):
+    """Publish the averaged weights as `denoiser/snapshots/<images>`, a trained conditioner in it as `conditioner`."""
+    with publish(snapshot_folder(folder, images), images=images) as temporary, averaged(objective, ema):
         objective.denoiser.save_pretrained(temporary)
         if objective.conditioner is not None and checkpoint.trained(objective.conditioner):
             objective.conditioner.save_pretrained(temporary / "conditioner")
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
 
 
 def drop_snapshots(folder: Path, images: int) -> None:

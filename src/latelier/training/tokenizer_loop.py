@@ -18,6 +18,7 @@ from latelier.images import make_pairs, save_png
 from latelier.losses.discriminator import Discriminator, add_adversarial_loss, build_discriminator
 from latelier.objectives import build_objective, build_perceptual
 from latelier.opening import open_images, open_pretrained
+from latelier.publish import manifest, publish
 from latelier.recipe import Adversarial, PretrainedRecipe, Recipe, TrainedTokenizer
 from latelier.terminal import console
 from latelier.tokenizers import build_tokenizer, last_layer
@@ -57,7 +58,7 @@ def train_phase(recipe: Recipe, number: int, before: int, accelerator: Accelerat
     """
     name, training = recipe.tokenizer.phase(number)  # type: ignore[union-attr]
     folder = phase_folder(recipe, number)
-    if (folder / "config.json").is_file() and checkpoint.images_trained(recipe.folder, name) >= training.images:
+    if checkpoint.is_exported(folder, training.images):
         return
     _refuse_later_phases(recipe, number)
     dataset = open_images(recipe, size=training.image_size)
@@ -134,13 +135,16 @@ def train_phase(recipe: Recipe, number: int, before: int, accelerator: Accelerat
                 stage.exit_resumable()
 
     checkpoint.export_ema(objective, ema)
+    checkpoint.refuse_non_finite(objective, f"The trained {name}", recipe.folder, name)
     tokenizer = accelerator.unwrap_model(objective).tokenizer.eval()
     accelerator.free_memory()
     if number == len(recipe.tokenizer.phases):  # type: ignore[union-attr]
         tokenizer = fit(tokenizer, recipe.data.image_size)
-        save_codec(Codec(tokenizer, precision=training.precision), open_images(recipe), recipe, folder, accelerator)
+        codec = Codec(tokenizer, precision=training.precision)
+        save_codec(codec, open_images(recipe), recipe, folder, accelerator, images=stage.images)
     elif accelerator.is_main_process:
-        tokenizer.save_pretrained(folder)
+        with publish(folder, images=stage.images) as temporary:
+            tokenizer.save_pretrained(temporary)
     accelerator.wait_for_everyone()
 
 
@@ -231,7 +235,7 @@ def import_tokenizer(recipe: Recipe, dataset: ImageDataset, folder: Path) -> Pat
     else:
         codec = Codec(build_tokenizer(recipe))
     check_size(recipe.data.image_size, codec.factor)
-    accelerator, there = Accelerator(), (folder / "config.json").is_file()
+    accelerator, there = Accelerator(), manifest(folder) is not None
     if there and Codec(Codec.from_pretrained(folder).tokenizer).hash() != Codec(codec.tokenizer).hash():
         raise LatelierError(
             f"{folder} holds another tokenizer; give the recipe another name, or delete the run folder."
@@ -243,9 +247,18 @@ def import_tokenizer(recipe: Recipe, dataset: ImageDataset, folder: Path) -> Pat
 
 
 def save_codec(
-    codec: Codec, dataset: ImageDataset, recipe: Recipe, folder: Path, accelerator: Accelerator | None
+    codec: Codec, dataset: ImageDataset, recipe: Recipe, folder: Path, accelerator: Accelerator | None, images: int = 0
 ) -> None:
-    """Measure the latent statistics over the training set and save the tokenizer with them."""
+    """Measure the latent statistics over the training set and publish the tokenizer with them.
+
+    Args:
+        codec: the tokenizer.
+        dataset: training images.
+        recipe: the experiment.
+        folder: where it goes.
+        accelerator: the process group; None is one process.
+        images: that it was trained on.
+    """
     if codec.mean is None:
         mean, std = latent_statistics(codec, dataset, STATISTICS_IMAGES, recipe.seed, accelerator)
         about = {"images": min(STATISTICS_IMAGES, len(dataset)), "data": dataset.fingerprint, "sampled": True}
@@ -254,7 +267,8 @@ def save_codec(
     else:
         deviation = ""
     if accelerator is None or accelerator.is_main_process:
-        codec.save_pretrained(folder)
+        with publish(folder, images=images) as temporary:
+            codec.save_pretrained(temporary)
         console.print(f"Tokenizer saved in {folder}{deviation}.")
     if accelerator is not None:
         accelerator.wait_for_everyone()
