@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from latelier.errors import LatelierError
+from latelier.signals import Stopped, handled_by, stop_now
 
 console = Console()
 app = typer.Typer(
@@ -327,12 +328,20 @@ def recipe_schema() -> None:
 
 
 def main() -> None:
-    """Entry point: user errors become one sentence and exit code 2."""
+    """Entry point: user errors become one sentence and exit code 2, a signal one sentence and exit code 0."""
     try:
-        app()
+        with handled_by(stop_now):
+            app()
     except LatelierError as error:
-        Console(stderr=True).print(f"[bold red]Error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        _say(f"[bold red]Error:[/] {_escape(str(error))}")
         sys.exit(2)
+    except Stopped as signal:
+        _say(f"Stopped by {signal}; what was finished is saved. Run the same command again to go on from there.")
+        sys.exit(0)
+
+
+def _say(words: str) -> None:
+    Console(stderr=True).print(words, highlight=False, soft_wrap=True)
 
 
 def _escape(text: str) -> str:

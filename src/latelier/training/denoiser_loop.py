@@ -93,7 +93,7 @@ def train_denoiser(recipe: Recipe, accelerator: Accelerator | None = None) -> Pa
                     checkpoint.save(
                         recipe.folder, stage.name, stage.images, accelerator, ema, objective, training.keep_checkpoints
                     )
-            if stop and stage.images < training.images:
+            if stop:
                 stage.exit_resumable()
 
     if accelerator.is_main_process:
@@ -220,15 +220,22 @@ def latent_stream(
     """
     accelerator, training = stage.accelerator, stage.training
     place = (stage.images, accelerator.process_index, accelerator.num_processes, stage.accumulation)
-    if denoiser_section(recipe).cache:
-        latents = open_cache(recipe, codec, dataset, accelerator)
-        batches = latents.stream(training.batch, *place, seed=recipe.seed)
-        if any(name not in CACHED for name in parts(conditioner)):
-            plan = latents.plan(training.batch, *place, seed=recipe.seed)
-            records = dataset.follow((latents.index[positions], flips.tolist()) for _, positions, flips in plan)
-            batches = ({**batch, **record} for record, batch in zip(records, batches))  # captions may be mirrored
-    else:
+    if not denoiser_section(recipe).cache:
         batches = encoded(codec, dataset.stream(training.batch, *place), accelerator.device)
+        return _prepared(batches, conditioner, codec, accelerator)
+    latents = open_cache(recipe, codec, dataset, accelerator)
+    batches = latents.stream(training.batch, *place, seed=recipe.seed)
+    if any(name not in CACHED for name in parts(conditioner)):
+        plan = latents.plan(training.batch, *place, seed=recipe.seed)
+        records = dataset.follow((latents.index[positions], flips.tolist()) for _, positions, flips in plan)
+        batches = ({**batch, **record} for record, batch in zip(records, batches))  # captions may be mirrored
+    return _prepared(batches, conditioner, codec, accelerator)
+
+
+def _prepared(
+    batches: Iterator[dict[str, Any]], conditioner: nn.Module | None, codec: Codec, accelerator: Accelerator
+) -> Iterator[dict[str, Any]]:
+    """Batches with what the conditioner makes of them before the step; images are not needed any more."""
     for batch in batches:
         batch = to_device(batch, accelerator.device)
         if conditioner is not None:

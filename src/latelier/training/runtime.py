@@ -26,6 +26,7 @@ from latelier.errors import LatelierError
 from latelier.losses.terms import LossTerms
 from latelier.opening import best_device
 from latelier.recipe import Recipe, Training
+from latelier.signals import handled_by, stop_now
 from latelier.terminal import console
 from latelier.tokenizers.codec import fast_bf16
 from latelier.training import checkpoint
@@ -174,7 +175,6 @@ class Stage:
         main = self.accelerator.is_main_process
         self._file = (self.folder / "log.jsonl").open("a") if main else None
         self._board = _tensorboard(self.folder / "tensorboard" / self.name) if main else None
-        before = {s: signal.signal(s, self._on_signal) for s in _signals()}
         self._bar = Progress(
             SpinnerColumn(), TextColumn("[bold]{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"),
             TimeRemainingColumn(), console=console, disable=not main, refresh_per_second=2,
@@ -182,11 +182,9 @@ class Stage:
         self._task = self._bar.add_task(self.name, total=self.training.images, completed=self.images, status="")
         self._clock = time.monotonic()
         try:
-            with self._bar:
+            with self._bar, handled_by(self._on_signal):
                 yield
         finally:
-            for which, handler in before.items():
-                signal.signal(which, handler)
             for sink in (self._file, self._board):
                 if sink is not None:
                     sink.close()
@@ -249,7 +247,9 @@ class Stage:
             "from the last checkpoint."
         ) from None
 
-    def _on_signal(self, number: int, _frame: Any) -> None:
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self.stopping is not None:  # a second signal does not wait for the step
+            stop_now(number, frame)
         self.stopping = signal.Signals(number).name
 
 
@@ -264,14 +264,6 @@ def peak_memory(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def _signals() -> tuple[signal.Signals, ...]:
-    """Signals can be caught in the main thread only."""
-    import threading
-
-    in_main = threading.current_thread() is threading.main_thread()
-    return (signal.SIGTERM, signal.SIGINT) if in_main else ()
 
 
 def _tensorboard(folder: Path):

@@ -131,7 +131,7 @@ def train_phase(recipe: Recipe, number: int, before: int, accelerator: Accelerat
                     checkpoint.save(
                         recipe.folder, stage.name, stage.images, accelerator, ema, objective, training.keep_checkpoints
                     )
-            if stop and stage.images < training.images:
+            if stop:
                 stage.exit_resumable()
 
     checkpoint.export_ema(objective, ema)
