@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from latelier.data.degradations import (
+from latelier.data.corruptions import (
     bicubic,
     blur,
     convolve,

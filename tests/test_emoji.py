@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from latelier.data.emoji import EmojiSource, list_emoji
+from latelier.data.builtin import EmojiSource, list_emoji
 from latelier.data.sources import open_source
 from latelier.errors import LatelierError
 from latelier.recipe import Data

@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from latelier.data.latents import LatentCache, draw_latents, latent_statistics
+from latelier.data.latents import LatentCache, latent_statistics, sample_posterior
 from latelier.data.order import permuted_index, share
 from latelier.errors import LatelierError
 from latelier.keyed_random import KeyedRandom
@@ -202,11 +202,11 @@ def test_batch_that_cannot_be_split():
 def test_drawn_latents_follow_the_posterior():
     b = 500
     batch = {"mean": torch.full((b, 2, 3, 3), 2.0), "std": torch.full((b, 2, 3, 3), 0.5), "sample_id": torch.arange(b)}
-    z = draw_latents(batch, KeyedRandom(0, batch["sample_id"]))
+    z = sample_posterior(batch, KeyedRandom(0, batch["sample_id"]))
     assert abs(z.mean() - 2) < 0.02
     assert abs(z.std() - 0.5) < 0.02
     part = {name: value[7:9] for name, value in batch.items()}
-    assert torch.equal(draw_latents(part, KeyedRandom(0, part["sample_id"])), z[7:9])
+    assert torch.equal(sample_posterior(part, KeyedRandom(0, part["sample_id"])), z[7:9])
 
 
 def test_statistics_are_those_of_sampled_latents():

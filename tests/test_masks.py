@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from latelier.data.masks import SETTINGS, draw_mask, draw_masks
+from latelier.data.corruptions import SETTINGS, draw_mask, draw_masks
 from latelier.errors import LatelierError
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
@@ -10,19 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL.Image import Image as Image
+from PIL.Image import Image
 
 from latelier.data.boxes import TableBoxes
-from latelier.data.folder import CAPTION_NAMES, open_bytes
-from latelier.data.planes import LabelMaps, read_map
-from latelier.data.sources import (
-    VAL_NAMES,
-    check_classes,
-    digest,
-    file_facts,
-    looks_like_hub_name,
-    name_hash,
-)
+from latelier.data.folder import CAPTION_NAMES, LabelMaps, read_map
+from latelier.data.records import VAL_NAMES, check_classes, digest, file_facts, name_hash, open_bytes
 from latelier.errors import LatelierError
 from latelier.keyed_random import fold_in
 from latelier.recipe import Data
@@ -44,8 +37,8 @@ class TableSource:
         data: the recipe's section, for the columns.
         facts: what identifies the data.
         where: what to call it in messages.
-        class_names: numbering of the classes; by default the column's own names, or its values, sorted.
-        box_names: numbering of the classes of boxes, likewise.
+        class_names, box_names: numbering of the classes, and of those of boxes; by default the column's own names, or
+            its values, sorted.
     """
 
     def __init__(
@@ -100,7 +93,11 @@ class Columns:
     """
 
     def __init__(self, features: Any, data: Data, where: str):
-        for key in ("label_key", "caption_key"):
+        if data.boxes is not None:
+            raise LatelierError(
+                f"data.boxes is for folders; boxes of {where} are columns, `objects` or `boxes`; remove it."
+            )
+        for key in ("label_key", "caption_key", "segmentation", "maps"):
             if (name := getattr(data, key)) is not None and name not in features:
                 raise LatelierError(f"data.{key} = {name!r} is no column of {where}; it has: {', '.join(features)}.")
         self.image = _image_column(features, data, where)
@@ -109,12 +106,13 @@ class Columns:
         self.others = [name for name in KNOWN if name in features]
         self.label_names: list[str] | None = getattr(features[self.label], "names", None) if self.label else None
         self.boxes = TableBoxes(features, data.box_format, where)
-        self.segmentation, self.map = _plane_columns(features, data, where)
-        self._label_maps, self._where, self._form = LabelMaps(data), where, data.box_format
+        self.segmentation, self.map = _plane_columns(features, data)
+        self._label_maps = LabelMaps(data.segmentation_classes, data.ignore_id)
+        self._where, self._form = where, data.box_format
         self.segmentation_classes = self._label_maps.count if self.segmentation else None
 
     def about(self) -> list[Any]:
-        """What a fingerprint depends on; columns beside the plainest ones come behind, if there are any."""
+        """What a fingerprint depends on; columns that older versions did not know come last, if there are any."""
         keys = ("image", "label", "caption", "others", "label_names")
         more: list[Any] = []
         if self.map or self.segmentation_classes or self.segmentation not in (None, "segmentation"):
@@ -124,7 +122,7 @@ class Columns:
         return [{key: getattr(self, key) for key in keys}, *more]
 
     def undecoded(self, table: Any) -> Any:
-        """The same table without other columns, its images as file contents."""
+        """The same table without unused columns, its images as file contents."""
         from datasets import Image
 
         wanted = [self.image, self.label, self.caption, *self.others, *self.boxes.columns, self.segmentation, self.map]
@@ -143,7 +141,9 @@ class Columns:
         if self.boxes.columns:
             record |= self.boxes.entries(row, image)
         if self.segmentation is not None:
-            record["segmentation"] = self._label_maps.read(_plane(row[self.segmentation]), f"a row of {self._where}")
+            stored = row[self.segmentation]
+            plane = _opened(stored) if isinstance(stored, dict) else np.asarray(stored)
+            record["segmentation"] = self._label_maps.read(plane, f"a row of {self._where}")
         if "mask" in self.others:
             record["mask"] = np.asarray(row["mask"])
         if self.map is not None:
@@ -154,6 +154,8 @@ class Columns:
 class StreamSource:
     """Rows of a `datasets.IterableDataset`, in an order that only depends on seed and epoch.
 
+    Its attributes are those of a `Source`, as far as columns and recipe tell them without reading rows.
+
     Args:
         table: the dataset.
         data: the recipe's section; integers and strings are labels only if `classes` says which there are.
@@ -161,12 +163,6 @@ class StreamSource:
         where: what to call it in messages.
         length: use only the first rows, or how many there are; None if that is not known.
         keep: which row numbers belong to the split; None keeps all.
-
-    Attributes:
-        class_names: `data.classes`, or those of the label column; None if there are none.
-        box_names: names of the classes of boxes, if the columns tell them.
-        segmentation_classes: how many ids the label maps have, if there are any and the recipe says it.
-        fingerprint: changes with the data.
     """
 
     def __init__(
@@ -195,13 +191,12 @@ class StreamSource:
         self.fingerprint = digest("stream", facts, about[0], data.classes, length, *about[1:])
 
     def __len__(self) -> int:
-        """How many rows the split has, those of classes that are not used included."""
+        """How many rows the split has, including those of classes that are not used."""
         if self._length is None:
             raise LatelierError(f"{self._where} is streamed, so its length is not known; set data.length.")
         return self._length if self._keep is None else sum(map(self._keep, range(self._length)))
 
     def name(self, index: int) -> str:
-        """The row's number and the dataset."""
         return f"row {index} of {self._where}"
 
     def rows(self, epoch: int | None = None, seed: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -246,14 +241,9 @@ def open_table(
     class_names: list[str] | None = None,
     box_names: list[str] | None = None,
 ) -> tuple[TableSource, bool]:
-    """One split of a dataset, and whether it has a validation split of its own.
+    """One split (`train`, `val`) of a dataset, and whether it has a validation split of its own.
 
-    Args:
-        data: the recipe's section.
-        where: Hub name, file, glob, or folder of a dataset.
-        split: `train` or `val`.
-        class_names: numbering of the classes.
-        box_names: numbering of the classes of boxes.
+    `where` is a Hub name, file or glob; `class_names` and `box_names` number the classes.
     """
     table, facts, has_val = _load(data, where, split, streaming=False)
     return TableSource(table, data, facts, where, class_names, box_names), has_val
@@ -271,29 +261,17 @@ def open_stream(data: Data, split: str) -> StreamSource:
     if val and not has_val and not fraction:
         raise LatelierError(f"{where} has no validation split; set data.val_split, data.val_source or val_fraction.")
     keep = None if has_val or not fraction else partial(_belongs, fraction, val)
-    told = getattr((table.info.splits or {}).get(str(table.split)), "num_examples", None)
-    length = (None if val and has_val else data.length) or told
+    stated = getattr((table.info.splits or {}).get(str(table.split)), "num_examples", None)
+    length = (None if val and has_val else data.length) or stated
     return StreamSource(table, data, [facts, split, fraction], where, length, keep)
 
 
-def _plane_columns(features: Any, data: Data, where: str) -> tuple[str | None, str | None]:
-    """Columns of label maps, named by the recipe or found, and of maps, named by the recipe.
-
-    Raises:
-        LatelierError: if the recipe names one that is not there, or files of boxes, which datasets have no use for.
-    """
+def _plane_columns(features: Any, data: Data) -> tuple[str | None, str | None]:
+    """Columns of label maps, named by the recipe or found, and of maps, named by the recipe."""
     from datasets import Image
 
-    if data.boxes is not None:
-        raise LatelierError(
-            f"data.boxes is for folders; boxes of {where} are columns, `objects` or `boxes`; remove it."
-        )
-    for key in ("segmentation", "maps"):
-        name = getattr(data, key)
-        if name is not None and name not in features:
-            raise LatelierError(f"data.{key} = {name!r} is no column of {where}; it has: {', '.join(features)}.")
-        if key == "maps" and name is not None and not isinstance(features[name], Image):
-            raise LatelierError(f"data.maps = {name!r} is no column of images.")
+    if data.maps is not None and not isinstance(features[data.maps], Image):
+        raise LatelierError(f"data.maps = {data.maps!r} is no column of images.")
     images = [name for name in LABEL_MAPS if isinstance(features.get(name), Image)]
     found = "segmentation" if "segmentation" in features else next(iter(images), None)
     return data.segmentation or found, data.maps
@@ -306,20 +284,15 @@ def _opened(stored: dict[str, Any] | None) -> Image:
     return open_bytes(Path(stored["path"]).read_bytes() if stored["bytes"] is None else stored["bytes"])
 
 
-def _plane(stored: Any) -> Image | np.ndarray:
-    """A label map from a column of images, or of lists of numbers."""
-    return _opened(stored) if isinstance(stored, dict) else np.asarray(stored)
-
-
 def _load(data: Data, where: str, split: str, streaming: bool) -> tuple[Any, list[Any], bool]:
-    """The split's dataset, what identifies it, and whether a validation split goes with the training split."""
+    """The split's dataset, what identifies it, and whether the dataset has a validation split."""
     import datasets
 
     files = _files(where)
     arguments: dict[str, Any] = {"path": where}
     if files:
         arguments = {"path": BUILDERS[files[0].suffix], "data_files": [str(path) for path in files]}
-    elif not looks_like_hub_name(where):
+    elif not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", where) or Path(where).exists():  # else a Hub name, user/name
         raise LatelierError(
             f"data.source = {where!r} is neither emoji nor scenes, and there is no such folder, file or Hub name."
         )
@@ -335,7 +308,7 @@ def _load(data: Data, where: str, split: str, streaming: bool) -> tuple[Any, lis
 
 
 def _files(where: str) -> list[Path]:
-    """The files of a path or glob, all of one kind; none if it is something else."""
+    """The files of a path or glob, all of one kind; none if it is neither."""
     paths = sorted(Path(name) for name in glob.glob(str(Path(where).expanduser()), recursive=True))
     paths = [path for path in paths if path.is_file()]
     if Path(where).suffix in BUILDERS or paths:
