@@ -17,7 +17,7 @@ from torch import Tensor
 from latelier.conditioning.inpainting import InpaintingConditioner
 from latelier.conditioning.low_resolution import LowResolutionConditioner
 from latelier.conditioning.segmentation import SegmentationConditioner
-from latelier.convert import Converted, load_exactly, need
+from latelier.convert import Converted, below, load_exactly, need
 from latelier.convert.ldm_autoencoder import convert_kl, convert_vq
 from latelier.convert.ldm_text import layout_conditioner, text_conditioner
 from latelier.convert.ldm_unet import convert as convert_unet
@@ -43,7 +43,7 @@ def convert(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
     from latelier.recipe import Process
 
     unet = convert_unet(weights, config)
-    first = {name.removeprefix(FIRST): value for name, value in weights.items() if name.startswith(FIRST)}
+    first = below(weights, FIRST)
     if not first:
         raise LatelierError(
             "This checkpoint has a U-Net but no autoencoder (keys that begin with first_stage_model.); "
@@ -118,7 +118,7 @@ def _concatenated(unet: ModelMixin, tokenizer: ModelMixin) -> ModelMixin | None:
 
 def _dropped(conditioner: ModelMixin | None) -> list[str]:
     """Class and text models of latent diffusion can be guided: they know the null class or the empty caption."""
-    input_name = getattr(conditioner, "asks", None)
+    input_name = getattr(conditioner, "input_name", None)
     if input_name == "classes":
         return ["classes"] if conditioner.config["null"] else []  # type: ignore[union-attr, index]
     return ["prompts"] if input_name == "prompts" else []

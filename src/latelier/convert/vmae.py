@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from latelier.convert import Converted, count_blocks, load_exactly, need
+from latelier.convert import Converted, count_blocks, load_exactly, need, rename
 from latelier.tokenizers.vmae import VMAE
 
 RENAMED = {
@@ -47,12 +47,7 @@ def convert(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
         mlp_ratio=need(weights, "blocks.0.mlp.fc1.weight", "VMAE").shape[0] / dim,
         smooth="decoder_pred.conv_smoother.weight" in weights,
     )
-    ours = {_rename(name): tensor for name, tensor in weights.items() if not name.startswith(NOT_OURS)}
+    ours = {rename(name, RENAMED): tensor for name, tensor in weights.items() if not name.startswith(NOT_OURS)}
     ours["patch_embed.weight"] = ours["patch_embed.weight"].flatten(1)
     load_exactly(model, ours, optional=(*FIXED, "mask_token"))
     return Converted(model)
-
-
-def _rename(name: str) -> str:
-    old = next((old for old in RENAMED if name.startswith(old)), None)
-    return name if old is None else RENAMED[old] + name[len(old) :]
