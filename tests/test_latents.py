@@ -226,13 +226,15 @@ def test_cached_and_image_stream_mirror_the_same_samples(tmp_path, codec):
         assert torch.equal(one["index"], other["index"])
         torch.testing.assert_close(codec.encode(one["image"]), other["mean"])
     flips = torch.cat([flips for _, _, flips in islice(cache.plan(*place, seed=7), 8)])
-    assert flips.any() and not flips.all()
+    assert flips.any()
+    assert not flips.all()
 
 
 def test_captions_of_mirror_images_keep_them_out_of_the_cache():
     data = Data(source="scenes", image_size=32, length=4, in_memory=True)
     dataset = ImageDataset(open_source(data), data)
-    assert dataset.transform.flip and not dataset.flips_latents
+    assert dataset.transform.flip
+    assert not dataset.flips_latents
     captions = [next(dataset.once(4, flip=flip))["caption"] for flip in (False, True)]
     assert captions[1] == [dataset.source[i]["caption_mirrored"] for i in range(4)]
     assert ImageDataset(Numbered(), Data(source="none")).flips_latents

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -58,8 +58,7 @@ class Numbering(NamedTuple):
         return [self.labels[value] for value in values]
 
 
-@runtime_checkable
-class Boxes(Protocol):
+class Boxes:
     """The boxes of a folder's images."""
 
     names: list[str]  # of the classes, index = label
@@ -67,19 +66,18 @@ class Boxes(Protocol):
 
     def knows(self, path: Path) -> bool:
         """Whether the image is listed; others are left out of the data."""
+        return True
 
     def entries(self, path: Path, image: Image.Image | np.ndarray) -> Entries:
         """An image's entries of the record."""
+        raise NotImplementedError
 
 
-class CocoBoxes:
+class CocoBoxes(Boxes):
     """A COCO annotation file: `images`, `annotations` with `bbox` (x, y, w, h in pixels), `categories`.
 
     An image is found by the longest end of its path that is a `file_name`. Classes are numbered in the order of
     their ids, or as in `like`.
-
-    Raises:
-        LatelierError: if the file cannot be read, or names none of the images, or one `file_name` means several.
     """
 
     def __init__(self, file: Path, root: Path, paths: list[Path], like: list[str] | None = None):
@@ -98,7 +96,15 @@ class CocoBoxes:
             raise LatelierError(f"data.boxes: {file} is no COCO annotation file ({error!r}).") from None
         self.names, self._labels = Numbering.of(ids, own, like, file)
         matches = {path: by_name[name] for path in paths if (name := _longest_end(path, root, by_name))}
-        _check_matches(matches, file, root)
+        if not matches:
+            raise LatelierError(
+                f"data.boxes: {file} names none of the images in {root}; write {SPLIT} in data.boxes where files of "
+                "several splits have the split's name."
+            )
+        first: dict[Any, Path] = {}
+        for path, image in matches.items():
+            if (other := first.setdefault(image["id"], path)) != path:
+                raise LatelierError(f"data.boxes: {file}'s {image['file_name']} may be {other} or {path}.")
         self._entries = {path: self._read(image, found[image["id"]]) for path, image in matches.items()}
 
     def knows(self, path: Path) -> bool:
@@ -118,15 +124,12 @@ class CocoBoxes:
         )
 
 
-class YoloBoxes:
+class YoloBoxes(Boxes):
     """Text files with a line `class cx cy w h` for each object, relative to the image's size.
 
     The file of `images/a/b.jpg` is `labels/a/b.txt` if that is there, or else beside the image; an image without a
     file shows no objects. Names of the classes are those of `data.yaml` (`names`), or the lines of `classes.txt`: in
     the folder of the images, of the labels, or in one of the two folders above.
-
-    Raises:
-        LatelierError: if there are no text files, no names, or a line is of another form.
     """
 
     def __init__(self, root: Path, paths: list[Path], like: list[str] | None = None):
@@ -145,9 +148,6 @@ class YoloBoxes:
         self._numbering = Numbering.of(range(len(own)), own, like, names_file)
         self.names = self._numbering.names
         self.files = [names_file, *self._files.values()]
-
-    def knows(self, path: Path) -> bool:
-        return True
 
     def entries(self, path: Path, image: Image.Image | np.ndarray) -> Entries:
         file = self._files.get(path)
@@ -203,7 +203,7 @@ class TableBoxes:
         return {name: found[name] for name in self.columns}
 
 
-class ObjectBoxes:
+class ObjectBoxes(Boxes):
     """`objects` of images in a `metadata.jsonl`, as in Hugging Face's `imagefolder`; `form` is `xywh` or `xyxy`."""
 
     def __init__(self, rows: dict[Path, dict[str, Any]], form: str, like: list[str] | None = None):
@@ -212,9 +212,6 @@ class ObjectBoxes:
         objects = ((row.get("objects"), path) for path, row in rows.items())
         self._numbering = _number_objects(objects, like, "The metadata")
         self.names = self._numbering.names
-
-    def knows(self, path: Path) -> bool:
-        return True
 
     def entries(self, path: Path, image: Image.Image | np.ndarray) -> Entries:
         objects = self._rows.get(path, {}).get("objects")
@@ -232,12 +229,8 @@ def folder_boxes(
 ) -> Boxes | None:
     """The boxes of a folder's images; None if there are none.
 
-    Args:
-        boxes, form: `data.boxes` and `data.box_format`.
-        file: the split's annotations, if `boxes` is a COCO file.
-        root, paths: folder of the images, and the images.
-        metadata: rows of the folder's metadata tables.
-        like: numbering of the classes.
+    `boxes` and `form` are `data.boxes` and `data.box_format`, `file` the split's COCO file if there is one, `metadata`
+    the rows of the folder's metadata tables, and `like` a numbering of the classes.
     """
     if file is not None:
         return CocoBoxes(file, root, paths, like)
@@ -251,13 +244,9 @@ def folder_boxes(
 def annotation_file(
     boxes: str | None, split: str, train_name: str, val_name: str | None, folder: str | None = None
 ) -> Path | None:
-    """The COCO file of a split; None if `boxes` names none.
+    """The COCO file of a split (`train`, `val`); None if `boxes` names none.
 
-    Args:
-        boxes: `data.boxes`; `{split}` in it is replaced by the split's name.
-        split: `train` or `val`.
-        train_name, val_name: the names of the splits, `data.split` and `data.val_split`.
-        folder: name of the split's folder, if it has one.
+    `{split}` in `boxes` stands for the split's name: that of its folder, or else `data.split` and `data.val_split`.
     """
     if boxes is None or boxes == "yolo":
         return None
@@ -358,18 +347,6 @@ def _longest_end(path: Path, root: Path, names: dict[str, Any]) -> str | None:
     return next((end for end in ends if end in names), None)
 
 
-def _check_matches(matches: dict[Path, dict[str, Any]], file: Path, root: Path) -> None:
-    if not matches:
-        raise LatelierError(
-            f"data.boxes: {file} names none of the images in {root}; write {SPLIT} in data.boxes where files of "
-            "several splits have the split's name."
-        )
-    first: dict[Any, Path] = {}
-    for path, image in matches.items():
-        if (other := first.setdefault(image["id"], path)) != path:
-            raise LatelierError(f"data.boxes: {file}'s {image['file_name']} may be {other} or {path}.")
-
-
 def _labels_file(path: Path) -> Path | None:
     """`.../labels/a/b.txt` for `.../images/a/b.jpg`."""
     parts = list(path.parts)
@@ -381,8 +358,7 @@ def _labels_file(path: Path) -> Path | None:
 
 def _yolo_file(path: Path) -> Path | None:
     mirrored = _labels_file(path)
-    files = [path.with_suffix(".txt")] if mirrored is None else [mirrored, path.with_suffix(".txt")]
-    return next((file for file in files if file.is_file()), None)
+    return next((file for file in (mirrored, path.with_suffix(".txt")) if file and file.is_file()), None)
 
 
 def _yolo_names(file: Path) -> list[str]:

@@ -35,7 +35,7 @@ Rectangle = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels
 
 
 class Emoji(NamedTuple):
-    """Its PNG file, what it shows, and its category."""
+    """A PNG file and what it shows."""
 
     path: Path
     name: str
@@ -64,7 +64,7 @@ class EmojiSource:
     def __getitem__(self, index: int) -> dict[str, Any]:
         assert self.labels is not None
         emoji = self._emoji[index]
-        return {"image": open_emoji(emoji), "label": self.labels[index], "caption": emoji.name}
+        return {"image": open_bytes(emoji.path.read_bytes()), "label": self.labels[index], "caption": emoji.name}
 
     def name(self, index: int) -> str:
         return self._emoji[index].path.name
@@ -96,18 +96,12 @@ def list_emoji() -> tuple[Emoji, ...]:
     return tuple(sorted(found))
 
 
-def open_emoji(emoji: Emoji) -> Image.Image:
-    """The image, with alpha."""
-    return open_bytes(emoji.path.read_bytes())
-
-
 @lru_cache(maxsize=4096)
 def _decoded(emoji: Emoji) -> Image.Image:
-    return open_emoji(emoji).convert("RGBA")
+    return open_bytes(emoji.path.read_bytes()).convert("RGBA")
 
 
 def emoji_versions() -> list[str]:
-    """Versions of the packages that the images come from."""
     return [f"{package} {version(package)}" for package in PACKAGES]
 
 
@@ -143,23 +137,14 @@ class SceneSource:
             each of which is then a class.
         backgrounds: `varied`, or `plain`: the same scenes, each on one colour, whose objects are easier to learn.
         seed: another seed is another dataset.
-
-    Raises:
-        LatelierError: for an unknown class, categories mixed with names, an image smaller than 16 pixels, or if there
-            are no scenes.
     """
 
     mirrored_captions = True
 
     def __init__(
-        self,
-        size: tuple[int, int],
-        length: int,
-        split: str = "train",
-        classes: list[str] | None = None,
-        backgrounds: Backgrounds = "varied",
-        seed: int = 0,
-    ):
+        self, size: tuple[int, int], length: int, split: str = "train", classes: list[str] | None = None,
+        backgrounds: Backgrounds = "varied", seed: int = 0,
+    ):  # fmt: skip
         if min(size) < 16 or not length:
             raise LatelierError(f"Scenes of {size[0]}x{size[1]} pixels, length {length}: use 16 pixels and 1 at least.")
         names = list(classes or CATEGORIES)
@@ -255,7 +240,6 @@ class Style(NamedTuple):
 
 
 def paint(size: tuple[int, int], style: Style) -> Image.Image:
-    """A background of a size (height, width)."""
     height, width = size
     kind, (first, second), angle, cells, noise = style
     y, x = np.mgrid[0:height, 0:width] / max(size)  # (h, w), the longer side is 1
@@ -286,25 +270,18 @@ def _overlap(a: Rectangle, b: Rectangle) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def _relation(a: Rectangle, b: Rectangle) -> str:
-    """Where box a lies, seen from box b."""
-    dx, dy = a[0] + a[2] - b[0] - b[2], a[1] + a[3] - b[1] - b[3]
-    if abs(dx) >= abs(dy):
-        return "left of" if dx < 0 else "right of"
-    return "above" if dy < 0 else "below"
-
-
 def _relations(objects: list[Placed]) -> list[str]:
     """Where the main object lies, seen from each of the others."""
-    return [_relation(objects[0].box, other.box) for other in objects[1:]]
+    relations, a = [], objects[0].box
+    for b in (other.box for other in objects[1:]):
+        dx, dy = a[0] + a[2] - b[0] - b[2], a[1] + a[3] - b[1] - b[3]
+        beside = abs(dx) >= abs(dy)
+        relations.append(("left of" if dx < 0 else "right of") if beside else ("above" if dy < 0 else "below"))
+    return relations
 
 
 def _are_emoji(names: list[str]) -> bool:
-    """Whether these classes are single emoji, and not categories.
-
-    Raises:
-        LatelierError: for an unknown class, or if some are emoji and some are categories.
-    """
+    """Whether these classes are single emoji, and not categories; a mixture is an error."""
     categories = sorted({emoji.category for emoji in list_emoji()})
     check_classes(names, [*categories, *(emoji.name for emoji in list_emoji())])
     wide = [name for name in names if name in categories]

@@ -39,25 +39,19 @@ class FolderSource:
 
     Args:
         root: the folder.
-        data: the recipe's section, for `label_key`, `caption_key`, `boxes`, `segmentation` and `maps`.
-        class_names: numbering of the classes; by default all classes found, sorted.
+        data: the recipe's section.
+        class_names, box_names: numbering of the classes, and of those of boxes; by default all that are found, sorted.
         split: `train` or `val`, for COCO files that have the split in their name.
         top: folder of the splits, to which the names of label maps and maps may be relative; by default `root`.
-        box_names: numbering of the classes of boxes; by default as the files have it.
 
     Raises:
         LatelierError: if there are no images, a class is not in `class_names`, or what the recipe names is not there.
     """
 
     def __init__(
-        self,
-        root: Path,
-        data: Data,
-        class_names: list[str] | None = None,
-        split: str = "train",
-        top: Path | None = None,
-        box_names: list[str] | None = None,
-    ):
+        self, root: Path, data: Data, class_names: list[str] | None = None, split: str = "train",
+        top: Path | None = None, box_names: list[str] | None = None,
+    ):  # fmt: skip
         self.root, top = root, top or root
         maps = [Path(folder).expanduser().resolve() for folder in (data.segmentation, data.maps) if folder]
         paths = [path for path in list_images(root) if not any(path.resolve().is_relative_to(f) for f in maps)]
@@ -71,11 +65,9 @@ class FolderSource:
         self._sidecars = data.boxes != "yolo"  # else text files hold boxes
         self._captions = self._read_captions(metadata, data.caption_key)
         self._number(self._class_of_each(metadata, data.label_key), class_names)
-        extra = [path for path in map(_sidecar, self.paths) if path.is_file()] if self._captions else []
-        facts: list[Any] = [
-            file_facts([*self.paths, *metadata_files, *(extra if self._sidecars else [])], root),
-            self.class_names,
-        ]
+        beside = self.paths if self._captions and self._sidecars else []
+        texts = [path for path in map(_sidecar, beside) if path.is_file()]
+        facts: list[Any] = [file_facts([*self.paths, *metadata_files, *texts], root), self.class_names]
         self._open_planes(data, [top, root])
         self.fingerprint = digest(*facts, *self._more_facts())
 
@@ -174,18 +166,9 @@ class FolderSource:
 class LabelMaps:
     """Which ids label maps may have.
 
-    Pixels of `ignored` (VOC, COCO-stuff and Cityscapes mark unlabelled pixels with 255) become one more class, the
-    last, so that "unknown" is not mistaken for one of the classes.
-
-    Args:
-        classes: how many ids there are, or their names; None if that is not known.
-        ignored: the id of unlabelled pixels.
-
-    Attributes:
-        count: how many ids there are after that; None if that is not known.
-
-    Raises:
-        LatelierError: for `ignored` without `classes`.
+    Pixels of the id `ignored` (VOC, COCO-stuff and Cityscapes mark unlabelled pixels with 255) become one more class,
+    the last, so that "unknown" is not mistaken for one of the classes. `count` is how many ids there are then; None if
+    `classes`, their number or names, is not known.
     """
 
     def __init__(self, classes: int | list[str] | None, ignored: int | None = None):
@@ -196,11 +179,7 @@ class LabelMaps:
         self.count = None if self._classes is None else self._classes + (ignored is not None)
 
     def read(self, stored: Image.Image | np.ndarray, name: str) -> np.ndarray:
-        """Ids `(h, w)`: uint8 where they fit, else int32.
-
-        Raises:
-            LatelierError: if the map has colours instead of ids, or an id that is too large.
-        """
+        """Ids `(h, w)`: uint8 where they fit, else int32; an error for colours, or an id that is too large."""
         ids = np.asarray(stored)
         if ids.ndim != 2 or not (np.issubdtype(ids.dtype, np.integer) or ids.dtype == bool):
             raise LatelierError(f"The label map of {name} must be one channel of ids, not {ids.shape} of {ids.dtype}.")
@@ -219,11 +198,7 @@ class LabelMaps:
 
 
 def read_map(stored: Image.Image | np.ndarray, name: str) -> np.ndarray:
-    """An image-like map, `(h, w)` or `(h, w, c)`, uint8 or uint16.
-
-    Raises:
-        LatelierError: for other numbers, which have no fixed range.
-    """
+    """An image-like map, `(h, w)` or `(h, w, c)`, uint8 or uint16; other numbers have no fixed range."""
     if isinstance(stored, Image.Image):
         if stored.mode in ("P", "PA", "1"):
             stored = stored.convert("L" if stored.mode == "1" else "RGB")
@@ -248,11 +223,7 @@ def list_images(root: Path) -> list[Path]:
 
 
 def split_folders(root: Path, split: str, val_split: str | None) -> dict[str, Path | None]:
-    """Sub-folders that are the splits of a folder: `train` is None where the folder itself is the training split.
-
-    Raises:
-        LatelierError: if a split that the recipe names is not there.
-    """
+    """Sub-folders that are the splits of a folder: `train` is None where the folder itself is the training split."""
     if not (root / split).is_dir():
         if split == "train" and val_split is None:
             return {"train": None, "val": None}

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from jaxtyping import Bool, Float, Int
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -27,7 +25,7 @@ from latelier.data.order import mirrored, permuted_index, share
 from latelier.data.records import Images
 from latelier.errors import LatelierError
 from latelier.keyed_random import KeyedRandom
-from latelier.terminal import console
+from latelier.terminal import images_bar
 from latelier.tokenizers.codec import Codec
 
 INDEX_FILE = "cache.json"
@@ -36,11 +34,9 @@ Plan = Iterator[tuple[Int[Tensor, " b"], Int[Tensor, " b"], Bool[Tensor, " b"]]]
 
 
 class LatentCache:
-    """Posteriors of a dataset's images, read from a complete cache; `write` makes one, `open` checks its key.
+    """Posteriors of a dataset's images, from a complete cache; `write` makes one, `open` checks its key.
 
-    Args:
-        folder: the cache.
-        about: content of its `cache.json`.
+    `about` is the content of its `cache.json`.
     """
 
     def __init__(self, folder: Path, about: dict[str, Any]):
@@ -62,11 +58,7 @@ class LatentCache:
 
     @classmethod
     def open(cls, folder: str | Path, key: dict[str, Any] | None = None) -> LatentCache:
-        """Open a complete cache.
-
-        Args:
-            folder: the cache.
-            key: what it must have been made from (see `write`); None takes it as it is.
+        """Open a complete cache that was made from `key`, see `write`; None takes any.
 
         Raises:
             LatelierError: if there is none, it is unfinished, damaged, or made from something else.
@@ -95,10 +87,9 @@ class LatentCache:
         dtype: torch.dtype = torch.float16,
         overwrite: bool = False,
     ) -> LatentCache:
-        """Encode a dataset, or what is still missing of it, and open the cache.
+        """Encode a dataset, or what is still missing of it after an interruption, and open the cache.
 
-        Shards appear under their name only when they are whole, so that an interrupted call is continued by the next
-        one. In a distributed launch every process encodes its own shards.
+        In a distributed launch every process encodes its own shards.
 
         Args:
             folder: where the cache goes; all processes must see it.
@@ -129,7 +120,7 @@ class LatentCache:
         if not about["complete"]:
             shards = about["shards"]
             mine = [i for i in range(process, len(shards), processes) if not (folder / shards[i]["file"]).is_file()]
-            with _progress(len(dataset) * len(mine) // len(shards), process == 0) as advance:
+            with images_bar("encoding", len(dataset) * len(mine) // len(shards), process == 0) as advance:
                 for i in mine:
                     tensors = _encode(codec, dataset.once(batch, i, len(shards)), about, advance)
                     _save_shard(folder / shards[i]["file"], tensors)
@@ -142,14 +133,7 @@ class LatentCache:
     def stream(
         self, batch: int, start: int = 0, process: int = 0, processes: int = 1, accumulation: int = 1, seed: int = 0
     ) -> Iterator[dict[str, Any]]:
-        """Micro-batches without end, from sample `start` on; order and flips are those of `ImageDataset.stream`.
-
-        Args:
-            batch: images per optimiser step over all processes.
-            start: images seen so far.
-            process, processes: which share of the batch is this process's.
-            accumulation: micro-batches per optimiser step.
-            seed: the run's seed.
+        """Micro-batches without end: the samples, order and flips of `ImageDataset.stream`, which see for arguments.
 
         Yields:
             `mean` and `std` `(b, c, *grid)` float32, `sample_id`, `index`, and, if known, `label`, `caption`.
@@ -171,22 +155,20 @@ class LatentCache:
         """The records at positions 0 .. len - 1, or their mirror images; see `stream` for what they hold."""
         shard, row = self._shard[positions], self._row[positions]  # (b,)
         side = torch.zeros_like(row) if flipped is None else flipped.long()  # (b,)
-        b, first = len(positions), self._shards[0]
+        b, known = len(positions), self._shards[0]
         record: dict[str, Any] = {name: torch.empty(b, *self.latent_shape) for name in ("mean", "std")}
         record["index"] = self.index[positions]
-        if "label" in first:
-            record["label"] = torch.empty(b, dtype=torch.long)
-        if "caption" in first:
-            record["caption"] = [""] * b
+        record |= {"label": torch.empty(b, dtype=torch.long)} if "label" in known else {}
+        record |= {"caption": [""] * b} if "caption" in known else {}
         for number in shard.unique().tolist():
             where = (shard == number).nonzero()[:, 0]  # positions in the batch
             tensors, rows = self._shards[number], row[where]
             for name in ("mean", "std"):  # image, mirror image, image, ...: (n, c, *grid), or (2 n, c, *grid)
                 stored = tensors[name].flatten(0, 1)
                 record[name][where] = stored[rows * (1 + self.flip) + side[where]].float()
-            if "label" in first:
+            if "label" in known:
                 record["label"][where] = tensors["label"][rows]
-            if "caption" in first:
+            if "caption" in known:
                 for i, r in zip(where.tolist(), rows.tolist()):
                     record["caption"][i] = _caption(tensors, r)
         return record
@@ -209,16 +191,9 @@ def latent_statistics(
 ) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
     """Mean and standard deviation, per channel, of raw latents sampled from their posteriors.
 
-    The images are the first of the training stream: a random part of the data, cropped and flipped as in training.
-    They and their noise do not depend on how many processes share the work. Sums are float64. A channel that is
-    constant gets a deviation of 1e-6, so that it can be normalised.
-
-    Args:
-        codec: a tokenizer without statistics.
-        dataset: the training images.
-        limit: how many images at most.
-        seed: of the posterior samples.
-        accelerator: the process group; None is a single process.
+    The images are the first `limit` of the training stream, cropped and flipped as in training. They and their noise
+    do not depend on how many processes share the work. Sums are float64. A constant channel gets a deviation of 1e-6,
+    so that it can be normalised.
     """
     process, processes = _rank(accelerator)
     limit = min(limit, len(dataset))
@@ -237,9 +212,6 @@ def latent_statistics(
     count, total, squares = sums
     mean = total / count
     return mean.float(), (squares / count - mean**2).clamp(min=1e-12).sqrt().float()
-
-
-# -- writing ----------------------------------------------------------------------------------------------------------
 
 
 def _start(
@@ -262,7 +234,7 @@ def _start(
 
 
 def _finish(folder: Path, about: dict[str, Any]) -> None:
-    """Note how many rows and which checksum every shard has; from now on the cache is complete."""
+    """Note the rows and the checksum of every shard; from now on the cache is complete."""
     for shard in about["shards"]:
         with safe_open(folder / shard["file"], "pt") as file:
             shard["sha256"] = file.metadata()["sha256"]
@@ -329,9 +301,6 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------
-
-
 def _open_shard(path: Path) -> dict[str, Tensor]:
     """A shard's tensors, memory-mapped."""
     try:
@@ -372,17 +341,3 @@ def _rank(accelerator: Accelerator | None) -> tuple[int, int]:
 def _wait(accelerator: Accelerator | None) -> None:
     if accelerator is not None:
         accelerator.wait_for_everyone()
-
-
-@contextmanager
-def _progress(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A bar with images per second and the time that is left."""
-    speed = TextColumn("{task.fields[speed]}")
-    columns = (TextColumn("[bold]encoding"), BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not shown) as progress:
-        task = progress.add_task("encoding", total=total, speed="")
-
-        def advance(images: int) -> None:
-            progress.update(task, advance=images, speed=f"{progress.tasks[0].speed or 0:,.0f} img/s")
-
-        yield advance

@@ -42,9 +42,7 @@ class ImageDataset:
         skip_log: unreadable images are appended to this file, one JSON object `{index, name, reason}` each.
 
     Attributes:
-        class_names: index = label; None without labels.
-        box_names: index = box label; None without boxes, or if they are not known.
-        segmentation_classes: how many ids the label maps have; None without them, or if it is not known.
+        class_names, box_names, segmentation_classes: of the source; None where it has none or does not know them.
         fingerprint: changes when evaluation would see other images.
         shape: `(c, h, w)`.
         flips_latents: whether a latent cache should hold mirror images too: it stores one caption per image, so not
@@ -85,10 +83,6 @@ class ImageDataset:
             start: images seen so far.
             process, processes: which share of the batch is this process's.
             accumulation: micro-batches per optimiser step.
-
-        Yields:
-            `image`, `sample_id`, `index`, and where the source has them `label`, `caption`, `boxes`, `box_labels`,
-            `box_flags`, `segmentation`, `mask`, `map`.
 
         Raises:
             LatelierError: if `batch` cannot be divided, or more than `max_skipped` of the images cannot be read.
@@ -137,9 +131,6 @@ class ImageDataset:
         Args:
             plan: for each batch, which images `(b,)` int64 and which of them are mirrored; it may have no end.
             process, processes: this process, for the number of workers.
-
-        Yields:
-            What `once` yields, one batch for each of the plan's, with all of its images in order.
 
         Raises:
             LatelierError: if an image cannot be read any more, or the data are streamed.
@@ -192,14 +183,9 @@ class ImageDataset:
         if isinstance(dataset, IterableDataset):
             workers = min(workers, 1)
         loader = DataLoader(
-            dataset,
-            sampler=jobs,
-            batch_size=None,
-            num_workers=workers,
-            collate_fn=pack,
-            persistent_workers=workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
+            dataset, sampler=jobs, batch_size=None, num_workers=workers, collate_fn=pack,
+            persistent_workers=workers > 0, pin_memory=torch.cuda.is_available(),
+        )  # fmt: skip
         for batch in loader:
             if "error" in batch:
                 raise LatelierError(batch["error"])
@@ -208,7 +194,6 @@ class ImageDataset:
                 yield unpack(batch)
 
     def _workers(self, processes: int) -> int:
-        """Worker processes of this process."""
         if self.data.workers is not None:
             return self.data.workers
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import itertools
 import os
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, UInt8
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -19,11 +17,11 @@ from latelier.data.records import UNREADABLE, Source
 from latelier.data.tables import StreamSource
 from latelier.data.transforms import BOXES, PLANES, Transform, mirror
 from latelier.errors import LatelierError
-from latelier.terminal import console
+from latelier.terminal import images_bar
 
 Failures = list[tuple[int, str]]  # index and reason of images that cannot be read
 DECODING_THREADS = 4
-CHUNK = 1024  # images between two updates of the progress bar
+CHUNK = 256  # images between two updates of the progress bar
 PATIENCE = 5.0  # seconds before a progress bar is shown
 
 
@@ -48,34 +46,16 @@ class Job(NamedTuple):
 class Reader(Dataset):
     """A source whose items are the batches of jobs; a batch also lists the images that could not be read (`failures`).
 
-    Args:
-        source: the records.
-        transform: what is done to them.
-        tries: how many images in a row may be unreadable before the search for a replacement is given up.
+    The search for a replacement is given up when `tries` images in a row are unreadable.
     """
 
     def __init__(self, source: Source, transform: Transform, tries: int):
         self.source, self.transform, self.tries = source, transform, tries
 
     def __getitem__(self, job: Job) -> dict[str, Any]:
-        rows, slots, failures = [], [], []
-        try:
-            for slot, (sample_id, index) in enumerate(zip(job.sample_ids.tolist(), job.index.tolist())):
-                tries = min(self.tries, len(self.source)) if job.training else 1
-                for candidate in ((index + k) % len(self.source) for k in range(tries)):
-                    try:
-                        row = self.transform.record(self.source[candidate], sample_id if job.training else None)
-                    except UNREADABLE as error:
-                        if job.whole:
-                            raise _lost(self.source.name(candidate), reason(error)) from None
-                        failures.append((candidate, reason(error)))
-                        continue
-                    rows.append({**row, "index": candidate})
-                    slots.append(slot)
-                    break
-            return {**assemble(rows, slots, job, self.transform), "failures": failures}
-        except LatelierError as error:  # a worker's exception would arrive with its traceback as its message
-            return {"error": str(error)}
+        size, tries = len(self.source), min(self.tries, len(self.source)) if job.training else 1
+        candidates = [[(index + k) % size for k in range(tries)] for index in job.index.tolist()]
+        return _assemble(job, candidates, self.source.__getitem__, self.transform, self.source.name, map)
 
 
 class RowReader:
@@ -115,39 +95,17 @@ class RowReader:
 
     def _batch(self, job: Job, candidates: list[list[tuple[int, dict[str, Any]]]]) -> dict[str, Any]:
         """One micro-batch; of each slot's candidates, the first that can be read."""
-        try:
-            with ThreadPoolExecutor(DECODING_THREADS) as pool:
-                sample_ids = job.sample_ids.tolist() if job.training else [None] * len(candidates)
-                found = list(pool.map(self._first, candidates, sample_ids))
-            slots = [slot for slot, (row, _) in enumerate(found) if row is not None]
-            rows = [row for row, _ in found if row is not None]
-            failures = [failure for _, failed in found for failure in failed]
-            return {**assemble(rows, slots, job, self.transform), "failures": failures}
-        except LatelierError as error:
-            return {"error": str(error)}
-
-    def _first(
-        self, candidates: list[tuple[int, dict[str, Any]]], sample_id: int | None
-    ) -> tuple[dict[str, Any] | None, Failures]:
-        failures: Failures = []
-        for index, row in candidates:
-            try:
-                return {**self.transform.record(self.source.record(row), sample_id), "index": index}, failures
-            except UNREADABLE as error:
-                failures.append((index, reason(error)))
-        return None, failures
+        rows = {index: row for slot in candidates for index, row in slot}
+        numbers = [[index for index, _ in slot] for slot in candidates]
+        with ThreadPoolExecutor(DECODING_THREADS) as pool:
+            opened = lambda index: self.source.record(rows[index])  # noqa: E731
+            return _assemble(job, numbers, opened, self.transform, self.source.name, pool.map)
 
 
 class Memory:
     """Pixels and records of a whole source, decoded once, with the deterministic crop.
 
-    Args:
-        source: the records.
-        transform: what is done to them.
-        progress: show a bar if it takes long.
-
-    Attributes:
-        failures: index and reason of images that cannot be read.
+    `failures` lists the images that cannot be read; with `progress` a bar is shown if decoding takes long.
     """
 
     def __init__(self, source: Source, transform: Transform, progress: bool = True):
@@ -156,19 +114,18 @@ class Memory:
         self._pixels = torch.zeros(size, transform.deep, transform.height, transform.width, dtype=torch.uint8)
         self._rows: list[dict[str, Any] | None] = []
         self.failures: Failures = []
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            for start in _with_bar(range(0, size, CHUNK), size, progress):
-                self._rows += pool.map(self._read, range(start, min(size, start + CHUNK)))
+        bar = images_bar("decoding", size, progress, PATIENCE)
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool, bar as advance:
+            for row in pool.map(self._read, range(size)):
+                self._rows.append(row)
+                if len(self._rows) % CHUNK == 0:
+                    advance(CHUNK)
         self.failures.sort()
         self._readable = torch.tensor([row is not None for row in self._rows])
         self._next = _next_readable(self._readable)
 
     def batch(self, job: Job) -> dict[str, Any] | None:
-        """The batch of a job; None if none of its images can be read.
-
-        Raises:
-            LatelierError: if the job is to be done as a whole and an image cannot be read.
-        """
+        """The batch of a job; None if none of its images can be read."""
         if job.training:
             index, slots = self._next[job.index], list(range(len(job.index)))
         else:
@@ -192,14 +149,46 @@ class Memory:
         return {**row, "index": index}
 
 
-def assemble(rows: list[dict[str, Any]], slots: list[int], job: Job, transform: Transform) -> dict[str, Any]:
-    """A batch of records that `Transform.record` made, with their `index`; empty if there are none.
+def _assemble(
+    job: Job,
+    candidates: list[list[int]],
+    opened: Callable[[int], dict[str, Any]],
+    transform: Transform,
+    name: Callable[[int], str],
+    over: Callable[..., Iterable[Any]],
+) -> dict[str, Any]:
+    """A job's batch with its `failures`, or its `error`.
 
-    `slots` are their positions in the job.
+    Args:
+        job: what to make.
+        candidates: for each row of the batch the indices that may fill it; the first that can be read does.
+        opened: the record of an index.
+        transform: what is done to it.
+        name: of an index, for messages.
+        over: `map`, or that of a pool.
     """
-    if not rows:
-        return {}
-    return _finish(torch.stack([row["image"] for row in rows]), rows, slots, job, transform)
+
+    def first(indices: list[int], sample_id: int | None) -> tuple[dict[str, Any] | None, Failures]:
+        failures: Failures = []
+        for index in indices:
+            try:
+                return {**transform.record(opened(index), sample_id), "index": index}, failures
+            except UNREADABLE as error:
+                if job.whole:
+                    raise _lost(name(index), reason(error)) from None
+                failures.append((index, reason(error)))
+        return None, failures
+
+    try:
+        found = list(over(first, candidates, job.sample_ids.tolist() if job.training else [None] * len(candidates)))
+        slots = [slot for slot, (row, _) in enumerate(found) if row is not None]
+        rows = [row for row, _ in found if row is not None]
+        failures = [failure for _, failed in found for failure in failed]
+        pixels = torch.stack([row["image"] for row in rows]) if rows else None  # (b, d, h, w)
+        batch = {} if pixels is None else _finish(pixels, rows, slots, job, transform)
+        return {**batch, "failures": failures}
+    except LatelierError as error:  # a worker's exception would arrive with its traceback as its message
+        return {"error": str(error)}
 
 
 def _finish(
@@ -271,20 +260,3 @@ def _next_readable(readable: Tensor) -> Tensor:
     index[~readable.repeat(2)] = 2 * size
     following = index.flip(0).cummin(0).values.flip(0)  # (2 n,)
     return following[:size] % size
-
-
-def _with_bar(starts: Iterable[int], total: int, progress: bool) -> Iterator[int]:
-    """The same numbers, with a progress bar once it takes longer than a moment."""
-    begin = time.perf_counter()
-    columns = (TextColumn("Decoding images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=console, transient=True)
-    task = bar.add_task("", total=total)
-    try:
-        for start in starts:
-            bar.update(task, completed=start)
-            if progress and not bar.live.is_started and time.perf_counter() - begin > PATIENCE:
-                bar.start()
-            yield start
-    finally:
-        if bar.live.is_started:
-            bar.stop()

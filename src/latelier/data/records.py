@@ -77,16 +77,11 @@ class Source(Protocol):
     A source may also have `box_names` (index = box label), `segmentation_classes` (how many ids its label maps have),
     `captions(indices)`, which yields captions without opening images, and `mirrored_captions`: true if the caption of a
     mirror image is another one, `caption_mirrored`.
-
-    Attributes:
-        class_names: names of the classes, index = label; None if there are no labels.
-        labels: the label of every record; None if there are none, or if they are not known before a record is read.
-        fingerprint: changes when the images change.
     """
 
-    class_names: list[str] | None
-    labels: list[int] | None
-    fingerprint: str
+    class_names: list[str] | None  # index = label; None without labels
+    labels: list[int] | None  # of every record; None without labels, or if they are not known before a record is read
+    fingerprint: str  # changes when the images change
 
     def __len__(self) -> int: ...
 
@@ -135,11 +130,7 @@ def name_hash(name: str) -> float:
 
 
 def check_classes(classes: list[str], known: list[str] | None) -> None:
-    """Refuse classes that are not known.
-
-    Raises:
-        LatelierError: naming the first of them and the nearest known one.
-    """
+    """Refuse classes that are not known: an error names the first of them and the nearest known one."""
     if known is None:
         raise LatelierError("data.classes is set, but the images have no labels; set data.label_key or remove it.")
     for name in classes:

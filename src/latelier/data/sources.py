@@ -137,18 +137,12 @@ def captions_of(source: Source, indices: Iterable[int]) -> Iterator[str]:
 
 
 def select_classes(source: Source, classes: list[str] | None) -> Source:
-    """Only the records of these classes, labels numbered in this order; all for None.
-
-    Raises:
-        LatelierError: if there are no classes, or not this one.
-    """
+    """Only the records of these classes, labels numbered in this order; all for None."""
     if classes is None:
         return source
     check_classes(classes, source.class_names)
-    assert source.class_names is not None
-    assert source.labels is not None
-    wanted = {source.class_names.index(name) for name in classes}
-    return Selection(source, [i for i, label in enumerate(source.labels) if label in wanted], classes)
+    wanted = {(source.class_names or []).index(name) for name in classes}
+    return Selection(source, [i for i, label in enumerate(source.labels or []) if label in wanted], classes)
 
 
 def subsample(source: Source, length: int) -> Source:

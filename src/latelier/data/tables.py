@@ -29,31 +29,32 @@ SHUFFLE_BUFFER = 1_000
 ROW_NUMBER = "row number"
 
 
-class TableSource:
-    """Rows of a `datasets.Dataset`.
+class _RowSource:
+    """What `TableSource` and `StreamSource` share."""
 
-    Args:
-        table: the dataset.
-        data: the recipe's section, for the columns.
-        facts: what identifies the data.
-        where: what to call it in messages.
-        class_names, box_names: numbering of the classes, and of those of boxes; by default the column's own names, or
-            its values, sorted.
+    def __init__(self, features: Any, data: Data, where: str):
+        self._columns, self._where = Columns(features, data, where), where
+        self.class_names: list[str] | None = None
+        self.box_names = self._columns.boxes.names
+        self.segmentation_classes = self._columns.segmentation_classes
+
+    def name(self, index: int) -> str:
+        return f"row {index} of {self._where}"
+
+
+class TableSource(_RowSource):
+    """Rows of a `datasets.Dataset`, identified by `facts`, and called `where` in messages.
+
+    Classes, also of boxes, are numbered as in `class_names` and `box_names`; by default by the column's own names, or
+    its values, sorted.
     """
 
     def __init__(
-        self,
-        table: Any,
-        data: Data,
-        facts: list[Any],
-        where: str,
-        class_names: list[str] | None = None,
+        self, table: Any, data: Data, facts: list[Any], where: str, class_names: list[str] | None = None,
         box_names: list[str] | None = None,
-    ):
-        self._columns = Columns(table.features, data, where)
+    ):  # fmt: skip
+        super().__init__(table.features, data, where)
         self._table = self._columns.undecoded(table)
-        self._where = where
-        self.class_names: list[str] | None = None
         self.labels: list[int] | None = None
         if self._columns.label is not None:
             raw = table[self._columns.label][:]
@@ -62,9 +63,8 @@ class TableSource:
             self.labels = _number(raw, self._columns.label_names, self.class_names)
         self._columns.boxes.number(table, box_names)
         self.box_names = self._columns.boxes.names
-        self.segmentation_classes = self._columns.segmentation_classes
-        about = self._columns.about()
-        self.fingerprint = digest(facts, len(table), about[0], self.class_names, *about[1:])
+        about, *more = self._columns.about()
+        self.fingerprint = digest(facts, len(table), about, self.class_names, *more)
 
     def __len__(self) -> int:
         return len(self._table)
@@ -75,28 +75,19 @@ class TableSource:
 
     def captions(self, indices: Iterable[int]) -> Iterator[str]:
         """Captions of these rows, whose images are not read; none if there is no such column."""
-        if self._columns.caption is None:
-            return
-        texts, wanted = self._table.select_columns([self._columns.caption]), iter(indices)
-        while numbers := list(islice(wanted, CAPTIONS_AT_ONCE)):
-            yield from (text or "" for text in texts[numbers][self._columns.caption])
-
-    def name(self, index: int) -> str:
-        return f"row {index} of {self._where}"
+        if (column := self._columns.caption) is not None:
+            texts, wanted = self._table.select_columns([column]), iter(indices)
+            while numbers := list(islice(wanted, CAPTIONS_AT_ONCE)):
+                yield from (text or "" for text in texts[numbers][column])
 
 
 class Columns:
-    """Which columns of a table hold what.
-
-    Raises:
-        LatelierError: if there is no column of images, or the recipe names a column that is not there.
-    """
+    """Which columns of a table hold what; an error if there are no images, or not a column that the recipe names."""
 
     def __init__(self, features: Any, data: Data, where: str):
         if data.boxes is not None:
-            raise LatelierError(
-                f"data.boxes is for folders; boxes of {where} are columns, `objects` or `boxes`; remove it."
-            )
+            columns = "columns, `objects` or `boxes`"
+            raise LatelierError(f"data.boxes is for folders; boxes of {where} are {columns}; remove it.")
         for key in ("label_key", "caption_key", "segmentation", "maps"):
             if (name := getattr(data, key)) is not None and name not in features:
                 raise LatelierError(f"data.{key} = {name!r} is no column of {where}; it has: {', '.join(features)}.")
@@ -151,44 +142,30 @@ class Columns:
         return record
 
 
-class StreamSource:
+class StreamSource(_RowSource):
     """Rows of a `datasets.IterableDataset`, in an order that only depends on seed and epoch.
 
-    Its attributes are those of a `Source`, as far as columns and recipe tell them without reading rows.
-
-    Args:
-        table: the dataset.
-        data: the recipe's section; integers and strings are labels only if `classes` says which there are.
-        facts: what identifies the data.
-        where: what to call it in messages.
-        length: use only the first rows, or how many there are; None if that is not known.
-        keep: which row numbers belong to the split; None keeps all.
+    Its attributes are those of a `Source`, as far as columns and recipe tell them without reading rows: integers and
+    strings are labels only if `data.classes` says which there are. `length` is how many rows there are, or how many of
+    the first are used, None if that is not known; `keep` tells which row numbers belong to the split.
     """
 
     def __init__(
-        self,
-        table: Any,
-        data: Data,
-        facts: list[Any],
-        where: str,
-        length: int | None = None,
+        self, table: Any, data: Data, facts: list[Any], where: str, length: int | None = None,
         keep: Callable[[int], bool] | None = None,
-    ):
+    ):  # fmt: skip
         if table.features is None:
             raise LatelierError(f"The columns of {where} are not known before it is read; set data.streaming=false.")
-        self._columns = Columns(table.features, data, where)
-        self._keep = keep
-        self._where, self._length = where, length
-        self.class_names: list[str] | None = self._columns.label_names
+        super().__init__(table.features, data, where)
+        self._keep, self._length = keep, length
+        self.class_names = self._columns.label_names
         if data.classes is not None:
             check_classes(data.classes, self._columns.label_names or (data.classes if self._columns.label else None))
             self.class_names = data.classes
         table = self._columns.undecoded(table if length is None else table.take(length))
         self._table = table.map(_with_number, with_indices=True)
-        self.box_names = self._columns.boxes.names
-        self.segmentation_classes = self._columns.segmentation_classes
-        about = self._columns.about()
-        self.fingerprint = digest("stream", facts, about[0], data.classes, length, *about[1:])
+        about, *more = self._columns.about()
+        self.fingerprint = digest("stream", facts, about, data.classes, length, *more)
 
     def __len__(self) -> int:
         """How many rows the split has, including those of classes that are not used."""
@@ -196,16 +173,8 @@ class StreamSource:
             raise LatelierError(f"{self._where} is streamed, so its length is not known; set data.length.")
         return self._length if self._keep is None else sum(map(self._keep, range(self._length)))
 
-    def name(self, index: int) -> str:
-        return f"row {index} of {self._where}"
-
     def rows(self, epoch: int | None = None, seed: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
-        """One pass over row numbers and rows; rows are not decoded, so that skipping them is cheap.
-
-        Args:
-            epoch: shuffles, through a buffer, in the order of this epoch; None keeps the dataset's order.
-            seed: the run's seed.
-        """
+        """Row numbers and rows, not decoded, in one pass; with an `epoch` shuffled through a buffer."""
         table = self._table
         if epoch is not None:
             table = table.shuffle(seed=fold_in(seed, "order", epoch) % 2**32, buffer_size=SHUFFLE_BUFFER)
@@ -229,17 +198,12 @@ class StreamSource:
         return record
 
     def _class_of(self, row: dict[str, Any]) -> str:
-        assert self._columns.label is not None
-        value = row[self._columns.label]
+        value = row[str(self._columns.label)]
         return self._columns.label_names[value] if self._columns.label_names else str(value)
 
 
 def open_table(
-    data: Data,
-    where: str,
-    split: str,
-    class_names: list[str] | None = None,
-    box_names: list[str] | None = None,
+    data: Data, where: str, split: str, class_names: list[str] | None = None, box_names: list[str] | None = None
 ) -> tuple[TableSource, bool]:
     """One split (`train`, `val`) of a dataset, and whether it has a validation split of its own.
 
@@ -316,9 +280,8 @@ def _files(where: str) -> list[Path]:
             raise LatelierError(f"data.source = {where!r}: there is no such file.")
         kinds = {path.suffix for path in paths}
         if len(kinds) > 1 or not kinds <= set(BUILDERS):
-            raise LatelierError(
-                f"data.source = {where!r} must be .parquet or .tar files, not {', '.join(sorted(kinds))}."
-            )
+            found = ", ".join(sorted(kinds))
+            raise LatelierError(f"data.source = {where!r} must be .parquet or .tar files, not {found}.")
     return paths
 
 
@@ -334,7 +297,7 @@ def _split_name(data: Data, where: str, split: str, names: list[str]) -> tuple[s
     return wanted, val is not None
 
 
-def _belongs(fraction: float, val: bool, number: int) -> bool:
+def _belongs(fraction: float, val: bool, number: int) -> bool:  # at module level, as worker processes pickle it
     """Whether a row belongs to a split, if rows are held out by a hash of their number."""
     return (name_hash(str(number)) < fraction) == val
 
@@ -351,9 +314,8 @@ def _image_column(features: Any, data: Data, where: str) -> str:
         return data.image_key
     found = [name for name, feature in features.items() if isinstance(feature, Image)]
     if data.image_key != "image" or len(found) != 1:
-        raise LatelierError(
-            f"data.image_key = {data.image_key!r} is no column of {where}; it has: {', '.join(features)}."
-        )
+        known = ", ".join(features)
+        raise LatelierError(f"data.image_key = {data.image_key!r} is no column of {where}; it has: {known}.")
     return found[0]
 
 

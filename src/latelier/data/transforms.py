@@ -32,23 +32,18 @@ class Transform:
     Args:
         size: height and width in pixels.
         channels: of the image.
-        crop: `center` and `resize` are deterministic; `random` is so outside training, like `center`.
+        crop: `random` is for training; outside of it, it is `center`.
         crop_scale: least and largest share of the area that a random crop keeps.
         flip: mirror half of the training stream.
-        background: behind transparent images: `white`, `black`, `gray`, or `random`, another colour for each sample.
+        background: behind transparent images; `random` is another colour for each sample.
         seed: of the random choices.
     """
 
     def __init__(
-        self,
-        size: tuple[int, int],
-        channels: int = 3,
-        crop: Literal["center", "random", "resize"] = "center",
-        crop_scale: tuple[float, float] = (0.75, 1.0),
-        flip: bool = True,
-        background: Literal["white", "black", "gray", "random"] = "white",
-        seed: int = 0,
-    ):
+        self, size: tuple[int, int], channels: int = 3, crop: Literal["center", "random", "resize"] = "center",
+        crop_scale: tuple[float, float] = (0.75, 1.0), flip: bool = True,
+        background: Literal["white", "black", "gray", "random"] = "white", seed: int = 0,
+    ):  # fmt: skip
         self.height, self.width = size
         self.channels, self.crop, self.crop_scale = channels, crop, crop_scale
         self.flip, self.background, self.seed = flip, background, seed
@@ -68,8 +63,8 @@ class Transform:
 
     def colours(self, sample_ids: Int[Tensor, " b"]) -> UInt8[Tensor, "b c"]:
         """Random background colours."""
-        purposes = [f"background {c}" for c in range(self.channels)]
-        rows = [[fold_in(self.seed, purpose, n) & 255 for purpose in purposes] for n in sample_ids.tolist()]
+        channels = range(self.channels)
+        rows = [[fold_in(self.seed, f"background {c}", n) & 255 for c in channels] for n in sample_ids.tolist()]
         return torch.tensor(rows, dtype=torch.uint8)
 
     def record(self, record: dict[str, Any], sample_id: int | None = None) -> dict[str, Any]:
@@ -98,7 +93,7 @@ class Transform:
             done = [resize(band, box, size) for band in bands]
             region = (box[0] / width, box[1] / height, box[2] / width, box[3] / height)
         elif self.crop == "resize":
-            done = [resize(band, (0.0, 0.0, float(width), float(height)), size) for band in bands]
+            done = [resize(band, (0, 0, width, height), size) for band in bands]
             region = (0.0, 0.0, 1.0, 1.0)
         else:
             done = [center_crop(band, size) for band in bands]
@@ -150,10 +145,8 @@ class Transform:
         image.draft("L" if self.channels == 1 else "RGB", wanted[::-1] if turned else wanted)
 
     def _check_channels(self, found: int) -> None:
-        if found != self.channels:
-            raise LatelierError(
-                f"data.channels = {self.channels}, but an image has {found} channels; set it to {found}."
-            )
+        if (known := self.channels) != found:
+            raise LatelierError(f"data.channels = {known}, but an image has {found} channels; set it to {found}.")
 
     def _random_box(self, width: int, height: int, sample_id: int) -> Box:
         """A box of the target's aspect ratio at a random position, with a random share of the largest one's area."""
@@ -184,9 +177,8 @@ class Transform:
         if "boxes" in record:
             boxes, kept = crop_boxes(np.asarray(record["boxes"], np.float32).reshape(-1, 4), region)
             done["boxes"] = torch.from_numpy(boxes)
-            done |= {
-                key: torch.from_numpy(np.asarray(record[key], np.int64)[kept]) for key in BOXES[1:] if key in record
-            }
+            numbers = {key: np.asarray(record[key], np.int64)[kept] for key in BOXES[1:] if key in record}
+            done |= {key: torch.from_numpy(values) for key, values in numbers.items()}
         for key, crop in (*((key, nearest) for key in PLANES), ("map", smooth)):
             if key in record:
                 done[key] = torch.from_numpy(crop(np.asarray(record[key]), region, (self.height, self.width)))
@@ -196,8 +188,8 @@ class Transform:
 def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """The centre of an image at a size (width, height), as ADM does it (Dhariwal and Nichol 2021), for any shape.
 
-    Halve with a box filter while the image stays twice as large as the target, scale with bicubic so that the target
-    is just covered, cut out the middle.
+    Halve with a box filter while the image is at least twice as large as the target, scale with bicubic so that it
+    just covers the target, cut out the middle.
     """
     width, height = size
     while image.width >= 2 * width and image.height >= 2 * height:
@@ -250,7 +242,7 @@ def crop_boxes(boxes: np.ndarray, region: Box) -> tuple[np.ndarray, np.ndarray]:
 
 
 def nearest(plane: np.ndarray, region: Box, size: tuple[int, int]) -> np.ndarray:
-    """A region of a plane `(h, w)` of numbers at a size (height, width), by the nearest neighbour."""
+    """A region of a plane `(h, w)` of ids at a size (height, width), by the nearest neighbour."""
     x0, y0, x1, y1 = region
     rows = ((y0 + (np.arange(size[0]) + 0.5) / size[0] * (y1 - y0)) * plane.shape[0]).astype(int)
     columns = ((x0 + (np.arange(size[1]) + 0.5) / size[1] * (x1 - x0)) * plane.shape[1]).astype(int)
@@ -258,10 +250,9 @@ def nearest(plane: np.ndarray, region: Box, size: tuple[int, int]) -> np.ndarray
 
 
 def smooth(plane: np.ndarray, region: Box, size: tuple[int, int]) -> np.ndarray:
-    """A region of an image-like plane, `(h, w)` or `(h, w, c)` uint8 or uint16, at a size (height, width), antialiased.
+    """A region of a map, `(h, w)` or `(h, w, c)`, at a size (height, width), antialiased: `(c, height, width)`.
 
-    Returns:
-        `(c, height, width)`, uint8, or int32 for 16 bits.
+    8 bits stay uint8, 16 bits become int32.
     """
     h, w = plane.shape[:2]
     box = (region[0] * w, region[1] * h, min(region[2] * w, float(w)), min(region[3] * h, float(h)))
