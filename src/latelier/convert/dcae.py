@@ -86,7 +86,7 @@ def architecture(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _shuffles(weights: Mapping[str, Tensor], side: str) -> bool:
-    """Whether pixels are shuffled into channels: sampling convolutions are a quarter or four times as wide then."""
+    """Whether pixels are shuffled into channels: sampling convolutions then have a quarter or four times the width."""
     for name, tensor in weights.items():
         if found := re.match(rf"{side}\.stages\.(\d+)\.op_list\.\d+\.main\.conv\.(conv\.)?weight", name):
             level = int(found[1]) + (side == "encoder")

@@ -41,16 +41,14 @@ def convert_kl(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
 
     Names under `loss.` are left out; `config` may have `resolution`, the side of the images it was trained on.
     """
-    weights = _own(weights)
+    weights = {name: tensor for name, tensor in weights.items() if not name.startswith(NOT_OURS)}
     if "quantize.embedding.weight" in weights:
         raise LatelierError("This autoencoder has a codebook (quantize.embedding.weight): its kind is ldm-vq.")
     arguments = _architecture(weights, config, "ldm-kl")
     latent = arguments["latent_channels"]
-    if need(weights, "encoder.conv_out.weight", "ldm-kl").shape[0] != 2 * latent or any(
-        len(weights[name]) != width * latent
-        for name, width in (("quant_conv.weight", 2), ("post_quant_conv.weight", 1))
-        if name in weights
-    ):
+    need(weights, "encoder.conv_out.weight", "ldm-kl")
+    widths = {"encoder.conv_out.weight": 2, "quant_conv.weight": 2, "post_quant_conv.weight": 1}
+    if any(len(weights[name]) != width * latent for name, width in widths.items() if name in weights):
         raise LatelierError(
             f"AutoencoderKL has as many channels before as after quant_conv, {latent} here (z_channels of "
             "decoder.conv_in), and twice as many at encoder.conv_out; this checkpoint does not."
@@ -65,7 +63,7 @@ def convert_kl(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
 
 def convert_vq(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
     """Build and fill a VQModel; arguments as for `convert_kl`."""
-    weights = _own(weights)
+    weights = {name: tensor for name, tensor in weights.items() if not name.startswith(NOT_OURS)}
     codes, width = need(weights, "quantize.embedding.weight", "ldm-vq").shape
     arguments = _architecture(weights, config, "ldm-vq")
     return _filled(VQModel(**arguments, num_vq_embeddings=codes, vq_embed_dim=width), weights)
@@ -86,10 +84,6 @@ def convert_patchgan(weights: dict[str, Tensor], config: dict[str, Any]) -> Conv
     counters = tuple(name for name in model.state_dict() if name.endswith("num_batches_tracked"))
     load_exactly(model, ours, counters)
     return Converted(model)
-
-
-def _own(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in weights.items() if not name.startswith(NOT_OURS)}
 
 
 def _architecture(weights: dict[str, Tensor], config: dict[str, Any], kind: str) -> dict[str, Any]:

@@ -29,16 +29,12 @@ RENAMED = {
 # Even layers are attention, odd ones MLPs; each is a pair (norm, block).
 ATTENTION = {"0.": "norm1.", "1.to_out.": "attn.out."}
 MLP = {"0.": "norm2.", "1.net.0.0.": "mlp.fc1.", "1.net.2.": "mlp.fc2."}
+SHAPE = ("dim", "layers", "heads", "head_dim")  # what conditioners take from the transformer's configuration
 UNUSED = "transformer.to_logits."  # a head for language modelling that nothing reads
 
 
 def convert(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
-    """Build and fill a `TokenTransformer`, whose `model(tokens)` is `(b, length, width)`.
-
-    Args:
-        weights: original names, of the embedder alone or of a whole checkpoint.
-        config: `heads`, 8 unless it says otherwise.
-    """
+    """Build and fill a `TokenTransformer`, from the embedder's weights or a whole checkpoint's, with `heads` or 8."""
     weights = below(weights, STAGE) or weights
     tokens, positions = (need(weights, f"transformer.{name}.weight", KIND) for name in ("token_emb", "pos_emb.emb"))
     inner = need(weights, f"{LAYERS}0.1.to_q.weight", KIND).shape[0]
@@ -59,9 +55,6 @@ def text_conditioner(weights: Mapping[str, Tensor], tokenizer: str, heads: int =
     """The trained text conditioner of a whole checkpoint.
 
     `tokenizer` is the Hub name or folder of the one that it was trained with, bert-base-uncased in all releases.
-
-    Raises:
-        LatelierError: if the tokenizer cannot be loaded, or has another number of tokens than the weights.
     """
     model = convert(dict(weights), {"heads": heads}).model
     words = read_tokenizer(tokenizer)
@@ -70,8 +63,7 @@ def text_conditioner(weights: Mapping[str, Tensor], tokenizer: str, heads: int =
             f"The tokenizer {tokenizer} has {words.get_vocab_size()} tokens, but the checkpoint's transformer "
             f"{model.config['vocabulary']}; give the one that it was trained with (bert-base-uncased)."
         )
-    arguments = {name: model.config[name] for name in ("length", "dim", "layers", "heads", "head_dim")}
-    conditioner = TextConditioner.trained(words, **arguments)
+    conditioner = TextConditioner.trained(words, **{name: model.config[name] for name in ("length", *SHAPE)})
     load_exactly(conditioner.transformer, model.state_dict())
     return conditioner.eval()
 
@@ -79,16 +71,9 @@ def text_conditioner(weights: Mapping[str, Tensor], tokenizer: str, heads: int =
 def layout_conditioner(
     weights: Mapping[str, Tensor], names: list[str], form: str = "openimages", heads: int = 8
 ) -> LayoutConditioner:
-    """The layout conditioner of a whole checkpoint.
+    """The layout conditioner of a whole checkpoint; `form` is `openimages` or `coco`.
 
-    Args:
-        weights: original names.
-        names: of the classes, in the order of the category numbers that it was trained with.
-        form: `openimages` or `coco`.
-        heads: of attention.
-
-    Raises:
-        LatelierError: if the vocabulary has too few tokens for the classes.
+    `names` are the classes, in the order of the category numbers that it was trained with.
     """
     model = convert(dict(weights), {"heads": heads}).model
     objects, left = divmod(model.config["length"], 3)  # three tokens for an object, two for the crop
@@ -98,7 +83,7 @@ def layout_conditioner(
         objects=objects,
         crop=left == 2,
         tokens=model.config["vocabulary"],
-        **{name: model.config[name] for name in ("dim", "layers", "heads", "head_dim")},
+        **{name: model.config[name] for name in SHAPE},
     )
     load_exactly(conditioner.transformer, model.state_dict())
     return conditioner.eval()

@@ -30,15 +30,16 @@ BESIDE = (
     "encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.", "loss.",
     "betas", "alphas_cumprod", "sqrt_", "log_one_minus_", "posterior_", "scale_factor", "logvar", "lvlb_weights",
 )  # fmt: skip
-RESNET = {
+RULES = {  # transformers have the same names here and there
     "in_layers.0.": "norm1.",
     "in_layers.2.": "conv1.",
     "emb_layers.1.": "time_emb_proj.",
     "out_layers.0.": "norm2.",
     "out_layers.3.": "conv2.",
     "skip_connection.": "conv_shortcut.",
+    "op.": "conv.",
+    "conv.": "conv.",
 }
-RULES = {**RESNET, "op.": "conv.", "conv.": "conv."}  # transformers have the same names here and there
 ATTENTION = {"norm.": "group_norm.", "proj_out.": "to_out.0."}
 ENDS = {
     "time_embed.0.": "time_embedding.linear_1.",
@@ -63,16 +64,12 @@ def convert(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
     """
     embedding = weights.get(CLASSES)
     weights = _averaged({name.removeprefix(PREFIX): tensor for name, tensor in weights.items()})
-    first, last = need(weights, "input_blocks.0.0.weight", "LDM U-Net"), need(weights, "out.2.weight", "LDM U-Net")
+    first, last = (need(weights, name, "LDM U-Net") for name in ("input_blocks.0.0.weight", "out.2.weight"))
     read = _read(weights)
     read |= _heads(read, config)
     cls = CrossAttentionUNet if read["token_width"] else UNet
-    model = cls(
-        **architecture(**read),
-        in_channels=first.shape[1],
-        out_channels=last.shape[0],
-        sample_size=config.get("image_size"),
-    )
+    sizes = {"in_channels": first.shape[1], "out_channels": last.shape[0], "sample_size": config.get("image_size")}
+    model = cls(**architecture(**read), **sizes)
     ours: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         place = _place(name, read["layers"], RULES if read["token_width"] else {**RULES, **ATTENTION})
@@ -165,7 +162,7 @@ def _place(name: str, layers: int, rules: dict[str, str]) -> str:
 def _split(place: str, qkv: Tensor, heads: int, new_order: bool) -> dict[str, Tensor]:
     """Query, key and value of one matrix `(3c, c, 1)` or bias `(3c,)`.
 
-    Its rows are in the order [head][q, k, v][dim] as a rule, [q, k, v][head][dim] in the new order.
+    Its rows are usually in the order [head][q, k, v][dim], in the new order [q, k, v][head][dim].
     """
     stem, leaf = place.rsplit("qkv.", 1)
     rows = qkv.squeeze(-1) if qkv.ndim == 3 else qkv

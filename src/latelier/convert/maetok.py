@@ -37,16 +37,13 @@ TABLES = re.compile(r"freqs_t_[xy]$")  # integer grids, which are made anew for 
 
 
 def convert(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
-    """Build and fill a MAETok.
+    """Build and fill a MAETok, with learned rotary frequencies (the paper) or absolute positions, of any image size.
 
     Args:
-        weights: original names; learned rotary frequencies (the paper) or absolute positions, any image size.
+        weights: original names.
         config: `heads`, `decoder_heads` (64 channels each by default), `image` (pixels, an integer or `[h, w]`, read
             off the position table of square images), `vq_mean` and `vq_std` of the original configuration, which
             become latent statistics.
-
-    Raises:
-        LatelierError: if names or shapes are not MAETok's.
     """
     channels, latent = need(weights, "post_quant_conv.weight", KIND).shape[1], need(weights, "quant_conv.weight", KIND)
     if len(latent) not in (channels, 2 * channels):
@@ -87,9 +84,7 @@ def convert_auxiliary(
 ) -> dict[str, tuple[LatentDecoder, nn.Linear]]:
     """The auxiliary decoders of a training checkpoint, by name (`hog`, `dino`, `clip`), each with its linear head.
 
-    Args:
-        weights: original names.
-        config: `aux_heads` (64 channels each by default), and `image` as in `convert`.
+    `config` may have `aux_heads` (64 channels each by default), and `image` as in `convert`.
     """
     config = config or {}
     size = need(weights, "encoder.model.patch_embed.proj.weight", KIND).shape[-1]
