@@ -63,19 +63,12 @@ ALLOWED = {  # what a pickle may name; all else becomes `Inert`
 
 @dataclass
 class Converted:
-    """What a checkpoint became.
+    """What a checkpoint became."""
 
-    Attributes:
-        model: in eval mode.
-        conditioner: of a denoiser that has one.
-        pipeline: the whole, if the checkpoint has tokenizer and denoiser.
-        codec: of a tokenizer whose latent statistics are known: the model with them.
-    """
-
-    model: ModelMixin
-    conditioner: ModelMixin | None = None
-    pipeline: LatentDiffusionPipeline | None = None
-    codec: Codec | None = None
+    model: ModelMixin  # in eval mode
+    conditioner: ModelMixin | None = None  # of a denoiser that has one
+    pipeline: LatentDiffusionPipeline | None = None  # the whole, if the checkpoint has tokenizer and denoiser
+    codec: Codec | None = None  # a tokenizer with its latent statistics, where they are known
 
 
 def from_official(kind: str, state_dict: Mapping[str, Tensor], **config: Any) -> Converted:
@@ -127,16 +120,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_exactly(model: nn.Module, weights: Mapping[str, Tensor], optional: tuple[str, ...] = ()) -> None:
-    """Load weights by our names; superfluous or missing ones and wrong shapes are errors."""
+    """Load weights by our names; superfluous or missing ones and wrong shapes are errors, missing counters are not."""
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:  # shapes that do not fit
         reason = str(error).splitlines()[-1].strip()
         raise LatelierError(f"The checkpoint does not fit {type(model).__name__}: {reason}") from None
-    missing = [name for name in missing if name not in optional]
-    if missing or unexpected:
-        kinds = (("missing", missing), ("unknown", unexpected))
-        what = [f"{len(names)} {kind} ({names[0]})" for kind, names in kinds if names]
+    missing = [name for name in missing if name not in optional and not name.endswith(".num_batches_tracked")]
+    kinds = {"missing": missing, "unknown": unexpected}
+    if what := [f"{len(names)} {kind} ({names[0]})" for kind, names in kinds.items() if names]:
         raise LatelierError(f"The checkpoint does not fit {type(model).__name__}: {' and '.join(what)}.")
     model.eval()
 

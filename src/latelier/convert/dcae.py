@@ -48,11 +48,8 @@ def convert(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
     """Build and fill an AutoencoderDC; nothing is read from `config`."""
     need(weights, "decoder.project_out.op_list.0.weight", "DC-AE")
     model = AutoencoderDC(**architecture(weights))
-    ours: dict[str, Tensor] = {}
-    for name, tensor in weights.items():
-        ours |= _renamed(name, tensor)
-    counters = tuple(name for name in model.state_dict() if name.endswith("num_batches_tracked"))
-    load_exactly(model, ours, optional=counters)
+    ours = {new: value for name, tensor in weights.items() for new, value in _renamed(name, tensor).items()}
+    load_exactly(model, ours)
     return Converted(model)
 
 

@@ -81,11 +81,8 @@ def _convert(weights: dict[str, Tensor], config: dict[str, Any], switches: dict[
         learn_sigma=head == 2 * channels * patch ** (1 if flat else 2),
         **switches,
     )
-    ours = {
-        rename(name, RENAMED).replace("adaLN_modulation.1.", "modulation."): value
-        for name, value in weights.items()
-        if not name.startswith((*FIXED, "y_embedder."))
-    }
+    kept = {name: value for name, value in weights.items() if not name.startswith((*FIXED, "y_embedder."))}
+    ours = {rename(n, RENAMED).replace("adaLN_modulation.1.", "modulation."): v for n, v in kept.items()}
     return _filled(model, ours, weights.get("y_embedder.embedding_table.weight"), config)
 
 

@@ -81,8 +81,7 @@ def convert_patchgan(weights: dict[str, Tensor], config: dict[str, Any]) -> Conv
         )
     model = PatchGAN(first.shape[1], first.shape[0], layers=(last - 2) // 3, norm="batch")
     ours = {re.sub(r"^main\.", "body.", n.replace(f"main.{last}.", "head.")): w for n, w in weights.items()}
-    counters = tuple(name for name in model.state_dict() if name.endswith("num_batches_tracked"))
-    load_exactly(model, ours, counters)
+    load_exactly(model, ours)
     return Converted(model)
 
 

@@ -105,8 +105,8 @@ def _read(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     per_level = blocks if up is None else up + 1
     if per_level < 2 or blocks % per_level or inputs != blocks:
         raise LatelierError(
-            f"{inputs} input_blocks and {blocks} output_blocks, {per_level} to a level, are no LDM U-Net; expected as "
-            "many of the one as of the other, a multiple of num_res_blocks + 1."
+            f"{inputs} input_blocks and {blocks} output_blocks, {per_level} to a level, are no LDM U-Net; expected are "
+            "equal numbers of both, a multiple of num_res_blocks + 1."
         )
     levels = [1 + level * per_level for level in range(blocks // per_level)]  # the first block of each
     middle = "middle_block.1.transformer_blocks."

@@ -47,9 +47,8 @@ def convert(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
     """
     channels, latent = need(weights, "post_quant_conv.weight", KIND).shape[1], need(weights, "quant_conv.weight", KIND)
     if len(latent) not in (channels, 2 * channels):
-        raise LatelierError(
-            f"A {KIND} has {channels} or {2 * channels} channels before the decoder, not {len(latent)}."
-        )
+        wanted = f"{channels} or {2 * channels}"
+        raise LatelierError(f"A {KIND} has {wanted} channels before the decoder, not {len(latent)}.")
     patch = need(weights, "encoder.model.patch_embed.proj.weight", KIND)
     dim, image_channels, size, _ = patch.shape
     body = _decoder_weights(weights, "decoder", "post_quant_conv")

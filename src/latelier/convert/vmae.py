@@ -21,12 +21,7 @@ FIXED = ("pos_embed", "decoder_pos_embed")
 
 
 def convert(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
-    """Build and fill a VMAE.
-
-    Args:
-        weights: original names.
-        config: `image` (pixels, read off the position table when it is there), `heads`, `decoder_heads`.
-    """
+    """Build and fill a VMAE; `config`: `image` (pixels, without a position table), `heads`, `decoder_heads`."""
     patch = need(weights, "patch_embed.proj.weight", "VMAE")
     dim, channels, size, _ = patch.shape
     decoder_dim = need(weights, "decoder_embed.weight", "VMAE").shape[0]

@@ -94,7 +94,8 @@ class CocoBoxes(Boxes):
             own = [str(category["name"]) for category in categories]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise LatelierError(f"data.boxes: {file} is no COCO annotation file ({error!r}).") from None
-        self.names, self._labels = Numbering.of(ids, own, like, file)
+        self._numbering = Numbering.of(ids, own, like, file)
+        self.names = self._numbering.names
         matches = {path: by_name[name] for path in paths if (name := _longest_end(path, root, by_name))}
         if not matches:
             raise LatelierError(
@@ -117,11 +118,9 @@ class CocoBoxes(Boxes):
         where = f"{self.files[0]}, image {image['file_name']}"
         if not image.get("width") or not image.get("height"):
             raise LatelierError(f"{where} has no width and height, so its boxes are not known.")
-        labels = Numbering(self.names, self._labels).number([a.get("category_id") for a in annotations], where)
-        flags = [_bits(annotation) for annotation in annotations]
-        return pixel_entries(
-            [a.get("bbox") for a in annotations], labels, flags, (image["width"], image["height"]), where
-        )
+        labels = self._numbering.number([a.get("category_id") for a in annotations], where)
+        boxes, size = [a.get("bbox") for a in annotations], (image["width"], image["height"])
+        return pixel_entries(boxes, labels, list(map(_bits, annotations)), size, where)
 
 
 class YoloBoxes(Boxes):
@@ -141,9 +140,8 @@ class YoloBoxes(Boxes):
         candidates = (folder / name for folder in folders for name in NAME_FILES)
         names_file = next((file for file in candidates if file.is_file()), None)
         if names_file is None:
-            raise LatelierError(
-                f"data.boxes = yolo needs the classes' names: write {root / 'classes.txt'}, one a line."
-            )
+            file = root / "classes.txt"
+            raise LatelierError(f"data.boxes = yolo needs the classes' names: write {file}, one a line.")
         own = _yolo_names(names_file)
         self._numbering = Numbering.of(range(len(own)), own, like, names_file)
         self.names = self._numbering.names
@@ -219,14 +217,9 @@ class ObjectBoxes(Boxes):
 
 
 def folder_boxes(
-    boxes: str | None,
-    form: str,
-    file: Path | None,
-    root: Path,
-    paths: list[Path],
-    metadata: dict[Path, dict[str, Any]],
-    like: list[str] | None,
-) -> Boxes | None:
+    boxes: str | None, form: str, file: Path | None, root: Path, paths: list[Path],
+    metadata: dict[Path, dict[str, Any]], like: list[str] | None,
+) -> Boxes | None:  # fmt: skip
     """The boxes of a folder's images; None if there are none.
 
     `boxes` and `form` are `data.boxes` and `data.box_format`, `file` the split's COCO file if there is one, `metadata`
@@ -285,9 +278,7 @@ def object_entries(objects: Any, numbering: Numbering | None, size: tuple[int, i
     """
     boxes, values, flags = object_columns(objects, where)
     if numbering is None and any(isinstance(value, str) for value in values):
-        raise LatelierError(
-            f"{where}: the names of boxes' classes are not known in a stream; set data.streaming=false."
-        )
+        raise LatelierError(f"{where}: box classes are not known in a stream; set data.streaming=false.")
     labels = values if numbering is None else numbering.number(values, where)
     return pixel_entries(boxes, labels, flags, size, where, form)
 
@@ -295,7 +286,6 @@ def object_entries(objects: Any, numbering: Numbering | None, size: tuple[int, i
 def pixel_entries(
     boxes: list[Any], labels: list[int], flags: list[int], size: tuple[int, int], where: Any, form: str = "xywh"
 ) -> Entries:
-    """Entries from boxes in pixels."""
     try:
         array = np.array(boxes, np.float64).reshape(len(boxes), 4)
     except (ValueError, TypeError):
@@ -357,8 +347,7 @@ def _labels_file(path: Path) -> Path | None:
 
 
 def _yolo_file(path: Path) -> Path | None:
-    mirrored = _labels_file(path)
-    return next((file for file in (mirrored, path.with_suffix(".txt")) if file and file.is_file()), None)
+    return next((file for file in (_labels_file(path), path.with_suffix(".txt")) if file and file.is_file()), None)
 
 
 def _yolo_names(file: Path) -> list[str]:

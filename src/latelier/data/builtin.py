@@ -296,9 +296,6 @@ def _are_emoji(names: list[str]) -> bool:
 
 def _caption(objects: list[Placed], relations: list[str]) -> str:
     """`a red apple left of a bicycle and above an owl`."""
-    main, *others = (_with_article(placed.emoji.name) for placed in objects)
+    names = [placed.emoji.name for placed in objects]
+    main, *others = (f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}" for name in names)
     return " ".join([main, " and ".join(f"{r} {other}" for r, other in zip(relations, others))]).strip()
-
-
-def _with_article(name: str) -> str:
-    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"

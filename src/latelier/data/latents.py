@@ -40,9 +40,8 @@ class LatentCache:
     """
 
     def __init__(self, folder: Path, about: dict[str, Any]):
-        self.folder, self.about = folder, about
+        self.folder, self.about, self.latent_shape = folder, about, tuple(about["latent_shape"])
         self.class_names: list[str] | None = about["class_names"]
-        self.latent_shape = tuple(about["latent_shape"])
         self.flip: bool = about["key"]["flip"]
         self._files = [shard for shard in about["shards"] if shard["rows"]]
         self._shards = [_open_shard(folder / shard["file"]) for shard in self._files]
@@ -169,8 +168,9 @@ class LatentCache:
             if "label" in known:
                 record["label"][where] = tensors["label"][rows]
             if "caption" in known:
-                for i, r in zip(where.tolist(), rows.tolist()):
-                    record["caption"][i] = _caption(tensors, r)
+                ends = tensors["caption_end"]
+                for i, begin, end in zip(where.tolist(), ends[rows].tolist(), ends[rows + 1].tolist()):
+                    record["caption"][i] = bytes(tensors["caption"][begin:end].numpy()).decode()
         return record
 
     def verify(self) -> None:
@@ -272,11 +272,6 @@ def _pack(captions: list[str]) -> dict[str, Tensor]:
     data = [caption.encode() for caption in captions]
     ends = torch.tensor([0, *map(len, data)]).cumsum(0)  # (n + 1,)
     return {"caption": torch.frombuffer(bytearray(b"".join(data) or b" "), dtype=torch.uint8), "caption_end": ends}
-
-
-def _caption(tensors: dict[str, Tensor], row: int) -> str:
-    begin, end = tensors["caption_end"][row : row + 2].tolist()
-    return bytes(tensors["caption"][begin:end].numpy()).decode()
 
 
 def _save_shard(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -75,8 +74,8 @@ class ImageDataset:
     ) -> Iterator[dict[str, Any]]:
         """Training micro-batches without end, from sample `start` on.
 
-        Sample n belongs to epoch `n // len(self)`; every epoch has its own order. An optimiser step takes the next
-        `batch` samples. An image that cannot be read is replaced by the next one of the source that can.
+        An optimiser step takes the next `batch` samples; every epoch has its own order. An image that cannot be read is
+        replaced by the next one of the source that can.
 
         Args:
             batch: images per optimiser step over all processes.
@@ -90,7 +89,7 @@ class ImageDataset:
         parts = share(batch, process, processes, accumulation)
         if isinstance(self.source, StreamSource):
             rows = RowReader(self.source, self.transform)
-            yield from self._load(_Rows(partial(rows.stream, batch, start, parts)), processes)
+            yield from self._load(_Rows(rows.stream, batch, start, parts), processes)
         else:
             yield from self._run(self._jobs(batch, start, parts), process, processes)
 
@@ -106,14 +105,11 @@ class ImageDataset:
             flip: give mirror images.
             limit: at most this many images, spread evenly over the source (streamed: the first).
             whole: deal out batches rather than images, so that they are the same for any number of processes.
-
-        Yields:
-            What `stream` yields, without `sample_id`.
         """
         if isinstance(self.source, StreamSource):
             rows = RowReader(self.source, self.transform)
             part = (0, 1) if whole else (process, processes)
-            batches = self._load(_Rows(partial(rows.once, batch, *part, flip, limit)), processes)
+            batches = self._load(_Rows(rows.once, batch, *part, flip, limit), processes)
             yield from islice(batches, process, None, processes) if whole else batches
             return
         count = len(self) if limit is None else min(limit, len(self))
@@ -206,8 +202,7 @@ class ImageDataset:
             raise LatelierError("data.in_memory = true needs data.crop other than random and data.streaming = false.")
         if wanted is not None:
             return wanted
-        _, height, width = self.shape
-        return possible and len(self.source) * self.transform.deep * height * width < MEMORY_LIMIT
+        return possible and len(self) * self.transform.deep * self.shape[1] * self.shape[2] < MEMORY_LIMIT
 
     def _allowed(self) -> int:
         return int(self.data.max_skipped * len(self))
@@ -231,11 +226,11 @@ class ImageDataset:
 class _Rows(IterableDataset):
     """Batches of a dataset that is read in order, in one worker."""
 
-    def __init__(self, batches: Callable[[], Iterator[dict[str, Any]]]):
-        self.batches = batches
+    def __init__(self, batches: Callable[..., Iterator[dict[str, Any]]], *arguments: Any):
+        self.batches, self.arguments = batches, arguments
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return self.batches()
+        return self.batches(*self.arguments)
 
 
 def _append(path: Path, entries: list[dict[str, Any]]) -> None:

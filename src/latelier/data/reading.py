@@ -26,21 +26,13 @@ PATIENCE = 5.0  # seconds before a progress bar is shown
 
 
 class Job(NamedTuple):
-    """One micro-batch to be made.
+    """One micro-batch to be made."""
 
-    Attributes:
-        sample_ids: `(b,)` numbers in the training stream; in a single pass the same as `index`.
-        index: `(b,)` which images.
-        training: crop at random, and replace unreadable images instead of leaving them out.
-        flipped: which are mirrored.
-        whole: nothing may be left out: an image that cannot be read is an error.
-    """
-
-    sample_ids: Tensor
-    index: Tensor
-    training: bool
-    flipped: list[bool]
-    whole: bool = False
+    sample_ids: Tensor  # (b,) numbers in the training stream; in a single pass the same as `index`
+    index: Tensor  # (b,) which images
+    training: bool  # crop at random, and replace unreadable images instead of leaving them out
+    flipped: list[bool]  # which are mirrored
+    whole: bool = False  # an image that cannot be read is an error
 
 
 class Reader(Dataset):
@@ -159,13 +151,8 @@ def _assemble(
 ) -> dict[str, Any]:
     """A job's batch with its `failures`, or its `error`.
 
-    Args:
-        job: what to make.
-        candidates: for each row of the batch the indices that may fill it; the first that can be read does.
-        opened: the record of an index.
-        transform: what is done to it.
-        name: of an index, for messages.
-        over: `map`, or that of a pool.
+    Each row has the indices of its candidates; the first that can be read is taken. `opened` gives the record of an
+    index, `name` what to call it, and `over` is `map`, or that of a pool.
     """
 
     def first(indices: list[int], sample_id: int | None) -> tuple[dict[str, Any] | None, Failures]:

@@ -19,13 +19,7 @@ BUILT_IN = ("emoji", "scenes")
 
 
 class Selection:
-    """Some records of a source, in a given order.
-
-    Args:
-        source: all records.
-        indices: which to use.
-        classes: new class names, among the source's, that renumber the labels; every record must have one of them.
-    """
+    """Some records of a source, in a given order; `classes`, some of its class names, renumber the labels."""
 
     def __init__(self, source: Source, indices: Sequence[int], classes: list[str] | None = None):
         self.source, self.indices = source, list(indices)
@@ -95,9 +89,8 @@ def _open_split(data: Data, split: str) -> Source:
     if data.val_source or has_own:
         return _open(data, data.val_source or data.source, "val", source)[0]
     if not data.val_fraction:
-        raise LatelierError(
-            f"{data.source} has no validation split; set data.val_split, data.val_source or data.val_fraction."
-        )
+        ways = "data.val_split, data.val_source or data.val_fraction"
+        raise LatelierError(f"{data.source} has no validation split; set {ways}.")
     return hold_out(source, data.val_fraction, "val")
 
 
@@ -152,7 +145,7 @@ def subsample(source: Source, length: int) -> Source:
 
 
 def hold_out(source: Source, fraction: float, split: str) -> Source:
-    """`train` or `val` of a source that has no splits, by a hash of names, so that added images move no others.
+    """`train` or `val` of a source without splits, by a hash of names, so that added images do not move others.
 
     A `fraction` of the images belongs to `val`, at least one if it is above 0.
     """
