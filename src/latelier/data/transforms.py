@@ -93,7 +93,7 @@ class Transform:
             done = [resize(band, box, size) for band in bands]
             region = (box[0] / width, box[1] / height, box[2] / width, box[3] / height)
         elif self.crop == "resize":
-            done = [resize(band, (0, 0, width, height), size) for band in bands]
+            done = [resize(band, (0.0, 0.0, float(width), float(height)), size) for band in bands]
             region = (0.0, 0.0, 1.0, 1.0)
         else:
             done = [center_crop(band, size) for band in bands]
