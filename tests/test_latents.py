@@ -8,14 +8,18 @@ import sys
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from latelier.data.latents import LatentCache, draw_latents, latent_statistics
+from latelier.data.latents import LatentCache, latent_statistics, sample_posterior
+from latelier.data.loader import ImageDataset
 from latelier.data.order import permuted_index, share
+from latelier.data.sources import open_source
 from latelier.errors import LatelierError
 from latelier.keyed_random import KeyedRandom
+from latelier.recipe import Data
 from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.conv import IdentityTokenizer
 
@@ -70,6 +74,24 @@ class NoisyPixels(IdentityTokenizer):
         return type("Output", (), {"latent_dist": DiagonalGaussianDistribution(parameters)})()
 
 
+class Numbered:
+    """Image i is filled with 10 i and has a bright left edge."""
+
+    class_names = labels = None
+    fingerprint = "numbered"
+
+    def __len__(self):
+        return 13
+
+    def __getitem__(self, index):
+        image = np.full((4, 6, 3), 10 * index, np.uint8)
+        image[:, 0] = 255
+        return {"image": image}
+
+    def name(self, index):
+        return str(index)
+
+
 @pytest.fixture
 def codec():
     return Codec(NoisyPixels(), torch.tensor([0.0, 0.1, 0.2]), torch.tensor([1.0, 2.0, 4.0]))
@@ -118,7 +140,7 @@ def test_interrupted_write_goes_on(tmp_path, codec):
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "a", codec, Interrupted())
     assert len(list((tmp_path / "a").glob("*.safetensors"))) == 2
-    with pytest.raises(LatelierError, match=r"unfinished; `latelier encode` goes on"):
+    with pytest.raises(LatelierError, match=r"unfinished; `latelier encode` continues it"):
         LatentCache.open(tmp_path / "a", KEY)
     images = Images()
     cache = write(tmp_path / "a", codec, images)
@@ -194,6 +216,31 @@ def test_both_mirror_images_are_shown(tmp_path, codec):
     assert 0.4 < left < 0.6
 
 
+def test_cached_and_image_stream_mirror_the_same_samples(tmp_path, codec):
+    source = Numbered()
+    dataset = ImageDataset(source, Data(source="none", image_size=(4, 6), workers=0), seed=7)
+    cache = LatentCache.write(tmp_path, codec, dataset, KEY, dataset.flips_latents, 4, dtype=torch.float32)
+    place = (10, 5, 1, 2, 1)  # batch, start, process, processes, accumulation
+    for one, other in islice(zip(dataset.stream(*place), cache.stream(*place, seed=7)), 8):
+        assert torch.equal(one["sample_id"], other["sample_id"])
+        assert torch.equal(one["index"], other["index"])
+        torch.testing.assert_close(codec.encode(one["image"]), other["mean"])
+    flips = torch.cat([flips for _, _, flips in islice(cache.plan(*place, seed=7), 8)])
+    assert flips.any()
+    assert not flips.all()
+
+
+def test_captions_of_mirror_images_keep_them_out_of_the_cache():
+    data = Data(source="scenes", image_size=32, length=4, in_memory=True)
+    dataset = ImageDataset(open_source(data), data)
+    assert dataset.transform.flip
+    assert not dataset.flips_latents
+    captions = [next(dataset.once(4, flip=flip))["caption"] for flip in (False, True)]
+    assert captions[1] == [dataset.source[i]["caption_mirrored"] for i in range(4)]
+    assert ImageDataset(Numbered(), Data(source="none")).flips_latents
+    assert not ImageDataset(Numbered(), Data(source="none", flip=False)).flips_latents
+
+
 def test_batch_that_cannot_be_split():
     with pytest.raises(LatelierError, match=r"batch = 10 .* 2 processes x 3 micro-batches; use a multiple of 6"):
         share(10, 0, 2, 3)
@@ -202,11 +249,11 @@ def test_batch_that_cannot_be_split():
 def test_drawn_latents_follow_the_posterior():
     b = 500
     batch = {"mean": torch.full((b, 2, 3, 3), 2.0), "std": torch.full((b, 2, 3, 3), 0.5), "sample_id": torch.arange(b)}
-    z = draw_latents(batch, KeyedRandom(0, batch["sample_id"]))
+    z = sample_posterior(batch, KeyedRandom(0, batch["sample_id"]))
     assert abs(z.mean() - 2) < 0.02
     assert abs(z.std() - 0.5) < 0.02
     part = {name: value[7:9] for name, value in batch.items()}
-    assert torch.equal(draw_latents(part, KeyedRandom(0, part["sample_id"])), z[7:9])
+    assert torch.equal(sample_posterior(part, KeyedRandom(0, part["sample_id"])), z[7:9])
 
 
 def test_statistics_are_those_of_sampled_latents():

@@ -44,7 +44,7 @@ def test_a_pipeline_of_everything(few_groups, tmp_path):  # noqa: F811
     assert not torch.equal(images, pipeline(**draw, guidance=3.0).images)
 
 
-@pytest.mark.parametrize(("channels", "asks"), [(7, "inpainting"), (6, "low_resolution")])
+@pytest.mark.parametrize(("channels", "input_name"), [(7, "inpainting"), (6, "low_resolution")])
 def test_concatenated_tasks_are_told_by_their_channels(few_groups, channels, input_name):  # noqa: F811
     weights = {k: v for k, v in checkpoint().items() if not k.startswith((PREFIX, "cond_stage_model."))}
     unet = official()[1]

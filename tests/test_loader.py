@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from latelier.data.loader import ImageDataset
+from latelier.data.records import Batch
 from latelier.data.sources import open_source
 from latelier.errors import LatelierError
 from latelier.recipe import Data
@@ -122,6 +123,7 @@ def test_memory_changes_nothing(background, channels):
 def test_scenes_in_memory_and_not():
     one, other = (opened("scenes", image_size=32, length=12, in_memory=m) for m in (True, False))
     batches = take(one, 2, 12)
+    assert set(batches[0]) <= set(Batch.__annotations__)
     assert_same(batches, take(other, 2, 12))
     assert batches[0]["segmentation"].shape == (12, 32, 32)
     assert [len(b) for b in batches[0]["boxes"]] == [len(b) for b in batches[0]["box_labels"]]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+from latelier.data.folder import LabelMaps, read_map
 from latelier.data.loader import ImageDataset
-from latelier.data.planes import LabelMaps, read_map
 from latelier.data.sources import open_source
 from latelier.errors import LatelierError
 from latelier.recipe import Data
@@ -18,7 +18,7 @@ IDS = np.array([[0, 1, 2], [2, 255, 1]], np.uint8)
 
 
 def rules(**options):
-    return LabelMaps(Data(source="folder", **options))
+    return LabelMaps(options.get("segmentation_classes"), options.get("ignore_id"))
 
 
 def opened(root, split="train", **options):

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from latelier.data.folder import list_images
-from latelier.data.sources import Source, hold_out, open_source
+from latelier.data.records import Source
+from latelier.data.sources import hold_out, open_source
 from latelier.errors import LatelierError
 from latelier.recipe import Data
 

@@ -12,8 +12,7 @@ from latelier.conditioning.inpainting import InpaintingConditioner, build_inpain
 from latelier.conditioning.low_resolution import LowResolutionConditioner, build_low_resolution
 from latelier.conditioning.segmentation import SegmentationConditioner, build_segmentation, class_shares
 from latelier.conditioning.spatial import MapConditioner, build_map, read_image
-from latelier.data.degradations import bicubic
-from latelier.data.masks import SETTINGS, draw_masks
+from latelier.data.corruptions import SETTINGS, bicubic, draw_masks
 from latelier.errors import LatelierError
 from latelier.recipe.condition import InpaintingCondition, LowResolutionCondition, MapCondition, SegmentationCondition
 from latelier.tokenizers.codec import Codec

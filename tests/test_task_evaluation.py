@@ -11,7 +11,7 @@ from latelier.conditioning.composite import CompositeConditioner
 from latelier.conditioning.inpainting import InpaintingConditioner
 from latelier.conditioning.low_resolution import LowResolutionConditioner
 from latelier.conditioning.segmentation import SegmentationConditioner
-from latelier.data.masks import SETTINGS, draw_masks
+from latelier.data.corruptions import SETTINGS, draw_masks
 from latelier.errors import LatelierError
 from latelier.evaluation.clip import MEAN, STD, CLIPScore, preprocess
 from latelier.evaluation.regions import Hits, Region, Templates, box_regions, map_regions

@@ -18,11 +18,11 @@ from latelier.data.transforms import (
     to_float,
 )
 from latelier.errors import LatelierError
-from latelier.recipe import Data
 
 
 def transform(seed=0, **options):
-    return Transform(Data(source="emoji", **options), seed)
+    size = options.pop("image_size", 64)
+    return Transform((size, size) if isinstance(size, int) else size, **options, seed=seed)
 
 
 def ramp(width, height):

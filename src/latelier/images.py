@@ -19,7 +19,7 @@ def to_uint8(images: Float[Tensor, "*b c h w"]) -> UInt8[Tensor, "*b c h w"]:
 
 
 def round_to_8_bit(images: Float[Tensor, "*b c h w"]) -> Float[Tensor, "*b c h w"]:
-    """What an image is after it was saved as PNG: clamped to [-1, 1] and rounded to 256 levels, float32."""
+    """The image as a PNG holds it: clamped to [-1, 1] and rounded to 256 levels, float32."""
     return to_uint8(images).float() / 127.5 - 1
 
 
@@ -31,39 +31,38 @@ def make_grid(images: Float[Tensor, "b c h w"], columns: int = 8, padding: int =
         columns: images in a row.
         padding: pixels of grey between images.
     """
-    image_batches = to_uint8(images).cpu()
-    image_batches = (
-        image_batches[:, :3] if image_batches.shape[1] >= 3 else image_batches[:, :1].expand(-1, 3, -1, -1)
-    ).movedim(1, -1)
-    count, height, width, _ = image_batches.shape  # (b, h, w, 3)
+    pixels = to_uint8(images).cpu()  # (b, c, h, w)
+    pixels = pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
+    pixels = pixels.movedim(1, -1)  # (b, h, w, 3)
+    count, height, width, _ = pixels.shape
     columns = max(1, min(columns, count))
     rows = -(-count // columns)
     size = (columns * (width + padding) - padding, rows * (height + padding) - padding)
     canvas = Image.new("RGB", (max(1, size[0]), max(1, size[1])), GAP_COLOUR)
-    for i, image in enumerate(image_batches):
-        place = (i % columns * (width + padding), i // columns * (height + padding))
-        canvas.paste(Image.fromarray(image.numpy()), place)
+    for i, image in enumerate(pixels):
+        corner = (i % columns * (width + padding), i // columns * (height + padding))
+        canvas.paste(Image.fromarray(image.numpy()), corner)
     return canvas
 
 
 def make_pairs(upper: Float[Tensor, "b c h w"], lower: Float[Tensor, "b c h w"], columns: int = 8) -> Image.Image:
-    """A grid in which each row of `upper` stands above the row of `lower` that belongs to it."""
+    """A grid of rows of `upper`, each with its row of `lower` below it."""
     return make_columns([upper, lower], columns)
 
 
 def make_columns(layers: list[Float[Tensor, "b c h w"]], columns: int = 8) -> Image.Image:
-    """A grid in which versions of an image, one of each layer, stand below each other."""
+    """A grid in which the versions of an image, one from each layer, are below each other."""
     layers = [layer.detach().float().cpu() for layer in layers]
     count = len(layers[0])
     if count % columns and count > columns:  # fill the last row, so that columns stay aligned
         blank = torch.zeros_like(layers[0][:1]).expand(columns - count % columns, -1, -1, -1)
         layers = [torch.cat([layer, blank]) for layer in layers]
-    rows = [part for parts in zip(*(layer.split(columns) for layer in layers)) for part in parts]
+    rows = [row for versions in zip(*(layer.split(columns) for layer in layers)) for row in versions]
     return make_grid(torch.cat(rows), min(columns, len(layers[0])))
 
 
 def save_png(image: Image.Image, path: str | Path) -> Path:
-    """Write a PNG so that the file is never half there; folders are made."""
+    """Write a PNG atomically; folders are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")

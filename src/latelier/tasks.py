@@ -157,10 +157,10 @@ def _read_images(paths: list[Path], channels: int, size: int) -> Tensor:
     """Image files, and those in folders, centre-cropped to a square, `(n, c, size, size)` in [-1, 1]."""
     from PIL import Image
 
-    from latelier.data.transforms import UNREADABLE, Transform, to_float
-    from latelier.recipe import Data
+    from latelier.data.records import UNREADABLE
+    from latelier.data.transforms import Transform, to_float
 
-    transform = Transform(Data(source="files", image_size=(size, size), channels=channels, flip=False))
+    transform = Transform((size, size), channels, flip=False)
     files = [f for path in paths for f in (sorted(path.rglob("*")) if path.is_dir() else [path]) if f.is_file()]
     tensors = []
     for file in files:

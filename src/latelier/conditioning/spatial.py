@@ -20,7 +20,8 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from latelier.conditioning.condition import Condition
-from latelier.data.transforms import UNREADABLE, to_float
+from latelier.data.records import UNREADABLE
+from latelier.data.transforms import to_float
 from latelier.errors import LatelierError
 from latelier.tokenizers.codec import check_size
 

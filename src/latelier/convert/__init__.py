@@ -7,16 +7,23 @@ the rest (number of heads, image size, ...) comes from `config`, whose other ent
 from __future__ import annotations
 
 import importlib
+import pickle
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from latelier.conditioning.condition import ClassConditioner
 from latelier.errors import LatelierError
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
-    from torch import Tensor, nn
 
     from latelier.pipeline import LatentDiffusionPipeline
     from latelier.tokenizers.codec import Codec
@@ -29,8 +36,8 @@ KINDS = {
     "maetok-sit": "latelier.convert.dit:convert_maetok_sit",
     "dcae": "latelier.convert.dcae:convert",
     "dcae-sit": "latelier.convert.dit:convert_dcae_sit",
-    "usit": "latelier.convert.uvit:convert_usit",
-    "uvit": "latelier.convert.uvit:convert_uvit",
+    "usit": "latelier.convert.dit:convert_usit",
+    "uvit": "latelier.convert.dit:convert_uvit",
     "ldm": "latelier.convert.ldm:convert",
     "ldm-kl": "latelier.convert.ldm_autoencoder:convert_kl",
     "ldm-vq": "latelier.convert.ldm_autoencoder:convert_vq",
@@ -38,26 +45,30 @@ KINDS = {
     "ldm-unet": "latelier.convert.ldm_unet:convert",
     "ldm-text": "latelier.convert.ldm_text:convert",
 }
-WHOLE = ("ldm",)  # kinds whose parts are told apart by prefixes
+WHOLE = ("ldm",)  # kinds whose components are told apart by prefixes
 PREFIXES = ("module.", "_orig_mod.", "model.diffusion_model.", "diffusion_model.", "first_stage_model.")
 WRAPPERS = ("ema", "model_ema", "state_dict", "model")  # what checkpoints of these projects wrap their weights in
+STORAGES = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool", "Untyped")
+ALLOWED = {  # what a pickle may name; all else becomes `Inert`
+    ("collections", "OrderedDict"),
+    ("torch._utils", "_rebuild_tensor"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch._utils", "_rebuild_parameter"),
+    ("torch.storage", "UntypedStorage"),
+    ("torch", "Size"),
+    ("torch", "device"),
+    *(("torch", f"{kind}Storage") for kind in STORAGES),
+}
 
 
 @dataclass
 class Converted:
-    """What a checkpoint became.
+    """What a checkpoint became."""
 
-    Attributes:
-        model: in eval mode.
-        conditioner: of a denoiser that has one.
-        pipeline: the whole, if the checkpoint has tokenizer and denoiser.
-        codec: of a tokenizer whose latent statistics are known: the model with them.
-    """
-
-    model: ModelMixin
-    conditioner: ModelMixin | None = None
-    pipeline: LatentDiffusionPipeline | None = None
-    codec: Codec | None = None
+    model: ModelMixin  # in eval mode
+    conditioner: ModelMixin | None = None  # of a denoiser that has one
+    pipeline: LatentDiffusionPipeline | None = None  # the whole, if the checkpoint has tokenizer and denoiser
+    codec: Codec | None = None  # a tokenizer with its latent statistics, where they are known
 
 
 def from_official(kind: str, state_dict: Mapping[str, Tensor], **config: Any) -> Converted:
@@ -82,25 +93,19 @@ def from_official(kind: str, state_dict: Mapping[str, Tensor], **config: Any) ->
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """The weights in a checkpoint file, EMA weights where there are any.
 
-    Of pickles nothing is rebuilt but tensors and plain containers, see `latelier.convert.pickles`.
+    Files of PyTorch Lightning hold objects of its classes beside the weights, so that `weights_only=True` refuses
+    them. Here tensors and plain containers are rebuilt, and no code that a file could bring is run.
 
     Raises:
         LatelierError: if there is no such file, or no tensors are in it.
     """
-    import pickle
-
-    import torch
-    from safetensors.torch import load_file
-
-    from latelier.convert.pickles import read_tensors
-
     path = Path(path)
     if not path.is_file():
         raise LatelierError(f"There is no checkpoint at {path}.")
     if path.suffix == ".safetensors":
         return load_file(path)
     try:
-        tree = read_tensors(path)
+        tree = _read_pickle(path)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, IndexError) as error:
         raise LatelierError(
             f"{path} is not a checkpoint that can be read ({error}); "
@@ -108,26 +113,50 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         ) from None
     while isinstance(tree, dict) and (inner := next((k for k in WRAPPERS if isinstance(tree.get(k), dict)), None)):
         tree = tree[inner]
-    weights = {k: v for k, v in tree.items() if isinstance(v, torch.Tensor)} if isinstance(tree, dict) else {}
+    weights = {k: v for k, v in tree.items() if isinstance(v, Tensor)} if isinstance(tree, dict) else {}
     if not weights:
         raise LatelierError(f"{path} holds no tensors by name.")
     return weights
 
 
-def load_exactly(model: nn.Module, weights: dict[str, Tensor], optional: tuple[str, ...] = ()) -> None:
-    """Load weights by our names; whatever is left over or lacking is an error."""
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    missing = [name for name in missing if name not in optional]
-    if missing or unexpected:
-        kinds = (("missing", missing), ("unknown", unexpected))
-        what = [f"{len(names)} {kind} ({names[0]})" for kind, names in kinds if names]
+def load_exactly(model: nn.Module, weights: Mapping[str, Tensor], optional: tuple[str, ...] = ()) -> None:
+    """Load weights by our names; superfluous or missing ones and wrong shapes are errors, missing counters are not."""
+    try:
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:  # shapes that do not fit
+        reason = str(error).splitlines()[-1].strip()
+        raise LatelierError(f"The checkpoint does not fit {type(model).__name__}: {reason}") from None
+    missing = [name for name in missing if name not in optional and not name.endswith(".num_batches_tracked")]
+    kinds = {"missing": missing, "unknown": unexpected}
+    if what := [f"{len(names)} {kind} ({names[0]})" for kind, names in kinds.items() if names]:
         raise LatelierError(f"The checkpoint does not fit {type(model).__name__}: {' and '.join(what)}.")
     model.eval()
 
 
+def class_conditioner(table: Tensor | None, classes: int, **options: Any) -> ClassConditioner | None:
+    """The conditioner of an embedding table; its last row is the null class if there are more rows than classes."""
+    if table is None:
+        return None
+    rows, dim = table.shape
+    conditioner = ClassConditioner(classes, dim, null=rows > classes, **options)
+    load_exactly(conditioner, {"embedding_table.weight": table})
+    return conditioner
+
+
+def rename(name: str, prefixes: Mapping[str, str]) -> str:
+    """The name with the first of the old prefixes that it has replaced by the new one."""
+    old = next((old for old in prefixes if name.startswith(old)), None)
+    return name if old is None else prefixes[old] + name[len(old) :]
+
+
+def below(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors under a prefix, without it."""
+    return {name[len(prefix) :]: tensor for name, tensor in weights.items() if name.startswith(prefix)}
+
+
 def count_blocks(weights: Mapping[str, Tensor], prefix: str) -> int:
     """How many numbered blocks there are under a prefix."""
-    return 1 + max((int(name[len(prefix) :].split(".")[0]) for name in weights if name.startswith(prefix)), default=-1)
+    return 1 + max((int(name.split(".")[0]) for name in below(weights, prefix)), default=-1)
 
 
 def need(weights: Mapping[str, Tensor], name: str, kind: str) -> Tensor:
@@ -141,3 +170,30 @@ def _bare(name: str) -> str:
     while prefix := next((p for p in PREFIXES if name.startswith(p)), None):
         name = name[len(prefix) :]
     return name
+
+
+class Inert:
+    """Stands for an object of a class that is not allowed: takes any arguments and any state, and does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        pass
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Inert:
+        return self
+
+    append = extend = __setstate__ = __setitem__ = lambda *_: None
+
+
+class _TensorsOnly(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        return super().find_class(module, name) if (module, name) in ALLOWED else Inert
+
+
+def _read_pickle(path: Path) -> Any:
+    """What a checkpoint holds: tensors on the CPU, plain containers, and `Inert` for everything else."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                raise pickle.UnpicklingError("it is a TorchScript program")
+    reader = SimpleNamespace(Unpickler=_TensorsOnly, load=lambda file, **_: _TensorsOnly(file).load(), __name__="")
+    return torch.load(path, map_location="cpu", pickle_module=reader, weights_only=False)

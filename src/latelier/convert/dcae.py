@@ -13,7 +13,7 @@ from typing import Any
 from diffusers import AutoencoderDC
 from torch import Tensor
 
-from latelier.convert import Converted, load_exactly, need
+from latelier.convert import Converted, below, load_exactly, need, rename
 from latelier.errors import LatelierError
 
 HEAD_WIDTH = 32
@@ -45,44 +45,31 @@ AGGREGATION = re.compile(r"context_module\.main\.aggreg\.(\d+)\.([01])\.weight")
 
 
 def convert(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
-    """Build and fill an AutoencoderDC.
-
-    Args:
-        weights: original names.
-        config: nothing is read from it.
-
-    Raises:
-        LatelierError: if this is no such checkpoint.
-    """
+    """Build and fill an AutoencoderDC; nothing is read from `config`."""
     need(weights, "decoder.project_out.op_list.0.weight", "DC-AE")
-    arguments = architecture(weights)
-    model = AutoencoderDC(**arguments)
-    ours: dict[str, Tensor] = {}
-    for name, tensor in weights.items():
-        ours |= _renamed(name, tensor)
-    counters = tuple(name for name in model.state_dict() if name.endswith("num_batches_tracked"))
-    load_exactly(model, ours, optional=counters)
+    model = AutoencoderDC(**architecture(weights))
+    ours = {new: value for name, tensor in weights.items() for new, value in _renamed(name, tensor).items()}
+    load_exactly(model, ours)
     return Converted(model)
 
 
 def architecture(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """Constructor arguments, off names and shapes."""
     sides = {side: _levels(weights, side) for side in ("encoder", "decoder")}
-    arguments: dict[str, Any] = {}
-    for side, levels in sides.items():
-        arguments |= {
-            f"{side}_block_out_channels": tuple(level["width"] for level in levels),
-            f"{side}_layers_per_block": tuple(level["layers"] for level in levels),
-            f"{side}_block_types": tuple(level["block"] for level in levels),
-            f"{side}_qkv_multiscales": tuple(level["scales"] for level in levels),
-        }
+    keys = {"block_out_channels": "width", "layers_per_block": "layers", "block_types": "block"}
+    keys["qkv_multiscales"] = "scales"
     out = "encoder.project_out.main.op_list.0.conv.weight"
+    first = "encoder.project_in.conv.conv.weight"  # of the models that shuffle pixels
     plain = all(level["block"] == "ResBlock" for levels in sides.values() for level in levels)
     batch = [level["batch"] for level in sides["decoder"]]
     latent = next(weights[name] for name in (out, "encoder.project_out.op_list.0.conv.weight") if name in weights)
     return {
-        **arguments,
-        "in_channels": need(weights, _first(weights), "DC-AE").shape[1],
+        **{
+            f"{side}_{argument}": tuple(level[key] for level in levels)
+            for side, levels in sides.items()
+            for argument, key in keys.items()
+        },
+        "in_channels": need(weights, first if first in weights else "encoder.project_in.conv.weight", "DC-AE").shape[1],
         "latent_channels": latent.shape[0],
         "attention_head_dim": HEAD_WIDTH,
         "encoder_out_shortcut": out in weights,
@@ -95,13 +82,8 @@ def architecture(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _first(weights: Mapping[str, Tensor]) -> str:
-    shuffled = "encoder.project_in.conv.conv.weight"
-    return shuffled if shuffled in weights else "encoder.project_in.conv.weight"
-
-
 def _shuffles(weights: Mapping[str, Tensor], side: str) -> bool:
-    """Whether pixels are shuffled into channels: sampling convolutions are a quarter or four times as wide then."""
+    """Whether pixels are shuffled into channels: sampling convolutions then have a quarter or four times the width."""
     for name, tensor in weights.items():
         if found := re.match(rf"{side}\.stages\.(\d+)\.op_list\.\d+\.main\.conv\.(conv\.)?weight", name):
             level = int(found[1]) + (side == "encoder")
@@ -116,10 +98,10 @@ def _levels(weights: Mapping[str, Tensor], side: str) -> list[dict[str, Any]]:
         raise LatelierError(f"This is not a DC-AE checkpoint: it has no '{side}.stages.1.op_list.0...'.")
     levels: list[dict[str, Any]] = []
     for i in range(1 + max(numbers)):
-        inside = [name for name in weights if name.startswith(f"{side}.stages.{i}.op_list.")]
-        blocks = {name.split(".")[4] for name in inside if ".conv1." in name or ".local_module." in name}
+        inside = below(weights, f"{side}.stages.{i}.op_list.")
+        blocks = {name.split(".")[0] for name in inside if ".conv1." in name or ".local_module." in name}
         attentive = any("context_module" in name for name in inside)
-        scales = {m[1]: weights[name].shape[-1] for name in inside if (m := AGGREGATION.search(name)) and m[2] == "0"}
+        scales = {m[1]: w.shape[-1] for name, w in inside.items() if (m := AGGREGATION.search(name)) and m[2] == "0"}
         levels.append({
             "width": _width(weights, side, i), "layers": len(blocks),
             "block": "EfficientViTBlock" if attentive else "ResBlock", "scales": tuple(scales.values()),
@@ -139,12 +121,9 @@ def _width(weights: Mapping[str, Tensor], side: str, level: int) -> int:
 
 def _renamed(name: str, tensor: Tensor) -> dict[str, Tensor]:
     """One original tensor as diffusers' one, or as queries, keys and values."""
-    for old, new in ENDS.items():
-        if name.startswith(old):
-            return {new + name[len(old) :]: tensor}
     found = re.fullmatch(r"(encoder|decoder)\.stages\.(\d+)\.op_list\.(\d+)\.(.*)", name)
     if not found:
-        return {name: tensor}
+        return {rename(name, ENDS): tensor}
     blocks = "down_blocks" if found[1] == "encoder" else "up_blocks"
     prefix, rest = f"{found[1]}.{blocks}.{found[2]}.{found[3]}.", found[4]
     if rest == "context_module.main.qkv.conv.weight":
@@ -154,7 +133,4 @@ def _renamed(name: str, tensor: Tensor) -> dict[str, Tensor]:
         return {f"{prefix}attn.to_qkv_multiscale.{aggregation[1]}.{layer}.weight": tensor}
     if rest == "context_module.main.proj.conv.weight":
         return {f"{prefix}attn.to_out.weight": tensor[:, :, 0, 0]}
-    for old, new in RENAMED.items():
-        if rest.startswith(old):
-            return {prefix + new + rest[len(old) :]: tensor}
-    return {prefix + rest: tensor}
+    return {prefix + rename(rest, RENAMED): tensor}

@@ -1,7 +1,7 @@
-"""Official SiT, LightningDiT and MAETok-SiT checkpoints to `latelier.denoisers.dit.DiT` and a class conditioner.
+"""Official SiT, LightningDiT, MAETok-SiT, U-ViT and USiT checkpoints to `DiT` or `UViT`, and a class conditioner.
 
-SiT and LightningDiT run time from noise (0) to data (1) and predict data - noise; `reversed_time` turns both, so the
-converted model speaks our convention while the weights stay as they are.
+SiT, LightningDiT and USiT run time from noise (0) to data (1) and predict data - noise; `reversed_time` turns both, so
+the converted model speaks our convention while the weights stay as they are.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from latelier.conditioning.condition import ClassConditioner
-from latelier.convert import Converted, count_blocks, load_exactly, need
+from latelier.convert import Converted, class_conditioner, count_blocks, load_exactly, need, rename
 from latelier.denoisers.dit import SWITCHES, DiT
+from latelier.denoisers.uvit import UViT
 
 RENAMED = {
     "x_embedder.proj.": "x_embed.",
@@ -25,6 +25,7 @@ RENAMED = {
     "final_layer.linear.": "head.",
 }
 FIXED = ("pos_embed", "feat_rope.")  # computed by the constructor
+UVIT_RENAMED = {"patch_embed.proj.": "x_embed.", "decoder_pred.": "head."}
 
 
 def convert_sit(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
@@ -38,7 +39,7 @@ def convert_maetok_sit(weights: dict[str, Tensor], config: dict[str, Any]) -> Co
 
 
 def convert_dcae_sit(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
-    """DC-AE's SiT, whose table of positions is the file's: its constructor leaves zeros, unlike SiT's own."""
+    """DC-AE's SiT, whose position table comes from the file: its constructor leaves zeros, unlike SiT's own."""
     table = weights.pop("pos_embed", None)
     if table is not None:
         config = {**config, "input": math.isqrt(table.shape[1])}  # its patches are single latents
@@ -52,6 +53,16 @@ def convert_lightning_dit(weights: dict[str, Tensor], config: dict[str, Any]) ->
     """LightningDiT (Yao et al. 2025)."""
     switches = {**SWITCHES["lightning-dit"], "qk_norm": "blocks.0.attn.q_norm.weight" in weights}
     return _convert(weights, config, {**switches, "reversed_time": True})
+
+
+def convert_uvit(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
+    """U-ViT as DC-AE has it, trained to predict eps at levels 0..1000."""
+    return _convert_uvit(weights, config, time_scale=1000.0)
+
+
+def convert_usit(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
+    """USiT (DC-AE): the same network as a flow."""
+    return _convert_uvit(weights, config, reversed_time=True)
 
 
 def _convert(weights: dict[str, Tensor], config: dict[str, Any], switches: dict[str, Any]) -> Converted:
@@ -70,21 +81,38 @@ def _convert(weights: dict[str, Tensor], config: dict[str, Any], switches: dict[
         learn_sigma=head == 2 * channels * patch ** (1 if flat else 2),
         **switches,
     )
-    ours = {_rename(name): value for name, value in weights.items() if not name.startswith((*FIXED, "y_embedder."))}
+    kept = {name: value for name, value in weights.items() if not name.startswith((*FIXED, "y_embedder."))}
+    ours = {rename(n, RENAMED).replace("adaLN_modulation.1.", "modulation."): v for n, v in kept.items()}
+    return _filled(model, ours, weights.get("y_embedder.embedding_table.weight"), config)
+
+
+def _convert_uvit(weights: dict[str, Tensor], config: dict[str, Any], **switches: Any) -> Converted:
+    embed = need(weights, "patch_embed.proj.weight", "U-ViT")  # (d, c, p, p)
+    dim, channels, patch, _ = embed.shape
+    table = weights.get("label_emb.embedding_table.weight")
+    tokens = need(weights, "pos_embed", "U-ViT").shape[1] - 1 - (table is not None)
+    side = math.isqrt(tokens) * patch
+    model = UViT(
+        in_channels=channels,
+        grid=(side, side),
+        patch_size=patch,
+        dim=dim,
+        depth=2 * count_blocks(weights, "in_blocks."),
+        heads=config.get("heads") or _heads(weights, dim),
+        vector_token=table is not None,
+        prefix_channels=bool(config.get("adaptive_channel", False)),
+        **switches,
+    )
+    ours = {rename(n, UVIT_RENAMED): value for n, value in weights.items() if not n.startswith("label_emb.")}
+    return _filled(model, ours, table, config)
+
+
+def _filled(model: DiT | UViT, ours: dict[str, Tensor], table: Tensor | None, config: dict[str, Any]) -> Converted:
+    """The model with its weights, and the conditioner of its class embedding."""
     ours["x_embed.weight"] = ours["x_embed.weight"].flatten(1)
     load_exactly(model, ours, optional=FIXED)
-    return Converted(model, _conditioner(weights, config))
-
-
-def _conditioner(weights: dict[str, Tensor], config: dict[str, Any]) -> ClassConditioner | None:
-    table = weights.get("y_embedder.embedding_table.weight")
-    if table is None:
-        return None
-    rows, dim = table.shape
-    classes = config.get("classes") or max(1, rows - 1)
-    conditioner = ClassConditioner(classes, dim, null=rows > classes)
-    load_exactly(conditioner, {"embedding_table.weight": table})
-    return conditioner
+    classes = config.get("classes") or (0 if table is None else max(1, len(table) - 1))
+    return Converted(model, class_conditioner(table, classes))
 
 
 def _grid(weights: dict[str, Tensor], config: dict[str, Any], patch: int, flat: bool) -> tuple[int, ...]:
@@ -97,14 +125,6 @@ def _grid(weights: dict[str, Tensor], config: dict[str, Any], patch: int, flat: 
 
 
 def _heads(weights: dict[str, Tensor], dim: int) -> int:
-    """Head width is 64 for S, B and L; XL has 72; qk-norm's gain tells it exactly."""
+    """Heads are 64 wide in S, B, L and H, and 72 in XL; the gain of a qk-norm has their width."""
     gain = weights.get("blocks.0.attn.q_norm.weight")
-    if gain is not None:
-        return dim // len(gain)
-    return dim // (72 if dim == 1152 else 64)
-
-
-def _rename(name: str) -> str:
-    old = next((old for old in RENAMED if name.startswith(old)), None)
-    name = name if old is None else RENAMED[old] + name[len(old) :]
-    return name.replace("adaLN_modulation.1.", "modulation.")
+    return dim // (len(gain) if gain is not None else 72 if dim == 1152 else 64)

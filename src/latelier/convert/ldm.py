@@ -17,11 +17,13 @@ from torch import Tensor
 from latelier.conditioning.inpainting import InpaintingConditioner
 from latelier.conditioning.low_resolution import LowResolutionConditioner
 from latelier.conditioning.segmentation import SegmentationConditioner
-from latelier.convert import Converted, load_exactly, need
+from latelier.convert import Converted, below, load_exactly, need
 from latelier.convert.ldm_autoencoder import convert_kl, convert_vq
 from latelier.convert.ldm_text import layout_conditioner, text_conditioner
 from latelier.convert.ldm_unet import convert as convert_unet
 from latelier.errors import LatelierError
+from latelier.pipeline import LatentDiffusionPipeline
+from latelier.recipe import Process
 from latelier.tokenizers.codec import Codec
 
 FIRST, STAGE = "first_stage_model.", "cond_stage_model."
@@ -35,15 +37,9 @@ def convert(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
         config: what the shapes do not tell: `heads` or `num_head_channels` of the U-Net, `image_size` of the latents;
             `vocabulary`, the folder or Hub name of the text tokenizer; `box_names`, the classes of layouts; `betas`, a
             pair of the schedule's ends, and `scale_factor`, if the checkpoint lacks them.
-
-    Raises:
-        LatelierError: if the checkpoint lacks a part.
     """
-    from latelier.pipeline import LatentDiffusionPipeline
-    from latelier.recipe import Process
-
     unet = convert_unet(weights, config)
-    first = {name.removeprefix(FIRST): value for name, value in weights.items() if name.startswith(FIRST)}
+    first = below(weights, FIRST)
     if not first:
         raise LatelierError(
             "This checkpoint has a U-Net but no autoencoder (keys that begin with first_stage_model.); "
@@ -74,8 +70,7 @@ def _codec(tokenizer: ModelMixin, weights: dict[str, Tensor], config: dict[str, 
 def _betas(weights: dict[str, Tensor], config: dict[str, Any]) -> tuple[float, float]:
     """Both ends of the schedule."""
     if "betas" in config:
-        start, end = config["betas"]
-        return float(start), float(end)
+        return float(config["betas"][0]), float(config["betas"][1])
     betas = need(weights, "betas", "latent diffusion")
     return round(float(betas[0]), 6), round(float(betas[-1]), 6)
 
@@ -118,7 +113,7 @@ def _concatenated(unet: ModelMixin, tokenizer: ModelMixin) -> ModelMixin | None:
 
 def _dropped(conditioner: ModelMixin | None) -> list[str]:
     """Class and text models of latent diffusion can be guided: they know the null class or the empty caption."""
-    input_name = getattr(conditioner, "asks", None)
+    input_name = getattr(conditioner, "input_name", None)
     if input_name == "classes":
         return ["classes"] if conditioner.config["null"] else []  # type: ignore[union-attr, index]
     return ["prompts"] if input_name == "prompts" else []

@@ -11,7 +11,7 @@ from typing import Any
 from diffusers import AutoencoderKL, VQModel
 from torch import Tensor
 
-from latelier.convert import Converted, count_blocks, load_exactly, need
+from latelier.convert import Converted, below, count_blocks, load_exactly, need
 from latelier.errors import LatelierError
 from latelier.losses.patchgan import PatchGAN
 
@@ -39,26 +39,19 @@ EXPECTED = (
 def convert_kl(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
     """Build and fill an AutoencoderKL, also one without 1 x 1 convolutions around the latents (Stable Diffusion 3).
 
-    Args:
-        weights: original names; those under `loss.` are left out.
-        config: `resolution`, the side of the images it was trained on.
-
-    Raises:
-        LatelierError: for names or shapes that are not such an autoencoder's.
+    Names under `loss.` are left out; `config` may have `resolution`, the side of the images it was trained on.
     """
-    weights = _own(weights)
+    weights = {name: tensor for name, tensor in weights.items() if not name.startswith(NOT_OURS)}
     if "quantize.embedding.weight" in weights:
         raise LatelierError("This autoencoder has a codebook (quantize.embedding.weight): its kind is ldm-vq.")
     arguments = _architecture(weights, config, "ldm-kl")
     latent = arguments["latent_channels"]
-    if need(weights, "encoder.conv_out.weight", "ldm-kl").shape[0] != 2 * latent or any(
-        len(weights[name]) != width * latent
-        for name, width in (("quant_conv.weight", 2), ("post_quant_conv.weight", 1))
-        if name in weights
-    ):
+    need(weights, "encoder.conv_out.weight", "ldm-kl")
+    widths = {"encoder.conv_out.weight": 2, "quant_conv.weight": 2, "post_quant_conv.weight": 1}
+    if any(len(weights[name]) != width * latent for name, width in widths.items() if name in weights):
         raise LatelierError(
             f"AutoencoderKL has as many channels before as after quant_conv, {latent} here (z_channels of "
-            "decoder.conv_in), and twice as many at encoder.conv_out; this checkpoint has not."
+            "decoder.conv_in), and twice as many at encoder.conv_out; this checkpoint does not."
         )
     model = AutoencoderKL(
         **arguments,
@@ -70,7 +63,7 @@ def convert_kl(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
 
 def convert_vq(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
     """Build and fill a VQModel; arguments as for `convert_kl`."""
-    weights = _own(weights)
+    weights = {name: tensor for name, tensor in weights.items() if not name.startswith(NOT_OURS)}
     codes, width = need(weights, "quantize.embedding.weight", "ldm-vq").shape
     arguments = _architecture(weights, config, "ldm-vq")
     return _filled(VQModel(**arguments, num_vq_embeddings=codes, vq_embed_dim=width), weights)
@@ -78,8 +71,7 @@ def convert_vq(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
 
 def convert_patchgan(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
     """A PatchGAN with batch norm, from its own checkpoint or out of an autoencoder's (`loss.discriminator.`)."""
-    inside = {n.removeprefix("loss.discriminator."): w for n, w in weights.items() if n.startswith("loss.discrim")}
-    weights = inside or weights
+    weights = below(weights, "loss.discriminator.") or weights
     first = need(weights, "main.0.weight", "patchgan")
     last = count_blocks(weights, "main.") - 1
     if last < 5 or (last - 2) % 3 or weights.get(f"main.{last}.weight", first).shape[0] != 1:
@@ -89,13 +81,8 @@ def convert_patchgan(weights: dict[str, Tensor], config: dict[str, Any]) -> Conv
         )
     model = PatchGAN(first.shape[1], first.shape[0], layers=(last - 2) // 3, norm="batch")
     ours = {re.sub(r"^main\.", "body.", n.replace(f"main.{last}.", "head.")): w for n, w in weights.items()}
-    counters = tuple(name for name in model.state_dict() if name.endswith("num_batches_tracked"))
-    _load(model, ours, counters)
+    load_exactly(model, ours)
     return Converted(model)
-
-
-def _own(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in weights.items() if not name.startswith(NOT_OURS)}
 
 
 def _architecture(weights: dict[str, Tensor], config: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -125,15 +112,15 @@ def _architecture(weights: dict[str, Tensor], config: dict[str, Any], kind: str)
 
 
 def _filled(model: AutoencoderKL | VQModel, weights: dict[str, Tensor]) -> Converted:
-    levels, places = len(model.config["block_out_channels"]), model.state_dict().keys()
+    levels, known = len(model.config["block_out_channels"]), model.state_dict().keys()
     ours = {}
     for name, tensor in weights.items():
-        place = _rename(name, levels)
-        if place not in places:
+        new = _rename(name, levels)
+        if new not in known:
             raise LatelierError(f"{name!r} has no place in {type(model).__name__}; expected are {EXPECTED}.")
         # What is a matrix here may be a 1 x 1 convolution there.
-        ours[place] = tensor.flatten(1) if re.search(r"\.to_(q|k|v|out\.0)\.weight$", place) else tensor
-    _load(model, ours)
+        ours[new] = tensor.flatten(1) if re.search(r"\.to_(q|k|v|out\.0)\.weight$", new) else tensor
+    load_exactly(model, ours)
     return Converted(model)
 
 
@@ -142,12 +129,3 @@ def _rename(name: str, levels: int) -> str:
     for old, new in RENAMED:
         name = re.sub(old, new, name)
     return name
-
-
-def _load(model: Any, weights: dict[str, Tensor], optional: tuple[str, ...] = ()) -> None:
-    """Shapes that do not fit are the user's error too."""
-    try:
-        load_exactly(model, weights, optional)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise LatelierError(f"The checkpoint does not fit {type(model).__name__}: {reason}.") from None

@@ -15,7 +15,7 @@ from torch import Tensor
 from latelier.conditioning.layout import LayoutConditioner
 from latelier.conditioning.text import TextConditioner, read_tokenizer
 from latelier.conditioning.transformer import TokenTransformer
-from latelier.convert import Converted, count_blocks, load_exactly, need
+from latelier.convert import Converted, below, count_blocks, load_exactly, need, rename
 from latelier.errors import LatelierError
 
 KIND = "LDM text or layout transformer"
@@ -27,24 +27,15 @@ RENAMED = {
     "transformer.norm.": "norm.",
 }
 # Even layers are attention, odd ones MLPs; each is a pair (norm, block).
-PARTS = {
-    (0, "0."): "norm1.",
-    (0, "1.to_out."): "attn.out.",
-    (1, "0."): "norm2.",
-    (1, "1.net.0.0."): "mlp.fc1.",
-    (1, "1.net.2."): "mlp.fc2.",
-}
+ATTENTION = {"0.": "norm1.", "1.to_out.": "attn.out."}
+MLP = {"0.": "norm2.", "1.net.0.0.": "mlp.fc1.", "1.net.2.": "mlp.fc2."}
+SHAPE = ("dim", "layers", "heads", "head_dim")  # what conditioners take from the transformer's configuration
 UNUSED = "transformer.to_logits."  # a head for language modelling that nothing reads
 
 
 def convert(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
-    """Build and fill a `TokenTransformer`, whose `model(tokens)` is `(b, length, width)`.
-
-    Args:
-        weights: original names, of the embedder alone or of a whole checkpoint.
-        config: `heads`, 8 unless it says otherwise.
-    """
-    weights = _stage(weights)
+    """Build and fill a `TokenTransformer`, from the embedder's weights or a whole checkpoint's, with `heads` or 8."""
+    weights = below(weights, STAGE) or weights
     tokens, positions = (need(weights, f"transformer.{name}.weight", KIND) for name in ("token_emb", "pos_emb.emb"))
     inner = need(weights, f"{LAYERS}0.1.to_q.weight", KIND).shape[0]
     heads = config.get("heads", 8)
@@ -63,13 +54,7 @@ def convert(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
 def text_conditioner(weights: Mapping[str, Tensor], tokenizer: str, heads: int = 8) -> TextConditioner:
     """The trained text conditioner of a whole checkpoint.
 
-    Args:
-        weights: original names.
-        tokenizer: Hub name or folder of the tokenizer it was trained with, bert-base-uncased in all releases.
-        heads: of attention.
-
-    Raises:
-        LatelierError: if the tokenizer cannot be loaded, or has another number of tokens than the weights.
+    `tokenizer` is the Hub name or folder of the one that it was trained with, bert-base-uncased in all releases.
     """
     model = convert(dict(weights), {"heads": heads}).model
     words = read_tokenizer(tokenizer)
@@ -78,8 +63,7 @@ def text_conditioner(weights: Mapping[str, Tensor], tokenizer: str, heads: int =
             f"The tokenizer {tokenizer} has {words.get_vocab_size()} tokens, but the checkpoint's transformer "
             f"{model.config['vocabulary']}; give the one that it was trained with (bert-base-uncased)."
         )
-    arguments = {name: model.config[name] for name in ("length", "dim", "layers", "heads", "head_dim")}
-    conditioner = TextConditioner.trained(words, **arguments)
+    conditioner = TextConditioner.trained(words, **{name: model.config[name] for name in ("length", *SHAPE)})
     load_exactly(conditioner.transformer, model.state_dict())
     return conditioner.eval()
 
@@ -87,16 +71,9 @@ def text_conditioner(weights: Mapping[str, Tensor], tokenizer: str, heads: int =
 def layout_conditioner(
     weights: Mapping[str, Tensor], names: list[str], form: str = "openimages", heads: int = 8
 ) -> LayoutConditioner:
-    """The layout conditioner of a whole checkpoint.
+    """The layout conditioner of a whole checkpoint; `form` is `openimages` or `coco`.
 
-    Args:
-        weights: original names.
-        names: of the classes, in the order of the category numbers that it was trained with.
-        form: `openimages` or `coco`.
-        heads: of attention.
-
-    Raises:
-        LatelierError: if so many classes do not fit into the vocabulary.
+    `names` are the classes, in the order of the category numbers that it was trained with.
     """
     model = convert(dict(weights), {"heads": heads}).model
     objects, left = divmod(model.config["length"], 3)  # three tokens for an object, two for the crop
@@ -106,16 +83,10 @@ def layout_conditioner(
         objects=objects,
         crop=left == 2,
         tokens=model.config["vocabulary"],
-        **{name: model.config[name] for name in ("dim", "layers", "heads", "head_dim")},
+        **{name: model.config[name] for name in SHAPE},
     )
     load_exactly(conditioner.transformer, model.state_dict())
     return conditioner.eval()
-
-
-def _stage(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The embedder's tensors, when there are others."""
-    inside = {name[len(STAGE) :]: tensor for name, tensor in weights.items() if name.startswith(STAGE)}
-    return inside or dict(weights)
 
 
 def _renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -126,13 +97,13 @@ def _renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name.startswith(UNUSED):
             continue
         if name.endswith(("to_q.weight", "to_k.weight", "to_v.weight")):
-            layer, part, _ = name.rsplit(".", 2)
-            packed.setdefault(layer, {})[part] = tensor
+            layer, matrix, _ = name.rsplit(".", 2)
+            packed.setdefault(layer, {})[matrix] = tensor
         else:
             ours[_rename(name)] = tensor
-    for layer, parts in packed.items():
+    for layer, matrices in packed.items():
         index = int(layer[len(LAYERS) :].split(".")[0]) // 2
-        rows = [need(parts, part, KIND) for part in ("to_q", "to_k", "to_v")]
+        rows = [need(matrices, matrix, KIND) for matrix in ("to_q", "to_k", "to_v")]
         ours[f"blocks.{index}.attn.qkv.weight"] = torch.cat(rows)  # (3 inner, dim)
     return ours
 
@@ -141,10 +112,5 @@ def _rename(name: str) -> str:
     if name.startswith(LAYERS):
         number, rest = name[len(LAYERS) :].split(".", 1)
         index, kind = divmod(int(number), 2)
-        for (which, old), new in PARTS.items():
-            if which == kind and rest.startswith(old):
-                return f"blocks.{index}.{new}{rest[len(old) :]}"
-    for old, new in RENAMED.items():
-        if name.startswith(old):
-            return new + name[len(old) :]
-    return name
+        return f"blocks.{index}.{rename(rest, MLP if kind else ATTENTION)}"
+    return rename(name, RENAMED)

@@ -14,8 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from latelier.conditioning.condition import ClassConditioner
-from latelier.convert import Converted, count_blocks, load_exactly, need
+from latelier.convert import Converted, class_conditioner, count_blocks, load_exactly, need, rename
 from latelier.denoisers.unet import SIZES, CrossAttentionUNet, UNet, architecture
 from latelier.errors import LatelierError
 
@@ -31,15 +30,16 @@ BESIDE = (
     "encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.", "loss.",
     "betas", "alphas_cumprod", "sqrt_", "log_one_minus_", "posterior_", "scale_factor", "logvar", "lvlb_weights",
 )  # fmt: skip
-RESNET = {
+RULES = {  # transformers have the same names here and there
     "in_layers.0.": "norm1.",
     "in_layers.2.": "conv1.",
     "emb_layers.1.": "time_emb_proj.",
     "out_layers.0.": "norm2.",
     "out_layers.3.": "conv2.",
     "skip_connection.": "conv_shortcut.",
+    "op.": "conv.",
+    "conv.": "conv.",
 }
-RULES = {**RESNET, "op.": "conv.", "conv.": "conv."}  # transformers have the same names here and there
 ATTENTION = {"norm.": "group_norm.", "proj_out.": "to_out.0."}
 ENDS = {
     "time_embed.0.": "time_embedding.linear_1.",
@@ -62,18 +62,14 @@ def convert(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
             latents), `classes` (if there is a class embedding: its classes without the null class), and
             `use_new_attention_order`, by LDM's names.
     """
-    weights = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
-    weights, embedding = _averaged(weights), weights.get(CLASSES)
-    first, last = need(weights, "input_blocks.0.0.weight", "LDM U-Net"), need(weights, "out.2.weight", "LDM U-Net")
+    embedding = weights.get(CLASSES)
+    weights = _averaged({name.removeprefix(PREFIX): tensor for name, tensor in weights.items()})
+    first, last = (need(weights, name, "LDM U-Net") for name in ("input_blocks.0.0.weight", "out.2.weight"))
     read = _read(weights)
     read |= _heads(read, config)
     cls = CrossAttentionUNet if read["token_width"] else UNet
-    model = cls(
-        **architecture(**read),
-        in_channels=first.shape[1],
-        out_channels=last.shape[0],
-        sample_size=config.get("image_size"),
-    )
+    sizes = {"in_channels": first.shape[1], "out_channels": last.shape[0], "sample_size": config.get("image_size")}
+    model = cls(**architecture(**read), **sizes)
     ours: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         place = _place(name, read["layers"], RULES if read["token_width"] else {**RULES, **ATTENTION})
@@ -83,11 +79,10 @@ def convert(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
         else:
             is_linear = place.endswith("to_out.0.weight") and tensor.ndim == 3  # a convolution over one position
             ours[place] = tensor.squeeze(-1) if is_linear else tensor
-    try:
-        load_exactly(model, ours)
-    except RuntimeError as error:  # shapes that do not fit
-        raise LatelierError(f"Not a U-Net of LDM's plan: {str(error).splitlines()[-1].strip()}") from None
-    return Converted(model, _conditioner(embedding, config))
+    load_exactly(model, ours)
+    # ImageNet's class token: 1000 rows, or 1001 of which the last is the null class (LDM-4 with guidance)
+    classes = config.get("classes") or (0 if embedding is None else min(len(embedding), 1000))
+    return Converted(model, class_conditioner(embedding, classes, inject="tokens"))
 
 
 def _averaged(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -110,8 +105,8 @@ def _read(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     per_level = blocks if up is None else up + 1
     if per_level < 2 or blocks % per_level or inputs != blocks:
         raise LatelierError(
-            f"{inputs} input_blocks and {blocks} output_blocks, {per_level} to a level, are no LDM U-Net; expected as "
-            "many of the one as of the other, a multiple of num_res_blocks + 1."
+            f"{inputs} input_blocks and {blocks} output_blocks, {per_level} to a level, are no LDM U-Net; expected are "
+            "equal numbers of both, a multiple of num_res_blocks + 1."
         )
     levels = [1 + level * per_level for level in range(blocks // per_level)]  # the first block of each
     middle = "middle_block.1.transformer_blocks."
@@ -151,42 +146,26 @@ def _place(name: str, layers: int, rules: dict[str, str]) -> str:
     """Our name of one of LDM's."""
     for old, new in ENDS.items():
         if name.startswith(old):
-            return new + _leaf(name[len(old) :], rules)
+            return new + rename(name[len(old) :], rules)
     side, index, member, leaf = name.split(".", 3)
     down = side == "input_blocks"
     level, block = divmod(int(index) - down, layers + 1)
     if down and block == layers:
-        part = "downsamplers.0"
+        module = "downsamplers.0"
     elif not down and member != "0" and leaf.startswith(tuple(RULES)):
-        part = "upsamplers.0"
+        module = "upsamplers.0"
     else:
-        part = f"{'resnets' if member == '0' else 'attentions'}.{block}"
-    return f"{'down' if down else 'up'}_blocks.{level}.{part}.{_leaf(leaf, rules)}"
-
-
-def _leaf(name: str, rules: dict[str, str]) -> str:
-    old = next((old for old in rules if name.startswith(old)), None)
-    return name if old is None else rules[old] + name[len(old) :]
+        module = f"{'resnets' if member == '0' else 'attentions'}.{block}"
+    return f"{'down' if down else 'up'}_blocks.{level}.{module}.{rename(leaf, rules)}"
 
 
 def _split(place: str, qkv: Tensor, heads: int, new_order: bool) -> dict[str, Tensor]:
     """Query, key and value of one matrix `(3c, c, 1)` or bias `(3c,)`.
 
-    Its rows are in the order [head][q, k, v][dim] as a rule, [q, k, v][head][dim] in the new order.
+    Its rows are usually in the order [head][q, k, v][dim], in the new order [q, k, v][head][dim].
     """
     stem, leaf = place.rsplit("qkv.", 1)
     rows = qkv.squeeze(-1) if qkv.ndim == 3 else qkv
     split = rows.unflatten(0, (3, -1)) if new_order else rows.unflatten(0, (heads, 3, -1)).transpose(0, 1)
     parts = split.reshape(3, len(rows) // 3, *rows.shape[1:])  # (3, c, c) or (3, c)
     return {f"{stem}to_{letter}.{leaf}": part.contiguous() for letter, part in zip("qkv", parts)}
-
-
-def _conditioner(embedding: Tensor | None, config: dict[str, Any]) -> ClassConditioner | None:
-    """ImageNet's class token: 1000 rows, or 1001 of which the last is the null class (LDM-4 with guidance)."""
-    if embedding is None:
-        return None
-    rows, dim = embedding.shape
-    classes = config.get("classes") or min(rows, 1000)
-    conditioner = ClassConditioner(classes, dim, null=rows > classes, inject="tokens")
-    load_exactly(conditioner, {"embedding_table.weight": embedding})
-    return conditioner

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latelier.convert import Converted, count_blocks, load_exactly, need
+from latelier.convert import Converted, below, count_blocks, load_exactly, need
 from latelier.errors import LatelierError
 from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.latent_decoder import LatentDecoder
@@ -37,22 +37,18 @@ TABLES = re.compile(r"freqs_t_[xy]$")  # integer grids, which are made anew for 
 
 
 def convert(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
-    """Build and fill a MAETok.
+    """Build and fill a MAETok, with learned rotary frequencies (the paper) or absolute positions, of any image size.
 
     Args:
-        weights: original names; learned rotary frequencies (the paper) or absolute positions, any image size.
+        weights: original names.
         config: `heads`, `decoder_heads` (64 channels each by default), `image` (pixels, an integer or `[h, w]`, read
             off the position table of square images), `vq_mean` and `vq_std` of the original configuration, which
             become latent statistics.
-
-    Raises:
-        LatelierError: if names or shapes are not MAETok's.
     """
     channels, latent = need(weights, "post_quant_conv.weight", KIND).shape[1], need(weights, "quant_conv.weight", KIND)
     if len(latent) not in (channels, 2 * channels):
-        raise LatelierError(
-            f"A {KIND} has {channels} or {2 * channels} channels before the decoder, not {len(latent)}."
-        )
+        wanted = f"{channels} or {2 * channels}"
+        raise LatelierError(f"A {KIND} has {wanted} channels before the decoder, not {len(latent)}.")
     patch = need(weights, "encoder.model.patch_embed.proj.weight", KIND)
     dim, image_channels, size, _ = patch.shape
     body = _decoder_weights(weights, "decoder", "post_quant_conv")
@@ -78,7 +74,7 @@ def convert(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
     ours["patch_embed.weight"] = patch.flatten(1)
     ours |= {f"decoder.{name}": tensor for name, tensor in body.items()}
     ours |= {f"head.{part}": need(weights, f"decoder.to_pixel.model.{part}", KIND) for part in ("weight", "bias")}
-    _load(model, ours, optional=("mask_token",))  # which is needed in training only
+    load_exactly(model, ours, optional=("mask_token",))  # which is needed in training only
     return Converted(model, codec=_codec(model, config))
 
 
@@ -87,9 +83,7 @@ def convert_auxiliary(
 ) -> dict[str, tuple[LatentDecoder, nn.Linear]]:
     """The auxiliary decoders of a training checkpoint, by name (`hog`, `dino`, `clip`), each with its linear head.
 
-    Args:
-        weights: original names.
-        config: `aux_heads` (64 channels each by default), and `image` as in `convert`.
+    `config` may have `aux_heads` (64 channels each by default), and `image` as in `convert`.
     """
     config = config or {}
     size = need(weights, "encoder.model.patch_embed.proj.weight", KIND).shape[-1]
@@ -109,17 +103,16 @@ def _auxiliary(
         config.get("aux_heads", dim // 64), len(need(ours, "blocks.0.mlp.fc1.weight", KIND)) / dim,
         "mixed" if "freqs" in ours else "absolute", "cls_token" in ours,
     )  # fmt: skip
-    _load(body, ours)
+    load_exactly(body, ours)
     matrix = need(weights, f"to_pixel_{name}.weight", KIND)
     head = nn.Linear(dim, len(matrix))
-    _load(head, {"weight": matrix, "bias": need(weights, f"to_pixel_{name}.bias", KIND)})
+    load_exactly(head, {"weight": matrix, "bias": need(weights, f"to_pixel_{name}.bias", KIND)})
     return body, head
 
 
 def _decoder_weights(weights: dict[str, Tensor], decoder: str, linear: str) -> dict[str, Tensor]:
     """Weights of a `LatentDecoder`: those under the decoder's prefix, and the linear layer before it."""
-    prefix = f"{decoder}."
-    inside = {name[len(prefix) :]: tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    inside = below(weights, f"{decoder}.")
     ours = {_rename(k, DECODER): v for k, v in inside.items() if not (INERT.match(k) or TABLES.match(k))}
     if "freqs" in ours:
         ours.pop("pos_embed", None)  # kept there, and not used
@@ -155,10 +148,3 @@ def _codec(model: MAETok, config: dict[str, Any]) -> Codec | None:
     ones = torch.ones(model.config["latent_channels"])
     mean, std = float(config.get("vq_mean", 0.0)), float(config.get("vq_std", 1.0))
     return Codec(model, mean * ones, std * ones, {"source": "vq_mean and vq_std of the original configuration"})
-
-
-def _load(model: nn.Module, weights: dict[str, Tensor], optional: tuple[str, ...] = ()) -> None:
-    try:
-        load_exactly(model, weights, optional)
-    except RuntimeError as error:  # shapes that do not fit
-        raise LatelierError(f"The checkpoint does not fit {KIND}: {str(error).splitlines()[-1].strip()}") from None

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from latelier.convert import Converted, count_blocks, load_exactly, need
+from latelier.convert import Converted, count_blocks, load_exactly, need, rename
 from latelier.tokenizers.vmae import VMAE
 
 RENAMED = {
@@ -21,12 +21,7 @@ FIXED = ("pos_embed", "decoder_pos_embed")
 
 
 def convert(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
-    """Build and fill a VMAE.
-
-    Args:
-        weights: original names.
-        config: `image` (pixels, read off the position table when it is there), `heads`, `decoder_heads`.
-    """
+    """Build and fill a VMAE; `config`: `image` (pixels, without a position table), `heads`, `decoder_heads`."""
     patch = need(weights, "patch_embed.proj.weight", "VMAE")
     dim, channels, size, _ = patch.shape
     decoder_dim = need(weights, "decoder_embed.weight", "VMAE").shape[0]
@@ -47,12 +42,7 @@ def convert(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
         mlp_ratio=need(weights, "blocks.0.mlp.fc1.weight", "VMAE").shape[0] / dim,
         smooth="decoder_pred.conv_smoother.weight" in weights,
     )
-    ours = {_rename(name): tensor for name, tensor in weights.items() if not name.startswith(NOT_OURS)}
+    ours = {rename(name, RENAMED): tensor for name, tensor in weights.items() if not name.startswith(NOT_OURS)}
     ours["patch_embed.weight"] = ours["patch_embed.weight"].flatten(1)
     load_exactly(model, ours, optional=(*FIXED, "mask_token"))
     return Converted(model)
-
-
-def _rename(name: str) -> str:
-    old = next((old for old in RENAMED if name.startswith(old)), None)
-    return name if old is None else RENAMED[old] + name[len(old) :]

@@ -1,8 +1,7 @@
-"""Boxes around objects, from the forms in which they are kept: COCO files, YOLO's text files, tables of objects.
+"""Boxes around objects from COCO files, YOLO's text files, and tables of objects.
 
-All of them become the same entries of a record: `boxes` `(n, 4)` float32, relative x0 y0 x1 y1 of the upright image,
-`box_labels` `(n,)` int64 and `box_flags` `(n,)` int64, bits of `FLAGS`. Boxes are cut at the image's edges; those of
-which nothing is left are dropped.
+All become the same entries of a record, `boxes`, `box_labels` and `box_flags`, see `latelier.data.records.Record`.
+Boxes are cut at the image's edges; those without area are dropped.
 """
 
 from __future__ import annotations
@@ -10,18 +9,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
 from PIL import Image
 
-from latelier.data.sources import VAL_NAMES
-from latelier.data.transforms import orientation
+from latelier.data.records import VAL_NAMES, orientation
 from latelier.errors import LatelierError
-from latelier.recipe import Data
 
-# What is said of a box in COCO (`iscrowd`) and in Open Images (the others), and its bit.
+# The attributes of a box in COCO (`iscrowd`) and in Open Images (the others), and their bits.
 FLAGS = {"iscrowd": 1, "isgroupof": 1, "isoccluded": 2, "isdepiction": 4, "isinside": 8}
 OWN = ("boxes", "box_labels", "box_flags")
 CATEGORY_KEYS = ("category", "categories", "label", "labels", "category_id")
@@ -39,23 +36,21 @@ class Numbering(NamedTuple):
 
     @classmethod
     def of(cls, values: Iterable[Any], own: Sequence[str], like: list[str] | None, where: Any) -> Numbering:
-        """Number values whose names are `own`, as in `like` if that is given.
-
-        Raises:
-            LatelierError: for a name that is not in `like`.
-        """
+        """Number values whose names are `own`, as in `like` if that is given; other names are an error."""
         names = list(own) if like is None else like
         for name in own:
             if name not in names:
                 raise LatelierError(f"{where} has boxes of the class {name!r}, which the training images do not have.")
         return cls(names, {value: names.index(name) for value, name in zip(values, own)})
 
-    def number(self, values: Iterable[Any], where: Any) -> list[int]:
-        """Labels of values.
+    @classmethod
+    def of_values(cls, values: Iterable[Any], like: list[str] | None, where: Any) -> Numbering:
+        """Number classes that are known by their values alone, sorted."""
+        distinct = sorted(set(values), key=lambda value: (isinstance(value, str), value))
+        return cls.of(distinct, [str(value) for value in distinct], like, where)
 
-        Raises:
-            LatelierError: for a value that stands for no class.
-        """
+    def number(self, values: Iterable[Any], where: Any) -> list[int]:
+        """Labels of values; a value that stands for no class is an error."""
         values = list(values)
         for value in values:
             if value not in self.labels:
@@ -63,58 +58,54 @@ class Numbering(NamedTuple):
         return [self.labels[value] for value in values]
 
 
-@runtime_checkable
-class Boxes(Protocol):
-    """The boxes of a folder's images.
+class Boxes:
+    """The boxes of a folder's images."""
 
-    Attributes:
-        names: of the classes, index = label.
-        files: from which they are read, for fingerprints.
-    """
-
-    names: list[str]
-    files: list[Path]
+    names: list[str]  # of the classes, index = label
+    files: list[Path]  # from which they are read, for fingerprints
 
     def knows(self, path: Path) -> bool:
-        """Whether anything is said of an image; others are left out."""
+        """Whether the image is listed; others are left out of the data."""
+        return True
 
     def entries(self, path: Path, image: Image.Image | np.ndarray) -> Entries:
         """An image's entries of the record."""
+        raise NotImplementedError
 
 
-class CocoBoxes:
+class CocoBoxes(Boxes):
     """A COCO annotation file: `images`, `annotations` with `bbox` (x, y, w, h in pixels), `categories`.
 
     An image is found by the longest end of its path that is a `file_name`. Classes are numbered in the order of
-    their ids.
-
-    Args:
-        file: the annotations.
-        root: images' paths are relative to this folder.
-        paths: the images.
-        like: numbering of the classes.
-
-    Raises:
-        LatelierError: if the file cannot be read, or names none of the images, or one `file_name` means several.
+    their ids, or as in `like`.
     """
 
     def __init__(self, file: Path, root: Path, paths: list[Path], like: list[str] | None = None):
         self.files = [file]
         try:
-            told = json.loads(file.read_text(encoding="utf-8"))
-            images = {image["id"]: image for image in told["images"]}
-            categories = sorted(told["categories"], key=lambda category: category["id"])
+            content = json.loads(file.read_text(encoding="utf-8"))
+            images = {image["id"]: image for image in content["images"]}
+            categories = sorted(content["categories"], key=lambda category: category["id"])
             found: dict[int, list[dict[str, Any]]] = {number: [] for number in images}
-            for annotation in told["annotations"]:
+            for annotation in content["annotations"]:
                 found[annotation["image_id"]].append(annotation)
             by_name = {Path(image["file_name"]).as_posix(): image for image in images.values()}
             ids = [category["id"] for category in categories]
             own = [str(category["name"]) for category in categories]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise LatelierError(f"data.boxes: {file} is no COCO annotation file ({error!r}).") from None
-        self.names, self._labels = Numbering.of(ids, own, like, file)
+        self._numbering = Numbering.of(ids, own, like, file)
+        self.names = self._numbering.names
         matches = {path: by_name[name] for path in paths if (name := _longest_end(path, root, by_name))}
-        _check_matches(matches, file, root)
+        if not matches:
+            raise LatelierError(
+                f"data.boxes: {file} names none of the images in {root}; write {SPLIT} in data.boxes where files of "
+                "several splits have the split's name."
+            )
+        first: dict[Any, Path] = {}
+        for path, image in matches.items():
+            if (other := first.setdefault(image["id"], path)) != path:
+                raise LatelierError(f"data.boxes: {file}'s {image['file_name']} may be {other} or {path}.")
         self._entries = {path: self._read(image, found[image["id"]]) for path, image in matches.items()}
 
     def knows(self, path: Path) -> bool:
@@ -127,27 +118,17 @@ class CocoBoxes:
         where = f"{self.files[0]}, image {image['file_name']}"
         if not image.get("width") or not image.get("height"):
             raise LatelierError(f"{where} has no width and height, so its boxes are not known.")
-        labels = Numbering(self.names, self._labels).number([a.get("category_id") for a in annotations], where)
-        flags = [_bits(annotation) for annotation in annotations]
-        return pixel_entries(
-            [a.get("bbox") for a in annotations], labels, flags, (image["width"], image["height"]), where
-        )
+        labels = self._numbering.number([a.get("category_id") for a in annotations], where)
+        boxes, size = [a.get("bbox") for a in annotations], (image["width"], image["height"])
+        return pixel_entries(boxes, labels, list(map(_bits, annotations)), size, where)
 
 
-class YoloBoxes:
+class YoloBoxes(Boxes):
     """Text files with a line `class cx cy w h` for each object, relative to the image's size.
 
     The file of `images/a/b.jpg` is `labels/a/b.txt` if that is there, or else beside the image; an image without a
     file shows no objects. Names of the classes are those of `data.yaml` (`names`), or the lines of `classes.txt`: in
     the folder of the images, of the labels, or in one of the two folders above.
-
-    Args:
-        root: folder of the images.
-        paths: the images.
-        like: numbering of the classes.
-
-    Raises:
-        LatelierError: if there are no text files, no names, or a line is of another form.
     """
 
     def __init__(self, root: Path, paths: list[Path], like: list[str] | None = None):
@@ -156,38 +137,28 @@ class YoloBoxes:
             raise LatelierError(f"data.boxes = yolo, but no image in {root} has a file of labels.")
         labels = (_labels_file(root.resolve() / "x.jpg") or root / "x.txt").parent
         folders = [root, labels, root / "labels", *root.resolve().parents[:2]]
-        names_file = next(
-            (folder / name for folder in folders for name in NAME_FILES if (folder / name).is_file()), None
-        )
+        candidates = (folder / name for folder in folders for name in NAME_FILES)
+        names_file = next((file for file in candidates if file.is_file()), None)
         if names_file is None:
-            raise LatelierError(
-                f"data.boxes = yolo needs the classes' names: write {root / 'classes.txt'}, one a line."
-            )
+            file = root / "classes.txt"
+            raise LatelierError(f"data.boxes = yolo needs the classes' names: write {file}, one a line.")
         own = _yolo_names(names_file)
         self._numbering = Numbering.of(range(len(own)), own, like, names_file)
         self.names = self._numbering.names
         self.files = [names_file, *self._files.values()]
-
-    def knows(self, path: Path) -> bool:
-        return True
 
     def entries(self, path: Path, image: Image.Image | np.ndarray) -> Entries:
         file = self._files.get(path)
         lines = file.read_text().splitlines() if file else []
         rows = [_yolo_line(line, f"{file}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
         labels = self._numbering.number([int(row[0]) for row in rows], file)
-        centre, size = np.array(rows).reshape(-1, 5)[:, 1:3], np.array(rows).reshape(-1, 5)[:, 3:]  # (n, 2) each
+        _, centre, size = np.split(np.array(rows).reshape(-1, 5), [1, 3], axis=1)  # (n, 1), (n, 2), (n, 2)
         return relative_entries(np.hstack([centre - size / 2, centre + size / 2]), labels, [0] * len(rows))
 
 
 class TableBoxes:
     """Boxes of a dataset's rows: a column `objects` as in Hugging Face's detection datasets, or our own columns `boxes`
-    (relative x0 y0 x1 y1), `box_labels` and `box_flags`.
-
-    Args:
-        features: of the dataset.
-        form: `xywh` or `xyxy`, see `data.box_format`.
-        where: what to call the dataset in messages.
+    (relative x0 y0 x1 y1), `box_labels` and `box_flags`. `form` is `xywh` or `xyxy`, of `objects`.
 
     Attributes:
         columns: that are read; none if there are no boxes.
@@ -211,8 +182,7 @@ class TableBoxes:
         if self.names is not None:
             self._numbering = Numbering.of(range(len(self.names)), self.names, like, self._where)
         elif self.columns == ["objects"]:
-            rows = (object_columns(row, self._where)[1] for row in table["objects"])
-            self._numbering = number_values((value for row in rows for value in row), like, self._where)
+            self._numbering = _number_objects(((row, self._where) for row in table["objects"]), like, self._where)
         elif "box_labels" in self.columns:
             count = 1 + max((max(row, default=-1) for row in table["box_labels"]), default=-1)
             own = [str(i) for i in range(count)]
@@ -224,31 +194,22 @@ class TableBoxes:
         if self.columns == ["objects"]:
             return object_entries(row["objects"], self._numbering, upright_size(image), self._form, self._where)
         boxes = np.asarray(row["boxes"], np.float64).reshape(-1, 4)
-        told = {name: list(row[name]) if name in row else [0] * len(boxes) for name in OWN[1:]}
+        labels, flags = (list(row[name]) if name in row else [0] * len(boxes) for name in OWN[1:])
         if self._numbering is not None and "box_labels" in self.columns:
-            told["box_labels"] = self._numbering.number(told["box_labels"], self._where)
-        found = relative_entries(boxes, told["box_labels"], told["box_flags"])
+            labels = self._numbering.number(labels, self._where)
+        found = relative_entries(boxes, labels, flags)
         return {name: found[name] for name in self.columns}
 
 
-class ObjectBoxes:
-    """`objects` of images in a `metadata.jsonl`, as in Hugging Face's `imagefolder`.
-
-    Args:
-        rows: the metadata's row of each image.
-        form: `xywh` or `xyxy`, see `data.box_format`.
-        like: numbering of the classes; by default their names, sorted.
-    """
+class ObjectBoxes(Boxes):
+    """`objects` of images in a `metadata.jsonl`, as in Hugging Face's `imagefolder`; `form` is `xywh` or `xyxy`."""
 
     def __init__(self, rows: dict[Path, dict[str, Any]], form: str, like: list[str] | None = None):
         self.files: list[Path] = []
         self._rows, self._form = rows, form
-        everything = (object_columns(row.get("objects"), path)[1] for path, row in rows.items())
-        self._numbering = number_values((value for values in everything for value in values), like, "The metadata")
+        objects = ((row.get("objects"), path) for path, row in rows.items())
+        self._numbering = _number_objects(objects, like, "The metadata")
         self.names = self._numbering.names
-
-    def knows(self, path: Path) -> bool:
-        return True
 
     def entries(self, path: Path, image: Image.Image | np.ndarray) -> Entries:
         objects = self._rows.get(path, {}).get("objects")
@@ -256,61 +217,47 @@ class ObjectBoxes:
 
 
 def folder_boxes(
-    data: Data,
-    file: Path | None,
-    root: Path,
-    paths: list[Path],
-    metadata: dict[Path, dict[str, Any]],
-    like: list[str] | None,
-) -> Boxes | None:
+    boxes: str | None, form: str, file: Path | None, root: Path, paths: list[Path],
+    metadata: dict[Path, dict[str, Any]], like: list[str] | None,
+) -> Boxes | None:  # fmt: skip
     """The boxes of a folder's images; None if there are none.
 
-    Args:
-        data: the recipe's section.
-        file: the split's annotations, if `data.boxes` is a COCO file.
-        root: folder of the images.
-        paths: the images.
-        metadata: rows of the folder's metadata tables.
-        like: numbering of the classes.
+    `boxes` and `form` are `data.boxes` and `data.box_format`, `file` the split's COCO file if there is one, `metadata`
+    the rows of the folder's metadata tables, and `like` a numbering of the classes.
     """
     if file is not None:
         return CocoBoxes(file, root, paths, like)
-    if data.boxes is not None:
+    if boxes is not None:
         return YoloBoxes(root, paths, like)
     if any(row.get("objects") is not None for row in metadata.values()):
-        return ObjectBoxes(metadata, data.box_format, like)
+        return ObjectBoxes(metadata, form, like)
     return None
 
 
-def annotation_file(data: Data, split: str, folder: str | None = None) -> Path | None:
-    """The COCO file of a split; None if `data.boxes` names none.
+def annotation_file(
+    boxes: str | None, split: str, train_name: str, val_name: str | None, folder: str | None = None
+) -> Path | None:
+    """The COCO file of a split (`train`, `val`); None if `boxes` names none.
 
-    Args:
-        data: the recipe's section; `{split}` in its `boxes` is replaced by the split's name.
-        split: `train` or `val`.
-        folder: name of the split's folder, if it has one.
+    `{split}` in `boxes` stands for the split's name: that of its folder, or else `data.split` and `data.val_split`.
     """
-    if data.boxes in (None, "yolo"):
+    if boxes is None or boxes == "yolo":
         return None
-    names: tuple[str, ...] = (data.split,) if split == "train" else VAL_NAMES
-    if folder or (split == "val" and data.val_split):
-        names = (folder or data.val_split or "",)
-    files = [Path(data.boxes.replace(SPLIT, name)).expanduser() for name in names]
+    names: tuple[str, ...] = (train_name,) if split == "train" else VAL_NAMES
+    if folder or (split == "val" and val_name):
+        names = (folder or val_name or "",)
+    files = [Path(boxes.replace(SPLIT, name)).expanduser() for name in names]
     return next((file for file in files if file.is_file()), files[0])
 
 
-def number_values(values: Iterable[Any], like: list[str] | None, where: Any) -> Numbering:
-    """Number classes that are known by their values alone, sorted."""
-    distinct = sorted(set(values), key=lambda value: (isinstance(value, str), value))
-    return Numbering.of(distinct, [str(value) for value in distinct], like, where)
+def _number_objects(rows: Iterable[tuple[Any, Any]], like: list[str] | None, where: Any) -> Numbering:
+    """Number the classes of all `objects`, each given with what to call it."""
+    values = (value for objects, name in rows for value in object_columns(objects, name)[1])
+    return Numbering.of_values(values, like, where)
 
 
 def object_columns(objects: Any, where: Any) -> tuple[list[Any], list[Any], list[int]]:
-    """Boxes, classes and flags of `objects`: lists under `bbox`, `category`, `iscrowd`, ..., or a list of dicts.
-
-    Raises:
-        LatelierError: if it is something else.
-    """
+    """Boxes, classes and flags of `objects`: lists under `bbox`, `category`, `iscrowd`, ..., or a list of dicts."""
     if objects is None:
         return [], [], []
     if isinstance(objects, list) and all(isinstance(item, dict) for item in objects):
@@ -319,26 +266,19 @@ def object_columns(objects: Any, where: Any) -> tuple[list[Any], list[Any], list
     key = next((key for key in CATEGORY_KEYS if key in objects), None) if isinstance(objects, dict) else None
     if key is None or "bbox" not in objects or len(objects["bbox"]) != len(objects[key]):
         raise LatelierError(f"{where}: `objects` needs `bbox` and `category`, lists of the same length.")
-    told = {name: values for name, values in objects.items() if _plain(name) in FLAGS}
-    flags = [_bits({name: values[i] for name, values in told.items()}) for i in range(len(objects["bbox"]))]
+    flagged = {name: values for name, values in objects.items() if _plain(name) in FLAGS}
+    flags = [_bits({name: values[i] for name, values in flagged.items()}) for i in range(len(objects["bbox"]))]
     return list(objects["bbox"]), list(objects[key]), flags
 
 
 def object_entries(objects: Any, numbering: Numbering | None, size: tuple[int, int], form: str, where: Any) -> Entries:
     """The entries of `objects`, whose boxes are in pixels of an image of this size (width, height).
 
-    Args:
-        objects: see `object_columns`.
-        numbering: of the classes; None takes their values as labels.
-        size: width and height of the image.
-        form: `xywh` (corner and size) or `xyxy` (two corners).
-        where: what to call it in messages.
+    Without a numbering the classes' values are the labels; `form` is `xywh` (corner and size) or `xyxy` (two corners).
     """
     boxes, values, flags = object_columns(objects, where)
     if numbering is None and any(isinstance(value, str) for value in values):
-        raise LatelierError(
-            f"{where}: the names of boxes' classes are not known in a stream; set data.streaming=false."
-        )
+        raise LatelierError(f"{where}: box classes are not known in a stream; set data.streaming=false.")
     labels = values if numbering is None else numbering.number(values, where)
     return pixel_entries(boxes, labels, flags, size, where, form)
 
@@ -346,7 +286,6 @@ def object_entries(objects: Any, numbering: Numbering | None, size: tuple[int, i
 def pixel_entries(
     boxes: list[Any], labels: list[int], flags: list[int], size: tuple[int, int], where: Any, form: str = "xywh"
 ) -> Entries:
-    """Entries from boxes in pixels."""
     try:
         array = np.array(boxes, np.float64).reshape(len(boxes), 4)
     except (ValueError, TypeError):
@@ -365,14 +304,14 @@ def relative_entries(boxes: np.ndarray, labels: Sequence[int], flags: Sequence[i
 
 
 def upright_size(image: Image.Image | np.ndarray) -> tuple[int, int]:
-    """Width and height of an image as it is shown, which may not be as it is stored."""
+    """Width and height of an image as it is shown: cameras may store it turned."""
     if isinstance(image, np.ndarray):
         return image.shape[1], image.shape[0]
     return image.size[::-1] if orientation(image) >= 5 else image.size
 
 
 def _inner(feature: Any) -> Any:
-    """What the lists of a dataset's column are made of."""
+    """The items' feature of a dataset's column of lists."""
     while hasattr(feature, "feature"):
         feature = feature.feature
     return feature
@@ -382,32 +321,20 @@ def _plain(name: str) -> str:
     return name.replace("_", "").lower()
 
 
-def _bits(told: dict[str, Any]) -> int:
-    """The flags that are said of a box."""
+def _bits(attributes: dict[str, Any]) -> int:
+    """The flags of a box."""
     bits = 0
-    for name, value in told.items():
+    for name, value in attributes.items():
         if _plain(name) in FLAGS and value is not None and int(value) > 0:  # Open Images writes -1 for "not known"
             bits |= FLAGS[_plain(name)]
     return bits
 
 
 def _longest_end(path: Path, root: Path, names: dict[str, Any]) -> str | None:
-    """Of the ends of a path, from its root's name on, the longest that is a name."""
+    """The longest end of a path, from its root's name on, that is one of the names."""
     parts = path.relative_to(root.parent).parts if path.is_relative_to(root.parent) else path.parts
     ends = ("/".join(parts[i:]) for i in range(len(parts)))
     return next((end for end in ends if end in names), None)
-
-
-def _check_matches(matches: dict[Path, dict[str, Any]], file: Path, root: Path) -> None:
-    if not matches:
-        raise LatelierError(
-            f"data.boxes: {file} names none of the images in {root}; write {SPLIT} in data.boxes where files of "
-            "several splits have the split's name."
-        )
-    first: dict[Any, Path] = {}
-    for path, image in matches.items():
-        if (other := first.setdefault(image["id"], path)) != path:
-            raise LatelierError(f"data.boxes: {file}'s {image['file_name']} may be {other} or {path}.")
 
 
 def _labels_file(path: Path) -> Path | None:
@@ -420,9 +347,7 @@ def _labels_file(path: Path) -> Path | None:
 
 
 def _yolo_file(path: Path) -> Path | None:
-    mirrored = _labels_file(path)
-    files = [path.with_suffix(".txt")] if mirrored is None else [mirrored, path.with_suffix(".txt")]
-    return next((file for file in files if file.is_file()), None)
+    return next((file for file in (_labels_file(path), path.with_suffix(".txt")) if file and file.is_file()), None)
 
 
 def _yolo_names(file: Path) -> list[str]:

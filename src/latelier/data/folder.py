@@ -1,13 +1,11 @@
 """A folder of images: class folders become labels, captions come from text files or a metadata table.
 
-Boxes, label maps and maps come from files that are named in the recipe, see `latelier.data.boxes` and
-`latelier.data.planes`.
+Boxes (see `latelier.data.boxes`), label maps (ids) and image-like maps (depth, edges, ...) come from other files.
 """
 
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -18,8 +16,7 @@ import numpy as np
 from PIL import Image
 
 from latelier.data.boxes import annotation_file, folder_boxes
-from latelier.data.planes import LabelMaps, open_plane, partners, read_map
-from latelier.data.sources import VAL_NAMES, check_classes, digest, file_facts
+from latelier.data.records import VAL_NAMES, check_classes, digest, file_facts, open_bytes
 from latelier.errors import LatelierError
 from latelier.recipe import Data
 
@@ -28,6 +25,7 @@ SUFFIXES = {
 }  # fmt: skip
 METADATA = ("metadata.csv", "metadata.jsonl")
 CAPTION_NAMES = ("caption", "text")
+Metadata = dict[Path, dict[str, Any]]  # rows of the metadata tables by the image's path
 
 
 class FolderSource:
@@ -41,41 +39,35 @@ class FolderSource:
 
     Args:
         root: the folder.
-        data: the recipe's section, for `label_key`, `caption_key`, `boxes`, `segmentation` and `maps`.
-        class_names: numbering of the classes; by default all classes found, sorted.
+        data: the recipe's section.
+        class_names, box_names: numbering of the classes, and of those of boxes; by default all that are found, sorted.
         split: `train` or `val`, for COCO files that have the split in their name.
         top: folder of the splits, to which the names of label maps and maps may be relative; by default `root`.
-        box_names: numbering of the classes of boxes; by default as the files have it.
 
     Raises:
         LatelierError: if there are no images, a class is not in `class_names`, or what the recipe names is not there.
     """
 
     def __init__(
-        self,
-        root: Path,
-        data: Data,
-        class_names: list[str] | None = None,
-        split: str = "train",
-        top: Path | None = None,
-        box_names: list[str] | None = None,
-    ):
+        self, root: Path, data: Data, class_names: list[str] | None = None, split: str = "train",
+        top: Path | None = None, box_names: list[str] | None = None,
+    ):  # fmt: skip
         self.root, top = root, top or root
         maps = [Path(folder).expanduser().resolve() for folder in (data.segmentation, data.maps) if folder]
-        paths = [path for path in list_images(root) if not _lies_in(path, maps)]
+        paths = [path for path in list_images(root) if not any(path.resolve().is_relative_to(f) for f in maps)]
         if not paths:
             raise LatelierError(f"There are no images in {root}; it needs files such as .jpg, .png or .webp.")
         metadata, metadata_files = _read_metadata(root)
-        file = annotation_file(data, split, root.name if root != top else None)
-        self._boxes = folder_boxes(data, file, root, paths, metadata, box_names)
+        file = annotation_file(data.boxes, split, data.split, data.val_split, root.name if root != top else None)
+        self._boxes = folder_boxes(data.boxes, data.box_format, file, root, paths, metadata, box_names)
         self.box_names = self._boxes.names if self._boxes else None
         self.paths = [path for path in paths if self._boxes is None or self._boxes.knows(path)]
         self._sidecars = data.boxes != "yolo"  # else text files hold boxes
-        self._captions = _captions(self.paths, metadata, data)
-        self._number(_class_of_each(self.paths, root, metadata, data), class_names)
-        beside = self._captions and self._sidecars
-        extra = [path for path in map(_sidecar, self.paths) if path.is_file()] if beside else []
-        facts = [file_facts([*self.paths, *metadata_files, *extra], root), self.class_names]
+        self._captions = self._read_captions(metadata, data.caption_key)
+        self._number(self._class_of_each(metadata, data.label_key), class_names)
+        beside = self.paths if self._captions and self._sidecars else []
+        texts = [path for path in map(_sidecar, beside) if path.is_file()]
+        facts: list[Any] = [file_facts([*self.paths, *metadata_files, *texts], root), self.class_names]
         self._open_planes(data, [top, root])
         self.fingerprint = digest(*facts, *self._more_facts())
 
@@ -91,12 +83,12 @@ class FolderSource:
 
     def _open_planes(self, data: Data, roots: list[Path]) -> None:
         """Find the images' label maps and maps."""
-        self._label_maps = LabelMaps(data)
+        self._label_maps = LabelMaps(data.segmentation_classes, data.ignore_id)
         self.segmentation_classes = self._label_maps.count if data.segmentation else None
         if data.segmentation and self.segmentation_classes is None:
             raise LatelierError("data.segmentation needs data.segmentation_classes, how many ids the label maps have.")
         self._segmentation, self._maps = (
-            partners(f"data.{key}", Path(folder).expanduser(), self.paths, roots) if folder else None
+            _partners(f"data.{key}", Path(folder).expanduser(), self.paths, roots) if folder else None
             for key, folder in (("segmentation", data.segmentation), ("maps", data.maps))
         )
 
@@ -116,7 +108,7 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         path = self.paths[index]
-        record: dict[str, Any] = {"image": np.load(path) if path.suffix == ".npy" else open_bytes(path.read_bytes())}
+        record: dict[str, Any] = {"image": _open(path)}
         if self.labels is not None:
             record["label"] = self.labels[index]
         if self._captions is not None:
@@ -125,10 +117,9 @@ class FolderSource:
             record |= self._boxes.entries(path, record["image"])
         if self._segmentation is not None:
             file = self._segmentation[path]
-            record["segmentation"] = self._label_maps.read(open_plane(file), str(file))
+            record["segmentation"] = self._label_maps.read(_open(file), str(file))
         if self._maps is not None:
-            file = self._maps[path]
-            record["map"] = read_map(open_plane(file), str(file))
+            record["map"] = read_map(_open(self._maps[path]), str(self._maps[path]))
         return record
 
     def captions(self, indices: Iterable[int]) -> Iterator[str]:
@@ -136,19 +127,89 @@ class FolderSource:
         if self._captions is not None:
             yield from (self._caption(self.paths[i]) for i in indices)
 
-    def _caption(self, path: Path) -> str:
-        known = (self._captions or {}).get(path)
-        if known is not None or not self._sidecars:
-            return known or ""
-        return _sidecar_text(path)
-
     def name(self, index: int) -> str:
         return self.paths[index].relative_to(self.root).as_posix()
 
+    def _caption(self, path: Path) -> str:
+        """From the metadata, or from the text file beside the image; empty if neither has one."""
+        known, sidecar = (self._captions or {}).get(path), _sidecar(path)
+        if known is not None or not self._sidecars or not sidecar.is_file():
+            return known or ""
+        return sidecar.read_text(encoding="utf-8").strip()
 
-def open_bytes(content: bytes) -> Image.Image:
-    """An image whose header is read and whose pixels are not decoded yet."""
-    return Image.open(io.BytesIO(content))
+    def _read_captions(self, metadata: Metadata, key: str | None) -> dict[Path, str] | None:
+        """Captions of the metadata; None if there are no captions at all, not even in text files."""
+        found = {}
+        for path, row in metadata.items():
+            text = next((row[name] for name in ((key,) if key else CAPTION_NAMES) if row.get(name) is not None), None)
+            if text is not None:
+                found[path] = str(text)
+        if key and not found:
+            raise LatelierError(f"data.caption_key = {key!r} is in no metadata.csv or metadata.jsonl.")
+        beside = self._sidecars and any(_sidecar(path).is_file() for path in self.paths)
+        return found if found or beside else None
+
+    def _class_of_each(self, metadata: Metadata, label_key: str | None) -> list[str] | None:
+        """The class name of every image, from the metadata's label column or else from its folder."""
+        key = label_key or "label"
+        if any(row.get(key) not in (None, "") for row in metadata.values()):
+            for path in self.paths:
+                if metadata.get(path, {}).get(key) in (None, ""):
+                    raise LatelierError(f"{path} has no {key!r} in the metadata of {self.root}; every image needs one.")
+            return [str(metadata[path][key]) for path in self.paths]
+        if label_key:
+            raise LatelierError(f"data.label_key = {key!r}, but no metadata file in {self.root} has that column.")
+        names = [path.parent.relative_to(self.root).as_posix() for path in self.paths]
+        return None if "." in names or not self._sidecars else names
+
+
+class LabelMaps:
+    """Which ids label maps may have.
+
+    Pixels of the id `ignored` (VOC, COCO-stuff and Cityscapes mark unlabelled pixels with 255) become one more class,
+    the last, so that "unknown" is not mistaken for one of the classes. `count` is how many ids there are then; None if
+    `classes`, their number or names, is not known.
+    """
+
+    def __init__(self, classes: int | list[str] | None, ignored: int | None = None):
+        self._classes = len(classes) if isinstance(classes, list) else classes
+        self._ignored = ignored
+        if self._classes is None and ignored is not None:
+            raise LatelierError(f"data.ignore_id = {ignored} needs data.segmentation_classes, how many ids there are.")
+        self.count = None if self._classes is None else self._classes + (ignored is not None)
+
+    def read(self, stored: Image.Image | np.ndarray, name: str) -> np.ndarray:
+        """Ids `(h, w)`: uint8 where they fit, else int32; an error for colours, or an id that is too large."""
+        ids = np.asarray(stored)
+        if ids.ndim != 2 or not (np.issubdtype(ids.dtype, np.integer) or ids.dtype == bool):
+            raise LatelierError(f"The label map of {name} must be one channel of ids, not {ids.shape} of {ids.dtype}.")
+        if self._classes is None or self.count is None:
+            return ids.astype(np.uint8) if ids.dtype == bool else ids
+        ignored = np.zeros(ids.shape, bool) if self._ignored is None else ids == self._ignored
+        wrong = ((ids < 0) | (ids >= self._classes)) & ~ignored
+        if wrong.any():
+            raise LatelierError(
+                f"The label map of {name} has the id {ids[wrong][0]}, but data.segmentation_classes = {self._classes} "
+                f"allows 0..{self._classes - 1}; raise it, or set data.ignore_id."
+            )
+        ids = ids.astype(np.int32)
+        ids[ignored] = self._classes
+        return ids.astype(np.uint8) if self.count <= 256 else ids
+
+
+def read_map(stored: Image.Image | np.ndarray, name: str) -> np.ndarray:
+    """An image-like map, `(h, w)` or `(h, w, c)`, uint8 or uint16; other numbers have no fixed range."""
+    if isinstance(stored, Image.Image):
+        if stored.mode in ("P", "PA", "1"):
+            stored = stored.convert("L" if stored.mode == "1" else "RGB")
+        wide = stored.mode == "I" and stored.format == "PNG"  # how older versions of PIL open 16 bits
+        stored = np.asarray(stored).astype(np.uint16) if wide else np.asarray(stored)
+    if stored.dtype not in (np.uint8, np.uint16) or stored.ndim not in (2, 3):
+        raise LatelierError(
+            f"The map of {name} must be (h, w) or (h, w, c) of 8 or 16 bits without sign, not {stored.shape} of "
+            f"{stored.dtype}."
+        )
+    return stored
 
 
 def list_images(root: Path) -> list[Path]:
@@ -156,48 +217,33 @@ def list_images(root: Path) -> list[Path]:
     found = []
     for folder, folders, files in os.walk(root, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [
-            Path(folder, name)
-            for name in files
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
-        ]
+        visible = (Path(folder, name) for name in files if not name.startswith("."))
+        found += [path for path in visible if path.suffix.lower() in SUFFIXES]
     return sorted(found)
 
 
-def _lies_in(path: Path, folders: list[Path]) -> bool:
-    """Whether a file is a label map or a map: they may be kept below the folder of images."""
-    return bool(folders) and any(path.resolve().is_relative_to(folder) for folder in folders)
-
-
-def split_folders(root: Path, data: Data) -> dict[str, Path | None]:
-    """Sub-folders that are the splits of a folder: `train` is None where the folder itself is the training split.
-
-    Raises:
-        LatelierError: if a split that the recipe names is not there.
-    """
-    if not (root / data.split).is_dir():
-        if data.split == "train" and data.val_split is None:
+def split_folders(root: Path, split: str, val_split: str | None) -> dict[str, Path | None]:
+    """Sub-folders that are the splits of a folder: `train` is None where the folder itself is the training split."""
+    if not (root / split).is_dir():
+        if split == "train" and val_split is None:
             return {"train": None, "val": None}
-        raise LatelierError(f"The recipe names splits of {root}, but there is no folder {root / data.split}.")
-    vals = VAL_NAMES if data.val_split is None else (data.val_split,)
-    val = next((root / name for name in vals if name != data.split and (root / name).is_dir()), None)
-    if data.val_split is not None and val is None:
-        raise LatelierError(
-            f"data.val_split = {data.val_split!r}, but there is no other folder {root / data.val_split}."
-        )
-    return {"train": root / data.split, "val": val}
+        raise LatelierError(f"The recipe names splits of {root}, but there is no folder {root / split}.")
+    names = VAL_NAMES if val_split is None else (val_split,)
+    val = next((root / name for name in names if name != split and (root / name).is_dir()), None)
+    if val_split is not None and val is None:
+        raise LatelierError(f"data.val_split = {val_split!r}, but there is no other folder {root / val_split}.")
+    return {"train": root / split, "val": val}
 
 
-def _read_metadata(root: Path) -> tuple[dict[Path, dict[str, Any]], list[Path]]:
-    """Rows of all metadata tables below a folder, by the image's path."""
-    rows: dict[Path, dict[str, Any]] = {}
+def _read_metadata(root: Path) -> tuple[Metadata, list[Path]]:
+    """All metadata tables below a folder, and their files."""
+    rows: Metadata = {}
     files = sorted(path for name in METADATA for path in root.rglob(name))
     for path in files:
         with path.open(encoding="utf-8", newline="") as file:
             try:
-                table = (
-                    list(csv.DictReader(file)) if path.suffix == ".csv" else [json.loads(s) for s in file if s.strip()]
-                )
+                csv_rows = path.suffix == ".csv"
+                table = list(csv.DictReader(file)) if csv_rows else [json.loads(s) for s in file if s.strip()]
             except (ValueError, csv.Error) as error:
                 raise LatelierError(f"{path} cannot be read ({error}).") from None
         for row in table:
@@ -207,40 +253,25 @@ def _read_metadata(root: Path) -> tuple[dict[Path, dict[str, Any]], list[Path]]:
     return rows, files
 
 
-def _class_of_each(paths: list[Path], root: Path, metadata: dict[Path, dict[str, Any]], data: Data) -> list[str] | None:
-    """The class name of every image, from the metadata's label column or else from its folder."""
-    key = data.label_key or "label"
-    if any(row.get(key) not in (None, "") for row in metadata.values()):
-        for path in paths:
-            if metadata.get(path, {}).get(key) in (None, ""):
-                raise LatelierError(f"{path} has no {key!r} in the metadata of {root}; every image needs one.")
-        return [str(metadata[path][key]) for path in paths]
-    if data.label_key:
-        raise LatelierError(f"data.label_key = {data.label_key!r}, but no metadata file in {root} has that column.")
-    if data.boxes == "yolo":
-        return None
-    names = [path.parent.relative_to(root).as_posix() for path in paths]
-    return None if "." in names else names
-
-
-def _captions(paths: list[Path], metadata: dict[Path, dict[str, Any]], data: Data) -> dict[Path, str] | None:
-    """Captions known from the metadata; None if the images have no captions at all, not even beside them."""
-    keys = (data.caption_key,) if data.caption_key else CAPTION_NAMES
+def _partners(key: str, folder: Path, paths: list[Path], roots: list[Path]) -> dict[Path, Path]:
+    """For each image the file in another folder that has its name relative to one of the roots, whatever the suffix."""
+    files = {path.relative_to(folder).with_suffix(""): path for path in list_images(folder)}
+    if not files:
+        raise LatelierError(f"{key} = {str(folder)!r}: there are no files such as .png in this folder.")
     found = {}
-    for path, row in metadata.items():
-        text = next((row[key] for key in keys if row.get(key) is not None), None)
-        if text is not None:
-            found[path] = str(text)
-    if data.caption_key and not found:
-        raise LatelierError(f"data.caption_key = {data.caption_key!r} is in no metadata.csv or metadata.jsonl.")
-    return found if found or (data.boxes != "yolo" and any(_sidecar(path).is_file() for path in paths)) else None
+    for path in paths:
+        names = [path.relative_to(root).with_suffix("") for root in roots]
+        file = next((files[name] for name in names if name in files), None)
+        if file is None:
+            raise LatelierError(f"{key}: {folder} has no file for the image {path}; it would be {names[0]}.png.")
+        found[path] = file
+    return found
+
+
+def _open(path: Path) -> Any:
+    """A file's image, not decoded, or its array if it is a `.npy`."""
+    return np.load(path) if path.suffix == ".npy" else open_bytes(path.read_bytes())
 
 
 def _sidecar(path: Path) -> Path:
     return path.with_suffix(".txt")
-
-
-def _sidecar_text(path: Path) -> str:
-    """The text beside an image; without a text file an image's caption is empty."""
-    sidecar = _sidecar(path)
-    return sidecar.read_text(encoding="utf-8").strip() if sidecar.is_file() else ""

@@ -1,7 +1,7 @@
 """The latent cache: posteriors of all images on disk, encoded once, gathered from memory-mapped shards.
 
 A cache is a folder of `shard-00000.safetensors`, ... and `cache.json`. It holds the normalised mean and standard
-deviation of every image's posterior, and of its mirror image, so that z is drawn anew whenever it is used.
+deviation of every image's posterior, and of its mirror image, so that z is sampled anew whenever it is used.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -22,48 +21,27 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from latelier.data.order import permuted_index, share
+from latelier.data.order import mirrored, permuted_index, share
+from latelier.data.records import Images
 from latelier.errors import LatelierError
 from latelier.keyed_random import KeyedRandom
+from latelier.terminal import images_bar
 from latelier.tokenizers.codec import Codec
 
 INDEX_FILE = "cache.json"
 PIXELS_AT_ONCE = 64 * 256 * 256  # of a forward pass that measures statistics
-
-
-@runtime_checkable
-class Images(Protocol):
-    """What is encoded: `latelier.data.loader.ImageDataset`, or anything that gives its batches."""
-
-    class_names: list[str] | None
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """`(c, h, w)` of every image."""
-
-    def __len__(self) -> int: ...
-
-    def once(self, batch: int, process: int, processes: int) -> Iterator[dict[str, Any]]:
-        """One pass over the `process`-th of `processes` parts, in order: `image`, `index`, `label`, `caption`."""
-
-    def stream(
-        self, batch: int, start: int, process: int, processes: int, accumulation: int
-    ) -> Iterator[dict[str, Any]]:
-        """Training batches without end: `image`, `draw`."""
+Plan = Iterator[tuple[Int[Tensor, " b"], Int[Tensor, " b"], Bool[Tensor, " b"]]]  # sample ids, positions, flips
 
 
 class LatentCache:
-    """Posteriors of a dataset's images, read from a complete cache; `write` makes one, `open` checks its key.
+    """Posteriors of a dataset's images, from a complete cache; `write` makes one, `open` checks its key.
 
-    Args:
-        folder: the cache.
-        about: content of its `cache.json`.
+    `about` is the content of its `cache.json`.
     """
 
     def __init__(self, folder: Path, about: dict[str, Any]):
-        self.folder, self.about = folder, about
+        self.folder, self.about, self.latent_shape = folder, about, tuple(about["latent_shape"])
         self.class_names: list[str] | None = about["class_names"]
-        self.latent_shape = tuple(about["latent_shape"])
         self.flip: bool = about["key"]["flip"]
         self._files = [shard for shard in about["shards"] if shard["rows"]]
         self._shards = [_open_shard(folder / shard["file"]) for shard in self._files]
@@ -79,11 +57,7 @@ class LatentCache:
 
     @classmethod
     def open(cls, folder: str | Path, key: dict[str, Any] | None = None) -> LatentCache:
-        """Open a complete cache.
-
-        Args:
-            folder: the cache.
-            key: what it must have been made from (see `write`); None takes it as it is.
+        """Open a complete cache that was made from `key`, see `write`; None takes any.
 
         Raises:
             LatelierError: if there is none, it is unfinished, damaged, or made from something else.
@@ -95,7 +69,7 @@ class LatentCache:
         if key is not None:
             _check_key(folder, about["key"], json.loads(json.dumps(key)))
         if not about["complete"]:
-            raise LatelierError(f"The latent cache in {folder} is unfinished; `latelier encode` goes on with it.")
+            raise LatelierError(f"The latent cache in {folder} is unfinished; `latelier encode` continues it.")
         return cls(folder, about)
 
     @classmethod
@@ -112,13 +86,12 @@ class LatentCache:
         dtype: torch.dtype = torch.float16,
         overwrite: bool = False,
     ) -> LatentCache:
-        """Encode a dataset, or what is still missing of it, and open the cache.
+        """Encode a dataset, or what is still missing of it after an interruption, and open the cache.
 
-        Shards appear under their name only when they are whole, so that an interrupted call is continued by the next
-        one. In a distributed launch every process encodes its own shards.
+        In a distributed launch every process encodes its own shards.
 
         Args:
-            folder: where the cache goes; it must be seen by all processes.
+            folder: where the cache goes; all processes must see it.
             codec: tokenizer with statistics; the cache holds normalised latents.
             dataset: its `once` gives the images.
             key: what the latents depend on: tokenizer hash, data fingerprint, transform. A cache made from anything
@@ -128,19 +101,25 @@ class LatentCache:
             accelerator: the process group; None is a single process.
             shard_size: images per file.
             dtype: of the stored numbers.
-            overwrite: delete a cache that is there.
+            overwrite: delete an existing cache.
 
         Raises:
-            LatelierError: if the cache that is there was made from something else, or the disk is full.
+            LatelierError: if an existing cache was made from something else, or the disk is full.
         """
         folder = Path(folder)
-        process, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+        process, processes = _rank(accelerator)
         key = json.loads(json.dumps({**key, "flip": flip, "dtype": str(dtype).removeprefix("torch.")}))
-        about = _start(folder, codec, dataset, key, shard_size, accelerator, overwrite)
+        about = None if overwrite else _read_about(folder)
+        if about is None:
+            _wait(accelerator)  # all have looked before one of them writes
+            about = _start(folder, codec, dataset, key, max(processes, -(-len(dataset) // shard_size)), process == 0)
+            _wait(accelerator)
+        else:
+            _check_key(folder, about["key"], key)
         if not about["complete"]:
             shards = about["shards"]
             mine = [i for i in range(process, len(shards), processes) if not (folder / shards[i]["file"]).is_file()]
-            with _progress(len(dataset) * len(mine) // len(shards), process == 0) as advance:
+            with images_bar("encoding", len(dataset) * len(mine) // len(shards), process == 0) as advance:
                 for i in mine:
                     tensors = _encode(codec, dataset.once(batch, i, len(shards)), about, advance)
                     _save_shard(folder / shards[i]["file"], tensors)
@@ -151,88 +130,59 @@ class LatentCache:
         return cls.open(folder)
 
     def stream(
-        self,
-        batch: int,
-        start: int = 0,
-        process: int = 0,
-        processes: int = 1,
-        accumulation: int = 1,
-        seed: int = 0,
+        self, batch: int, start: int = 0, process: int = 0, processes: int = 1, accumulation: int = 1, seed: int = 0
     ) -> Iterator[dict[str, Any]]:
-        """Micro-batches without end, from the `start`-th image of the stream on.
-
-        Order and flips depend on `(seed, draw)` alone: a resumed run, and any number of processes and micro-batches,
-        see the same images.
-
-        Args:
-            batch: images per optimiser step over all processes.
-            start: images seen so far.
-            process, processes: which share of the batch is this process's.
-            accumulation: micro-batches per optimiser step.
-            seed: the run's seed.
+        """Micro-batches without end: the samples, order and flips of `ImageDataset.stream`, which see for arguments.
 
         Yields:
-            `mean` and `std` `(b, c, *grid)` float32, `draw` and `index` `(b,)`, and `label` `(b,)` and `caption` where
-            the data have them.
+            `mean` and `std` `(b, c, *grid)` float32, `sample_id`, `index`, and, if known, `label`, `caption`.
         """
-        for draws, positions, flipped in self.plan(batch, start, process, processes, accumulation, seed):
-            yield {**self.gather(positions, flipped), "sample_id": draws}
+        for sample_ids, positions, flipped in self.plan(batch, start, process, processes, accumulation, seed):
+            yield {**self.gather(positions, flipped), "sample_id": sample_ids}
 
-    def plan(
-        self, batch: int, start: int, process: int, processes: int, accumulation: int, seed: int
-    ) -> Iterator[tuple[Int[Tensor, " b"], Int[Tensor, " b"], Bool[Tensor, " b"]]]:
-        """Draws, positions and flips of the micro-batches of `stream`, without end."""
+    def plan(self, batch: int, start: int, process: int, processes: int, accumulation: int, seed: int) -> Plan:
+        """Sample ids, positions in the cache, and flips of the micro-batches of `stream`, without end."""
         micro_batches = [torch.arange(part.start, part.stop) for part in share(batch, process, processes, accumulation)]
         while True:
             for offsets in micro_batches:
-                draws = start + offsets  # (b,)
-                flipped = (
-                    KeyedRandom(seed, draws).uniform("flip") < 0.5 if self.flip else torch.zeros(len(draws)).bool()
-                )
-                yield draws, permuted_index(draws, len(self), seed), flipped
+                sample_ids = start + offsets  # (b,)
+                flipped = mirrored(sample_ids, seed) if self.flip else torch.zeros(len(sample_ids), dtype=torch.bool)
+                yield sample_ids, permuted_index(sample_ids, len(self), seed), flipped
             start += batch
 
     def gather(self, positions: Int[Tensor, " b"], flipped: Bool[Tensor, " b"] | None = None) -> dict[str, Any]:
         """The records at positions 0 .. len - 1, or their mirror images; see `stream` for what they hold."""
         shard, row = self._shard[positions], self._row[positions]  # (b,)
         side = torch.zeros_like(row) if flipped is None else flipped.long()  # (b,)
-        b = len(positions)
+        b, known = len(positions), self._shards[0]
         record: dict[str, Any] = {name: torch.empty(b, *self.latent_shape) for name in ("mean", "std")}
         record["index"] = self.index[positions]
-        first = self._shards[0]
-        if "label" in first:
-            record["label"] = torch.empty(b, dtype=torch.long)
-        if "caption" in first:
-            record["caption"] = [""] * b
+        record |= {"label": torch.empty(b, dtype=torch.long)} if "label" in known else {}
+        record |= {"caption": [""] * b} if "caption" in known else {}
         for number in shard.unique().tolist():
             where = (shard == number).nonzero()[:, 0]  # positions in the batch
             tensors, rows = self._shards[number], row[where]
-            for name in ("mean", "std"):
-                stored = tensors[name].flatten(
-                    0, 1
-                )  # (n, c, *grid), or (2 n, c, *grid): image, mirror image, image, ...
+            for name in ("mean", "std"):  # image, mirror image, image, ...: (n, c, *grid), or (2 n, c, *grid)
+                stored = tensors[name].flatten(0, 1)
                 record[name][where] = stored[rows * (1 + self.flip) + side[where]].float()
-            if "label" in first:
+            if "label" in known:
                 record["label"][where] = tensors["label"][rows]
-            if "caption" in first:
-                for i, r in zip(where.tolist(), rows.tolist()):
-                    record["caption"][i] = _caption(tensors, r)
+            if "caption" in known:
+                ends = tensors["caption_end"]
+                for i, begin, end in zip(where.tolist(), ends[rows].tolist(), ends[rows + 1].tolist()):
+                    record["caption"][i] = bytes(tensors["caption"][begin:end].numpy()).decode()
         return record
 
     def verify(self) -> None:
-        """Read everything and compare with the checksums.
-
-        Raises:
-            LatelierError: naming the first damaged shard.
-        """
+        """Read everything and compare with the checksums; an error names the first damaged shard."""
         for shard, tensors in zip(self._files, self._shards):
             if _digest(tensors) != shard["sha256"]:
                 raise LatelierError(f"{self.folder / shard['file']} is damaged; delete it and run `latelier encode`.")
 
 
-def draw_latents(batch: dict[str, Any], draws: KeyedRandom) -> Float[Tensor, "b c *grid"]:
-    """z = mean + std eps, with noise of its own for each draw of the stream."""
-    return torch.addcmul(batch["mean"], batch["std"], draws.normal("posterior", *batch["mean"].shape[1:]))
+def sample_posterior(batch: dict[str, Any], rng: KeyedRandom) -> Float[Tensor, "b c *grid"]:
+    """z = mean + std eps."""
+    return torch.addcmul(batch["mean"], batch["std"], rng.normal("posterior", *batch["mean"].shape[1:]))
 
 
 @torch.no_grad()
@@ -241,30 +191,20 @@ def latent_statistics(
 ) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
     """Mean and standard deviation, per channel, of raw latents sampled from their posteriors.
 
-    The images are the first of the training stream: a random part of the data, cropped and flipped as in training.
-    They and their noise do not depend on how many processes share the work. Sums are float64. A channel that is
-    constant gets a deviation of 1e-6, so that it can be normalised.
-
-    Args:
-        codec: a tokenizer without statistics.
-        dataset: the training images.
-        limit: how many images at most.
-        seed: of the posterior samples.
-        accelerator: the process group; None is a single process.
+    The images are the first `limit` of the training stream, cropped and flipped as in training. They and their noise
+    do not depend on how many processes share the work. Sums are float64. A constant channel gets a deviation of 1e-6,
+    so that it can be normalised.
     """
-    process, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    process, processes = _rank(accelerator)
     limit = min(limit, len(dataset))
     height, width = dataset.shape[1:]
     size = processes * max(1, min(64, PIXELS_AT_ONCE // (height * width)))
     sums = torch.zeros(3, codec.latent_shape(height, width)[0], dtype=torch.float64)  # count, sum, sum of squares
     for batch in islice(dataset.stream(size, 0, process, processes, 1), -(-limit // size)):
         posterior = codec.posterior(batch["image"].to(codec.device))
-        noise = KeyedRandom(seed, batch["sample_id"], posterior.mean.device).normal(
-            "statistics", *posterior.mean.shape[1:]
-        )
-        z = (posterior.mean + posterior.std * noise)[
-            (batch["sample_id"] < limit).to(posterior.mean.device)
-        ]  # (b, c, *grid)
+        rng = KeyedRandom(seed, batch["sample_id"], posterior.mean.device)
+        z = posterior.mean + posterior.std * rng.normal("statistics", *posterior.mean.shape[1:])  # (b, c, *grid)
+        z = z[(batch["sample_id"] < limit).to(z.device)]
         z = z.transpose(0, 1).flatten(1).cpu().double()  # (c, n)
         sums += torch.stack([torch.ones_like(z).sum(1), z.sum(1), (z * z).sum(1)])
     if accelerator is not None and processes > 1:
@@ -274,44 +214,27 @@ def latent_statistics(
     return mean.float(), (squares / count - mean**2).clamp(min=1e-12).sqrt().float()
 
 
-# -- writing ----------------------------------------------------------------------------------------------------------
-
-
 def _start(
-    folder: Path,
-    codec: Codec,
-    dataset: Images,
-    key: dict[str, Any],
-    shard_size: int,
-    accelerator: Accelerator | None,
-    overwrite: bool,
+    folder: Path, codec: Codec, dataset: Images, key: dict[str, Any], shards: int, is_main: bool
 ) -> dict[str, Any]:
-    """The plan of the cache: the one that is there, if it is of the same making, or a new one."""
-    about = None if overwrite else _read_about(folder)
-    if about is not None:
-        _check_key(folder, about["key"], key)
-        return about
-    _wait(accelerator)  # all have looked before one of them writes
-    processes = accelerator.num_processes if accelerator else 1
-    count = max(1, min(len(dataset), max(processes, -(-len(dataset) // shard_size))))
+    """The content of a new `cache.json`; the main process writes it and deletes what was there."""
     about = {
         "complete": False,
         "key": key,
         "latent_shape": list(codec.latent_shape(*dataset.shape[1:])),
         "class_names": dataset.class_names,
-        "shards": [{"file": f"shard-{i:05d}.safetensors"} for i in range(count)],
+        "shards": [{"file": f"shard-{i:05d}.safetensors"} for i in range(max(1, min(len(dataset), shards)))],
     }
-    if accelerator is None or accelerator.is_main_process:
+    if is_main:
         folder.mkdir(parents=True, exist_ok=True)
         for old in (folder / INDEX_FILE, *folder.glob("shard-*")):
             old.unlink(missing_ok=True)
         _write_about(folder, about)
-    _wait(accelerator)
     return about
 
 
 def _finish(folder: Path, about: dict[str, Any]) -> None:
-    """Note how many rows and which checksum every shard has; from now on the cache is complete."""
+    """Note the rows and the checksum of every shard; from now on the cache is complete."""
     for shard in about["shards"]:
         with safe_open(folder / shard["file"], "pt") as file:
             shard["sha256"] = file.metadata()["sha256"]
@@ -323,10 +246,7 @@ def _finish(folder: Path, about: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def _encode(
-    codec: Codec,
-    batches: Iterator[dict[str, Any]],
-    about: dict[str, Any],
-    advance: Callable[[int], None],
+    codec: Codec, batches: Iterator[dict[str, Any]], about: dict[str, Any], advance: Callable[[int], None]
 ) -> dict[str, Tensor]:
     """One shard's tensors."""
     dtype, flip = getattr(torch, about["key"]["dtype"]), about["key"]["flip"]
@@ -354,13 +274,8 @@ def _pack(captions: list[str]) -> dict[str, Tensor]:
     return {"caption": torch.frombuffer(bytearray(b"".join(data) or b" "), dtype=torch.uint8), "caption_end": ends}
 
 
-def _caption(tensors: dict[str, Tensor], row: int) -> str:
-    begin, end = tensors["caption_end"][row : row + 2].tolist()
-    return bytes(tensors["caption"][begin:end].numpy()).decode()
-
-
 def _save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write beside, then rename: what bears the name is whole."""
+    """Write to a temporary file, then rename it, so that a shard is never half there."""
     temporary = path.with_suffix(".tmp")
     try:
         save_file(tensors, temporary, metadata={"sha256": _digest(tensors)})
@@ -369,7 +284,7 @@ def _save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
         temporary.unlink(missing_ok=True)
         raise LatelierError(
             f"The latent cache could not be written to {path} ({error}); free some space and run the same command "
-            "again, which goes on from the last whole shard."
+            "again, which continues from the last whole shard."
         ) from None
 
 
@@ -379,9 +294,6 @@ def _digest(tensors: dict[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(tensors[name].contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-# -- reading ----------------------------------------------------------------------------------------------------------
 
 
 def _open_shard(path: Path) -> dict[str, Tensor]:
@@ -416,23 +328,11 @@ def _check_key(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
         )
 
 
+def _rank(accelerator: Accelerator | None) -> tuple[int, int]:
+    """This process's number, and how many there are."""
+    return (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+
+
 def _wait(accelerator: Accelerator | None) -> None:
     if accelerator is not None:
         accelerator.wait_for_everyone()
-
-
-@contextmanager
-def _progress(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A bar with images per second and the time that is left."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    speed = TextColumn("{task.fields[speed]}")
-    columns = (TextColumn("[bold]encoding"), BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as progress:
-        task = progress.add_task("encoding", total=total, speed="")
-
-        def advance(images: int) -> None:
-            progress.update(task, advance=images, speed=f"{progress.tasks[0].speed or 0:,.0f} img/s")
-
-        yield advance

@@ -1,6 +1,6 @@
-"""Batches of images: an endless stream addressed by images seen, and single passes.
+"""Batches of images: an endless training stream, numbered by images seen, and single passes.
 
-What a batch holds depends on `(seed, draw)` alone. Decoded images are kept in memory where they fit; otherwise
+What a batch holds depends on `(seed, sample_id)` alone. Decoded images are kept in memory where they fit; otherwise
 worker processes decode them again each time. Both give the same images.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from latelier.data.memory import Memory
 from latelier.data.order import permuted_index, share
-from latelier.data.reading import Failures, Job, Reader, RowReader, pack, unpack
-from latelier.data.sources import Source, captions_of, digest
+from latelier.data.reading import Failures, Job, Memory, Reader, RowReader, pack, unpack
+from latelier.data.records import Source, digest
+from latelier.data.sources import captions_of
 from latelier.data.tables import StreamSource
 from latelier.data.transforms import Transform
 from latelier.errors import LatelierError
@@ -28,11 +28,11 @@ from latelier.recipe import Data
 
 MEMORY_LIMIT = 1_000_000_000  # bytes of pixels
 NAMED_IN_ERRORS = 3
-WORTH_LEAVING = 2048  # images that a short pass need not decode
+WORTH_LEAVING = 2048  # a pass that leaves out more images than this does not decode the whole source first
 
 
 class ImageDataset:
-    """Images of a source as tensors in [-1, 1].
+    """Images of a source as tensors in [-1, 1]; `latelier.data.records.Batch` tells what batches hold.
 
     Args:
         source: from `latelier.data.sources.open_source`.
@@ -41,11 +41,11 @@ class ImageDataset:
         skip_log: unreadable images are appended to this file, one JSON object `{index, name, reason}` each.
 
     Attributes:
-        class_names: index = label; None without labels.
-        box_names: names of the classes of boxes, index = box label; None without boxes, or if they are not known.
-        segmentation_classes: how many ids the label maps have; None without them, or if it is not known.
+        class_names, box_names, segmentation_classes: of the source; None where it has none or does not know them.
         fingerprint: changes when evaluation would see other images.
         shape: `(c, h, w)`.
+        flips_latents: whether a latent cache should hold mirror images too: it stores one caption per image, so not
+            where the mirror image has another caption (scenes: left and right). The image stream swaps the captions.
 
     Raises:
         LatelierError: if `in_memory` is asked for where it is not possible.
@@ -53,13 +53,16 @@ class ImageDataset:
 
     def __init__(self, source: Source | StreamSource, data: Data, seed: int = 0, skip_log: Path | None = None):
         self.source, self.data, self.seed, self.skip_log = source, data, seed, skip_log
-        self.transform = Transform(data, seed)
+        self.transform = Transform(
+            data.image_size, data.channels, data.crop, data.crop_scale, data.flip, data.background, seed
+        )
         self.shape: tuple[int, int, int] = (data.channels, *data.image_size)
         self.class_names: list[str] | None = source.class_names
         self.box_names: list[str] | None = getattr(source, "box_names", None)
         self.segmentation_classes: int | None = getattr(source, "segmentation_classes", None)
+        self.flips_latents: bool = data.flip and not getattr(source, "mirrored_captions", False)
         self.fingerprint: str = digest(source.fingerprint, self.transform.fingerprint)
-        self.in_memory = self._fits()
+        self.in_memory = self._fits(data.in_memory)
         self._memory: Memory | None = None
         self._failed: dict[int, str] = {}
 
@@ -69,10 +72,10 @@ class ImageDataset:
     def stream(
         self, batch: int, start: int = 0, process: int = 0, processes: int = 1, accumulation: int = 1
     ) -> Iterator[dict[str, Any]]:
-        """Micro-batches without end, from the `start`-th image of the stream on.
+        """Training micro-batches without end, from sample `start` on.
 
-        Draw n belongs to epoch `n // len(self)`, and each epoch has an order of its own. An optimiser step takes the
-        next `batch` draws. An image that cannot be read is replaced by the next one of the source that can.
+        An optimiser step takes the next `batch` samples; every epoch has its own order. An image that cannot be read is
+        replaced by the next one of the source that can.
 
         Args:
             batch: images per optimiser step over all processes.
@@ -80,18 +83,13 @@ class ImageDataset:
             process, processes: which share of the batch is this process's.
             accumulation: micro-batches per optimiser step.
 
-        Yields:
-            `image` `(b, c, h, w)` in [-1, 1], `draw` and `index` `(b,)` int64, and where the source has them `label`
-            `(b,)` int64, `caption` (list of str), `boxes` (list of `(n, 4)`, relative x0 y0 x1 y1), `box_labels` (list
-            and `box_flags` of `(n,)`), `segmentation` and `mask` `(b, h, w)`, `map` `(b, c, h, w)` in [-1, 1].
-
         Raises:
             LatelierError: if `batch` cannot be divided, or more than `max_skipped` of the images cannot be read.
         """
         parts = share(batch, process, processes, accumulation)
         if isinstance(self.source, StreamSource):
             rows = RowReader(self.source, self.transform)
-            yield from self._load(_Streamed(rows, batch, start, parts), process, processes)
+            yield from self._load(_Rows(rows.stream, batch, start, parts), processes)
         else:
             yield from self._run(self._jobs(batch, start, parts), process, processes)
 
@@ -105,15 +103,13 @@ class ImageDataset:
             batch: images per batch; the last one may have fewer.
             process, processes: every `processes`-th image, from the `process`-th on, is this process's.
             flip: give mirror images.
-            limit: use only so many images, spread evenly over the source (streamed: the first).
+            limit: at most this many images, spread evenly over the source (streamed: the first).
             whole: deal out batches rather than images, so that they are the same for any number of processes.
-
-        Yields:
-            What `stream` yields, without `draw`.
         """
         if isinstance(self.source, StreamSource):
-            rows, place = RowReader(self.source, self.transform), (0, 1) if whole else (process, processes)
-            batches = self._load(_Pass(rows, batch, *place, flip, limit), process, processes)
+            rows = RowReader(self.source, self.transform)
+            part = (0, 1) if whole else (process, processes)
+            batches = self._load(_Rows(rows.once, batch, *part, flip, limit), processes)
             yield from islice(batches, process, None, processes) if whole else batches
             return
         count = len(self) if limit is None else min(limit, len(self))
@@ -121,92 +117,71 @@ class ImageDataset:
         parts = index.split(batch)[process::processes] if whole else index[process::processes].split(batch)
         jobs = [Job(part, part, False, [flip] * len(part)) for part in parts if len(part)]
         few = self._memory is None and len(self) - count > WORTH_LEAVING  # decoding all of them would take longer
-        yield from self._run(jobs, process, processes, most_workers=len(jobs), in_memory=self.in_memory and not few)
+        yield from self._run(jobs, process, processes, len(jobs), self.in_memory and not few)
 
     def follow(
         self, plan: Iterable[tuple[Tensor, list[bool]]], process: int = 0, processes: int = 1
     ) -> Iterator[dict[str, Any]]:
-        """The images of a plan, with the crop of `once`: what a cache's latents were made from, and all that is known
-        of it.
+        """Images in a given order, with the crop of `once`: those that cached latents were made from.
 
         Args:
             plan: for each batch, which images `(b,)` int64 and which of them are mirrored; it may have no end.
             process, processes: this process, for the number of workers.
-
-        Yields:
-            What `once` yields, one batch for each of the plan's, with all of its images in order.
 
         Raises:
             LatelierError: if an image cannot be read any more, or the data are streamed.
         """
         if isinstance(self.source, StreamSource):
             raise LatelierError(
-                "data.streaming = true: streamed images cannot be looked up by number, so that latents from a cache "
-                "cannot be given their boxes, maps or images; set denoiser.cache=false."
+                "data.streaming = true: streamed images cannot be looked up by number, so cached latents cannot be "
+                "given their boxes, maps or images; set denoiser.cache=false."
             )
         jobs = (Job(index, index, False, list(flipped), whole=True) for index, flipped in plan)
         yield from self._run(jobs, process, processes)
 
     def captions(self) -> Iterator[str]:
-        """One pass over the captions, of which images are not decoded; nothing if there are none."""
+        """One pass over the captions, without decoding images; nothing if there are none."""
         if isinstance(self.source, StreamSource):
             yield from self.source.captions()
         else:
             yield from captions_of(self.source, range(len(self)))
 
     def _jobs(self, batch: int, start: int, parts: list[range]) -> Iterator[Job]:
-        """The endless plan: which draws show which images."""
+        """The endless plan: which samples show which images."""
         while True:
             for part in parts:
-                draws = torch.arange(start + part.start, start + part.stop)  # (b,)
-                index = permuted_index(draws, len(self), self.seed)
-                yield Job(draws, index, True, self.transform.flipped(draws))
+                sample_ids = torch.arange(start + part.start, start + part.stop)  # (b,)
+                index = permuted_index(sample_ids, len(self), self.seed)
+                yield Job(sample_ids, index, True, self.transform.flipped(sample_ids))
             start += batch
 
     def _run(
-        self,
-        jobs: Iterable[Job],
-        process: int,
-        processes: int,
-        most_workers: int | None = None,
+        self, jobs: Iterable[Job], process: int, processes: int, most_workers: int | None = None,
         in_memory: bool | None = None,
-    ) -> Iterator[dict[str, Any]]:
+    ) -> Iterator[dict[str, Any]]:  # fmt: skip
         """The batches of jobs, from memory or from worker processes."""
         assert not isinstance(self.source, StreamSource)
         if not (self.in_memory if in_memory is None else in_memory):
             reader = Reader(self.source, self.transform, tries=self._allowed() + 1)
-            yield from self._load(reader, process, processes, jobs, most_workers)
+            yield from self._load(reader, processes, jobs, most_workers)
             return
         if self._memory is None:
             memory = Memory(self.source, self.transform, progress=process == 0)
             self._note(memory.failures, log=process == 0)
             self._memory = memory
-        for job in jobs:
-            batch = self._memory.batch(job)
-            if batch is not None:
-                yield batch
+        yield from (batch for job in jobs if (batch := self._memory.batch(job)) is not None)
 
     def _load(
-        self,
-        dataset: Dataset,
-        process: int,
-        processes: int,
-        jobs: Iterable[Job] | None = None,
-        most_workers: int | None = None,
+        self, dataset: Dataset, processes: int, jobs: Iterable[Job] | None = None, most_workers: int | None = None
     ) -> Iterator[dict[str, Any]]:
-        """Batches that worker processes prepare ahead; what they could not read is noted here."""
+        """Batches that worker processes prepare ahead; unreadable images are noted here."""
         workers = self._workers(processes) if most_workers is None else min(self._workers(processes), most_workers)
         if isinstance(dataset, IterableDataset):
             workers = min(workers, 1)
         loader = DataLoader(
-            dataset,
-            sampler=jobs,
-            batch_size=None,
-            num_workers=workers,
-            collate_fn=pack,
-            persistent_workers=workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
+            dataset, sampler=jobs, batch_size=None, num_workers=workers, collate_fn=pack,
+            persistent_workers=workers > 0, pin_memory=torch.cuda.is_available(),
+        )  # fmt: skip
         for batch in loader:
             if "error" in batch:
                 raise LatelierError(batch["error"])
@@ -215,21 +190,19 @@ class ImageDataset:
                 yield unpack(batch)
 
     def _workers(self, processes: int) -> int:
-        """Worker processes of this process."""
         if self.data.workers is not None:
             return self.data.workers
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return max(1, min(16, cores // processes))
 
-    def _fits(self) -> bool:
+    def _fits(self, wanted: bool | None) -> bool:
         """Whether decoded images are kept in memory."""
-        possible = self.data.crop != "random" and not isinstance(self.source, StreamSource)
-        if self.data.in_memory and not possible:
+        possible = self.transform.crop != "random" and not isinstance(self.source, StreamSource)
+        if wanted and not possible:
             raise LatelierError("data.in_memory = true needs data.crop other than random and data.streaming = false.")
-        if self.data.in_memory is not None:
-            return self.data.in_memory
-        _, height, width = self.shape
-        return possible and len(self.source) * self.transform.deep * height * width < MEMORY_LIMIT
+        if wanted is not None:
+            return wanted
+        return possible and len(self) * self.transform.deep * self.shape[1] * self.shape[2] < MEMORY_LIMIT
 
     def _allowed(self) -> int:
         return int(self.data.max_skipped * len(self))
@@ -250,24 +223,14 @@ class ImageDataset:
             )
 
 
-class _Streamed(IterableDataset):
-    """The endless stream of a dataset that is read in order, in one worker."""
+class _Rows(IterableDataset):
+    """Batches of a dataset that is read in order, in one worker."""
 
-    def __init__(self, rows: RowReader, batch: int, start: int, parts: list[range]):
-        self.rows, self.batch, self.start, self.parts = rows, batch, start, parts
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return self.rows.stream(self.batch, self.start, self.parts)
-
-
-class _Pass(IterableDataset):
-    """One pass over a dataset that is read in order, in one worker."""
-
-    def __init__(self, rows: RowReader, batch: int, process: int, processes: int, flip: bool, limit: int | None):
-        self.rows, self.arguments = rows, (batch, process, processes, flip, limit)
+    def __init__(self, batches: Callable[..., Iterator[dict[str, Any]]], *arguments: Any):
+        self.batches, self.arguments = batches, arguments
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return self.rows.once(*self.arguments)
+        return self.batches(*self.arguments)
 
 
 def _append(path: Path, entries: list[dict[str, Any]]) -> None:

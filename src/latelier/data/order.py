@@ -1,37 +1,40 @@
-"""In which order an endless stream visits a finite set of images."""
+"""The training stream: which image each sample shows, whether it is mirrored, and which process takes it.
+
+The stream is endless; its samples are numbered 0, 1, 2, ... (`sample_id`).
+"""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from latelier.errors import LatelierError
 from latelier.keyed_random import fold_in
 
 
-def permuted_index(numbers: Int[Tensor, " b"], size: int, seed: int) -> Int[Tensor, " b"]:
-    """Which image each draw of the stream shows.
+def permuted_index(sample_ids: Int[Tensor, " b"], size: int, seed: int) -> Int[Tensor, " b"]:
+    """Which of `size` images each sample shows.
 
-    Draw n belongs to epoch `n // size`; every epoch shows every image once, in an order of its own.
-
-    Args:
-        numbers: `(b,)` numbers of the draws, 0, 1, 2, ...
-        size: how many images there are.
-        seed: the run's seed.
+    Sample n belongs to epoch `n // size`; every epoch shows every image once, in its own order.
     """
-    epochs = torch.div(numbers, size, rounding_mode="floor")
-    index = torch.empty_like(numbers)
+    epochs = torch.div(sample_ids, size, rounding_mode="floor")
+    index = torch.empty_like(sample_ids)
     for epoch in epochs.unique().tolist():
         inside = epochs == epoch
-        index[inside] = _permutation(size, seed, epoch)[numbers[inside] - epoch * size]
+        index[inside] = _permutation(size, seed, epoch)[sample_ids[inside] - epoch * size]
     return index
 
 
+def mirrored(sample_ids: Int[Tensor, " b"], seed: int) -> Bool[Tensor, " b"]:
+    """Which samples are mirrored, each with probability 1/2; image stream and latent cache agree by this function."""
+    return torch.tensor([bool(fold_in(seed, "flip", n) & 1) for n in sample_ids.tolist()], dtype=torch.bool)
+
+
 def share(batch: int, process: int, processes: int, accumulation: int) -> list[range]:
-    """Offsets within an optimiser step's `batch` draws of this process's micro-batches, one range each.
+    """This process's micro-batches as ranges of offsets within an optimiser step of `batch` samples.
 
     Raises:
         LatelierError: if the batch cannot be split evenly.
@@ -48,5 +51,4 @@ def share(batch: int, process: int, processes: int, accumulation: int) -> list[r
 
 @lru_cache(maxsize=4)
 def _permutation(size: int, seed: int, epoch: int) -> Tensor:
-    generator = torch.Generator().manual_seed(fold_in(seed, "order", epoch))
-    return torch.randperm(size, generator=generator)
+    return torch.randperm(size, generator=torch.Generator().manual_seed(fold_in(seed, "order", epoch)))

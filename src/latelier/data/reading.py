@@ -1,9 +1,10 @@
-"""What worker processes do: read records, decode them, and make batches of them."""
+"""Read records, decode them, and make batches: in worker processes, in order from a stream, or from memory."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -12,74 +13,45 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from latelier.data.sources import Source
+from latelier.data.records import UNREADABLE, Source
 from latelier.data.tables import StreamSource
-from latelier.data.transforms import BOXES, PLANAR, UNREADABLE, Transform, mirror
+from latelier.data.transforms import BOXES, PLANES, Transform, mirror
 from latelier.errors import LatelierError
+from latelier.terminal import images_bar
 
 Failures = list[tuple[int, str]]  # index and reason of images that cannot be read
 DECODING_THREADS = 4
+CHUNK = 256  # images between two updates of the progress bar
+PATIENCE = 5.0  # seconds before a progress bar is shown
 
 
 class Job(NamedTuple):
-    """One micro-batch to be made.
+    """One micro-batch to be made."""
 
-    Attributes:
-        numbers: `(b,)` draws of the training stream; in a single pass the same as `index`.
-        index: `(b,)` which images.
-        training: draw crops at random, and replace unreadable images instead of leaving them out.
-        flipped: which are mirrored.
-        whole: nothing may be left out: an image that cannot be read is an error.
-    """
-
-    numbers: Tensor
-    index: Tensor
-    training: bool
-    flipped: list[bool]
-    whole: bool = False
+    sample_ids: Tensor  # (b,) numbers in the training stream; in a single pass the same as `index`
+    index: Tensor  # (b,) which images
+    training: bool  # crop at random, and replace unreadable images instead of leaving them out
+    flipped: list[bool]  # which are mirrored
+    whole: bool = False  # an image that cannot be read is an error
 
 
 class Reader(Dataset):
-    """A source whose items are the batches of jobs; a batch also says which images could not be read (`failures`).
+    """A source whose items are the batches of jobs; a batch also lists the images that could not be read (`failures`).
 
-    Args:
-        source: the records.
-        transform: what is done to them.
-        tries: how many images in a row may be unreadable before the search for a replacement is given up.
+    The search for a replacement is given up when `tries` images in a row are unreadable.
     """
 
     def __init__(self, source: Source, transform: Transform, tries: int):
         self.source, self.transform, self.tries = source, transform, tries
 
     def __getitem__(self, job: Job) -> dict[str, Any]:
-        rows, places, failures = [], [], []
-        try:
-            for place, (number, index) in enumerate(zip(job.numbers.tolist(), job.index.tolist())):
-                tries = min(self.tries, len(self.source)) if job.training else 1
-                for candidate in ((index + k) % len(self.source) for k in range(tries)):
-                    try:
-                        record = self.source[candidate]
-                        row = self.transform.record(record, number if job.training else None)
-                    except UNREADABLE as error:
-                        if job.whole:
-                            raise LatelierError(missing_image(self.source.name(candidate), reason(error))) from None
-                        failures.append((candidate, reason(error)))
-                        continue
-                    rows.append({**row, "index": candidate})
-                    places.append(place)
-                    break
-            return {**assemble(rows, places, job, self.transform), "failures": failures}
-        except LatelierError as error:  # a worker's exception would arrive with its traceback as its message
-            return {"error": str(error)}
+        size, tries = len(self.source), min(self.tries, len(self.source)) if job.training else 1
+        candidates = [[(index + k) % size for k in range(tries)] for index in job.index.tolist()]
+        return _assemble(job, candidates, self.source.__getitem__, self.transform, self.source.name, map)
 
 
 class RowReader:
-    """Batches of a dataset that is read in order.
-
-    Args:
-        source: its rows.
-        transform: what is done to them.
-    """
+    """Batches of a dataset that is read in order."""
 
     def __init__(self, source: StreamSource, transform: Transform):
         self.source, self.transform = source, transform
@@ -91,8 +63,8 @@ class RowReader:
         while True:
             step = list(itertools.islice(rows, batch))
             for part in parts:
-                draws = torch.arange(start + part.start, start + part.stop)
-                job = Job(draws, draws, True, self.transform.flipped(draws))
+                sample_ids = torch.arange(start + part.start, start + part.stop)
+                job = Job(sample_ids, sample_ids, True, self.transform.flipped(sample_ids))
                 yield self._batch(job, [step[offset:] + step[:offset] for offset in part])
             start += batch
 
@@ -114,75 +86,123 @@ class RowReader:
                 raise LatelierError(f"{self.source.name(0)} is not there: the dataset has no rows to stream.")
 
     def _batch(self, job: Job, candidates: list[list[tuple[int, dict[str, Any]]]]) -> dict[str, Any]:
-        """One micro-batch; of each place's candidates, the first that can be read."""
-        try:
-            with ThreadPoolExecutor(DECODING_THREADS) as pool:
-                found = list(pool.map(self._first, candidates, job.numbers.tolist(), [job.training] * len(candidates)))
-            failures = [failure for _, failed in found for failure in failed]
-            places = [place for place, (row, _) in enumerate(found) if row is not None]
-            rows = [row for row, _ in found if row is not None]
-            return {**assemble(rows, places, job, self.transform), "failures": failures}
-        except LatelierError as error:
-            return {"error": str(error)}
+        """One micro-batch; of each slot's candidates, the first that can be read."""
+        rows = {index: row for slot in candidates for index, row in slot}
+        numbers = [[index for index, _ in slot] for slot in candidates]
+        with ThreadPoolExecutor(DECODING_THREADS) as pool:
+            opened = lambda index: self.source.record(rows[index])  # noqa: E731
+            return _assemble(job, numbers, opened, self.transform, self.source.name, pool.map)
 
-    def _first(
-        self, candidates: list[tuple[int, dict[str, Any]]], number: int, training: bool
-    ) -> tuple[dict[str, Any] | None, Failures]:
+
+class Memory:
+    """Pixels and records of a whole source, decoded once, with the deterministic crop.
+
+    `failures` lists the images that cannot be read; with `progress` a bar is shown if decoding takes long.
+    """
+
+    def __init__(self, source: Source, transform: Transform, progress: bool = True):
+        self.source, self.transform = source, transform
+        size = len(source)
+        self._pixels = torch.zeros(size, transform.deep, transform.height, transform.width, dtype=torch.uint8)
+        self._rows: list[dict[str, Any] | None] = []
+        self.failures: Failures = []
+        bar = images_bar("decoding", size, progress, PATIENCE)
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool, bar as advance:
+            for row in pool.map(self._read, range(size)):
+                self._rows.append(row)
+                if len(self._rows) % CHUNK == 0:
+                    advance(CHUNK)
+        self.failures.sort()
+        self._readable = torch.tensor([row is not None for row in self._rows])
+        self._next = _next_readable(self._readable)
+
+    def batch(self, job: Job) -> dict[str, Any] | None:
+        """The batch of a job; None if none of its images can be read."""
+        if job.training:
+            index, slots = self._next[job.index], list(range(len(job.index)))
+        else:
+            slots = self._readable[job.index].nonzero()[:, 0].tolist()
+            index = job.index[slots]
+        if job.whole and len(slots) < len(job.index):
+            lost = int(job.index[~self._readable[job.index]][0])
+            raise _lost(self.source.name(lost), dict(self.failures)[lost])
+        if not slots:
+            return None
+        rows = [row for i in index.tolist() if (row := self._rows[i]) is not None]
+        return _finish(self._pixels[index], rows, slots, job, self.transform)
+
+    def _read(self, index: int) -> dict[str, Any] | None:
+        try:
+            row = self.transform.record(self.source[index])
+        except UNREADABLE as error:
+            self.failures.append((index, reason(error)))
+            return None
+        self._pixels[index] = row.pop("image")
+        return {**row, "index": index}
+
+
+def _assemble(
+    job: Job,
+    candidates: list[list[int]],
+    opened: Callable[[int], dict[str, Any]],
+    transform: Transform,
+    name: Callable[[int], str],
+    over: Callable[..., Iterable[Any]],
+) -> dict[str, Any]:
+    """A job's batch with its `failures`, or its `error`.
+
+    Each row has the indices of its candidates; the first that can be read is taken. `opened` gives the record of an
+    index, `name` what to call it, and `over` is `map`, or that of a pool.
+    """
+
+    def first(indices: list[int], sample_id: int | None) -> tuple[dict[str, Any] | None, Failures]:
         failures: Failures = []
-        for index, row in candidates:
+        for index in indices:
             try:
-                record = self.transform.record(self.source.record(row), number if training else None)
-                return {**record, "index": index}, failures
+                return {**transform.record(opened(index), sample_id), "index": index}, failures
             except UNREADABLE as error:
+                if job.whole:
+                    raise _lost(name(index), reason(error)) from None
                 failures.append((index, reason(error)))
         return None, failures
 
-
-def assemble(rows: list[dict[str, Any]], places: list[int], job: Job, transform: Transform) -> dict[str, Any]:
-    """A batch of records that `Transform.record` made; empty if there are none.
-
-    Args:
-        rows: the records, with their `index`.
-        places: the job's row of each.
-        job: which draws they are and which are mirrored.
-        transform: finishes the images.
-    """
-    if not rows:
-        return {}
-    pixels = torch.stack([row["image"] for row in rows])  # (b, d, h, w)
-    return {**finish(pixels, places, job, transform), **columns(rows, [job.flipped[place] for place in places])}
+    try:
+        found = list(over(first, candidates, job.sample_ids.tolist() if job.training else [None] * len(candidates)))
+        slots = [slot for slot, (row, _) in enumerate(found) if row is not None]
+        rows = [row for row, _ in found if row is not None]
+        failures = [failure for _, failed in found for failure in failed]
+        pixels = torch.stack([row["image"] for row in rows]) if rows else None  # (b, d, h, w)
+        batch = {} if pixels is None else _finish(pixels, rows, slots, job, transform)
+        return {**batch, "failures": failures}
+    except LatelierError as error:  # a worker's exception would arrive with its traceback as its message
+        return {"error": str(error)}
 
 
-def finish(pixels: UInt8[Tensor, "b d h w"], places: list[int], job: Job, transform: Transform) -> dict[str, Any]:
-    """`image`, and in training `draw`, of a batch."""
-    numbers = job.numbers[places]
-    image = transform.finish(pixels, [job.flipped[place] for place in places], numbers)  # (b, c, h, w)
-    return {"image": image, "sample_id": numbers} if job.training else {"image": image}
+def _finish(
+    pixels: UInt8[Tensor, "b d h w"], rows: list[dict[str, Any]], slots: list[int], job: Job, transform: Transform
+) -> dict[str, Any]:
+    """The batch: `image`, in training `sample_id`, and all else that the records hold."""
+    flipped, sample_ids = [job.flipped[slot] for slot in slots], job.sample_ids[slots]
+    batch: dict[str, Any] = {"image": transform.finish(pixels, flipped, sample_ids)}  # (b, c, h, w)
+    if job.training:
+        batch["sample_id"] = sample_ids
+    return {**batch, **_columns([mirror(row) if flip else row for row, flip in zip(rows, flipped)])}
 
 
-def columns(rows: list[dict[str, Any]], flipped: list[bool]) -> dict[str, Any]:
+def _columns(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Everything in a batch but its images."""
-    rows = [mirror(row) if flip else row for row, flip in zip(rows, flipped)]
     batch: dict[str, Any] = {"index": torch.tensor([row["index"] for row in rows])}
     if "label" in rows[0]:
         batch["label"] = torch.tensor([row["label"] for row in rows])
-    for key in ("caption", *BOXES):
-        if key in rows[0]:
-            batch[key] = [row[key] for row in rows]
-    for key in PLANAR:
-        if key in rows[0]:
-            batch[key] = torch.stack([row[key] for row in rows])
+    batch |= {key: [row[key] for row in rows] for key in ("caption", *BOXES) if key in rows[0]}
+    batch |= {key: torch.stack([row[key] for row in rows]) for key in PLANES if key in rows[0]}
     if "map" in rows[0]:
         batch["map"] = _stack_maps([row["map"] for row in rows])  # (b, c, h, w)
     return batch
 
 
 def _stack_maps(maps: list[Tensor]) -> Float[Tensor, "b c h w"]:
-    """Maps of 8 bits (uint8) and 16 bits (int32), to [-1, 1].
-
-    Raises:
-        LatelierError: if they do not have the same number of channels.
-    """
+    """Maps of 8 bits (uint8) and 16 bits (int32), to [-1, 1]."""
     depths = sorted({len(m) for m in maps})
     if len(depths) > 1:
         raise LatelierError(f"data.maps: some maps have {depths[0]} channels, others {depths[-1]}; make them alike.")
@@ -198,23 +218,32 @@ class Ragged(NamedTuple):
 
 def pack(batch: dict[str, Any]) -> dict[str, Any]:
     """A batch whose lists of tensors are `Ragged`."""
-    packed = dict(batch)
-    for key in BOXES:
-        if key in batch:
-            packed[key] = Ragged(torch.cat(batch[key]), [len(values) for values in batch[key]])
-    return packed
+    ragged = {key: Ragged(torch.cat(batch[key]), list(map(len, batch[key]))) for key in BOXES if key in batch}
+    return {**batch, **ragged}
 
 
 def unpack(batch: dict[str, Any]) -> dict[str, Any]:
-    """What was packed."""
+    """The inverse of `pack`."""
     return {k: list(v.values.split(v.lengths)) if isinstance(v, Ragged) else v for k, v in batch.items()}
-
-
-def missing_image(name: str, why: str) -> str:
-    """What to say of an image that was there when latents were made of it."""
-    return f"{name} could be read when the latents were made and now it cannot ({why}); put it back or encode again."
 
 
 def reason(error: BaseException) -> str:
     """Why an image cannot be read, on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _lost(name: str, why: str) -> LatelierError:
+    return LatelierError(
+        f"{name} could be read when the latents were made and now it cannot ({why}); put it back or encode again."
+    )
+
+
+def _next_readable(readable: Tensor) -> Tensor:
+    """For each index the next one, itself included, that is readable, going round at the end."""
+    size = len(readable)
+    if not readable.any():
+        raise LatelierError(f"None of the {size} images can be read; check data.source.")
+    index = torch.arange(2 * size)
+    index[~readable.repeat(2)] = 2 * size
+    following = index.flip(0).cummin(0).values.flip(0)  # (2 n,)
+    return following[:size] % size

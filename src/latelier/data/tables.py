@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
@@ -10,19 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL.Image import Image as Image
+from PIL.Image import Image
 
 from latelier.data.boxes import TableBoxes
-from latelier.data.folder import CAPTION_NAMES, open_bytes
-from latelier.data.planes import LabelMaps, read_map
-from latelier.data.sources import (
-    VAL_NAMES,
-    check_classes,
-    digest,
-    file_facts,
-    looks_like_hub_name,
-    name_hash,
-)
+from latelier.data.folder import CAPTION_NAMES, LabelMaps, read_map
+from latelier.data.records import VAL_NAMES, check_classes, digest, file_facts, name_hash, open_bytes
 from latelier.errors import LatelierError
 from latelier.keyed_random import fold_in
 from latelier.recipe import Data
@@ -36,31 +29,32 @@ SHUFFLE_BUFFER = 1_000
 ROW_NUMBER = "row number"
 
 
-class TableSource:
-    """Rows of a `datasets.Dataset`.
+class _RowSource:
+    """What `TableSource` and `StreamSource` share."""
 
-    Args:
-        table: the dataset.
-        data: the recipe's section, for the columns.
-        facts: what identifies the data.
-        where: what to call it in messages.
-        class_names: numbering of the classes; by default the column's own names, or its values, sorted.
-        box_names: numbering of the classes of boxes, likewise.
+    def __init__(self, features: Any, data: Data, where: str):
+        self._columns, self._where = Columns(features, data, where), where
+        self.class_names: list[str] | None = None
+        self.box_names = self._columns.boxes.names
+        self.segmentation_classes = self._columns.segmentation_classes
+
+    def name(self, index: int) -> str:
+        return f"row {index} of {self._where}"
+
+
+class TableSource(_RowSource):
+    """Rows of a `datasets.Dataset`, identified by `facts`, and called `where` in messages.
+
+    Classes, also of boxes, are numbered as in `class_names` and `box_names`; by default by the column's own names, or
+    its values, sorted.
     """
 
     def __init__(
-        self,
-        table: Any,
-        data: Data,
-        facts: list[Any],
-        where: str,
-        class_names: list[str] | None = None,
+        self, table: Any, data: Data, facts: list[Any], where: str, class_names: list[str] | None = None,
         box_names: list[str] | None = None,
-    ):
-        self._columns = Columns(table.features, data, where)
+    ):  # fmt: skip
+        super().__init__(table.features, data, where)
         self._table = self._columns.undecoded(table)
-        self._where = where
-        self.class_names: list[str] | None = None
         self.labels: list[int] | None = None
         if self._columns.label is not None:
             raw = table[self._columns.label][:]
@@ -69,9 +63,8 @@ class TableSource:
             self.labels = _number(raw, self._columns.label_names, self.class_names)
         self._columns.boxes.number(table, box_names)
         self.box_names = self._columns.boxes.names
-        self.segmentation_classes = self._columns.segmentation_classes
-        about = self._columns.about()
-        self.fingerprint = digest(facts, len(table), about[0], self.class_names, *about[1:])
+        about, *more = self._columns.about()
+        self.fingerprint = digest(facts, len(table), about, self.class_names, *more)
 
     def __len__(self) -> int:
         return len(self._table)
@@ -82,25 +75,20 @@ class TableSource:
 
     def captions(self, indices: Iterable[int]) -> Iterator[str]:
         """Captions of these rows, whose images are not read; none if there is no such column."""
-        if self._columns.caption is None:
-            return
-        texts, wanted = self._table.select_columns([self._columns.caption]), iter(indices)
-        while numbers := list(islice(wanted, CAPTIONS_AT_ONCE)):
-            yield from (text or "" for text in texts[numbers][self._columns.caption])
-
-    def name(self, index: int) -> str:
-        return f"row {index} of {self._where}"
+        if (column := self._columns.caption) is not None:
+            texts, wanted = self._table.select_columns([column]), iter(indices)
+            while numbers := list(islice(wanted, CAPTIONS_AT_ONCE)):
+                yield from (text or "" for text in texts[numbers][column])
 
 
 class Columns:
-    """Which columns of a table hold what.
-
-    Raises:
-        LatelierError: if there is no column of images, or the recipe names a column that is not there.
-    """
+    """Which columns of a table hold what; an error if there are no images, or not a column that the recipe names."""
 
     def __init__(self, features: Any, data: Data, where: str):
-        for key in ("label_key", "caption_key"):
+        if data.boxes is not None:
+            columns = "columns, `objects` or `boxes`"
+            raise LatelierError(f"data.boxes is for folders; boxes of {where} are {columns}; remove it.")
+        for key in ("label_key", "caption_key", "segmentation", "maps"):
             if (name := getattr(data, key)) is not None and name not in features:
                 raise LatelierError(f"data.{key} = {name!r} is no column of {where}; it has: {', '.join(features)}.")
         self.image = _image_column(features, data, where)
@@ -109,12 +97,13 @@ class Columns:
         self.others = [name for name in KNOWN if name in features]
         self.label_names: list[str] | None = getattr(features[self.label], "names", None) if self.label else None
         self.boxes = TableBoxes(features, data.box_format, where)
-        self.segmentation, self.map = _plane_columns(features, data, where)
-        self._label_maps, self._where, self._form = LabelMaps(data), where, data.box_format
+        self.segmentation, self.map = _plane_columns(features, data)
+        self._label_maps = LabelMaps(data.segmentation_classes, data.ignore_id)
+        self._where, self._form = where, data.box_format
         self.segmentation_classes = self._label_maps.count if self.segmentation else None
 
     def about(self) -> list[Any]:
-        """What a fingerprint depends on; columns beside the plainest ones come behind, if there are any."""
+        """What a fingerprint depends on; columns that older versions did not know come last, if there are any."""
         keys = ("image", "label", "caption", "others", "label_names")
         more: list[Any] = []
         if self.map or self.segmentation_classes or self.segmentation not in (None, "segmentation"):
@@ -124,7 +113,7 @@ class Columns:
         return [{key: getattr(self, key) for key in keys}, *more]
 
     def undecoded(self, table: Any) -> Any:
-        """The same table without other columns, its images as file contents."""
+        """The same table without unused columns, its images as file contents."""
         from datasets import Image
 
         wanted = [self.image, self.label, self.caption, *self.others, *self.boxes.columns, self.segmentation, self.map]
@@ -143,7 +132,9 @@ class Columns:
         if self.boxes.columns:
             record |= self.boxes.entries(row, image)
         if self.segmentation is not None:
-            record["segmentation"] = self._label_maps.read(_plane(row[self.segmentation]), f"a row of {self._where}")
+            stored = row[self.segmentation]
+            plane = _opened(stored) if isinstance(stored, dict) else np.asarray(stored)
+            record["segmentation"] = self._label_maps.read(plane, f"a row of {self._where}")
         if "mask" in self.others:
             record["mask"] = np.asarray(row["mask"])
         if self.map is not None:
@@ -151,66 +142,39 @@ class Columns:
         return record
 
 
-class StreamSource:
+class StreamSource(_RowSource):
     """Rows of a `datasets.IterableDataset`, in an order that only depends on seed and epoch.
 
-    Args:
-        table: the dataset.
-        data: the recipe's section; integers and strings are labels only if `classes` says which there are.
-        facts: what identifies the data.
-        where: what to call it in messages.
-        length: use only the first rows, or how many there are; None if that is not known.
-        keep: which row numbers belong to the split; None keeps all.
-
-    Attributes:
-        class_names: `data.classes`, or those of the label column; None if there are none.
-        box_names: names of the classes of boxes, if the columns tell them.
-        segmentation_classes: how many ids the label maps have, if there are any and the recipe says it.
-        fingerprint: changes with the data.
+    Its attributes are those of a `Source`, as far as columns and recipe tell them without reading rows: integers and
+    strings are labels only if `data.classes` says which there are. `length` is how many rows there are, or how many of
+    the first are used, None if that is not known; `keep` tells which row numbers belong to the split.
     """
 
     def __init__(
-        self,
-        table: Any,
-        data: Data,
-        facts: list[Any],
-        where: str,
-        length: int | None = None,
+        self, table: Any, data: Data, facts: list[Any], where: str, length: int | None = None,
         keep: Callable[[int], bool] | None = None,
-    ):
+    ):  # fmt: skip
         if table.features is None:
             raise LatelierError(f"The columns of {where} are not known before it is read; set data.streaming=false.")
-        self._columns = Columns(table.features, data, where)
-        self._keep = keep
-        self._where, self._length = where, length
-        self.class_names: list[str] | None = self._columns.label_names
+        super().__init__(table.features, data, where)
+        self._keep, self._length = keep, length
+        self.class_names = self._columns.label_names
         if data.classes is not None:
             check_classes(data.classes, self._columns.label_names or (data.classes if self._columns.label else None))
             self.class_names = data.classes
         table = self._columns.undecoded(table if length is None else table.take(length))
         self._table = table.map(_with_number, with_indices=True)
-        self.box_names = self._columns.boxes.names
-        self.segmentation_classes = self._columns.segmentation_classes
-        about = self._columns.about()
-        self.fingerprint = digest("stream", facts, about[0], data.classes, length, *about[1:])
+        about, *more = self._columns.about()
+        self.fingerprint = digest("stream", facts, about, data.classes, length, *more)
 
     def __len__(self) -> int:
-        """How many rows the split has, those of classes that are not used included."""
+        """How many rows the split has, including those of classes that are not used."""
         if self._length is None:
             raise LatelierError(f"{self._where} is streamed, so its length is not known; set data.length.")
         return self._length if self._keep is None else sum(map(self._keep, range(self._length)))
 
-    def name(self, index: int) -> str:
-        """The row's number and the dataset."""
-        return f"row {index} of {self._where}"
-
     def rows(self, epoch: int | None = None, seed: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
-        """One pass over row numbers and rows; rows are not decoded, so that skipping them is cheap.
-
-        Args:
-            epoch: shuffles, through a buffer, in the order of this epoch; None keeps the dataset's order.
-            seed: the run's seed.
-        """
+        """Row numbers and rows, not decoded, in one pass; with an `epoch` shuffled through a buffer."""
         table = self._table
         if epoch is not None:
             table = table.shuffle(seed=fold_in(seed, "order", epoch) % 2**32, buffer_size=SHUFFLE_BUFFER)
@@ -234,26 +198,16 @@ class StreamSource:
         return record
 
     def _class_of(self, row: dict[str, Any]) -> str:
-        assert self._columns.label is not None
-        value = row[self._columns.label]
+        value = row[str(self._columns.label)]
         return self._columns.label_names[value] if self._columns.label_names else str(value)
 
 
 def open_table(
-    data: Data,
-    where: str,
-    split: str,
-    class_names: list[str] | None = None,
-    box_names: list[str] | None = None,
+    data: Data, where: str, split: str, class_names: list[str] | None = None, box_names: list[str] | None = None
 ) -> tuple[TableSource, bool]:
-    """One split of a dataset, and whether it has a validation split of its own.
+    """One split (`train`, `val`) of a dataset, and whether it has a validation split of its own.
 
-    Args:
-        data: the recipe's section.
-        where: Hub name, file, glob, or folder of a dataset.
-        split: `train` or `val`.
-        class_names: numbering of the classes.
-        box_names: numbering of the classes of boxes.
+    `where` is a Hub name, file or glob; `class_names` and `box_names` number the classes.
     """
     table, facts, has_val = _load(data, where, split, streaming=False)
     return TableSource(table, data, facts, where, class_names, box_names), has_val
@@ -271,29 +225,17 @@ def open_stream(data: Data, split: str) -> StreamSource:
     if val and not has_val and not fraction:
         raise LatelierError(f"{where} has no validation split; set data.val_split, data.val_source or val_fraction.")
     keep = None if has_val or not fraction else partial(_belongs, fraction, val)
-    told = getattr((table.info.splits or {}).get(str(table.split)), "num_examples", None)
-    length = (None if val and has_val else data.length) or told
+    stated = getattr((table.info.splits or {}).get(str(table.split)), "num_examples", None)
+    length = (None if val and has_val else data.length) or stated
     return StreamSource(table, data, [facts, split, fraction], where, length, keep)
 
 
-def _plane_columns(features: Any, data: Data, where: str) -> tuple[str | None, str | None]:
-    """Columns of label maps, named by the recipe or found, and of maps, named by the recipe.
-
-    Raises:
-        LatelierError: if the recipe names one that is not there, or files of boxes, which datasets have no use for.
-    """
+def _plane_columns(features: Any, data: Data) -> tuple[str | None, str | None]:
+    """Columns of label maps, named by the recipe or found, and of maps, named by the recipe."""
     from datasets import Image
 
-    if data.boxes is not None:
-        raise LatelierError(
-            f"data.boxes is for folders; boxes of {where} are columns, `objects` or `boxes`; remove it."
-        )
-    for key in ("segmentation", "maps"):
-        name = getattr(data, key)
-        if name is not None and name not in features:
-            raise LatelierError(f"data.{key} = {name!r} is no column of {where}; it has: {', '.join(features)}.")
-        if key == "maps" and name is not None and not isinstance(features[name], Image):
-            raise LatelierError(f"data.maps = {name!r} is no column of images.")
+    if data.maps is not None and not isinstance(features[data.maps], Image):
+        raise LatelierError(f"data.maps = {data.maps!r} is no column of images.")
     images = [name for name in LABEL_MAPS if isinstance(features.get(name), Image)]
     found = "segmentation" if "segmentation" in features else next(iter(images), None)
     return data.segmentation or found, data.maps
@@ -306,20 +248,15 @@ def _opened(stored: dict[str, Any] | None) -> Image:
     return open_bytes(Path(stored["path"]).read_bytes() if stored["bytes"] is None else stored["bytes"])
 
 
-def _plane(stored: Any) -> Image | np.ndarray:
-    """A label map from a column of images, or of lists of numbers."""
-    return _opened(stored) if isinstance(stored, dict) else np.asarray(stored)
-
-
 def _load(data: Data, where: str, split: str, streaming: bool) -> tuple[Any, list[Any], bool]:
-    """The split's dataset, what identifies it, and whether a validation split goes with the training split."""
+    """The split's dataset, what identifies it, and whether the dataset has a validation split."""
     import datasets
 
     files = _files(where)
     arguments: dict[str, Any] = {"path": where}
     if files:
         arguments = {"path": BUILDERS[files[0].suffix], "data_files": [str(path) for path in files]}
-    elif not looks_like_hub_name(where):
+    elif not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", where) or Path(where).exists():  # else a Hub name, user/name
         raise LatelierError(
             f"data.source = {where!r} is neither emoji nor scenes, and there is no such folder, file or Hub name."
         )
@@ -335,7 +272,7 @@ def _load(data: Data, where: str, split: str, streaming: bool) -> tuple[Any, lis
 
 
 def _files(where: str) -> list[Path]:
-    """The files of a path or glob, all of one kind; none if it is something else."""
+    """The files of a path or glob, all of one kind; none if it is neither."""
     paths = sorted(Path(name) for name in glob.glob(str(Path(where).expanduser()), recursive=True))
     paths = [path for path in paths if path.is_file()]
     if Path(where).suffix in BUILDERS or paths:
@@ -343,9 +280,8 @@ def _files(where: str) -> list[Path]:
             raise LatelierError(f"data.source = {where!r}: there is no such file.")
         kinds = {path.suffix for path in paths}
         if len(kinds) > 1 or not kinds <= set(BUILDERS):
-            raise LatelierError(
-                f"data.source = {where!r} must be .parquet or .tar files, not {', '.join(sorted(kinds))}."
-            )
+            found = ", ".join(sorted(kinds))
+            raise LatelierError(f"data.source = {where!r} must be .parquet or .tar files, not {found}.")
     return paths
 
 
@@ -361,7 +297,7 @@ def _split_name(data: Data, where: str, split: str, names: list[str]) -> tuple[s
     return wanted, val is not None
 
 
-def _belongs(fraction: float, val: bool, number: int) -> bool:
+def _belongs(fraction: float, val: bool, number: int) -> bool:  # at module level, as worker processes pickle it
     """Whether a row belongs to a split, if rows are held out by a hash of their number."""
     return (name_hash(str(number)) < fraction) == val
 
@@ -378,9 +314,8 @@ def _image_column(features: Any, data: Data, where: str) -> str:
         return data.image_key
     found = [name for name, feature in features.items() if isinstance(feature, Image)]
     if data.image_key != "image" or len(found) != 1:
-        raise LatelierError(
-            f"data.image_key = {data.image_key!r} is no column of {where}; it has: {', '.join(features)}."
-        )
+        known = ", ".join(features)
+        raise LatelierError(f"data.image_key = {data.image_key!r} is no column of {where}; it has: {known}.")
     return found[0]
 
 

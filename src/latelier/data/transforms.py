@@ -1,14 +1,12 @@
 """From an opened image to uint8 pixels of the wanted size, and to floats in [-1, 1].
 
-Everything random is a function of `(seed, draw)`, see `latelier.keyed_random`. The parts of a record that live in the
-image's plane (boxes, segmentation, mask, map) go through the same crop and flip.
+Everything random is a function of `(seed, sample_id)`, see `latelier.keyed_random`. Boxes, segmentation, mask and map
+of a record go through the same crop and flip.
 """
 
 from __future__ import annotations
 
-import struct
-import zlib
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,41 +14,42 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from latelier.data.sources import digest
+from latelier.data.order import mirrored
+from latelier.data.records import digest, orientation
 from latelier.errors import LatelierError
 from latelier.keyed_random import fold_in
-from latelier.recipe import Data
 
-# What PIL and numpy raise for files that are damaged, cut off, or so large that they must be an attack.
-UNREADABLE = (
-    OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError, struct.error,
-    zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning,
-)  # fmt: skip
 GREYS = {"white": 255, "black": 0, "gray": 128}
-ORIENTATION = 0x0112  # EXIF: cameras store how they were held
-PLANAR = ("segmentation", "mask")  # numbers that are not mixed
-BOXES = ("boxes", "box_labels", "box_flags")  # as many as there are objects
+PLANES = ("segmentation", "mask")  # planes of numbers, which are not interpolated
+BOXES = ("boxes", "box_labels", "box_flags")  # one row per object
 SLIVER = 1e-6  # what is left of a box that only touches the crop, by rounding
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1
 
 
 class Transform:
-    """What a recipe's `data` section does to images.
+    """Decode, crop, flip and composite images.
 
     Args:
-        data: the section; size, channels, crop, flip and background are used.
+        size: height and width in pixels.
+        channels: of the image.
+        crop: `random` is for training; outside of it, it is `center`.
+        crop_scale: least and largest share of the area that a random crop keeps.
+        flip: mirror half of the training stream.
+        background: behind transparent images; `random` is another colour for each sample.
         seed: of the random choices.
     """
 
-    def __init__(self, data: Data, seed: int = 0):
-        self.height, self.width = data.image_size
-        self.channels, self.crop, self.crop_scale = data.channels, data.crop, data.crop_scale
-        self.flip, self.background, self.seed = data.flip, data.background, seed
-        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise LatelierError(
-                f"data.crop_scale = {self.crop_scale} must be two shares of the area, 0 < low <= high <= 1."
-            )
-        self.deep = self.channels + (self.background == "random" and self.channels in (1, 3))  # alpha is kept last
+    def __init__(
+        self, size: tuple[int, int], channels: int = 3, crop: Literal["center", "random", "resize"] = "center",
+        crop_scale: tuple[float, float] = (0.75, 1.0), flip: bool = True,
+        background: Literal["white", "black", "gray", "random"] = "white", seed: int = 0,
+    ):  # fmt: skip
+        self.height, self.width = size
+        self.channels, self.crop, self.crop_scale = channels, crop, crop_scale
+        self.flip, self.background, self.seed = flip, background, seed
+        if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+            raise LatelierError(f"data.crop_scale = {crop_scale} must be two shares of the area, 0 < low <= high <= 1.")
+        self.deep = channels + (background == "random" and channels in (1, 3))  # alpha is kept as the last channel
 
     @property
     def fingerprint(self) -> str:
@@ -58,57 +57,59 @@ class Transform:
         kind = "resize" if self.crop == "resize" else "center"
         return digest("transform", 1, self.height, self.width, self.channels, kind, self.background)
 
-    def flipped(self, draws: Int[Tensor, " b"]) -> list[bool]:
-        """Which draws of the training stream are mirrored."""
-        return [self.flip and bool(fold_in(self.seed, "flip", n) & 1) for n in draws.tolist()]
+    def flipped(self, sample_ids: Int[Tensor, " b"]) -> list[bool]:
+        """Which samples of the training stream are mirrored."""
+        return mirrored(sample_ids, self.seed).tolist() if self.flip else [False] * len(sample_ids)
 
-    def colours(self, numbers: Int[Tensor, " b"]) -> UInt8[Tensor, "b c"]:
-        """Random background colours of these draws."""
-        rows = [
-            [fold_in(self.seed, f"background {c}", n) & 255 for c in range(self.channels)] for n in numbers.tolist()
-        ]
+    def colours(self, sample_ids: Int[Tensor, " b"]) -> UInt8[Tensor, "b c"]:
+        """Random background colours."""
+        channels = range(self.channels)
+        rows = [[fold_in(self.seed, f"background {c}", n) & 255 for c in channels] for n in sample_ids.tolist()]
         return torch.tensor(rows, dtype=torch.uint8)
 
-    def record(self, record: dict[str, Any], draw: int | None = None) -> dict[str, Any]:
-        """Decode and crop a record; `image` becomes uint8 `(c, h, w)`, with alpha last if the background is random.
+    def record(self, record: dict[str, Any], sample_id: int | None = None) -> dict[str, Any]:
+        """Decode and crop a record, see `pixels` for its image; the record itself is not changed."""
+        image, region = self.pixels(record["image"], sample_id)
+        return {**record, **self._cropped(record, region), "image": image}
+
+    def pixels(
+        self, image: Image.Image | np.ndarray, sample_id: int | None = None
+    ) -> tuple[UInt8[Tensor, "d h w"], Box]:
+        """Decoded, cropped pixels (alpha last if the background is random), and the region they show, relative.
 
         Args:
-            record: from a source; it is left as it is.
-            draw: number of the draw for a random crop; None gives the deterministic crop.
+            image: opened.
+            sample_id: for a random crop; None gives the deterministic crop.
 
         Raises:
-            LatelierError: if the image's channels are not the recipe's.
-            OSError, ...: one of `UNREADABLE`.
+            LatelierError: if the image's channels are not those of the recipe.
+            OSError, ...: one of `latelier.data.records.UNREADABLE`.
         """
-        image, region = self.pixels(record["image"], draw)
-        return {**record, **self._planar(record, region), "image": image}
-
-    def pixels(self, image: Image.Image | np.ndarray, draw: int | None = None) -> tuple[UInt8[Tensor, "d h w"], Box]:
-        """Decoded, cropped pixels, and which part of the whole image they show, relative."""
         bands = self._open(image)
         width, height = bands[0].size
-        if self.crop == "random" and draw is not None:
-            box = self._random_box(width, height, draw)
-            done = [resize(band, box, (self.width, self.height)) for band in bands]
+        size = (self.width, self.height)
+        if self.crop == "random" and sample_id is not None:
+            box = self._random_box(width, height, sample_id)
+            done = [resize(band, box, size) for band in bands]
             region = (box[0] / width, box[1] / height, box[2] / width, box[3] / height)
         elif self.crop == "resize":
-            done = [resize(band, (0.0, 0.0, float(width), float(height)), (self.width, self.height)) for band in bands]
+            done = [resize(band, (0.0, 0.0, float(width), float(height)), size) for band in bands]
             region = (0.0, 0.0, 1.0, 1.0)
         else:
-            done = [center_crop(band, (self.width, self.height)) for band in bands]
+            done = [center_crop(band, size) for band in bands]
             region = _center_region(width, height, self.width, self.height)
         array = np.concatenate([np.atleast_3d(np.asarray(band)) for band in done], axis=2)  # (h, w, k)
         return self._channels(torch.from_numpy(array.transpose(2, 0, 1).copy())), region  # (d, h, w)
 
     def finish(
-        self, pixels: UInt8[Tensor, "b d h w"], flipped: list[bool], numbers: Int[Tensor, " b"]
+        self, pixels: UInt8[Tensor, "b d h w"], flipped: list[bool], sample_ids: Int[Tensor, " b"]
     ) -> Float[Tensor, "b c h w"]:
-        """Mirror, put on the random background of these draws if there is one, and scale to [-1, 1]."""
+        """Mirror, composite on the random background if there is one, and scale to [-1, 1]."""
         if any(flipped):
             where = torch.tensor(flipped)
             pixels = torch.where(where[:, None, None, None], pixels.flip(-1), pixels)
         if self.deep > self.channels:
-            pixels = composite(pixels, self.colours(numbers))
+            pixels = composite(pixels, self.colours(sample_ids))
         return to_float(pixels)
 
     def _open(self, image: Image.Image | np.ndarray) -> list[Image.Image]:
@@ -144,22 +145,20 @@ class Transform:
         image.draft("L" if self.channels == 1 else "RGB", wanted[::-1] if turned else wanted)
 
     def _check_channels(self, found: int) -> None:
-        if found != self.channels:
-            raise LatelierError(
-                f"data.channels = {self.channels}, but an image has {found} channels; set it to {found}."
-            )
+        if (known := self.channels) != found:
+            raise LatelierError(f"data.channels = {known}, but an image has {found} channels; set it to {found}.")
 
-    def _random_box(self, width: int, height: int, draw: int) -> Box:
-        """A box of the target's shape at a random place, with a random share of the largest such box's area."""
+    def _random_box(self, width: int, height: int, sample_id: int) -> Box:
+        """A box of the target's aspect ratio at a random position, with a random share of the largest one's area."""
         low, high = self.crop_scale
-        share, right, down = (fold_in(self.seed, f"crop {part}", draw) / 2**63 for part in ("area", "x", "y"))
+        share, right, down = (fold_in(self.seed, f"crop {part}", sample_id) / 2**63 for part in ("area", "x", "y"))
         scale = min(width / self.width, height / self.height) * (low + (high - low) * share) ** 0.5
         w, h = self.width * scale, self.height * scale
         x, y = right * (width - w), down * (height - h)
         return x, y, min(x + w, float(width)), min(y + h, float(height))
 
     def _channels(self, pixels: UInt8[Tensor, "k h w"]) -> UInt8[Tensor, "d h w"]:
-        """RGBA pixels onto the background; or alpha kept, if the background is drawn anew each time."""
+        """RGBA pixels on the background; alpha is kept if the background is random."""
         if self.channels not in (1, 3) or len(pixels) == self.deep == self.channels:
             return pixels
         if self.channels == 1 and len(pixels) == 4:  # luminance (ITU-R 601) and alpha
@@ -172,45 +171,32 @@ class Transform:
         colour = torch.full((1, self.channels), GREYS[self.background], dtype=torch.uint8)
         return composite(pixels[None], colour)[0]
 
-    def _planar(self, record: dict[str, Any], region: Box) -> dict[str, Any]:
-        """Boxes, segmentation, mask and map after the crop; a map becomes `(c, h, w)`, uint8 or of 16 bits in int32."""
+    def _cropped(self, record: dict[str, Any], region: Box) -> dict[str, Any]:
+        """Boxes, segmentation, mask and map of the region; a map becomes `(c, h, w)`, uint8 or, for 16 bits, int32."""
         done: dict[str, Any] = {}
         if "boxes" in record:
             boxes, kept = crop_boxes(np.asarray(record["boxes"], np.float32).reshape(-1, 4), region)
             done["boxes"] = torch.from_numpy(boxes)
-            for key in BOXES[1:]:
-                if key in record:
-                    done[key] = torch.from_numpy(np.asarray(record[key], np.int64)[kept])
-        for key in PLANAR:
+            numbers = {key: np.asarray(record[key], np.int64)[kept] for key in BOXES[1:] if key in record}
+            done |= {key: torch.from_numpy(values) for key, values in numbers.items()}
+        for key, crop in (*((key, nearest) for key in PLANES), ("map", smooth)):
             if key in record:
-                done[key] = torch.from_numpy(nearest(np.asarray(record[key]), region, (self.height, self.width)))
-        if "map" in record:
-            done["map"] = torch.from_numpy(smooth(record["map"], region, (self.height, self.width)))
+                done[key] = torch.from_numpy(crop(np.asarray(record[key]), region, (self.height, self.width)))
         return done
 
 
-def orientation(image: Image.Image) -> int:
-    """How a camera was held, 1 is upright, from 5 on a quarter is turned; other formats than a camera's are upright."""
-    return image.getexif().get(ORIENTATION, 1) if image.format in ("JPEG", "MPO", "TIFF", "WEBP") else 1
-
-
 def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The centre of an image, as ADM does it (Dhariwal and Nichol 2021), for any shape.
+    """The centre of an image at a size (width, height), as ADM does it (Dhariwal and Nichol 2021), for any shape.
 
-    Halve with a box filter while the image stays twice as large as the target, scale with bicubic so that the target
-    is just covered, cut out the middle.
-
-    Args:
-        image: any mode that PIL can resize.
-        size: width and height in pixels.
+    Halve with a box filter while the image is at least twice as large as the target, scale with bicubic so that it
+    just covers the target, cut out the middle.
     """
     width, height = size
     while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = max(width / image.width, height / image.height)
-    if scale != 1:
-        scaled = max(width, round(image.width * scale)), max(height, round(image.height * scale))
-        image = image.resize(scaled, Image.Resampling.BICUBIC)
+    covering = _covering(image.width, image.height, width, height)
+    if covering != image.size:
+        image = image.resize(covering, Image.Resampling.BICUBIC)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
 
@@ -234,14 +220,12 @@ def to_float(pixels: UInt8[Tensor, "*b c h w"]) -> Float[Tensor, "*b c h w"]:
 
 
 def mirror(record: dict[str, Any]) -> dict[str, Any]:
-    """The record of the mirror image, apart from `image`: boxes, planes, and what a caption says of left and right."""
+    """The record of the mirror image, apart from `image`: boxes, planes, and a caption that names left and right."""
     done = dict(record)
     if "boxes" in record:
         x0, y0, x1, y1 = record["boxes"].unbind(-1)
         done["boxes"] = torch.stack([1 - x1, y0, 1 - x0, y1], -1)
-    for key in (*PLANAR, "map"):
-        if key in record:
-            done[key] = record[key].flip(-1)
+    done |= {key: record[key].flip(-1) for key in (*PLANES, "map") if key in record}
     if "caption_mirrored" in record:
         done["caption"], done["caption_mirrored"] = record["caption_mirrored"], record["caption"]
     return done
@@ -258,7 +242,7 @@ def crop_boxes(boxes: np.ndarray, region: Box) -> tuple[np.ndarray, np.ndarray]:
 
 
 def nearest(plane: np.ndarray, region: Box, size: tuple[int, int]) -> np.ndarray:
-    """A region of a plane `(h, w)` of numbers at a size (height, width), without mixing numbers."""
+    """A region of a plane `(h, w)` of ids at a size (height, width), by the nearest neighbour."""
     x0, y0, x1, y1 = region
     rows = ((y0 + (np.arange(size[0]) + 0.5) / size[0] * (y1 - y0)) * plane.shape[0]).astype(int)
     columns = ((x0 + (np.arange(size[1]) + 0.5) / size[1] * (x1 - x0)) * plane.shape[1]).astype(int)
@@ -266,10 +250,9 @@ def nearest(plane: np.ndarray, region: Box, size: tuple[int, int]) -> np.ndarray
 
 
 def smooth(plane: np.ndarray, region: Box, size: tuple[int, int]) -> np.ndarray:
-    """A region of an image-like plane, `(h, w)` or `(h, w, c)` uint8 or uint16, at a size (height, width), antialiased.
+    """A region of a map, `(h, w)` or `(h, w, c)`, at a size (height, width), antialiased: `(c, height, width)`.
 
-    Returns:
-        `(c, height, width)`, uint8, or int32 for 16 bits.
+    8 bits stay uint8, 16 bits become int32.
     """
     h, w = plane.shape[:2]
     box = (region[0] * w, region[1] * h, min(region[2] * w, float(w)), min(region[3] * h, float(h)))
@@ -279,11 +262,16 @@ def smooth(plane: np.ndarray, region: Box, size: tuple[int, int]) -> np.ndarray:
     return np.stack(done if small else [band.round().astype(np.int32) for band in done])
 
 
+def _covering(width: int, height: int, target_width: int, target_height: int) -> tuple[int, int]:
+    """The size at which an image just covers the target."""
+    scale = max(target_width / width, target_height / height)
+    return max(target_width, round(width * scale)), max(target_height, round(height * scale))
+
+
 def _center_region(width: int, height: int, target_width: int, target_height: int) -> Box:
-    """The part of an image that `center_crop` shows, relative; its whole pixels are counted as there."""
+    """The region of an image that `center_crop` shows, relative, in whole pixels of the scaled image."""
     while width >= 2 * target_width and height >= 2 * target_height:
         width, height = width // 2, height // 2
-    scale = max(target_width / width, target_height / height)
-    width, height = max(target_width, round(width * scale)), max(target_height, round(height * scale))
+    width, height = _covering(width, height, target_width, target_height)
     left, top = (width - target_width) // 2, (height - target_height) // 2
     return left / width, top / height, (left + target_width) / width, (top + target_height) / height

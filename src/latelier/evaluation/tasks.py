@@ -93,7 +93,7 @@ def draw_records(
         the images.
     """
     from latelier.conditioning.inpainting import compose
-    from latelier.data import masks
+    from latelier.data import corruptions as masks
 
     known, done = parts(pipeline.conditioner), 0
     for record in records:

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from latelier.conditioning.condition import Condition
-from latelier.data.latents import draw_latents
+from latelier.data.latents import sample_posterior
 from latelier.diffusion.process import DDPM, Flow
 from latelier.keyed_random import KeyedRandom
 from latelier.losses.terms import LossTerms
@@ -55,7 +55,7 @@ class DenoisingObjective(nn.Module):
     def forward(self, batch: dict[str, Any]) -> LossTerms:
         """Terms of a batch of normalised latents `mean` and `std` `(b, c, *grid)`; `draw` addresses randomness."""
         draws = KeyedRandom(self.seed, batch["sample_id"], batch["mean"].device)
-        z = draw_latents(batch, draws) if self.sample_posterior else batch["mean"]  # (b, c, *grid)
+        z = sample_posterior(batch, draws) if self.sample_posterior else batch["mean"]  # (b, c, *grid)
         condition = None
         if self.conditioner is not None:
             condition = self.conditioner(batch, self._drop(draws))

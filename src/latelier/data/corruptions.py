@@ -1,19 +1,22 @@
-"""From an image to the small one that super-resolution starts from.
+"""What inpainting and super-resolution start from: images with holes, and small images.
 
-`bicubic` is the task of the literature. `bsrgan_light` is what the LDM paper trains its blind model on: a weak form of
-BSRGAN's random degradation (Zhang et al. 2021, section 3), a shuffled chain of blur, resizing, noise and JPEG.
+Holes are LaMa's (Suvorov et al. 2022, section 2.3): a mask is made either of thick strokes or of boxes. A stroke is a
+walk of a few segments that turns this way and that (Yu et al. 2019, free-form masks). Small images are `bicubic`, the
+task of the literature, or `bsrgan-light`, what the LDM paper trains its blind model on: a weak form of BSRGAN's random
+degradation (Zhang et al. 2021, section 3), a shuffled chain of blur, resizing, noise and JPEG.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
-from PIL import Image
+from jaxtyping import Bool, Float, Int
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from latelier.errors import LatelierError
@@ -24,27 +27,91 @@ QUALITY = (80, 95)  # of JPEG
 Step = Callable[[Tensor, np.random.Generator], Tensor]
 
 
+@dataclass(frozen=True)
+class MaskSetting:
+    """How masks are drawn; ranges are inclusive, lengths are pixels of an image whose shorter side is `side`."""
+
+    side: int
+    box_share: float  # probability that a mask is made of boxes
+    strokes: tuple[int, int]  # how many, if it is made of strokes
+    boxes: tuple[int, int]  # how many, if it is made of boxes
+    margin: int  # between boxes and the image's edges
+    most: float  # the largest share of the image that may be a hole
+    length: tuple[int, int] = (10, 200)  # of a stroke's segment
+    width: tuple[int, int] = (5, 100)
+    segments: tuple[int, int] = (1, 5)  # of a stroke
+    angle: float = 4.0  # of a segment's direction, at most, in radians
+    box_side: tuple[int, int] = (30, 150)
+
+
+# LaMa gives strokes : boxes as 1 : 1 and 1 : 0.3. Its evaluation sets leave out masks of more than half the image.
+SETTINGS = {
+    "train": MaskSetting(side=256, box_share=1 / 2, strokes=(1, 5), boxes=(1, 4), margin=10, most=1.0),
+    "thick": MaskSetting(side=256, box_share=0.3 / 1.3, strokes=(1, 5), boxes=(1, 3), margin=10, most=0.5),
+    "medium": MaskSetting(side=512, box_share=0.3 / 1.3, strokes=(4, 10), boxes=(1, 5), margin=0, most=0.5),
+}
+
+
+def draw_masks(
+    setting: MaskSetting, size: tuple[int, int], seed: int, sample_ids: Int[Tensor, " b"]
+) -> Float[Tensor, "b 1 h w"]:
+    """One mask of a size (height, width) for each sample, 1 in holes; row i depends on `(seed, sample_ids[i])` only."""
+    rows = [draw_mask(setting, size, np.random.default_rng(fold_in(seed, "mask", n))) for n in sample_ids.tolist()]
+    return torch.from_numpy(np.array(rows, np.float32).reshape(-1, 1, *size))  # (b, 1, h, w)
+
+
+def draw_mask(setting: MaskSetting, size: tuple[int, int], rng: np.random.Generator) -> Bool[np.ndarray, "h w"]:
+    """A mask, true in holes; drawn again until it is neither empty, nor everything, nor more than `setting.most`."""
+    if size[0] * size[1] < 2:
+        raise LatelierError(f"An image of {size[0]} x {size[1]} pixels is too small for a hole.")
+    scale = min(size) / setting.side
+    while True:
+        canvas = Image.new("1", (size[1], size[0]))
+        if rng.random() < setting.box_share:
+            _draw_boxes(canvas, setting, scale, rng)
+        else:
+            _draw_strokes(canvas, setting, scale, rng)
+        mask = np.array(canvas)  # (h, w)
+        if mask.any() and not mask.all() and mask.mean() <= setting.most:
+            return mask
+
+
+def _draw_strokes(canvas: Image.Image, setting: MaskSetting, scale: float, rng: np.random.Generator) -> None:
+    """Walks with round joints; every other segment's angle is negated."""
+    draw, edge = ImageDraw.Draw(canvas), np.array(canvas.size) - 1
+    for _ in range(rng.integers(*setting.strokes, endpoint=True)):
+        here = rng.uniform(0, edge)  # (2,) x, y
+        for number in range(rng.integers(*setting.segments, endpoint=True)):
+            angle = rng.uniform(0, setting.angle) * (-1) ** number
+            length, width = rng.uniform(*setting.length) * scale, max(1, round(rng.uniform(*setting.width) * scale))
+            there = (here + length * np.array([np.sin(angle), np.cos(angle)])).clip(0, edge)
+            draw.line([*here, *there], fill=1, width=width)
+            for x, y in (here, there):
+                draw.ellipse([x - width / 2, y - width / 2, x + width / 2, y + width / 2], fill=1)
+            here = there
+
+
+def _draw_boxes(canvas: Image.Image, setting: MaskSetting, scale: float, rng: np.random.Generator) -> None:
+    """Upright boxes, anywhere within the margin."""
+    draw, margin = ImageDraw.Draw(canvas), round(setting.margin * scale)
+    room = np.array(canvas.size) - 2 * margin
+    for _ in range(rng.integers(*setting.boxes, endpoint=True)):
+        sides = np.rint(rng.uniform(*setting.box_side, size=2) * scale).astype(int).clip(1, room)  # (2,)
+        low = rng.integers(margin, margin + room - sides, endpoint=True)
+        draw.rectangle([*low.tolist(), *(low + sides - 1).tolist()], fill=1)
+
+
 def degrade(
-    images: Float[Tensor, "b c h w"], factor: int, kind: str, seed: int, numbers: Int[Tensor, " b"]
+    images: Float[Tensor, "b c h w"], factor: int, kind: str, seed: int, sample_ids: Int[Tensor, " b"]
 ) -> Float[Tensor, "b c i j"]:
-    """Low-resolution images of a kind.
-
-    Args:
-        images: in [-1, 1].
-        factor: how many times smaller a side becomes.
-        kind: `bicubic` or `bsrgan-light`.
-        seed: the run's seed.
-        numbers: `(b,)` stream numbers of the images; row i depends on `(seed, numbers[i])` only.
-
-    Returns:
-        `(b, c, h / factor, w / factor)` in [-1, 1].
+    """Images in [-1, 1] made `factor` times smaller; row i depends on `(seed, sample_ids[i])` only.
 
     Raises:
         LatelierError: if the kind is unknown, the factor does not divide the size, or JPEG does not know the channels.
     """
     if kind not in KINDS:
         raise LatelierError(f"Unknown degradation {kind!r}; there are: {', '.join(KINDS)}.")
-    return bicubic(images, factor) if kind == "bicubic" else bsrgan_light(images, factor, seed, numbers)
+    return bicubic(images, factor) if kind == "bicubic" else bsrgan_light(images, factor, seed, sample_ids)
 
 
 def bicubic(images: Float[Tensor, "b c h w"], factor: int) -> Float[Tensor, "b c i j"]:
@@ -54,7 +121,7 @@ def bicubic(images: Float[Tensor, "b c h w"], factor: int) -> Float[Tensor, "b c
 
 
 def bsrgan_light(
-    images: Float[Tensor, "b c h w"], factor: int, seed: int, numbers: Int[Tensor, " b"]
+    images: Float[Tensor, "b c h w"], factor: int, seed: int, sample_ids: Int[Tensor, " b"]
 ) -> Float[Tensor, "b c i j"]:
     """Blur, random resizing, noise and JPEG in random order, then JPEG once more; see `degrade`."""
     size, channels = smaller(images, factor), images.shape[1]
@@ -64,8 +131,8 @@ def bsrgan_light(
             "use degradation: bicubic."
         )
     rows = []
-    for image, number in zip(images.detach().float().cpu().split(1), numbers.tolist()):
-        rng = np.random.default_rng(fold_in(seed, "degradation", number))
+    for image, sample_id in zip(images.detach().float().cpu().split(1), sample_ids.tolist()):
+        rng = np.random.default_rng(fold_in(seed, "degradation", sample_id))
         with torch.autocast("cpu", enabled=False):
             rows.append(_bsrgan_light((image + 1) / 2, factor, size, rng) * 2 - 1)
     return torch.cat(rows).to(images.device) if rows else images.new_zeros(0, channels, *size)
@@ -115,7 +182,7 @@ def blur(x: Float[Tensor, "1 c h w"], scale: int, rng: np.random.Generator) -> F
 
 
 def shrink(x: Float[Tensor, "1 c h w"], scale: int, rng: np.random.Generator) -> Float[Tensor, "1 c i j"]:
-    """A random resize: 1 to 1 / (2 scale) of a side, or now and then every `scale`-th pixel after a wide blur."""
+    """To between 1 and 1 / (2 scale) of a side, or, in a fifth of cases, every `scale`-th pixel after a wide blur."""
     if rng.random() < 0.8:
         ratio = rng.uniform(1, 2 * scale)
         return resize(x, (max(1, round(x.shape[2] / ratio)), max(1, round(x.shape[3] / ratio))), rng)
@@ -124,7 +191,7 @@ def shrink(x: Float[Tensor, "1 c h w"], scale: int, rng: np.random.Generator) ->
 
 
 def resize(x: Float[Tensor, "1 c h w"], size: tuple[int, int], rng: np.random.Generator) -> Float[Tensor, "1 c i j"]:
-    """To a size by one of three filters, not antialiased: the aliasing of careless software is part of the task."""
+    """To a size by one of three filters, not antialiased: aliasing is part of the task."""
     mode = ("bilinear", "bicubic", "area")[rng.integers(3)]
     return F.interpolate(x, size=size, mode=mode, align_corners=None if mode == "area" else False)
 
@@ -159,7 +226,7 @@ def gaussian(size: int, covariance: Float[np.ndarray, "2 2"]) -> Float[Tensor, "
 
 
 def convolve(x: Float[Tensor, "1 c h w"], kernel: Float[Tensor, "k k"]) -> Float[Tensor, "1 c h w"]:
-    """Every channel with the same kernel of odd size; the edge pixels go on beyond the edges."""
+    """Every channel with the same kernel of odd size, with replicated edges."""
     half = kernel.shape[0] // 2
     padded = F.pad(x, (half, half, half, half), mode="replicate").movedim(1, 0)  # (c, 1, h + 2, w + 2)
     return F.conv2d(padded, kernel[None, None]).movedim(0, 1)  # (1, c, h, w)
