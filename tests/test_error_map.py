@@ -9,7 +9,8 @@ from PIL import Image
 
 from latelier import experiment
 from latelier.errors import LatelierError
-from latelier.evaluation.error_map import ERRORS, NARROWEST, draw_errors, heat, pixel_errors
+from latelier.evaluation.reconstruction import NARROWEST, draw_errors, heat, pixel_errors
+from latelier.evaluation.results import ERRORS
 from latelier.images import save_png
 from latelier.recipe import build_recipe
 from latelier.tokenizers.codec import Codec

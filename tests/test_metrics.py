@@ -7,16 +7,8 @@ import pytest
 import torch
 
 from latelier.errors import LatelierError
-from latelier.evaluation.results import (
-    Measurement,
-    l1,
-    mean_with_interval,
-    ms_ssim,
-    psnr,
-    size_warning,
-    ssim,
-    write_measurements,
-)
+from latelier.evaluation.reconstruction import l1, ms_ssim, psnr, ssim
+from latelier.evaluation.results import Measurement, mean_with_interval, size_warning, write_measurements
 
 
 def generator(seed=0):

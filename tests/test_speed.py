@@ -7,9 +7,10 @@ import torch
 
 from latelier.denoisers.unet import UNet, architecture
 from latelier.errors import LatelierError
-from latelier.evaluation import speed
+from latelier.evaluation import cost
+from latelier.evaluation.cost import measure_sampling
 from latelier.evaluation.distributions import FeatureStatistics
-from latelier.evaluation.speed import batches, measure_sampling
+from latelier.evaluation.generation import batches
 from latelier.pipeline import LatentDiffusionPipeline
 from latelier.recipe import Process, Sample, build_recipe
 from latelier.tokenizers.codec import Codec
@@ -20,7 +21,7 @@ from tiny import colour_extractor, tiny_recipe
 @pytest.fixture
 def colours(monkeypatch):
     extractor = colour_extractor()
-    monkeypatch.setattr(speed, "load_extractor", lambda name, device: extractor)
+    monkeypatch.setattr(cost, "load_extractor", lambda name, device: extractor)
     return extractor
 
 
@@ -45,7 +46,7 @@ def references(read, n=12):
 
 def test_quality_and_speed_at_each_number_of_steps(tmp_path, colours, pipeline, monkeypatch):
     ticks = itertools.count()
-    monkeypatch.setattr(speed.time, "perf_counter", lambda: float(next(ticks)))  # every batch takes one second
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: float(next(ticks)))  # every batch takes one second
     read = []
     measured = measure_sampling(pipeline, references(read), recipe(tmp_path, [3, 2]), {"reference": "toy", "steps": 50})
     assert [m.name for m in measured] == [

@@ -436,3 +436,11 @@ def _progress(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
             progress.update(task, advance=images, speed=f"{progress.tasks[0].speed or 0:,.0f} img/s")
 
         yield advance
+
+
+@torch.no_grad()
+def encode_batches(codec: Codec, batches: Iterator[dict[str, Any]], device: torch.device) -> Iterator[dict[str, Any]]:
+    """Batches of images with their posteriors, normalised: `mean` and `std`."""
+    for batch in batches:
+        posterior = codec.posterior(batch["image"].to(device))
+        yield {**batch, "mean": codec.normalise(posterior.mean), "std": codec.scale(posterior.std)}

@@ -1,28 +1,42 @@
-"""What a tokenizer costs: parameters, bytes, floating-point operations, images per second, memory.
+"""What a tokenizer costs (parameters, bytes, floating-point operations, images per second, memory), and sampling.
 
 Operations are counted on a copy without memory ("meta" tensors), so counting takes no time and any model fits. One
 multiply-add is two operations. Papers count differently, so two rules are kept apart: everything, attention's matrix
 products included, for one image; and that of LDMAE's table, which is the encoder's convolutions and linear layers
 for 64 images.
+
+Latent diffusion trades quality for speed twice: by the factor of its tokenizer, and by its steps (Rombach et al. 2022,
+section 4.1 and figure 7). Sampling is timed alone: denoiser and decoder, neither features nor the reading of records.
 """
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from latelier.evaluation.results import Measurement
+from latelier.errors import LatelierError
+from latelier.evaluation.distributions import FeatureStatistics
+from latelier.evaluation.features import load_extractor
+from latelier.evaluation.generation import batches
+from latelier.evaluation.reconstruction import read_images
+from latelier.evaluation.results import Measurement, size_warning
 from latelier.keyed_random import KeyedRandom
+from latelier.opening import held_out_records
+from latelier.pipeline import LatentDiffusionPipeline
 from latelier.receipt import make_receipt
+from latelier.recipe import Recipe, Sample
 from latelier.tokenizers import decoder_parts
 from latelier.tokenizers.codec import Codec
+from latelier.training.runtime import peak_memory
 
 PAPER_BATCH = 64
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -66,11 +80,7 @@ class Cost:
 
 @torch.no_grad()
 def count_cost(codec: Codec, height: int, width: int) -> Cost:
-    """Count parameters, bytes and operations.
-
-    Args:
-        codec: the tokenizer; its weights are neither read nor moved.
-        height, width: of the images, in pixels.
+    """Count parameters, bytes and operations for images of `height` x `width` pixels; weights are not read or moved.
 
     Raises:
         LatelierError: if the tokenizer's factor does not divide the size.
@@ -115,24 +125,20 @@ def measure_cost(
     Raises:
         LatelierError: if the tokenizer's factor does not divide the size.
     """
-    from latelier.training.runtime import peak_memory
-
     cost, device = count_cost(codec, height, width), codec.device
     receipt = make_receipt(image_size=(height, width), tokenizer=codec.hash(), **(extra or {}))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     images = KeyedRandom(0, torch.arange(batch), device).uniform("cost", codec.image_channels, height, width) * 2 - 1
     latents = codec.encode(images)
-    encode, decode = (
-        _speed(action, batch, seconds, device)
-        for action in (lambda: codec.encode(images), lambda: codec.decode(latents))
-    )
+    encode, encodings = _speed(lambda: codec.encode(images), batch, seconds, device)
+    decode, decodings = _speed(lambda: codec.decode(latents), batch, seconds, device)
     run = {**receipt, "batch": batch, "precision": codec.precision, "seconds": seconds}
     kind = "accelerator, weights included" if device.type == "cuda" else "the whole process since it began"
     return [
         *_counted(cost, receipt),
-        Measurement("encode-images-per-second", encode[0], {**run, "repetitions": encode[1]}),
-        Measurement("decode-images-per-second", decode[0], {**run, "repetitions": decode[1]}),
+        Measurement("encode-images-per-second", encode, {**run, "repetitions": encodings}),
+        Measurement("decode-images-per-second", decode, {**run, "repetitions": decodings}),
         Measurement("memory-gb", peak_memory(device), {**run, "peak": kind}),
     ]
 
@@ -165,9 +171,6 @@ def _count(module: nn.Module, action: Callable[[], Any]) -> tuple[dict[str, floa
 
     Operators alone do not tell the second: a linear layer may run as the same batched product as attention.
     """
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
     counter = FlopCounterMode(display=False)
     layers = 0
 
@@ -208,3 +211,68 @@ def _speed(action: Callable[[], Any], batch: int, seconds: float, device: torch.
 def _wait(device: torch.device) -> None:
     if device.type != "cpu":
         torch.get_device_module(device).synchronize(device)
+
+
+# -- of sampling ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def measure_sampling(
+    pipeline: LatentDiffusionPipeline,
+    references: Iterable[Mapping[str, Any]],
+    recipe: Recipe,
+    receipt: Mapping[str, Any],
+) -> list[Measurement]:
+    """Sample the same images with each of `evaluate.sampling_steps`, time it, and compare them with real ones.
+
+    Args:
+        pipeline: what samples, on the device that is to be measured.
+        references: dicts with `image`; at most `evaluate.samples` images are read, once for all numbers of steps.
+        recipe: the experiment; `sample` says how to sample, all but the steps, and `evaluate` what is measured.
+        receipt: how the images come about: reference, tokenizer, ema, the settings of `sample`.
+
+    Returns:
+        For each number of steps, the fewest first, `gfd-<features>@<steps>` and `samples-per-second@<steps>`. As many
+        images are sampled as there are references; image i has the seed `sample.seed + i` at each number of steps.
+
+    Raises:
+        LatelierError: if there are no references, or the sampler cannot make so many steps.
+    """
+    numbers = sorted(set(recipe.evaluate.sampling_steps))
+    if not numbers:
+        return []
+    extractor = load_extractor(recipe.evaluate.features[0], pipeline.device)
+    theirs = FeatureStatistics(extractor.dims)
+    for images in read_images(references, recipe.evaluate.samples):
+        theirs.update(extractor(images))
+    if not theirs.n:
+        raise LatelierError("There are no reference images to compare samples with at evaluate.sampling_steps.")
+    about = {
+        "n": theirs.n, "n_reference": theirs.n, **receipt, **extractor.describe(), "batch": recipe.sample.batch,
+        "threads": torch.get_num_threads(), "drawn_on": str(pipeline.device),
+    }  # fmt: skip
+    records = held_out_records(recipe, pipeline)
+
+    def draw(batch: Sample) -> tuple[Tensor, float]:
+        """Images of one batch `(b, c, h, w)` in [-1, 1], and the seconds it took."""
+        inputs = records(batch.seed - recipe.sample.seed, batch.count)
+        begin = time.perf_counter()
+        images = pipeline(sample=batch, records=inputs, output_type="pt", progress=False).images
+        return images, time.perf_counter() - begin  # they come back on the CPU, so an accelerator is done with them
+
+    draw(next(batches(recipe.sample.model_copy(update={"steps": numbers[0]}), theirs.n)))  # to warm up
+    warning = size_warning(theirs.n, extractor.dims)
+    timed = {"timed": "denoiser and decoder, wall clock, after one batch that does not count"}
+    result: list[Measurement] = []
+    for steps in numbers:
+        ours, seconds = FeatureStatistics(extractor.dims), 0.0
+        for batch in batches(recipe.sample.model_copy(update={"steps": steps}), theirs.n):
+            images, took = draw(batch)
+            ours.update(extractor(images))
+            seconds += took
+        said = make_receipt(**{**about, "steps": steps})
+        result += [
+            Measurement(f"gfd-{extractor.name}@{steps}", ours.distance(theirs), {**said, **warning}),
+            Measurement(f"samples-per-second@{steps}", ours.n / seconds, {**said, "seconds": seconds, **timed}),
+        ]
+    return result

@@ -15,14 +15,14 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from latelier.conditioning import CACHED, DataSpec, build_conditioner, parts
-from latelier.data.latents import LatentCache
+from latelier.data.latents import LatentCache, encode_batches
 from latelier.data.loader import ImageDataset
 from latelier.denoisers import build_denoiser, vector_width
 from latelier.diffusion.process import build_process
 from latelier.errors import LatelierError
 from latelier.images import make_grid, save_png
 from latelier.objectives.denoising import DenoisingObjective
-from latelier.opening import held_out_records, open_codec, open_images
+from latelier.opening import held_out_records, open_codec, open_images, snapshot_folder
 from latelier.pipeline import LatentDiffusionPipeline
 from latelier.previews import shown_lengths
 from latelier.recipe import DenoiserRecipe, Recipe
@@ -203,7 +203,7 @@ def latent_stream(
             records = dataset.follow((latents.index[positions], flips.tolist()) for _, positions, flips in plan)
             batches = ({**batch, **record} for record, batch in zip(records, batches))  # captions may be mirrored
     else:
-        batches = encoded(codec, dataset.stream(training.batch, *place), accelerator.device)
+        batches = encode_batches(codec, dataset.stream(training.batch, *place), accelerator.device)
     for batch in batches:
         batch = to_device(batch, accelerator.device)
         if conditioner is not None:
@@ -211,14 +211,6 @@ def latent_stream(
                 batch |= conditioner.prepare(batch, codec)
         batch.pop("image", None)
         yield batch
-
-
-@torch.no_grad()
-def encoded(codec: Codec, batches: Iterator[dict[str, Any]], device: torch.device) -> Iterator[dict[str, Any]]:
-    """Batches of images with their posteriors."""
-    for batch in batches:
-        posterior = codec.posterior(batch["image"].to(device))
-        yield {**batch, "mean": codec.normalise(posterior.mean), "std": codec.scale(posterior.std)}
 
 
 def make_pipeline(recipe: Recipe, codec: Codec, objective: DenoisingObjective) -> LatentDiffusionPipeline:
@@ -293,8 +285,3 @@ def drop_snapshots(folder: Path, images: int) -> None:
     for path in snapshot_folder(folder, 0).parent.glob("[0-9]*"):
         if int(path.name) > images:
             shutil.rmtree(path)
-
-
-def snapshot_folder(folder: Path, images: int) -> Path:
-    """Where a run keeps the weights that it had after so many images."""
-    return folder / "denoiser" / "snapshots" / str(images)
