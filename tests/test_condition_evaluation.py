@@ -158,7 +158,9 @@ def test_perfect_enlargement_beats_bicubic():
 
 def test_bicubic_starts_from_the_image_that_the_model_was_told():
     """A model that is bicubic enlargement itself has exactly bicubic's numbers, random degradation or not."""
-    pipeline = Fake(LowResolutionConditioner(4, "bsrgan-light"), lambda records: enlarge(records["low"], 32, 32))
+    pipeline = Fake(
+        LowResolutionConditioner(4, "bsrgan-light"), lambda records: enlarge(records["low"], records["image"])
+    )
     measured = measure(pipeline, make_images(), Evaluate(metrics=["psnr"]))
     assert measured["sr-psnr"].value == measured["bicubic-psnr"].value
 
@@ -167,7 +169,7 @@ def test_enlargement_is_that_of_pil():
     small = torch.linspace(-1, 1, 36).view(1, 1, 6, 6)
     image = Image.fromarray(to_uint8(small)[0, 0].numpy()).resize((24, 24), Image.Resampling.BICUBIC)
     theirs = torch.tensor(list(image.tobytes())).view(24, 24)
-    assert (to_uint8(enlarge(small, 24, 24))[0, 0].int() - theirs).abs().max() <= 1
+    assert (to_uint8(enlarge(small, torch.zeros(1, 1, 24, 24)))[0, 0].int() - theirs).abs().max() <= 1
 
 
 @needs_weights
@@ -192,11 +194,11 @@ def test_mean_fill():
     constant = torch.tensor([0.3, -0.2, 0.9]).view(1, 3, 1, 1).expand(2, 3, 8, 8)
     hole = torch.zeros(2, 1, 8, 8)
     hole[0, 0, :4] = hole[1, 0, 2, 3] = 1
-    assert torch.allclose(fill_with_mean(constant, hole), constant)
+    assert torch.allclose(fill_with_mean({"hole": hole}, constant), constant)
     image = constant.clone()
     image[0, :, :4] = 7.0  # what is in the hole does not count
     image[0, 0, 4:6], image[0, 0, 6:] = -1.0, 0.0
-    assert torch.allclose(fill_with_mean(image, hole)[0, :, 0, 0], torch.tensor([-0.5, -0.2, 0.9]))
+    assert torch.allclose(fill_with_mean({"hole": hole}, image)[0, :, 0, 0], torch.tensor([-0.5, -0.2, 0.9]))
 
 
 @needs_weights

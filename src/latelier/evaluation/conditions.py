@@ -115,6 +115,9 @@ def draw_records(
             return
 
 
+# -- what is measured -------------------------------------------------------------------------------------------------
+
+
 class ConditionMetric(Protocol):
     """Sees all drawn images in batches, then says its numbers."""
 
@@ -127,12 +130,18 @@ def _metrics(
     known: Mapping[str, Any], training: Callable[[], Records], evaluate: Evaluate, device: torch.device
 ) -> Iterator[ConditionMetric]:
     """Those that have something to measure."""
-    similarity = {name for name in ("psnr", "ssim", "lpips") if name in evaluate.metrics}
-    if "low_resolution" in known and similarity:
-        yield Enlargement(image_metrics(similarity, device), known["low_resolution"].config)
+    similar = {"psnr", "ssim", "lpips"} & set(evaluate.metrics)
+    if "low_resolution" in known and similar:
+        config = known["low_resolution"].config
+        about = {
+            "factor": config["factor"], "degradation": config["degradation"], "degradation_seed": config["seed"],
+            "bicubic": "a = -1/2, as PIL and MATLAB",
+        }  # fmt: skip
+        metrics = image_metrics(similar, device)
+        yield Means(("sr", "bicubic"), metrics, lambda batch, image: enlarge(batch["low"].to(image), image), about)
     if "inpainting" in known and {"lpips", "gfd"} & set(evaluate.metrics):
         extractor = load_extractor(evaluate.features[0], device) if "gfd" in evaluate.metrics else None
-        yield Inpainting(image_metrics(similarity & {"lpips"}, device), extractor, evaluate.seed)
+        yield Inpainting(image_metrics(similar & {"lpips"}, device), extractor, evaluate.seed)
     for input_name in ("layouts", "segmentations"):
         if input_name in known:
             yield RegionMatch(input_name, Templates.of(training(), input_name))
@@ -140,72 +149,61 @@ def _metrics(
         yield CaptionMatch(CLIPScore(evaluate.clip, device))
 
 
-# -- enlargement and inpainting ---------------------------------------------------------------------------------------
-
-
 class Means:
-    """Means over images of some metrics, of drawn images and of a simple baseline; `names` stand before the metric's.
+    """Means over images of some metrics, of drawn images and of a simple baseline.
 
     Images differ far more among each other than drawn and baseline do, so `<drawn>-<metric>-difference`, drawn minus
     baseline, image by image, is known more closely than either.
+
+    Args:
+        sides: how names of results begin, of drawn images and of the baseline.
+        metrics: by name.
+        baseline: makes images from a batch and its originals.
+        about: for the receipts.
     """
 
-    def __init__(self, metrics: Mapping[str, ImageMetric], names: tuple[str, str]):
-        self._metrics, self._names = metrics, names
-        self._values: dict[str, list[Tensor]] = {f"{side}-{metric}": [] for side in names for metric in metrics}
+    def __init__(
+        self,
+        sides: tuple[str, str],
+        metrics: Mapping[str, ImageMetric],
+        baseline: Callable[[Mapping[str, Any], Tensor], Tensor],
+        about: Mapping[str, Any],
+    ):
+        self._sides, self._metrics, self._baseline, self._about = sides, metrics, baseline, about
+        self._values: dict[str, list[Tensor]] = {f"{side}-{metric}": [] for side in sides for metric in metrics}
 
-    def update(self, drawn: Tensor, baseline: Tensor, original: Tensor) -> None:
+    def update(self, batch: Mapping[str, Any], drawn: Tensor, original: Tensor) -> None:
         """Count a batch in."""
-        for side, images in zip(self._names, (drawn, baseline)):
+        for side, images in zip(self._sides, (drawn, self._baseline(batch, original))):
             for name, metric in self._metrics.items():
                 self._values[f"{side}-{name}"].append(metric(images, original).cpu())
 
     def compute(self, about: Mapping[str, Any]) -> list[Measurement]:
         """`<side>-<metric>` and differences."""
         values = {name: torch.cat(each) for name, each in self._values.items()}  # (n,)
-        drawn, baseline = self._names
+        drawn, baseline = self._sides
         for metric in self._metrics:
             values[f"{drawn}-{metric}-difference"] = values[f"{drawn}-{metric}"] - values[f"{baseline}-{metric}"]
         metrics = {name: name.removesuffix("-difference").split("-")[-1] for name in values}
-        return [measure_mean(name, each, metrics[name], about) for name, each in values.items()]
-
-
-class Enlargement:
-    """Super-resolution against the originals, beside bicubic enlargement of the same small images."""
-
-    def __init__(self, metrics: Mapping[str, ImageMetric], config: Mapping[str, Any]):
-        self._means = Means(metrics, ("sr", "bicubic"))
-        self._about = {
-            "factor": config["factor"], "degradation": config["degradation"], "degradation_seed": config["seed"],
-            "bicubic": "a = -1/2, as PIL and MATLAB",
-        }  # fmt: skip
-
-    def update(self, batch: Mapping[str, Any], drawn: Tensor, original: Tensor) -> None:
-        """See drawn images; `batch["low"]` is what they were drawn from."""
-        self._means.update(drawn, enlarge(batch["low"].to(original), original.shape[2], original.shape[3]), original)
-
-    def compute(self, about: Mapping[str, Any]) -> list[Measurement]:
-        """`sr-<metric>`, `bicubic-<metric>`."""
-        return self._means.compute({**about, **self._about})
+        return [measure_mean(name, each, metrics[name], {**about, **self._about}) for name, each in values.items()]
 
 
 class Inpainting:
     """Filled images against the originals, beside holes in the mean colour of the rest of the image."""
 
     def __init__(self, metrics: Mapping[str, ImageMetric], extractor: FeatureExtractor | None, seed: int):
-        self._means, self._extractor = Means(metrics, ("inpainting", "mean-fill")), extractor
+        self._about = {"masks": f"LaMa's {HOLES}, lengths in proportion to the image", "mask_seed": seed}
+        self._means = Means(("inpainting", "mean-fill"), metrics, fill_with_mean, {})
+        self._extractor, self._covered = extractor, 0.0
         dims = extractor.dims if extractor else 0
         self._drawn, self._filled, self._real = (FeatureStatistics(dims) for _ in range(3))
-        self._about = {"masks": f"LaMa's {HOLES}, lengths in proportion to the image", "mask_seed": seed}
-        self._covered = 0.0
 
     def update(self, batch: Mapping[str, Any], drawn: Tensor, original: Tensor) -> None:
         """See images whose `batch["hole"]` was filled."""
-        hole = batch["hole"].to(original)  # (b, 1, h, w)
-        filled = fill_with_mean(original, hole)
-        self._covered += hole.mean((1, 2, 3)).sum().item()
-        self._means.update(drawn, filled, original)
+        self._covered += batch["hole"].to(original).mean((1, 2, 3)).sum().item()
+        self._means.update(batch, drawn, original)
         if self._extractor:
+            filled = fill_with_mean(batch, original)
             for statistics, images in ((self._drawn, drawn), (self._filled, filled), (self._real, original)):
                 statistics.update(self._extractor(images))
 
@@ -220,21 +218,6 @@ class Inpainting:
                 name = f"{side}-fd-{self._extractor.name}"
                 result.append(Measurement(name, statistics.distance(self._real), receipt))
         return result
-
-
-def enlarge(low: Float[Tensor, "b c i j"], height: int, width: int) -> Float[Tensor, "b c h w"]:
-    """Bicubic enlargement with PIL's kernel, a = -1/2 (torch has it only under `antialias`)."""
-    return F.interpolate(low, size=(height, width), mode="bicubic", antialias=True).clamp(-1, 1)
-
-
-def fill_with_mean(image: Float[Tensor, "b c h w"], hole: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b c h w"]:
-    """Holes in the mean colour of the rest of each image."""
-    rest = (hole < 0.5).to(image)  # (b, 1, h, w)
-    mean = (image * rest).sum((2, 3), keepdim=True) / rest.sum((2, 3), keepdim=True)  # (b, c, 1, 1)
-    return torch.where(hole > 0.5, mean, image)
-
-
-# -- captions ---------------------------------------------------------------------------------------------------------
 
 
 class CaptionMatch:
@@ -253,11 +236,23 @@ class CaptionMatch:
 
     def compute(self, about: Mapping[str, Any]) -> list[Measurement]:
         """`clip-score`, and what CLIP says of the originals."""
-        result, receipt = [], {**about, **self._clip.describe()}
-        for name, scores in self._scores.items():
-            mean, interval = mean_with_interval(torch.cat(scores))
-            result.append(Measurement(name, mean, receipt, interval))
-        return result
+        receipt = {**about, **self._clip.describe()}
+        found = {name: mean_with_interval(torch.cat(scores)) for name, scores in self._scores.items()}
+        return [Measurement(name, mean, receipt, interval) for name, (mean, interval) in found.items()]
+
+
+def enlarge(low: Float[Tensor, "b c i j"], like: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    """Bicubic enlargement with PIL's kernel, a = -1/2 (torch has it only under `antialias`)."""
+    size = (like.shape[2], like.shape[3])
+    return F.interpolate(low, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
+
+
+def fill_with_mean(batch: Mapping[str, Any], image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    """A batch's holes `(b, 1, h, w)` in the mean colour of the rest of each image."""
+    hole = batch["hole"].to(image)  # (b, 1, h, w)
+    rest = (hole < 0.5).to(image)  # (b, 1, h, w)
+    mean = (image * rest).sum((2, 3), keepdim=True) / rest.sum((2, 3), keepdim=True)  # (b, c, 1, 1)
+    return torch.where(hole > 0.5, mean, image)
 
 
 # -- for looking at ---------------------------------------------------------------------------------------------------

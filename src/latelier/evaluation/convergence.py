@@ -36,18 +36,11 @@ def measure_convergence(recipe: Recipe, codec: Codec, held_out: ImageDataset) ->
 
     Numbers go into the section `convergence` of metrics.json, those of each snapshot as soon as they are there.
 
-    Args:
-        recipe: of a trained run; `denoiser.snapshots` says which snapshots there are.
-        codec: the run's tokenizer, on the device that is to be used.
-        held_out: the images whose latents the loss is measured on; at most `evaluate.samples`.
-
     Returns:
-        For each snapshot, by images seen, `convergence-loss@<images>`: the objective's loss, mean over images and
-        times; and, if gfd is asked for too, `convergence-gfd-<features>@<images>` in the first of
-        `evaluate.features`, of as many samples as gfd has, with the recipe's sampler.
-
-    Raises:
-        LatelierError: if a snapshot is missing, or there are no held-out images.
+        For each snapshot, by images seen, `convergence-loss@<images>`: the objective's loss on at most
+        `evaluate.samples` held-out images, mean over images and times; and, if gfd is asked for too,
+        `convergence-gfd-<features>@<images>` in the first of `evaluate.features`, of as many samples as gfd has, with
+        the recipe's sampler.
     """
     section, settings = recipe.denoiser, recipe.evaluate
     if section is None or "convergence" not in settings.metrics:
@@ -102,11 +95,8 @@ def held_out_loss(
 ) -> tuple[float, int]:
     """The objective's loss, mean over `PASSES` times and noises of each image's latent, and how many images.
 
-    Args:
-        objective: in evaluation mode; image i meets the times and noises of the sample ids `PASSES i + k`.
-        codec: what encodes; the loss is computed on its device.
-        images: batches with `image`, and what the objective's conditioner needs; an error if there are none.
-        precision: makes the context of the denoiser, such as autocast.
+    Image i meets the times and noises of the sample ids `PASSES i + k`. The objective is in evaluation mode; `images`
+    are batches with `image` and what its conditioner needs; `precision` makes a context, such as autocast.
     """
     total, n = torch.zeros((), dtype=torch.float64), 0
     for batch in encode_batches(codec, images, codec.device):

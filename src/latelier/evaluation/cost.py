@@ -19,6 +19,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -44,23 +45,14 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.Con
 
 @dataclass
 class Cost:
-    """What can be counted without running anything.
+    """What can be counted without running anything."""
 
-    Attributes:
-        parameters: of encoder and decoder.
-        decoder_parameters: of what makes images of latents; the rest makes latents of images.
-        mib: the weights file in float32, MiB; fixed tables that are stored, such as positions, included.
-        encode: GFLOP of one image, by operator.
-        encode_layers: GFLOP of one image in convolutions and linear layers alone.
-        decode: GFLOP of one image's latents, by operator.
-    """
-
-    parameters: int
-    decoder_parameters: int
-    mib: float
-    encode: dict[str, float]
-    encode_layers: float
-    decode: dict[str, float]
+    parameters: int  # of encoder and decoder
+    decoder_parameters: int  # of what makes images of latents; the rest makes latents of images
+    mib: float  # the weights file in float32, MiB; fixed tables that are stored, such as positions, included
+    encode: dict[str, float]  # GFLOP of one image, by operator
+    encode_layers: float  # GFLOP of one image in convolutions and linear layers alone
+    decode: dict[str, float]  # GFLOP of one image's latents, by operator
 
     @property
     def gflop_encode(self) -> float:
@@ -80,11 +72,7 @@ class Cost:
 
 @torch.no_grad()
 def count_cost(codec: Codec, height: int, width: int) -> Cost:
-    """Count parameters, bytes and operations for images of `height` x `width` pixels; weights are not read or moved.
-
-    Raises:
-        LatelierError: if the tokenizer's factor does not divide the size.
-    """
+    """Count parameters, bytes and operations for images of `height` x `width` pixels; weights are not read or moved."""
     tokenizer = codec.tokenizer
     parts = decoder_parts(tokenizer)
     parameters = {name: p.numel() for name, p in tokenizer.named_parameters()}
@@ -113,7 +101,7 @@ def measure_cost(
 
     Args:
         codec: the tokenizer, on the device that is to be measured.
-        height, width: of the images, in pixels.
+        height, width: of the images, in pixels; an error if the tokenizer's factor does not divide them.
         batch: images at once, in the measured numbers only.
         seconds: how long encoding, and decoding, are repeated; a batch that has begun is finished.
         extra: fields for the receipts beyond those gathered here.
@@ -121,9 +109,6 @@ def measure_cost(
     Returns:
         `parameters`, `size-mib`, `gflop-encode`, `gflop-decode`, `gflop-paper`, `encode-images-per-second`,
         `decode-images-per-second` (medians) and `memory-gb` (peak).
-
-    Raises:
-        LatelierError: if the tokenizer's factor does not divide the size.
     """
     cost, device = count_cost(codec, height, width), codec.device
     receipt = make_receipt(image_size=(height, width), tokenizer=codec.hash(), **(extra or {}))
@@ -196,21 +181,21 @@ def _count(module: nn.Module, action: Callable[[], Any]) -> tuple[dict[str, floa
 
 def _speed(action: Callable[[], Any], batch: int, seconds: float, device: torch.device) -> tuple[float, int]:
     """Images per second, the median over repetitions, and how many there were; one to warm up is not counted."""
+
+    def wait() -> None:
+        if device.type != "cpu":
+            torch.get_device_module(device).synchronize(device)
+
     action()
     times: list[float] = []
     end = time.perf_counter() + seconds
     while not times or time.perf_counter() < end:
-        _wait(device)
+        wait()
         begin = time.perf_counter()
         action()
-        _wait(device)
+        wait()
         times.append(time.perf_counter() - begin)
     return batch / median(times), len(times)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.get_device_module(device).synchronize(device)
 
 
 # -- of sampling ------------------------------------------------------------------------------------------------------
@@ -234,9 +219,6 @@ def measure_sampling(
     Returns:
         For each number of steps, the fewest first, `gfd-<features>@<steps>` and `samples-per-second@<steps>`. As many
         images are sampled as there are references; image i has the seed `sample.seed + i` at each number of steps.
-
-    Raises:
-        LatelierError: if there are no references, or the sampler cannot make so many steps.
     """
     numbers = sorted(set(recipe.evaluate.sampling_steps))
     if not numbers:
@@ -253,8 +235,7 @@ def measure_sampling(
     }  # fmt: skip
     records = held_out_records(recipe, pipeline)
 
-    def draw(batch: Sample) -> tuple[Tensor, float]:
-        """Images of one batch `(b, c, h, w)` in [-1, 1], and the seconds it took."""
+    def draw(batch: Sample) -> tuple[Float[Tensor, "b c h w"], float]:
         inputs = records(batch.seed - recipe.sample.seed, batch.count)
         begin = time.perf_counter()
         images = pipeline(sample=batch, records=inputs, output_type="pt", progress=False).images

@@ -46,25 +46,17 @@ CLIP_MEAN, CLIP_STD = STATISTICS["clip_vision_model"]  # of images in [0, 1] (Ra
 class FeatureExtractor:
     """A network with everything that defines its features.
 
-    Attributes:
-        name: the suffix of metric names: `vgg16`, `inception`, `dinov2-small`.
-        dims: length of a feature vector.
-        layer: which activations.
-        preprocessing: what happens to images first, in words.
-        weights_sha256: of the network's numbers or file.
-        module: the network.
-        compute: from `(b, 3, h, w)` 8-bit levels 0..255, float32, to `(b, dims)`, or to all outputs by name.
-        others: what there is besides `features`: length and layer by name.
+    `compute` takes `(b, 3, h, w)` 8-bit levels 0..255, float32, to `(b, dims)`, or to all outputs by name.
     """
 
-    name: str
-    dims: int
-    layer: str
-    preprocessing: str
-    weights_sha256: str
+    name: str  # the suffix of metric names: vgg16, inception, dinov2-small
+    dims: int  # of a feature vector
+    layer: str  # which activations
+    preprocessing: str  # what happens to images first, in words
+    weights_sha256: str  # of the network's numbers or file
     module: torch.nn.Module
     compute: Callable[[Tensor], Tensor | Mapping[str, Tensor]]
-    others: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    others: Mapping[str, tuple[int, str]] = field(default_factory=dict)  # besides `features`: length, layer by name
 
     def __call__(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
         """Features of images in [-1, 1] (clamped, rounded to 8 bit; grey is repeated), float32."""
@@ -72,13 +64,9 @@ class FeatureExtractor:
 
     @torch.no_grad()
     def outputs(self, images: Float[Tensor, "b c h w"]) -> dict[str, Float[Tensor, "b _"]]:
-        """All that the network gives in one pass, float32, by the names in `has`.
+        """All that the network gives in one pass, float32, by the names in `has`; of 1 or 3 channels.
 
-        Returns:
-            `features` `(b, dims)`; of `inception` also `spatial` `(b, 2023)` and `logits` `(b, 1008)`.
-
-        Raises:
-            LatelierError: for other than 1 or 3 channels.
+        They are `features` `(b, dims)`; of `inception` also `spatial` `(b, 2023)` and `logits` `(b, 1008)`.
         """
         if images.shape[1] not in (1, 3):
             raise LatelierError(
@@ -121,10 +109,8 @@ class FeatureExtractor:
 def load_extractor(name: str, device: torch.device | str = "cpu") -> FeatureExtractor:
     """Open an extractor by its name in a recipe.
 
-    Args:
-        name: `vgg16`, `inception`, `inception-fid-helper`, `dinov2`, `clip`, or `dinov2:...` and `clip:...` with a Hub
-            name, a folder, or the name of a folder in `$LATELIER_WEIGHTS`.
-        device: where it runs.
+    Names are `vgg16`, `inception`, `inception-fid-helper`, `dinov2`, `clip`, or `dinov2:...` and `clip:...` with a Hub
+    name, a folder, or the name of a folder in `$LATELIER_WEIGHTS`.
 
     Raises:
         LatelierError: for an unknown name, or if its weights are missing or are others.
@@ -139,11 +125,7 @@ def load_extractors(names: Iterable[str], device: torch.device | str = "cpu") ->
 
 
 def check_features(evaluate: Evaluate) -> None:
-    """Whether `evaluate.features` can be opened by name and serve `evaluate.metrics`; no weights are read.
-
-    Raises:
-        LatelierError: for unknown or double names, and for fid50k, sfid and inception-score without `inception`.
-    """
+    """An error unless `evaluate.features` can be opened by name and serve `evaluate.metrics`; reads no weights."""
     kinds = [_parse(name)[0] for name in _distinct(evaluate.features)]
     for metric in evaluate.metrics:
         if metric in NEEDS and OF_INCEPTION not in kinds:
@@ -247,8 +229,9 @@ def _dinov2(model: str) -> FeatureExtractor:
         f"{ROUNDED}, bicubic (antialiased) to {DINO_SIZE} x {DINO_SIZE}, clamped to the levels' range, ImageNet mean "
         "and standard deviation"
     )
+    digest = weights.digest({name: tensor.numpy() for name, tensor in network.state_dict().items()})
     about = (network.config.hidden_size, f"CLS of {model} after its last norm", preprocessing)
-    return FeatureExtractor(metric_suffix(f"dinov2:{model}"), *about, _digest(network), network, compute)
+    return FeatureExtractor(metric_suffix(f"dinov2:{model}"), *about, digest, network, compute)
 
 
 def _clip(model: str) -> FeatureExtractor:
@@ -262,8 +245,9 @@ def _clip(model: str) -> FeatureExtractor:
         return F.normalize(network(pixel_values=pixels).image_embeds)  # (b, d)
 
     preprocessing = f"{ROUNDED}, bicubic (antialiased) to {size} x {size}, CLIP's mean and standard deviation"
+    digest = weights.digest({name: tensor.numpy() for name, tensor in network.state_dict().items()})
     about = (network.config.projection_dim, f"image embedding of {model}, of length 1", preprocessing)
-    return FeatureExtractor(metric_suffix(f"clip:{model}"), *about, _digest(network), network, compute)
+    return FeatureExtractor(metric_suffix(f"clip:{model}"), *about, digest, network, compute)
 
 
 BUILDERS: dict[str, Callable[..., FeatureExtractor]] = {
@@ -272,11 +256,8 @@ BUILDERS: dict[str, Callable[..., FeatureExtractor]] = {
 
 
 class CLIPScore:
-    """How well images fit their captions, as a CLIP sees it (Hessel et al. 2021): 100 max(cos, 0) of its features.
-
-    Args:
-        name: of the model: on the Hub, or a folder; an error if it cannot be loaded, or is no CLIP.
-        device: where features are computed.
+    """How well images fit their captions, as a CLIP of the Hub or a folder sees it (Hessel et al. 2021):
+    100 max(cos, 0) of its features.
     """
 
     def __init__(self, name: str, device: torch.device | str = "cpu"):
@@ -316,14 +297,9 @@ class CLIPScore:
 
 
 def _open(name: str, kind: str, classes: Mapping[str, str], option: str, text: bool = False) -> tuple[Any, Any]:
-    """A model of `transformers`, frozen, in float32, and on demand its tokenizer.
+    """A model of `transformers`, frozen, in float32, and if its text half is needed, its tokenizer.
 
-    Args:
-        name: on the Hub, a folder, or a folder in `$LATELIER_WEIGHTS`.
-        kind: what the user should name.
-        classes: by the type in its configuration.
-        option: of the recipe, for errors.
-        text: whether its text half is needed.
+    `classes` are those of `transformers` by the type in a configuration; `option` of the recipe stands in errors.
     """
     try:
         import transformers as library
@@ -353,11 +329,6 @@ def _open(name: str, kind: str, classes: Mapping[str, str], option: str, text: b
     return model.float().requires_grad_(False).eval(), tokenizer
 
 
-def _digest(network: torch.nn.Module) -> str:
-    """sha256 of a network's numbers."""
-    return weights.digest({name: tensor.numpy() for name, tensor in network.state_dict().items()})
-
-
 # -- what networks see ------------------------------------------------------------------------------------------------
 
 
@@ -374,11 +345,7 @@ def to_vision(
 
 
 def to_clip(images: Float[Tensor, "b c h w"], size: int) -> Float[Tensor, "b 3 s s"]:
-    """Images in [-1, 1] as CLIP takes them: `size` pixels on the shorter side, centre crop; grey is repeated.
-
-    Raises:
-        LatelierError: for other than 1 or 3 channels.
-    """
+    """Images in [-1, 1] as CLIP takes them: `size` pixels on the shorter side, centre crop; grey is repeated."""
     if images.shape[1] not in (1, 3):
         raise LatelierError(f"CLIP looks at 1 or 3 channels, not {images.shape[1]}; take evaluate.clip out.")
     pixels = to_uint8(images).float().expand(-1, 3, -1, -1) / 255  # (b, 3, h, w)

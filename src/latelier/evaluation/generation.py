@@ -68,9 +68,6 @@ def evaluate_generation(
         As far as asked for: `gfd-<features>` and `kid-<features>` for each of the features, `cmmd-<features>` for
         each CLIP, `precision` and `recall` (k = 3) in the first; `sfid` and `inception-score` in the first that gives
         what they need, `fid50k` in `inception`. Nothing on processes that only take part.
-
-    Raises:
-        LatelierError: if a side has no images, or too few, or a metric is not defined in these features.
     """
     wanted: set[str] = {name for name in evaluate.metrics if name in KEPT}
     if not wanted:
@@ -172,57 +169,42 @@ def _measure(
 ) -> list[Measurement]:
     """All metrics of one extractor, in a fixed order."""
     extractor, wanted = space.collector.extractor, space.metrics
-    names = [label for metric, label in (("gfd", f"gfd-{extractor.name}"), ("fid50k", "fid50k")) if metric in wanted]
+    result: list[Measurement] = []
+
+    def frechet(names: Sequence[str], output: str) -> None:
+        value, interval = ours.sums[output].distance(theirs.sums[output])
+        described = extractor.describe(output)
+        warning = size_warning(min(ours.n, theirs.n), described["dims"])
+        receipt = {**about, **described, **warning, "interval": FRECHET_INTERVAL}
+        result.extend(Measurement(name, value, receipt, interval) for name in names)
+
     if "fid50k" in wanted:
         _check_fid(min(ours.n, theirs.n), "there are")
-    result = _frechet(names, "features", ours, theirs, about) if names else []
+    if names := [f"gfd-{extractor.name}"] * ("gfd" in wanted) + ["fid50k"] * ("fid50k" in wanted):
+        frechet(names, "features")
     if "sfid" in wanted:
-        result += _frechet(["sfid"], "spatial", ours, theirs, {**about, **extractor.describe("spatial")})
+        frechet(["sfid"], "spatial")
     if "inception-score" in wanted:
         value, interval = ours.score.measure()
         receipt = {**about, **extractor.describe("logits"), "splits": GROUPS, "interval": "Student's t over splits"}
         result.append(Measurement("inception-score", value, receipt, interval))
     held = {**about, "n_vectors": len(ours.vectors), "n_reference_vectors": len(theirs.vectors)}
-    return [*result, *_discrepancies(space, ours, theirs, held, seed), *_coverage(space, ours, theirs, held)]
-
-
-def _frechet(
-    names: Sequence[str], output: str, ours: FeatureSet, theirs: FeatureSet, about: Mapping[str, Any]
-) -> list[Measurement]:
-    """One Fréchet distance, under one name or two."""
-    value, interval = ours.sums[output].distance(theirs.sums[output])
-    warning = size_warning(min(ours.n, theirs.n), int(about["dims"]))
-    return [Measurement(name, value, {**about, **warning, "interval": FRECHET_INTERVAL}, interval) for name in names]
-
-
-def _discrepancies(
-    space: Space, ours: FeatureSet, theirs: FeatureSet, about: Mapping[str, Any], seed: int
-) -> list[Measurement]:
-    """KID and CMMD."""
-    result = []
     for metric, (kernel, scale, words) in DISCREPANCIES.items():
-        if metric in space.metrics:
+        if metric in wanted:
             value, interval, subsets = subset_mmd(ours.vectors, theirs.vectors, kernel, seed)
             if "standard_error" in subsets:
                 subsets["standard_error"] *= scale
-            receipt = {**about, "kernel": words, **subsets, "interval": "Student's t over subsets"}
+            receipt = {**held, "kernel": words, **subsets, "interval": "Student's t over subsets"}
             ends = interval and (scale * interval[0], scale * interval[1])
-            result.append(Measurement(f"{metric}-{space.collector.name}", scale * value, receipt, ends))
-    return result
-
-
-def _coverage(space: Space, ours: FeatureSet, theirs: FeatureSet, about: Mapping[str, Any]) -> list[Measurement]:
-    """Precision and recall."""
-    if not space.metrics & {"precision", "recall"}:
-        return []
-    device = space.collector.extractor.device
-    inside = precision_recall(ours.vectors.to(device), theirs.vectors.to(device), NEIGHBOURS)
-    result = []
-    for name, each in zip(("precision", "recall"), inside):
-        if name in space.metrics:
-            mean, interval = mean_with_interval(each)
-            ends = interval and (max(0.0, interval[0]), min(1.0, interval[1]))  # a share cannot leave [0, 1]
-            result.append(Measurement(name, mean, {**about, "neighbours": NEIGHBOURS}, ends))
+            result.append(Measurement(f"{metric}-{extractor.name}", scale * value, receipt, ends))
+    if wanted & {"precision", "recall"}:
+        device = extractor.device
+        inside = precision_recall(ours.vectors.to(device), theirs.vectors.to(device), NEIGHBOURS)
+        for name, each in zip(("precision", "recall"), inside):
+            if name in wanted:
+                mean, interval = mean_with_interval(each)
+                ends = interval and (max(0.0, interval[0]), min(1.0, interval[1]))  # a share cannot leave [0, 1]
+                result.append(Measurement(name, mean, {**held, "neighbours": NEIGHBOURS}, ends))
     return result
 
 
@@ -231,16 +213,10 @@ def _coverage(space: Space, ours: FeatureSet, theirs: FeatureSet, about: Mapping
 
 @dataclass
 class Neighbours:
-    """The nearest training images of some samples.
+    """The nearest training images of some samples."""
 
-    Attributes:
-        indices: `(n, k)` positions in the order in which references came.
-        distances: `(n, k)` Euclidean distances of features, ascending.
-        images: `(n, k, c, h, w)` the images themselves.
-    """
-
-    indices: Int[Tensor, "n k"]
-    distances: Float[Tensor, "n k"]
+    indices: Int[Tensor, "n k"]  # in the order in which references came
+    distances: Float[Tensor, "n k"]  # Euclidean, of features, ascending
     images: Float[Tensor, "n k c h w"]
 
 
@@ -251,13 +227,9 @@ def nearest(
     extractor: FeatureExtractor,
     k: int = 1,
 ) -> Neighbours:
-    """Find each sample's k nearest training images in feature space, reading the training set once.
+    """Find each sample's k nearest training images in an extractor's features, reading the training set once.
 
-    Args:
-        samples: generated images in [-1, 1].
-        references: batches of training images, dicts with `image` of the samples' size.
-        extractor: the space in which near is meant.
-        k: how many neighbours of each; an error if there are fewer training images.
+    References are dicts with `image` of the samples' size, in [-1, 1]; an error if there are fewer than k.
     """
     own = extractor(samples).cpu()  # (n, d)
     n, seen = len(samples), 0

@@ -23,6 +23,10 @@ from latelier.evaluation.results import Measurement
 SIDE = 24  # pixels of a template
 MOST_TRAINING = 4_000  # images that templates are made of
 FLAT = 1e-4  # standard deviation in [-1, 1] below which a region shows nothing
+COMPARED = {  # what is compared, by the end of a result's name
+    "": "regions asked for", "-chance": "regions of the next record",
+    "-real": "regions asked for, in the original images",
+}  # fmt: skip
 
 
 class Region(NamedTuple):
@@ -71,13 +75,7 @@ def _span(low: float, high: float, length: int) -> tuple[int, int]:
 
 
 class Templates:
-    """The mean look of each class.
-
-    Args:
-        labels: of the classes.
-        patterns: one for each, before normalisation.
-        images: how many they were made of.
-    """
+    """The mean look of each class: one pattern for each label, before normalisation, made of so many images."""
 
     def __init__(self, labels: Int[Tensor, " k"], patterns: Float[Tensor, "k d"], images: int):
         self.labels, self.patterns, self.images = labels, normalise(patterns), images
@@ -156,16 +154,13 @@ def share_of_hits(counts: Sequence[tuple[int, int]]) -> tuple[float, tuple[float
 class RegionMatch:
     """Compares regions of drawn images with templates of classes, beside the two ends of the scale.
 
-    Args:
-        input_name: `layouts` or `segmentations`.
-        templates: of the classes.
+    `-chance` compares image i with the regions of record i + 1 (the last one with those of the first); `-real` says
+    what the matcher says of the original images.
     """
 
     def __init__(self, input_name: str, templates: Templates):
-        self._input, self._templates = input_name, templates
-        self._drawn: list[tuple[int, int]] = []  # hits and regions, image by image
-        self._shifted: list[tuple[int, int]] = []
-        self._real: list[tuple[int, int]] = []
+        self._input, self._templates = input_name, templates  # `layouts` or `segmentations`
+        self._counts: dict[str, list[tuple[int, int]]] = {end: [] for end in COMPARED}  # hits and regions of images
         self._first: list[Region] = []  # of all images
         self._last: Tensor | None = None  # the drawn image before
         self._regions = 0
@@ -174,44 +169,35 @@ class RegionMatch:
         self, batch: Mapping[str, Any], drawn: Float[Tensor, "b c h w"], original: Float[Tensor, "b c h w"]
     ) -> None:
         """See drawn images with the records that they were drawn from."""
+        hits = self._templates.hits
         for regions, one, real in zip(read_regions(batch, self._input), drawn.cpu().float(), original.cpu().float()):
-            self._drawn.append(self._templates.hits(one, regions))
-            self._real.append(self._templates.hits(real, regions))
+            self._counts[""].append(hits(one, regions))
+            self._counts["-real"].append(hits(real, regions))
             if self._last is None:
                 self._first = regions
             else:
-                self._shifted.append(self._templates.hits(self._last, regions))
+                self._counts["-chance"].append(hits(self._last, regions))
             self._last, self._regions = one, self._regions + len(regions)
 
     def compute(self, about: Mapping[str, Any]) -> list[Measurement]:
-        """`<input>-match`; `-match-chance`, where image i is compared with the regions of record i + 1 (the last one
-        with those of the first); `-match-real`, what the matcher says of the original images.
-
-        Raises:
-            LatelierError: if there are no regions, or only one image.
-        """
+        """`<input>-match`, `-match-chance` and `-match-real`; an error without regions, or for one image."""
         name = f"{self._input.removesuffix('s')}-match"
-        regions = sum(total for _, total in self._drawn)
+        regions = sum(total for _, total in self._counts[""])
         if about["n"] < 2 or not regions:
             raise LatelierError(
                 f"{name} needs 2 images and a region of a class that training images show, not {about['n']} "
                 f"images with {regions}; raise evaluate.samples."
             )
         assert self._last is not None
+        counts = {**self._counts}
+        counts["-chance"] = [*counts["-chance"], self._templates.hits(self._last, self._first)]
         receipt = {
             **about, "regions": regions, "regions_without_template": self._regions - regions,
             "classes": len(self._templates.labels), "template_images": self._templates.images,
             "matcher": f"nearest mean training region, {SIDE} x {SIDE}, correlation over all channels",
         }  # fmt: skip
-        sides = {
-            name: (self._drawn, "regions asked for"),
-            f"{name}-chance": (
-                [*self._shifted, self._templates.hits(self._last, self._first)], "regions of the next record",
-            ),
-            f"{name}-real": (self._real, "regions asked for, in the original images"),
-        }  # fmt: skip
-        result = []
-        for key, (counts, judged) in sides.items():
-            value, interval = share_of_hits(counts)
-            result.append(Measurement(key, value, {**receipt, "judged": judged}, interval))
-        return result
+        shares = {end: share_of_hits(counts[end]) for end in COMPARED}
+        return [
+            Measurement(name + end, share, {**receipt, "judged": COMPARED[end]}, interval)
+            for end, (share, interval) in shares.items()
+        ]
