@@ -65,9 +65,6 @@ def evaluate_conditions(
         above the second in the same images, `<task>-<metric>-difference`; `layout-match` and
         `segmentation-match` with `-chance` and `-real`; `clip-score` and `clip-score-real`. Empty for models that are
         conditioned on classes, maps or nothing.
-
-    Raises:
-        LatelierError: if there are no records, or they lack what is needed.
     """
     device = pipeline.codec.device
     metrics = list(_metrics(parts(pipeline.conditioner), training, evaluate, device))
@@ -269,9 +266,6 @@ def condition_grid(pipeline: Any, records: Records, sample: Sample, seed: int = 
     """Draw the first `COLUMNS` records as `draw_records` does: a column for each, with its inputs, drawn and original.
 
     Inputs are the small image, enlarged; the image with grey holes; boxes and their classes; the label map; the map.
-
-    Raises:
-        LatelierError: if there are no records.
     """
     known = parts(pipeline.conditioner)
     rows: dict[str, list[Tensor]] = {}

@@ -192,9 +192,6 @@ def subset_mmd(
     Subsets of at most 1,000 vectors on each side are cut from a set shuffled by `seed`, so that no vector is in two of
     them: the mean is as unbiased as it would be of all at once, and subsets are independent, which gives an honest
     error.
-
-    Raises:
-        LatelierError: for fewer than two vectors on a side.
     """
     least, most = sorted((len(ours), len(theirs)))
     if least < 2:
@@ -259,14 +256,9 @@ def precision_recall(
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " m"]]:
     """Improved precision and recall (Kynkäänniemi et al. 2019, equations 1-2), one indicator for each vector.
 
-    A manifold is the union of balls that reach each vector's k-th nearest neighbour; `chunk` rows of the matrix of
+    A manifold is the union of balls that reach each vector's k-th nearest neighbour: 1 for each sample that lies in
+    the references' manifold, and the reverse; the means are precision and recall. `chunk` rows of the matrix of
     distances are held at once.
-
-    Returns:
-        For each sample 1 if it lies in the references' manifold, and the reverse; the means are precision and recall.
-
-    Raises:
-        LatelierError: if a side has no k neighbours.
     """
     if min(len(samples), len(references)) <= k:
         raise LatelierError(

@@ -70,9 +70,6 @@ def evaluate_reconstruction(
     Returns:
         l1, psnr, ssim, ms-ssim, lpips and, for each of the features, `rfd-<features>`, as far as asked for, with
         confidence intervals; nothing on processes that only take part.
-
-    Raises:
-        LatelierError: if there are no images, or a metric is not defined for them.
     """
     metrics = image_metrics(evaluate.metrics, codec.device)
     extractors = load_extractors(evaluate.features if "rfd" in evaluate.metrics else (), codec.device)
@@ -98,8 +95,18 @@ def evaluate_reconstruction(
     receipt = make_receipt(
         n=n, reference=reference, image_size=size, latents="posterior mean", tokenizer=codec.hash(), **(extra or {})
     )
-    means = [measure_mean(name, torch.cat(each), name, receipt) for name, each in values.items()]
-    return means + [_distance(collector, ours, {**theirs, **known}, receipt) for collector in collectors]
+    result = [measure_mean(name, torch.cat(each), name, receipt) for name, each in values.items()]
+    for extractor in extractors:
+        a, b = ours[extractor.name], {**theirs, **known}[extractor.name]
+        if a.n != b.n:
+            raise LatelierError(
+                f"{a.n} images could be read, but features of {b.n} were kept of them; delete the folder that "
+                "$LATELIER_CACHE names (by default ~/.cache/latelier) and measure again."
+            )
+        value, interval = a.sums["features"].distance(b.sums["features"])
+        about = {**receipt, **extractor.describe(), "n_reference": b.n, **size_warning(a.n, extractor.dims)}
+        result.append(Measurement(f"rfd-{extractor.name}", value, {**about, "interval": FRECHET_INTERVAL}, interval))
+    return result
 
 
 def read_images(batches: Iterable[Mapping[str, Any]], count: int) -> Iterator[Tensor]:
@@ -138,25 +145,6 @@ def _compare(
     }
 
 
-def _distance(
-    collector: FeatureCollector,
-    ours: Mapping[str, FeatureSet],
-    theirs: Mapping[str, FeatureSet],
-    receipt: Mapping[str, Any],
-) -> Measurement:
-    """`rfd-<features>`."""
-    extractor = collector.extractor
-    a, b = ours[extractor.name], theirs[extractor.name]
-    if a.n != b.n:
-        raise LatelierError(
-            f"{a.n} images could be read, but features of {b.n} were kept of them; delete the folder that "
-            "$LATELIER_CACHE names (by default ~/.cache/latelier) and measure again."
-        )
-    value, interval = a.sums["features"].distance(b.sums["features"])
-    about = {**receipt, **extractor.describe(), "n_reference": b.n, **size_warning(a.n, extractor.dims)}
-    return Measurement(f"rfd-{extractor.name}", value, {**about, "interval": FRECHET_INTERVAL}, interval)
-
-
 # -- per image --------------------------------------------------------------------------------------------------------
 
 
@@ -186,11 +174,7 @@ def psnr(images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]) 
 
 
 def ssim(images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
-    """Structural similarity of each image: 8-bit levels, range 255, Gaussian window 11 x 11 of sigma 1.5.
-
-    Raises:
-        LatelierError: for images smaller than the window.
-    """
+    """Structural similarity of each image: 8-bit levels, range 255, Gaussian window 11 x 11 of sigma 1.5."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     _check_sides(images, SSIM_WINDOW, "SSIM", "take ssim out of evaluate.metrics.")
@@ -204,9 +188,6 @@ def ms_ssim(images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"
     """Multi-scale structural similarity of each image: five scales and weights as in Wang et al. 2003, section 3.2.
 
     Contrasts that are correlated the wrong way round count as zero, since they are raised to powers.
-
-    Raises:
-        LatelierError: for images whose coarsest scale is smaller than the window.
     """
     from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
@@ -235,11 +216,7 @@ def _levels(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def draw_errors(codec: Codec, batches: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """Draw the first few originals, reconstructions and error maps below each other, and the scale, as a PNG.
-
-    Raises:
-        LatelierError: if there are no images.
-    """
+    """Draw the first few originals, reconstructions and error maps below each other, and the scale, as a PNG."""
     images = next((batch["image"] for batch in batches), torch.zeros(0, 3, 1, 1))[:SHOWN].cpu()  # (b, c, h, w)
     if not len(images):
         raise LatelierError("There are no images to draw errors of.")

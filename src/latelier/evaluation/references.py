@@ -35,10 +35,8 @@ Key = Mapping[str, Any]
 
 
 class FeatureSet:
-    """What is kept of a set of images, however many: sums, and of the first 50,000 the vectors too, if need be.
-
-    Args:
-        kept: of the extractor's outputs `features`, `spatial` and `logits` those that are summed up, and `vectors`.
+    """What is kept of a set of images: sums of an extractor's outputs `features`, `spatial` and `logits`, as far as
+    asked for, and of the first 50,000 images the `vectors`.
     """
 
     def __init__(self, kept: Collection[str]):
@@ -120,15 +118,9 @@ class FeatureCollector:
 def collect(
     collectors: Sequence[FeatureCollector], batches: Iterable[Float[Tensor, "_ c h w"]], shared: bool
 ) -> dict[str, FeatureSet]:
-    """Go through images in [-1, 1] once and keep of each extractor's outputs what is asked for.
+    """Go through images in [-1, 1] once and keep of each extractor's outputs what is asked for, by its name.
 
-    Args:
-        collectors: extractors, and what is kept.
-        batches: of images.
-        shared: whether all processes take part, each with its own batches, see `gather_in_order`.
-
-    Returns:
-        A set for the name of each extractor; they are empty on all processes but the main one.
+    If `shared`, all processes take part, each with its own batches, and only the main one's sets are filled.
     """
     sets = {collector.name: FeatureSet(collector.kept) for collector in collectors}
     seen = ({collector.name: collector.extract(images) for collector in collectors} for images in batches)
@@ -163,10 +155,7 @@ def reference_key(images: ImageDataset, count: int) -> Key:
 
 
 def open_sets(collectors: Sequence[FeatureCollector], key: Key | None, shared: bool) -> dict[str, FeatureSet]:
-    """The cached sets, by the extractor's name; all processes hear of the same ones, the main one has what is in them.
-
-    Of a damaged file a warning tells.
-    """
+    """The cached sets, by the extractor's name; all processes know their names, the main one has what is in them."""
     found = {}
     if key is not None and is_main(shared):
         opened = {collector.name: _open(_about(key, collector), collector.kept) for collector in collectors}
