@@ -16,13 +16,13 @@ from latelier.evaluation.convergence import PASSES, held_out_loss, load_snapshot
 from latelier.evaluation.convergence_table import LOSS, comparable, convergence, reach, read_curves, speed_table
 from latelier.evaluation.orderings import RunSummary
 from latelier.objectives.denoising import DenoisingObjective
-from latelier.opening import open_codec, open_images, open_run
+from latelier.opening import open_codec, open_images, open_run, snapshot_folder
 from latelier.recipe import DenoiserRecipe
 from latelier.study import load_study
 from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.conv import IdentityTokenizer
 from latelier.training import denoiser_loop
-from latelier.training.denoiser_loop import snapshot_folder, train_denoiser
+from latelier.training.denoiser_loop import train_denoiser
 from latelier.training.tokenizer_loop import train_tokenizer
 from test_study import write_study
 from tiny import colour_extractor, tiny_recipe

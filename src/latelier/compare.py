@@ -17,10 +17,10 @@ from typing import Any
 
 from latelier import __version__
 from latelier.errors import LatelierError
-from latelier.evaluation.error_map import ERRORS
 from latelier.evaluation.figures import MAP
 from latelier.evaluation.orderings import RunSummary
 from latelier.evaluation.overview import BITS, NUMBERS
+from latelier.evaluation.results import ERRORS
 from latelier.inspection import inspect, inspection_recipe
 from latelier.recipe import PretrainedRecipe, Recipe
 from latelier.study import file_name

@@ -85,3 +85,8 @@ def held_out_records(recipe: Recipe, pipeline: LatentDiffusionPipeline) -> Calla
         return next(held_out.follow([(numbers, [False] * count)]))
 
     return records
+
+
+def snapshot_folder(folder: Path, images: int) -> Path:
+    """Where a run keeps the weights that its denoiser had after so many images."""
+    return folder / "denoiser" / "snapshots" / str(images)

@@ -135,7 +135,7 @@ def reconstruct(tokenizer: str, images: list[Path], out: Path, size: int, channe
     Raises:
         LatelierError: if the tokenizer or the images cannot be opened, or do not fit.
     """
-    from latelier.evaluation.results import psnr
+    from latelier.evaluation.reconstruction import psnr
     from latelier.images import make_columns, save_png
     from latelier.opening import best_device
     from latelier.tokenizers.codec import Codec

@@ -336,3 +336,11 @@ def _rank(accelerator: Accelerator | None) -> tuple[int, int]:
 def _wait(accelerator: Accelerator | None) -> None:
     if accelerator is not None:
         accelerator.wait_for_everyone()
+
+
+@torch.no_grad()
+def encode_batches(codec: Codec, batches: Iterator[dict[str, Any]], device: torch.device) -> Iterator[dict[str, Any]]:
+    """Batches of images with their posteriors, normalised: `mean` and `std`."""
+    for batch in batches:
+        posterior = codec.posterior(batch["image"].to(device))
+        yield {**batch, "mean": codec.normalise(posterior.mean), "std": codec.scale(posterior.std)}

@@ -21,7 +21,6 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from latelier.errors import LatelierError
 from latelier.evaluation.convergence_table import convergence
 from latelier.evaluation.directions import better
-from latelier.evaluation.error_map import ERRORS
 from latelier.evaluation.figures import INK, MAP, ImageFile, draw_figures, write
 from latelier.evaluation.orderings import (
     Ordering,
@@ -39,6 +38,7 @@ from latelier.evaluation.orderings import (
 from latelier.evaluation.overview import fronts, overview
 from latelier.evaluation.page import inline_image, page
 from latelier.evaluation.predictors import prediction
+from latelier.evaluation.results import ERRORS
 from latelier.images import GAP_COLOUR, save_png
 
 __all__ = ["Published", "RunSummary", "write_comparison"]

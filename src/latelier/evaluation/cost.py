@@ -1,28 +1,43 @@
-"""What a tokenizer costs: parameters, bytes, floating-point operations, images per second, memory.
+"""What a tokenizer costs (parameters, bytes, floating-point operations, images per second, memory), and sampling.
 
 Operations are counted on a copy without memory ("meta" tensors), so counting takes no time and any model fits. One
 multiply-add is two operations. Papers count differently, so two rules are kept apart: everything, attention's matrix
 products included, for one image; and that of LDMAE's table, which is the encoder's convolutions and linear layers
 for 64 images.
+
+Latent diffusion trades quality for speed twice: by the factor of its tokenizer, and by its steps (Rombach et al. 2022,
+section 4.1 and figure 7). Sampling is timed alone: denoiser and decoder, neither features nor the reading of records.
 """
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from latelier.evaluation.results import Measurement
+from latelier.errors import LatelierError
+from latelier.evaluation.distributions import FeatureStatistics
+from latelier.evaluation.features import load_extractor
+from latelier.evaluation.generation import batches
+from latelier.evaluation.reconstruction import read_images
+from latelier.evaluation.results import Measurement, size_warning
 from latelier.keyed_random import KeyedRandom
+from latelier.opening import held_out_records
+from latelier.pipeline import LatentDiffusionPipeline
 from latelier.receipt import make_receipt
+from latelier.recipe import Recipe, Sample
 from latelier.tokenizers import decoder_parts
 from latelier.tokenizers.codec import Codec
+from latelier.training.runtime import peak_memory
 
 PAPER_BATCH = 64
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -30,51 +45,21 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.Con
 
 @dataclass
 class Cost:
-    """What can be counted without running anything.
+    """What can be counted without running anything."""
 
-    Attributes:
-        parameters: of encoder and decoder.
-        decoder_parameters: of what makes images of latents; the rest makes latents of images.
-        mib: the weights file in float32, MiB; fixed tables that are stored, such as positions, included.
-        encode: GFLOP of one image, by operator.
-        encode_layers: GFLOP of one image in convolutions and linear layers alone.
-        decode: GFLOP of one image's latents, by operator.
-    """
-
-    parameters: int
-    decoder_parameters: int
-    mib: float
-    encode: dict[str, float]
-    encode_layers: float
-    decode: dict[str, float]
-
-    @property
-    def gflop_encode(self) -> float:
-        """GFLOP to encode one image, everything counted."""
-        return float(sum(self.encode.values()))
-
-    @property
-    def gflop_decode(self) -> float:
-        """GFLOP to decode one image, everything counted."""
-        return float(sum(self.decode.values()))
-
-    @property
-    def gflop_paper(self) -> float:
-        """GFLOP by the rule of LDMAE's table: encoder, 64 images, convolutions and linear layers only."""
-        return PAPER_BATCH * self.encode_layers
+    parameters: int  # of encoder and decoder
+    decoder_parameters: int  # of what makes images of latents; the rest makes latents of images
+    mib: float  # the weights file in float32, MiB; fixed tables that are stored, such as positions, included
+    encode: dict[str, float]  # GFLOP of one image, by operator
+    decode: dict[str, float]  # GFLOP of one image's latents, by operator
+    gflop_encode: float  # of one image, everything counted
+    gflop_decode: float
+    gflop_paper: float  # by the rule of LDMAE's table: encoder, 64 images, convolutions and linear layers only
 
 
 @torch.no_grad()
 def count_cost(codec: Codec, height: int, width: int) -> Cost:
-    """Count parameters, bytes and operations.
-
-    Args:
-        codec: the tokenizer; its weights are neither read nor moved.
-        height, width: of the images, in pixels.
-
-    Raises:
-        LatelierError: if the tokenizer's factor does not divide the size.
-    """
+    """Count parameters, bytes and operations for images of `height` x `width` pixels; weights are not read or moved."""
     tokenizer = codec.tokenizer
     parts = decoder_parts(tokenizer)
     parameters = {name: p.numel() for name, p in tokenizer.named_parameters()}
@@ -87,7 +72,8 @@ def count_cost(codec: Codec, height: int, width: int) -> Cost:
     latents = torch.empty(1, *codec.latent_shape(height, width), device="meta")
     encode, layers = _count(shadow.tokenizer, lambda: shadow.encode(images))
     decode, _ = _count(shadow.tokenizer, lambda: shadow.decode(latents))
-    return Cost(sum(parameters.values()), decoder, stored / 2**20, encode, layers, decode)
+    totals = (float(sum(encode.values())), float(sum(decode.values())), PAPER_BATCH * layers)
+    return Cost(sum(parameters.values()), decoder, stored / 2**20, encode, decode, *totals)
 
 
 @torch.no_grad()
@@ -103,7 +89,7 @@ def measure_cost(
 
     Args:
         codec: the tokenizer, on the device that is to be measured.
-        height, width: of the images, in pixels.
+        height, width: of the images, in pixels; an error if the tokenizer's factor does not divide them.
         batch: images at once, in the measured numbers only.
         seconds: how long encoding, and decoding, are repeated; a batch that has begun is finished.
         extra: fields for the receipts beyond those gathered here.
@@ -111,42 +97,29 @@ def measure_cost(
     Returns:
         `parameters`, `size-mib`, `gflop-encode`, `gflop-decode`, `gflop-paper`, `encode-images-per-second`,
         `decode-images-per-second` (medians) and `memory-gb` (peak).
-
-    Raises:
-        LatelierError: if the tokenizer's factor does not divide the size.
     """
-    from latelier.training.runtime import peak_memory
-
     cost, device = count_cost(codec, height, width), codec.device
     receipt = make_receipt(image_size=(height, width), tokenizer=codec.hash(), **(extra or {}))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     images = KeyedRandom(0, torch.arange(batch), device).uniform("cost", codec.image_channels, height, width) * 2 - 1
     latents = codec.encode(images)
-    encode, decode = (
-        _speed(action, batch, seconds, device)
-        for action in (lambda: codec.encode(images), lambda: codec.decode(latents))
-    )
+    encode, encodings = _speed(lambda: codec.encode(images), batch, seconds, device)
+    decode, decodings = _speed(lambda: codec.decode(latents), batch, seconds, device)
     run = {**receipt, "batch": batch, "precision": codec.precision, "seconds": seconds}
     kind = "accelerator, weights included" if device.type == "cuda" else "the whole process since it began"
-    return [
-        *_counted(cost, receipt),
-        Measurement("encode-images-per-second", encode[0], {**run, "repetitions": encode[1]}),
-        Measurement("decode-images-per-second", decode[0], {**run, "repetitions": decode[1]}),
-        Measurement("memory-gb", peak_memory(device), {**run, "peak": kind}),
-    ]
-
-
-def _counted(cost: Cost, receipt: dict[str, Any]) -> list[Measurement]:
-    every = {**receipt, "rule": "one image, 2 FLOP per multiply-add, attention included"}
+    rule = {"rule": "one image, 2 FLOP per multiply-add, attention included"}
     layers = f"encoder, {PAPER_BATCH} images, 2 FLOP per multiply-add, convolutions and linear layers only"
     split = {"encoder": cost.parameters - cost.decoder_parameters, "decoder": cost.decoder_parameters}
     return [
         Measurement("parameters", float(cost.parameters), {**receipt, **split}),
         Measurement("size-mib", cost.mib, {**receipt, "stored": "float32, position tables included"}),
-        Measurement("gflop-encode", cost.gflop_encode, {**every, "operators": cost.encode}),
-        Measurement("gflop-decode", cost.gflop_decode, {**every, "operators": cost.decode}),
+        Measurement("gflop-encode", cost.gflop_encode, {**receipt, **rule, "operators": cost.encode}),
+        Measurement("gflop-decode", cost.gflop_decode, {**receipt, **rule, "operators": cost.decode}),
         Measurement("gflop-paper", cost.gflop_paper, {**receipt, "rule": layers}),
+        Measurement("encode-images-per-second", encode, {**run, "repetitions": encodings}),
+        Measurement("decode-images-per-second", decode, {**run, "repetitions": decodings}),
+        Measurement("memory-gb", peak_memory(device), {**run, "peak": kind}),
     ]
 
 
@@ -165,9 +138,6 @@ def _count(module: nn.Module, action: Callable[[], Any]) -> tuple[dict[str, floa
 
     Operators alone do not tell the second: a linear layer may run as the same batched product as attention.
     """
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
     counter = FlopCounterMode(display=False)
     layers = 0
 
@@ -193,18 +163,79 @@ def _count(module: nn.Module, action: Callable[[], Any]) -> tuple[dict[str, floa
 
 def _speed(action: Callable[[], Any], batch: int, seconds: float, device: torch.device) -> tuple[float, int]:
     """Images per second, the median over repetitions, and how many there were; one to warm up is not counted."""
+
+    def wait() -> None:
+        if device.type != "cpu":
+            torch.get_device_module(device).synchronize(device)
+
     action()
     times: list[float] = []
     end = time.perf_counter() + seconds
     while not times or time.perf_counter() < end:
-        _wait(device)
+        wait()
         begin = time.perf_counter()
         action()
-        _wait(device)
+        wait()
         times.append(time.perf_counter() - begin)
     return batch / median(times), len(times)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.get_device_module(device).synchronize(device)
+# -- of sampling ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def measure_sampling(
+    pipeline: LatentDiffusionPipeline,
+    references: Iterable[Mapping[str, Any]],
+    recipe: Recipe,
+    receipt: Mapping[str, Any],
+) -> list[Measurement]:
+    """Sample the same images with each of `evaluate.sampling_steps`, time it, and compare them with real ones.
+
+    Args:
+        pipeline: what samples, on the device that is to be measured.
+        references: dicts with `image`; at most `evaluate.samples` images are read, once for all numbers of steps.
+        recipe: the experiment; `sample` says how to sample, all but the steps, and `evaluate` what is measured.
+        receipt: how the images come about: reference, tokenizer, ema, the settings of `sample`.
+
+    Returns:
+        For each number of steps, the fewest first, `gfd-<features>@<steps>` and `samples-per-second@<steps>`. As many
+        images are sampled as there are references; image i has the seed `sample.seed + i` at each number of steps.
+    """
+    numbers = sorted(set(recipe.evaluate.sampling_steps))
+    if not numbers:
+        return []
+    extractor = load_extractor(recipe.evaluate.features[0], pipeline.device)
+    theirs = FeatureStatistics(extractor.dims)
+    for images in read_images(references, recipe.evaluate.samples):
+        theirs.update(extractor(images))
+    if not theirs.n:
+        raise LatelierError("There are no reference images to compare samples with at evaluate.sampling_steps.")
+    about = {
+        "n": theirs.n, "n_reference": theirs.n, **receipt, **extractor.describe(), "batch": recipe.sample.batch,
+        "threads": torch.get_num_threads(), "drawn_on": str(pipeline.device),
+    }  # fmt: skip
+    records = held_out_records(recipe, pipeline)
+
+    def draw(batch: Sample) -> tuple[Float[Tensor, "b c h w"], float]:
+        inputs = records(batch.seed - recipe.sample.seed, batch.count)
+        begin = time.perf_counter()
+        images = pipeline(sample=batch, records=inputs, output_type="pt", progress=False).images
+        return images, time.perf_counter() - begin  # they come back on the CPU, so an accelerator is done with them
+
+    draw(next(batches(recipe.sample.model_copy(update={"steps": numbers[0]}), theirs.n)))  # to warm up
+    warning = size_warning(theirs.n, extractor.dims)
+    timed = {"timed": "denoiser and decoder, wall clock, after one batch that does not count"}
+    result: list[Measurement] = []
+    for steps in numbers:
+        ours, seconds = FeatureStatistics(extractor.dims), 0.0
+        for batch in batches(recipe.sample.model_copy(update={"steps": steps}), theirs.n):
+            images, took = draw(batch)
+            ours.update(extractor(images))
+            seconds += took
+        said = make_receipt(**{**about, "steps": steps})
+        result += [
+            Measurement(f"gfd-{extractor.name}@{steps}", ours.distance(theirs), {**said, **warning}),
+            Measurement(f"samples-per-second@{steps}", ours.n / seconds, {**said, "seconds": seconds, **timed}),
+        ]
+    return result

@@ -32,11 +32,9 @@ Kernel = Callable[[Tensor, Tensor], Tensor]
 
 
 class FeatureStatistics:
-    """Mean and covariance of feature vectors that come in batches, in float64.
+    """Mean and covariance of feature vectors of length `dims` that come in batches, in float64.
 
-    Args:
-        dims: length of a vector.
-        device: where sums are kept; one without float64 is replaced by the CPU.
+    Sums are kept on `device`; one without float64 is replaced by the CPU.
     """
 
     def __init__(self, dims: int, device: torch.device | str = "cpu"):
@@ -70,11 +68,7 @@ class FeatureStatistics:
 
     @property
     def covariance(self) -> Float[Tensor, "d d"]:
-        """The covariance, normalised by n - 1.
-
-        Raises:
-            LatelierError: for fewer than two vectors.
-        """
+        """The covariance, normalised by n - 1; an error for fewer than two vectors."""
         if self.n < 2:
             raise LatelierError(f"A Fréchet distance needs at least 2 images on each side, not {self.n}.")
         return (self.outer - torch.outer(self.total, self.total) / self.n) / (self.n - 1)
@@ -86,12 +80,7 @@ class FeatureStatistics:
 
 
 class GroupedStatistics:
-    """The same in groups: the number of an image in its set says by chance which one it belongs to.
-
-    Args:
-        dims: length of a vector.
-        device: where sums are kept.
-    """
+    """The same in groups: the number of an image in its set says by chance which one it belongs to."""
 
     def __init__(self, dims: int, device: torch.device | str = "cpu"):
         self.groups = [FeatureStatistics(dims, device) for _ in range(GROUPS)]
@@ -157,10 +146,8 @@ def frechet_distance(
 def group_of(numbers: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
     """The group of each image: of every ten in a row, each goes to another group, in an order drawn by chance.
 
-    By chance, because classes often come in turn, and a group of one class would tell nothing of the whole.
-
-    Args:
-        numbers: ascending places of images in their set.
+    By chance, because classes often come in turn, and a group of one class would tell nothing of the whole. `numbers`
+    are ascending positions of images in their set.
     """
     if not len(numbers):
         return numbers
@@ -200,22 +187,11 @@ def mmd(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"], kernel: Kernel) -> flo
 def subset_mmd(
     ours: Float[Tensor, "n d"], theirs: Float[Tensor, "m d"], kernel: Kernel, seed: int
 ) -> tuple[float, Interval, dict[str, Any]]:
-    """Mean of `mmd` over subsets, with an interval.
+    """Mean of `mmd` over subsets, its 95 % interval (None for one subset), and what a receipt says of the subsets.
 
-    Subsets of at most 1,000 vectors on each side are cut from a shuffled set, so that no vector is in two of them: the
-    mean is as unbiased as it would be of all at once, and subsets are independent, which gives an honest error.
-
-    Args:
-        ours: features of one set.
-        theirs: features of the other.
-        kernel: of two sets of vectors.
-        seed: of the shuffling.
-
-    Returns:
-        The mean, its 95 % interval (None for a single subset), and what a receipt says of the subsets.
-
-    Raises:
-        LatelierError: for fewer than two vectors on a side.
+    Subsets of at most 1,000 vectors on each side are cut from a set shuffled by `seed`, so that no vector is in two of
+    them: the mean is as unbiased as it would be of all at once, and subsets are independent, which gives an honest
+    error.
     """
     least, most = sorted((len(ours), len(theirs)))
     if least < 2:
@@ -227,9 +203,10 @@ def subset_mmd(
     ]
     values = torch.tensor([mmd(x, y, kernel) for x, y in zip(*sides)], dtype=torch.float64)  # (count,)
     about = {"subsets": count, "subset_sizes": [len(side[0]) for side in sides], "estimator": "unbiased", "seed": seed}
-    mean, error = values.mean().item(), values.std().item() / math.sqrt(count) if count > 1 else None
-    if error is None:
+    mean = values.mean().item()
+    if count == 1:
         return mean, None, about
+    error = values.std().item() / math.sqrt(count)
     return mean, student_interval(mean, error, count - 1), {**about, "standard_error": error}
 
 
@@ -262,11 +239,7 @@ class InceptionScore:
         self.n += len(p)
 
     def measure(self) -> tuple[float, Interval]:
-        """The mean over splits, and its 95 % interval.
-
-        Raises:
-            LatelierError: if a split has fewer than two images.
-        """
+        """The mean over splits, and its 95 % interval; an error if a split has fewer than two images."""
         if self._total is None or self.n < 2 * GROUPS:
             raise LatelierError(f"The Inception Score needs at least {2 * GROUPS} images, not {self.n}.")
         marginal = self._total / self._counts[:, None]  # (splits, classes)
@@ -283,17 +256,9 @@ def precision_recall(
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " m"]]:
     """Improved precision and recall (Kynkäänniemi et al. 2019, equations 1-2), one indicator for each vector.
 
-    Args:
-        samples: features of generated images.
-        references: features of real images.
-        k: a manifold is the union of balls that reach each vector's k-th nearest neighbour.
-        chunk: rows of the distance matrix held at once.
-
-    Returns:
-        For each sample 1 if it lies in the references' manifold, and the reverse; the means are precision and recall.
-
-    Raises:
-        LatelierError: if a side has no k neighbours.
+    A manifold is the union of balls that reach each vector's k-th nearest neighbour: 1 for each sample that lies in
+    the references' manifold, and the reverse; the means are precision and recall. `chunk` rows of the matrix of
+    distances are held at once.
     """
     if min(len(samples), len(references)) <= k:
         raise LatelierError(

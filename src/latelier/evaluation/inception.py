@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-SIZE = 299  # pixels a side
 DIMS = {"features": 2048, "spatial": 2023, "logits": 1008}
 LAYERS = {
     "features": "pool3",
@@ -19,17 +18,13 @@ LAYERS = {
     "logits": "softmax's product without its bias",
 }
 SPATIAL_CHANNELS = 7  # 7 x 17 x 17 = 2023 numbers, about as many as pool3 has (Nash et al. 2021)
+BLOCKS_5 = {"Mixed_5b": (192, 32), "Mixed_5c": (256, 64), "Mixed_5d": (288, 64)}  # channels in, of the pooled branch
+BLOCKS_6 = {"Mixed_6b": 128, "Mixed_6c": 160, "Mixed_6d": 160, "Mixed_6e": 192}  # channels between
+Step = tuple[int, tuple[int, int]]  # channels out and kernel of a convolution
 
 
 class Convolution(nn.Module):
-    """Convolution, normalisation by the training set's statistics, ReLU.
-
-    Args:
-        width, out: channels.
-        kernel: height and width.
-        stride: of both.
-        same: pad so that stride 1 keeps the size; else not at all.
-    """
+    """Convolution, normalisation by the training set's statistics, ReLU; `same` keeps the size at stride 1."""
 
     def __init__(self, width: int, out: int, kernel: tuple[int, int] = (1, 1), stride: int = 1, same: bool = True):
         super().__init__()
@@ -46,13 +41,12 @@ class Mixed(nn.ModuleDict):
     """Branches side by side, their maps concatenated in order.
 
     Args:
-        layers: by name.
-        branches: each a chain of names, apart by blanks; chains that begin alike share their beginning.
+        branches: each a chain of layers by name; chains that begin alike share their beginning.
     """
 
-    def __init__(self, layers: dict[str, nn.Module], *branches: str):
-        super().__init__(layers)
-        self.branches = [tuple(branch.split()) for branch in branches]
+    def __init__(self, *branches: dict[str, nn.Module]):
+        super().__init__({name: layer for branch in branches for name, layer in branch.items()})
+        self.branches = [tuple(branch) for branch in branches]
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d i j"]:
         """All branches' maps."""
@@ -79,10 +73,7 @@ class Inception(nn.Module):
         self.requires_grad_(False).eval()
 
     def forward(self, images: Float[Tensor, "b 3 299 299"]) -> dict[str, Float[Tensor, "b _"]]:
-        """One pass.
-
-        Args:
-            images: about -1 to 1, see `features.to_inception`.
+        """One pass over images of about -1 to 1, see `features.to_inception`.
 
         Returns:
             `features` `(b, 2048)`, means of the last maps, pool3; `spatial` `(b, 2023)`, what sFID compares (Nash et
@@ -120,16 +111,12 @@ def _layers() -> dict[str, nn.Module]:
     }
 
 
-BLOCKS_5 = {"Mixed_5b": (192, 32), "Mixed_5c": (256, 64), "Mixed_5d": (288, 64)}  # channels in, of the pooled branch
-BLOCKS_6 = {"Mixed_6b": 128, "Mixed_6c": 160, "Mixed_6d": 160, "Mixed_6e": 192}  # channels between
-
-
 def _average_pool() -> nn.Module:
     return nn.AvgPool2d(3, 1, padding=1, count_include_pad=False)  # TensorFlow does not count what it pads
 
 
-def _chain(name: str, width: int, *steps: tuple[int, tuple[int, int]], last: bool = False) -> dict[str, nn.Module]:
-    """Convolutions `name_1`, `name_2`, ...: channels out and kernel of each; `last` halves the size in the last."""
+def _chain(name: str, width: int, *steps: Step, last: bool = False) -> dict[str, nn.Module]:
+    """Convolutions `name_1`, `name_2`, ...; `last` halves the size in the last."""
     layers: dict[str, nn.Module] = {}
     for i, (out, kernel) in enumerate(steps, 1):
         shrink = last and i == len(steps)
@@ -140,68 +127,53 @@ def _chain(name: str, width: int, *steps: tuple[int, tuple[int, int]], last: boo
 
 def _block_5(width: int, pooled: int) -> Mixed:
     """35 x 35."""
-    layers = {
-        "branch1x1": Convolution(width, 64),
-        **_chain("branch5x5", width, (48, (1, 1)), (64, (5, 5))),
-        **_chain("branch3x3dbl", width, (64, (1, 1)), (96, (3, 3)), (96, (3, 3))),
-        "pool": _average_pool(),
-        "branch_pool": Convolution(width, pooled),
-    }
-    return Mixed(layers, "branch1x1", *_joined(layers, "branch5x5", "branch3x3dbl"), "pool branch_pool")
+    return Mixed(
+        {"branch1x1": Convolution(width, 64)},
+        _chain("branch5x5", width, (48, (1, 1)), (64, (5, 5))),
+        _chain("branch3x3dbl", width, (64, (1, 1)), (96, (3, 3)), (96, (3, 3))),
+        {"pool": _average_pool(), "branch_pool": Convolution(width, pooled)},
+    )
 
 
 def _block_6a(width: int) -> Mixed:
     """35 x 35 to 17 x 17."""
-    layers = {
-        "branch3x3": Convolution(width, 384, (3, 3), 2, same=False),
-        **_chain("branch3x3dbl", width, (64, (1, 1)), (96, (3, 3)), (96, (3, 3)), last=True),
-        "pool": nn.MaxPool2d(3, 2),
-    }
-    return Mixed(layers, "branch3x3", *_joined(layers, "branch3x3dbl"), "pool")
+    return Mixed(
+        {"branch3x3": Convolution(width, 384, (3, 3), 2, same=False)},
+        _chain("branch3x3dbl", width, (64, (1, 1)), (96, (3, 3)), (96, (3, 3)), last=True),
+        {"pool": nn.MaxPool2d(3, 2)},
+    )
 
 
 def _block_6(width: int, inner: int) -> Mixed:
     """17 x 17, with kernels of one row and one column."""
     row, column = (1, 7), (7, 1)
-    double = [(inner, (1, 1)), (inner, column), (inner, row), (inner, column), (192, row)]
-    layers = {
-        "branch1x1": Convolution(width, 192),
-        **_chain("branch7x7", width, (inner, (1, 1)), (inner, row), (192, column)),
-        **_chain("branch7x7dbl", width, *double),
-        "pool": _average_pool(),
-        "branch_pool": Convolution(width, 192),
-    }
-    return Mixed(layers, "branch1x1", *_joined(layers, "branch7x7", "branch7x7dbl"), "pool branch_pool")
+    return Mixed(
+        {"branch1x1": Convolution(width, 192)},
+        _chain("branch7x7", width, (inner, (1, 1)), (inner, row), (192, column)),
+        _chain("branch7x7dbl", width, (inner, (1, 1)), (inner, column), (inner, row), (inner, column), (192, row)),
+        {"pool": _average_pool(), "branch_pool": Convolution(width, 192)},
+    )
 
 
 def _block_7a(width: int) -> Mixed:
     """17 x 17 to 8 x 8."""
-    layers = {
-        **_chain("branch3x3", width, (192, (1, 1)), (320, (3, 3)), last=True),
-        **_chain("branch7x7x3", width, (192, (1, 1)), (192, (1, 7)), (192, (7, 1)), (192, (3, 3)), last=True),
-        "pool": nn.MaxPool2d(3, 2),
-    }
-    return Mixed(layers, *_joined(layers, "branch3x3", "branch7x7x3"), "pool")
+    return Mixed(
+        _chain("branch3x3", width, (192, (1, 1)), (320, (3, 3)), last=True),
+        _chain("branch7x7x3", width, (192, (1, 1)), (192, (1, 7)), (192, (7, 1)), (192, (3, 3)), last=True),
+        {"pool": nn.MaxPool2d(3, 2)},
+    )
 
 
 def _block_7(width: int, pool: nn.Module) -> Mixed:
     """8 x 8; two branches fork at their ends."""
-    layers = {
-        "branch1x1": Convolution(width, 320),
-        "branch3x3_1": Convolution(width, 384),
-        "branch3x3_2a": Convolution(384, 384, (1, 3)),
-        "branch3x3_2b": Convolution(384, 384, (3, 1)),
-        **_chain("branch3x3dbl", width, (448, (1, 1)), (384, (3, 3))),
-        "branch3x3dbl_3a": Convolution(384, 384, (1, 3)),
-        "branch3x3dbl_3b": Convolution(384, 384, (3, 1)),
-        "pool": pool,
-        "branch_pool": Convolution(width, 192),
-    }
-    forks = [f"branch3x3_1 branch3x3_2{end}" for end in "ab"]
-    forks += [f"branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3{end}" for end in "ab"]
-    return Mixed(layers, "branch1x1", *forks, "pool branch_pool")
 
+    def forked(name: str, *steps: Step) -> list[dict[str, nn.Module]]:
+        chain, ends = _chain(name, width, *steps), {"a": (1, 3), "b": (3, 1)}
+        return [{**chain, f"{name}_{len(steps) + 1}{end}": Convolution(384, 384, ends[end])} for end in ends]
 
-def _joined(layers: dict[str, nn.Module], *names: str) -> list[str]:
-    """The chains of these names, each `name_1 name_2 ...`."""
-    return [" ".join(layer for layer in layers if layer.rsplit("_", 1)[0] == name) for name in names]
+    return Mixed(
+        {"branch1x1": Convolution(width, 320)},
+        *forked("branch3x3", (384, (1, 1))),
+        *forked("branch3x3dbl", (448, (1, 1)), (384, (3, 3))),
+        {"pool": pool, "branch_pool": Convolution(width, 192)},
+    )

@@ -19,7 +19,6 @@ from latelier.evaluation.codebook import measure_codebook
 from latelier.evaluation.cost import measure_cost
 from latelier.evaluation.difficulty import measure_difficulty
 from latelier.evaluation.equivariance import measure_equivariance
-from latelier.evaluation.error_map import ERRORS, SHOWN, draw_errors
 from latelier.evaluation.figures import CHANNELS, MAP
 from latelier.evaluation.latent_map import draw_latent_map
 from latelier.evaluation.latent_space import measure_compression, measure_smoothness
@@ -27,7 +26,8 @@ from latelier.evaluation.mixture import measure_mixture
 from latelier.evaluation.posterior import measure_posterior
 from latelier.evaluation.prefixes import measure_prefixes
 from latelier.evaluation.probes import measure_probes
-from latelier.evaluation.results import Measurement, write_measurements
+from latelier.evaluation.reconstruction import SHOWN, draw_errors
+from latelier.evaluation.results import ERRORS, Measurement, write_measurements
 from latelier.evaluation.spectrum import measure_spectrum
 from latelier.keyed_random import KeyedRandom
 from latelier.opening import open_images

@@ -20,8 +20,8 @@ from latelier.errors import LatelierError
 from latelier.evaluation.clusters import LAYERS, RESAMPLES, Regions, measure_spread, perceptual_clusters, regions
 from latelier.evaluation.distributions import FeatureStatistics
 from latelier.evaluation.features import load_extractor
-from latelier.evaluation.reconstruction import SETTINGS
-from latelier.evaluation.results import Measurement, mean_with_interval, psnr, size_warning
+from latelier.evaluation.reconstruction import SETTINGS, psnr
+from latelier.evaluation.results import Measurement, mean_with_interval, size_warning
 from latelier.images import round_to_8_bit
 from latelier.keyed_random import KeyedRandom
 from latelier.losses.perceptual import LPIPS

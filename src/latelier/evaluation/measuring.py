@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from latelier.evaluation.convergence import measure_convergence
+from latelier.evaluation.cost import measure_sampling
 from latelier.evaluation.features import load_extractor
-from latelier.evaluation.generation import evaluate_generation, nearest
+from latelier.evaluation.generation import batches, evaluate_generation, nearest
 from latelier.evaluation.judging import judge_latents
 from latelier.evaluation.reconstruction import evaluate_reconstruction
 from latelier.evaluation.references import reference_key
 from latelier.evaluation.report import write_report
 from latelier.evaluation.results import Measurement, write_measurements
 from latelier.evaluation.sharing import is_main, rank
-from latelier.evaluation.speed import batches, measure_sampling
 from latelier.images import make_pairs, save_png
 from latelier.opening import best_device, held_out_records, open_codec, open_images
 from latelier.recipe import Recipe
@@ -157,17 +157,16 @@ def _speed(recipe: Recipe, pipeline: LatentDiffusionPipeline) -> list[Measuremen
 def _tasks(recipe: Recipe, pipeline: LatentDiffusionPipeline, held_out: ImageDataset) -> list[Measurement]:
     """Whether the denoiser does what it is told, when it is told more than a class; images to look at."""
     from latelier.conditioning import parts
+    from latelier.evaluation.conditions import condition_grid, evaluate_conditions
     from latelier.evaluation.regions import MOST_TRAINING
-    from latelier.evaluation.task_grid import task_grid
-    from latelier.evaluation.tasks import evaluate_tasks
 
     if set(parts(pipeline.conditioner)) <= {"classes"}:
         return []
     settings, training = recipe.evaluate, open_images(recipe)
-    grid = task_grid(pipeline, held_out.once(8, limit=8), recipe.sample, settings.seed)
+    grid = condition_grid(pipeline, held_out.once(8, limit=8), recipe.sample, settings.seed)
     save_png(grid.image, recipe.folder / "samples" / "asked.png")
     (recipe.folder / "samples" / "asked.txt").write_text("\n".join(grid.captions))
-    return evaluate_tasks(
+    return evaluate_conditions(
         pipeline,
         held_out.once(settings.batch, limit=settings.samples),
         lambda: training.once(settings.batch, limit=MOST_TRAINING),

@@ -138,9 +138,10 @@ METRICS: dict[str, Metric] = {
 
 # Results that no entry of `evaluate.metrics` asks for: whether conditions are followed, and how fast samples come.
 OTHERS: dict[str, Better] = {
-    "fd": "lower", "match": "higher", "score": "higher", "samples-per-second": "higher",
-    "images-per-second": "higher",
+    "fd": "lower", "layout-match": "higher", "segmentation-match": "higher", "clip-score": "higher",
+    "samples-per-second": "higher",
 }  # fmt: skip
+SIDES = ("sr", "bicubic", "inpainting", "mean-fill")  # metrics of images that follow conditions, and of simple ones
 
 
 def metric_of(name: str) -> Metric | None:
@@ -156,14 +157,10 @@ def metric_of(name: str) -> Metric | None:
 
 def better(name: str) -> Better | None:
     """Whether lower or higher values of a result are better; None where neither is."""
-    known: dict[str, Better] = {}
-    for metric in METRICS.values():
-        known |= metric.better
-    begins = [begin for begin in known if _begins(name, begin)]
-    if begins:
-        return known[max(begins, key=len)]
-    words = name.partition("@")[0]
-    return next((side for end, side in OTHERS.items() if words == end or words.endswith(f"-{end}")), None)
+    known = {**OTHERS, **{begin: side for metric in METRICS.values() for begin, side in metric.better.items()}}
+    words = next((name.removeprefix(f"{side}-") for side in SIDES if name.startswith(f"{side}-")), name)
+    begins = [begin for begin in known if _begins(words, begin)]
+    return known[max(begins, key=len)] if begins else None
 
 
 def unit(name: str) -> str | None:

@@ -1,31 +1,33 @@
-"""How well a tokenizer gives back what it was given."""
+"""How well a tokenizer reconstructs: L1, PSNR, SSIM, MS-SSIM, LPIPS, rFD, and a map of every pixel's error.
+
+Images are compared as they would be saved: clamped to [-1, 1] and rounded to 8 bit.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from latelier.errors import LatelierError
 from latelier.evaluation.features import load_extractors
 from latelier.evaluation.references import FeatureCollector, FeatureSet, Key, open_sets, store_sets
-from latelier.evaluation.results import (
-    MS_SSIM_SCALES,
-    Measurement,
-    l1,
-    mean_with_interval,
-    ms_ssim,
-    psnr,
-    size_warning,
-    ssim,
-)
+from latelier.evaluation.results import Measurement, mean_with_interval, size_warning
 from latelier.evaluation.sharing import gather_in_order, is_main
+from latelier.images import make_columns, round_to_8_bit, save_png, to_uint8
+from latelier.losses.perceptual import LPIPS
 from latelier.receipt import make_receipt
 from latelier.recipe import Evaluate
 from latelier.tokenizers.codec import Codec
 
+PSNR_LIMIT = 100.0  # dB, for images without any error
+SSIM_WINDOW = 11
+MS_SSIM_SCALES = 5
 SETTINGS = {
     "l1": "8-bit levels, units of [-1, 1]",
     "psnr": "8-bit levels, range 255, mean over images of dB",
@@ -34,6 +36,14 @@ SETTINGS = {
     "lpips": "LPIPS 0.1, VGG16, 8-bit levels, own size",
 }
 FRECHET_INTERVAL = "delete-a-group jackknife of 10 groups of images, Student's t"
+ImageMetric = Callable[[Tensor, Tensor], Tensor]  # (images, reference), both (b, c, h, w), to (b,)
+
+SHOWN = 8  # images
+BRIGHTEST = 64.0  # 8-bit levels, of 255: errors from here on have the last colour, so that two maps compare
+TICKS = (0, 4, 16, 36, 64)  # levels that the scale names; colours follow the square root, so that these lie evenly
+COLOURS = "inferno"  # of matplotlib: black to yellow, readable in grey
+BAR, TEXT, PADDING, NARROWEST = 10, 12, 4, 260  # pixels of the scale below the images
+PAPER, INK = (255, 255, 255), (29, 31, 35)
 
 
 @torch.no_grad()
@@ -55,22 +65,21 @@ def evaluate_reconstruction(
         reference: the name of the images, for the receipts: `emoji/validation`.
         extra: fields for the receipts beyond those gathered here.
         key: what the images depend on, see `references.reference_key`: their features are cached; None caches none.
-        shared: whether all processes take part, each with its own batches, see `sharing.in_turn`.
+        shared: whether all processes take part, each with its own batches, see `gather_in_order`.
 
     Returns:
         l1, psnr, ssim, ms-ssim, lpips and, for each of the features, `rfd-<features>`, as far as asked for, with
         confidence intervals; nothing on processes that only take part.
-
-    Raises:
-        LatelierError: if there are no images, or a metric is not defined for them.
     """
-    per_image, watchers = image_metrics(evaluate, codec.device), _watchers(evaluate, codec.device)
-    known = open_sets(watchers, key, shared)
-    new = [watcher for watcher in watchers if watcher.extractor.name not in known]
-    ours, theirs = ({watcher.extractor.name: FeatureSet(watcher.kept) for watcher in watchers} for _ in range(2))
-    values: dict[str, list[Tensor]] = {name: [] for name in per_image}
+    metrics = image_metrics(evaluate.metrics, codec.device)
+    extractors = load_extractors(evaluate.features if "rfd" in evaluate.metrics else (), codec.device)
+    collectors = [FeatureCollector(extractor, ("features",)) for extractor in extractors]
+    known = open_sets(collectors, key, shared)
+    new = [collector for collector in collectors if collector.name not in known]
+    ours, theirs = ({collector.name: FeatureSet(collector.kept) for collector in collectors} for _ in range(2))
+    values: dict[str, list[Tensor]] = {name: [] for name in metrics}
     n, size = 0, (0, 0)
-    seen = (_look(codec, images, per_image, watchers, new) for images in read_images(batches, evaluate.samples))
+    seen = (_compare(codec, images, metrics, collectors, new) for images in read_images(batches, evaluate.samples))
     for batch in gather_in_order(seen, shared):
         n, size = n + batch["n"], batch["size"]
         for name, value in batch["values"].items():
@@ -86,8 +95,18 @@ def evaluate_reconstruction(
     receipt = make_receipt(
         n=n, reference=reference, image_size=size, latents="posterior mean", tokenizer=codec.hash(), **(extra or {})
     )
-    means = [_mean(name, torch.cat(parts), receipt) for name, parts in values.items()]
-    return means + [_distance(watcher, ours, {**theirs, **known}, receipt) for watcher in watchers]
+    result = [measure_mean(name, torch.cat(each), name, receipt) for name, each in values.items()]
+    for extractor in extractors:
+        a, b = ours[extractor.name], {**theirs, **known}[extractor.name]
+        if a.n != b.n:
+            raise LatelierError(
+                f"{a.n} images could be read, but features of {b.n} were kept of them; delete the folder that "
+                "$LATELIER_CACHE names (by default ~/.cache/latelier) and measure again."
+            )
+        value, interval = a.sums["features"].distance(b.sums["features"])
+        about = {**receipt, **extractor.describe(), "n_reference": b.n, **size_warning(a.n, extractor.dims)}
+        result.append(Measurement(f"rfd-{extractor.name}", value, {**about, "interval": FRECHET_INTERVAL}, interval))
+    return result
 
 
 def read_images(batches: Iterable[Mapping[str, Any]], count: int) -> Iterator[Tensor]:
@@ -101,31 +120,17 @@ def read_images(batches: Iterable[Mapping[str, Any]], count: int) -> Iterator[Te
         yield images
 
 
-def image_metrics(evaluate: Evaluate, device: torch.device) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """The metrics that are means over images."""
-    from latelier.images import round_to_8_bit
-    from latelier.losses.perceptual import LPIPS
-
-    known: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": l1, "psnr": psnr, "ssim": ssim, "ms-ssim": ms_ssim}
-    wanted: list[str] = list(evaluate.metrics)
-    chosen = {name: metric for name, metric in known.items() if name in wanted}
-    if "lpips" in evaluate.metrics:
-        network = LPIPS("vgg").to(device)
-        chosen["lpips"] = lambda x, y: network(round_to_8_bit(x), round_to_8_bit(y))
-    return chosen
+def measure_mean(name: str, values: Tensor, metric: str, receipt: Mapping[str, Any]) -> Measurement:
+    """The mean over images of an image metric's values `(n,)`."""
+    mean, interval = mean_with_interval(values)
+    return Measurement(name, mean, {**receipt, "settings": SETTINGS[metric]}, interval)
 
 
-def _watchers(evaluate: Evaluate, device: torch.device) -> list[FeatureCollector]:
-    """Every extractor, if Fréchet distances are asked for."""
-    names = evaluate.features if "rfd" in evaluate.metrics else ()
-    return [FeatureCollector(extractor, ("features",)) for extractor in load_extractors(names, device)]
-
-
-def _look(
+def _compare(
     codec: Codec,
     images: Tensor,
-    metrics: Mapping[str, Callable[[Tensor, Tensor], Tensor]],
-    watchers: Sequence[FeatureCollector],
+    metrics: Mapping[str, ImageMetric],
+    collectors: Sequence[FeatureCollector],
     new: Sequence[FeatureCollector],
 ) -> dict[str, Any]:
     """One batch: errors of each image, features of the reconstructions, and of originals that are not known."""
@@ -135,30 +140,126 @@ def _look(
         "n": len(images),
         "size": (images.shape[2], images.shape[3]),
         "values": {name: metric(reconstruction, images) for name, metric in metrics.items()},
-        "ours": {watcher.extractor.name: watcher.look(reconstruction) for watcher in watchers},
-        "theirs": {watcher.extractor.name: watcher.look(images) for watcher in new},
+        "ours": {collector.name: collector.extract(reconstruction) for collector in collectors},
+        "theirs": {collector.name: collector.extract(images) for collector in new},
     }
 
 
-def _mean(name: str, values: Tensor, receipt: Mapping[str, Any]) -> Measurement:
-    mean, interval = mean_with_interval(values)
-    return Measurement(name, mean, {**receipt, "settings": SETTINGS[name]}, interval)
+# -- per image --------------------------------------------------------------------------------------------------------
 
 
-def _distance(
-    watcher: FeatureCollector,
-    ours: Mapping[str, FeatureSet],
-    theirs: Mapping[str, FeatureSet],
-    receipt: Mapping[str, Any],
-) -> Measurement:
-    """`rfd-<features>`."""
-    extractor = watcher.extractor
-    a, b = ours[extractor.name], theirs[extractor.name]
-    if a.n != b.n:
-        raise LatelierError(
-            f"{a.n} images could be read, but features of {b.n} were kept of them; delete the folder that "
-            "$LATELIER_CACHE names (by default ~/.cache/latelier) and measure again."
-        )
-    value, interval = a.sums["features"].distance(b.sums["features"])
-    about = {**receipt, **extractor.describe(), "n_reference": b.n, **size_warning(a.n, extractor.dims)}
-    return Measurement(f"rfd-{extractor.name}", value, {**about, "interval": FRECHET_INTERVAL}, interval)
+def image_metrics(names: Collection[str], device: torch.device | str) -> dict[str, ImageMetric]:
+    """Those of the names that are means over images, in a fixed order."""
+    known = {"l1": l1, "psnr": psnr, "ssim": ssim, "ms-ssim": ms_ssim}
+    chosen: dict[str, ImageMetric] = {name: metric for name, metric in known.items() if name in names}
+    if "lpips" in names:
+        network = LPIPS("vgg").to(device)
+        chosen["lpips"] = lambda x, y: network(round_to_8_bit(x), round_to_8_bit(y))
+    return chosen
+
+
+def l1(images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
+    """Mean absolute error of each image in units of [-1, 1], after rounding to 8 bit."""
+    x, y = _levels(images), _levels(reference)  # (b, c, h, w)
+    return (x - y).abs().mean((1, 2, 3)) / 127.5
+
+
+def psnr(images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
+    """Peak signal-to-noise ratio of each image in dB: 8-bit levels, range 255; 100 dB when nothing differs."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
+    x, y = _levels(images), _levels(reference)  # (b, c, h, w)
+    ratio = peak_signal_noise_ratio(x, y, data_range=255.0, reduction="none", dim=(1, 2, 3))  # (b,)
+    return ratio.clamp(max=PSNR_LIMIT)
+
+
+def ssim(images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
+    """Structural similarity of each image: 8-bit levels, range 255, Gaussian window 11 x 11 of sigma 1.5."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    _check_sides(images, SSIM_WINDOW, "SSIM", "take ssim out of evaluate.metrics.")
+    x, y = _levels(images), _levels(reference)  # (b, c, h, w)
+    similarity = structural_similarity_index_measure(x, y, data_range=255.0, kernel_size=SSIM_WINDOW, reduction="none")
+    assert isinstance(similarity, Tensor)
+    return similarity.reshape(-1)  # (b,)
+
+
+def ms_ssim(images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
+    """Multi-scale structural similarity of each image: five scales and weights as in Wang et al. 2003, section 3.2.
+
+    Contrasts that are correlated the wrong way round count as zero, since they are raised to powers.
+    """
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
+    advice = "take ms-ssim out of evaluate.metrics. With fewer scales it would be another number."
+    least = SSIM_WINDOW * 2 ** (MS_SSIM_SCALES - 1)  # halved four times, a window still fits
+    _check_sides(images, least, f"MS-SSIM of {MS_SSIM_SCALES} scales", advice)
+    x, y = _levels(images), _levels(reference)  # (b, c, h, w)
+    similarity = multiscale_structural_similarity_index_measure(
+        x, y, data_range=255.0, kernel_size=SSIM_WINDOW, reduction="none", normalize="relu"
+    )
+    return similarity.reshape(-1)  # (b,)
+
+
+def _check_sides(images: Tensor, least: int, name: str, advice: str) -> None:
+    height, width = images.shape[-2:]
+    if min(height, width) < least:
+        raise LatelierError(f"{name} needs images of at least {least} pixels a side, not {height} x {width}; {advice}")
+
+
+def _levels(images: Tensor) -> Tensor:
+    return to_uint8(images).float()
+
+
+# -- per pixel --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def draw_errors(codec: Codec, batches: Iterable[Mapping[str, Any]], path: Path) -> None:
+    """Draw the first few originals, reconstructions and error maps below each other, and the scale, as a PNG."""
+    images = next((batch["image"] for batch in batches), torch.zeros(0, 3, 1, 1))[:SHOWN].cpu()  # (b, c, h, w)
+    if not len(images):
+        raise LatelierError("There are no images to draw errors of.")
+    reconstructions = codec.decode(codec.encode(images.to(codec.device))).clamp(-1, 1).cpu()  # (b, c, h, w)
+    error = pixel_errors(reconstructions, images)  # (b, h, w)
+    grid = make_columns([to_rgb(images), to_rgb(reconstructions), heat(error)], columns=len(images))
+    words = f"mean {error.mean():.1f}, largest {error.max():.0f} of 255 levels"
+    save_png(_with_scale(grid, words), path)
+
+
+def pixel_errors(images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h w"]:
+    """Absolute error of each pixel in 8-bit levels, the mean over its channels."""
+    return (round_to_8_bit(images) - round_to_8_bit(reference)).abs().mean(1) * 127.5
+
+
+def heat(error: Float[Tensor, "*b h w"]) -> Float[Tensor, "*b 3 h w"]:
+    """Errors in 8-bit levels as colours in [-1, 1]: black for none, the last colour from `BRIGHTEST` on."""
+    from matplotlib import colormaps
+
+    position = (error / BRIGHTEST).clamp(0, 1).sqrt()  # the eye should see small errors too
+    colours = torch.from_numpy(colormaps[COLOURS](position.numpy())[..., :3])  # (*b, h, w, 3) in [0, 1]
+    return (2 * colours - 1).float().movedim(-1, -3)
+
+
+def to_rgb(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 h w"]:
+    """As `make_grid` shows images: one or two channels as grey, more as their first three."""
+    return images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
+
+
+def _with_scale(grid: Image.Image, words: str) -> Image.Image:
+    """The images, below them a bar of colours with its levels, and words."""
+    font = ImageFont.load_default(TEXT)
+    width = max(grid.width, NARROWEST)
+    image = Image.new("RGB", (width, grid.height + 5 * PADDING + BAR + 2 * TEXT), PAPER)
+    image.paste(grid, (0, 0))
+    left, right, top = PADDING, min(width, 2 * NARROWEST) - 6 * PADDING, grid.height + PADDING
+    levels = torch.linspace(0, 1, right - left).square() * BRIGHTEST  # (w,): evenly spaced in colour
+    bar = (heat(levels.expand(BAR, -1)).movedim(0, -1) + 1) * 127.5  # (h, w, 3)
+    image.paste(Image.fromarray(bar.round().to(torch.uint8).numpy()), (left, top))
+    draw = ImageDraw.Draw(image)
+    for level in TICKS:
+        text = f"{level}+" if level == BRIGHTEST else str(level)
+        x = left + (level / BRIGHTEST) ** 0.5 * (right - left)
+        draw.text((x, top + BAR + 1), text, INK, font, anchor="ma" if level else "la")
+    draw.text((left, top + BAR + TEXT + 2 * PADDING), words, INK, font)
+    return image

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from latelier.data.loader import ImageDataset
@@ -24,6 +26,7 @@ from latelier.errors import LatelierError
 from latelier.evaluation.distributions import GROUPS, GroupedStatistics, InceptionScore
 from latelier.evaluation.features import FeatureExtractor
 from latelier.evaluation.sharing import agreed, gather_in_order, is_main
+from latelier.terminal import console
 
 ENVIRONMENT = "LATELIER_CACHE"
 MOST_VECTORS = 50_000  # 0.4 GB of 2,048 numbers each
@@ -32,10 +35,8 @@ Key = Mapping[str, Any]
 
 
 class FeatureSet:
-    """What is kept of a set of images, however many: sums, and of the first 50,000 the vectors too, if need be.
-
-    Args:
-        kept: of the extractor's outputs `features`, `spatial` and `logits` those that are summed up, and `vectors`.
+    """What is kept of a set of images: sums of an extractor's outputs `features`, `spatial` and `logits`, as far as
+    asked for, and of the first 50,000 images the `vectors`.
     """
 
     def __init__(self, kept: Collection[str]):
@@ -47,11 +48,7 @@ class FeatureSet:
         self._held = 0
 
     def update(self, outputs: Mapping[str, Tensor]) -> None:
-        """Count the next images in.
-
-        Args:
-            outputs: of `FeatureExtractor.outputs`: `features` `(b, d)`, and what else is kept.
-        """
+        """Count the next images in: `features` `(b, d)` of `FeatureExtractor.outputs`, and what else is kept."""
         for name in {"features", "spatial"} & set(self.kept):
             x = outputs[name]  # (b, d)
             self.sums.setdefault(name, GroupedStatistics(x.shape[1], x.device)).update(x)
@@ -88,21 +85,15 @@ class FeatureSet:
         found = cls(kept)
         found.n, found._vectors = int(tensors["n"]), [tensors["vectors"]]
         for name in {"features", "spatial"} & set(kept):
-            found.sums[name] = _restore(tensors[f"{name}.n"], tensors[f"{name}.total"], tensors[f"{name}.outer"])
+            counts, totals, halves = (tensors[f"{name}.{part}"] for part in ("n", "total", "outer"))
+            d = totals.shape[1]
+            half, sums = torch.triu_indices(d, d), GroupedStatistics(0)
+            for group, count, total, values in zip(sums.groups, counts.tolist(), totals, halves):
+                matrix = torch.zeros(d, d, dtype=torch.float64)
+                matrix[half[0], half[1]] = values
+                group.n, group.total, group.outer = count, total, matrix + matrix.triu(1).T
+            found.sums[name] = sums
         return found
-
-
-def _restore(n: Tensor, total: Float[Tensor, "g d"], outer: Float[Tensor, "g half"]) -> GroupedStatistics:
-    d = total.shape[1]
-    half, sums = torch.triu_indices(d, d), GroupedStatistics(0)
-    for group, count, row, values in zip(sums.groups, n.tolist(), total, outer):
-        matrix = torch.zeros(d, d, dtype=torch.float64)
-        matrix[half[0], half[1]] = values
-        group.n, group.total, group.outer = count, row, matrix + matrix.triu(1).T
-    return sums
-
-
-# -- sets of one pass -------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -112,7 +103,12 @@ class FeatureCollector:
     extractor: FeatureExtractor
     kept: Collection[str]
 
-    def look(self, images: Float[Tensor, "b c h w"]) -> dict[str, Tensor]:
+    @property
+    def name(self) -> str:
+        """The extractor's."""
+        return self.extractor.name
+
+    def extract(self, images: Float[Tensor, "b c h w"]) -> dict[str, Tensor]:
         """Of one forward pass `features`, and what else is kept."""
         found = self.extractor.outputs(images)
         return {name: found[name] for name in found if name == "features" or name in self.kept}
@@ -120,20 +116,14 @@ class FeatureCollector:
 
 @torch.no_grad()
 def collect(
-    watchers: Sequence[FeatureCollector], batches: Iterable[Float[Tensor, "_ c h w"]], shared: bool
+    collectors: Sequence[FeatureCollector], batches: Iterable[Float[Tensor, "_ c h w"]], shared: bool
 ) -> dict[str, FeatureSet]:
-    """Go through images once and keep of each extractor's outputs what is asked for.
+    """Go through images in [-1, 1] once and keep of each extractor's outputs what is asked for, by its name.
 
-    Args:
-        watchers: extractors.
-        batches: of images in [-1, 1].
-        shared: whether all processes take part, each with its own batches, see `sharing.in_turn`.
-
-    Returns:
-        A set for the name of each extractor; they are empty on all processes but the main one.
+    If `shared`, all processes take part, each with its own batches, and only the main one's sets are filled.
     """
-    sets = {watcher.extractor.name: FeatureSet(watcher.kept) for watcher in watchers}
-    seen = ({watcher.extractor.name: watcher.look(images) for watcher in watchers} for images in batches)
+    sets = {collector.name: FeatureSet(collector.kept) for collector in collectors}
+    seen = ({collector.name: collector.extract(images) for collector in collectors} for images in batches)
     for outputs in gather_in_order(seen, shared):
         for name, found in sets.items():
             found.update(outputs[name])
@@ -141,18 +131,11 @@ def collect(
 
 
 def reference_sets(
-    watchers: Sequence[FeatureCollector], batches: Iterable[Float[Tensor, "_ c h w"]], key: Key | None, shared: bool
+    collectors: Sequence[FeatureCollector], batches: Iterable[Float[Tensor, "_ c h w"]], key: Key | None, shared: bool
 ) -> dict[str, FeatureSet]:
-    """The same for reference images, as far as possible from the cache.
-
-    Args:
-        watchers: extractors.
-        batches: of images in [-1, 1]; not read if all is there.
-        key: what the images depend on, see `reference_key`; None caches nothing.
-        shared: as for `collect`.
-    """
-    cached = open_sets(watchers, key, shared)
-    missing = [watcher for watcher in watchers if watcher.extractor.name not in cached]
+    """The same for reference images, which are not read if all is in the cache; without a key nothing is cached."""
+    cached = open_sets(collectors, key, shared)
+    missing = [collector for collector in collectors if collector.name not in cached]
     found = collect(missing, batches, shared) if missing else {}
     if is_main(shared):
         store_sets(missing, key, found)
@@ -163,12 +146,7 @@ def reference_sets(
 
 
 def reference_key(images: ImageDataset, count: int) -> Key:
-    """What features of a dataset's images depend on, besides the extractor.
-
-    Args:
-        images: the dataset, passed over by `once`.
-        count: how many of its images at most.
-    """
+    """What features of the first `count` images of a pass over a dataset depend on besides the extractor."""
     data = images.data
     return {
         "data": images.fingerprint, "shape": list(images.shape), "crop": data.crop,
@@ -176,31 +154,22 @@ def reference_key(images: ImageDataset, count: int) -> Key:
     }  # fmt: skip
 
 
-def open_sets(watchers: Sequence[FeatureCollector], key: Key | None, shared: bool) -> dict[str, FeatureSet]:
-    """The cached sets, by the extractor's name; all processes hear of the same ones, the main one has what is in them.
-
-    Of a damaged file a warning tells.
-    """
+def open_sets(collectors: Sequence[FeatureCollector], key: Key | None, shared: bool) -> dict[str, FeatureSet]:
+    """The cached sets, by the extractor's name; all processes know their names, the main one has what is in them."""
     found = {}
     if key is not None and is_main(shared):
-        opened = {watcher.extractor.name: _open(_about(key, watcher), watcher.kept) for watcher in watchers}
+        opened = {collector.name: _open(_about(key, collector), collector.kept) for collector in collectors}
         found = {name: one for name, one in opened.items() if one is not None}
     return {name: found.get(name, FeatureSet(())) for name in agreed(list(found), shared)}
 
 
-def store_sets(watchers: Sequence[FeatureCollector], key: Key | None, sets: Mapping[str, FeatureSet]) -> None:
-    """Put sets into the cache, so that no file is ever half there.
-
-    Raises:
-        LatelierError: if they cannot be written.
-    """
-    from safetensors.torch import save
-
-    for watcher in watchers if key is not None else ():
-        found = sets[watcher.extractor.name]
+def store_sets(collectors: Sequence[FeatureCollector], key: Key | None, sets: Mapping[str, FeatureSet]) -> None:
+    """Put sets into the cache, so that no file is ever half there; an error if they cannot be written."""
+    for collector in collectors if key is not None else ():
+        found = sets[collector.name]
         if not found.n:
             continue
-        about, content = _about(key, watcher), save(found.tensors())
+        about, content = _about(key, collector), save(found.tensors())
         path = _path(about)
         try:
             _write(path, content)
@@ -219,11 +188,6 @@ def cache_folder() -> Path:
 
 
 def _open(about: Mapping[str, Any], kept: Collection[str]) -> FeatureSet | None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    from latelier.terminal import console
-
     path = _path(about)
     if not path.is_file():
         return None
@@ -244,8 +208,8 @@ def _write(path: Path, content: bytes) -> None:
     partial.replace(path)
 
 
-def _about(key: Key | None, watcher: FeatureCollector) -> dict[str, Any]:
-    facts = {"features": watcher.extractor.describe(), "kept": sorted(watcher.kept), "groups": GROUPS}
+def _about(key: Key | None, collector: FeatureCollector) -> dict[str, Any]:
+    facts = {"features": collector.extractor.describe(), "kept": sorted(collector.kept), "groups": GROUPS}
     return json.loads(json.dumps({**(key or {}), **facts, "format": FORMAT}, default=str))
 
 

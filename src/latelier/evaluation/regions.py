@@ -1,8 +1,8 @@
-"""Does what was asked for stand where it was asked for? Regions of drawn images against the mean look of each class.
+"""Do things stand where they should? Regions of drawn images against the mean look of each class.
 
-A matcher that every data set can have: the template of a class is the mean of all its regions in training images,
-and a region shows the class whose template it correlates with most. It is a weak judge, so that its share of hits means
-something only between what it says of the real images and what it says of the layouts of other images.
+A matcher that every data set can have: the template of a class is the mean of all its regions in training images, and
+a region shows the class whose template it correlates with most. It is a weak one, so its share of hits means something
+only between what it says of the real images and what it says of the layouts of other images.
 """
 
 from __future__ import annotations
@@ -23,36 +23,24 @@ from latelier.evaluation.results import Measurement
 SIDE = 24  # pixels of a template
 MOST_TRAINING = 4_000  # images that templates are made of
 FLAT = 1e-4  # standard deviation in [-1, 1] below which a region shows nothing
+COMPARED = {  # what is compared, by the end of a result's name
+    "": "regions asked for", "-chance": "regions of the next record",
+    "-real": "regions asked for, in the original images",
+}  # fmt: skip
 
 
 class Region(NamedTuple):
-    """A place in an image and what is there.
-
-    Attributes:
-        label: the class.
-        box: x0 y0 x1 y1 in pixels, the last two just outside; at least one pixel.
-    """
+    """A class and where it is: x0 y0 x1 y1 in pixels, the last two just outside; at least one pixel."""
 
     label: int
     box: tuple[int, int, int, int]
 
 
-# -- where ------------------------------------------------------------------------------------------------------------
-
-
 def read_regions(batch: Mapping[str, Any], input_name: str) -> list[list[Region]]:
-    """The regions of each image of a batch.
-
-    Args:
-        batch: `image` `(b, c, h, w)`, and for layouts `boxes` and `box_labels`, for segmentations `segmentation`.
-        asks: `layouts` or `segmentations`.
-
-    Raises:
-        LatelierError: if the records lack what is needed.
-    """
+    """The regions of each image of a batch, which needs `image`, and `boxes` and `box_labels`, or `segmentation`."""
     for key in ("boxes", "box_labels") if input_name == "layouts" else ("segmentation",):
         if key not in batch:
-            raise LatelierError(f"Drawn {input_name} cannot be judged: the records have no {key!r}.")
+            raise LatelierError(f"Drawn {input_name} cannot be evaluated: the records have no {key!r}.")
     if input_name == "segmentations":
         return [map_regions(ids) for ids in batch["segmentation"]]
     size = (batch["image"].shape[2], batch["image"].shape[3])
@@ -61,11 +49,10 @@ def read_regions(batch: Mapping[str, Any], input_name: str) -> list[list[Region]
 
 def box_regions(boxes: Float[Tensor, "n 4"], labels: Int[Tensor, " n"], size: tuple[int, int]) -> list[Region]:
     """Regions of boxes, relative x0 y0 x1 y1, in an image of a height and a width."""
-    height, width = size
     found = []
     for label, (x0, y0, x1, y1) in zip(labels.tolist(), boxes.tolist()):
-        left, right = _span(x0, x1, width)
-        top, bottom = _span(y0, y1, height)
+        left, right = _span(x0, x1, size[1])
+        top, bottom = _span(y0, y1, size[0])
         found.append(Region(label, (left, top, right, bottom)))
     return found
 
@@ -87,33 +74,15 @@ def _span(low: float, high: float, length: int) -> tuple[int, int]:
     return start, min(max(round(high * length), start + 1), length)
 
 
-# -- what -------------------------------------------------------------------------------------------------------------
-
-
 class Templates:
-    """The mean look of each class.
-
-    Args:
-        labels: of the classes.
-        patterns: one for each, before normalisation.
-        images: how many they were made of.
-    """
+    """The mean look of each class: one pattern for each label, before normalisation, made of so many images."""
 
     def __init__(self, labels: Int[Tensor, " k"], patterns: Float[Tensor, "k d"], images: int):
         self.labels, self.patterns, self.images = labels, normalise(patterns), images
 
     @classmethod
     def of(cls, batches: Iterable[Mapping[str, Any]], input_name: str, most: int = MOST_TRAINING) -> Templates:
-        """The mean region of each class over training images.
-
-        Args:
-            batches: of training records.
-            asks: `layouts` or `segmentations`.
-            most: images are read at most.
-
-        Raises:
-            LatelierError: if no image has a region.
-        """
+        """The mean region of each class over at most so many training images; an error if none has a region."""
         sums: dict[int, Tensor] = {}
         counts: dict[int, int] = defaultdict(int)
         seen = 0
@@ -126,7 +95,7 @@ class Templates:
             if seen >= most:
                 break
         if not sums:
-            raise LatelierError(f"Drawn {input_name} cannot be judged: none of {seen} training images has a region.")
+            raise LatelierError(f"Drawn {input_name} cannot be evaluated: none of {seen} training images has a region.")
         labels = sorted(sums)
         return cls(torch.tensor(labels), torch.stack([sums[k] / counts[k] for k in labels]), seen)
 
@@ -164,101 +133,71 @@ def normalise(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     return F.normalize(centred, dim=1).masked_fill(flat, 0.0)
 
 
-# -- how often --------------------------------------------------------------------------------------------------------
+def share_of_hits(counts: Sequence[tuple[int, int]]) -> tuple[float, tuple[float, float] | None]:
+    """The share of regions that are hits, and its 95 % interval, None for fewer than two images.
+
+    Regions of one image are not independent, so images are the sample: with h_i hits among n_i regions,
+
+        p = sum h_i / sum n_i,    var p = m / (m - 1) sum (h_i - p n_i)^2 / (sum n_i)^2
+
+    over m images with regions, the ratio estimator (Cochran 1977, section 6.3).
+    """
+    hits, total = torch.tensor([pair for pair in counts if pair[1]], dtype=torch.float64).T  # 2 x (m,)
+    images, share = len(total), (hits.sum() / total.sum()).item()
+    if images < 2:
+        return share, None
+    spread = (hits - share * total).square().sum().item()
+    half = 1.96 * math.sqrt(images / (images - 1) * spread) / total.sum().item()
+    return share, (max(0.0, share - half), min(1.0, share + half))
 
 
-class Hits:
-    """Hits and regions, image by image."""
+class RegionMatch:
+    """Compares regions of drawn images with templates of classes, beside the two ends of the scale.
 
-    def __init__(self) -> None:
-        self._counts: list[tuple[int, int]] = []
-
-    def add(self, hits: tuple[int, int]) -> None:
-        """Count an image's in; one without regions says nothing."""
-        if hits[1]:
-            self._counts.append(hits)
-
-    @property
-    def regions(self) -> int:
-        """How many were looked at."""
-        return sum(total for _, total in self._counts)
-
-    def share(self) -> tuple[float, tuple[float, float] | None]:
-        """The share of regions that are hits, and its 95 % interval, None for fewer than two images.
-
-        Regions of one image are not independent, so images are the sample: with h_i hits among n_i regions,
-
-            p = sum h_i / sum n_i,    var p = m / (m - 1) sum (h_i - p n_i)^2 / (sum n_i)^2
-
-        over m images, the ratio estimator (Cochran 1977, section 6.3).
-        """
-        right, total = torch.tensor(self._counts, dtype=torch.float64).T  # 2 x (m,)
-        images, share = len(total), (right.sum() / total.sum()).item()
-        if images < 2:
-            return share, None
-        spread = (right - share * total).square().sum().item()
-        half = 1.96 * math.sqrt(images / (images - 1) * spread) / total.sum().item()
-        return share, (max(0.0, share - half), min(1.0, share + half))
-
-
-class RegionJudge:
-    """Compares regions of drawn images with templates, beside the two ends of the scale.
-
-    Args:
-        asks: `layouts` or `segmentations`.
-        templates: of the classes.
+    `-chance` compares image i with the regions of record i + 1 (the last one with those of the first); `-real` says
+    what the matcher says of the original images.
     """
 
     def __init__(self, input_name: str, templates: Templates):
-        self._asks, self._templates = input_name, templates
-        self._drawn, self._shifted, self._real = Hits(), Hits(), Hits()
-        self._first: list[Region] | None = None  # of all images
+        self._input, self._templates = input_name, templates  # `layouts` or `segmentations`
+        self._counts: dict[str, list[tuple[int, int]]] = {end: [] for end in COMPARED}  # hits and regions of images
+        self._first: list[Region] = []  # of all images
         self._last: Tensor | None = None  # the drawn image before
-        self._asked = 0
+        self._regions = 0
 
-    def look(
+    def update(
         self, batch: Mapping[str, Any], drawn: Float[Tensor, "b c h w"], original: Float[Tensor, "b c h w"]
     ) -> None:
         """See drawn images with the records that they were drawn from."""
-        for regions, one, real in zip(read_regions(batch, self._asks), drawn.cpu().float(), original.cpu().float()):
-            self._drawn.add(self._templates.hits(one, regions))
-            self._real.add(self._templates.hits(real, regions))
-            if self._last is not None:
-                self._shifted.add(self._templates.hits(self._last, regions))
-            self._first = regions if self._first is None else self._first
-            self._last, self._asked = one, self._asked + len(regions)
+        hits = self._templates.hits
+        for regions, one, real in zip(read_regions(batch, self._input), drawn.cpu().float(), original.cpu().float()):
+            self._counts[""].append(hits(one, regions))
+            self._counts["-real"].append(hits(real, regions))
+            if self._last is None:
+                self._first = regions
+            else:
+                self._counts["-chance"].append(hits(self._last, regions))
+            self._last, self._regions = one, self._regions + len(regions)
 
-    def measure(self, about: Mapping[str, Any]) -> list[Measurement]:
-        """`<asked>-match`; `-match-chance`, where image i is judged by the regions of record i + 1 (the last one by
-        those of the first); `-match-real`, what the matcher says of the original images.
-
-        Raises:
-            LatelierError: if there are no regions, or only one image.
-        """
-        name = f"{self._asks.removesuffix('s')}-match"
-        if about["n"] < 2 or not self._drawn.regions:
+    def compute(self, about: Mapping[str, Any]) -> list[Measurement]:
+        """`<input>-match`, `-match-chance` and `-match-real`; an error without regions, or for one image."""
+        name = f"{self._input.removesuffix('s')}-match"
+        regions = sum(total for _, total in self._counts[""])
+        if about["n"] < 2 or not regions:
             raise LatelierError(
                 f"{name} needs 2 images and a region of a class that training images show, not {about['n']} "
-                f"images with {self._drawn.regions}; raise evaluate.samples."
+                f"images with {regions}; raise evaluate.samples."
             )
         assert self._last is not None
-        assert self._first is not None
-        self._shifted.add(self._templates.hits(self._last, self._first))
-        told = {
-            **about,
-            "regions": self._drawn.regions,
-            "regions_without_template": self._asked - self._drawn.regions,
-            "classes": len(self._templates.labels),
-            "template_images": self._templates.images,
+        counts = {**self._counts}
+        counts["-chance"] = [*counts["-chance"], self._templates.hits(self._last, self._first)]
+        receipt = {
+            **about, "regions": regions, "regions_without_template": self._regions - regions,
+            "classes": len(self._templates.labels), "template_images": self._templates.images,
             "matcher": f"nearest mean training region, {SIDE} x {SIDE}, correlation over all channels",
-        }
-        sides = {
-            name: (self._drawn, "regions asked for"),
-            f"{name}-chance": (self._shifted, "regions of the next record"),
-            f"{name}-real": (self._real, "regions asked for, in the original images"),
-        }
-        result = []
-        for key, (hits, judged) in sides.items():
-            value, interval = hits.share()
-            result.append(Measurement(key, value, {**told, "judged": judged}, interval))
-        return result
+        }  # fmt: skip
+        shares = {end: share_of_hits(counts[end]) for end in COMPARED}
+        return [
+            Measurement(name + end, share, {**receipt, "judged": COMPARED[end]}, interval)
+            for end, (share, interval) in shares.items()
+        ]

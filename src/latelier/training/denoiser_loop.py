@@ -15,14 +15,14 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from latelier.conditioning import CACHED, DataSpec, build_conditioner, parts
-from latelier.data.latents import LatentCache
+from latelier.data.latents import LatentCache, encode_batches
 from latelier.data.loader import ImageDataset
 from latelier.denoisers import build_denoiser, vector_width
 from latelier.diffusion.process import build_process
 from latelier.errors import LatelierError
 from latelier.images import make_grid, save_png
 from latelier.objectives.denoising import DenoisingObjective
-from latelier.opening import held_out_records, open_codec, open_images
+from latelier.opening import held_out_records, open_codec, open_images, snapshot_folder
 from latelier.pipeline import LatentDiffusionPipeline
 from latelier.previews import shown_lengths
 from latelier.publish import manifest, publish
@@ -222,7 +222,7 @@ def latent_stream(
     accelerator, training = stage.accelerator, stage.training
     place = (stage.images, accelerator.process_index, accelerator.num_processes, stage.accumulation)
     if not denoiser_section(recipe).cache:
-        batches = encoded(codec, dataset.stream(training.batch, *place), accelerator.device)
+        batches = encode_batches(codec, dataset.stream(training.batch, *place), accelerator.device)
         return _prepared(batches, conditioner, codec, accelerator)
     latents = open_cache(recipe, codec, dataset, accelerator)
     batches = latents.stream(training.batch, *place, seed=recipe.seed)
@@ -244,14 +244,6 @@ def _prepared(
                 batch |= conditioner.prepare(batch, codec)
         batch.pop("image", None)
         yield batch
-
-
-@torch.no_grad()
-def encoded(codec: Codec, batches: Iterator[dict[str, Any]], device: torch.device) -> Iterator[dict[str, Any]]:
-    """Batches of images with their posteriors."""
-    for batch in batches:
-        posterior = codec.posterior(batch["image"].to(device))
-        yield {**batch, "mean": codec.normalise(posterior.mean), "std": codec.scale(posterior.std)}
 
 
 def make_pipeline(recipe: Recipe, codec: Codec, objective: DenoisingObjective) -> LatentDiffusionPipeline:
@@ -318,8 +310,3 @@ def drop_snapshots(folder: Path, images: int) -> None:
     for path in snapshot_folder(folder, 0).parent.glob("[0-9]*"):
         if int(path.name) > images:
             shutil.rmtree(path)
-
-
-def snapshot_folder(folder: Path, images: int) -> Path:
-    """Where a run keeps the weights that it had after so many images."""
-    return folder / "denoiser" / "snapshots" / str(images)

@@ -13,10 +13,17 @@ from latelier.conditioning.low_resolution import LowResolutionConditioner
 from latelier.conditioning.segmentation import SegmentationConditioner
 from latelier.data.corruptions import SETTINGS, draw_masks
 from latelier.errors import LatelierError
-from latelier.evaluation.clip import MEAN, STD, CLIPScore, preprocess
-from latelier.evaluation.regions import Hits, Region, Templates, box_regions, map_regions
-from latelier.evaluation.task_grid import colour, draw_boxes, task_grid
-from latelier.evaluation.tasks import draw_records, enlarge, evaluate_tasks, fill_with_mean
+from latelier.evaluation.conditions import (
+    colour,
+    condition_grid,
+    draw_boxes,
+    draw_records,
+    enlarge,
+    evaluate_conditions,
+    fill_with_mean,
+)
+from latelier.evaluation.features import CLIP_MEAN, CLIP_STD, CLIPScore, to_clip
+from latelier.evaluation.regions import Region, Templates, box_regions, map_regions, share_of_hits
 from latelier.images import to_uint8
 from latelier.pipeline import LatentDiffusionPipeline
 from latelier.recipe import Evaluate, Process, Sample
@@ -60,7 +67,7 @@ def make_images(count=3, size=32, batches=1):
 
 
 def measure(pipeline, records, evaluate, training=list):
-    return {m.name: m for m in evaluate_tasks(pipeline, records, training, SAMPLE, evaluate, RECEIPT)}
+    return {m.name: m for m in evaluate_conditions(pipeline, records, training, SAMPLE, evaluate, RECEIPT)}
 
 
 def check_receipt(receipt, n, size):
@@ -111,7 +118,7 @@ def test_a_real_pipeline_that_is_told_three_things():
     pipeline = LatentDiffusionPipeline.build(Codec(tokenizer), denoiser, together, Process(), (16, 16))
     settings, record = Sample(steps=2, batch=3, seed=5), scenes(HELD_OUT)
     evaluate = Evaluate(metrics=["psnr"], samples=4)
-    measured = evaluate_tasks(pipeline, [record], lambda: [record], settings, evaluate, RECEIPT)
+    measured = evaluate_conditions(pipeline, [record], lambda: [record], settings, evaluate, RECEIPT)
     names = [m.name for m in measured]
     matches = [f"segmentation-match{end}" for end in ("", "-chance", "-real")]
     assert names == ["sr-psnr", "bicubic-psnr", "sr-psnr-difference", *matches]
@@ -123,7 +130,7 @@ def test_a_real_pipeline_that_is_told_three_things():
     one = settings.model_copy(update={"seed": 7, "count": 1})
     again = pipeline(records=alone, sample=one, output_type="pt", progress=False).images
     assert torch.allclose(again[0][inside[2]], drawn[2][inside[2]], atol=1e-5)
-    image, _ = task_grid(pipeline, [record], settings)
+    image, _ = condition_grid(pipeline, [record], settings)
     assert image.size == (4 * 162 - 2, 5 * 162 - 2)
 
 
@@ -151,7 +158,9 @@ def test_perfect_enlargement_beats_bicubic():
 
 def test_bicubic_starts_from_the_image_that_the_model_was_told():
     """A model that is bicubic enlargement itself has exactly bicubic's numbers, random degradation or not."""
-    pipeline = Fake(LowResolutionConditioner(4, "bsrgan-light"), lambda records: enlarge(records["low"], 32, 32))
+    pipeline = Fake(
+        LowResolutionConditioner(4, "bsrgan-light"), lambda records: enlarge(records["low"], records["image"])
+    )
     measured = measure(pipeline, make_images(), Evaluate(metrics=["psnr"]))
     assert measured["sr-psnr"].value == measured["bicubic-psnr"].value
 
@@ -160,7 +169,7 @@ def test_enlargement_is_that_of_pil():
     small = torch.linspace(-1, 1, 36).view(1, 1, 6, 6)
     image = Image.fromarray(to_uint8(small)[0, 0].numpy()).resize((24, 24), Image.Resampling.BICUBIC)
     theirs = torch.tensor(list(image.tobytes())).view(24, 24)
-    assert (to_uint8(enlarge(small, 24, 24))[0, 0].int() - theirs).abs().max() <= 1
+    assert (to_uint8(enlarge(small, torch.zeros(1, 1, 24, 24)))[0, 0].int() - theirs).abs().max() <= 1
 
 
 @needs_weights
@@ -185,11 +194,11 @@ def test_mean_fill():
     constant = torch.tensor([0.3, -0.2, 0.9]).view(1, 3, 1, 1).expand(2, 3, 8, 8)
     hole = torch.zeros(2, 1, 8, 8)
     hole[0, 0, :4] = hole[1, 0, 2, 3] = 1
-    assert torch.allclose(fill_with_mean(constant, hole), constant)
+    assert torch.allclose(fill_with_mean({"hole": hole}, constant), constant)
     image = constant.clone()
     image[0, :, :4] = 7.0  # what is in the hole does not count
     image[0, 0, 4:6], image[0, 0, 6:] = -1.0, 0.0
-    assert torch.allclose(fill_with_mean(image, hole)[0, :, 0, 0], torch.tensor([-0.5, -0.2, 0.9]))
+    assert torch.allclose(fill_with_mean({"hole": hole}, image)[0, :, 0, 0], torch.tensor([-0.5, -0.2, 0.9]))
 
 
 @needs_weights
@@ -233,7 +242,7 @@ def scenes(labels):
 HELD_OUT = [[0, 1], [1, 2], [2, 3], [3, 0]]  # no label is at the place that the next record gives it
 
 
-@pytest.mark.parametrize(("asks", "name"), [("layouts", "layout-match"), ("segmentations", "segmentation-match")])
+@pytest.mark.parametrize(("input_name", "name"), [("layouts", "layout-match"), ("segmentations", "segmentation-match")])
 def test_perfect_drawings_match_and_other_layouts_do_not(input_name, name):
     first, second = scenes(HELD_OUT[:2]), scenes(HELD_OUT[2:])
     measured = measure(Fake(Asks(input_name)), [first, second], Evaluate(), lambda: [scenes(HELD_OUT)])
@@ -276,7 +285,7 @@ def test_matches_need_images_and_regions():
     with pytest.raises(LatelierError, match="none of 2 training images"):
         measure(Fake(Asks("layouts")), [scenes(HELD_OUT)], Evaluate(), lambda: [scenes([[], []])])
     with pytest.raises(LatelierError, match="no 'segmentation'"):
-        measure(Fake(Asks("segmentations")), make_images(), Evaluate(), images)
+        measure(Fake(Asks("segmentations")), make_images(), Evaluate(), make_images)
 
 
 def test_templates_read_no_more_than_they_should():
@@ -296,18 +305,12 @@ def test_regions():
 
 
 def test_interval_is_over_images():
-    hits = Hits()
-    for one in ((1, 1), (0, 1), (1, 1), (0, 1), (0, 0)):
-        hits.add(one)
-    share, interval = hits.share()
+    share, interval = share_of_hits([(1, 1), (0, 1), (1, 1), (0, 1), (0, 0)])
     assert share == 0.5
     half = 1.96 * (4 / 3 * 4 * 0.25) ** 0.5 / 4  # the standard error of a mean of four
     assert interval == pytest.approx((max(0, 0.5 - half), min(1, 0.5 + half)))
-    uneven = Hits()
-    uneven.add((30, 30))
-    assert uneven.share() == (1.0, None)
-    uneven.add((8, 10))
-    share, interval = uneven.share()
+    assert share_of_hits([(30, 30)]) == (1.0, None)
+    share, interval = share_of_hits([(30, 30), (8, 10)])
     assert share == 0.95  # of regions, not the mean of images' shares
     assert interval[0] == pytest.approx(0.95 - 1.96 * (2 * (1.5**2 + 1.5**2)) ** 0.5 / 40)
     assert interval[1] == 1
@@ -359,7 +362,7 @@ def test_clip_score_is_the_cosine_of_the_features(clip_folder):
         for image, ids in zip(images, tokens):
             pixels = to_uint8(image[None]).float() / 255
             pixels = torch.nn.functional.interpolate(pixels, size=(16, 16), mode="bicubic", antialias=True).clamp(0, 1)
-            pixels = (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+            pixels = (pixels - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
             with torch.no_grad():
                 seen = model.visual_projection(model.vision_model(pixels).pooler_output)[0]
                 read = model.text_projection(model.text_model(torch.tensor([ids])).pooler_output)[0]
@@ -390,11 +393,11 @@ def test_clip_that_cannot_be_loaded(tmp_path):
 
 def test_clip_sees_the_middle_of_wide_images_and_grey_as_colour():
     wide = torch.cat([torch.full((1, 1, 8, 8), v) for v in (-1.0, 1.0, -1.0)], 3)
-    seen = preprocess(wide, 8)
+    seen = to_clip(wide, 8)
     assert seen.shape == (1, 3, 8, 8)
-    assert torch.allclose(seen[0, :, 4, 4], (1 - torch.tensor(MEAN)) / torch.tensor(STD))
+    assert torch.allclose(seen[0, :, 4, 4], (1 - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD))
     with pytest.raises(LatelierError, match="not 4"):
-        preprocess(torch.zeros(1, 4, 8, 8), 8)
+        to_clip(torch.zeros(1, 4, 8, 8), 8)
 
 
 def pixel(image, column, row, x, y, side):
@@ -404,7 +407,7 @@ def pixel(image, column, row, x, y, side):
 def test_grid_shows_layout_above_drawn_above_original():
     record = scenes(HELD_OUT)
     pipeline = Fake(Asks("layouts", names=["a", "b", "c", "d"]), lambda records: -records["image"])
-    image, captions = task_grid(pipeline, [record], SAMPLE)
+    image, captions = condition_grid(pipeline, [record], SAMPLE)
     assert captions == []
     assert image.size == (4 * 162 - 2, 3 * 162 - 2)  # 16 pixels, ten times larger
     assert pixel(image, 1, 0, 0, 0, 160) == colour(1)
@@ -421,17 +424,17 @@ def test_words_stay_whole_at_the_right_edge():
 
 
 def test_grid_shows_maps_in_colours():
-    image, _ = task_grid(Fake(Asks("segmentations")), [scenes(HELD_OUT)], SAMPLE)
+    image, _ = condition_grid(Fake(Asks("segmentations")), [scenes(HELD_OUT)], SAMPLE)
     assert [pixel(image, 0, 0, x, 40, 160) for x in (0, 159)] == [colour(1), colour(2)]
     assert pixel(image, 0, 0, 0, 159, 160) == (235, 235, 235)
 
 
 def test_grid_shows_small_images_and_holes():
     (record,) = make_images(size=200)
-    image, _ = task_grid(Fake(LowResolutionConditioner(4)), [record], SAMPLE)
+    image, _ = condition_grid(Fake(LowResolutionConditioner(4)), [record], SAMPLE)
     assert image.size == (3 * 202 - 2, 3 * 202 - 2)
     assert len({pixel(image, 0, 0, x, y, 200) for x in range(4) for y in range(4)}) == 1
-    image, _ = task_grid(Fake(InpaintingConditioner()), [record], SAMPLE, seed=2)
+    image, _ = condition_grid(Fake(InpaintingConditioner()), [record], SAMPLE, seed=2)
     hole = draw_masks(SETTINGS["thick"], (200, 200), 2, torch.arange(3))
     y, x = hole[2, 0].nonzero()[0].tolist()
     assert pixel(image, 2, 0, x, y, 200) == (128, 128, 128)
@@ -441,6 +444,6 @@ def test_grid_shows_small_images_and_holes():
 
 def test_grid_of_captions_has_eight_columns_at_most():
     records = [{**record, "caption": ["red", "apple", "owl"]} for record in make_images(size=160, batches=4)]
-    image, captions = task_grid(Fake(Asks("prompts")), records, SAMPLE)
+    image, captions = condition_grid(Fake(Asks("prompts")), records, SAMPLE)
     assert captions == ["red", "apple", "owl", "red", "apple", "owl", "red", "apple"]
     assert image.size == (8 * 162 - 2, 2 * 162 - 2)

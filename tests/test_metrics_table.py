@@ -1,0 +1,64 @@
+"""The one table of metrics: complete, importable, and the better direction of every result."""
+
+import typing
+
+import pytest
+
+from latelier.evaluation.metrics import METRICS, better, heading, metric_of, plain, unit
+from latelier.recipe.evaluate import Metric
+
+LOWER = """
+l1 lpips rfd-vgg16 rfd-clip-tiny gfd-vgg16 gfd-inception@10 fid50k sfid kid-inception cmmd-clip convergence-loss@64
+convergence-gfd-dinov2-small@64 sr-lpips sr-lpips-difference bicubic-lpips inpainting-lpips inpainting-lpips-difference
+mean-fill-lpips inpainting-fd-vgg16 mean-fill-fd-dinov2-small within-object smoothness-lpips smoothness-rfd-vgg16
+prefix-lpips@4 prefix-rfd-vgg16@4 gmm-nll@10 gmm-modes diffusion-loss equivariance-shift outlier-channels dead-codes
+largest-variance-ratio parameters size-mib gflop-encode gflop-decode gflop-paper memory-gb
+"""
+HIGHER = """
+psnr ssim ms-ssim inception-score precision recall sr-psnr sr-ssim sr-psnr-difference bicubic-psnr bicubic-ssim
+layout-match layout-match-chance layout-match-real segmentation-match segmentation-match-chance clip-score
+clip-score-real separation-object smoothness-psnr prefix-psnr@4 psnr-after-shift probe-accuracy knn-accuracy
+active-channels active-numbers codebook-usage codebook-perplexity samples-per-second@10 encode-images-per-second
+decode-images-per-second
+"""
+NEITHER = """
+effective-rank channel-rank variance-first-quarter channel-sparsity kl-bits-per-pixel posterior-std latent-std
+unheard-of
+"""
+
+
+def test_every_metric_of_recipes_has_an_entry():
+    assert set(METRICS) == set(typing.get_args(Metric))
+
+
+@pytest.mark.parametrize("name", [n for n, metric in METRICS.items() if metric.function and metric.group != "latents"])
+def test_functions_are_there(name):
+    assert callable(METRICS[name].load())
+
+
+@pytest.mark.parametrize(("names", "side"), [(LOWER, "lower"), (HIGHER, "higher"), (NEITHER, None)])
+def test_the_better_direction(names, side):
+    assert {name: better(name) for name in names.split()} == dict.fromkeys(names.split(), side)
+
+
+def test_headings_have_an_arrow():
+    assert [heading(name) for name in ("psnr", "gfd-vgg16@10", "latent-std")] == [
+        "psnr ↑",
+        "gfd-vgg16@10 ↓",
+        "latent-std",
+    ]
+
+
+def test_names_without_extractors():
+    names = ["rfd-vgg16", "gfd-vgg16@50", "smoothness-rfd-clip-tiny", "prefix-rfd-vgg16@4", "kid-inception", "psnr"]
+    assert [plain(name) for name in names] == ["rfd", "gfd@50", "smoothness-rfd", "prefix-rfd@4", "kid", "psnr"]
+
+
+def test_units_and_metrics_of_results():
+    units = {"gmm-nll@10": "nats per principal component", "probe-accuracy": "share of images", "psnr": "dB"}
+    assert {name: unit(name) for name in units} == units
+    assert unit("lpips") is None
+    assert metric_of("rfd-vgg16") is METRICS["rfd"]
+    assert metric_of("smoothness-rfd-vgg16") is METRICS["smoothness"]
+    assert metric_of("gflop-encode") is METRICS["cost"]
+    assert metric_of("unheard-of") is None
