@@ -9,13 +9,15 @@ import shutil
 import pytest
 import torch
 
-from latelier import experiment, inspection
-from latelier.evaluation.comparison import RunSummary, write_comparison
-from latelier.evaluation.page import page
-from latelier.evaluation.report import write_report
+from latelier import experiment
 from latelier.evaluation.results import Measurement, write_measurements
 from latelier.images import make_grid, save_png
 from latelier.recipe import build_recipe
+from latelier.report.comparison import write_comparison
+from latelier.report.orderings import RunSummary
+from latelier.report.page import page
+from latelier.report.run import write_report
+from latelier.study import inspect as inspection
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FLAGS = (

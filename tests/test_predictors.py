@@ -7,14 +7,9 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-
-from latelier.denoisers import build_denoiser
-from latelier.errors import LatelierError
-from latelier.evaluation import predictors
-from latelier.evaluation.comparison import write_comparison
-from latelier.evaluation.correlation import chance, correlate, holm, interval, needed, partial, pool, rho
-from latelier.evaluation.orderings import RunSummary
-from latelier.evaluation.predictors import (
+from studies.analysis import predictors
+from studies.analysis.correlation import chance, correlate, holm, interval, needed, partial, pool, rho
+from studies.analysis.predictors import (
     EVIDENCE,
     measures,
     predict,
@@ -24,7 +19,12 @@ from latelier.evaluation.predictors import (
     unequal_budget,
     write_evidence,
 )
-from latelier.study import build_run, load_study
+
+from latelier.denoisers import build_denoiser
+from latelier.errors import LatelierError
+from latelier.report.comparison import write_comparison
+from latelier.report.orderings import RunSummary
+from latelier.study.study import build_run, load_study
 from latelier.tokenizers import build_tokenizer
 from latelier.tokenizers.codec import Codec
 

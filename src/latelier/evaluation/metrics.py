@@ -160,10 +160,10 @@ def better(name: str) -> Better | None:
     for metric in METRICS.values():
         known |= metric.better
     begins = [begin for begin in known if _begins(name, begin)]
-    if begins:
-        return known[max(begins, key=len)]
-    words = name.partition("@")[0]
-    return next((side for end, side in OTHERS.items() if words == end or words.endswith(f"-{end}")), None)
+    if not begins:  # of tasks: `inpainting-lpips`, `boxes-match`
+        known |= OTHERS
+        begins = [begin for begin in known if f"-{begin}-" in f"-{name.partition('@')[0]}-"]
+    return known[max(begins, key=len)] if begins else None
 
 
 def unit(name: str) -> str | None:

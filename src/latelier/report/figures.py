@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from latelier.evaluation.chart import LOG_RATIO
-from latelier.evaluation.directions import SAMPLING_SPEED, heading
-from latelier.evaluation.orderings import (
+from latelier.evaluation.metrics import heading, unit
+from latelier.report.orderings import (
+    CONVERGENCE,
     MIXTURE,
+    SAMPLING_SPEED,
     TRAINING_SPEED,
     RunSummary,
     at_steps,
     best,
     interval,
-    number,
-    texts,
     value,
 )
-from latelier.evaluation.report_metrics import UNITS
+from latelier.report.page import INK, LINE, LOG_RATIO, SOFT, column_texts, number, short, write
+from latelier.report.tables import Curves
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,9 +31,7 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8a8a8a", "#5b4a8a")  # Okabe & Ito 2008
 MARKERS = "osD^vPX"
-INK, SOFT, LINE = "#1d1f23", "#5f6570", "#e2e2de"  # of the page
-MAP = "latent-map.png"  # the file of a run's map of latents
-CHANNELS = "channels.png"
+MAP, CHANNELS, ERRORS = "latent-map.png", "channels.png", "error-map.png"  # files of a run
 WIDTH = 9.0  # inches, 900 px at 100 dpi
 FLAT = 0.3  # levels up to here are what the areas under the curves are taken over
 STYLE: Any = {
@@ -83,7 +80,6 @@ def draw_figures(folder: Path, shown: Sequence[RunSummary], columns: Sequence[st
 
 
 def save_figure(folder: Path, name: str, figure: Figure, words: str) -> ImageFile:
-    """Write a figure as `<name>.svg` and `<name>.png`; `words` stand below it."""
     """Save a figure as SVG and as PNG; `words` stand below it, without a full stop."""
     for kind in ("svg", "png"):
         stream = io.BytesIO()
@@ -103,7 +99,7 @@ def _overview(shown: Sequence[RunSummary], columns: Sequence[str]) -> Figure:
 
 def _bars(axes: Axes, shown: Sequence[RunSummary], name: str) -> None:
     values = [value(run, name) for run in shown]
-    winners, words = best(values, name), texts(values)
+    winners, words = best(values, name), column_texts(values)
     ends = [interval(run, name) if v is not None else None for run, v in zip(shown, values)]
     reach = [max(0.0, v or 0.0, *(e or ())) for v, e in zip(values, ends)]
     low = min(min(0.0, v or 0.0, *(e or ())) for v, e in zip(values, ends))
@@ -153,9 +149,7 @@ def _smooth(shown: Sequence[RunSummary], curves: Mapping[str, Mapping[int, list[
         axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
         axes.yaxis.set_minor_formatter(lambda y, _: "")
         axes.set_title(f"{heading(name.removeprefix('smoothness-'))}{' · log' if logarithmic else ''}")
-        axes.grid(axis="y")
-        axes.tick_params(length=0)
-        axes.tick_params(axis="y", labelcolor=SOFT)
+        quiet(axes, "y")
     figure.supxlabel("noise level, standard deviations of each latent channel", fontsize=8.5, color=SOFT)
     there = [i for i in range(len(shown)) if any(i in runs for runs in curves.values())]
     legend(figure, shown, there, 2 * max(2, min(3, len(curves))))
@@ -198,10 +192,8 @@ def _modes(shown: Sequence[RunSummary], lines: Mapping[int, list[tuple[float, fl
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
     axes.set_title(f"GMM negative log-likelihood against the number of modes{heading(MIXTURE).removeprefix(MIXTURE)}")
     axes.set_xlabel("modes · log")
-    axes.set_ylabel(UNITS[MIXTURE])
-    axes.grid()
-    axes.tick_params(length=0)
-    axes.tick_params(axis="y", labelcolor=SOFT)
+    axes.set_ylabel(unit(MIXTURE) or "")
+    quiet(axes)
     legend(figure, shown, list(lines), 4)
     return figure
 
@@ -266,6 +258,28 @@ def _training(shown: Sequence[RunSummary], points: Mapping[str, Mapping[int, tup
     return figure
 
 
+def draw_convergence(folder: Path, shown: Sequence[RunSummary], curves: Curves) -> ImageFile:
+    """Chen et al. 2025 (DC-AE 1.5), figure 1: one line for each run, one point for each snapshot."""
+    from matplotlib import rc_context
+
+    drawn = {name: runs for name, runs in curves.items() if runs}
+    looks = styles(shown)
+    with rc_context(STYLE):
+        figure, panels = make_panels(len(drawn), 2 if len(drawn) > 1 else 1, height=3.2, above=0.6)
+        for (name, runs), axes in zip(drawn.items(), panels):
+            for i, points in runs.items():
+                axes.plot(*zip(*points), zorder=3, **looks[i])
+            axes.set_xlim(left=0)
+            axes.xaxis.set_major_formatter(lambda images, _: short(images))
+            axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+            axes.set_title(heading(name).removeprefix(CONVERGENCE))
+            axes.set_xlabel("images seen")
+            quiet(axes)
+        legend(figure, shown, [i for i in range(len(shown)) if any(i in runs for runs in drawn.values())], 3)
+        words = "Quality of the averaged weights over images seen in the denoiser's training"
+        return save_figure(folder, "convergence", figure, words)
+
+
 def log_axes(axes: Axes, speeds: Sequence[float], heights: Sequence[float]) -> None:
     """Speeds are logarithmic; so are heights that differ much."""
     from matplotlib.ticker import LogLocator
@@ -280,7 +294,12 @@ def log_axes(axes: Axes, speeds: Sequence[float], heights: Sequence[float]) -> N
         axis.set_major_formatter(lambda number, _: f"{number:g}")
         axis.set_minor_formatter(lambda number, _: "")
     axes.margins(y=0.12)
-    axes.grid()
+    quiet(axes)
+
+
+def quiet(axes: Axes, lines: Literal["both", "x", "y"] = "both") -> None:
+    """A grid without ticks."""
+    axes.grid(axis=lines)
     axes.tick_params(which="both", length=0)
     axes.tick_params(axis="y", labelcolor=SOFT)
 
@@ -328,11 +347,3 @@ def make_panels(count: int, most: int, height: float, above: float = 0.0) -> tup
 def fit(name: str, most: int = 22) -> str:
     """A name of at most so many letters."""
     return name if len(name) <= most else f"{name[: most - 1]}…"
-
-
-def write(path: Path, content: bytes) -> Path:
-    """Write a file, never half."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_bytes(content)
-    partial.replace(path)
-    return path

@@ -13,10 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from latelier.evaluation.directions import ARROWS, Better, better, heading, plain
-from latelier.evaluation.figures import (
-    INK,
-    SOFT,
+from latelier.evaluation.metrics import ARROWS, Better, better, heading, plain
+from latelier.report.figures import (
     STYLE,
     WIDTH,
     ImageFile,
@@ -27,7 +25,9 @@ from latelier.evaluation.figures import (
     save_figure,
     styles,
 )
-from latelier.evaluation.orderings import MISSING, RunSummary, Table, number, texts, value
+from latelier.report.orderings import RunSummary, value
+from latelier.report.page import INK, MISSING, SOFT, column_texts, number
+from latelier.report.tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -279,7 +279,7 @@ def _angles(axes: Sequence[Axis]) -> list[float]:
 
 def _ends(axis: Axis) -> str:
     """A measure's name, and below it its worst and its best value."""
-    by_share = sorted(zip(axis.shares, texts(axis.values)))
+    by_share = sorted(zip(axis.shares, column_texts(axis.values)))
     return f"{axis.words}\n{by_share[0][1]} to {by_share[-1][1]}"
 
 

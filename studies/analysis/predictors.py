@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
-from latelier.errors import LatelierError
 from latelier.evaluation.correlation import FEWEST as STUDY_FEWEST
 from latelier.evaluation.correlation import Correlation, Pair, correlate, holm, needed, partial, pool
 from latelier.evaluation.directions import Better, better, heading
 from latelier.evaluation.figures import COLOURS, SOFT, STYLE, ImageFile, legend, make_panels, save_figure, styles, write
 from latelier.evaluation.orderings import MISSING, MIXTURE, RunSummary, Table, at_steps, number, value
+
+from latelier.errors import LatelierError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,12 +7,15 @@ read from the content of `metrics.json`, so that old numbers can be judged too.
 
 from __future__ import annotations
 
-import math
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from latelier.evaluation.report_metrics import receipts, values
+from latelier.report.page import number
+
+EVIDENCE = Path(__file__).with_name("evidence.json")  # written by `python -m studies.analysis.predictors`
 
 Kind = Literal["good", "fair", "bad"]
 KINDS: tuple[Kind, ...] = ("bad", "fair", "good")  # in the order in which they are told
@@ -52,16 +55,27 @@ class Finding:
     evidence: dict[str, float]
 
 
+def read_entries(metrics: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Sections of metrics.json and their entries, as far as they are what they should be."""
+    return {
+        title: {name: entry for name, entry in entries.items() if isinstance(entry, dict)}
+        for title, entries in metrics.items()
+        if isinstance(entries, dict)
+    }
+
+
 class Measures:
-    """The numbers and receipts of metrics.json by name, whatever their section.
+    """Finite numbers and receipts of metrics.json by name, whatever their section.
 
     Args:
         metrics: section to metric name to `{value, interval, receipt}`.
     """
 
     def __init__(self, metrics: Mapping[str, Any]):
-        self.values = {name: v for name, v in values(metrics).items() if math.isfinite(v)}
-        self.receipts = receipts(metrics)
+        every = {name: entry for entries in read_entries(metrics).values() for name, entry in entries.items()}
+        found = {name: number(entry.get("value")) for name, entry in every.items()}
+        self.values = {name: v for name, v in found.items() if v is not None}
+        self.receipts: dict[str, dict[str, Any]] = {name: entry.get("receipt") or {} for name, entry in every.items()}
 
     def get(self, *names: str) -> tuple[float, ...] | None:
         """The values of these metrics, None if one is missing."""
@@ -281,7 +295,7 @@ def smoothness(m: Measures) -> Finding | None:
             "fair", f"The space is not very smooth: {cost}; small errors of a denoiser will be seen.", evidence
         )
     if clean < BAD_PSNR:
-        return None  # flat because it paints badly at any level
+        return None  # flat because it decodes badly at any level
     return Finding("good", f"The space is smooth: {cost}.", evidence)
 
 
@@ -387,15 +401,12 @@ def experience(metrics: Mapping[str, Any], evidence: Mapping[str, Any] | None = 
 
     Args:
         metrics: the content of metrics.json.
-        evidence: as `predictors.write_evidence` writes it; by default what comes along.
+        evidence: as `studies.analysis.predictors` writes it; by default what comes along.
 
     Returns:
-        Plain text; empty where nothing was measured yet, or no measure is in both.
+        Plain text; empty where no measure is in both.
     """
-    from latelier.evaluation.predictors import read_evidence
-
-    if (evidence := evidence or read_evidence()) is None:
-        return ""
+    evidence = evidence or json.loads(EVIDENCE.read_text(encoding="utf-8"))
     here = {name.partition("@")[0] for name in Measures(metrics).values}
     rows = [row for row in evidence["predictors"] if row["metric"] in here]
     sure = [row for row in rows if row["significant"]]
