@@ -18,7 +18,6 @@ from torch import Tensor
 
 from latelier.data.loader import ImageDataset
 from latelier.errors import LatelierError
-from latelier.evaluation.convergence_table import BEGIN, LOSS
 from latelier.evaluation.generation import evaluate_generation
 from latelier.evaluation.references import reference_key
 from latelier.evaluation.results import Measurement, write_measurements
@@ -105,7 +104,7 @@ def _loss(
         latents="drawn from the posterior" if section.sample_posterior else "posterior mean", channels="all",
         dropped="nothing", **about,
     )  # fmt: skip
-    return Measurement(f"{LOSS}@{about['images_trained']}", value, receipt)
+    return Measurement(f"convergence-loss@{about['images_trained']}", value, receipt)
 
 
 @torch.no_grad()
@@ -153,7 +152,7 @@ def _distance(recipe: Recipe, pipeline: LatentDiffusionPipeline, about: Mapping[
     samples = _samples(pipeline, recipe, min(settings.samples, len(training)))
     key = reference_key(training, settings.samples)
     (measured,) = evaluate_generation(samples, references, first, receipt, pipeline.device, key)
-    return replace(measured, name=f"{BEGIN}{measured.name}@{about['images_trained']}")
+    return replace(measured, name=f"convergence-{measured.name}@{about['images_trained']}")
 
 
 def _samples(pipeline: LatentDiffusionPipeline, recipe: Recipe, count: int) -> Iterator[Tensor]:
