@@ -12,7 +12,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +86,7 @@ def write_comparison(
     every = list(dict.fromkeys(name for names in columns.values() for name in names))
     orders = orderings(shown, published, every) if published else []
     curves = comparable(shown, read_curves(shown), baseline)
+    drawn = [draw_convergence(folder, shown, curves)] if curves else []
     sections = [
         Section(facts, costs(shown) if facts else []),
         Section("At a glance", overview(folder, shown)),
@@ -95,10 +95,7 @@ def write_comparison(
         Section("How to read the tables", [how_to_read(shown, every)]),
         Section("Published", printed(shown, published) if published else []),
         Section("Orderings", verdicts(orders, published) if published else []),
-        Section(
-            "Convergence",
-            [draw_convergence(folder, shown, curves), *convergence(shown, curves, baseline)] if curves else [],
-        ),
+        Section("Convergence", [*drawn, *convergence(shown, curves, baseline)] if curves else []),
         Section("What each run took", [] if facts else costs(shown)),
         Section("Figures", draw_figures(folder, shown, every)),
         Section("Images", _images(folder, shown)),
@@ -110,9 +107,10 @@ def write_comparison(
 
 def write_sections(page: Path, text: Path, title: str, about: str, sections: Sequence[Section]) -> Path:
     """Write sections that are not empty, as a page and as Markdown; return the page's path."""
-    sections, paragraphs = [section for section in sections if section.parts], _paragraphs(about)
-    write(text, _markdown(title, paragraphs, sections))
-    return write(page, render("comparison.html.j2", title=title, about=paragraphs, sections=sections))
+    paragraphs = [paragraph for paragraph in re.split(r"\n\s*\n", about.strip()) if paragraph.strip()]
+    content = {"title": title, "about": paragraphs, "sections": [section for section in sections if section.parts]}
+    write(text, render("comparison.md.j2", **content))
+    return write(page, render("comparison.html.j2", **content))
 
 
 # -- images ---------------------------------------------------------------------------------------------------------
@@ -202,36 +200,3 @@ def _finite(content: Any) -> Any:
     if isinstance(content, list | tuple):
         return [_finite(part) for part in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
-
-
-def _markdown(title: str, about: Sequence[str], sections: Sequence[Section]) -> str:
-    blocks = [f"## {_literal(title)}", *map(_literal, about)]
-    for section in sections:
-        blocks.append(f"### {section.title}")
-        for part in section.parts:
-            if isinstance(part, Table):
-                blocks.append(_markdown_table(part))
-            elif isinstance(part, ImageFile):
-                blocks.append(f"![{_literal(part.words)}]({part.link})")
-            else:
-                blocks.append(_literal(part))
-    return "\n\n".join(blocks) + "\n"
-
-
-def _markdown_table(table: Table) -> str:
-    cells = [[_literal(cell) for cell in row] for row in table.rows]
-    for row, link in zip(cells, table.links):
-        row[0] = f"[{row[0]}]({link})" if link else row[0]
-    for i, j in table.bold:
-        cells[i][j] = f"**{cells[i][j]}**"
-    rule = ["---:" if table.is_number(j) else "---" for j in range(len(table.head))]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [[_literal(name) for name in table.head], rule, *cells])
-
-
-def _literal(text: str) -> str:
-    """Words in which nothing is Markdown or HTML, in one line."""
-    return re.sub(r"([\\`*_\[\]|])", r"\\\1", escape(" ".join(text.split()), quote=False))
-
-
-def _paragraphs(text: str) -> list[str]:
-    return [paragraph for paragraph in re.split(r"\n\s*\n", text.strip()) if paragraph.strip()]

@@ -45,29 +45,17 @@ class RunSummary:
 
 @dataclass
 class Published:
-    """What a paper printed.
-
-    Attributes:
-        source: where: `Lee et al. 2025, tables 1 and 2: ImageNet 256 px`.
-        values: run name to metric name to value; a run or a metric may be missing.
-    """
+    """What a paper printed, and where: `Lee et al. 2025, tables 1 and 2: ImageNet 256 px`."""
 
     source: str
-    values: dict[str, dict[str, float]]
+    values: dict[str, dict[str, float]]  # by run, then by metric; some may be missing
 
 
 @dataclass
 class Pair:
-    """Two runs in one metric.
+    """Two runs in one metric: what the measurement says of the paper's order, and why it is undecided."""
 
-    Attributes:
-        better: the paper's better run (of equals, the earlier one).
-        worse: the paper's worse run.
-        verdict: what the measurement says of that.
-        why: why it is undecided; empty otherwise.
-    """
-
-    better: str
+    better: str  # of equals, the earlier one
     worse: str
     verdict: Verdict
     why: str = ""
@@ -75,25 +63,15 @@ class Pair:
 
 @dataclass
 class Ordering:
-    """One metric, in the paper and as measured, over the runs that both have.
+    """One metric, in the paper and as measured, over the runs that both have."""
 
-    Attributes:
-        metric: our name, with the extractor: `rfd-vgg16`.
-        published: the paper's name: `rfd`.
-        paper: run names, best first; equal ones together.
-        measured: the same of our values.
-        pairs: every pair of runs.
-        tau: Kendall's tau-b of the two orders, None where it is not defined.
-        intervals: how many of our runs have a confidence interval.
-    """
-
-    metric: str
-    published: str
-    paper: list[list[str]]
+    metric: str  # our name, with the extractor: `rfd-vgg16`
+    published: str  # the paper's name: `rfd`
+    paper: list[list[str]]  # run names, best first; equal ones together
     measured: list[list[str]]
-    pairs: list[Pair]
-    tau: float | None
-    intervals: Literal["all", "some", "none"]
+    pairs: list[Pair]  # every two runs
+    tau: float | None  # Kendall's tau-b of the two orders, where it is defined
+    intervals: Literal["all", "some", "none"]  # how many of our runs have a confidence interval
 
     def of(self, verdict: Verdict) -> list[Pair]:
         """The pairs with this verdict."""
@@ -116,12 +94,7 @@ def steps_of(name: str) -> int | None:
 
 
 def at_steps(shown: Iterable[RunSummary], begin: str) -> list[str]:
-    """Names of what the runs have measured at given numbers of steps, the fewest first.
-
-    Args:
-        shown: the runs.
-        begin: of the names: `gfd` or `samples-per-second`.
-    """
+    """Names that begin with `gfd`, say, of what was measured at given numbers of steps, the fewest steps first."""
     names = dict.fromkeys(name for run in shown for name in run.metrics if name.startswith(begin))
     found = [(name.partition("@")[0], steps, name) for name in names if (steps := steps_of(name)) is not None]
     return [name for *_, name in sorted(found)]
@@ -152,16 +125,7 @@ def best(values: Sequence[float | None], name: str) -> set[int]:
 
 
 def orderings(shown: Sequence[RunSummary], published: Published, first: Iterable[str] = ()) -> list[Ordering]:
-    """Compare the orders of every metric that both have.
-
-    Args:
-        shown: our runs.
-        published: the paper's values.
-        first: metric names that come first, in this order; the others follow as the runs name them.
-
-    Returns:
-        One for each metric with a direction and at least two runs that both have.
-    """
+    """Compare the orders of every metric with a direction and at least two runs that both have; some metrics first."""
     ours = dict.fromkeys([*first, *(name for run in shown for name in run.metrics)])
     theirs = dict.fromkeys(name for values in published.values.values() for name in values)
     compared = [(a, b) for a in ours for b in theirs if plain(a) == plain(b) and better(a)]

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+    from markupsafe import Markup
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -60,13 +61,22 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"anchor": _anchor, "data_uri": _data_uri, "in_words": in_words, "short": short}
+    environment.filters |= {"anchor": _anchor, "data_uri": _data_uri, "literal": _literal}
+    environment.filters |= {"in_words": in_words, "short": short}
     return environment
 
 
 def _anchor(title: str) -> str:
     """What links to a heading point to."""
     return re.sub(r"[^a-z]+", "-", title.lower())
+
+
+def _literal(text: str) -> Markup:
+    """Words in which nothing is Markdown or HTML, in one line."""
+    from markupsafe import Markup
+
+    escaped = re.sub(r"([\\`*_\[\]|])", r"\\\1", escape(" ".join(text.split()), quote=False))
+    return Markup(escaped)
 
 
 def _data_uri(png: Path) -> str:
@@ -119,9 +129,7 @@ def in_words(value: Any) -> str:
 def column_texts(values: Sequence[float | None], like: Sequence[float | None] | None = None) -> list[str]:
     """A column of numbers with equally many decimals: four digits of the largest, five if others are far smaller.
 
-    Args:
-        values: the numbers; None is a dash.
-        like: numbers that decide how many decimals; by default the values themselves.
+    `like` are the numbers that decide how many decimals; by default the values themselves. None is a dash.
     """
     sizes = [abs(v) for v in (values if like is None else like) if v]
     if sizes and not 1e-3 <= max(sizes) < 1e4:
@@ -136,13 +144,7 @@ def column_texts(values: Sequence[float | None], like: Sequence[float | None] | 
 
 @dataclass
 class Chart:
-    """A small chart inside a page, in the colours of its style sheet.
-
-    Attributes:
-        title: what is drawn.
-        note: the number that counts, in words.
-        svg: the drawing, an `<svg>` element with its description for those who hear the page.
-    """
+    """A small chart inside a page, in the colours of its style sheet; `note` is the number that counts, in words."""
 
     title: str
     note: str
@@ -150,14 +152,7 @@ class Chart:
 
 
 def line_chart(title: str, points: Points, smooth: bool = True, over: str = "images seen") -> Chart | None:
-    """One line; None if there is no finite value.
-
-    Args:
-        title: what is drawn.
-        points: (x, value), ascending; values that are not finite are left out.
-        smooth: draw a moving average over the raw values.
-        over: what x is.
-    """
+    """One line through (x, value), ascending, perhaps with a moving average; None if there is no finite value."""
     points = subsample([(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)])
     if not points:
         return None
@@ -176,13 +171,7 @@ def line_chart(title: str, points: Points, smooth: bool = True, over: str = "ima
 
 
 def bar_chart(title: str, values: Sequence[Number], over: str) -> Chart | None:
-    """A bar for each value, another colour for what is 3 times the median, a line at the median; None if all are NaN.
-
-    Args:
-        title: what is drawn.
-        values: heights, 0 or more; those that are not finite have no bar.
-        over: what is counted from left to right: `channel`.
-    """
+    """A bar for each value, another colour above 3 times the median, a line at the median; None if all are NaN."""
     finite = {i: v for i, v in enumerate(values) if math.isfinite(v)}
     if not finite:
         return None

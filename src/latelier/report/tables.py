@@ -41,19 +41,12 @@ Curves = Mapping[str, Mapping[int, Curve]]  # by metric and the run's position
 
 @dataclass
 class Table:
-    """Cells in words; the first column is the rows' names.
-
-    Attributes:
-        head: names of columns.
-        rows: cells, as many in each row as the head has.
-        bold: (row, column) of the best cells.
-        links: where the names of rows lead; empty, or one for each row, which may be empty.
-    """
+    """Cells in words; the first column is the rows' names."""
 
     head: list[str]
     rows: list[list[str]]
-    bold: set[tuple[int, int]] = field(default_factory=set)
-    links: Sequence[str] = ()
+    bold: set[tuple[int, int]] = field(default_factory=set)  # (row, column)
+    links: Sequence[str] = ()  # where the names of rows lead; empty, or one for each row, which may be empty
 
     def is_number(self, column: int) -> bool:
         """Whether a column reads best flush right."""
@@ -124,13 +117,7 @@ def costs(shown: Sequence[RunSummary]) -> list[str | Table]:
 def receipts(
     shown: Sequence[RunSummary], columns: Sequence[str], keys: Mapping[str, str] = RECEIPT
 ) -> list[str | Table]:
-    """What was equal in all runs, and what was not, which should make one wary.
-
-    Args:
-        shown: the runs.
-        columns: metric names.
-        keys: of receipts, with the words that stand for them.
-    """
+    """What was equal in all runs, and what was not, which should make one wary; `keys` of receipts have words."""
     found = {name: [run.metrics.get(name, {}).get("receipt") or {} for run in shown] for name in columns}
     equal: list[str] = []
     unequal: list[str] = []
@@ -206,15 +193,10 @@ def _chain(ranks: Sequence[Sequence[str]]) -> str:
 
 @dataclass
 class Reached:
-    """When a curve is where another one ends.
-
-    Attributes:
-        images: seen by then.
-        at_most: whether the first snapshot was there already, so that it may have been sooner.
-    """
+    """When a curve is where another one ends, in images seen."""
 
     images: float
-    at_most: bool = False
+    at_most: bool = False  # the first snapshot was there already, so that it may have been sooner
 
 
 def convergence(shown: Sequence[RunSummary], curves: Curves, baseline: str | None) -> list[str | Table]:
@@ -259,10 +241,7 @@ def comparable(shown: Sequence[RunSummary], curves: Curves, baseline: str | None
 
 
 def reach(curve: Curve, level: float) -> Reached | None:
-    """When the lowest value so far falls to a level, linear between snapshots; None if it never does.
-
-    The lowest so far, since a curve may rise again by chance.
-    """
+    """When the lowest value so far falls to a level, linear between snapshots; a curve may rise again by chance."""
     images, lowest = [x for x, _ in curve], list(accumulate((y for _, y in curve), min))
     for i, y in enumerate(lowest):
         if y <= level and i == 0:
@@ -274,17 +253,14 @@ def reach(curve: Curve, level: float) -> Reached | None:
 
 
 def speed_table(shown: Sequence[RunSummary], curves: Curves, baseline: int) -> Table:
-    """For each metric the last value, the images seen at the baseline's last value, and how many times fewer they are.
-
-    Chen et al. 2025 (DC-AE 1.5) compare so. `baseline` is the position of the run that others are compared with.
-    """
+    """The last values, the images seen at that of the run `baseline`, and how many times fewer (DC-AE 1.5) they are."""
     table = Table(["Run"], [[run.name] for run in shown])
     for name, runs in curves.items():
         if baseline not in runs:
             continue
         what, level = name.removeprefix(CONVERGENCE), runs[baseline][-1][1]
-        table.head += [f"{heading(name).removeprefix(CONVERGENCE)} at the end", f"images to the baseline's {what}"]
-        table.head += ["sooner"]
+        end = f"{heading(name).removeprefix(CONVERGENCE)} at the end"
+        table.head += [end, f"images to the baseline's {what}", "sooner"]
         reached = {i: reach(curve, level) for i, curve in runs.items()}
         reference = reached[baseline]
         assert reference is not None  # a curve reaches its own end
