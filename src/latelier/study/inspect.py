@@ -54,16 +54,14 @@ def inspect(tokenizer: str, source: str, size: int, samples: int, out: Path, opt
 def _check_out(tokenizer: Path, recipe: Recipe, out: Path) -> None:
     """Refuse a folder in which an inspection would overwrite what no inspection wrote."""
     assert isinstance(recipe.tokenizer, PretrainedRecipe)
+    earlier = load_recipe(out) if (out / "recipe.yaml").is_file() else None
+    if earlier and (earlier.tokenizer.kind != "pretrained" or earlier.denoiser is not None):
+        raise LatelierError(f"{out} is the folder of a trained run; choose another one with --out.")
     folder, weights = out.resolve(), Path(recipe.tokenizer.path).resolve()
-    if tokenizer.exists() and (folder in (tokenizer.resolve(), weights, *weights.parents) or weights in folder.parents):
-        raise LatelierError(
-            f"--out {out} would overwrite {tokenizer}, which is to be inspected; choose another folder."
-        )
-    if (out / "recipe.yaml").is_file():
-        earlier = load_recipe(out)
-        if earlier.tokenizer.kind != "pretrained" or earlier.denoiser is not None:
-            raise LatelierError(f"{out} is the folder of a trained run; choose another one with --out.")
-    elif found := [name for name in ("tokenizer", *WRITTEN) if (out / name).exists()]:
+    above, below = {tokenizer.resolve(), weights, *weights.parents}, folder.parents
+    if tokenizer.exists() and (folder in above or weights in below):
+        raise LatelierError(f"--out {out} would overwrite {tokenizer}, which is to be inspected; choose another one.")
+    if not earlier and (found := [name for name in ("tokenizer", *WRITTEN) if (out / name).exists()]):
         raise LatelierError(f"{out} has files that no inspection wrote ({', '.join(found)}); choose another --out.")
 
 
@@ -93,13 +91,9 @@ def suited(size: Any) -> list[str]:
 
 def read_verdict(out: Path) -> list[Finding]:
     """What the numbers of an inspected tokenizer, or of any run folder, mean."""
-    return verdict(_read_sections(out))
+    return verdict(json.loads((out / "metrics.json").read_text(encoding="utf-8")))
 
 
 def read_experience(out: Path) -> str:
     """Which of the measures of an inspected tokenizer predicted generation in our own experiments, in words."""
-    return experience(_read_sections(out))
-
-
-def _read_sections(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    return experience(json.loads((out / "metrics.json").read_text(encoding="utf-8")))
