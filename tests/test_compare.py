@@ -11,11 +11,12 @@ import torch
 from diffusers import AutoencoderKL, VQModel
 from PIL import Image
 
-from latelier import cli, compare
-from latelier.compare import Candidate, check_sizes, describe, divide_words, short_names
+from latelier import cli
 from latelier.errors import LatelierError
-from latelier.evaluation.orderings import RunSummary
-from latelier.evaluation.overview import AXES, BITS, NUMBERS, axes_of, dominated, fronts, gflop, overview, scaled, speed
+from latelier.report.orderings import RunSummary
+from latelier.report.overview import AXES, BITS, NUMBERS, axes_of, dominated, fronts, gflop, overview, scaled, speed
+from latelier.study import compare
+from latelier.study.compare import Candidate, check_sizes, describe, divide_words, short_names
 from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.maetok import MAETok
 from latelier.tokenizers.vmae import VMAE
@@ -179,7 +180,7 @@ def test_every_axis_has_a_direction():
 
 
 def compare_direction(name):
-    from latelier.evaluation.directions import better
+    from latelier.evaluation.metrics import better
 
     assert better(name) is not None, name
     return better(name)

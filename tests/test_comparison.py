@@ -9,23 +9,13 @@ import torch
 from PIL import Image
 
 from latelier.errors import LatelierError
-from latelier.evaluation.comparison import Published, RunSummary, write_comparison
-from latelier.evaluation.directions import better, plain
-from latelier.evaluation.figures import _mixtures, _trade_offs, _trained
-from latelier.evaluation.orderings import (
-    TRAINING_SPEED,
-    at_steps,
-    best,
-    measured,
-    orderings,
-    printed,
-    receipts,
-    sampling,
-    steps_of,
-    texts,
-    verdicts,
-)
+from latelier.evaluation.metrics import better, plain
 from latelier.images import make_grid, make_pairs, save_png
+from latelier.report.comparison import write_comparison
+from latelier.report.figures import _mixtures, _trade_offs, _trained
+from latelier.report.orderings import TRAINING_SPEED, Published, RunSummary, at_steps, best, orderings, steps_of
+from latelier.report.page import column_texts
+from latelier.report.tables import how_to_read, measured, printed, receipts, sampling, verdicts
 
 
 def run(name, images=None, facts=None, **values):
@@ -63,7 +53,9 @@ def opened(path):
      ("parameters", "lower"), ("size-mib", "lower"), ("memory-gb", "lower"), ("decode-images-per-second", "higher"),
      ("gfd-vgg16@50", "lower"), ("samples-per-second@50", "higher"), ("smoothness-colour", None), ("beauty", None),
      ("gmm-nll@5", "lower"), ("gmm-modes", "lower"), ("probe-accuracy", "higher"), ("probe-pooled-accuracy", "higher"),
-     ("knn-accuracy", "higher"), ("diffusion-loss", "lower"), ("effective-rank", None), ("channel-rank", None)],
+     ("knn-accuracy", "higher"), ("diffusion-loss", "lower"), ("effective-rank", None), ("channel-rank", None),
+     ("inpainting-lpips", "lower"), ("inpainting-fd-vgg16", "lower"), ("box-match", "higher"),
+     ("clip-score", "higher")],
 )  # fmt: skip
 def test_direction(name, direction):
     assert better(name) == direction
@@ -84,21 +76,21 @@ def test_measured_table():
         run("B", psnr=20.0, lpips=0.2),
         run("C", lpips=float("nan")),
     ]
-    table, words = measured(shown, ["psnr", "lpips", "beauty"])
+    table, words = measured(shown, columns := ["psnr", "lpips", "beauty"]), how_to_read(shown, columns)
     assert table.head == ["Run", "psnr ↑", "lpips ↓", "beauty"]
     assert table.rows == [["A", "30.00 ± 0.50", "–", "1.000"], ["B", "20.00", "0.2000", "–"], ["C", "–", "–", "–"]]
     assert bold(table) == {"psnr ↑": {"A"}, "lpips ↓": set(), "beauty": set()}
     assert "95 %" in words
-    assert "95 %" not in measured(shown[1:], ["psnr"])[1]
+    assert "95 %" not in how_to_read(shown[1:], ["psnr"])
 
 
 def test_numbers_of_a_column_have_equal_decimals():
-    assert texts([29.8, 23.123, None]) == ["29.80", "23.12", "–"]
-    assert texts([14.8, 0.81]) == ["14.800", "0.810"]
-    assert texts([83653863.0, 11.2]) == ["83.65M", "11.2"]
-    assert texts([0.0, 0.0]) == ["0", "0"]
-    assert texts([-0.25, 0.5]) == ["-0.2500", "0.5000"]
-    assert texts([2e-5, 1e-6]) == ["2e-05", "1e-06"]
+    assert column_texts([29.8, 23.123, None]) == ["29.80", "23.12", "–"]
+    assert column_texts([14.8, 0.81]) == ["14.800", "0.810"]
+    assert column_texts([83653863.0, 11.2]) == ["83.65M", "11.2"]
+    assert column_texts([0.0, 0.0]) == ["0", "0"]
+    assert column_texts([-0.25, 0.5]) == ["-0.2500", "0.5000"]
+    assert column_texts([2e-5, 1e-6]) == ["2e-05", "1e-06"]
 
 
 def test_published_values_stay_as_printed():

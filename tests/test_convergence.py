@@ -11,14 +11,14 @@ from safetensors.torch import load_file
 
 from latelier.errors import LatelierError
 from latelier.evaluation import features
-from latelier.evaluation.comparison import write_comparison
 from latelier.evaluation.convergence import PASSES, held_out_loss, load_snapshot, measure_convergence
-from latelier.evaluation.convergence_table import LOSS, comparable, convergence, reach, read_curves, speed_table
-from latelier.evaluation.orderings import RunSummary
 from latelier.objectives.denoising import DenoisingObjective
 from latelier.opening import open_codec, open_images, open_run, snapshot_folder
 from latelier.recipe import DenoiserRecipe
-from latelier.study import load_study
+from latelier.report.comparison import write_comparison
+from latelier.report.orderings import RunSummary
+from latelier.report.tables import LOSS, comparable, convergence, reach, read_curves, speed_table
+from latelier.study.study import load_study
 from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.conv import IdentityTokenizer
 from latelier.training import denoiser_loop
@@ -261,10 +261,11 @@ def test_the_page_has_a_section(tmp_path):
     assert "![Quality of the averaged weights" in text
     assert (tmp_path / "convergence.svg").is_file()
     for baseline, words in (("unmeasured", "has not been measured yet"), ("away", "has not been measured yet")):
-        parts = convergence(tmp_path, RUNS, baseline)
+        parts = convergence(RUNS, read_curves(RUNS), baseline)
         assert any(isinstance(part, str) and words in part for part in parts)
-    assert convergence(tmp_path, [RunSummary("bare", {})], "bare") == []
-    assert len(convergence(tmp_path, RUNS, None)) == 2  # a figure and how to read it
+    assert len(convergence(RUNS, read_curves(RUNS), None)) == 1  # how to read it
+    write_comparison(tmp_path / "bare", "Test", "", [RunSummary("bare", {})], {}, None, baseline="bare")
+    assert "Convergence" not in (tmp_path / "bare" / "table.md").read_text()
 
 
 def test_losses_compare_only_between_equal_kinds():

@@ -8,15 +8,16 @@ import torch
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from latelier import experiment, inspection
+from latelier import experiment
 from latelier.errors import LatelierError
 from latelier.evaluation import difficulty, latent_map
-from latelier.evaluation.figures import COLOURS
 from latelier.evaluation.judging import divide, same_images, two_sides
 from latelier.evaluation.latent_map import NO_LABEL, class_colours, draw_latent_map, principal_map
 from latelier.images import make_grid, save_png
 from latelier.opening import open_images
 from latelier.recipe import Evaluate, build_recipe
+from latelier.report.figures import COLOURS
+from latelier.study import inspect as inspection
 from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.conv import IdentityTokenizer
 from tiny import tiny_recipe

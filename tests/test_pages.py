@@ -9,13 +9,14 @@ import shutil
 import pytest
 import torch
 
-from latelier import experiment, inspection
-from latelier.evaluation.comparison import RunSummary, write_comparison
-from latelier.evaluation.page import page
-from latelier.evaluation.report import write_report
+from latelier import experiment
 from latelier.evaluation.results import Measurement, write_measurements
 from latelier.images import make_grid, save_png
 from latelier.recipe import build_recipe
+from latelier.report.comparison import write_comparison
+from latelier.report.orderings import RunSummary
+from latelier.report.run import write_report
+from latelier.study import inspect as inspection
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FLAGS = (
@@ -72,7 +73,7 @@ def pages(tmp_path_factory):
     write_measurements(folder / "run" / "metrics.json", found, "latent space")
     shown = [
         RunSummary(name, {m.name: {"value": m.value, "interval": m.interval, "receipt": m.receipt} for m in found},
-              images={"reconstructions": folder / "run" / "reconstructions.png"})
+                   images={"reconstructions": folder / "run" / "reconstructions.png"})
         for name in ("one", "two")
     ]  # fmt: skip
     comparison = write_comparison(folder / "both", "Two", "About both.", shown, {"Numbers": ["psnr"]}, None)
@@ -113,7 +114,7 @@ def test_a_page_needs_nothing_else(browser, pages, kind):
 
 def test_what_is_wrong_is_seen(browser, tmp_path):
     broken = tmp_path / "broken.html"
-    broken.write_text(page("x", '<img src="http://127.0.0.1:9/x.png"><script>throw new Error("no")</script>'))
+    broken.write_text('<main><img src="http://127.0.0.1:9/x.png"></main><script>throw new Error("no")</script>')
     complaints, fetched, pixels = visit(browser, broken)
     assert any("Error: no" in entry["message"] for entry in complaints)
     assert fetched == ["http://127.0.0.1:9/x.png"]
@@ -126,7 +127,7 @@ def test_the_verdict_stands_in_front(browser, pages):
     assert browser.execute_script("return document.querySelectorAll('.verdict li').length") >= 1
 
 
-def test_a_image_grows_when_clicked(browser, pages):
+def test_an_image_grows_when_clicked(browser, pages):
     visit(browser, pages["report"])
     opened = "return document.querySelector('dialog').open"
     assert not browser.execute_script(opened)

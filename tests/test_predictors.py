@@ -7,24 +7,24 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-
-from latelier.denoisers import build_denoiser
-from latelier.errors import LatelierError
-from latelier.evaluation import predictors
-from latelier.evaluation.comparison import write_comparison
-from latelier.evaluation.correlation import chance, correlate, holm, interval, needed, partial, pool, rho
-from latelier.evaluation.orderings import RunSummary
-from latelier.evaluation.predictors import (
-    EVIDENCE,
+from studies.analysis import predictors
+from studies.analysis.correlation import chance, correlate, holm, interval, needed, partial, pool, rho
+from studies.analysis.predictors import (
     measures,
     predict,
     prediction,
-    read_evidence,
     target_of,
     unequal_budget,
     write_evidence,
+    write_predictors,
 )
-from latelier.study import build_run, load_study
+
+from latelier.denoisers import build_denoiser
+from latelier.errors import LatelierError
+from latelier.report.comparison import write_comparison
+from latelier.report.orderings import RunSummary
+from latelier.report.verdict import EVIDENCE
+from latelier.study.study import build_run, load_study
 from latelier.tokenizers import build_tokenizer
 from latelier.tokenizers.codec import Codec
 
@@ -236,9 +236,13 @@ def test_only_studies_with_enough_denoisers_ask(tmp_path):
     shown = runs(psnr=GFD)
     columns = {"Reconstruction": ["psnr"]}
     write_comparison(tmp_path, "Eight", "", shown, columns, None)
-    assert "### Does the judge predict?" in (tmp_path / "table.md").read_text()
+    page = write_predictors(tmp_path)
+    assert page == tmp_path / "predictors.html"
+    assert "Of 1 measures over 8 tokenizers" in page.read_text()
+    assert "### Which measures predict generation?" in (tmp_path / "predictors.md").read_text()
     write_comparison(tmp_path, "Five", "", shown[:5], columns, None)
-    assert "judge" not in (tmp_path / "table.md").read_text()
+    with pytest.raises(LatelierError, match="at least 6 runs with a distance"):
+        write_predictors(tmp_path)
 
 
 def test_evidence_is_made_from_measured_files(tmp_path):
@@ -247,7 +251,7 @@ def test_evidence_is_made_from_measured_files(tmp_path):
         write_comparison(tmp_path / name, name, "", shown, {"All": ["lpips"]}, None)
         files.append(tmp_path / name / "comparison.json")
     out = write_evidence(files, "made-up images", tmp_path / "evidence.json")
-    found = read_evidence(out)
+    found = json.loads(out.read_text())
     first, second = found["predictors"]
     assert first["metric"] == "lpips"
     assert first["direction"] == "lower"
@@ -260,14 +264,11 @@ def test_evidence_is_made_from_measured_files(tmp_path):
     assert found["about"].startswith("12 tokenizers of 2 studies on made-up images; rank correlation with gfd-vgg16")
     assert [study["title"] for study in found["studies"]] == ["one", "two"]
     assert found["studies"][0]["receipt"] == {"n": 100, "data": "ab12"} | {"sampler": "euler"}
-    assert read_evidence(tmp_path / "none.json") is None
 
 
 def test_evidence_that_comes_along_is_whole():
-    """Absent until it was measured; then it says what the verdict on a latent space reads."""
-    found = read_evidence()
-    assert (found is not None) == EVIDENCE.is_file()
-    for row in (found or {}).get("predictors", []):
+    """It says what the verdict on a latent space reads."""
+    for row in json.loads(EVIDENCE.read_text())["predictors"]:
         assert {"metric", "spearman", "interval", "n", "p_adjusted", "significant"} <= set(row)
         assert row["significant"] == (row["p_adjusted"] < predictors.ALPHA)
 

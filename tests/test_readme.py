@@ -15,7 +15,7 @@ from PIL import Image
 from latelier.cli import app
 from latelier.losses import perceptual
 from latelier.recipe import build_recipe
-from latelier.study import build_run, load_study
+from latelier.study.study import build_run, load_study
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(not (ROOT / "README.md").is_file(), reason="the tests are not in a clone")

@@ -6,12 +6,12 @@ import pytest
 import torch
 import yaml
 
-from latelier import study as studies
-from latelier.budget import Budget, length, spend
 from latelier.denoisers import build_denoiser
 from latelier.errors import LatelierError
 from latelier.recipe import build_recipe
-from latelier.study import build_run, load_study, merge, run_study
+from latelier.study import study as studies
+from latelier.study.budget import Budget, length, spend
+from latelier.study.study import build_run, load_study, merge, run_study
 from latelier.tokenizers import build_tokenizer
 from latelier.tokenizers.codec import Codec
 from test_adversarial import CONV
@@ -116,12 +116,12 @@ def test_studies_that_come_along_are_whole():
 def test_plans_older_than_a_key_go_on(tmp_path):
     study = load_study(write_study(tmp_path))
     budget = study.budget.model_dump(mode="json")
-    asked = {"recipe": build_run(study, "Plain").model_dump(mode="json"), "budget": budget}
-    older = json.loads(json.dumps(asked))
+    settings = {"recipe": build_run(study, "Plain").model_dump(mode="json"), "budget": budget}
+    older = json.loads(json.dumps(settings))
     del older["recipe"]["denoiser"]["prefixes"]  # its default is what training did before there was the key
-    assert studies._training_part(older) == studies._training_part(asked)
+    assert studies._training_part(older) == studies._training_part(settings)
     older["recipe"]["denoiser"]["batch"] += 1
-    assert studies._training_part(older) != studies._training_part(asked)
+    assert studies._training_part(older) != studies._training_part(settings)
 
 
 def test_a_variant_may_have_runs_of_its_own(tmp_path):

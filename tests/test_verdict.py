@@ -2,8 +2,8 @@
 
 import pytest
 
-from latelier.evaluation.report_latents import show_verdict
-from latelier.evaluation.verdict import KINDS, RULES, experience, verdict
+from latelier.report.page import render
+from latelier.report.verdict import KINDS, RULES, Measures, experience, verdict
 
 
 def made_up(**sections):
@@ -103,8 +103,6 @@ def test_every_rule_is_tried():
 
 
 def _fires(rule, numbers):
-    from latelier.evaluation.verdict import Measures
-
     return rule(Measures(made_up(**numbers))) is not None
 
 
@@ -141,8 +139,12 @@ def test_sentences_are_plain_text_on_the_page():
         {"metric": "psnr", "spearman": 0.9, "interval": [0.6, 0.98], "n": 12, "significant": True}
     ]}  # fmt: skip
     numbers = made_up(psnr=14.0)
-    page = show_verdict(verdict(numbers), experience(numbers, hostile))
+    (finding,) = verdict(numbers)
+    told = {"kind": finding.kind, "sentence": finding.sentence, "numbers": "psnr <14>"}
+    parts = {"title": "x", "sentence": "", "tiles": [], "sections": {}, "experience": experience(numbers, hostile)}
+    page = render("run.html.j2", findings=[told], **parts)
     assert "<b>x" not in page
     assert "&lt;b&gt;x" in page
+    assert "psnr &lt;14&gt;" in page
     assert '<li class="bad"><b>bad</b>' in page
-    assert show_verdict([], "") == ""
+    assert '<section id="verdict">' not in render("run.html.j2", findings=[], **parts)

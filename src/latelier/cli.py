@@ -205,7 +205,7 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
 @app.command(epilog="Example:  latelier report runs/quickstart")
 def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Write the run's report.html anew."""
-    from latelier.evaluation.report import write_report
+    from latelier.report.run import write_report
 
     if not run.is_dir():
         raise LatelierError(f"There is no run folder {run}.")
@@ -255,8 +255,8 @@ def inspect(
     ),
 ) -> None:
     """Judge a latent space: reconstruction, smoothness, distribution, channels, classes, cost, and a verdict."""
-    from latelier.inspection import inspect as inspect_tokenizer
-    from latelier.inspection import read_experience, read_verdict
+    from latelier.study.inspect import inspect as inspect_tokenizer
+    from latelier.study.inspect import read_experience, read_verdict
 
     report = inspect_tokenizer(tokenizer, data, size, samples, out, overrides or [])
     for finding in read_verdict(out):
@@ -280,8 +280,8 @@ def compare(
     ] = None,
 ) -> None:
     """Judge tokenizers on the same images, side by side. Goes on where it was stopped."""
-    from latelier.compare import compare as compare_tokenizers
-    from latelier.compare import divide_words
+    from latelier.study.compare import compare as compare_tokenizers
+    from latelier.study.compare import divide_words
 
     chosen, changes = divide_words(tokenizers)
     console.print(f"Comparison: {compare_tokenizers(chosen, data, size, samples, out, changes, name or [])}")
@@ -295,7 +295,7 @@ def study(
     only: Annotated[list[str] | None, typer.Option(help="Do only this run now; repeat for several.")] = None,
 ) -> None:
     """Train and measure several recipes at equal budget and compare them. Goes on where it was stopped."""
-    from latelier.study import load_study, run_study
+    from latelier.study.study import load_study, run_study
 
     console.print(f"Comparison: {run_study(load_study(file, variant, overrides or ()), only)}")
 

@@ -19,7 +19,6 @@ from latelier.evaluation.codebook import measure_codebook
 from latelier.evaluation.cost import measure_cost
 from latelier.evaluation.difficulty import measure_difficulty
 from latelier.evaluation.equivariance import measure_equivariance
-from latelier.evaluation.figures import CHANNELS, MAP
 from latelier.evaluation.latent_map import draw_latent_map
 from latelier.evaluation.latent_space import measure_compression, measure_smoothness
 from latelier.evaluation.mixture import measure_mixture
@@ -32,6 +31,7 @@ from latelier.evaluation.spectrum import measure_spectrum
 from latelier.keyed_random import KeyedRandom
 from latelier.opening import open_images
 from latelier.recipe import Recipe
+from latelier.report.figures import CHANNELS, MAP
 from latelier.tokenizers.codec import Codec
 
 Batches = Iterator[dict[str, Any]]

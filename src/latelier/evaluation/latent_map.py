@@ -17,11 +17,12 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from latelier.errors import LatelierError
-from latelier.evaluation.figures import COLOURS, INK, STYLE, make_panels
 from latelier.evaluation.latent_matrix import collect
 from latelier.evaluation.latent_space import read
 from latelier.images import save_png
 from latelier.recipe import Evaluate
+from latelier.report.figures import COLOURS, STYLE, make_panels
+from latelier.report.page import INK
 from latelier.tokenizers.codec import Codec
 
 if TYPE_CHECKING:

@@ -15,12 +15,12 @@ from latelier.evaluation.generation import batches, evaluate_generation, nearest
 from latelier.evaluation.judging import judge_latents
 from latelier.evaluation.reconstruction import evaluate_reconstruction
 from latelier.evaluation.references import reference_key
-from latelier.evaluation.report import write_report
 from latelier.evaluation.results import Measurement, write_measurements
 from latelier.evaluation.sharing import is_main, rank
 from latelier.images import make_pairs, save_png
 from latelier.opening import best_device, held_out_records, open_codec, open_images
 from latelier.recipe import Recipe
+from latelier.report.run import write_report
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,43 +12,33 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from latelier.errors import LatelierError
-from latelier.evaluation.convergence_table import convergence
-from latelier.evaluation.directions import better
-from latelier.evaluation.figures import INK, MAP, ImageFile, draw_figures, write
-from latelier.evaluation.orderings import (
-    Ordering,
-    Published,
-    RunSummary,
+from latelier.evaluation.metrics import better
+from latelier.images import GAP_COLOUR, save_png
+from latelier.report.figures import ERRORS, MAP, ImageFile, draw_convergence, draw_figures
+from latelier.report.orderings import Ordering, Published, RunSummary, orderings
+from latelier.report.overview import fronts, overview
+from latelier.report.page import INK, render, write
+from latelier.report.tables import (
     Table,
+    comparable,
+    convergence,
     costs,
+    how_to_read,
     measured,
-    orderings,
     printed,
+    read_curves,
     receipts,
     sampling,
     verdicts,
 )
-from latelier.evaluation.overview import fronts, overview
-from latelier.evaluation.page import inline_image, page
-from latelier.evaluation.predictors import prediction
-from latelier.evaluation.results import ERRORS
-from latelier.images import GAP_COLOUR, save_png
-
-__all__ = ["Published", "RunSummary", "write_comparison"]
 
 IMAGE_HEIGHT, IMAGE_WIDTH, MAP_WIDTH, NAME_HEIGHT = 300, 1100, 900, 26
-
-STYLE = (
-    "<style>.card, .figure, .image { margin-bottom: 10px; } th.number { white-space: normal; } "
-    "td:first-child { white-space: nowrap; }</style>"
-)
 
 
 @dataclass
@@ -95,25 +85,32 @@ def write_comparison(
     folder.mkdir(parents=True, exist_ok=True)
     every = list(dict.fromkeys(name for names in columns.values() for name in names))
     orders = orderings(shown, published, every) if published else []
+    curves = comparable(shown, read_curves(shown), baseline)
+    drawn = [draw_convergence(folder, shown, curves)] if curves else []
     sections = [
         Section(facts, costs(shown) if facts else []),
         Section("At a glance", overview(folder, shown)),
-        *(Section(name, measured(shown, names)[:1]) for name, names in columns.items() if names),
+        *(Section(name, [measured(shown, names)]) for name, names in columns.items() if names),
         Section("Sampling", sampling(shown)),
-        Section("How to read the tables", measured(shown, every)[1:]),
+        Section("How to read the tables", [how_to_read(shown, every)]),
         Section("Published", printed(shown, published) if published else []),
         Section("Orderings", verdicts(orders, published) if published else []),
-        Section("Convergence", convergence(folder, shown, baseline)),
-        Section("Does the judge predict?", prediction(folder, shown)),
+        Section("Convergence", [*drawn, *convergence(shown, curves, baseline)] if curves else []),
         Section("What each run took", [] if facts else costs(shown)),
         Section("Figures", draw_figures(folder, shown, every)),
         Section("Images", _images(folder, shown)),
         Section("Receipt", receipts(shown, every)),
     ]
-    sections = [section for section in sections if section.parts]
     write(folder / "comparison.json", _json(title, about, shown, every, published, orders))
-    write(folder / "table.md", _markdown(title, about, sections).encode())
-    return write(folder / "comparison.html", _html(title, about, sections).encode())
+    return write_sections(folder / "comparison.html", folder / "table.md", title, about, sections)
+
+
+def write_sections(page: Path, text: Path, title: str, about: str, sections: Sequence[Section]) -> Path:
+    """Write sections that are not empty, as a page and as Markdown; return the page's path."""
+    paragraphs = [paragraph for paragraph in re.split(r"\n\s*\n", about.strip()) if paragraph.strip()]
+    content = {"title": title, "about": paragraphs, "sections": [section for section in sections if section.parts]}
+    write(text, render("comparison.md.j2", **content))
+    return write(page, render("comparison.html.j2", **content))
 
 
 # -- images ---------------------------------------------------------------------------------------------------------
@@ -126,11 +123,8 @@ def _images(folder: Path, shown: Sequence[RunSummary]) -> list[ImageFile]:
         there = [(run.name, path) for run in shown if (path := run.images.get(kind)) and path.is_file()]
         if there:
             path = save_png(_stack(there), folder / f"{kind}.png")
-            parts.append(
-                ImageFile(
-                    path, path.name, f"{kind.replace('-', ' ').capitalize()} of {', '.join(n for n, _ in there)}", False
-                )
-            )
+            words = f"{kind.replace('-', ' ').capitalize()} of {', '.join(name for name, _ in there)}"
+            parts.append(ImageFile(path, path.name, words, figure=False))
     return parts
 
 
@@ -186,7 +180,7 @@ def _row_height(grid: Image.Image) -> int | None:
 def _json(
     title: str, about: str, shown: Sequence[RunSummary], columns: Sequence[str], published: Published | None,
     orders: Sequence[Ordering],
-) -> bytes:  # fmt: skip
+) -> str:  # fmt: skip
     content = {
         "title": title,
         "about": about,
@@ -196,7 +190,7 @@ def _json(
         "orderings": [dataclasses.asdict(ordering) for ordering in orders],
         "fronts": [{**dataclasses.asdict(plane), "front": plane.front} for plane in fronts(shown)],
     }
-    return json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False, default=str).encode()
+    return json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False, default=str)
 
 
 def _finite(content: Any) -> Any:
@@ -206,65 +200,3 @@ def _finite(content: Any) -> Any:
     if isinstance(content, list | tuple):
         return [_finite(part) for part in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
-
-
-def _markdown(title: str, about: str, sections: Sequence[Section]) -> str:
-    blocks = [f"## {_literal(title)}", *map(_literal, _paragraphs(about))]
-    for section in sections:
-        blocks.append(f"### {section.title}")
-        for part in section.parts:
-            if isinstance(part, Table):
-                blocks.append(_markdown_table(part))
-            elif isinstance(part, ImageFile):
-                blocks.append(f"![{_literal(part.words)}]({part.link})")
-            else:
-                blocks.append(_literal(part))
-    return "\n\n".join(blocks) + "\n"
-
-
-def _markdown_table(table: Table) -> str:
-    cells = [[_literal(cell) for cell in row] for row in table.rows]
-    for row, link in zip(cells, table.links):
-        row[0] = f"[{row[0]}]({link})" if link else row[0]
-    for i, j in table.bold:
-        cells[i][j] = f"**{cells[i][j]}**"
-    rule = ["---:" if table.is_number(j) else "---" for j in range(len(table.head))]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [[_literal(name) for name in table.head], rule, *cells])
-
-
-def _literal(text: str) -> str:
-    """Words in which nothing is Markdown or HTML, in one line."""
-    return re.sub(r"([\\`*_\[\]|])", r"\\\1", escape(" ".join(text.split()), quote=False))
-
-
-def _html(title: str, about: str, sections: Sequence[Section]) -> str:
-    words = "".join(f"<p>{escape(paragraph)}</p>" for paragraph in _paragraphs(about))
-    body = [f"{STYLE}<header><h1>{escape(title)}</h1>{words}</header>"]
-    for section in sections:
-        body.append(f"<section><h2>{escape(section.title)}</h2>")
-        for part in section.parts:
-            if isinstance(part, Table):
-                body.append(_html_table(part))
-            elif isinstance(part, ImageFile):
-                kind = "figure" if part.figure else "image"
-                body.append(f'<div class="{kind}">{inline_image(part.png, part.words)}</div>')
-                body.append(f'<p class="soft">{escape(part.words)}.</p>')
-            else:
-                body.append(f'<p class="soft">{escape(part)}</p>')
-        body.append("</section>")
-    return page(title, "".join(body))
-
-
-def _html_table(table: Table) -> str:
-    kinds = [' class="number"' if table.is_number(j) else "" for j in range(len(table.head))]
-    head = "".join(f"<th{kind}>{escape(name)}</th>" for name, kind in zip(table.head, kinds))
-    rows, links = "", table.links or [""] * len(table.rows)
-    for i, row in enumerate(table.rows):
-        texts = [f"<b>{escape(cell)}</b>" if (i, j) in table.bold else escape(cell) for j, cell in enumerate(row)]
-        texts[0] = f'<a href="{escape(links[i])}">{texts[0]}</a>' if links[i] else texts[0]
-        rows += "<tr>" + "".join(f"<td{kind}>{text}</td>" for kind, text in zip(kinds, texts)) + "</tr>"
-    return f'<div class="card scroll"><table><tr>{head}</tr>{rows}</table></div>'
-
-
-def _paragraphs(text: str) -> list[str]:
-    return [paragraph for paragraph in re.split(r"\n\s*\n", text.strip()) if paragraph.strip()]

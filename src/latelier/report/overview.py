@@ -9,25 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
-from latelier.evaluation.directions import ARROWS, Better, better, heading, plain
-from latelier.evaluation.figures import (
-    INK,
-    SOFT,
-    STYLE,
-    WIDTH,
-    ImageFile,
-    fit,
-    legend,
-    log_axes,
-    make_panels,
-    save_figure,
-    styles,
-)
-from latelier.evaluation.orderings import MISSING, RunSummary, Table, number, texts, value
+from latelier.evaluation.metrics import ARROWS, Better, better, heading, plain
+from latelier.report.figures import STYLE, WIDTH, ImageFile, fit, legend, log_axes, make_panels, save_figure, styles
+from latelier.report.orderings import RunSummary, value
+from latelier.report.page import INK, MISSING, SOFT, column_texts, number
+from latelier.report.tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,23 +38,15 @@ INNER = 0.25  # radius of the worst, so that a shape never shrinks to a point
 ACROSS = 2  # small radars in a row, beside the large one
 
 
-@dataclass
-class Axis:
-    """One measure of all runs, as a radar shows it.
-
-    Attributes:
-        words: its name, with an arrow in the better direction.
-        values: of the runs, in their order.
-        shares: 0 for the worst, 1 for the best.
-    """
+class Axis(NamedTuple):
+    """One measure of all runs as a radar shows it: shares are 0 for the worst, 1 for the best."""
 
     words: str
     values: list[float]
     shares: list[float]
 
 
-@dataclass
-class Cost:
+class Cost(NamedTuple):
     """What one pays for a tokenizer: words, the better direction, and a run's value, None where it is not known."""
 
     words: str
@@ -74,19 +56,12 @@ class Cost:
 
 @dataclass
 class Front:
-    """One quality against one cost.
-
-    Attributes:
-        quality: the metric.
-        cost: what is paid, in words.
-        points: `(cost, quality)` by the run's name, of those that have both.
-        dominated: names of dominated runs, and of those that dominate them.
-    """
+    """One quality against one cost, in words."""
 
     quality: str
     cost: str
-    points: dict[str, tuple[float, float]]
-    dominated: dict[str, list[str]] = field(default_factory=dict)
+    points: dict[str, tuple[float, float]]  # (cost, quality) by the run's name, of those that have both
+    dominated: dict[str, list[str]]  # names of dominated runs, and of those that dominate them
 
     @property
     def front(self) -> list[str]:
@@ -127,11 +102,7 @@ COSTS = (
 
 
 def axes_of(shown: Sequence[RunSummary]) -> tuple[list[Axis], list[str]]:
-    """The measures of a radar.
-
-    Returns:
-        Those of `AXES` that all runs have and in which they differ; and the names of measured ones that some run lacks.
-    """
+    """Those of `AXES` that all runs have and in which they differ; and names of measured ones that some run lacks."""
     found: list[Axis] = []
     lacking: list[str] = []
     for name in _measured(shown, AXES):
@@ -166,12 +137,7 @@ def fronts(shown: Sequence[RunSummary]) -> list[Front]:
 def dominated(
     points: dict[str, tuple[float, float]], cost: Better | None, quality: Better | None
 ) -> dict[str, list[str]]:
-    """Who is dominated, and by whom.
-
-    Args:
-        points: `(cost, quality)` by name.
-        cost, quality: the better direction of each.
-    """
+    """Who of these `(cost, quality)` is dominated, and by whom; `cost` and `quality` are the better directions."""
     signs = [1 if direction == "lower" else -1 for direction in (cost, quality)]
     costs = {name: (signs[0] * c, signs[1] * q) for name, (c, q) in points.items()}  # the smaller the better, both
 
@@ -193,12 +159,7 @@ def _measured(shown: Sequence[RunSummary], wanted: Sequence[str]) -> list[str]:
 
 
 def overview(folder: Path, shown: Sequence[RunSummary]) -> list[str | Table | ImageFile]:
-    """Radar, Pareto plots and who is on which front; nothing where there are not two runs to compare.
-
-    Args:
-        folder: where `radar` and `pareto` go, as SVG and PNG.
-        shown: the runs.
-    """
+    """Radar, Pareto plots and who is on which front, drawn into the folder; nothing for fewer than two runs."""
     from matplotlib import rc_context
 
     parts: list[str | Table | ImageFile] = []
@@ -211,20 +172,15 @@ def overview(folder: Path, shown: Sequence[RunSummary]) -> list[str | Table | Im
             words += f". Without an axis, as not all have it: {', '.join(lacking)}" if lacking else ""
             parts.append(save_figure(folder, "radar", _radar(shown, axes), words))
         if planes:
-            words = (
-                "Quality against cost. Filled: on the Pareto front, the dotted line; hollow: dominated, another one "
-            )
-            words += "is at least as good in both and better in one. By the values alone, without their intervals"
-            parts += [save_figure(folder, "pareto", _pareto(shown, planes), words), _front_table(planes)]
+            words = "Quality against cost. Filled: on the Pareto front, the dotted line; hollow: dominated, another is "
+            words += "at least as good in both and better in one. By the values alone, without their intervals"
+            rows = [
+                [heading(plane.quality), plane.cost, ", ".join(plane.front), ", ".join(plane.dominated) or MISSING]
+                for plane in planes
+            ]
+            table = Table(["Quality", "Cost", "On the Pareto front", "Dominated"], rows)
+            parts += [save_figure(folder, "pareto", _pareto(shown, planes), words), table]
     return parts
-
-
-def _front_table(planes: Sequence[Front]) -> Table:
-    rows = [
-        [heading(plane.quality), plane.cost, ", ".join(plane.front), ", ".join(plane.dominated) or MISSING]
-        for plane in planes
-    ]
-    return Table(["Quality", "Cost", "On the Pareto front", "Dominated"], rows)
 
 
 def _radar(shown: Sequence[RunSummary], axes: Sequence[Axis]) -> Figure:
@@ -236,14 +192,14 @@ def _radar(shown: Sequence[RunSummary], axes: Sequence[Axis]) -> Figure:
     grid = figure.add_gridspec(rows, ACROSS + 1, width_ratios=[4.2, *[1] * ACROSS])
     large, looks = _polar(figure, grid[:, 0], axes), styles(shown)
     for i, look in enumerate(looks):
-        _shape(large, axes, i, look["color"], 1.6, marker=look["marker"])
+        _shape(large, axes, i, look["color"], look["marker"])
     large.tick_params(axis="x", pad=4)
     for angle, label in zip(_angles(axes), large.set_xticklabels([_ends(axis) for axis in axes], fontsize=7.5)):
         side = math.sin(angle)  # words begin at the ring on the right, and end there on the left
         label.set_horizontalalignment("center" if abs(side) < 0.3 else "left" if side > 0 else "right")
     for i, run in enumerate(shown):
         small = _polar(figure, grid[i // ACROSS, 1 + i % ACROSS], axes)
-        _shape(small, axes, i, looks[i]["color"], 1.4, fill=True)
+        _shape(small, axes, i, looks[i]["color"])
         small.set_title(fit(run.name, 16), fontsize=8, loc="center")
     legend(figure, shown, range(len(shown)), 4)
     return figure
@@ -261,15 +217,14 @@ def _polar(figure: Figure, place: SubplotSpec, axes: Sequence[Axis]) -> PolarAxe
     return polar
 
 
-def _shape(
-    polar: Axes, axes: Sequence[Axis], run: int, colour: str, width: float, marker: str = "", fill=False
-) -> None:
-    """A run's closed line."""
+def _shape(polar: Axes, axes: Sequence[Axis], run: int, colour: str, marker: str = "") -> None:
+    """A run's closed line with markers; without, the area inside it."""
     angles = _angles(axes)
     radii = [INNER + (1 - INNER) * axis.shares[run] for axis in axes]
+    width = 1.6 if marker else 1.4
     polar.plot([*angles, angles[0]], [*radii, radii[0]], color=colour, linewidth=width, marker=marker, markersize=4,
-               clip_on=False, zorder=3 if fill or marker else 2)  # fmt: skip
-    if fill:
+               clip_on=False, zorder=3)  # fmt: skip
+    if not marker:
         polar.fill(angles, radii, color=colour, alpha=0.25, zorder=2.5)
 
 
@@ -279,7 +234,7 @@ def _angles(axes: Sequence[Axis]) -> list[float]:
 
 def _ends(axis: Axis) -> str:
     """A measure's name, and below it its worst and its best value."""
-    by_share = sorted(zip(axis.shares, texts(axis.values)))
+    by_share = sorted(zip(axis.shares, column_texts(axis.values)))
     return f"{axis.words}\n{by_share[0][1]} to {by_share[-1][1]}"
 
 

@@ -17,16 +17,15 @@ from typing import Any
 
 from latelier import __version__
 from latelier.errors import LatelierError
-from latelier.evaluation.figures import MAP
-from latelier.evaluation.orderings import RunSummary
-from latelier.evaluation.overview import BITS, NUMBERS
-from latelier.evaluation.results import ERRORS
-from latelier.inspection import inspect, inspection_recipe
 from latelier.recipe import PretrainedRecipe, Recipe
-from latelier.study import file_name
+from latelier.report.figures import ERRORS, MAP
+from latelier.report.orderings import RunSummary, read_metrics
+from latelier.report.overview import BITS, NUMBERS
+from latelier.study.inspect import inspect, inspection_recipe
+from latelier.study.study import file_name
 from latelier.tokenizers.codec import Codec
 
-ASKED = "asked.json"  # what was measured; written when it is done
+SETTINGS = "settings.json"  # what the numbers depend on; written when they are there
 COLUMNS = {
     "Reconstruction": ["l1", "psnr", "ssim", "ms-ssim", "lpips", "rfd", "kid", "cmmd"],
     "Smoothness": ["smoothness"],
@@ -50,18 +49,18 @@ class Candidate:
     Attributes:
         folder: of its inspection.
         tokenizer: a run folder, a tokenizer folder or a Hub name.
-        asked: what its measures depend on.
+        settings: what its measures depend on.
         facts: what it is, in words and numbers.
         factor: what the sides of images must be multiples of.
-        paints: the only size of images that it paints, if there is only one.
+        only_size: of images, if it decodes no other one.
     """
 
     folder: Path
     tokenizer: str
-    asked: dict[str, Any]
+    settings: dict[str, Any]
     facts: dict[str, Any]
     factor: int
-    paints: tuple[int, int] | None
+    only_size: tuple[int, int] | None
 
 
 def compare(
@@ -159,17 +158,17 @@ def check_sizes(candidates: Mapping[str, Candidate], size: tuple[int, int]) -> N
     """Refuse a size that does not fit all, and name the nearest that does.
 
     Raises:
-        LatelierError: if a factor does not divide the size, or a tokenizer paints another one.
+        LatelierError: if a factor does not divide the size, or a tokenizer decodes another one.
     """
     wrong = [
-        f"{name} needs {_pixels(one.paints)}" if one.paints else f"{name} multiples of {one.factor}"
+        f"{name} needs {_pixels(one.only_size)}" if one.only_size else f"{name} multiples of {one.factor}"
         for name, one in candidates.items()
-        if one.paints not in (None, size) or any(side % one.factor for side in size)
+        if one.only_size not in (None, size) or any(side % one.factor for side in size)
     ]
     if not wrong:
         return
     step = math.lcm(*(one.factor for one in candidates.values()))
-    only = {one.paints for one in candidates.values() if one.paints}
+    only = {one.only_size for one in candidates.values() if one.only_size}
     nearest = tuple(max(step, math.floor(side / step + 0.5) * step) for side in size)
     near = only.pop() if len(only) == 1 else nearest
     known = not only and not any(side % step for side in near)
@@ -214,19 +213,19 @@ def _open(recipe: Recipe, tokenizer: str, data: str) -> Candidate:
     assert isinstance(recipe.tokenizer, PretrainedRecipe)
     codec = open_pretrained(recipe.tokenizer)
     size = recipe.data.image_size
-    paints = _painted(codec)
-    asked = {
+    only_size = _only_size(codec)
+    settings = {
         "tokenizer": codec.hash(),
         "data": data,
         "settings": json.loads(recipe.model_dump_json(include={"seed", "data", "evaluate"})),
         "latelier": __version__,
     }
-    fits = paints in (None, size) and not any(side % codec.factor for side in size)
+    fits = only_size in (None, size) and not any(side % codec.factor for side in size)
     facts = describe(codec, size) if fits else {}
-    return Candidate(recipe.folder, tokenizer, asked, facts, codec.factor, paints)
+    return Candidate(recipe.folder, tokenizer, settings, facts, codec.factor, only_size)
 
 
-def _painted(codec: Codec) -> tuple[int, int] | None:
+def _only_size(codec: Codec) -> tuple[int, int] | None:
     """The only size of images, if latents are a sequence, which does not tell a size."""
     size = codec.tokenizer.config.get("image_size")
     if size is None or len(codec.latent_shape(*size)) == 3:
@@ -263,16 +262,16 @@ def _measure(candidate: Candidate, source: str, size: int, samples: int, options
 
     from latelier.terminal import console
 
-    file, folder = candidate.folder / ASKED, candidate.folder
-    there = all((folder / name).is_file() for name in (ASKED, "metrics.json", "report.html"))
-    if there and json.loads(file.read_text()) == candidate.asked:
+    file, folder = candidate.folder / SETTINGS, candidate.folder
+    there = all((folder / name).is_file() for name in (SETTINGS, "metrics.json", "report.html"))
+    if there and json.loads(file.read_text()) == candidate.settings:
         console.print(f"{folder} is measured.")
         return
     if PartialState().is_main_process:
         file.unlink(missing_ok=True)
     inspect(candidate.tokenizer, source, size, samples, folder, options)
     if PartialState().is_main_process:
-        file.write_text(json.dumps(candidate.asked, indent=2))
+        file.write_text(json.dumps(candidate.settings, indent=2))
     PartialState().wait_for_everyone()
 
 
@@ -293,7 +292,7 @@ def show(candidates: Mapping[str, Candidate], where: str, out: Path, failed: Map
     """
     from accelerate import PartialState
 
-    from latelier.evaluation.comparison import write_comparison
+    from latelier.report.comparison import write_comparison
 
     page = out / "comparison.html"
     if PartialState().is_main_process:
@@ -309,8 +308,7 @@ def show(candidates: Mapping[str, Candidate], where: str, out: Path, failed: Map
 
 def _shown(name: str, candidate: Candidate) -> RunSummary:
     """A tokenizer's numbers and images, from the folder of its inspection."""
-    sections = json.loads((candidate.folder / "metrics.json").read_text())
-    metrics = {key: entry for section in sections.values() for key, entry in section.items()}
+    metrics = read_metrics(candidate.folder)
     if "process" in metrics.get("memory-gb", {}).get("receipt", {}).get("peak", ""):
         del metrics["memory-gb"]  # on a CPU it is the process's peak, so also that of the tokenizers before
     images = {Path(file).stem: candidate.folder / file for file in ("reconstructions.png", ERRORS, MAP)}

@@ -7,19 +7,16 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from latelier.errors import LatelierError
+from latelier.evaluation.metrics import METRICS
+from latelier.recipe import PretrainedRecipe, Recipe, apply_overrides, build_recipe, load_recipe
+from latelier.report.figures import CHANNELS, ERRORS, MAP
+from latelier.report.verdict import Finding, experience, verdict
 
-if TYPE_CHECKING:
-    from latelier.evaluation.verdict import Finding
-    from latelier.recipe import Recipe
-
-INSPECTED = ["l1", "psnr", "ssim", "ms-ssim", "lpips", "rfd", "smoothness", "compression", "spectrum", "prefixes",
-             "channels", "posterior", "equivariance", "codebook", "gmm", "probe", "difficulty", "map",
-             "cost"]  # fmt: skip
 MS_SSIM_SIDE = 176  # pixels: after four halvings a window of 11 still fits (Wang et al. 2003)
-WRITTEN = ("metrics.json", "verdict.json", "report.html", "latent-map.png", "channels.png", "error-map.png")
+WRITTEN = ("metrics.json", "verdict.json", "report.html", MAP, CHANNELS, ERRORS)
 
 
 def inspect(tokenizer: str, source: str, size: int, samples: int, out: Path, options: list[str]) -> Path:
@@ -39,15 +36,13 @@ def inspect(tokenizer: str, source: str, size: int, samples: int, out: Path, opt
         findings of `verdict` as a list of `{kind, sentence, evidence}`.
 
     Raises:
-        LatelierError: if `out` is a run folder, or what is to be opened cannot be.
+        LatelierError: if `out` holds anything but an earlier inspection, or what is to be opened cannot be.
     """
     from latelier.experiment import complete
-    from latelier.recipe import load_recipe
 
     recipe = inspection_recipe(tokenizer, source, size, samples, out, options)
-    if (out / "recipe.yaml").is_file() and load_recipe(out).tokenizer.kind != "pretrained":
-        raise LatelierError(f"{out} is the folder of a trained run; choose another one with --out.")
-    shutil.rmtree(out / "tokenizer", ignore_errors=True)  # a copy, perhaps of another tokenizer, and its numbers
+    _check_out(Path(tokenizer), recipe, out)
+    shutil.rmtree(out / "tokenizer", ignore_errors=True)  # an inspection's copy, perhaps of another tokenizer
     for name in WRITTEN:
         (out / name).unlink(missing_ok=True)
     report = complete(recipe)
@@ -56,12 +51,24 @@ def inspect(tokenizer: str, source: str, size: int, samples: int, out: Path, opt
     return report
 
 
+def _check_out(tokenizer: Path, recipe: Recipe, out: Path) -> None:
+    """Refuse a folder in which an inspection would overwrite what no inspection wrote."""
+    assert isinstance(recipe.tokenizer, PretrainedRecipe)
+    earlier = load_recipe(out) if (out / "recipe.yaml").is_file() else None
+    if earlier and (earlier.tokenizer.kind != "pretrained" or earlier.denoiser is not None):
+        raise LatelierError(f"{out} is the folder of a trained run; choose another one with --out.")
+    folder, weights = out.resolve(), Path(recipe.tokenizer.path).resolve()
+    above, below = {tokenizer.resolve(), weights, *weights.parents}, folder.parents
+    if tokenizer.exists() and (folder in above or weights in below):
+        raise LatelierError(f"--out {out} would overwrite {tokenizer}, which is to be inspected; choose another one.")
+    if not earlier and (found := [name for name in ("tokenizer", *WRITTEN) if (out / name).exists()]):
+        raise LatelierError(f"{out} has files that no inspection wrote ({', '.join(found)}); choose another --out.")
+
+
 def inspection_recipe(
     tokenizer: str, source: str, size: int, samples: int, out: Path, options: Sequence[str]
 ) -> Recipe:
     """The recipe of an inspection; arguments and errors are those of `inspect`."""
-    from latelier.recipe import apply_overrides, build_recipe
-
     folder = Path(tokenizer) / "tokenizer"
     tree: dict[str, Any] = {
         "name": out.name,
@@ -76,24 +83,17 @@ def inspection_recipe(
 
 
 def suited(size: Any) -> list[str]:
-    """The measures that images of this size (a side, or height and width) allow, in the order of `INSPECTED`."""
+    """The measures of an inspection that images of this size (a side, or height and width) allow."""
     side = min(size) if isinstance(size, Sequence) else size
-    return [name for name in INSPECTED if name != "ms-ssim" or side >= MS_SSIM_SIDE]
+    inspected = [name for name, metric in METRICS.items() if metric.inspect]
+    return [name for name in inspected if name != "ms-ssim" or side >= MS_SSIM_SIDE]
 
 
 def read_verdict(out: Path) -> list[Finding]:
     """What the numbers of an inspected tokenizer, or of any run folder, mean."""
-    from latelier.evaluation.verdict import verdict
-
-    return verdict(_read_metrics(out))
+    return verdict(json.loads((out / "metrics.json").read_text(encoding="utf-8")))
 
 
 def read_experience(out: Path) -> str:
     """Which of the measures of an inspected tokenizer predicted generation in our own experiments, in words."""
-    from latelier.evaluation.verdict import experience
-
-    return experience(_read_metrics(out))
-
-
-def _read_metrics(out: Path) -> dict[str, Any]:
-    return json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    return experience(json.loads((out / "metrics.json").read_text(encoding="utf-8")))

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import io
 import math
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from latelier.evaluation.chart import LOG_RATIO
-from latelier.evaluation.directions import SAMPLING_SPEED, heading
-from latelier.evaluation.orderings import (
+from latelier.evaluation.metrics import heading, unit
+from latelier.report.orderings import (
+    CONVERGENCE,
     MIXTURE,
+    SAMPLING_SPEED,
     TRAINING_SPEED,
     RunSummary,
     at_steps,
     best,
     interval,
-    number,
-    texts,
     value,
 )
-from latelier.evaluation.report_metrics import UNITS
+from latelier.report.page import INK, LINE, LOG_RATIO, SOFT, column_texts, number, short, write
+from latelier.report.tables import Curves
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,9 +31,7 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8a8a8a", "#5b4a8a")  # Okabe & Ito 2008
 MARKERS = "osD^vPX"
-INK, SOFT, LINE = "#1d1f23", "#5f6570", "#e2e2de"  # of the page
-MAP = "latent-map.png"  # the file of a run's map of latents
-CHANNELS = "channels.png"
+MAP, CHANNELS, ERRORS = "latent-map.png", "channels.png", "error-map.png"  # files of a run
 WIDTH = 9.0  # inches, 900 px at 100 dpi
 FLAT = 0.3  # levels up to here are what the areas under the curves are taken over
 STYLE: Any = {
@@ -61,29 +58,44 @@ def draw_figures(folder: Path, shown: Sequence[RunSummary], columns: Sequence[st
     from matplotlib import rc_context
 
     there = [name for name in columns if any(value(run, name) is not None for run in shown)]
-    curves = {name: found for name in _smoothness(shown) if (found := _curves(shown, name))}
     parts: list[ImageFile] = []
     with rc_context(STYLE):
         if there:
             words = "Every metric of every run; lines are 95 % intervals"
             parts.append(save_figure(folder, "overview", _overview(shown, there), words))
-        if curves:
+        if curves := _noise_curves(shown):
+            figure = _lines(shown, curves, _dress_noise, most=3, height=2.7, across=2 * max(2, min(3, len(curves))))
+            figure.supxlabel("noise level, standard deviations of each latent channel", fontsize=8.5, color=SOFT)
             words = f"Quality of images decoded from noisy latents; the shaded levels, up to {FLAT}, make the mean"
-            parts.append(save_figure(folder, "smoothness", _smooth(shown, curves), words))
-        if mixtures := _mixtures(shown):
+            parts.append(save_figure(folder, "smoothness", figure, words))
+        if mixtures := _mixtures(shown):  # MAETok (Chen et al. 2025), section 3
             words = "GMM negative log-likelihood of held-out latents against the number of modes"
-            parts.append(save_figure(folder, "modes", _modes(shown, mixtures), words))
-        if lines := _trade_offs(shown):
+            parts.append(save_figure(folder, "modes", _lines(shown, {MIXTURE: mixtures}, _dress_modes), words))
+        if lines := _trade_offs(shown):  # Rombach et al. 2022, figure 7
             words = "Quality against the speed of sampling; at each point stands the number of sampling steps"
-            parts.append(save_figure(folder, "sampling", _sampling(shown, lines), words))
-        if points := _trained(shown):
+            figure = _lines(shown, lines, _dress_speed("samples"), height=3.6, across=6)
+            parts.append(save_figure(folder, "sampling", figure, words))
+        if speeds := _trained(shown):  # Rombach et al. 2022, figures 5 and 6, at one length of training
             words = "Quality against the speed of the denoiser's training"
-            parts.append(save_figure(folder, "training", _training(shown, points), words))
+            notes = [fit(run.name) for run in shown]
+            points = {name: {i: [(*point, notes[i])] for i, point in runs.items()} for name, runs in speeds.items()}
+            figure = _lines(shown, points, _dress_speed("training images"), height=3.0, across=0)
+            parts.append(save_figure(folder, "training", figure, words))
     return parts
 
 
+def draw_convergence(folder: Path, shown: Sequence[RunSummary], curves: Curves) -> ImageFile:
+    """Quality over images seen (DC-AE 1.5, Chen et al. 2025, figure 1): a line for each run, a point a snapshot."""
+    from matplotlib import rc_context
+
+    with rc_context(STYLE):
+        drawn = {name: runs for name, runs in curves.items() if runs}
+        figure = _lines(shown, drawn, _dress_convergence, above=0.6, across=3)
+        words = "Quality of the averaged weights over images seen in the denoiser's training"
+        return save_figure(folder, "convergence", figure, words)
+
+
 def save_figure(folder: Path, name: str, figure: Figure, words: str) -> ImageFile:
-    """Write a figure as `<name>.svg` and `<name>.png`; `words` stand below it."""
     """Save a figure as SVG and as PNG; `words` stand below it, without a full stop."""
     for kind in ("svg", "png"):
         stream = io.BytesIO()
@@ -103,7 +115,7 @@ def _overview(shown: Sequence[RunSummary], columns: Sequence[str]) -> Figure:
 
 def _bars(axes: Axes, shown: Sequence[RunSummary], name: str) -> None:
     values = [value(run, name) for run in shown]
-    winners, words = best(values, name), texts(values)
+    winners, words = best(values, name), column_texts(values)
     ends = [interval(run, name) if v is not None else None for run, v in zip(shown, values)]
     reach = [max(0.0, v or 0.0, *(e or ())) for v, e in zip(values, ends)]
     low = min(min(0.0, v or 0.0, *(e or ())) for v, e in zip(values, ends))
@@ -124,42 +136,76 @@ def _bars(axes: Axes, shown: Sequence[RunSummary], name: str) -> None:
     axes.axvline(0, color=LINE, linewidth=0.8)
 
 
-def _smoothness(shown: Iterable[RunSummary]) -> list[str]:
-    return list(dict.fromkeys(name for run in shown for name in run.metrics if name.startswith("smoothness-")))
+# -- lines ------------------------------------------------------------------------------------------------------------
 
 
-def _curves(shown: Sequence[RunSummary], name: str) -> dict[int, list[tuple[float, float]]]:
-    """(noise level, value), ascending, by the run's position; without runs that have none."""
-    found = {}
-    for i, run in enumerate(shown):
-        points = (run.metrics.get(name, {}).get("receipt") or {}).get("curve") or []
-        finite = sorted((float(x), float(y)) for x, y in points if number(x) is not None and number(y) is not None)
-        if finite:
-            found[i] = finite
-    return found
+def _lines(
+    shown: Sequence[RunSummary],
+    curves: Mapping[str, Mapping[int, Sequence[tuple]]],
+    dress: Callable[[Axes, str, list[tuple]], None],
+    most: int = 2,
+    height: float = 3.2,
+    above: float = 0.4,
+    across: int = 4,
+) -> Figure:
+    """One panel for each metric, one line for each run; a third entry of a point is a note above it.
 
-
-def _smooth(shown: Sequence[RunSummary], curves: Mapping[str, Mapping[int, list[tuple[float, float]]]]) -> Figure:
-    """One panel for each metric over the noise level; its square root has a zero and room for small levels."""
-    figure, panels = make_panels(len(curves), 3, height=2.7, above=0.4)
+    `dress(axes, metric, points)` gives axes their scales and words; `above` inches are left for the legend, which has
+    `across` columns, or is not there for 0.
+    """
+    figure, panels = make_panels(len(curves), most, height, above * bool(across))
     looks = styles(shown)
     for (name, runs), axes in zip(curves.items(), panels):
         for i, points in runs.items():
-            axes.plot(*zip(*points), clip_on=False, zorder=3, **looks[i])
-        _level_axis(axes, [x for points in runs.values() for x, _ in points])
-        heights = [y for points in runs.values() for _, y in points]
-        logarithmic = min(heights) > 0 and max(heights) / min(heights) > LOG_RATIO
-        axes.set_yscale("log" if logarithmic else "linear")
+            axes.plot([x for x, *_ in points], [y for _, y, *_ in points], zorder=3, clip_on=False, **looks[i])
+            for x, y, *notes in points:
+                for note in notes:
+                    offset = {"xytext": (0, 5), "textcoords": "offset points"}
+                    axes.annotate(str(note), (x, y), ha="center", fontsize=7, color=SOFT, **offset)
+        axes.set_title(heading(name))
+        quiet(axes)
         axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
-        axes.yaxis.set_minor_formatter(lambda y, _: "")
-        axes.set_title(f"{heading(name.removeprefix('smoothness-'))}{' · log' if logarithmic else ''}")
-        axes.grid(axis="y")
-        axes.tick_params(length=0)
-        axes.tick_params(axis="y", labelcolor=SOFT)
-    figure.supxlabel("noise level, standard deviations of each latent channel", fontsize=8.5, color=SOFT)
-    there = [i for i in range(len(shown)) if any(i in runs for runs in curves.values())]
-    legend(figure, shown, there, 2 * max(2, min(3, len(curves))))
+        dress(axes, name, [point for points in runs.values() for point in points])
+    if across:
+        legend(figure, shown, [i for i in range(len(shown)) if any(i in runs for runs in curves.values())], across)
     return figure
+
+
+def _dress_noise(axes: Axes, name: str, points: list[tuple]) -> None:
+    """The square root of a level has a zero, and room for small ones."""
+    heights = [y for _, y in points]
+    logarithmic = min(heights) > 0 and max(heights) / min(heights) > LOG_RATIO
+    axes.set_yscale("log" if logarithmic else "linear")
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    axes.yaxis.set_minor_formatter(lambda y, _: "")
+    axes.set_title(f"{heading(name.removeprefix('smoothness-'))}{' · log' if logarithmic else ''}")
+    axes.grid(visible=False, axis="x")
+    _level_axis(axes, [x for x, _ in points])
+
+
+def _dress_modes(axes: Axes, name: str, points: list[tuple]) -> None:
+    axes.set_xscale("log")
+    ticks = sorted({modes for modes, _ in points})
+    axes.set_xticks(ticks, [f"{modes:g}" for modes in ticks])
+    axes.minorticks_off()
+    axes.set_title(f"GMM negative log-likelihood against the number of modes{heading(name).removeprefix(name)}")
+    axes.set_xlabel("modes · log")
+    axes.set_ylabel(unit(name) or "")
+
+
+def _dress_speed(words: str) -> Callable[[Axes, str, list[tuple]], None]:
+    def dress(axes: Axes, name: str, points: list[tuple]) -> None:
+        log_axes(axes, [x for x, *_ in points], [y for _, y, *_ in points])
+        axes.set_xlabel(f"{words} per second · log")
+
+    return dress
+
+
+def _dress_convergence(axes: Axes, name: str, points: list[tuple]) -> None:
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(lambda images, _: short(images))
+    axes.set_title(heading(name).removeprefix(CONVERGENCE))
+    axes.set_xlabel("images seen")
 
 
 def _level_axis(axes: Axes, levels: Sequence[float]) -> None:
@@ -176,6 +222,19 @@ def _level_axis(axes: Axes, levels: Sequence[float]) -> None:
     axes.axvspan(0, min(FLAT, last), color="#f1f1ee", zorder=0)
 
 
+def _noise_curves(shown: Sequence[RunSummary]) -> dict[str, dict[int, list[tuple[float, float]]]]:
+    """(noise level, value), ascending, by metric and the run's position; without those that have none."""
+    names = dict.fromkeys(name for run in shown for name in run.metrics if name.startswith("smoothness-"))
+    found: dict[str, dict[int, list[tuple[float, float]]]] = {}
+    for name in names:
+        for i, run in enumerate(shown):
+            curve = (run.metrics.get(name, {}).get("receipt") or {}).get("curve") or []
+            points = sorted((float(x), float(y)) for x, y in curve if number(x) is not None and number(y) is not None)
+            if points:
+                found.setdefault(name, {})[i] = points
+    return found
+
+
 def _mixtures(shown: Sequence[RunSummary]) -> dict[int, list[tuple[float, float]]]:
     """(number of modes, negative log-likelihood), ascending, by the run's position; without runs that have none."""
     found: dict[int, list[tuple[float, float]]] = {}
@@ -184,26 +243,6 @@ def _mixtures(shown: Sequence[RunSummary]) -> dict[int, list[tuple[float, float]
             if (height := value(run, name)) is not None:
                 found.setdefault(i, []).append((float(name.partition("@")[2]), height))
     return dict(sorted(found.items()))
-
-
-def _modes(shown: Sequence[RunSummary], lines: Mapping[int, list[tuple[float, float]]]) -> Figure:
-    """Chen et al. 2025 (MAETok), section 3: one line for each run, over the modes of mixtures fitted to its latents."""
-    figure, (axes,) = make_panels(1, 1, height=3.2, above=0.4)
-    for i, points in lines.items():
-        axes.plot(*zip(*points), zorder=3, **styles(shown)[i])
-    axes.set_xscale("log")
-    ticks = sorted({modes for points in lines.values() for modes, _ in points})
-    axes.set_xticks(ticks, [f"{modes:g}" for modes in ticks])
-    axes.minorticks_off()
-    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
-    axes.set_title(f"GMM negative log-likelihood against the number of modes{heading(MIXTURE).removeprefix(MIXTURE)}")
-    axes.set_xlabel("modes · log")
-    axes.set_ylabel(UNITS[MIXTURE])
-    axes.grid()
-    axes.tick_params(length=0)
-    axes.tick_params(axis="y", labelcolor=SOFT)
-    legend(figure, shown, list(lines), 4)
-    return figure
 
 
 def _trade_offs(shown: Sequence[RunSummary]) -> dict[str, dict[int, list[tuple[float, float, int]]]]:
@@ -216,23 +255,6 @@ def _trade_offs(shown: Sequence[RunSummary]) -> dict[str, dict[int, list[tuple[f
             if speed is not None and speed > 0 and quality is not None:
                 found.setdefault(distance, {}).setdefault(i, []).append((speed, quality, int(steps)))
     return found
-
-
-def _sampling(shown: Sequence[RunSummary], lines: Mapping[str, Mapping[int, list[tuple[float, float, int]]]]) -> Figure:
-    """Rombach et al. 2022, figure 7: one line for each run, one point for each number of sampling steps."""
-    figure, panels = make_panels(len(lines), 2 if len(lines) > 1 else 1, height=3.6, above=0.4)
-    looks = styles(shown)
-    for (name, runs), axes in zip(lines.items(), panels):
-        for i, points in runs.items():
-            axes.plot([x for x, *_ in points], [y for _, y, _ in points], zorder=3, **looks[i])
-            for x, y, steps in points:
-                _note(axes, x, y, str(steps))
-        points = [point for found in runs.values() for point in found]
-        log_axes(axes, [x for x, *_ in points], [y for _, y, _ in points])
-        axes.set_title(heading(name))
-        axes.set_xlabel("samples per second · log")
-    legend(figure, shown, [i for i in range(len(shown)) if any(i in runs for runs in lines.values())], 6)
-    return figure
 
 
 def _trained(shown: Sequence[RunSummary]) -> dict[str, dict[int, tuple[float, float]]]:
@@ -252,18 +274,7 @@ def _trained(shown: Sequence[RunSummary]) -> dict[str, dict[int, tuple[float, fl
     return found
 
 
-def _training(shown: Sequence[RunSummary], points: Mapping[str, Mapping[int, tuple[float, float]]]) -> Figure:
-    """Rombach et al. 2022, figures 5 and 6, at one length of training: one point for each run."""
-    figure, panels = make_panels(len(points), 2 if len(points) > 1 else 1, height=3.0)
-    looks = styles(shown)
-    for (name, runs), axes in zip(points.items(), panels):
-        for i, (x, y) in runs.items():
-            axes.plot([x], [y], zorder=3, **looks[i])
-            _note(axes, x, y, fit(shown[i].name))
-        log_axes(axes, *([point[k] for point in runs.values()] for k in (0, 1)))
-        axes.set_title(heading(name))
-        axes.set_xlabel("training images per second · log")
-    return figure
+# -- what all share ---------------------------------------------------------------------------------------------------
 
 
 def log_axes(axes: Axes, speeds: Sequence[float], heights: Sequence[float]) -> None:
@@ -280,14 +291,14 @@ def log_axes(axes: Axes, speeds: Sequence[float], heights: Sequence[float]) -> N
         axis.set_major_formatter(lambda number, _: f"{number:g}")
         axis.set_minor_formatter(lambda number, _: "")
     axes.margins(y=0.12)
-    axes.grid()
+    quiet(axes)
+
+
+def quiet(axes: Axes, lines: Literal["both", "x", "y"] = "both") -> None:
+    """A grid without ticks."""
+    axes.grid(axis=lines)
     axes.tick_params(which="both", length=0)
     axes.tick_params(axis="y", labelcolor=SOFT)
-
-
-def _note(axes: Axes, x: float, y: float, words: str) -> None:
-    """A few words above a point."""
-    axes.annotate(words, (x, y), (0, 5), textcoords="offset points", ha="center", fontsize=7, color=SOFT)
 
 
 def styles(shown: Sequence[RunSummary]) -> list[dict[str, Any]]:
@@ -328,11 +339,3 @@ def make_panels(count: int, most: int, height: float, above: float = 0.0) -> tup
 def fit(name: str, most: int = 22) -> str:
     """A name of at most so many letters."""
     return name if len(name) <= most else f"{name[: most - 1]}…"
-
-
-def write(path: Path, content: bytes) -> Path:
-    """Write a file, never half."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_bytes(content)
-    partial.replace(path)
-    return path

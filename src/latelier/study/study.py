@@ -16,13 +16,14 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from latelier.budget import Budget, spend
 from latelier.errors import LatelierError
-from latelier.evaluation.orderings import Published
 from latelier.recipe import Recipe, Section, apply_overrides, as_numbers, build_recipe, first_problem
+from latelier.report.figures import MAP
+from latelier.report.orderings import Published, RunSummary, read_metrics
+from latelier.study.budget import Budget, spend
 
-_FOLDERS = (Path(__file__).parent / "studies", Path(__file__).parents[2] / "studies")
-PLAN = "plan.json"  # what was asked, what was planned, and whether it is done
+_FOLDERS = (Path(__file__).parents[1] / "studies", Path(__file__).parents[3] / "studies")
+PLAN = "plan.json"  # the settings of a run, what was planned from them, and whether it is done
 OWN = ("name", "folder", "budget", "columns", "baseline")  # overrides of these are the study's, not its runs'
 
 
@@ -162,20 +163,20 @@ def _do(study: Study, recipe: Recipe) -> None:
     from latelier.terminal import console
 
     file = recipe.folder / PLAN
-    asked = {"recipe": recipe.model_dump(mode="json"), "budget": study.budget.model_dump(mode="json")}
+    settings = {"recipe": recipe.model_dump(mode="json"), "budget": study.budget.model_dump(mode="json")}
     if not file.is_file():
         spent, facts = spend(recipe, study.budget)
-        _write(file, {"asked": asked, "recipe": spent.model_dump(mode="json"), "facts": facts, "done": False})
+        _write(file, {"settings": settings, "recipe": spent.model_dump(mode="json"), "facts": facts, "done": False})
     plan = json.loads(file.read_text())  # the main process's, should another have measured other times
-    if _training_part(plan["asked"]) != _training_part(asked):
+    if _training_part(plan["settings"]) != _training_part(settings):
         raise LatelierError(
             f"{recipe.folder} was made by another recipe or budget; delete it, or give the study another name."
         )
-    if plan["done"] and plan["asked"] == asked:
+    if plan["done"] and plan["settings"] == settings:
         console.print(f"{recipe.folder} is done.")
         return
-    planned = {**plan["recipe"], "sample": asked["recipe"]["sample"], "evaluate": asked["recipe"]["evaluate"]}
-    plan |= {"asked": asked, "recipe": planned}
+    planned = {**plan["recipe"], **{key: settings["recipe"][key] for key in ("sample", "evaluate")}}
+    plan |= {"settings": settings, "recipe": planned}
     _write(file, {**plan, "done": False})
     complete(build_recipe({**planned, "runs": str(recipe.folder.parent)}))
     _write(file, {**plan, "done": True})
@@ -191,31 +192,25 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     PartialState().wait_for_everyone()
 
 
-def _training_part(asked: dict[str, Any]) -> dict[str, Any]:
+def _training_part(settings: dict[str, Any]) -> dict[str, Any]:
     """What training depends on; images and metrics can be made anew."""
-    whole = build_recipe(asked["recipe"]).model_dump(mode="json")  # keys younger than the plan have their defaults
+    whole = build_recipe(settings["recipe"]).model_dump(mode="json")  # keys younger than the plan have their defaults
     recipe = {k: v for k, v in whole.items() if k not in ("sample", "evaluate", "runs")}
-    return {"recipe": recipe, "budget": asked["budget"]}
+    return {"recipe": recipe, "budget": settings["budget"]}
 
 
 def show(study: Study) -> Path:
     """Write table, figures and page of all runs that have results."""
-    from latelier.evaluation.comparison import write_comparison
-    from latelier.evaluation.orderings import RunSummary
+    from latelier.report.comparison import write_comparison
 
     shown = []
     for name in study.runs:
         folder = study.root / file_name(name)
         if not (folder / PLAN).is_file() or not (plan := json.loads((folder / PLAN).read_text()))["done"]:
             continue
-        sections = json.loads((folder / "metrics.json").read_text())
-        metrics = {key: entry for section in sections.values() for key, entry in section.items()}
-        images = {
-            "reconstructions": folder / "reconstructions.png",
-            "samples": folder / "samples" / "grid.png",
-            "latent-map": folder / "latent-map.png",
-        }
-        shown.append(RunSummary(name, metrics, _facts(folder, plan["facts"]), images))
+        files = {"reconstructions": "reconstructions.png", "samples": "samples/grid.png", "latent-map": MAP}
+        images = {kind: folder / file for kind, file in files.items()}
+        shown.append(RunSummary(name, read_metrics(folder), _facts(folder, plan["facts"]), images))
     if not shown:
         raise LatelierError(f"No run of study {study.name} has a result yet.")
     known = list(dict.fromkeys(name for run in shown for name in run.metrics))
@@ -227,21 +222,19 @@ def show(study: Study) -> Path:
 
 def _found(wanted: list[str], known: list[str]) -> list[str]:
     """Measured names that are wanted, or begin like one that is; `gfd@50` means `gfd-vgg16@50`, `gfd@*` all steps."""
-    found = (name for asked in wanted for name in known if _means(asked, name))
-    return list(dict.fromkeys(found))
 
+    def means(column: str, name: str) -> bool:
+        begin, _, steps = column.partition("@")
+        whole, _, measured = name.partition("@")
+        fits = steps == measured or (steps == "*" and measured != "")
+        return fits and (whole == begin or whole.startswith(f"{begin}-"))
 
-def _means(asked: str, name: str) -> bool:
-    begin, _, steps = asked.partition("@")
-    whole, _, measured = name.partition("@")
-    return (steps == measured or (steps == "*" and measured != "")) and (
-        whole == begin or whole.startswith(f"{begin}-")
-    )
+    return list(dict.fromkeys(name for column in wanted for name in known if means(column, name)))
 
 
 def _facts(folder: Path, planned: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What a run has cost."""
-    from latelier.evaluation.report import read_log
+    from latelier.report.run import read_log
 
     seconds = {stage: sum(row["seconds"] for row in rows) for stage, rows in read_log(folder / "log.jsonl").items()}
     denoiser = seconds.pop("denoiser", None)

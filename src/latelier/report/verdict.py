@@ -7,12 +7,15 @@ read from the content of `metrics.json`, so that old numbers can be judged too.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from latelier.evaluation.report_metrics import receipts, values
+from latelier.report.page import number
+
+EVIDENCE = Path(__file__).with_name("evidence.json")  # written by `python -m studies.analysis.predictors`
 
 Kind = Literal["good", "fair", "bad"]
 KINDS: tuple[Kind, ...] = ("bad", "fair", "good")  # in the order in which they are told
@@ -39,12 +42,9 @@ SLOW_HOURS = 24.0  # to encode a million images
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence about a latent space.
+    """One sentence about a latent space: `bad` (see to it before training), `fair` (know it) or `good`.
 
-    Attributes:
-        kind: `bad` (see to it before training), `fair` (know it) or `good`.
-        sentence: for a person.
-        evidence: the numbers that it rests on, by the names of their metrics.
+    `evidence` are the numbers that it rests on, by the names of their metrics.
     """
 
     kind: Kind
@@ -52,21 +52,27 @@ class Finding:
     evidence: dict[str, float]
 
 
-class Measures:
-    """The numbers and receipts of metrics.json by name, whatever their section.
+def read_entries(metrics: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Sections of metrics.json and their entries, as far as they are what they should be."""
+    return {
+        title: {name: entry for name, entry in entries.items() if isinstance(entry, dict)}
+        for title, entries in metrics.items()
+        if isinstance(entries, dict)
+    }
 
-    Args:
-        metrics: section to metric name to `{value, interval, receipt}`.
-    """
+
+class Measures:
+    """Finite numbers and receipts of metrics.json by name, whatever their section."""
 
     def __init__(self, metrics: Mapping[str, Any]):
-        self.values = {name: v for name, v in values(metrics).items() if math.isfinite(v)}
-        self.receipts = receipts(metrics)
+        every = {name: entry for entries in read_entries(metrics).values() for name, entry in entries.items()}
+        found = {name: number(entry.get("value")) for name, entry in every.items()}
+        self.values = {name: v for name, v in found.items() if v is not None}
+        self.receipts: dict[str, dict[str, Any]] = {name: entry.get("receipt") or {} for name, entry in every.items()}
 
-    def get(self, *names: str) -> tuple[float, ...] | None:
-        """The values of these metrics, None if one is missing."""
-        found = [self.values[name] for name in names if name in self.values]
-        return tuple(found) if len(found) == len(names) else None
+    def get(self, name: str) -> float | None:
+        """The value of a metric, None if it is missing."""
+        return self.values.get(name)
 
     def about(self, name: str, key: str) -> Any:
         """A field of a metric's receipt, None if it is missing."""
@@ -81,14 +87,7 @@ Rule = Callable[[Measures], Finding | None]
 
 
 def verdict(metrics: Mapping[str, Any]) -> list[Finding]:
-    """Judge a latent space by its measures.
-
-    Args:
-        metrics: the content of metrics.json: section to metric name to `{value, interval, receipt}`.
-
-    Returns:
-        Findings, bad ones first; empty where no measure carries a judgement.
-    """
+    """What the content of a metrics.json says of a latent space; bad findings first."""
     measures = Measures(metrics)
     found = [finding for rule in RULES if (finding := rule(measures)) is not None]
     return sorted(found, key=lambda finding: KINDS.index(finding.kind))
@@ -114,27 +113,25 @@ def images(m: Measures) -> Finding | None:
 
 def detail(m: Measures) -> Finding | None:
     """How exact reconstructions are. 20 dB is an error of 10 % of the range: `10^(-20 / 20)`."""
-    if (found := m.get("psnr")) is None:
+    if (psnr := m.get("psnr")) is None:
         return None
-    (psnr,) = found
     share = 100 * 10 ** (-psnr / 20)
     error = f"{psnr:.1f} dB, a root mean square error of {share:.0f} % of the range from black to white"
     if psnr >= GOOD_PSNR:
         return Finding("good", f"Reconstructions are close: {error}.", {"psnr": psnr})
-    if psnr >= BAD_PSNR:
-        return Finding("fair", f"Fine detail is lost: {error}. No denoiser brings it back.", {"psnr": psnr})
-    return Finding("bad", f"Reconstructions are rough: {error}. No denoiser brings it back.", {"psnr": psnr})
+    kind, words = ("fair", "Fine detail is lost") if psnr >= BAD_PSNR else ("bad", "Reconstructions are rough")
+    return Finding(kind, f"{words}: {error}. No denoiser brings it back.", {"psnr": psnr})
 
 
 def limit(m: Measures) -> Finding | None:
     """What reconstruction leaves to samples: their Fréchet distance is hardly below that of reconstructions."""
     for name, rfd in m.begin("rfd-").items():
         samples = name.replace("rfd", "gfd", 1)
-        if (found := m.get(samples)) is None:
-            words = f"A denoiser that draws latents perfectly would still have a {samples} near {_near(rfd)}: so far "
-            return Finding("fair", f"{words}from the originals are their reconstructions.", {name: rfd})
-        share, evidence = rfd / max(found[0], 1e-12), {name: rfd, samples: found[0]}
-        words = f"reconstructions alone have {_near(rfd)} of the Fréchet distance {_near(found[0])} of samples"
+        if (gfd := m.get(samples)) is None:
+            words = f"A denoiser that generates latents perfectly would still have a {samples} near {_near(rfd)}: so "
+            return Finding("fair", f"{words}far from the originals are their reconstructions.", {name: rfd})
+        share, evidence = rfd / max(gfd, 1e-12), {name: rfd, samples: gfd}
+        words = f"reconstructions alone have {_near(rfd)} of the Fréchet distance {_near(gfd)} of samples"
         if share >= TOKENIZER_BOUND:
             return Finding("bad", f"The tokenizer is the bottleneck: {words}. Improve it first.", evidence)
         if share <= DENOISER_BOUND:
@@ -147,44 +144,40 @@ def limit(m: Measures) -> Finding | None:
 
 def scale(m: Measures) -> Finding | None:
     """Whether raw latents have the scale of the noise, and a configured factor is theirs (LDM, section 4.3.2)."""
-    if (found := m.get("latent-std")) is None or found[0] <= 0:
+    if (std := m.get("latent-std")) is None or std <= 0:
         return None
-    (std,), configured = found, m.about("latent-std", "configured_scaling_factor")
     words = f"Raw latents have a standard deviation of {_near(std)}, where noise has 1: diffusers' scaling_factor "
-    own = ". latelier normalises by itself."
+    words += f"should be {_near(1 / std)}"
+    configured = m.about("latent-std", "configured_scaling_factor")
     if isinstance(configured, int | float) and configured > 0:
         if 1 / OFF_SCALE <= configured * std <= OFF_SCALE:
             return None
-        words = f"{words}should be {_near(1 / std)}, but is {_near(configured)} here{own}"
+        words += f", but is {_near(configured)} here. latelier normalises by itself."
         return Finding("fair", words, {"latent-std": std, "scaling_factor": float(configured)})
     if 1 / LARGE_SCALE <= std <= LARGE_SCALE:
         return None
-    return Finding("fair", f"{words}should be {_near(1 / std)}{own}", {"latent-std": std})
+    return Finding("fair", f"{words}. latelier normalises by itself.", {"latent-std": std})
 
 
 def outliers(m: Measures) -> Finding | None:
     """Whether a channel is far larger than the others, which one factor for all channels does not mend."""
     name = "largest-variance-ratio"
-    if (found := m.get(name)) is None or found[0] < UNEVEN:
+    if (ratio := m.get(name)) is None or ratio < UNEVEN:
         return None
-    number = m.about(name, "channel")
-    which = "One channel" if number is None else f"Channel {number}"
-    words = f"{which} has {found[0]:.0f} times the variance of the median channel: under a single scaling factor noise "
+    channel = m.about(name, "channel")
+    which = "One channel" if channel is None else f"Channel {channel}"
+    words = f"{which} has {ratio:.0f} times the variance of the median channel: under a single scaling factor noise "
     words += "has covered the others long before it. Normalise each channel, as latelier does."
-    return Finding("bad" if found[0] >= OUTLIER else "fair", words, {name: found[0]})
+    return Finding("bad" if ratio >= OUTLIER else "fair", words, {name: ratio})
 
 
 def silent(m: Measures) -> Finding | None:
     """Whether channels are far smaller than the others: normalised, they are as loud as those."""
     small = m.about("outlier-channels", "small")
-    if not small or (found := m.get("outlier-channels")) is None:
+    if not small or (count := m.get("outlier-channels")) is None:
         return None
-    words = f"Nearly silent next to the others: {_channels(small)}. Normalising makes the silent as "
-    return Finding(
-        "fair",
-        f"{words}loud as the rest, and a denoiser learns them as if they mattered.",
-        {"outlier-channels": found[0]},
-    )
+    words = f"Nearly silent next to the others: {_channels(small)}. Normalising makes the silent as loud as the rest, "
+    return Finding("fair", f"{words}and a denoiser learns them as if they mattered.", {"outlier-channels": count})
 
 
 def _channels(numbers: Sequence[int]) -> str:
@@ -197,29 +190,27 @@ def _channels(numbers: Sequence[int]) -> str:
 
 def active(m: Measures) -> Finding | None:
     """How many channels carry anything: the posterior's mean varies by more than 0.01 (Burda et al. 2016)."""
-    if (found := m.get("active-channels")) is None or found[0] >= ACTIVE:
+    if (share := m.get("active-channels")) is None or share >= ACTIVE:
         return None
-    words = f"Only {100 * found[0]:.0f} % of the channels say anything about the image; the denoiser learns noise in "
-    words += "the others. Take fewer channels, or less KL."
-    return Finding("bad" if found[0] < FEW_ACTIVE else "fair", words, {"active-channels": found[0]})
+    words = f"Only {100 * share:.0f} % of the channels say anything about the image; the denoiser learns noise in the "
+    words += "others. Take fewer channels, or less KL."
+    return Finding("bad" if share < FEW_ACTIVE else "fair", words, {"active-channels": share})
 
 
 def redundancy(m: Measures) -> Finding | None:
     """Whether channels repeat each other."""
-    channels = m.about("channel-rank", "dims")
-    if (found := m.get("channel-rank")) is None or not channels or found[0] >= REDUNDANT * channels:
+    channels, rank = m.about("channel-rank", "dims"), m.get("channel-rank")
+    if rank is None or not channels or rank >= REDUNDANT * channels:
         return None
-    words = (
-        f"The {channels} channels vary in no more than {found[0]:.1f} directions: fewer channels would hold as much."
-    )
-    return Finding("fair", words, {"channel-rank": found[0]})
+    words = f"The {channels} channels vary in no more than {rank:.1f} directions: fewer channels would hold as much."
+    return Finding("fair", words, {"channel-rank": rank})
 
 
 def noise(m: Measures) -> Finding | None:
     """How much of what the denoiser sees is the posterior's own noise: the square of its share of the deviation."""
-    if (found := m.get("posterior-std")) is None:
+    if (std := m.get("posterior-std")) is None:
         return None
-    share, evidence = found[0] ** 2, {"posterior-std": found[0]}
+    share, evidence = std**2, {"posterior-std": std}
     if share >= STRONG_KL:
         words = f"{100 * share:.0f} % of the latents' variance is the posterior's noise: the KL term is too strong."
         return Finding("bad", words, evidence)
@@ -231,20 +222,17 @@ def noise(m: Measures) -> Finding | None:
 
 def order(m: Measures) -> Finding | None:
     """Whether the first channels hold most of the image (DC-AE 1.5, Chen et al. 2025, section 3.2)."""
-    lengths = {m.about(name, "prefix"): name for name in m.begin("prefix-psnr@")}
-    lengths = {length: name for length, name in lengths.items() if isinstance(length, int)}
-    whole = max(lengths, default=0)
-    halves = [length for length in lengths if 0.4 * whole <= length <= 0.6 * whole]
+    names = {length: name for name in m.begin("prefix-psnr@") if isinstance(length := m.about(name, "prefix"), int)}
+    whole = max(names, default=0)
+    halves = [length for length in names if 0.4 * whole <= length <= 0.6 * whole]
     if not halves:
         return None
     half = min(halves, key=lambda length: abs(2 * length - whole))
-    evidence = {lengths[length]: m.values[lengths[length]] for length in (half, whole)}
-    lost = evidence[lengths[whole]] - evidence[lengths[half]]
+    evidence = {names[length]: m.values[names[length]] for length in (half, whole)}
+    lost = evidence[names[whole]] - evidence[names[half]]
     if lost <= ORDERED:
-        words = (
-            f"Channels are in order: the first {half} of {whole} lose only {max(0, lost):.1f} dB, so a denoiser can "
-        )
-        return Finding("good", f"{words}begin with few.", evidence)
+        words = f"Channels are in order: the first {half} of {whole} lose only {max(0, lost):.1f} dB, so a denoiser "
+        return Finding("good", f"{words}can begin with few.", evidence)
     if whole < MANY_CHANNELS:
         return None
     words = f"{whole} channels without an order: half of them lose {lost:.1f} dB. Denoisers learn so many slowly; "
@@ -253,14 +241,13 @@ def order(m: Measures) -> Finding | None:
 
 def codes(m: Measures) -> Finding | None:
     """Whether the codebook is used."""
-    if (found := m.get("codebook-usage")) is None:
+    if (usage := m.get("codebook-usage")) is None:
         return None
-    (usage,) = found
+    evidence = {"codebook-usage": usage}
     if usage >= USED:
-        return Finding("good", f"{100 * usage:.0f} % of the codes are in use.", {"codebook-usage": usage})
+        return Finding("good", f"{100 * usage:.0f} % of the codes are in use.", evidence)
     words = f"Only {100 * usage:.0f} % of the codes are in use. Measure on more images; if it stays so, take a smaller "
-    words += "codebook, or restart dead codes."
-    return Finding("bad" if usage < HALF_USED else "fair", words, {"codebook-usage": usage})
+    return Finding("bad" if usage < HALF_USED else "fair", f"{words}codebook, or restart dead codes.", evidence)
 
 
 # -- geometry ---------------------------------------------------------------------------------------------------------
@@ -268,30 +255,29 @@ def codes(m: Measures) -> Finding | None:
 
 def smoothness(m: Measures) -> Finding | None:
     """What small errors of a denoiser will do to images (LDMAE, Lee et al. 2025, figure 6)."""
-    drop = m.about("smoothness-psnr", "drop")
-    if not isinstance(drop, int | float) or (found := m.get("smoothness-psnr")) is None:
+    drop, psnr = m.about("smoothness-psnr", "drop"), m.get("smoothness-psnr")
+    if not isinstance(drop, int | float) or psnr is None:
         return None
-    clean = found[0] if (curve := m.about("smoothness-psnr", "curve")) is None else curve[0][1]
-    evidence = {"smoothness-psnr": found[0], "drop in dB": float(drop)}
+    clean = psnr if (curve := m.about("smoothness-psnr", "curve")) is None else curve[0][1]
+    evidence = {"smoothness-psnr": psnr, "drop in dB": float(drop)}
     cost = f"noise of 0.3 standard deviations in the latents costs {-drop:.1f} dB"
     if -drop >= STEEP:
         return Finding("bad", f"The space is steep: {cost}, so small errors of a denoiser will be seen.", evidence)
     if -drop > FLAT:
-        return Finding(
-            "fair", f"The space is not very smooth: {cost}; small errors of a denoiser will be seen.", evidence
-        )
+        words = f"The space is not very smooth: {cost}; small errors of a denoiser will be seen."
+        return Finding("fair", words, evidence)
     if clean < BAD_PSNR:
-        return None  # flat because it paints badly at any level
+        return None  # flat because it decodes badly at any level
     return Finding("good", f"The space is smooth: {cost}.", evidence)
 
 
 def likeness(m: Measures) -> Finding | None:
     """Whether what looks alike lies together at all (LDMAE's perceptual compression)."""
     name = "separation-object"
-    if (found := m.get(name)) is None or found[0] > 0:
+    if (separation := m.get(name)) is None or separation > 0:
         return None
     words = "Images that look alike do not lie closer together than any others: distances in this space mean little."
-    return Finding("bad", words, {name: found[0]})
+    return Finding("bad", words, {name: separation})
 
 
 def equivariance(m: Measures) -> Finding | None:
@@ -299,11 +285,11 @@ def equivariance(m: Measures) -> Finding | None:
     if not (errors := m.begin("equivariance-")):
         return None
     name, worst = max(errors.items(), key=lambda item: item[1])
-    what = name.removeprefix("equivariance-").replace("-", " ")
     if worst <= EQUIVARIANT:
         return Finding("good", "Latents move with the image: shifts, flips and scales change little else.", errors)
     if worst < UNRELATED:
         return None
+    what = name.removeprefix("equivariance-").replace("-", " ")
     words = f"Latents do not follow the image ({what}): the error is {worst:.1f} of their variance, where unrelated "
     return Finding("fair", f"{words}images have 2. A denoiser must learn every place anew.", {name: worst})
 
@@ -314,12 +300,12 @@ def equivariance(m: Measures) -> Finding | None:
 def modes(m: Measures) -> Finding | None:
     """How far latents are from one Gaussian (MAETok, Chen et al. 2025, section 3: fewer modes are learnt faster)."""
     points = sorted((k, name) for name in m.begin("gmm-nll@") if isinstance(k := m.about(name, "modes"), int))
-    found = m.get("gmm-modes")
-    if not points or points[0][0] != 1 or points[-1][0] < ENOUGH_MODES or found is None:
+    needed = m.get("gmm-modes")
+    if not points or points[0][0] != 1 or points[-1][0] < ENOUGH_MODES or needed is None:
         return None
-    needed, gain = found[0], m.values[points[0][1]] - min(m.values[name] for _, name in points)
-    evidence = {"gmm-modes": needed, points[0][1]: m.values[points[0][1]]}
-    if gain <= GAUSSIAN:
+    single = m.values[points[0][1]]
+    evidence = {"gmm-modes": needed, points[0][1]: single}
+    if single - min(m.values[name] for _, name in points) <= GAUSSIAN:
         return Finding("good", "Latents are nearly one Gaussian, which is the easiest thing to diffuse from.", evidence)
     if needed < points[-1][0]:
         return None
@@ -329,48 +315,41 @@ def modes(m: Measures) -> Finding | None:
 
 def classes(m: Measures) -> Finding | None:
     """Whether classes can be told from latents (MAETok, section 3: discriminative spaces generate better)."""
-    guess = m.about("probe-accuracy", "majority")
-    if (found := m.get("probe-accuracy")) is None or not isinstance(guess, int | float) or guess >= 1:
+    guess, right = m.about("probe-accuracy", "majority"), m.get("probe-accuracy")
+    if right is None or not isinstance(guess, int | float) or guess >= 1:
         return None
-    skill, evidence = (found[0] - guess) / (1 - guess), {"probe-accuracy": found[0], "by guessing": float(guess)}
-    told = f"a linear probe is right in {100 * found[0]:.0f} % of the images, guessing in {100 * guess:.0f} %"
+    skill, evidence = (right - guess) / (1 - guess), {"probe-accuracy": right, "by guessing": float(guess)}
+    numbers = f"a linear probe is right in {100 * right:.0f} % of the images, guessing in {100 * guess:.0f} %"
     if skill >= TOLD_APART:
-        return Finding("good", f"Classes lie apart: {told}.", evidence)
+        return Finding("good", f"Classes lie apart: {numbers}.", evidence)
     if skill < NOT_TOLD_APART:
-        return Finding("bad", f"Classes cannot be told apart in this space: {told}.", evidence)
+        return Finding("bad", f"Classes cannot be told apart in this space: {numbers}.", evidence)
     return None
 
 
 def difficulty(m: Measures) -> Finding | None:
     """Whether a small denoiser learns soon how numbers of a latent belong together."""
-    independent = m.about("diffusion-loss", "independent")
-    if (found := m.get("diffusion-loss")) is None or not isinstance(independent, int | float) or independent <= 0:
+    independent, loss = m.about("diffusion-loss", "independent"), m.get("diffusion-loss")
+    if loss is None or not isinstance(independent, int | float) or independent <= 0:
         return None
-    share = 1 - found[0] / independent
-    evidence = {"diffusion-loss": found[0], "independent Gaussians": float(independent)}
+    share = 1 - loss / independent
+    evidence = {"diffusion-loss": loss, "independent Gaussians": float(independent)}
     if share >= LEARNT:
         words = f"Easily learnt: a small denoiser is {100 * share:.0f} % below the loss of independent Gaussians after "
         return Finding("good", f"{words}a minute.", evidence)
     if share <= NOT_LEARNT:
-        words = (
-            "Hardly learnt: after its short training a small denoiser knows no more than if all numbers of a latent "
-        )
-        return Finding("bad", f"{words}were independent.", evidence)
+        words = "Hardly learnt: after its short training a small denoiser knows no more than if all numbers of a latent"
+        return Finding("bad", f"{words} were independent.", evidence)
     return None
-
-
-# -- cost -------------------------------------------------------------------------------------------------------------
 
 
 def cost(m: Measures) -> Finding | None:
     """Whether encoding a data set is a matter of days."""
-    if (found := m.get("encode-images-per-second")) is None or found[0] <= 0:
-        return None
-    hours = 1e6 / found[0] / 3600
-    if hours <= SLOW_HOURS:
+    name = "encode-images-per-second"
+    if (speed := m.get(name)) is None or speed <= 0 or (hours := 1e6 / speed / 3600) <= SLOW_HOURS:
         return None
     words = f"Encoding a million images takes {hours:.0f} hours on this device. Encode once, into a latent cache."
-    return Finding("fair", words, {"encode-images-per-second": found[0]})
+    return Finding("fair", words, {name: speed})
 
 
 RULES: tuple[Rule, ...] = (
@@ -383,34 +362,23 @@ RULES: tuple[Rule, ...] = (
 
 
 def experience(metrics: Mapping[str, Any], evidence: Mapping[str, Any] | None = None) -> str:
-    """Which of the measures on a page went along with generation in our own experiments, in one paragraph.
+    """Which of the measures in metrics.json went along with generation in our own experiments; empty without any.
 
-    Args:
-        metrics: the content of metrics.json.
-        evidence: as `predictors.write_evidence` writes it; by default what comes along.
-
-    Returns:
-        Plain text; empty where nothing was measured yet, or no measure is in both.
+    `evidence` is what `studies.analysis.predictors` writes; by default what comes along.
     """
-    from latelier.evaluation.predictors import read_evidence
-
-    if (evidence := evidence or read_evidence()) is None:
-        return ""
+    evidence = evidence or json.loads(EVIDENCE.read_text(encoding="utf-8"))
     here = {name.partition("@")[0] for name in Measures(metrics).values}
     rows = [row for row in evidence["predictors"] if row["metric"] in here]
-    sure = [row for row in rows if row["significant"]]
-    begin = f"Our own experiments: {evidence['about']}. Of the measures here, "
     if not rows:
         return ""
-    if not sure:
-        return f"{begin}none went along with generation beyond chance."
-    words = f"beyond chance went along with generation (below 0: against it): {_correlations(sure)}"
-    return f"{begin}{words}. Of the others it is not known."
-
-
-def _correlations(rows: Iterable[Mapping[str, Any]]) -> str:
-    return "; ".join(
+    words = f"Our own experiments: {evidence['about']}. Of the measures here, "
+    sure = "; ".join(
         f"{row['metric']} {row['spearman']:.2f} ({row['interval'][0]:.2f} to {row['interval'][1]:.2f}, "
         f"{row['n']} tokenizers)"
         for row in rows
+        if row["significant"]
     )
+    if not sure:
+        return f"{words}none went along with generation beyond chance."
+    words += f"beyond chance went along with generation (below 0: against it): {sure}"
+    return f"{words}. Of the others it is not known."

@@ -1,26 +1,40 @@
-"""Does the judge predict? Which measures of a tokenizer order tokenizers as the images drawn with them do.
+"""Which measures of a tokenizer order tokenizers as the images generated with them do?
 
 A latent space is judged so that nobody has to train a denoiser on it to learn whether that is worth while. Here
-the denoisers are trained, at equal budget, and each measure is correlated with the Fréchet distance of generation.
+the denoisers are trained, at equal budget, and each measure is correlated with the Fréchet distance of generation:
+
+    latelier study judge data.source=photos
+    python -m studies.analysis.predictors runs/judge
+    python -m studies.analysis.predictors runs/judge --evidence "Imagenette, ten classes of photographs"
+
+The second line writes `predictors.html`, `predictors.md` and figures into the study's folder; the third also the file
+that the verdict of `latelier inspect` cites.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+import typer
 
 from latelier.errors import LatelierError
-from latelier.evaluation.correlation import FEWEST as STUDY_FEWEST
-from latelier.evaluation.correlation import Correlation, Pair, correlate, holm, needed, partial, pool
-from latelier.evaluation.directions import Better, better, heading
-from latelier.evaluation.figures import COLOURS, SOFT, STYLE, ImageFile, legend, make_panels, save_figure, styles, write
-from latelier.evaluation.orderings import MISSING, MIXTURE, RunSummary, Table, at_steps, number, value
+from latelier.evaluation.metrics import Better, better, heading
+from latelier.report.comparison import Section, write_sections
+from latelier.report.figures import COLOURS, STYLE, ImageFile, legend, make_panels, quiet, save_figure, styles
+from latelier.report.orderings import MIXTURE, RunSummary, at_steps, value
+from latelier.report.page import MISSING, SOFT, number, write
+from latelier.report.tables import Table
+from latelier.report.verdict import EVIDENCE
+
+from .correlation import FEWEST as STUDY_FEWEST
+from .correlation import Correlation, Pair, correlate, holm, needed, partial, pool
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,7 +42,6 @@ if TYPE_CHECKING:
 FEWEST = 6  # runs; of five, even two equal orders are chance once in 60
 ALPHA = 0.05
 EQUAL = 0.02  # budgets that differ less are equal
-EVIDENCE = Path(__file__).with_name("evidence.json")
 COSTS = ("parameters", "size-mib", "memory-gb", "gflop", "encode-", "decode-")  # not of the latent space
 DRAWN = ("sampler", "images_trained")  # receipts with these are of what a denoiser draws
 IMAGES, GFLOP = "denoiser: images", "denoiser: training GFLOP an image"  # facts of a run
@@ -156,11 +169,26 @@ def _beyond(studies: Sequence[Sequence[RunSummary]], name: str, target: str) -> 
     return pool(found, numbers) if found else None
 
 
-# -- on the page of a study -------------------------------------------------------------------------------------------
+# -- the page -------------------------------------------------------------------------------------------------------
+
+
+def write_predictors(study: Path) -> Path:
+    """Write `predictors.html`, `predictors.md` and figures into the folder of a study, from its comparison.json.
+
+    Raises:
+        LatelierError: for fewer than six runs with a distance of generation, or no measure that differs.
+    """
+    title, shown = _read_runs(study / "comparison.json")
+    if not (parts := prediction(study, shown)):
+        raise LatelierError(
+            f"{study} needs at least {FEWEST} runs with a distance of generation and measures that differ."
+        )
+    sections = [Section("Which measures predict generation?", parts)]
+    return write_sections(study / "predictors.html", study / "predictors.md", title, "", sections)
 
 
 def prediction(folder: Path, shown: Sequence[RunSummary]) -> list[str | Table | ImageFile]:
-    """A table, a verdict and figures for the comparison of a study; nothing for fewer than six runs with a distance.
+    """A verdict, a table and figures; nothing for fewer than six runs with a distance.
 
     Args:
         folder: where figures are written.
@@ -255,9 +283,7 @@ def _scatter(shown: Sequence[RunSummary], predictors: Sequence[Predictor], targe
         axes.set_title(f"ρ = {_signed(predictor.correlation.value)}")
         axes.set_xlabel(heading(predictor.metric))
         axes.set_ylabel(heading(target))
-        axes.grid()
-        axes.tick_params(length=0)
-        axes.tick_params(axis="y", labelcolor=SOFT)
+        quiet(axes)
     legend(figure, shown, range(len(shown)), 4)
     return figure
 
@@ -304,22 +330,22 @@ def write_evidence(comparisons: Sequence[str | Path], data: str, out: str | Path
         "studies": [_study(title, shown, target) for title, _, shown in studies],
         "predictors": [_entry(predictor) for predictor in predictors],
     }
-    return write(Path(out), (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    return write(Path(out), json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_evidence(path: str | Path = EVIDENCE) -> dict[str, Any] | None:
-    """What `write_evidence` wrote; None where nothing was measured yet."""
-    return json.loads(Path(path).read_text()) if Path(path).is_file() else None
-
-
-def _read(path: Path) -> tuple[str, str, list[RunSummary]]:
-    """Title, distance and runs of a comparison.json."""
+def _read_runs(path: Path) -> tuple[str, list[RunSummary]]:
+    """Title and runs of a comparison.json."""
     try:
         content = json.loads(path.read_text())
         shown = [RunSummary(run["name"], run["metrics"], run["facts"]) for run in content["runs"]]
-        title = str(content["title"])
+        return str(content["title"]), shown
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LatelierError(f"{path} is not the comparison.json of a study ({error!r}).") from None
+
+
+def _read(path: Path) -> tuple[str, str, list[RunSummary]]:
+    """Title, distance and runs of a study that is evidence."""
+    title, shown = _read_runs(path)
     target = target_of(shown)
     shown = [run for run in shown if target and value(run, target) is not None]
     if target is None or len(shown) < STUDY_FEWEST:
@@ -356,3 +382,21 @@ def _entry(predictor: Predictor) -> dict[str, Any]:
         "significant": predictor.significant,
         f"beyond_{BEYOND}": None if predictor.beyond is None else round(predictor.beyond, 4),
     }
+
+
+def main(
+    studies: Annotated[list[Path], typer.Argument(help="Folders of studies, with their comparison.json.")],
+    evidence: Annotated[str, typer.Option(help="The images, in words: also write the file that verdicts cite.")] = "",
+) -> None:
+    """Correlate every measure of a study's tokenizers with generation."""
+    try:
+        for study in studies:
+            print(write_predictors(study))
+        if evidence:
+            print(write_evidence([study / "comparison.json" for study in studies], evidence))
+    except LatelierError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,314 @@
+"""`report.html`: one self-contained page with everything that came of a run. Missing parts are simply absent."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from latelier.errors import LatelierError
+from latelier.evaluation.metrics import METRICS, better, unit
+from latelier.report.figures import CHANNELS, ERRORS, MAP
+from latelier.report.page import Chart, at_a_glance, bar_chart, digits, line_chart, number, render, short, write
+from latelier.report.verdict import Measures, experience, read_entries, verdict
+
+STAGES = ("tokenizer", "denoiser")
+MACHINE = {"grad_norm": "gradient norm", "lr": "learning rate", "images_per_second": "images per second",
+           "memory_gb": "memory, GB"}  # logged quantities that are not loss terms  # fmt: skip
+NOT_CURVES = ("stage", "images", "seconds")
+MOST_PREVIEWS, MOST_THUMBS, MOST_SKIPPED = 12, 32, 20
+LONG = ("latent space", "cost")  # sections with dozens of numbers, of which headlines stand in front
+BARS = {
+    "latent-std": "std of raw latents",
+    "posterior-std": "std of the posterior",
+    "kl-bits-per-pixel": "KL, nats per number",
+    "channel-sparsity": "sparsity (Hoyer)",
+}  # metrics whose receipts have a value for each channel
+SPECTRA = {"effective-rank": "spectrum of whole latents", "channel-rank": "spectrum of channels"}
+ROUNDING = 1e-8  # shares of the variance below it are none
+
+Row = dict[str, Any]
+Charts = list[tuple[str, list[Chart]]]  # charts side by side below a sentence
+
+
+def write_report(folder: Path) -> Path:
+    """Write `report.html` into a run folder and return its path.
+
+    Args:
+        folder: the run folder; reads recipe.yaml, log.jsonl, previews/, samples/, metrics.json, skipped.jsonl and the
+            images, as far as they exist.
+
+    Raises:
+        LatelierError: if the folder does not exist.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise LatelierError(f"There is no run folder {folder} to report on.")
+    recipe_file = folder / "recipe.yaml"
+    text = recipe_file.read_text(encoding="utf-8", errors="replace") if recipe_file.is_file() else ""
+    recipe = _dict(yaml.safe_load(text))
+    log = read_log(folder / "log.jsonl")
+    metrics = _dict(json.loads(path.read_text())) if (path := folder / "metrics.json").is_file() else {}
+    measures = Measures(metrics)
+    sections = {
+        "Samples": _samples(folder / "samples"),
+        "Reconstructions": _reconstructions(folder),
+        "Noise on latents": _noise(measures),
+        "Channels": _prefixes(measures) + _channels(measures),
+        "Latent space": _latent_space(folder, measures),
+        "Metrics": _metrics(metrics),
+        "Training": [_training(stage, rows) for stage, rows in log.items()],
+        "Previews": _previews(folder / "previews"),
+        "Skipped files": _skipped(folder / "skipped.jsonl"),
+        "Recipe": text,
+    }
+    findings = [
+        {"kind": one.kind, "sentence": one.sentence, "numbers": _evidence(one.evidence)} for one in verdict(metrics)
+    ]
+    page = render(
+        "run.html.j2",
+        title=str(recipe.get("name", folder.resolve().name)),
+        sentence=_sentence(recipe),
+        findings=findings,
+        experience=experience(metrics),
+        tiles=_tiles(log, metrics),
+        sections={heading: content for heading, content in sections.items() if content},
+    )
+    return write(folder / "report.html", page)
+
+
+def read_log(path: Path) -> dict[str, list[Row]]:
+    """Log lines by stage in the order in which they began, ascending in images seen.
+
+    A resumed run writes again what it had logged after its checkpoint; the later line counts. Half-written lines are
+    left out.
+    """
+    stages: dict[str, list[Row]] = {}
+    for row in _read_lines(path):
+        if not isinstance(row.get("images"), int | float):
+            continue
+        rows = stages.setdefault(str(row.get("stage", "training")), [])
+        while rows and rows[-1]["images"] >= row["images"]:
+            rows.pop()
+        rows.append(row)
+    return stages
+
+
+# -- the head ---------------------------------------------------------------------------------------------------------
+
+
+def _sentence(recipe: Row) -> str:
+    """`vmae small + dit S on photos at 64 x 64 px`, as far as the recipe says it."""
+    models = []
+    for section in (_dict(recipe.get(stage)) for stage in STAGES):
+        words = [section.get("kind"), section.get("preset") or section.get("size") or section.get("path")]
+        models.append(" ".join(str(word) for word in words if word))
+    data = _dict(recipe.get("data"))
+    sides = size if isinstance(size := data.get("image_size"), list) else [size, size]
+    at = f" at {' x '.join(map(str, sides))} px" if size else ""
+    on = f"on {data['source']}{at}" if data.get("source") else ""
+    return " ".join(part for part in (" + ".join(filter(None, models)), on) if part)
+
+
+def _tiles(log: Mapping[str, list[Row]], metrics: Row) -> list[tuple[str, str]]:
+    """(number, words): what was seen in training and, of what was measured, the headlines; no points of curves."""
+    tiles = [(short(rows[-1]["images"]), f"images seen, {stage}") for stage, rows in log.items() if rows]
+    if seconds := sum(number(row.get("seconds")) or 0.0 for rows in log.values() for row in rows):
+        tiles.append((_duration(seconds), "training time"))
+    headlines = {name for metric in METRICS.values() for name in metric.headline}
+    for title, entries in read_entries(metrics).items():
+        for name, entry in entries.items():
+            value = number(entry.get("value"))
+            if value is not None and "@" not in name and (title not in LONG or name in headlines):
+                tiles.append((at_a_glance(value), name))
+    return tiles
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} h"
+
+
+def _evidence(numbers: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {at_a_glance(value)}" for name, value in numbers.items())
+
+
+# -- images -----------------------------------------------------------------------------------------------------------
+
+
+def _samples(folder: Path) -> Row:
+    """The grid (or single images), what was asked for, and the nearest training images."""
+    grid, nearest, asked, captions = (folder / name for name in ("grid.png", "nearest.png", "asked.png", "asked.txt"))
+    singles = [] if grid.is_file() else [path for path in sorted(folder.glob("*.png")) if path not in (nearest, asked)]
+    if not (grid.is_file() or nearest.is_file() or asked.is_file() or singles):
+        return {}
+    return {
+        "grid": grid if grid.is_file() else None,
+        "nearest": nearest if nearest.is_file() else None,
+        "asked": asked if asked.is_file() else None,
+        "captions": captions.read_text().replace("\n", " · ") if captions.is_file() else "",
+        "singles": singles[:MOST_THUMBS],
+    }
+
+
+def _reconstructions(folder: Path) -> list[tuple[Path, str]]:
+    """The final ones and their errors; while training goes on, the last preview."""
+    words = "Originals, reconstructions, and where they differ: the same scale for every tokenizer."
+    final, errors = folder / "reconstructions.png", folder / ERRORS
+    if final.is_file():
+        found = [(final, "Held-out originals above their reconstructions.")]
+        return [*found, (errors, words)] if errors.is_file() else found
+    previews = _preview_files(folder / "previews", "tokenizer")[-1:]
+    return [(path, f"Originals above their reconstructions, after {short(seen)} images.") for seen, path in previews]
+
+
+def _previews(folder: Path) -> dict[str, list[tuple[int, Path]]]:
+    """What each stage showed on the way: first, last and evenly between; a tokenizer's only one is shown already."""
+    stages = {path.stem.rpartition("-")[0] for path in folder.glob("*-*.png")}
+    found = {}
+    for stage in sorted(stages, key=lambda s: (s == "denoiser", s != "tokenizer", s)):
+        files = _preview_files(folder, stage)
+        if len(files) > MOST_PREVIEWS:
+            files = [files[round(i * (len(files) - 1) / (MOST_PREVIEWS - 1))] for i in range(MOST_PREVIEWS)]
+        if len(files) > (stage == "tokenizer"):
+            found[stage] = files
+    return found
+
+
+def _preview_files(folder: Path, stage: str) -> list[tuple[int, Path]]:
+    """(images seen, file) of a stage's previews, ascending."""
+    found = ((re.fullmatch(rf"{stage}-(\d+)", path.stem), path) for path in folder.glob(f"{stage}-*.png"))
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+# -- latents ----------------------------------------------------------------------------------------------------------
+
+
+def _noise(measures: Measures) -> Charts:
+    """What noise on the latents does, for each metric that has a curve."""
+    charts = [
+        line_chart(name.removeprefix("smoothness-"), [(x, y) for x, y in receipt["curve"]], False, "noise level")
+        for name, receipt in measures.receipts.items()
+        if name.startswith("smoothness-") and receipt.get("curve")
+    ]
+    words = "Noise in standard deviations of each latent channel; the smoother the latent space, the flatter the line."
+    return _group(words, charts)
+
+
+def _prefixes(measures: Measures) -> Charts:
+    """Quality of images over how many of the first channels they are decoded from."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for name, value in measures.begin("prefix-").items():
+        if (length := measures.about(name, "prefix")) is not None:
+            curves.setdefault(name.removeprefix("prefix-").partition("@")[0], []).append((length, value))
+    charts = [
+        line_chart(f"{metric} of prefixes", sorted(points), False, "channels that are decoded")
+        for metric, points in curves.items()
+    ]
+    words = "Images decoded from the first channels alone, more of them from left to right. Where channels are in "
+    return _group(f"{words}order, a few show most of the image.", charts)
+
+
+def _channels(measures: Measures) -> Charts:
+    """A bar for each channel: scale, noise of the posterior, sparsity."""
+    charts = [
+        bar_chart(words, [float(y) for y in by_channel], "channel")
+        for name, words in BARS.items()
+        if (by_channel := measures.about(name, "by_channel"))
+    ]
+    return _group("One bar for each channel; the line is their median, outliers have another colour.", charts)
+
+
+def _latent_space(folder: Path, measures: Measures) -> Row:
+    """Images of latents, and how they are distributed."""
+    map_words = "One point for each held-out image: its latents, in two dimensions."
+    channel_words = "Images, and below each how large its latents are: means over groups of neighbouring channels."
+    images = [(folder / MAP, map_words, "figure map"), (folder / CHANNELS, channel_words, "big")]
+    found = {"images": [image for image in images if image[0].is_file()], "charts": _distribution(measures)}
+    return found if any(found.values()) else {}
+
+
+def _distribution(measures: Measures) -> Charts:
+    """Mixtures over their number of modes, a small denoiser's loss over time, spectra."""
+    modes = sorted((measures.about(name, "modes"), y) for name, y in measures.begin("gmm-nll@").items())
+    losses = [(t, y) for t, y in measures.about("diffusion-loss", "by_time") or ()]
+    charts = [
+        line_chart("GMM negative log-likelihood", modes, False, "number of modes"),
+        line_chart("loss of a small denoiser", losses, False, "time, from data to noise"),
+    ]
+    for name, words in SPECTRA.items():
+        points = [(i, share) for i, share in measures.about(name, "spectrum") or () if share > ROUNDING]
+        charts.append(line_chart(words, points, False, "directions, the largest first"))
+    return _group("Left to right: more modes of the mixture; more noise; smaller directions.", charts)
+
+
+def _group(words: str, charts: Iterable[Chart | None]) -> Charts:
+    """Charts below a sentence; nothing where there is none."""
+    drawn = [chart for chart in charts if chart is not None]
+    return [(words, drawn)] if drawn else []
+
+
+# -- numbers and training ---------------------------------------------------------------------------------------------
+
+
+def _metrics(metrics: Row) -> dict[str, list[Row]]:
+    """A row for each number of each section; it opens to its receipt."""
+    tables = {title: [_row(*item) for item in entries.items()] for title, entries in read_entries(metrics).items()}
+    return {title: rows for title, rows in tables.items() if rows}
+
+
+def _row(name: str, entry: Row) -> Row:
+    receipt, interval, side = entry.get("receipt") or {}, entry.get("interval"), better(name)
+    n = f"n = {receipt['n']:,}" if isinstance(receipt.get("n"), int) else ""
+    summary = ", ".join([n] * ("n" in receipt) + [str(receipt.get("reference"))] * ("reference" in receipt))
+    return {
+        "name": name,
+        "about": "; ".join(filter(None, [f"{side} is better" if side else "", unit(name)])),
+        "value": digits(entry.get("value")),
+        "interval": f"{digits(interval[0])} to {digits(interval[1])}" if interval else "",
+        "warning": str(receipt.get("warning", "")),
+        "summary": summary or "receipt",
+        "receipt": receipt,
+    }
+
+
+def _training(stage: str, rows: list[Row]) -> tuple[str, list[Chart], list[Chart]]:
+    """Curves of loss terms, the whole loss first, then of the machine."""
+    names = list(dict.fromkeys(key for row in rows for key in row if key not in NOT_CURVES))
+    terms = sorted((name for name in names if name not in MACHINE), key=lambda name: (name != "loss", name))
+    curves = [_curve(rows, name) for name in terms]
+    machine = [_curve(rows, name) for name in MACHINE if name in names]
+    return stage, [chart for chart in curves if chart], [chart for chart in machine if chart]
+
+
+def _curve(rows: list[Row], name: str) -> Chart | None:
+    points = [(float(r["images"]), float(r[name])) for r in rows if isinstance(r.get(name), int | float)]
+    return line_chart(MACHINE.get(name, name), points, smooth=name != "lr")
+
+
+def _skipped(path: Path) -> Row:
+    rows = _read_lines(path)
+    columns = list(dict.fromkeys(key for row in rows[:MOST_SKIPPED] for key in row))
+    return {"count": len(rows), "rows": rows[:MOST_SKIPPED], "columns": columns} if rows else {}
+
+
+def _read_lines(path: Path) -> list[Row]:
+    """Dicts of a JSON-lines file, without lines that a killed process left half written."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def _dict(content: Any) -> Row:
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,294 @@
+"""The tables of a comparison, and the sentences around them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+from latelier.evaluation.metrics import heading, plain
+from latelier.report.orderings import (
+    CONVERGENCE,
+    SAMPLING_SPEED,
+    Ordering,
+    Published,
+    RunSummary,
+    at_steps,
+    best,
+    interval,
+    value,
+)
+from latelier.report.page import MISSING, column_texts, in_words, number, short
+
+RECEIPT = {
+    "n": "n", "n_reference": "n of references", "image_size": "image size", "reference": "images",
+    "data": "data", "extractor": "features", "latents": "latents", "sampler": "sampler", "steps": "steps",
+    "guidance": "guidance", "seed": "seed", "ema": "EMA", "versions": "versions", "git": "code", "device": "device",
+}  # fmt: skip
+SAMPLING_RECEIPT = {
+    "n": "n", "n_reference": "n of references", "reference": "images", "extractor": "features", "sampler": "sampler",
+    "guidance": "guidance", "seed": "seed", "batch": "batch", "threads": "threads", "drawn_on": "drawn on",
+    "device": "device",
+}  # fmt: skip
+LOSS = f"{CONVERGENCE}loss"
+COMPARABLE = ("latent_shape", "architecture", "latents", "loss", "cosine_weight", "process")  # equal, or losses differ
+
+Curve = list[tuple[int, float]]  # (images seen, value), ascending
+Curves = Mapping[str, Mapping[int, Curve]]  # by metric and the run's position
+
+
+@dataclass
+class Table:
+    """Cells in words; the first column is the rows' names."""
+
+    head: list[str]
+    rows: list[list[str]]
+    bold: set[tuple[int, int]] = field(default_factory=set)  # (row, column)
+    links: Sequence[str] = ()  # where the names of rows lead; empty, or one for each row, which may be empty
+
+    def is_number(self, column: int) -> bool:
+        """Whether a column reads best flush right."""
+        return column > 0 and all(re.match(r"[-–−\d]", row[column]) for row in self.rows)
+
+
+# -- values -----------------------------------------------------------------------------------------------------------
+
+
+def measured(shown: Sequence[RunSummary], columns: Sequence[str]) -> Table:
+    """Our values: one row for each run, one column for each metric; missing ones are a dash."""
+    table = Table(["Run", *map(heading, columns)], [[run.name] for run in shown], links=[run.link for run in shown])
+    for j, name in enumerate(columns, start=1):
+        values = [value(run, name) for run in shown]
+        halves = [(ends[1] - ends[0]) / 2 if (ends := interval(run, name)) else None for run in shown]
+        for row, text, half in zip(table.rows, column_texts(values), column_texts(halves, like=values)):
+            row.append(text if half == MISSING or text == MISSING else f"{text} ± {half}")
+        table.bold |= {(i, j) for i in best(values, name)}
+    return table
+
+
+def how_to_read(shown: Sequence[RunSummary], columns: Sequence[str]) -> str:
+    """What arrows, bold numbers and ± in the tables of these columns mean."""
+    words = "↓ lower is better, ↑ higher is better; the best value of a column is bold."
+    if any(interval(run, name) for run in shown for name in columns):
+        words += " ± is half of the 95 % confidence interval."
+    return words
+
+
+def sampling(shown: Sequence[RunSummary]) -> list[str | Table]:
+    """Quality and speed of sampling, a column for each number of steps; nothing if nobody has measured them."""
+    speeds = at_steps(shown, SAMPLING_SPEED)
+    if not speeds:
+        return []
+    names = [*at_steps(shown, "gfd"), *speeds]
+    table = measured(shown, names)
+    table.head = [cell.replace(f"{SAMPLING_SPEED}@", "samples/s @").replace("@", " @") for cell in table.head]
+    table.head = [" ".join(cell.split()) for cell in table.head]
+    words = "The number of sampling steps follows the @. samples/s is measured by the wall clock, for the denoiser and "
+    words += "the tokenizer's decoder together, after a warm-up batch that does not count."
+    return [table, words, *receipts(shown, names, SAMPLING_RECEIPT)]
+
+
+def printed(shown: Sequence[RunSummary], published: Published) -> list[str | Table]:
+    """The paper's values, as exact as it printed them; runs that we have come first, in our order."""
+    metrics = list(dict.fromkeys(name for values in published.values.values() for name in values))
+    runs = [run.name for run in shown if run.name in published.values]
+    runs += [name for name in published.values if name not in runs]
+    table = Table(["Run", *map(heading, metrics)], [[run] for run in runs])
+    for j, name in enumerate(metrics, start=1):
+        values = [number(published.values[run].get(name)) for run in runs]
+        exact = (f"{v:.6f}".rstrip("0").partition(".")[2] for v in values if v is not None)
+        decimals = max(map(len, exact), default=0)  # of the most exact
+        for row, v in zip(table.rows, values):
+            row.append(MISSING if v is None else f"{v:.{decimals}f}")
+        table.bold |= {(i, j) for i in best(values, name)}
+    return [f"{published.source}.", table]
+
+
+def costs(shown: Sequence[RunSummary]) -> list[str | Table]:
+    """What each run is or took; nothing if nothing is known of any."""
+    fullest = sorted(shown, key=lambda run: -len(run.facts))  # its order, should others have trained one stage only
+    facts = list(dict.fromkeys(fact for run in fullest for fact in run.facts))
+    rows = [[run.name, *(_fact(run.facts.get(fact)) for fact in facts)] for run in shown]
+    return [Table(["Run", *facts], rows, links=[run.link for run in shown])] if facts else []
+
+
+def receipts(
+    shown: Sequence[RunSummary], columns: Sequence[str], keys: Mapping[str, str] = RECEIPT
+) -> list[str | Table]:
+    """What was equal in all runs, and what was not, which should make one wary; `keys` of receipts have words."""
+    found = {name: [run.metrics.get(name, {}).get("receipt") or {} for run in shown] for name in columns}
+    equal: list[str] = []
+    unequal: list[str] = []
+    for key, word in keys.items():
+        metrics: dict[tuple[str, ...], list[str]] = {}  # what the runs say, to the metrics of which they say it
+        for name, entries in found.items():
+            said = tuple(sorted({_fact(entry[key]) for entry in entries if entry.get(key) is not None}))
+            if said:
+                metrics.setdefault(said, []).append(name)
+        for said, names in metrics.items():
+            where = f" ({', '.join(names)})" if len(metrics) > 1 else ""
+            (equal if len(said) == 1 else unequal).append(f"{word} {' or '.join(said)}{where}")
+    warnings: dict[str, dict[str, None]] = {}
+    for name, entries in found.items():
+        for entry in entries:
+            if "warning" in entry:
+                warnings.setdefault(str(entry["warning"]), {})[name] = None
+    words: list[str | Table] = [f"Equal in all runs: {'; '.join(equal)}."] if equal else []
+    words += [f"Not equal in all runs: {'; '.join(unequal)}."] if unequal else []
+    return words + [f"Warning on {', '.join(names)}: {warning}." for warning, names in warnings.items()]
+
+
+def _fact(content: Any) -> str:
+    single = number(content)
+    if single is None:
+        return MISSING if content is None else in_words(content)
+    return f"{single / 1e12:.4g}T" if abs(single) >= 1e12 else short(single)
+
+
+# -- orders -----------------------------------------------------------------------------------------------------------
+
+
+def verdicts(orders: Sequence[Ordering], published: Published) -> list[str | Table]:
+    """One row for each metric, how pairs were decided, and which metrics have no order to compare."""
+    names = dict.fromkeys(name for values in published.values.values() for name in values)
+    left_out = ", ".join(name for name in names if name not in {o.published for o in orders})
+    reason = "fewer than two runs have it both there and here, or its better direction is not known"
+    note = [f"Without an order to compare: {left_out}; {reason}."] if left_out else []
+    if not orders:
+        return [*note]
+    head = ["Metric", "Published, best first", "Measured, best first", "Reproduced", "Reversed", "Undecided",
+            "Kendall's tau", "Reversed pairs, in the published order"]  # fmt: skip
+    rows = [
+        [o.metric, _chain(o.paper), _chain(o.measured), *(str(len(o.of(v))) for v in ("reproduced", "reversed")),
+         str(len(o.of("undecided"))), MISSING if o.tau is None else f"{o.tau:.2f}",
+         ", ".join(f"{pair.better} > {pair.worse}" for pair in o.of("reversed")) or MISSING]
+        for o in orders
+    ]  # fmt: skip
+    return [Table(head, rows), _how_decided(orders), *note]
+
+
+def _how_decided(orders: Sequence[Ordering]) -> str:
+    """How many pairs came out how, and what the reader must know of those decided without an interval."""
+    counts = {verdict: sum(len(o.of(verdict)) for o in orders) for verdict in ("reproduced", "reversed", "undecided")}
+    summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    words = f"Of {sum(counts.values())} pairs of runs, {summary}. A pair is undecided where our 95 % intervals overlap "
+    words += "or where two values are equal. "
+    if none := [o.metric for o in orders if o.intervals == "none"]:
+        words += f"There is no interval for {', '.join(none)}: the value alone decides a pair there, however close. "
+    if some := [o.metric for o in orders if o.intervals == "some"]:
+        words += f"Not every run has an interval for {', '.join(some)}: a value without one counts as exact. "
+    if features := [f"{o.published} there, {o.metric} here" for o in orders if o.metric != plain(o.metric)]:
+        words += f"Distances in different features are compared by order only: {'; '.join(features)}."
+    return words.strip()
+
+
+def _chain(ranks: Sequence[Sequence[str]]) -> str:
+    return " > ".join(" = ".join(equal) for equal in ranks)
+
+
+# -- convergence ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Reached:
+    """When a curve is where another one ends, in images seen."""
+
+    images: float
+    at_most: bool = False  # the first snapshot was there already, so that it may have been sooner
+
+
+def convergence(shown: Sequence[RunSummary], curves: Curves, baseline: str | None) -> list[str | Table]:
+    """With a baseline, who is sooner where it ends; and how to read the curves, as `comparable` gives them."""
+    about = (
+        "A loss is that of the denoiser on its own tokenizer's latents, all channels, with the same noise and times at "
+        "every snapshot. Losses compare only between runs of equal latent shape, kind of tokenizer and objective; "
+    )
+    if baseline is None:
+        return [f"{about}gfd compares between all."]
+    left_out = [run.name for i, run in enumerate(shown) if _has_loss(run) and i not in curves.get(LOSS, {})]
+    about += f"they are left out of {', '.join(left_out)}. " if left_out else "as all are here. "
+    about += "Even then, latents of two tokenizers need not be equally hard; gfd compares between all."
+    position = next((i for i, run in enumerate(shown) if run.name == baseline), None)
+    if position is None or not any(position in runs for runs in curves.values()):
+        return [f"The baseline, {baseline}, has not been measured yet.", about]
+    how = (
+        f"Images seen until a run is where {baseline} ends, and how many times fewer they are than {baseline} itself "
+        "needs: linear between snapshots, on the lowest value so far. At most: the first snapshot is there already. "
+        "How sure the values are is not considered: factors near 1 may be chance."
+    )
+    return [speed_table(shown, curves, position), how, about]
+
+
+def read_curves(shown: Sequence[RunSummary]) -> dict[str, dict[int, Curve]]:
+    """Curves of quality over images seen: distances first, then the loss."""
+    found: dict[str, dict[int, Curve]] = {}
+    measured = [(name.startswith(LOSS), int(name.partition("@")[2]), name) for name in at_steps(shown, CONVERGENCE)]
+    for _, images, name in sorted(measured):
+        for i, run in enumerate(shown):
+            if (height := value(run, name)) is not None:
+                found.setdefault(name.partition("@")[0], {}).setdefault(i, []).append((images, height))
+    return found
+
+
+def comparable(shown: Sequence[RunSummary], curves: Curves, baseline: str | None) -> Curves:
+    """The same without losses that do not compare with the baseline's, see `COMPARABLE`."""
+    reference = next((run for run in shown if run.name == baseline and _has_loss(run)), None)
+    if LOSS not in curves or reference is None:
+        return curves
+    return {**curves, LOSS: {i: curve for i, curve in curves[LOSS].items() if _kind(shown[i]) == _kind(reference)}}
+
+
+def reach(curve: Curve, level: float) -> Reached | None:
+    """When the lowest value so far falls to a level, linear between snapshots; a curve may rise again by chance."""
+    images, lowest = [x for x, _ in curve], list(accumulate((y for _, y in curve), min))
+    for i, y in enumerate(lowest):
+        if y <= level and i == 0:
+            return Reached(float(images[0]), at_most=True)
+        if y <= level:
+            share = (lowest[i - 1] - level) / (lowest[i - 1] - y)
+            return Reached(images[i - 1] + share * (images[i] - images[i - 1]))
+    return None
+
+
+def speed_table(shown: Sequence[RunSummary], curves: Curves, baseline: int) -> Table:
+    """The last values, the images seen at that of the run `baseline`, and how many times fewer (DC-AE 1.5) they are."""
+    table = Table(["Run"], [[run.name] for run in shown])
+    for name, runs in curves.items():
+        if baseline not in runs:
+            continue
+        what, level = name.removeprefix(CONVERGENCE), runs[baseline][-1][1]
+        end = f"{heading(name).removeprefix(CONVERGENCE)} at the end"
+        table.head += [end, f"images to the baseline's {what}", "sooner"]
+        reached = {i: reach(curve, level) for i, curve in runs.items()}
+        reference = reached[baseline]
+        assert reference is not None  # a curve reaches its own end
+        last = column_texts([runs[i][-1][1] if i in runs else None for i in range(len(shown))])
+        for i, (row, end) in enumerate(zip(table.rows, last)):
+            row += [end, _when(reached[i]) if i in runs else MISSING, _factor(reached.get(i), reference)]
+    return table
+
+
+def _has_loss(run: RunSummary) -> bool:
+    return any(name.startswith(f"{LOSS}@") for name in run.metrics)
+
+
+def _kind(run: RunSummary) -> list[Any]:
+    """What two runs must share for their losses to compare."""
+    receipt = next(entry.get("receipt") or {} for name, entry in run.metrics.items() if name.startswith(f"{LOSS}@"))
+    return [receipt.get(key) for key in COMPARABLE]
+
+
+def _when(reached: Reached | None) -> str:
+    if reached is None:
+        return "not reached"
+    return f"{'at most ' * reached.at_most}{round(reached.images):,}"
+
+
+def _factor(reached: Reached | None, baseline: Reached) -> str:
+    """How many times fewer images; a bound where one of the two is one, nothing where both are."""
+    if reached is None or (reached.at_most and baseline.at_most):
+        return MISSING
+    bound = "at least " if reached.at_most else "at most " if baseline.at_most else ""
+    return f"{bound}{baseline.images / reached.images:.2f}x"
