@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderDC
 from diffusers.models.attention_processor import SanaMultiscaleLinearAttention
+from latelier.objectives.dcae import DCAEObjective
 from torch import nn
 
 from benchmarks.timing import default_device, seconds
-from latelier.objectives.dcae import DCAEObjective
-from latelier.recipe import DCAERecipe
+from latelier.recipe import DCAESection
 from latelier.tokenizers import freeze
 from latelier.tokenizers.codec import Codec, fast_bf16
 from latelier.tokenizers.dcae import PRESETS
@@ -60,7 +60,7 @@ def phases(preset: str, side: int, batch: int, rounds: int = 5) -> list[tuple[st
 def training_step(tokenizer: AutoencoderDC, side: int, batch: int) -> Callable[[], object]:
     """L1 only, as LPIPS costs the same in both: forward, backward, optimiser."""
     device = default_device()
-    section = DCAERecipe(kind="dcae", perceptual_weight=0)
+    section = DCAESection(kind="dcae", perceptual_weight=0)
     objective = DCAEObjective(tokenizer, section, seed=0).train()
     optimizer = torch.optim.AdamW([p for p in tokenizer.parameters() if p.requires_grad], lr=1e-5, fused=True)
     images = torch.rand(batch, 3, side, side, device=device) * 2 - 1

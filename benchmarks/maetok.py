@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.timing import default_device, matmul, seconds
 from latelier.objectives import build_objective
-from latelier.recipe import MAETokRecipe
+from latelier.recipe import MAETokSection
 from latelier.tokenizers.codec import Codec, fast_bf16
 from latelier.tokenizers.maetok import PRESETS, MAETok
 
@@ -35,7 +35,7 @@ def training_step(preset: str, side: int, batch: int, waste: str = "") -> Callab
     """
     device = default_device()
     tokenizer = MAETok((side, side), **PRESETS[preset])
-    section = MAETokRecipe(kind="maetok", preset=preset, targets=[{"kind": "hog"}], perceptual_weight=0)
+    section = MAETokSection(kind="maetok", preset=preset, targets=[{"kind": "hog"}], perceptual_weight=0)
     objective = build_objective(section, 0, tokenizer).to(device)
     if waste:
         run_twice(tokenizer, "moments")

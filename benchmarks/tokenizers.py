@@ -4,10 +4,10 @@ from contextlib import nullcontext
 
 import torch
 from diffusers import AutoencoderKL
+from latelier.objectives.vmae import VMAEObjective
 
 from benchmarks.timing import default_device, seconds
-from latelier.objectives.vmae import VMAEObjective
-from latelier.recipe import VMAERecipe
+from latelier.recipe import VMAESection
 from latelier.tokenizers.codec import Codec, fast_bf16
 from latelier.tokenizers.conv import PRESETS as CONV
 from latelier.tokenizers.vmae import PRESETS, VMAE
@@ -63,7 +63,7 @@ def dropped_tokens() -> list[tuple[str, float]]:
     tokenizer = VMAE((128, 128), **sizes).to(device)
 
     def step(ratio: float):
-        recipe = VMAERecipe(kind="vmae", mask_ratio=ratio, perceptual_weight=0)
+        recipe = VMAESection(kind="vmae", mask_ratio=ratio, perceptual_weight=0)
         objective = VMAEObjective(tokenizer, recipe, seed=0)
 
         def run() -> None:

@@ -3,13 +3,13 @@
 import pytest
 import torch
 from diffusers import AutoencoderDC
+from latelier.objectives.dcae import DCAEObjective
+from latelier.objectives.prefixes import draw_lengths, keep_prefix
 
 from latelier.errors import LatelierError
 from latelier.objectives import build_objective
-from latelier.objectives.dcae import DCAEObjective
-from latelier.objectives.prefixes import draw_lengths, keep_prefix
 from latelier.preflight import try_tokenizer
-from latelier.recipe import Data, DCAERecipe, Prefixes
+from latelier.recipe import Data, DCAESection, Prefixes
 from latelier.tokenizers import freeze, last_layer
 from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.dcae import PRESETS, build
@@ -24,7 +24,7 @@ SMALL = {
 
 
 def recipe(**changes):
-    return DCAERecipe(kind="dcae", preset="dcae15-f8c32-tiny", model=SMALL, perceptual_weight=0, **changes)
+    return DCAESection(kind="dcae", preset="dcae15-f8c32-tiny", model=SMALL, perceptual_weight=0, **changes)
 
 
 def tokenizer(**changes):
@@ -159,7 +159,7 @@ def test_the_discriminator_compares_gradients_at_the_last_convolution():
 
 def test_frozen_batch_norms_keep_their_statistics():
     changes = {**SMALL, "decoder_norm_types": ("batch_norm",) * 3}
-    section = DCAERecipe(kind="dcae", preset="dcae15-f8c32-tiny", model=changes, perceptual_weight=0)
+    section = DCAESection(kind="dcae", preset="dcae15-f8c32-tiny", model=changes, perceptual_weight=0)
     model = build(section, Data(source="emoji", image_size=16))
     objective = build_objective(section.model_copy(update={"train": "head"}), 0, model).train()
     before = {name: value.clone() for name, value in model.state_dict().items() if "running" in name}
@@ -174,7 +174,7 @@ def test_frozen_batch_norms_keep_their_statistics():
 def test_widths_that_do_not_fit_are_told():
     bad = {**SMALL, "encoder_layers_per_block": (1,)}
     with pytest.raises(LatelierError, match=r"tokenizer\.model does not fit preset dcae15-f8c32-tiny"):
-        build(DCAERecipe(kind="dcae", preset="dcae15-f8c32-tiny", model=bad), Data(source="emoji", image_size=16))
+        build(DCAESection(kind="dcae", preset="dcae15-f8c32-tiny", model=bad), Data(source="emoji", image_size=16))
 
 
 @pytest.mark.parametrize("first", [train_tokenizer, lambda recipe: list(try_tokenizer(recipe))], ids=["train", "check"])

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import synth
 import torch
+from latelier.objectives.vmae import VMAEObjective
 
 from latelier.convert import from_official
 from latelier.diffusion.guidance import guided
-from latelier.objectives.vmae import VMAEObjective
-from latelier.recipe import VMAERecipe
+from latelier.recipe import VMAESection
 from latelier.tokenizers.codec import Codec
 
 FOLDER = Path(__file__).parent / "golden"
@@ -69,7 +69,7 @@ def test_vmae_stage1_losses():
     golden.check("visible_moments", model.moments(images, keep))
 
     def objective(kl, v):
-        recipe = VMAERecipe(
+        recipe = VMAESection(
             kind="vmae", mask_ratio=0.25, visible_weight=v, kl_weight=1e-6, kl=kl, fixed_std=1e-3, perceptual_weight=0
         )
         return VMAEObjective(model, recipe, seed=0).terms(images, keep, noise)[0]

@@ -15,11 +15,11 @@ from latelier.layers import (
     rotate,
     sincos_positions,
 )
-from latelier.recipe import Data, MAETokRecipe
+from latelier.recipe import Data, MAETokSection
 from latelier.tokenizers import build_tokenizer, freeze, last_layer
 from latelier.tokenizers.codec import Codec
-from latelier.tokenizers.latent_decoder import LatentDecoder
 from latelier.tokenizers.maetok import PRESETS, MAETok, build
+from latelier.tokenizers.maetok_decoder import LatentDecoder
 from tiny import MAETOK, tiny_recipe
 
 SMALL = {"dim": 32, "depth": 2, "heads": 2, "decoder_dim": 48, "decoder_depth": 2, "decoder_heads": 3}
@@ -278,7 +278,7 @@ def test_the_papers_size():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets(name):
-    recipe = MAETokRecipe(kind="maetok", preset=name, model={"depth": 1, "decoder_depth": 1})
+    recipe = MAETokSection(kind="maetok", preset=name, model={"depth": 1, "decoder_depth": 1})
     model = build(recipe, Data(source="emoji", image_size=64, channels=1))
     assert model(torch.rand(1, 1, 64, 64)).sample.shape == (1, 1, 64, 64)
     assert not model.config["variational"]
@@ -300,6 +300,6 @@ def test_recipes_and_frozen_encoders(tmp_path):
     again = build(recipe.tokenizer.model_copy(update={"init": str(tmp_path / "saved")}), recipe.data)
     assert torch.equal(again.head.weight, model.head.weight)
     with pytest.raises(LatelierError, match="allowed: maetok-s-128"):
-        build(MAETokRecipe(kind="maetok", preset="maetok-xl"), Data(source="emoji"))
+        build(MAETokSection(kind="maetok", preset="maetok-xl"), Data(source="emoji"))
     with pytest.raises(LatelierError, match="did you mean 'latent_tokens'"):
-        build(MAETokRecipe(kind="maetok", model={"latent_token": 3}), Data(source="emoji"))
+        build(MAETokSection(kind="maetok", model={"latent_token": 3}), Data(source="emoji"))

@@ -4,14 +4,14 @@ import math
 
 import pytest
 import torch
+from latelier.objectives.maetok import LinearReadout, MAETokObjective, auxiliary_decoder
+from latelier.objectives.masking import draw_mask
 from torch import nn
 
 from latelier.errors import LatelierError
 from latelier.losses.kl import gaussian_kl
 from latelier.objectives import build_objective
-from latelier.objectives.maetok import LinearReadout, MAETokObjective, auxiliary_decoder
-from latelier.objectives.masking import draw_mask
-from latelier.recipe import MAETokRecipe, Target
+from latelier.recipe import MAETokSection, Target
 from latelier.tokenizers.maetok import MAETok
 from tiny import MAETOK
 
@@ -65,7 +65,7 @@ def make(targets=(), perceptual=None, variational=False, **changes):
     tokenizer = MAETok((64, 64), **MAETOK["model"], variational=variational)
     for block in tokenizer.decoder.blocks:  # zero at first, so that patches would not hear the latents
         nn.init.normal_(block.modulation.weight, std=0.1)
-    return MAETokObjective(tokenizer, MAETokRecipe(**section), 0, perceptual, targets=targets)
+    return MAETokObjective(tokenizer, MAETokSection(**section), 0, perceptual, targets=targets)
 
 
 def batch(n=3, seen=0, **more):
@@ -284,7 +284,7 @@ def test_linear_readout_refuses_other_grids():
 
 
 def test_built_from_a_recipe():
-    section = MAETokRecipe(kind="maetok", perceptual_weight=0, targets=MAETOK["targets"])
+    section = MAETokSection(kind="maetok", perceptual_weight=0, targets=MAETOK["targets"])
     objective = build_objective(section, 0, MAETok((64, 64), **MAETOK["model"]))
     terms = objective(batch())
     assert set(terms.losses) == {"mse", "hog"}
@@ -297,7 +297,7 @@ def test_the_discriminator_weighs_against_the_image_not_the_targets():
     scales = []
     for targets in ([], MAETOK["targets"]):
         torch.manual_seed(0)
-        section = MAETokRecipe(
+        section = MAETokSection(
             kind="maetok", perceptual_weight=0, targets=targets, adversarial={"layers": 1, "channels": 8, "start": 8}
         )
         tokenizer = MAETok((64, 64), **MAETOK["model"])

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+from latelier.objectives.masking import draw_mask, draw_share
 from scipy import stats
 
 from latelier.keyed_random import KeyedRandom
-from latelier.objectives.masking import draw_mask, draw_share
 from latelier.recipe import Masking
 
 

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from latelier.objectives.prefixes import draw_lengths
 
+from latelier.denoisers.objective import DenoisingObjective
 from latelier.diffusion.process import Flow
 from latelier.errors import LatelierError
 from latelier.evaluation.channels import draw_channel_maps, hoyer, measure_channels
 from latelier.evaluation.prefixes import measure_prefixes, prefix_lengths
-from latelier.objectives.denoising import DenoisingObjective
-from latelier.objectives.prefixes import draw_lengths
 from latelier.preflight import try_denoiser
 from latelier.recipe import Evaluate, Prefixes
 from latelier.tokenizers.codec import Codec

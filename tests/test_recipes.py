@@ -4,11 +4,11 @@ import pytest
 
 from latelier.experiment import run
 from latelier.recipe import (
-    ConvRecipe,
-    DCAERecipe,
-    MAETokRecipe,
+    ConvSection,
+    DCAESection,
+    MAETokSection,
     TrainedTokenizer,
-    VMAERecipe,
+    VMAESection,
     build_recipe,
     load_recipe,
     recipe_files,
@@ -46,16 +46,16 @@ def shrink(recipe, folder, teacher="none"):
             phase |= {**SMALL_TRAINING, "image_size": phase.get("image_size") and 32}
             if phase.get("adversarial"):
                 phase["adversarial"] |= small_game(phase["adversarial"], teacher)
-    if isinstance(recipe.tokenizer, VMAERecipe):
+    if isinstance(recipe.tokenizer, VMAESection):
         tree["tokenizer"] |= {**SMALL_TRAINING, "model": VMAE}
-    elif isinstance(recipe.tokenizer, MAETokRecipe):
+    elif isinstance(recipe.tokenizer, MAETokSection):
         tree["data"] |= {"image_size": 64}
         tree["tokenizer"] |= {**SMALL_TRAINING, "model": MAETOK["model"]}
         tree["tokenizer"]["targets"] = [small_target(target, teacher) for target in tree["tokenizer"]["targets"]]
-    elif isinstance(recipe.tokenizer, DCAERecipe):
+    elif isinstance(recipe.tokenizer, DCAESection):
         tree["tokenizer"] |= {**SMALL_TRAINING, "model": DCAE}
         tree["tokenizer"]["prefixes"] = tree["tokenizer"]["prefixes"] and {"first": 2, "step": 2}
-    elif isinstance(recipe.tokenizer, ConvRecipe):
+    elif isinstance(recipe.tokenizer, ConvSection):
         levels = len(PRESETS[recipe.tokenizer.preset]["block_out_channels"])
         tree["tokenizer"] |= {**SMALL_TRAINING, "model": {"block_out_channels": [32] * levels, "layers_per_block": 1}}
     if recipe.denoiser:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from latelier.objectives.targets import CaptionTarget, FeatureTarget, HogTarget, build_targets, image_numbers
 from PIL import Image
 
 from latelier.conditioning.text import train_words, vocabulary_size
@@ -18,8 +19,7 @@ from latelier.losses import teachers
 from latelier.losses.hog import hog
 from latelier.losses.teachers import Teacher
 from latelier.objectives import targets as module
-from latelier.objectives.targets import CaptionTarget, FeatureTarget, HogTarget, build_targets, image_numbers
-from latelier.recipe import Data, MAETokRecipe, Target
+from latelier.recipe import Data, MAETokSection, Target
 
 transformers = pytest.importorskip("transformers", reason="teachers need pip install 'latelier[text]'")
 
@@ -269,7 +269,7 @@ def test_nothing_masked_is_zero_with_a_gradient(loss):
 
 
 def recipe(*sections):
-    return MAETokRecipe(kind="maetok", targets=list(sections))
+    return MAETokSection(kind="maetok", targets=list(sections))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from latelier.errors import LatelierError
 from latelier.losses.terms import LossTerms
-from latelier.recipe import VMAERecipe, build_recipe
+from latelier.recipe import VMAESection, build_recipe
 from latelier.tokenizers.codec import Codec
 from latelier.training import checkpoint, runtime
 from latelier.training.denoiser_loop import train_denoiser
@@ -178,7 +178,7 @@ def test_checkpoint_of_another_architecture(trained, tmp_path):
 
 
 def test_learning_rate_in_images():
-    section = VMAERecipe(kind="vmae", images=1000, batch=100, lr=1.0, warmup=200, schedule="cosine", final_lr=0.1)
+    section = VMAESection(kind="vmae", images=1000, batch=100, lr=1.0, warmup=200, schedule="cosine", final_lr=0.1)
     rates = [learning_rate(section, n) for n in range(0, 1000, 100)]
     assert rates[0] == pytest.approx(1 / 3)
     assert rates[1] == pytest.approx(2 / 3)
@@ -195,14 +195,14 @@ def test_batch_must_divide(tmp_path):
 @pytest.mark.parametrize("kind", ["vmae", "dit", "conv"])
 def test_compile_reaches_what_is_run(kind):
     from latelier.denoisers.dit import DiT
-    from latelier.recipe import ConvRecipe, Data
+    from latelier.recipe import ConvSection, Data
     from latelier.tokenizers.conv import build
     from latelier.tokenizers.vmae import VMAE
 
     model = {
         "vmae": lambda: VMAE((32, 32), **tiny_recipe(Path()).tokenizer.model),
         "dit": lambda: DiT(4, (4, 4), dim=32, depth=2, heads=2),
-        "conv": lambda: build(ConvRecipe(kind="conv", preset="kl-f8c16-tiny"), Data(source="emoji")),
+        "conv": lambda: build(ConvSection(kind="conv", preset="kl-f8c16-tiny"), Data(source="emoji")),
     }[kind]()
     names = list(model.state_dict())
     runtime.compile_model(model)

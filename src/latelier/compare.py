@@ -22,9 +22,10 @@ from latelier.evaluation.figures import MAP
 from latelier.evaluation.orderings import RunSummary
 from latelier.evaluation.overview import BITS, NUMBERS
 from latelier.inspection import inspect, inspection_recipe
-from latelier.recipe import PretrainedRecipe, Recipe
+from latelier.recipe import Recipe
 from latelier.study import file_name
 from latelier.tokenizers.codec import Codec
+from latelier.tokenizers.pretrained import PretrainedSection
 
 ASKED = "asked.json"  # what was measured; written when it is done
 COLUMNS = {
@@ -211,7 +212,7 @@ def _open(recipe: Recipe, tokenizer: str, data: str) -> Candidate:
     """Read a tokenizer's weights and config, without measuring anything."""
     from latelier.opening import open_pretrained
 
-    assert isinstance(recipe.tokenizer, PretrainedRecipe)
+    assert isinstance(recipe.tokenizer, PretrainedSection)
     codec = open_pretrained(recipe.tokenizer)
     size = recipe.data.image_size
     paints = _painted(codec)

@@ -18,12 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from latelier.data.loader import ImageDataset
 from latelier.errors import LatelierError
 from latelier.evaluation.features import check_features
-from latelier.objectives import build_objective
 from latelier.opening import best_device
-from latelier.recipe import PretrainedRecipe, Recipe, TrainedTokenizer, Training
+from latelier.recipe import Recipe, TrainedTokenizer, Training
 from latelier.terminal import console
 from latelier.tokenizers import build_tokenizer
 from latelier.tokenizers.codec import Codec
+from latelier.tokenizers.pretrained import PretrainedSection
 from latelier.training import checkpoint, denoiser_loop, tokenizer_loop
 from latelier.training.runtime import adamw, make_accelerator, peak_memory, to_device
 
@@ -76,9 +76,11 @@ def try_tokenizer(recipe: Recipe, count: bool = False) -> Iterator[Trial]:
     for number in range(1 + len(section.phases)):
         name, training = section.phase(number)
         dataset = tokenizer_loop.open_images(recipe, size=training.image_size)
-        tokenizer = tokenizer_loop.fit(build_tokenizer(recipe), training.image_size or recipe.data.image_size)
+        tokenizer = tokenizer_loop.fit(
+            build_tokenizer(recipe.tokenizer, recipe.data), training.image_size or recipe.data.image_size
+        )
         tokenizer_loop.check_sizes(recipe, Codec(tokenizer).factor)
-        objective = build_objective(training, recipe.seed, tokenizer, dataset)
+        objective = tokenizer_loop.build_adversarial_objective(training, recipe.seed, tokenizer, dataset)
         micro = _micro(training)
         yield _try(name, training, objective, next(dataset.stream(micro)), count)
 
@@ -101,9 +103,9 @@ def _micro(training: Training) -> int:
 
 
 def _codec(recipe: Recipe) -> Codec:
-    if isinstance(recipe.tokenizer, PretrainedRecipe):
+    if isinstance(recipe.tokenizer, PretrainedSection):
         return tokenizer_loop.open_pretrained(recipe.tokenizer).to(best_device())
-    tokenizer = tokenizer_loop.fit(build_tokenizer(recipe), recipe.data.image_size)
+    tokenizer = tokenizer_loop.fit(build_tokenizer(recipe.tokenizer, recipe.data), recipe.data.image_size)
     codec = Codec(tokenizer, precision="auto")
     codec.latent_shape(*recipe.data.image_size)
     return codec.to(best_device())

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from latelier.data.loader import ImageDataset
+from latelier.denoisers.objective import DenoisingObjective
 from latelier.errors import LatelierError
 from latelier.evaluation.convergence_table import BEGIN, LOSS
 from latelier.evaluation.generation import evaluate_generation
 from latelier.evaluation.references import reference_key
 from latelier.evaluation.results import Measurement, write_measurements
 from latelier.evaluation.speed import batches
-from latelier.objectives.denoising import DenoisingObjective
 from latelier.opening import held_out_records, open_images
 from latelier.pipeline import LatentDiffusionPipeline
 from latelier.receipt import make_receipt

@@ -14,13 +14,20 @@ from latelier.data.latents import latent_statistics
 from latelier.data.loader import ImageDataset
 from latelier.errors import LatelierError
 from latelier.images import make_pairs, save_png
-from latelier.objectives import build_objective
 from latelier.objectives.adversarial import Adversary
 from latelier.opening import open_images, open_pretrained
-from latelier.recipe import PretrainedRecipe, Recipe, TrainedTokenizer
+from latelier.recipe import Recipe, TrainedTokenizer
 from latelier.terminal import console
-from latelier.tokenizers import build_tokenizer
-from latelier.tokenizers.codec import Codec, check_size, is_convolutional, model_class
+from latelier.tokenizers import (
+    build_objective,
+    build_perceptual,
+    build_tokenizer,
+    last_layer,
+    model_class,
+    tokenizer_info,
+)
+from latelier.tokenizers.codec import Codec, check_size
+from latelier.tokenizers.pretrained import PretrainedSection
 from latelier.training import checkpoint
 from latelier.training.rival import Rival
 from latelier.training.runtime import Stage, adamw, compile_model, make_accelerator
@@ -63,8 +70,10 @@ def train_phase(recipe: Recipe, number: int, before: int, accelerator: Accelerat
     torch.manual_seed(recipe.seed)
     tokenizer = open_phase(recipe, number)
     check_sizes(recipe, Codec(tokenizer).factor)
-    objective = build_objective(training, recipe.seed, tokenizer, dataset)
-    if is_convolutional(tokenizer) and accelerator.device.type != "cpu":  # there GroupNorm's backward is slow in it
+    objective = build_adversarial_objective(training, recipe.seed, tokenizer, dataset)
+    if (
+        tokenizer_info(tokenizer).channels_last and accelerator.device.type != "cpu"
+    ):  # there GroupNorm's backward is slow in it
         objective.to(memory_format=torch.channels_last)
     objective.to(accelerator.device)
     if training.compile:
@@ -114,6 +123,21 @@ def train_phase(recipe: Recipe, number: int, before: int, accelerator: Accelerat
     accelerator.wait_for_everyone()
 
 
+def build_adversarial_objective(training: TrainedTokenizer, seed: int, tokenizer: ModelMixin, dataset: ImageDataset):
+    """The objective, and `adversary`, whose term is added to its own."""
+    perceptual = build_perceptual(training)
+    adversary = None
+    if training.adversarial is not None:
+        adversary = Adversary(training.adversarial, seed, tokenizer.config["in_channels"])  # type: ignore[index]
+    objective = build_objective(training, seed, tokenizer, perceptual, dataset)
+    objective.adversary = adversary
+    if adversary is not None:
+        objective.register_forward_hook(
+            lambda _, given, terms: adversary.add(terms, terms.reconstruction, last_layer(tokenizer), given[0])
+        )
+    return objective
+
+
 def check_sizes(recipe: Recipe, factor: int) -> None:
     """Refuse sizes that the tokenizer's factor does not divide, those of later phases too, before the first begins."""
     section = recipe.tokenizer
@@ -137,7 +161,7 @@ def open_phase(recipe: Recipe, number: int) -> ModelMixin:
     section = recipe.tokenizer.phase(number)[1]  # type: ignore[union-attr]
     size = section.image_size or recipe.data.image_size
     if number == 0:
-        return fit(build_tokenizer(recipe), size)
+        return fit(build_tokenizer(recipe.tokenizer, recipe.data), size)
     folder = phase_folder(recipe, number - 1)
     cls = model_class(json.loads((folder / "config.json").read_text()))
     return fit(cls.from_pretrained(folder, low_cpu_mem_usage=False), size).train()
@@ -166,7 +190,7 @@ def _refuse_later_phases(recipe: Recipe, number: int) -> None:
 
 def import_tokenizer(recipe: Recipe, dataset: ImageDataset, folder: Path) -> Path:
     """A tokenizer that needs no training: pixels, or one that is trained already; its statistics are measured here."""
-    if isinstance(recipe.tokenizer, PretrainedRecipe):
+    if isinstance(recipe.tokenizer, PretrainedSection):
         codec = open_pretrained(recipe.tokenizer)
         if codec.image_channels != recipe.data.channels:
             raise LatelierError(
@@ -174,7 +198,7 @@ def import_tokenizer(recipe: Recipe, dataset: ImageDataset, folder: Path) -> Pat
                 f"{codec.image_channels}."
             )
     else:
-        codec = Codec(build_tokenizer(recipe))
+        codec = Codec(build_tokenizer(recipe.tokenizer, recipe.data))
     check_size(recipe.data.image_size, codec.factor)
     accelerator, there = Accelerator(), (folder / "config.json").is_file()
     if there and Codec(Codec.from_pretrained(folder).tokenizer).hash() != Codec(codec.tokenizer).hash():
