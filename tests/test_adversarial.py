@@ -14,10 +14,9 @@ from latelier.losses.adversarial import (
     generator_loss,
     lecam,
 )
-from latelier.objectives import build_objective
 from latelier.objectives.adversarial import CHANGES, Adversary, changed
 from latelier.recipe import Adversarial, build_recipe
-from latelier.tokenizers import build_tokenizer
+from latelier.tokenizers import build_objective, build_tokenizer
 from latelier.training.runtime import Stage
 from latelier.training.tokenizer_loop import train_tokenizer
 from test_training import newest

@@ -3,15 +3,13 @@
 import pytest
 import torch
 from diffusers import AutoencoderKL, VQModel
-from latelier.objectives.autoencoder import AutoencoderObjective
 from torch.utils.flop_counter import FlopCounterMode
 
 from latelier.errors import LatelierError
 from latelier.losses.kl import mean_kl
-from latelier.recipe import ConvSection, Data
-from latelier.tokenizers import remove_spread
+from latelier.tokenizers import build_objective, remove_spread
 from latelier.tokenizers.codec import Codec
-from latelier.tokenizers.conv import PRESETS, build
+from latelier.tokenizers.conv import PRESETS, ConvSection, build
 
 # Of the released models; nothing was released for f = 2.
 PARAMETERS = {
@@ -31,7 +29,7 @@ NARROW = {"block_out_channels": [8, 8, 8], "norm_num_groups": 4}
 
 
 def conv(preset, **changes):
-    return build(ConvSection(kind="conv", preset=preset, **changes), Data(source="emoji"))
+    return build(ConvSection(kind="conv", preset=preset, **changes), 3)
 
 
 @pytest.mark.parametrize("preset", LATENTS)
@@ -98,10 +96,10 @@ def test_starting_from_what_there_is(tmp_path):
 
 
 def terms(tokenizer, size=32, **changes):
-    recipe = ConvSection(kind="conv", preset="kl-f4-small", perceptual_weight=0, **changes)
+    section = ConvSection(kind="conv", preset="kl-f4-small", perceptual_weight=0, **changes)
     images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
     batch = {"image": images, "sample_id": torch.arange(2), "seen": 0}
-    return AutoencoderObjective(tokenizer, recipe, 0)(batch), images
+    return build_objective(section, 0, tokenizer)(batch), images
 
 
 def test_terms_of_a_plain_autoencoder():

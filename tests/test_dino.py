@@ -7,10 +7,9 @@ from torch import nn
 
 from latelier.errors import LatelierError
 from latelier.losses.dino import DinoDiscriminator, Head, tapped, view
-from latelier.objectives import build_objective
 from latelier.objectives.adversarial import Adversary, build_discriminator
 from latelier.recipe import Adversarial
-from latelier.tokenizers import build_tokenizer
+from latelier.tokenizers import build_objective, build_tokenizer
 from latelier.training.checkpoint import checkpoints
 from latelier.training.runtime import Stage
 from latelier.training.tokenizer_loop import train_tokenizer

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 
 from latelier.errors import LatelierError
 from latelier.losses.terms import LossTerms
-from latelier.recipe import VMAESection, build_recipe
+from latelier.recipe import build_recipe
 from latelier.tokenizers.codec import Codec
+from latelier.tokenizers.vmae import VMAEObjective, VMAESection
 from latelier.training import checkpoint, runtime
 from latelier.training.denoiser_loop import train_denoiser
 from latelier.training.runtime import Stage, learning_rate
@@ -125,7 +126,6 @@ def test_a_finished_stage_is_not_trained_again(trained):
 def test_non_finite_numbers_stop_before_the_weights(tmp_path, monkeypatch, what):
     recipe = tiny_recipe(tmp_path, denoiser=None)
     weights = []
-    from latelier.objectives.vmae import VMAEObjective
 
     original = VMAEObjective.forward
 
@@ -195,14 +195,13 @@ def test_batch_must_divide(tmp_path):
 @pytest.mark.parametrize("kind", ["vmae", "dit", "conv"])
 def test_compile_reaches_what_is_run(kind):
     from latelier.denoisers.dit import DiT
-    from latelier.recipe import ConvSection, Data
-    from latelier.tokenizers.conv import build
+    from latelier.tokenizers.conv import ConvSection, build
     from latelier.tokenizers.vmae import VMAE
 
     model = {
         "vmae": lambda: VMAE((32, 32), **tiny_recipe(Path()).tokenizer.model),
         "dit": lambda: DiT(4, (4, 4), dim=32, depth=2, heads=2),
-        "conv": lambda: build(ConvSection(kind="conv", preset="kl-f8c16-tiny"), Data(source="emoji")),
+        "conv": lambda: build(ConvSection(kind="conv", preset="kl-f8c16-tiny"), 3),
     }[kind]()
     names = list(model.state_dict())
     runtime.compile_model(model)

@@ -47,7 +47,7 @@ class ReconstructionLoss(nn.Module):
             sample_id: numbers of the images in the stream; None: LPIPS on all.
             with_perceptual: false leaves LPIPS out, as where its weight is still 0.
         """
-        losses = {}
+        losses: dict[str, Tensor] = {}
         if self.pixels is not None:
             losses[self.pixels] = DISTANCES[self.pixels](reconstruction, images)
         if self.perceptual is None or not self.perceptual_weight or not with_perceptual:

@@ -77,9 +77,7 @@ class MAETokSection(TrainedTokenizer):
     kind: Literal["maetok"]
     preset: str = "maetok-b-128"
     mask: Masking = Masking()
-    targets: list[TargetSection] = Field(
-        [], description="what auxiliary decoders predict: hog, dinov2, ..."
-    )
+    targets: list[TargetSection] = Field([], description="what auxiliary decoders predict: hog, dinov2, ...")
     perceptual_weight: Weight = 1.0
     perceptual_warmup: Count = Field(0, description="images over which LPIPS's weight rises from 0")
     kl_weight: Weight = Field(0.0, description="of the KL, summed over a latent; 0: a plain autoencoder")
