@@ -102,7 +102,8 @@ class ByKind:
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
         sections = dict.fromkeys(self.section(kind) for kind in self.modules)
-        return {"oneOf": [handler(section.__pydantic_core_schema__) for section in sections]}
+        options = [handler(section.__pydantic_core_schema__) for section in sections]
+        return {"discriminator": {"propertyName": "kind"}, "oneOf": options}
 
 
 def _kinds(section: type[BaseModel]) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ from latelier.tokenizers.codec import Codec, check_size
 from latelier.tokenizers.pretrained import PretrainedSection
 from latelier.training import checkpoint
 from latelier.training.rival import Rival
-from latelier.training.runtime import Stage, adamw, compile_model, make_accelerator
+from latelier.training.runtime import Stage, adamw, compile_model, make_accelerator, to_device
 
 STATISTICS_IMAGES = 10_000
 PREVIEW_IMAGES = 16
