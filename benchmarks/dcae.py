@@ -16,11 +16,10 @@ from diffusers.models.attention_processor import SanaMultiscaleLinearAttention
 from torch import nn
 
 from benchmarks.timing import default_device, seconds
-from latelier.objectives.dcae import DCAEObjective
-from latelier.recipe import DCAERecipe
+from latelier.losses.reconstruction import ReconstructionLoss
 from latelier.tokenizers import freeze
 from latelier.tokenizers.codec import Codec, fast_bf16
-from latelier.tokenizers.dcae import PRESETS
+from latelier.tokenizers.dcae import PRESETS, DCAEObjective
 
 STEP = {"cpu": ("dcae15-f32c128-tiny", 256, 4), "cuda": ("dcae-f32c32", 512, 8)}  # preset, side, batch
 CODEC = ("dcae-f32c32", "dcae15-f64c128")
@@ -60,8 +59,7 @@ def phases(preset: str, side: int, batch: int, rounds: int = 5) -> list[tuple[st
 def training_step(tokenizer: AutoencoderDC, side: int, batch: int) -> Callable[[], object]:
     """L1 only, as LPIPS costs the same in both: forward, backward, optimiser."""
     device = default_device()
-    section = DCAERecipe(kind="dcae", perceptual_weight=0)
-    objective = DCAEObjective(tokenizer, section, seed=0).train()
+    objective = DCAEObjective(tokenizer, ReconstructionLoss("l1"), 0).train()
     optimizer = torch.optim.AdamW([p for p in tokenizer.parameters() if p.requires_grad], lr=1e-5, fused=True)
     images = torch.rand(batch, 3, side, side, device=device) * 2 - 1
     record = {"image": images, "sample_id": torch.arange(batch, device=device), "seen": 0}

@@ -15,10 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.timing import default_device, matmul, seconds
-from latelier.objectives import build_objective
-from latelier.recipe import MAETokRecipe
+from latelier.tokenizers import build_objective
 from latelier.tokenizers.codec import Codec, fast_bf16
-from latelier.tokenizers.maetok import PRESETS, MAETok
+from latelier.tokenizers.maetok import PRESETS, MAETok, MAETokSection
 
 MINI, BASE = ("maetok-mini-32", 64), ("maetok-b-128", 256)  # preset and side of the images
 BATCH = {"cpu": 4, "cuda": 32}  # of the base model
@@ -35,7 +34,7 @@ def training_step(preset: str, side: int, batch: int, waste: str = "") -> Callab
     """
     device = default_device()
     tokenizer = MAETok((side, side), **PRESETS[preset])
-    section = MAETokRecipe(kind="maetok", preset=preset, targets=[{"kind": "hog"}], perceptual_weight=0)
+    section = MAETokSection(kind="maetok", preset=preset, targets=[{"kind": "hog"}], perceptual_weight=0)
     objective = build_objective(section, 0, tokenizer).to(device)
     if waste:
         run_twice(tokenizer, "moments")

@@ -6,11 +6,9 @@ import torch
 from diffusers import AutoencoderKL
 
 from benchmarks.timing import default_device, seconds
-from latelier.objectives.vmae import VMAEObjective
-from latelier.recipe import VMAERecipe
 from latelier.tokenizers.codec import Codec, fast_bf16
 from latelier.tokenizers.conv import PRESETS as CONV
-from latelier.tokenizers.vmae import PRESETS, VMAE
+from latelier.tokenizers.vmae import PRESETS, VMAE, VMAEObjective
 
 BATCH = {"cpu": 2, "cuda": 32}
 
@@ -63,8 +61,7 @@ def dropped_tokens() -> list[tuple[str, float]]:
     tokenizer = VMAE((128, 128), **sizes).to(device)
 
     def step(ratio: float):
-        recipe = VMAERecipe(kind="vmae", mask_ratio=ratio, perceptual_weight=0)
-        objective = VMAEObjective(tokenizer, recipe, seed=0)
+        objective = VMAEObjective(tokenizer, seed=0, mask_ratio=ratio)
 
         def run() -> None:
             with torch.autocast(device, torch.bfloat16) if fast_bf16(device) else nullcontext():

@@ -10,9 +10,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from latelier import recipe
-from latelier.denoisers import dit, unet, uvit
+from latelier.denoisers import dit, objective, unet, uvit
 from latelier.recipe import condition
-from latelier.tokenizers import conv, dcae, maetok
+from latelier.tokenizers import conv, dcae, maetok, maetok_targets, pretrained, vmae
 
 MARK = "<!-- recipe tables -->"
 
@@ -42,7 +42,7 @@ MEANINGS: dict[type[BaseModel], dict[str, str]] = {
         "method": "a paper's name for a set of values, which lie under those that are given; see the kind's table",
         "phases": "sections that follow, each with `name`, `images` and what changes; see [VMAE](vmae.md#phases)",
     },
-    recipe.VMAERecipe: {
+    vmae.VMAESection: {
         "preset": "see [VMAE](vmae.md#presets)",
         "method": "`paper`, `released`: the values of the paper's text, and of its released script",
         "mask_ratio": "share of patches that the encoder does not see in training",
@@ -50,7 +50,7 @@ MEANINGS: dict[type[BaseModel], dict[str, str]] = {
         "kl_weight": "of the KL term",
         "kl": "form of the KL, see [VMAE](vmae.md#the-objective)",
     },
-    recipe.MAETokRecipe: {
+    maetok.MAETokSection: {
         "preset": names(maetok.PRESETS),
         "method": "`paper`: targets, weights and discriminator of [MAETok](maetok.md); `ae`, `vae`: neither masks nor "
         "targets",
@@ -59,20 +59,20 @@ MEANINGS: dict[type[BaseModel], dict[str, str]] = {
         "targets": "a list of sections, see below",
         "perceptual_weight": "of LPIPS; 0 needs no LPIPS weights",
     },
-    recipe.DCAERecipe: {
+    dcae.DCAESection: {
         "preset": names(dcae.PRESETS),
         "method": "`structured`: any prefix of the channels decodes (DC-AE 1.5); `plain`: not",
         "init": "an `AutoencoderDC`, folder or Hub name to start from",
         "reconstruction": "absolute or squared error of pixels",
         "perceptual_weight": "of LPIPS; 0 needs no LPIPS weights",
     },
-    recipe.Masking: {"low": "the smallest share", "high": "the largest"},
-    recipe.Target: {
+    maetok_targets.Masking: {"low": "the smallest share", "high": "the largest"},
+    maetok_targets.TargetSection: {
         "kind": "what is predicted: `hog`; features of a teacher; the words of the `caption`",
         "weight": "of its error in the loss",
         "heads": "of the auxiliary decoder's attention",
     },
-    recipe.ConvRecipe: {
+    conv.ConvSection: {
         "preset": names(conv.PRESETS),
         "method": "`kl-reg`, `vq-reg`: those of [LDM](ldm.md); `ae`, `dae`, `vae`, `sd-vae`: the baselines of "
         "[LDMAE](ldmae.md)",
@@ -83,7 +83,7 @@ MEANINGS: dict[type[BaseModel], dict[str, str]] = {
         "kl_weight": "of the KL, summed over a latent; 0 makes a plain autoencoder, whose latent is the mean",
         "kl": "to N(0, 1), or with the mean left free",
     },
-    recipe.PretrainedRecipe: {
+    pretrained.PretrainedSection: {
         "path": "a folder or Hub name",
         "subfolder": "of it, such as `vae`",
     },
@@ -102,7 +102,7 @@ MEANINGS: dict[type[BaseModel], dict[str, str]] = {
         "checkpoint_every": "images; 0: a tenth of the training length",
         "keep_checkpoints": "the newest so many stay",
     },
-    recipe.DenoiserRecipe: {
+    objective.DenoiserSection: {
         "kind": "transformers: [DiT, SiT, LightningDiT](dit.md#switches), [U-ViT, USiT](dcae.md#the-denoisers); "
         "`unet`: [LDM](ldm.md)",
         "size": f"transformers: {names(dit.SIZES)}; U-ViTs: {names(uvit.SIZES)}; U-Nets: {names(unet.SIZES)}",
@@ -156,17 +156,17 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "data": recipe.Data,
     "keys of all tokenizers that are trained": recipe.TrainedTokenizer,
     "tokenizer.adversarial": recipe.Adversarial,
-    "tokenizer: {kind: vmae}": recipe.VMAERecipe,
-    "tokenizer: {kind: maetok}": recipe.MAETokRecipe,
-    "tokenizer.mask of maetok": recipe.Masking,
-    "tokenizer.targets of maetok": recipe.Target,
-    "tokenizer: {kind: conv}": recipe.ConvRecipe,
-    "tokenizer: {kind: dcae}": recipe.DCAERecipe,
+    "tokenizer: {kind: vmae}": vmae.VMAESection,
+    "tokenizer: {kind: maetok}": maetok.MAETokSection,
+    "tokenizer.mask of maetok": maetok_targets.Masking,
+    "tokenizer.targets of maetok": maetok_targets.TargetSection,
+    "tokenizer: {kind: conv}": conv.ConvSection,
+    "tokenizer: {kind: dcae}": dcae.DCAESection,
     "prefixes of dcae and denoiser": recipe.Prefixes,
-    "tokenizer: {kind: identity}": recipe.IdentityRecipe,
-    "tokenizer: {kind: pretrained}": recipe.PretrainedRecipe,
+    "tokenizer: {kind: identity}": conv.IdentitySection,
+    "tokenizer: {kind: pretrained}": pretrained.PretrainedSection,
     "training keys of tokenizer and denoiser": recipe.Training,
-    "denoiser": recipe.DenoiserRecipe,
+    "denoiser": objective.DenoiserSection,
     "denoiser.process": recipe.Process,
     "denoiser.condition: {kind: class}": condition.ClassCondition,
     "denoiser.condition: {kind: text}": condition.TextCondition,

@@ -15,9 +15,8 @@ from latelier.losses.adversarial import (
 from latelier.losses.augment import CHANGES, augment
 from latelier.losses.discriminator import add_adversarial_loss, build_discriminator
 from latelier.losses.patchgan import PatchGAN
-from latelier.objectives import build_objective
 from latelier.recipe import Adversarial, build_recipe
-from latelier.tokenizers import build_tokenizer, last_layer
+from latelier.tokenizers import build_objective, build_tokenizer, last_layer
 from latelier.training import tokenizer_loop
 from latelier.training.runtime import Stage
 from latelier.training.tokenizer_loop import train_tokenizer
@@ -40,7 +39,7 @@ def conv_recipe(folder, **changes):
 def objective(tmp_path):
     recipe = conv_recipe(tmp_path, adversarial=GAME)
     torch.manual_seed(0)
-    return build_objective(recipe.tokenizer, 0, build_tokenizer(recipe))
+    return build_objective(recipe.tokenizer, 0, build_tokenizer(recipe.tokenizer, recipe.data))
 
 
 @pytest.fixture

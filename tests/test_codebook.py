@@ -11,9 +11,8 @@ import torch
 from latelier.errors import LatelierError
 from latelier.losses import codebook as module
 from latelier.losses.codebook import CodebookUse, nearest_codes, perplexity, quantise
-from latelier.objectives import build_objective
 from latelier.recipe import build_recipe
-from latelier.tokenizers import build_tokenizer
+from latelier.tokenizers import build_objective, build_tokenizer
 from latelier.tokenizers.codec import Codec
 from latelier.training import checkpoint
 from latelier.training.runtime import Stage
@@ -36,7 +35,7 @@ def vq_recipe(folder, **changes):
 @pytest.fixture
 def objective(tmp_path):
     recipe = vq_recipe(tmp_path)
-    return build_objective(recipe.tokenizer, 0, build_tokenizer(recipe))
+    return build_objective(recipe.tokenizer, 0, build_tokenizer(recipe.tokenizer, recipe.data))
 
 
 def batch(seen=0, start=0):
@@ -104,7 +103,7 @@ def test_usage_looks_back_over_a_window():
 
 
 def test_terms_of_a_quantised_autoencoder(objective):
-    recipe, given = objective.recipe, batch()
+    given = batch()
     terms = objective(given)
     assert terms.weights == {"l1": 1.0, "codebook": 1.0}
     tokenizer = objective.tokenizer
@@ -118,7 +117,6 @@ def test_terms_of_a_quantised_autoencoder(objective):
     assert terms.losses["codebook_perplexity"].item() == pytest.approx(perplexity(codes.float()).item(), rel=1e-5)
     terms.total.backward()
     assert all(p.grad is not None for p in tokenizer.parameters())
-    assert (recipe.quantised, recipe.deterministic) == (True, False)
 
 
 def test_restart_takes_latents_of_the_batch_wherever_they_lie():
@@ -141,7 +139,7 @@ def test_restart_revives_dead_codes(tmp_path):
     for after in (0, 16):
         torch.manual_seed(0)
         recipe = vq_recipe(tmp_path, codebook_restart=after)
-        objective = build_objective(recipe.tokenizer, 0, build_tokenizer(recipe))
+        objective = build_objective(recipe.tokenizer, 0, build_tokenizer(recipe.tokenizer, recipe.data))
         objective.tokenizer.quantize.embedding.weight.data[4:] = 100.0  # far from every latent
         for step in range(4):
             terms = objective(batch(seen=8 * step, start=8 * step))
@@ -152,7 +150,7 @@ def test_restart_revives_dead_codes(tmp_path):
 
 def test_a_frozen_or_evaluated_codebook_is_left_alone(tmp_path):
     recipe = vq_recipe(tmp_path, codebook_restart=1, train=["encoder"])
-    objective = build_objective(recipe.tokenizer, 0, build_tokenizer(recipe))
+    objective = build_objective(recipe.tokenizer, 0, build_tokenizer(recipe.tokenizer, recipe.data))
     weight = objective.tokenizer.quantize.embedding.weight
     before = weight.clone()
     objective(batch(seen=8))
@@ -165,7 +163,7 @@ def test_a_frozen_or_evaluated_codebook_is_left_alone(tmp_path):
 
 def test_the_decoder_begins_with_the_codes(tmp_path):
     recipe = vq_recipe(tmp_path, train="decoder")
-    objective = build_objective(recipe.tokenizer, 0, build_tokenizer(recipe))
+    objective = build_objective(recipe.tokenizer, 0, build_tokenizer(recipe.tokenizer, recipe.data))
     learning = {name.split(".")[0] for name, p in objective.tokenizer.named_parameters() if p.requires_grad}
     assert learning == {"quantize", "decoder", "post_quant_conv"}
     objective(batch()).total.backward()
@@ -211,6 +209,7 @@ def test_a_trained_codec_quantises_when_it_decodes(trained):
 
 def test_methods_and_presets_must_match(tmp_path):
     recipe = vq_recipe(tmp_path, method="vq-reg").tokenizer
+    assert (recipe.quantised, recipe.deterministic) == (True, False)
     assert (recipe.adversarial.weight, recipe.codebook_beta, recipe.kl_per_pixel) == (0.75, 0.25, False)
     with pytest.raises(LatelierError, match=r"method = 'kl-reg' is not for preset 'vq-f4-small'; .* begins with kl"):
         vq_recipe(tmp_path, method="kl-reg")

@@ -5,18 +5,16 @@ import torch
 from diffusers import AutoencoderKL, VQModel
 
 from latelier.errors import LatelierError
-from latelier.recipe import ConvRecipe, Data
 from latelier.tokenizers.codec import Codec
-from latelier.tokenizers.conv import PRESETS, IdentityTokenizer, build
+from latelier.tokenizers.conv import PRESETS, ConvSection, IdentityTokenizer, build
 
 
 @pytest.fixture
 def tokenizers():
-    data = Data(source="emoji")
     small = {"block_out_channels": [8, 8], "down_block_types": ["DownEncoderBlock2D"] * 2, "norm_num_groups": 4}
     small |= {"up_block_types": ["UpDecoderBlock2D"] * 2, "latent_channels": 4}
     return {
-        "kl": build(ConvRecipe(kind="conv", preset="kl-f8c16-tiny", model=small), data).eval(),
+        "kl": build(ConvSection(kind="conv", preset="kl-f8c16-tiny", model=small), 3).eval(),
         "vq": VQModel(**small, num_vq_embeddings=16, scaling_factor=1.0).eval(),
         "pixels": IdentityTokenizer(3, 3),
     }

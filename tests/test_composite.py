@@ -10,8 +10,8 @@ from latelier.conditioning.asking import Asked
 from latelier.conditioning.composite import CompositeConditioner, merge
 from latelier.conditioning.condition import ClassConditioner, Condition
 from latelier.conditioning.low_resolution import LowResolutionConditioner
+from latelier.denoisers.objective import DenoiserSection
 from latelier.errors import LatelierError
-from latelier.recipe import DenoiserRecipe
 
 WORLD = DataSpec(["cat", "dog"], None, None, None, (4, 8, 8), 4, 3, 16, False, 0)
 
@@ -77,7 +77,7 @@ def test_each_part_is_dropped_by_its_own_column():
 
 def test_saved_and_loaded_whole(tmp_path):
     spec = WORLD
-    section = DenoiserRecipe(condition=["class", {"kind": "low-resolution", "factor": 4}]).condition
+    section = DenoiserSection(condition=["class", {"kind": "low-resolution", "factor": 4}]).condition
     together = build_conditioner(section, spec)
     assert together.spatial_channels == 3
     assert together.token_width == 0
@@ -90,10 +90,10 @@ def test_saved_and_loaded_whole(tmp_path):
 
 def test_sections_that_do_not_go_together():
     with pytest.raises(LatelierError, match="names a kind twice: class, class"):
-        build_conditioner(DenoiserRecipe(condition=["class", "class"]).condition, WORLD)
+        build_conditioner(DenoiserSection(condition=["class", "class"]).condition, WORLD)
     nothing = DataSpec(None, None, None, None, (4, 8, 8), 4, 3, 16, False, 0)
     with pytest.raises(LatelierError, match="the data has no classes"):
-        build_conditioner(DenoiserRecipe().condition, nothing)
+        build_conditioner(DenoiserSection().condition, nothing)
 
 
 def test_what_cannot_be_asked():

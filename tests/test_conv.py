@@ -7,11 +7,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from latelier.errors import LatelierError
 from latelier.losses.kl import mean_kl
-from latelier.objectives.autoencoder import AutoencoderObjective
-from latelier.recipe import ConvRecipe, Data
-from latelier.tokenizers import remove_spread
+from latelier.tokenizers import build_objective, remove_spread
 from latelier.tokenizers.codec import Codec
-from latelier.tokenizers.conv import PRESETS, build
+from latelier.tokenizers.conv import PRESETS, ConvSection, build
 
 # Of the released models; nothing was released for f = 2.
 PARAMETERS = {
@@ -31,7 +29,7 @@ NARROW = {"block_out_channels": [8, 8, 8], "norm_num_groups": 4}
 
 
 def conv(preset, **changes):
-    return build(ConvRecipe(kind="conv", preset=preset, **changes), Data(source="emoji"))
+    return build(ConvSection(kind="conv", preset=preset, **changes), 3)
 
 
 @pytest.mark.parametrize("preset", LATENTS)
@@ -98,10 +96,10 @@ def test_starting_from_what_there_is(tmp_path):
 
 
 def terms(tokenizer, size=32, **changes):
-    recipe = ConvRecipe(kind="conv", preset="kl-f4-small", perceptual_weight=0, **changes)
+    section = ConvSection(kind="conv", preset="kl-f4-small", perceptual_weight=0, **changes)
     images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
     batch = {"image": images, "sample_id": torch.arange(2), "seen": 0}
-    return AutoencoderObjective(tokenizer, recipe, 0)(batch), images
+    return build_objective(section, 0, tokenizer)(batch), images
 
 
 def test_terms_of_a_plain_autoencoder():
@@ -129,10 +127,10 @@ def test_kl_per_pixel_is_the_released_loss():
 
 
 def test_methods_of_ldm():
-    kl = ConvRecipe(kind="conv", method="kl-reg", preset="kl-f8")
+    kl = ConvSection(kind="conv", method="kl-reg", preset="kl-f8")
     assert (kl.reconstruction, kl.perceptual_weight, kl.kl_weight, kl.kl_per_pixel) == ("l1", 1.0, 1e-6, True)
     assert (kl.adversarial.weight, kl.adversarial.norm, kl.adversarial.adaptive) == (0.5, "batch", True)
-    vq = ConvRecipe(kind="conv", method="vq-reg", preset="vq-f8-n256")
+    vq = ConvSection(kind="conv", method="vq-reg", preset="vq-f8-n256")
     assert (vq.codebook_weight, vq.codebook_form, vq.adversarial.weight) == (1.0, "legacy", 0.75)
-    assert not ConvRecipe(kind="conv", method="sd-vae").kl_per_pixel
-    assert ConvRecipe(kind="conv", method="ae").deterministic
+    assert not ConvSection(kind="conv", method="sd-vae").kl_per_pixel
+    assert ConvSection(kind="conv", method="ae").deterministic

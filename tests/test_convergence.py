@@ -9,12 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from latelier.denoisers.objective import DenoiserSection, DenoisingObjective
 from latelier.errors import LatelierError
 from latelier.evaluation import features
 from latelier.evaluation.convergence import PASSES, held_out_loss, load_snapshot, measure_convergence
-from latelier.objectives.denoising import DenoisingObjective
 from latelier.opening import open_codec, open_images, open_run, snapshot_folder
-from latelier.recipe import DenoiserRecipe
 from latelier.report.comparison import write_comparison
 from latelier.report.orderings import RunSummary
 from latelier.report.tables import LOSS, comparable, convergence, reach, read_curves, speed_table
@@ -60,7 +59,7 @@ def run(tmp_path_factory):
      (40, 8, 5, [8, 16, 24, 32, 40])],
 )  # fmt: skip
 def test_snapshots_lie_at_equal_distances(images, batch, snapshots, places):
-    assert DenoiserRecipe(images=images, batch=batch, snapshots=snapshots).snapshots_at() == places
+    assert DenoiserSection(images=images, batch=batch, snapshots=snapshots).snapshots_at() == places
 
 
 def test_more_snapshots_than_steps_are_refused(tmp_path):

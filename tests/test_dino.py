@@ -8,8 +8,7 @@ from torch import nn
 from latelier.errors import LatelierError
 from latelier.losses.dino import DinoDiscriminator, Head, tapped, view
 from latelier.losses.discriminator import add_adversarial_loss, build_discriminator
-from latelier.objectives import build_objective
-from latelier.tokenizers import build_tokenizer, last_layer
+from latelier.tokenizers import build_objective, build_tokenizer, last_layer
 from latelier.training.checkpoint import checkpoints
 from latelier.training.runtime import Stage
 from latelier.training.tokenizer_loop import train_tokenizer
@@ -37,7 +36,7 @@ def make_discriminator(teacher, **settings):
 def make_objective(folder, teacher):
     torch.manual_seed(0)
     recipe = game_recipe(folder, teacher)
-    return build_objective(recipe.tokenizer, 0, build_tokenizer(recipe))
+    return build_objective(recipe.tokenizer, 0, build_tokenizer(recipe.tokenizer, recipe.data))
 
 
 def pair():

@@ -6,9 +6,9 @@ import torch
 from latelier.conditioning.condition import ClassConditioner, Condition
 from latelier.denoisers import build_denoiser
 from latelier.denoisers.dit import SWITCHES, DiT
+from latelier.denoisers.objective import DenoiserSection
 from latelier.errors import LatelierError
 from latelier.layers import attention, patchify, rms_norm, rope_table, rotate, unpatchify
-from latelier.recipe import DenoiserRecipe
 
 SMALL = {"dim": 32, "depth": 2, "heads": 2}
 
@@ -86,12 +86,12 @@ def test_patches_invert(shape):
 
 
 def test_recipe_and_latents_must_fit():
-    recipe = DenoiserRecipe(size="XS", patch=2, model={"depth": 1})
+    recipe = DenoiserSection(size="XS", patch=2, model={"depth": 1})
     assert build_denoiser(recipe, (4, 8, 8)).config["in_channels"] == 4
     with pytest.raises(LatelierError, match=r"denoiser.patch = 2 does not divide the latent grid 7 x 8"):
         build_denoiser(recipe, (4, 7, 8))
     with pytest.raises(LatelierError, match="allowed: XS"):
-        build_denoiser(DenoiserRecipe(size="M"), (4, 8, 8))
+        build_denoiser(DenoiserSection(size="M"), (4, 8, 8))
 
 
 def test_class_conditioner():

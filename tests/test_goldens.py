@@ -11,9 +11,8 @@ import torch
 
 from latelier.convert import from_official
 from latelier.diffusion.guidance import guided
-from latelier.objectives.vmae import VMAEObjective
-from latelier.recipe import VMAERecipe
 from latelier.tokenizers.codec import Codec
+from latelier.tokenizers.vmae import VMAEObjective
 
 FOLDER = Path(__file__).parent / "golden"
 
@@ -69,10 +68,7 @@ def test_vmae_stage1_losses():
     golden.check("visible_moments", model.moments(images, keep))
 
     def objective(kl, v):
-        recipe = VMAERecipe(
-            kind="vmae", mask_ratio=0.25, visible_weight=v, kl_weight=1e-6, kl=kl, fixed_std=1e-3, perceptual_weight=0
-        )
-        return VMAEObjective(model, recipe, seed=0).terms(images, keep, noise)[0]
+        return VMAEObjective(model, 0, mask_ratio=0.25, visible_weight=v, kl=kl).terms(images, keep, noise)
 
     free, fixed = objective("free-mean", 0.5), objective("fixed-std", 0.5)
     golden.check("reconstruction", free.reconstruction.detach())

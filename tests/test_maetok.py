@@ -15,11 +15,10 @@ from latelier.layers import (
     rotate,
     sincos_positions,
 )
-from latelier.recipe import Data, MAETokRecipe
 from latelier.tokenizers import build_tokenizer, freeze, last_layer
 from latelier.tokenizers.codec import Codec
-from latelier.tokenizers.latent_decoder import LatentDecoder
-from latelier.tokenizers.maetok import PRESETS, MAETok, build
+from latelier.tokenizers.maetok import PRESETS, MAETok, MAETokSection, build
+from latelier.tokenizers.maetok_decoder import LatentDecoder
 from tiny import MAETOK, tiny_recipe
 
 SMALL = {"dim": 32, "depth": 2, "heads": 2, "decoder_dim": 48, "decoder_depth": 2, "decoder_heads": 3}
@@ -159,10 +158,10 @@ def test_resized_computes_the_same(positions, cls):
 def test_other_sizes_are_refused_by_the_codec():
     model = tokenizer()
     with pytest.raises(
-        LatelierError, match=r"paints 32 x 32 pixels, .* here 32 x 64; .* tokenizer.resized\(\(32, 64\)"
+        LatelierError, match=r"decodes to 32 x 32 pixels, .* here 32 x 64; .* tokenizer.resized\(\(32, 64\)"
     ):
         Codec(model).encode(torch.rand(1, 3, 32, 64))
-    with pytest.raises(LatelierError, match="paints 32 x 32 pixels"):
+    with pytest.raises(LatelierError, match="decodes to 32 x 32 pixels"):
         Codec(model).latent_shape(64, 64)
     assert Codec(model.resized((32, 64))).encode(torch.rand(1, 3, 32, 64)).shape == (1, 4, 6)
 
@@ -183,7 +182,7 @@ def test_latents_may_speak_from_the_start():
     torch.manual_seed(0)
     for scale, silent in ((0.0, True), (1.0, False)):
         model = MAETok((32, 32), 8, latent_tokens=6, latent_channels=4, latent_scale=scale, **SMALL).eval()
-        z = torch.randn(2, *model.latent_shape(32, 32))
+        z = torch.randn(2, *model.info.latent_shape(32, 32))
         assert torch.allclose(model.decode(z).sample[0], model.decode(z).sample[1]) == silent
 
 
@@ -197,11 +196,11 @@ def test_learned_positions_begin_as_sinusoids():
 def test_stochastic_depth_is_addressed():
     model = tokenizer(decoder_drop_path=0.9).train()
     z, draws = torch.randn(8, 6, 4), KeyedRandom(0, torch.arange(8))
-    whole, without = model.decode_tokens(z, draws=draws), model.decode_tokens(z)
-    assert torch.equal(model.eval().decode_tokens(z, draws=draws), without)
+    whole, without = model.decode_tokens(z, rng=draws), model.decode_tokens(z)
+    assert torch.equal(model.eval().decode_tokens(z, rng=draws), without)
     changed = (whole - without).abs().amax((1, 2, 3)) > 1e-4
     assert changed.all()  # a branch that stays is ten times as loud
-    half = model.train().decode_tokens(z[4:], draws=KeyedRandom(0, torch.arange(4, 8)))
+    half = model.train().decode_tokens(z[4:], rng=KeyedRandom(0, torch.arange(4, 8)))
     torch.testing.assert_close(half, whole[4:])
 
 
@@ -221,7 +220,7 @@ def test_gradient_checkpointing_changes_nothing():
         if checkpointed:
             model.enable_gradient_checkpointing()
         model.zero_grad()
-        model.decode_tokens(model.moments(images), draws=KeyedRandom(0, torch.arange(2))).square().mean().backward()
+        model.decode_tokens(model.moments(images), rng=KeyedRandom(0, torch.arange(2))).square().mean().backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     assert model.decoder.gradient_checkpointing
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
@@ -278,15 +277,15 @@ def test_the_papers_size():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets(name):
-    recipe = MAETokRecipe(kind="maetok", preset=name, model={"depth": 1, "decoder_depth": 1})
-    model = build(recipe, Data(source="emoji", image_size=64, channels=1))
+    recipe = MAETokSection(kind="maetok", preset=name, model={"depth": 1, "decoder_depth": 1})
+    model = build(recipe, 1, (64, 64))
     assert model(torch.rand(1, 1, 64, 64)).sample.shape == (1, 1, 64, 64)
     assert not model.config["variational"]
 
 
 def test_recipes_and_frozen_encoders(tmp_path):
     recipe = tiny_recipe(tmp_path, tokenizer={**MAETOK, "kl_weight": 1e-6})
-    model = build_tokenizer(recipe)
+    model = build_tokenizer(recipe.tokenizer, recipe.data)
     assert model.config["variational"]
     freeze(model, "decoder")
     trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
@@ -297,9 +296,9 @@ def test_recipes_and_frozen_encoders(tmp_path):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     assert last_layer(model) is model.head.weight
     model.save_pretrained(tmp_path / "saved")
-    again = build(recipe.tokenizer.model_copy(update={"init": str(tmp_path / "saved")}), recipe.data)
+    again = build(recipe.tokenizer.model_copy(update={"init": str(tmp_path / "saved")}), 3, recipe.data.image_size)
     assert torch.equal(again.head.weight, model.head.weight)
     with pytest.raises(LatelierError, match="allowed: maetok-s-128"):
-        build(MAETokRecipe(kind="maetok", preset="maetok-xl"), Data(source="emoji"))
+        build(MAETokSection(kind="maetok", preset="maetok-xl"), 3, (64, 64))
     with pytest.raises(LatelierError, match="did you mean 'latent_tokens'"):
-        build(MAETokRecipe(kind="maetok", model={"latent_token": 3}), Data(source="emoji"))
+        build(MAETokSection(kind="maetok", model={"latent_token": 3}), 3, (64, 64))

@@ -7,8 +7,7 @@ import torch
 from scipy import stats
 
 from latelier.keyed_random import KeyedRandom
-from latelier.objectives.masking import draw_mask, draw_share
-from latelier.recipe import Masking
+from latelier.tokenizers.maetok_targets import MaskShare, draw_mask
 
 
 @pytest.mark.parametrize(
@@ -40,7 +39,7 @@ def test_positions_are_uniform_and_independent_between_images():
 
 def test_shares_are_truncated_normal():
     """MAETok's: 0.4 to 0.6 around 0.6 with deviation 0.25, of which the mean is 0.505."""
-    shares = [draw_share(Masking(), 0, step * 512) for step in range(500)]
+    shares = [MaskShare().draw(0, step * 512) for step in range(500)]
     assert 0.4 <= min(shares) < 0.405
     assert 0.595 < max(shares) <= 0.6
     normal = torch.distributions.Normal(0.0, 1.0)
@@ -53,25 +52,25 @@ def test_shares_are_truncated_normal():
 
 
 def test_a_far_mode_presses_shares_to_the_nearer_end():
-    masking = Masking(low=0.4, high=0.6, mode=0.0, std=0.01)
-    assert all(0.4 <= draw_share(masking, 0, n) < 0.405 for n in range(50))
+    masking = MaskShare(low=0.4, high=0.6, mode=0.0, std=0.01)
+    assert all(0.4 <= masking.draw(0, n) < 0.405 for n in range(50))
 
 
 def test_share_depends_on_seed_and_images_alone():
     torch.manual_seed(1)
-    first = draw_share(Masking(), 3, 512)
+    first = MaskShare().draw(3, 512)
     torch.manual_seed(2)
-    assert draw_share(Masking(), 3, 512.0) == first
-    assert draw_share(Masking(), 4, 512) != first
-    assert draw_share(Masking(), 3, 1024) != first
-    assert 0.4 <= draw_share(Masking(), 3, math.inf) <= 0.6  # the far end of training, which a check tries
+    assert MaskShare().draw(3, 512.0) == first
+    assert MaskShare().draw(4, 512) != first
+    assert MaskShare().draw(3, 1024) != first
+    assert 0.4 <= MaskShare().draw(3, math.inf) <= 0.6  # the far end of training, which a check tries
 
 
 def test_no_spread_is_a_number():
-    assert draw_share(Masking(low=0.5, high=0.5), 0, 7) == 0.5
-    assert draw_share(Masking(low=0, high=0, mode=0), 0, 7) == 0.0
+    assert MaskShare(low=0.5, high=0.5).draw(0, 7) == 0.5
+    assert MaskShare(low=0.0, high=0.0, mode=0.0).draw(0, 7) == 0.0
 
 
 @pytest.mark.parametrize(("seen", "share"), [(0, 0.6), (250, 0.45), (500, 0.3), (1000, 0.0), (5000, 0), (math.inf, 0)])
 def test_fading_falls_linearly_to_nothing(seen, share):
-    assert draw_share(Masking(low=0, fade=1000), 0, seen) == pytest.approx(share)
+    assert MaskShare(low=0.0, fade=1000).draw(0, seen) == pytest.approx(share)

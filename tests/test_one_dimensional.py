@@ -13,14 +13,14 @@ from latelier.conditioning.layout import LayoutConditioner
 from latelier.data.latents import LatentCache, latent_statistics
 from latelier.denoisers import build_denoiser
 from latelier.denoisers.dit import SWITCHES, DiT
+from latelier.denoisers.objective import DenoiserSection, DenoisingObjective
 from latelier.diffusion.guiding import Guide
 from latelier.diffusion.process import Flow
 from latelier.errors import LatelierError
 from latelier.layers import rope_table, rotate, sincos_positions
-from latelier.objectives.denoising import DenoisingObjective
 from latelier.opening import open_images
 from latelier.pipeline import LatentDiffusionPipeline
-from latelier.recipe import DenoiserRecipe, Sample
+from latelier.recipe import Sample
 from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.maetok import MAETok
 from latelier.tokenizers.tiling import decode_tiled
@@ -101,13 +101,13 @@ def test_a_longer_row_is_interpolated(kind):
 
 @pytest.mark.parametrize("patch", [1, 3])
 def test_patches_of_a_row(patch):
-    section = DenoiserRecipe(kind="sit", size="XS", patch=patch, model=SMALL)
+    section = DenoiserSection(kind="sit", size="XS", patch=patch, model=SMALL)
     model = build_denoiser(section, (CHANNELS, LENGTH), vector=True)
     x = torch.randn(2, CHANNELS, LENGTH)
     assert randomise(model)(x, torch.rand(2)).shape == x.shape
     assert model.pos_embed.shape == (1, LENGTH // patch, SMALL["dim"])
     with pytest.raises(LatelierError, match=r"denoiser.patch = 5 does not divide the latent grid 12;"):
-        build_denoiser(DenoiserRecipe(kind="sit", size="XS", patch=5, model=SMALL), (CHANNELS, LENGTH))
+        build_denoiser(DenoiserSection(kind="sit", size="XS", patch=5, model=SMALL), (CHANNELS, LENGTH))
 
 
 def test_cosine_term_is_along_channels():
@@ -215,17 +215,17 @@ def spec(**changes):
 
 @pytest.mark.parametrize("kind", ["segmentation", "low-resolution", "inpainting", "map"])
 def test_what_needs_a_plane_is_refused(kind):
-    sections = DenoiserRecipe(condition=[kind]).condition
+    sections = DenoiserSection(condition=[kind]).condition
     with pytest.raises(LatelierError, match=f"'{kind}' is concatenated to latents on a grid, .* 12 of them in a row"):
         build_conditioner(sections, spec())
     with pytest.raises(LatelierError, match=f"'{kind}' is concatenated"):
-        build_conditioner([*DenoiserRecipe(condition="class").condition, *sections], spec())
+        build_conditioner([*DenoiserSection(condition="class").condition, *sections], spec())
     assert build_conditioner(sections, spec(latent_shape=(CHANNELS, 4, 4))).spatial_channels
 
 
 @pytest.mark.parametrize("size", ["T", "S"])
 def test_unets_are_refused(size):
-    section = DenoiserRecipe(kind="unet", size=size)
+    section = DenoiserSection(kind="unet", size=size)
     with pytest.raises(LatelierError, match=r"kind = unet needs latents on a 2-D grid, .* 12 positions in a row"):
         build_denoiser(section, (CHANNELS, LENGTH))
 
@@ -240,7 +240,7 @@ def test_tokens_are_told(tmp_path, kind, told):
     else:
         section = {"kind": "layout", "tokens": 101, "objects": 3, "dim": 16, "layers": 1, "heads": 2, "head_dim": 4}
         asked, other = ({"layouts": [[(name, 0.1, 0.1, 0.9, 0.9)]]} for name in ("cat", "dog"))
-    denoiser = DenoiserRecipe(kind=kind, size="XS", model=SMALL, condition=[section])
+    denoiser = DenoiserSection(kind=kind, size="XS", model=SMALL, condition=[section])
     conditioner = build_conditioner(denoiser.condition, spec())
     assert isinstance(conditioner, LayoutConditioner) == (told == "layout")
     model = randomise(build_denoiser(denoiser, (CHANNELS, LENGTH), token_width=conditioner.token_width))

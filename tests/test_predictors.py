@@ -304,7 +304,7 @@ def test_judge_study_has_many_kinds_and_one_denoiser(variant):
     for name in study.runs:
         recipe = build_run(study, name)
         with torch.device("meta"):
-            codec = Codec(build_tokenizer(recipe))
+            codec = Codec(build_tokenizer(recipe.tokenizer, recipe.data))
             shape = codec.latent_shape(*recipe.data.image_size)
             denoiser = build_denoiser(recipe.denoiser, shape, vector=True)
         kinds.add(recipe.tokenizer.kind)

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from latelier.denoisers.objective import DenoisingObjective
 from latelier.diffusion.process import Flow
 from latelier.errors import LatelierError
 from latelier.evaluation.channels import draw_channel_maps, hoyer, measure_channels
 from latelier.evaluation.prefixes import measure_prefixes, prefix_lengths
-from latelier.objectives.denoising import DenoisingObjective
-from latelier.objectives.prefixes import draw_lengths
+from latelier.prefixes import random_prefixes
 from latelier.preflight import try_denoiser
 from latelier.recipe import Evaluate, Prefixes
 from latelier.tokenizers.codec import Codec
@@ -41,7 +41,7 @@ def batch(seen=0, channels=6):
 
 def objective(prefixes=None, **changes):
     model = Seen()
-    return model, DenoisingObjective(model, None, Flow(), seed=0, prefixes=prefixes, **changes)
+    return model, DenoisingObjective(model, None, Flow(), seed=0, prefixes=random_prefixes(prefixes, 6), **changes)
 
 
 def test_at_full_width_the_augmented_loss_is_the_plain_one():
@@ -56,7 +56,7 @@ def test_each_draw_has_its_own_prefix_noise_and_time():
     model, augmented = objective(section)
     data = batch()
     terms = augmented(data)
-    lengths = draw_lengths(section, 6, 0, 0)
+    lengths = random_prefixes(section, 6).draw(0, 0)
     assert [x.shape[1] for x, _ in model.inputs] == lengths
     assert lengths[0] == 6
     assert len(lengths) == 3

@@ -1,4 +1,7 @@
-"""Recipes: what is read, and one sentence for everything that is wrong."""
+"""Recipes: what is read, what is imported for it, and one sentence for everything that is wrong."""
+
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -49,6 +52,19 @@ def test_images_become_whole_steps(recipe_file):
         ("tokenizer.mask_ratio=2", ["tokenizer.mask_ratio = 2", "less than 1"]),
         ("tokenizer.images=many", ["tokenizer.images = 'many'"]),
         ("tokenizer.kind=foo", ["'foo'", "vmae"]),
+        (
+            "tokenizer.kind=null",
+            ["tokenizer.kind = None is not known", "vmae, maetok, dcae, conv, identity, pretrained"],
+        ),
+        ("denoiser.kind=foo", ["denoiser.kind = 'foo' is not known", "unet"]),
+        ("denoiser.condition=clas", ["denoiser.condition.0.kind = 'clas' is not known", "low-resolution"]),
+        (
+            "denoiser.condition=[{kind: layout, painted: 3}]",
+            ["condition.0.painted", "did you mean 'layout_map_channels'"],
+        ),
+        ("data.grounds=plain", ["data.grounds", "did you mean 'backgrounds'"]),
+        ("evaluate.metrics=[rfid]", ["evaluate.metrics.0 = 'rfid'", "use 'rfd'", "need not be Inception's"]),
+        ("evaluate.metrics=[psn]", ["evaluate.metrics.0 = 'psn'", "did you mean 'psnr'"]),
         ("denoiser.process.kind=x", ["denoiser.process.kind = 'x'", "'flow' or 'ddpm'"]),
         ("no-equals-sign", ["key=value"]),
         ("name.deep=1", ["'name' is a value"]),
@@ -70,8 +86,26 @@ def test_missing_file_and_nearest_name(tmp_path):
     assert find_recipe("quickstart").name == "quickstart.yaml"
 
 
-def test_schema_knows_every_section():
-    assert {"data", "tokenizer", "denoiser", "sample", "evaluate"} <= set(schema()["properties"])
+def test_schema_knows_every_section_of_every_kind():
+    found = schema()
+    assert {"data", "tokenizer", "denoiser", "sample", "evaluate"} <= set(found["properties"])
+    kinds = [section["title"] for section in found["properties"]["tokenizer"]["oneOf"]]
+    assert kinds == [f"{name}Section" for name in ("VMAE", "MAETok", "DCAE", "Conv", "Identity", "Pretrained")]
+    denoisers = found["properties"]["denoiser"]["anyOf"][0]["oneOf"]
+    assert [section["title"] for section in denoisers] == ["DiTSection", "UViTSection", "UNetSection"]
+    assert len(denoisers[0]["properties"]["condition"]["items"]["oneOf"]) == 7
+
+
+def test_nothing_heavy_is_imported_before_it_is_named():
+    code = (
+        "import sys, latelier.cli, latelier.recipe as r; r.recipe_files(); heavy = {'torch', 'diffusers'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "r.load_recipe('quickstart')\n"
+        "names = [f'latelier.{m}' for m in ('tokenizers.maetok', 'tokenizers.conv', 'denoisers.unet')]\n"
+        "others = [name for name in names if name in sys.modules]\n"
+        "assert not others, others"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_run_folder_that_was_moved(recipe_file, tmp_path):

@@ -3,16 +3,7 @@
 import pytest
 
 from latelier.experiment import run
-from latelier.recipe import (
-    ConvRecipe,
-    DCAERecipe,
-    MAETokRecipe,
-    TrainedTokenizer,
-    VMAERecipe,
-    build_recipe,
-    load_recipe,
-    recipe_files,
-)
+from latelier.recipe import TrainedTokenizer, build_recipe, load_recipe, recipe_files
 from latelier.tokenizers.conv import PRESETS
 from tiny import DCAE, MAETOK, VMAE
 
@@ -46,16 +37,16 @@ def shrink(recipe, folder, teacher="none"):
             phase |= {**SMALL_TRAINING, "image_size": phase.get("image_size") and 32}
             if phase.get("adversarial"):
                 phase["adversarial"] |= small_game(phase["adversarial"], teacher)
-    if isinstance(recipe.tokenizer, VMAERecipe):
+    if recipe.tokenizer.kind == "vmae":
         tree["tokenizer"] |= {**SMALL_TRAINING, "model": VMAE}
-    elif isinstance(recipe.tokenizer, MAETokRecipe):
+    elif recipe.tokenizer.kind == "maetok":
         tree["data"] |= {"image_size": 64}
         tree["tokenizer"] |= {**SMALL_TRAINING, "model": MAETOK["model"]}
         tree["tokenizer"]["targets"] = [small_target(target, teacher) for target in tree["tokenizer"]["targets"]]
-    elif isinstance(recipe.tokenizer, DCAERecipe):
+    elif recipe.tokenizer.kind == "dcae":
         tree["tokenizer"] |= {**SMALL_TRAINING, "model": DCAE}
         tree["tokenizer"]["prefixes"] = tree["tokenizer"]["prefixes"] and {"first": 2, "step": 2}
-    elif isinstance(recipe.tokenizer, ConvRecipe):
+    elif recipe.tokenizer.kind == "conv":
         levels = len(PRESETS[recipe.tokenizer.preset]["block_out_channels"])
         tree["tokenizer"] |= {**SMALL_TRAINING, "model": {"block_out_channels": [32] * levels, "layers_per_block": 1}}
     if recipe.denoiser:

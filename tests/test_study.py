@@ -165,7 +165,7 @@ def test_compression_study_has_one_unet_on_all_grids(variant):
     for name in study.runs:
         recipe, factor = build_run(study, name), int(name.removeprefix("LDM-"))
         with torch.device("meta"):
-            codec = Codec(build_tokenizer(recipe))
+            codec = Codec(build_tokenizer(recipe.tokenizer, recipe.data))
             shape = codec.latent_shape(*recipe.data.image_size)
             denoiser = build_denoiser(recipe.denoiser, shape, token_width=512 if variant == "paper" else 0)
         assert codec.factor == factor

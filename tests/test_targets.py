@@ -17,16 +17,21 @@ from latelier.errors import LatelierError
 from latelier.losses import teachers
 from latelier.losses.hog import hog
 from latelier.losses.teachers import Teacher
-from latelier.objectives import targets as module
-from latelier.objectives.targets import CaptionTarget, FeatureTarget, HogTarget, build_targets, image_numbers
-from latelier.recipe import Data, MAETokRecipe, Target
+from latelier.recipe import Data
+from latelier.tokenizers import maetok_targets as module
+from latelier.tokenizers.maetok_targets import (
+    CaptionTarget,
+    FeatureTarget,
+    HogTarget,
+    build_targets,
+    image_numbers,
+)
 
 transformers = pytest.importorskip("transformers", reason="teachers need pip install 'latelier[text]'")
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 VISION = {**SIZES, "image_size": 32, "patch_size": 8}
 WORDS = {**SIZES, "vocab_size": 20, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-CONFIG = {"patch_size": 8, "in_channels": 3, "image_size": (32, 32)}
 
 
 def make(kind):
@@ -239,7 +244,7 @@ def test_models_that_hide_patches_are_refused(tmp_path):
 
 
 def one(kind="hog", dim=3, **options):
-    return HogTarget(kind, Target(kind=kind, **options), dim)
+    return HogTarget(kind, dim, loss=TargetSection(kind=kind, **options).error)
 
 
 def test_error_is_the_mean_over_masked_tokens():
@@ -268,8 +273,8 @@ def test_nothing_masked_is_zero_with_a_gradient(loss):
 # -- from a recipe --------------------------------------------------------------------------------------------------
 
 
-def recipe(*sections):
-    return MAETokRecipe(kind="maetok", targets=list(sections))
+def build(*sections, dataset=None, patch=8):
+    return build_targets([TargetSection(**section) for section in sections], patch, 3, dataset)
 
 
 @pytest.fixture
@@ -290,10 +295,9 @@ def opened(source, **options):
 def test_targets_in_the_recipe_s_order(dinov2, folder):
     sections = ({"kind": "features", "teacher": dinov2}, {"kind": "hog"}, {"kind": "caption"},
                 {"kind": "features", "teacher": dinov2, "loss": "mse"})  # fmt: skip
-    built = build_targets(recipe(*sections), CONFIG, opened(folder))
+    built = build(*sections, dataset=opened(folder))
     assert [target.name for target in built] == ["features", "hog", "caption", "features-2"]
     assert [target.dim for target in built[:2]] == [16, 27]
-    assert [target.masked_only for target in built] == [True, True, False, True]
     assert [target.tokens((4, 4)) for target in built] == [(4, 4), (4, 4), (1, 32), (4, 4)]
     batch = next(opened(folder).stream(4))
     for target in built:
@@ -306,9 +310,9 @@ def test_targets_in_the_recipe_s_order(dinov2, folder):
 
 
 def test_hog_needs_patches_of_whole_cells():
-    assert build_targets(recipe({"kind": "hog"}), {**CONFIG, "patch_size": 16})[0].dim == 108
+    assert build({"kind": "hog"}, patch=16)[0].dim == 108
     with pytest.raises(LatelierError, match="divisible by 8"):
-        build_targets(recipe({"kind": "hog"}), {**CONFIG, "patch_size": 4})
+        build({"kind": "hog"}, patch=4)
 
 
 # -- features that are kept -----------------------------------------------------------------------------------------
@@ -327,7 +331,7 @@ def counted(target):
 
 
 def features(dinov2, dataset, **options):
-    target = build_targets(recipe({"kind": "features", "teacher": dinov2, **options}), CONFIG, dataset)[0]
+    target = build({"kind": "features", "teacher": dinov2, **options}, dataset=dataset)[0]
     assert isinstance(target, FeatureTarget)
     return target
 
@@ -380,7 +384,7 @@ def test_what_there_is_no_room_for_is_computed(dinov2, folder, monkeypatch):
 def test_word_pieces_are_learnt_from_the_data(folder):
     section = {"kind": "caption", "length": 5, "vocabulary_size": 100}
     dataset = opened(folder)
-    target = build_targets(recipe(section), CONFIG, dataset)[0]
+    target = build(section, dataset=dataset)[0]
     assert isinstance(target, CaptionTarget)
     words = train_words(dataset.captions, 100)
     assert target.dim == vocabulary_size(words) <= 100
@@ -393,7 +397,7 @@ def test_word_pieces_are_learnt_from_the_data(folder):
 
 
 def test_padding_is_not_counted(folder):
-    target = build_targets(recipe({"kind": "caption", "length": 4}), CONFIG, opened(folder))[0]
+    target = build({"kind": "caption", "length": 4}, dataset=opened(folder))[0]
     batch = {"image": torch.zeros(2, 3, 8, 8), "caption": ["odd", "very big"]}
     ids, mask = target(batch, (4, 4)), torch.zeros(2, 16, dtype=torch.bool)
     prediction = torch.zeros(2, 4, target.dim, requires_grad=True)
@@ -419,23 +423,23 @@ def test_a_tokenizer_by_name(folder, tmp_path_factory, monkeypatch):
     monkeypatch.setenv("LATELIER_WEIGHTS", str(place))
     for name, dataset in ((str(place / "words"), None), ("somebody/words", opened(folder))):
         section = {"kind": "caption", "teacher": name, "length": 6}
-        target = build_targets(recipe(section), CONFIG, dataset)[0]
+        target = build(section, dataset=dataset)[0]
         assert words.decode(target(batch, (4, 4))[0, :3].tolist()) == "a red square"
     with pytest.raises(LatelierError, match=r"'nobody/nothing'.*leave the caption's teacher out"):
-        build_targets(recipe({"kind": "caption", "teacher": "nobody/nothing"}), CONFIG)
+        build({"kind": "caption", "teacher": "nobody/nothing"})
 
 
 def test_data_without_captions(folder):
-    target = build_targets(recipe({"kind": "caption"}), CONFIG, opened(folder))[0]
+    target = build({"kind": "caption"}, dataset=opened(folder))[0]
     with pytest.raises(LatelierError, match="caption_key"):
         target({"image": torch.zeros(1, 3, 8, 8)}, (4, 4))
     with pytest.raises(LatelierError, match="not at hand"):
-        build_targets(recipe({"kind": "caption"}), CONFIG)
+        build({"kind": "caption"})
     for file in folder.glob("*.txt"):
         file.write_text(" ")
     with pytest.raises(LatelierError, match="empty"):
-        build_targets(recipe({"kind": "caption"}), CONFIG, opened(folder))
+        build({"kind": "caption"}, dataset=opened(folder))
     for file in folder.glob("*.txt"):
         file.unlink()
     with pytest.raises(LatelierError, match="caption_key"):
-        build_targets(recipe({"kind": "caption"}), CONFIG, opened(folder))
+        build({"kind": "caption"}, dataset=opened(folder))

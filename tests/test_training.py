@@ -13,6 +13,7 @@ from latelier.errors import LatelierError
 from latelier.losses.terms import LossTerms
 from latelier.recipe import build_recipe
 from latelier.tokenizers.codec import Codec
+from latelier.tokenizers.vmae import VMAEObjective
 from latelier.training import checkpoint, runtime
 from latelier.training.denoiser_loop import train_denoiser
 from latelier.training.finite import FiniteCheck
@@ -132,7 +133,6 @@ def test_non_finite_numbers_never_reach_the_weights(tmp_path, monkeypatch, what,
     weights, later = [], []
     check = partialmethod(FiniteCheck.__init__, deferred=deferred)
     monkeypatch.setattr(FiniteCheck, "__init__", check)
-    from latelier.objectives.vmae import VMAEObjective
 
     original = VMAEObjective.forward
 
@@ -207,14 +207,13 @@ def test_batch_must_divide(tmp_path):
 @pytest.mark.parametrize("kind", ["vmae", "dit", "conv"])
 def test_compile_reaches_what_is_run(kind):
     from latelier.denoisers.dit import DiT
-    from latelier.recipe import ConvRecipe, Data
-    from latelier.tokenizers.conv import build
+    from latelier.tokenizers.conv import ConvSection, build
     from latelier.tokenizers.vmae import VMAE
 
     model = {
         "vmae": lambda: VMAE((32, 32), **tiny_recipe(Path()).tokenizer.model),
         "dit": lambda: DiT(4, (4, 4), dim=32, depth=2, heads=2),
-        "conv": lambda: build(ConvRecipe(kind="conv", preset="kl-f8c16-tiny"), Data(source="emoji")),
+        "conv": lambda: build(ConvSection(kind="conv", preset="kl-f8c16-tiny"), 3),
     }[kind]()
     names = list(model.state_dict())
     runtime.compile_model(model)

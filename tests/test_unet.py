@@ -6,9 +6,9 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 
 from latelier.conditioning.condition import Condition
 from latelier.denoisers import build_denoiser, vector_width
+from latelier.denoisers.objective import DenoiserSection
 from latelier.denoisers.unet import SIZES, CrossAttentionUNet, UNet
 from latelier.errors import LatelierError
-from latelier.recipe import DenoiserRecipe
 from latelier.training.runtime import compile_model
 
 LATENT = (3, 8, 8)
@@ -16,7 +16,7 @@ X, T = torch.randn(2, *LATENT, generator=torch.manual_seed(1)), torch.tensor([0.
 
 
 def section(size="tiny", **more):
-    return DenoiserRecipe(kind="unet", size=size, **more)
+    return DenoiserSection(kind="unet", size=size, **more)
 
 
 def random_unet(token_width=0, spatial_channels=0, vector=False, **model):
@@ -221,7 +221,7 @@ def test_conditions_that_do_not_fit():
 
 @torch.no_grad()
 def test_places_tell_the_first_convolution_where_it_is():
-    recipe = DenoiserRecipe(
+    recipe = DenoiserSection(
         kind="unet", size="tiny", model={"coord_channels": True, "block_out_channels": [32, 32, 32]}
     )
     model = build_denoiser(recipe, (4, 8, 8), spatial_channels=1).eval()

@@ -6,10 +6,10 @@ import torch
 from latelier.conditioning.condition import Condition
 from latelier.denoisers import build_denoiser
 from latelier.denoisers.dit import DiT
+from latelier.denoisers.objective import DenoiserSection
 from latelier.denoisers.unet import CrossAttentionUNet, UNet, architecture
 from latelier.denoisers.uvit import SIZES, UViT
 from latelier.errors import LatelierError
-from latelier.recipe import DenoiserRecipe
 
 TINY = {"in_channels": 6, "grid": (4, 4), "dim": 16, "depth": 2, "heads": 2}
 
@@ -122,14 +122,14 @@ def test_a_denoiser_without_prefixes_refuses_them():
 
 
 def test_recipes_build_it():
-    recipe = DenoiserRecipe(kind="usit", size="XS", model={"dim": 32, "depth": 2}, prefixes={"first": 2, "step": 2})
+    recipe = DenoiserSection(kind="usit", size="XS", model={"dim": 32, "depth": 2}, prefixes={"first": 2, "step": 2})
     model = build_denoiser(recipe, (6, 4, 4), vector=True)
     assert isinstance(model, UViT)
     assert model.config["prefix_channels"]
     assert model.config["time_scale"] == 1
-    eps = DenoiserRecipe(kind="uvit", size="XS", model={"dim": 32}, process={"kind": "ddpm"})
+    eps = DenoiserSection(kind="uvit", size="XS", model={"dim": 32}, process={"kind": "ddpm"})
     assert build_denoiser(eps, (6, 4, 4)).config["time_scale"] == 1000
     with pytest.raises(LatelierError, match="depth = 3 of a U-ViT must be even"):
-        build_denoiser(DenoiserRecipe(kind="uvit", size="XS", model={"depth": 3}), (6, 4, 4))
+        build_denoiser(DenoiserSection(kind="uvit", size="XS", model={"depth": 3}), (6, 4, 4))
     with pytest.raises(LatelierError, match="patch = 3 does not divide the latent grid 4 x 4"):
-        build_denoiser(DenoiserRecipe(kind="uvit", size="XS", patch=3), (6, 4, 4))
+        build_denoiser(DenoiserSection(kind="uvit", size="XS", patch=3), (6, 4, 4))

@@ -6,10 +6,8 @@ import torch
 from latelier.errors import LatelierError
 from latelier.layers import resize_positions
 from latelier.losses.kl import gaussian_kl
-from latelier.objectives.vmae import VMAEObjective
-from latelier.recipe import Data, VMAERecipe
 from latelier.tokenizers.codec import Codec
-from latelier.tokenizers.vmae import PRESETS, VMAE, build, visible_patches
+from latelier.tokenizers.vmae import PRESETS, VMAE, VMAEObjective, VMAESection, build, visible_patches
 
 
 @pytest.fixture
@@ -48,14 +46,13 @@ def test_order_of_visible_patches_does_not_matter(model):
 
 
 def test_losses_touch_only_their_own_patches(model):
-    recipe = VMAERecipe(kind="vmae", mask_ratio=0.5, perceptual_weight=0)
-    objective = VMAEObjective(model, recipe, seed=0)
+    objective = VMAEObjective(model, seed=0, mask_ratio=0.5)
     images, noise = torch.rand(1, 3, 32, 32), torch.randn(1, 8, 4)
     keep = torch.arange(8)[None]  # the upper half
-    first = objective.terms(images, keep, noise)[0]
+    first = objective.terms(images, keep, noise)
     lower = images.clone()
     lower[:, :, 16:] += 1.0
-    second = objective.terms(lower, keep, noise)[0]
+    second = objective.terms(lower, keep, noise)
     assert torch.equal(first.losses["mse_visible"], second.losses["mse_visible"])
     assert not torch.equal(first.losses["mse_masked"], second.losses["mse_masked"])
     expected = (first.reconstruction.detach() - images)[:, :, :16].square().mean()
@@ -63,7 +60,7 @@ def test_losses_touch_only_their_own_patches(model):
 
 
 def test_randomness_is_addressed_by_the_image(model):
-    objective = VMAEObjective(model, VMAERecipe(kind="vmae", perceptual_weight=0), seed=3)
+    objective = VMAEObjective(model, seed=3)
     images = torch.rand(4, 3, 32, 32)
     batch = {"image": images, "sample_id": torch.arange(4)}
     whole = objective(batch).reconstruction.detach()
@@ -96,16 +93,16 @@ def test_save_and_open(model, tmp_path):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets(name):
-    recipe = VMAERecipe(kind="vmae", preset=name, model={"depth": 1, "decoder_depth": 1})
-    model = build(recipe, Data(source="emoji", image_size=32, channels=1))
+    section = VMAESection(kind="vmae", preset=name, model={"depth": 1, "decoder_depth": 1})
+    model = build(section, 1, (32, 32))
     assert model(torch.rand(1, 1, 32, 32)).sample.shape == (1, 1, 32, 32)
 
 
 def test_unknown_preset_and_argument():
     with pytest.raises(LatelierError, match="vmae-f8d16"):
-        build(VMAERecipe(kind="vmae", preset="vmae-f8"), Data(source="emoji"))
+        build(VMAESection(kind="vmae", preset="vmae-f8"), 3, (64, 64))
     with pytest.raises(LatelierError, match="did you mean 'depth'"):
-        build(VMAERecipe(kind="vmae", model={"depht": 1}), Data(source="emoji"))
+        build(VMAESection(kind="vmae", model={"depht": 1}), 3, (64, 64))
 
 
 def test_kl_closed_forms():

@@ -188,7 +188,7 @@ def _chosen(recipe: Recipe | None, settings: dict) -> Sample:
     try:
         return Sample.model_validate({**(recipe.sample.model_dump() if recipe else {}), **given})
     except ValidationError as error:
-        raise LatelierError(first_problem(error, Sample)) from None
+        raise LatelierError(first_problem(error)) from None
 
 
 def show_measurements(measured: list[Measurement]) -> None:

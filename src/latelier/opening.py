@@ -16,8 +16,9 @@ from latelier.data.loader import ImageDataset
 from latelier.data.sources import open_source
 from latelier.errors import LatelierError
 from latelier.pipeline import LatentDiffusionPipeline
-from latelier.recipe import PretrainedRecipe, Recipe, load_recipe
+from latelier.recipe import Recipe, load_recipe
 from latelier.tokenizers.codec import Codec
+from latelier.tokenizers.pretrained import PretrainedSection
 
 
 def best_device() -> torch.device:
@@ -41,7 +42,7 @@ def open_codec(recipe: Recipe) -> Codec:
     return codec
 
 
-def open_pretrained(section: PretrainedRecipe) -> Codec:
+def open_pretrained(section: PretrainedSection) -> Codec:
     """A tokenizer that is trained already, from its folder or the Hub.
 
     Raises:

@@ -24,12 +24,12 @@ from latelier.diffusion.process import DDPM, Flow, Scheduler, build_process
 from latelier.diffusion.sampling import sample_latents
 from latelier.diffusion.windows import windowed
 from latelier.errors import LatelierError
-from latelier.tokenizers import CLASSES
+from latelier.tokenizers import TOKENIZERS
 from latelier.tokenizers.codec import Codec, fast_bf16
 from latelier.tokenizers.tiling import decode_within
 
 # diffusers opens a saved pipeline's components only from modules that are imported already.
-for _place in (*CLASSES.values(), *DENOISERS.values(), *CONDITIONERS.values(), "latelier.conditioning.composite:"):
+for _place in (*TOKENIZERS.values(), *DENOISERS.values(), *CONDITIONERS.values(), "latelier.conditioning.composite:"):
     importlib.import_module(_place.split(":")[0])
 
 OUTPUTS = ("pil", "pt", "np", "latent")

@@ -19,12 +19,12 @@ from latelier.data.loader import ImageDataset
 from latelier.errors import LatelierError
 from latelier.evaluation.features import check_features
 from latelier.losses.discriminator import Discriminator, add_adversarial_loss
-from latelier.objectives import build_objective, build_perceptual
 from latelier.opening import best_device, open_images, open_pretrained
-from latelier.recipe import Adversarial, PretrainedRecipe, Recipe, TrainedTokenizer, Training
+from latelier.recipe import Adversarial, Recipe, TrainedTokenizer, Training
 from latelier.terminal import console
-from latelier.tokenizers import build_tokenizer, last_layer
+from latelier.tokenizers import build_objective, build_perceptual, build_tokenizer, last_layer
 from latelier.tokenizers.codec import Codec
+from latelier.tokenizers.pretrained import PretrainedSection
 from latelier.training import checkpoint, denoiser_loop, tokenizer_loop
 from latelier.training.optimizer import adamw
 from latelier.training.runtime import make_accelerator, peak_memory, to_device
@@ -78,7 +78,9 @@ def try_tokenizer(recipe: Recipe, count: bool = False) -> Iterator[Trial]:
     for number in range(1 + len(section.phases)):
         name, training = section.phase(number)
         dataset = open_images(recipe, size=training.image_size)
-        tokenizer = tokenizer_loop.fit(build_tokenizer(recipe), training.image_size or recipe.data.image_size)
+        tokenizer = tokenizer_loop.fit(
+            build_tokenizer(recipe.tokenizer, recipe.data), training.image_size or recipe.data.image_size
+        )
         tokenizer_loop.check_sizes(recipe, Codec(tokenizer).factor)
         perceptual = build_perceptual(training)
         discriminator = tokenizer_loop.prepare_discriminator(training, recipe, make_accelerator(training))
@@ -105,9 +107,9 @@ def _micro(training: Training) -> int:
 
 
 def _codec(recipe: Recipe) -> Codec:
-    if isinstance(recipe.tokenizer, PretrainedRecipe):
+    if isinstance(recipe.tokenizer, PretrainedSection):
         return open_pretrained(recipe.tokenizer).to(best_device())
-    tokenizer = tokenizer_loop.fit(build_tokenizer(recipe), recipe.data.image_size)
+    tokenizer = tokenizer_loop.fit(build_tokenizer(recipe.tokenizer, recipe.data), recipe.data.image_size)
     codec = Codec(tokenizer, precision="auto")
     codec.latent_shape(*recipe.data.image_size)
     return codec.to(best_device())

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from latelier.errors import LatelierError
+from latelier.sections import hint
 
 Model = TypeVar("Model")
 
@@ -26,9 +26,7 @@ def preset_arguments(
     known = [p for p in inspect.signature(cls).parameters if p != "self"]
     for key in overrides:
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1, 0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}."
-            raise LatelierError(f"Unknown key '{section}.model.{key}'; {hint}")
+            raise LatelierError(f"Unknown key '{section}.model.{key}'; {hint(key, known)}")
     return {**presets[name], **overrides}
 
 

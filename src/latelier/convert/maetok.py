@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from latelier.convert import Converted, below, count_blocks, load_exactly, need
 from latelier.errors import LatelierError
 from latelier.tokenizers.codec import Codec
-from latelier.tokenizers.latent_decoder import LatentDecoder
 from latelier.tokenizers.maetok import MAETok
+from latelier.tokenizers.maetok_decoder import LatentDecoder
 
 KIND = "MAETok"
 # Teachers and heads of the training graph, and a quantiser that other models of that code base have.

@@ -1,8 +1,13 @@
 """Denoisers: `forward(x_t, t, condition) -> prediction`.
 
-A new one is a file with a `ModelMixin, ConfigMixin` class, functions `build` and `vector_width`, and a line in
-`DENOISERS`.
+A new denoiser is a file and a line in `DENOISERS`. The file has a `ModelMixin, ConfigMixin` class and
+
+    SECTIONS       classes of its recipe sections: `DenoiserSection` with `kind: Literal["..."]`
+    build(section, latent_shape, token_width, spatial_channels, vector) -> model
+    vector_width(section) -> width of a condition's vector
 """
+
+from __future__ import annotations
 
 import importlib
 from types import ModuleType
@@ -13,7 +18,7 @@ from latelier.errors import LatelierError
 if TYPE_CHECKING:
     from diffusers import ModelMixin
 
-    from latelier.recipe import DenoiserRecipe
+    from latelier.denoisers.objective import DenoiserSection
 
 DENOISERS = {
     "dit": "latelier.denoisers.dit",
@@ -26,40 +31,40 @@ DENOISERS = {
 
 
 def build_denoiser(
-    recipe: "DenoiserRecipe",
+    section: DenoiserSection,
     latent_shape: tuple[int, ...],
     token_width: int = 0,
     spatial_channels: int = 0,
     vector: bool = False,
-) -> "ModelMixin":
+) -> ModelMixin:
     """A denoiser with fresh weights, or those of `init`.
 
     Args:
-        recipe: kind, size and overrides.
+        section: kind, size and overrides.
         latent_shape: `(c, *grid)` of one image.
         token_width: of the tokens that a condition has; 0 for none.
-        spatial_channels: how many channels a condition concatenates to `x_t`.
+        spatial_channels: channels that a condition concatenates to `x_t`.
         vector: whether a condition has a vector.
 
     Raises:
         LatelierError: if the recipe's denoiser does not fit the latents or the condition.
     """
     grid = latent_shape[1:]
-    if any(side % recipe.patch for side in grid):
+    if any(side % section.patch for side in grid):
         raise LatelierError(
-            f"denoiser.patch = {recipe.patch} does not divide the latent grid {' x '.join(map(str, grid))}; "
+            f"denoiser.patch = {section.patch} does not divide the latent grid {' x '.join(map(str, grid))}; "
             "choose a patch that does, or another image_size."
         )
-    model = _module(recipe).build(recipe, latent_shape, token_width, spatial_channels, vector)
-    if recipe.prefixes is not None:
+    model = _module(section).build(section, latent_shape, token_width, spatial_channels, vector)
+    if section.prefixes is not None:
         model.register_to_config(prefix_channels=True)  # a model from `init` learns prefixes from here on
     return model
 
 
-def vector_width(recipe: "DenoiserRecipe") -> int:
+def vector_width(section: DenoiserSection) -> int:
     """Width that a condition's vector must have: that of the time embedding to which it is added."""
-    return _module(recipe).vector_width(recipe)
+    return _module(section).vector_width(section)
 
 
-def _module(recipe: "DenoiserRecipe") -> ModuleType:
-    return importlib.import_module(DENOISERS[recipe.kind])
+def _module(section: DenoiserSection) -> ModuleType:
+    return importlib.import_module(DENOISERS[section.kind])

@@ -7,7 +7,7 @@ LightningDiT   RMSNorm, SwiGLU, rotary positions on top of the fixed table, opti
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from latelier.conditioning.condition import Condition
-from latelier.denoisers.prefix import pad_channels
+from latelier.denoisers.objective import DenoiserSection
 from latelier.layers import (
     MLP,
     Attention,
@@ -32,8 +32,8 @@ from latelier.layers import (
     sincos_positions,
     unpatchify,
 )
+from latelier.prefixes import pad_channels
 from latelier.presets import open_init, preset_arguments
-from latelier.recipe import DenoiserRecipe
 
 SIZES = {
     "XS": {"dim": 256, "depth": 4, "heads": 4},
@@ -50,6 +50,15 @@ SWITCHES = {
     "sit": {"norm": "layer", "mlp": "gelu", "rope": False, "qk_norm": False},
     "lightning-dit": {"norm": "rms", "mlp": "swiglu", "rope": True, "qk_norm": True},
 }
+
+
+class DiTSection(DenoiserSection):
+    """A diffusion transformer: DiT, SiT or LightningDiT."""
+
+    kind: Literal["dit", "sit", "lightning-dit"] = "lightning-dit"
+
+
+SECTIONS = (DiTSection,)
 
 
 class DiT(ModelMixin, ConfigMixin):
@@ -146,12 +155,12 @@ class DiT(ModelMixin, ConfigMixin):
         if condition is not None and condition.vector is not None:
             c = c + condition.vector
         c, rope = F.silu(c), self._rope(grid, x.device)
-        told = (None, None) if condition is None else (condition.tokens, condition.mask)
+        context = (None, None) if condition is None else (condition.tokens, condition.mask)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = self._gradient_checkpointing_func(block, x, c, rope, *told)
+                x = self._gradient_checkpointing_func(block, x, c, rope, *context)
             else:
-                x = block(x, c, rope, *told)
+                x = block(x, c, rope, *context)
         shift, scale = self.modulation(c)[:, None].chunk(2, dim=-1)  # (b, 1, d)
         x = self.head(modulate(self.final_norm(x), shift, scale))  # (b, n, p p c)
         prediction = unpatchify(x, p, grid)[:, :channels].float()  # (b, c, *grid)
@@ -208,7 +217,7 @@ def _norm(kind: str, dim: int) -> nn.Module:
 
 
 def build(
-    recipe: DenoiserRecipe,
+    section: DenoiserSection,
     latent_shape: tuple[int, ...],
     token_width: int = 0,
     spatial_channels: int = 0,
@@ -217,7 +226,7 @@ def build(
     """A DiT for latents `(c, *grid)`, fresh or from `init`.
 
     Args:
-        recipe: kind, size, patch and overrides.
+        section: kind, size, patch and overrides.
         latent_shape: of one image.
         token_width: of a condition's tokens; 0 for none.
         spatial_channels: that a condition concatenates.
@@ -228,18 +237,18 @@ def build(
     """
     channels, *grid = latent_shape
     wanted = {"in_channels": channels, "context_dim": token_width, "spatial_channels": spatial_channels}
-    if recipe.init:
-        return open_init(DiT, recipe.init, wanted)
-    arguments = {**SWITCHES[recipe.kind], "patch_size": recipe.patch, **_size(recipe)}
-    if recipe.process.kind == "ddpm":
+    if section.init:
+        return open_init(DiT, section.init, wanted)
+    arguments = {**SWITCHES[section.kind], "patch_size": section.patch, **_size(section)}
+    if section.process.kind == "ddpm":
         arguments.setdefault("time_scale", 1000.0)
     return DiT(**{**arguments, **wanted, "grid": tuple(grid)})
 
 
-def vector_width(recipe: DenoiserRecipe) -> int:
+def vector_width(section: DenoiserSection) -> int:
     """Width of the time embedding, to which a condition's vector is added."""
-    return open_init(DiT, recipe.init).config["dim"] if recipe.init else _size(recipe)["dim"]
+    return open_init(DiT, section.init).config["dim"] if section.init else _size(section)["dim"]
 
 
-def _size(recipe: DenoiserRecipe) -> dict[str, Any]:
-    return preset_arguments(DiT, SIZES, recipe.size, recipe.model, "denoiser")
+def _size(section: DenoiserSection) -> dict[str, Any]:
+    return preset_arguments(DiT, SIZES, section.size, section.model, "denoiser")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import ModelMixin, UNet2DConditionModel, UNet2DModel
@@ -22,13 +22,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from latelier.conditioning.condition import Condition
-from latelier.denoisers.prefix import pad_channels
+from latelier.denoisers.objective import DenoiserSection
 from latelier.errors import LatelierError
+from latelier.prefixes import pad_channels
 from latelier.presets import open_init, preset_arguments
-from latelier.recipe import DenoiserRecipe
 
 TIMESTEPS = 1000  # of the discrete process that LDM's time embedding was made for
-WAVES = (0.5, 1, 2)  # over the whole grid, of the channels that tell places
+WAVES = (0.5, 1, 2)  # over the whole grid, of the channels of coordinates
 COORD_CHANNELS = 4 * len(WAVES)  # channels
 
 # Arguments of `architecture`; `attention` counts in downsampling factors, as in the paper's tables 12 to 15.
@@ -128,6 +128,15 @@ def _extends(parent: type[nn.Module]) -> Callable:
     return decorate
 
 
+class UNetSection(DenoiserSection):
+    """A U-Net; `size` is a preset, and `model` has arguments of diffusers' classes."""
+
+    kind: Literal["unet"]
+
+
+SECTIONS = (UNetSection,)
+
+
 class _Denoiser:
     """What both classes share."""
 
@@ -137,7 +146,7 @@ class _Denoiser:
         """Compile the whole: hardly two blocks of a U-Net have the same shapes, there is nothing to repeat."""
         self.compile(*args, **kwargs)  # type: ignore[attr-defined]
 
-    def _told(self, x_t: Tensor, condition: Condition) -> tuple[Tensor, Tensor | None]:
+    def _inputs(self, x_t: Tensor, condition: Condition) -> tuple[Tensor, Tensor | None]:
         """Input of the first convolution `(b, c, h, w)`, and what is added to the time embedding `(b, 4 width)`."""
         config: dict[str, Any] = self.config  # type: ignore[attr-defined]
         _check_grid(x_t.shape[2:], len(config["block_out_channels"]))
@@ -166,9 +175,9 @@ class UNet(_Denoiser, UNet2DModel):
             `UNet2DModel` but would run with another number of heads there, and so another function. None leaves it
             to `attention_head_dim`, and both are the same.
         prefix_channels: whether `x_t` may have fewer channels, the first ones (DC-AE 1.5's augmented training).
-        places: whether channels tell the first convolution where it is (CoordConv, Liu et al. 2018), without which a
-            U-Net knows places by its padding only; a condition such as a layout is followed sooner with them.
-        others: those of `UNet2DModel`. `in_channels` counts the channels of a spatial condition and of places,
+        coord_channels: whether channels tell the first convolution where it is (CoordConv, Liu et al. 2018); without
+            them a U-Net knows positions by its padding only. It follows a condition such as a layout sooner with them.
+        others: those of `UNet2DModel`. `in_channels` counts the channels of a spatial condition and of coordinates,
             `out_channels` does not; `class_embed_type` is `identity` for a model that takes vectors.
     """
 
@@ -201,7 +210,7 @@ class UNet(_Denoiser, UNet2DModel):
         condition = condition or Condition()
         if condition.tokens is not None:
             raise LatelierError("This U-Net has no cross-attention, it cannot take a condition's tokens.")
-        x, vector = self._told(x_t, condition)
+        x, vector = self._inputs(x_t, condition)
         return super().forward(x, TIMESTEPS * t, vector, return_dict=False)[0][:, : x_t.shape[1]].float()
 
 
@@ -209,7 +218,7 @@ class CrossAttentionUNet(_Denoiser, UNet2DConditionModel):
     """U-Net with transformers that attend to tokens.
 
     Args:
-        prefix_channels, places: as `UNet`'s.
+        prefix_channels, coord_channels: as `UNet`'s.
         others: those of `UNet2DConditionModel`.
     """
 
@@ -234,7 +243,7 @@ class CrossAttentionUNet(_Denoiser, UNet2DConditionModel):
         width = self.config["cross_attention_dim"]
         if condition is None or condition.tokens is None or condition.tokens.shape[2] != width:
             raise LatelierError(f"This U-Net has cross-attention: its condition must have tokens of width {width}.")
-        x, vector = self._told(x_t, condition)
+        x, vector = self._inputs(x_t, condition)
         mask = {} if condition.mask is None else {"encoder_attention_mask": condition.mask}
         return (
             super()
@@ -244,7 +253,7 @@ class CrossAttentionUNet(_Denoiser, UNet2DConditionModel):
 
 
 def build(
-    recipe: DenoiserRecipe,
+    section: DenoiserSection,
     latent_shape: tuple[int, ...],
     token_width: int = 0,
     spatial_channels: int = 0,
@@ -253,7 +262,7 @@ def build(
     """A U-Net for latents `(c, h, w)`, fresh or from `init`.
 
     Args:
-        recipe: size and overrides; `model` has arguments of the class.
+        section: size and overrides; `model` has arguments of the class.
         latent_shape: of one image.
         token_width: of a condition's tokens; 0 makes a `UNet`, others a `CrossAttentionUNet`.
         spatial_channels: that a condition concatenates.
@@ -265,20 +274,20 @@ def build(
     channels, *grid = latent_shape
     if len(grid) != 2:
         raise LatelierError(
-            f"denoiser.kind = unet needs latents on a 2-D grid, but the tokenizer's have {grid[0]} positions in a row; "
+            f"denoiser.kind = unet needs latents on a 2-D grid, but the tokenizer's are 1-D ({grid[0]} positions); "
             "choose a transformer, or another tokenizer."
         )
     cls = CrossAttentionUNet if token_width else UNet
-    coord_channels = _saved(recipe.init).get("coord_channels") if recipe.init else recipe.model.get("coord_channels")
+    coord_channels = _saved(section.init).get("coord_channels") if section.init else section.model.get("coord_channels")
     wanted = {
         "in_channels": channels + spatial_channels + COORD_CHANNELS * bool(coord_channels),
         "out_channels": channels,
         "class_embed_type": "identity" if vector else None,
         **({"cross_attention_dim": token_width} if token_width else {}),
     }
-    if recipe.init:
-        return _opened(cls, recipe.init, wanted, grid)
-    arguments = _arguments(recipe, token_width)
+    if section.init:
+        return _opened(cls, section.init, wanted, grid)
+    arguments = _arguments(section, token_width)
     _check_grid(grid, len(arguments["block_out_channels"]))
     try:
         model = cls(**{**arguments, **wanted, "sample_size": tuple(grid)})
@@ -296,21 +305,21 @@ def _coordinates(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b p h w"]:
     return torch.cat([angles.sin(), angles.cos()]).expand(len(x), -1, -1, -1)
 
 
-def vector_width(recipe: DenoiserRecipe) -> int:
+def vector_width(section: DenoiserSection) -> int:
     """Width of the time embedding, to which a condition's vector is added."""
-    return _vector_width(_saved(recipe.init) if recipe.init else _arguments(recipe, 0))
+    return _vector_width(_saved(section.init) if section.init else _arguments(section, 0))
 
 
 def _vector_width(config: dict[str, Any]) -> int:
     return config.get("time_embedding_dim") or 4 * config["block_out_channels"][0]
 
 
-def _arguments(recipe: DenoiserRecipe, token_width: int) -> dict[str, Any]:
+def _arguments(section: DenoiserSection, token_width: int) -> dict[str, Any]:
     """Constructor arguments of the recipe's size with its overrides."""
     sizes = dict(SIZES)
-    if recipe.size in sizes:
-        sizes[recipe.size] = architecture(**{**sizes[recipe.size], "token_width": token_width})
-    return preset_arguments(CrossAttentionUNet if token_width else UNet, sizes, recipe.size, recipe.model, "denoiser")
+    if section.size in sizes:
+        sizes[section.size] = architecture(**{**sizes[section.size], "token_width": token_width})
+    return preset_arguments(CrossAttentionUNet if token_width else UNet, sizes, section.size, section.model, "denoiser")
 
 
 def _opened(cls: type[UNet | CrossAttentionUNet], path: str, wanted: dict[str, Any], grid: list[int]) -> ModelMixin:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -16,11 +17,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from latelier.conditioning.condition import Condition
-from latelier.denoisers.prefix import pad_channels
+from latelier.denoisers.objective import DenoiserSection
 from latelier.errors import LatelierError
 from latelier.layers import MLP, Attention, patchify, resize_positions, sinusoid, unpatchify
+from latelier.prefixes import pad_channels
 from latelier.presets import open_init, preset_arguments
-from latelier.recipe import DenoiserRecipe
 
 SIZES = {
     "XS": {"dim": 256, "depth": 4, "heads": 4},
@@ -29,6 +30,15 @@ SIZES = {
     "2B": {"dim": 2048, "depth": 28, "heads": 32},
     "3B": {"dim": 2048, "depth": 56, "heads": 32},
 }
+
+
+class UViTSection(DenoiserSection):
+    """A transformer with long skips: U-ViT or USiT."""
+
+    kind: Literal["uvit", "usit"]
+
+
+SECTIONS = (UViTSection,)
 
 
 class UViT(ModelMixin, ConfigMixin):
@@ -106,11 +116,11 @@ class UViT(ModelMixin, ConfigMixin):
         """
         channels, p = x_t.shape[1], self.config["patch_size"]
         grid = tuple(g // p for g in x_t.shape[2:])
-        told = condition or Condition()
+        condition = condition or Condition()
         x_t = pad_channels(x_t, self.config["in_channels"], self.config["prefix_channels"])
-        if told.spatial is not None:
-            x_t = torch.cat([x_t, told.spatial], dim=1)
-        x, mask = self._sequence(self.x_embed(patchify(x_t, p)), t, told, grid)  # (b, m, d)
+        if condition.spatial is not None:
+            x_t = torch.cat([x_t, condition.spatial], dim=1)
+        x, mask = self._sequence(self.x_embed(patchify(x_t, p)), t, condition, grid)  # (b, m, d)
         skips = []
         for block in self.in_blocks:
             x = self._run(block, x, mask)
@@ -123,24 +133,24 @@ class UViT(ModelMixin, ConfigMixin):
         return -prediction if self.config["reversed_time"] else prediction
 
     def _sequence(
-        self, x: Float[Tensor, "b n d"], t: Float[Tensor, " b"], told: Condition, grid: tuple[int, ...]
+        self, x: Float[Tensor, "b n d"], t: Float[Tensor, " b"], condition: Condition, grid: tuple[int, ...]
     ) -> tuple[Float[Tensor, "b m d"], Bool[Tensor, "b m"] | None]:
         """[class, time, a condition's tokens, patches] with positions, and which of them count."""
         time = (1 - t if self.config["reversed_time"] else t) * self.config["time_scale"]
         first = [sinusoid(time, x.shape[2])[:, None].to(x.dtype)]  # (b, 1, d)
         if self.config["vector_token"]:
-            if told.vector is None:
+            if condition.vector is None:
                 raise LatelierError("This U-ViT has a token for a condition's vector, but the condition has none.")
-            first.insert(0, told.vector[:, None].to(x.dtype))
+            first.insert(0, condition.vector[:, None].to(x.dtype))
         k = len(first)
         table = resize_positions(self.pos_embed[:, k:], self.grid, grid)  # (1, n, d)
         first = [token + self.pos_embed[:, i : i + 1] for i, token in enumerate(first)]
         mask = None
-        if self.context is not None and told.tokens is not None:
-            first.append(self.context(told.tokens))  # (b, m, d); they bring positions of their own
-            if told.mask is not None:
-                ones = told.mask.new_ones(len(x), 1)
-                mask = torch.cat([ones.expand(-1, k), told.mask, ones.expand(-1, x.shape[1])], dim=1)
+        if self.context is not None and condition.tokens is not None:
+            first.append(self.context(condition.tokens))  # (b, m, d); they bring positions of their own
+            if condition.mask is not None:
+                ones = condition.mask.new_ones(len(x), 1)
+                mask = torch.cat([ones.expand(-1, k), condition.mask, ones.expand(-1, x.shape[1])], dim=1)
         return torch.cat([*first, x + table], dim=1), mask
 
     def _run(self, block: nn.Module, x: Tensor, mask: Tensor | None, skip: Tensor | None = None) -> Tensor:
@@ -173,7 +183,7 @@ class SkipBlock(nn.Module):
 
 
 def build(
-    recipe: DenoiserRecipe,
+    section: DenoiserSection,
     latent_shape: tuple[int, ...],
     token_width: int = 0,
     spatial_channels: int = 0,
@@ -185,18 +195,18 @@ def build(
         "in_channels": channels, "context_dim": token_width, "spatial_channels": spatial_channels,
         "vector_token": vector,
     }  # fmt: skip
-    if recipe.init:
-        return open_init(UViT, recipe.init, wanted)
-    arguments = {"patch_size": recipe.patch, **_size(recipe)}
-    if recipe.process.kind == "ddpm":
+    if section.init:
+        return open_init(UViT, section.init, wanted)
+    arguments = {"patch_size": section.patch, **_size(section)}
+    if section.process.kind == "ddpm":
         arguments.setdefault("time_scale", 1000.0)
     return UViT(**{**arguments, **wanted, "grid": tuple(grid)})
 
 
-def vector_width(recipe: DenoiserRecipe) -> int:
+def vector_width(section: DenoiserSection) -> int:
     """Width of the tokens, of which a condition's vector is one."""
-    return open_init(UViT, recipe.init).config["dim"] if recipe.init else _size(recipe)["dim"]
+    return open_init(UViT, section.init).config["dim"] if section.init else _size(section)["dim"]
 
 
-def _size(recipe: DenoiserRecipe) -> dict:
-    return preset_arguments(UViT, SIZES, recipe.size, recipe.model, "denoiser")
+def _size(section: DenoiserSection) -> dict:
+    return preset_arguments(UViT, SIZES, section.size, section.model, "denoiser")

@@ -17,11 +17,11 @@ import torch
 
 from latelier.data.latents import encode_batches
 from latelier.data.loader import ImageDataset
+from latelier.denoisers.objective import DenoisingObjective
 from latelier.errors import LatelierError
 from latelier.evaluation.generation import describe_sampling, evaluate_generation, generate_images
 from latelier.evaluation.references import reference_key
 from latelier.evaluation.results import Measurement, write_measurements
-from latelier.objectives.denoising import DenoisingObjective
 from latelier.opening import open_images, snapshot_folder
 from latelier.pipeline import LatentDiffusionPipeline
 from latelier.receipt import make_receipt

@@ -1,6 +1,7 @@
 """A recipe: one experiment from data to report, as a user writes it.
 
-The models in this package *are* the schema, one file for each section. Unknown keys, wrong values and impossible
+The sections are pydantic models. Those of tokenizers, denoisers and conditions lie beside the code that they
+configure, and only the modules of the kinds that a recipe names are imported. Unknown keys, wrong values and impossible
 combinations become one sentence that names the key, the value and what is allowed.
 """
 
@@ -9,29 +10,41 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from latelier.errors import LatelierError
-from latelier.recipe.base import Count, Section, Training, parse_count
 from latelier.recipe.data import Data
-from latelier.recipe.dcae import DCAERecipe
-from latelier.recipe.denoiser import DenoiserRecipe, Process
-from latelier.recipe.evaluate import Evaluate
-from latelier.recipe.maetok import MAETokRecipe, Masking, Target
-from latelier.recipe.prefixes import Prefixes
-from latelier.recipe.problems import first_problem
-from latelier.recipe.sample import Sample
-from latelier.recipe.tokenizer import ConvRecipe, IdentityRecipe, PretrainedRecipe, TokenizerRecipe, VMAERecipe
-from latelier.recipe.trained import Adversarial, TrainedTokenizer
+from latelier.recipe.evaluate import Evaluate, Sample
+from latelier.sections import (
+    Adversarial,
+    ByKind,
+    Count,
+    Prefixes,
+    Process,
+    Section,
+    TrainedTokenizer,
+    Training,
+    first_problem,
+    parse_count,
+)
+
+if TYPE_CHECKING:
+    from latelier.denoisers.objective import DenoiserSection
+    from latelier.sections import Kind
+
+    Tokenizer = TrainedTokenizer | Kind
+    Denoiser = DenoiserSection
+else:
+    Tokenizer = Annotated[Section, ByKind("latelier.tokenizers:TOKENIZERS")]
+    Denoiser = Annotated[Section, ByKind("latelier.denoisers:DENOISERS", default="lightning-dit")]
 
 __all__ = [
-    "Adversarial", "ConvRecipe", "Count", "DCAERecipe", "Data", "DenoiserRecipe", "Evaluate", "IdentityRecipe",
-    "MAETokRecipe", "Masking", "Prefixes", "PretrainedRecipe", "Process", "Recipe", "Sample", "Section", "Target",
-    "TokenizerRecipe", "TrainedTokenizer", "Training", "VMAERecipe", "apply_overrides", "as_numbers",
-    "build_recipe", "dump", "find_recipe", "first_problem", "load_recipe", "parse_count", "recipe_files", "schema",
+    "Adversarial", "Count", "Data", "Evaluate", "Prefixes", "Process", "Recipe", "Sample", "Section",
+    "TrainedTokenizer", "Training", "apply_overrides", "as_numbers", "build_recipe", "dump", "find_recipe",
+    "first_problem", "load_recipe", "parse_count", "recipe_files", "schema",
 ]  # fmt: skip
 
 # Recipes lie in the package when it is installed from a wheel, and at the root of a clone.
@@ -45,8 +58,8 @@ class Recipe(Section):
     seed: int = Field(0, ge=0)
     runs: str = Field("runs", description="folder in which the run folder is made")
     data: Data
-    tokenizer: TokenizerRecipe
-    denoiser: DenoiserRecipe | None = None
+    tokenizer: Tokenizer
+    denoiser: Denoiser | None = None
     sample: Sample = Sample()
     evaluate: Evaluate = Evaluate()
 
@@ -124,7 +137,7 @@ def build_recipe(tree: dict) -> Recipe:
     try:
         return Recipe.model_validate(as_numbers(tree))
     except ValidationError as error:
-        raise LatelierError(first_problem(error, Recipe)) from None
+        raise LatelierError(first_problem(error)) from None
 
 
 def schema() -> dict:

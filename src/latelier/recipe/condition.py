@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from latelier.recipe.base import Section, Unit
+from latelier.sections import ByKind, Section, Unit
 
 
 class ClassCondition(Section):
@@ -89,16 +89,13 @@ class MapCondition(Section):
     dropout: Unit = Field(0.1, description="share of images whose map is empty")
 
 
-ConditionSection = Annotated[
-    ClassCondition
-    | TextCondition
-    | LayoutCondition
-    | SegmentationCondition
-    | LowResolutionCondition
-    | InpaintingCondition
-    | MapCondition,
-    Field(discriminator="kind"),
-]
+SECTIONS = (
+    ClassCondition, TextCondition, LayoutCondition, SegmentationCondition, LowResolutionCondition,
+    InpaintingCondition, MapCondition,
+)  # fmt: skip
+CONDITIONS = dict.fromkeys(
+    ("class", "text", "layout", "segmentation", "low-resolution", "inpainting", "map"), "latelier.recipe.condition"
+)
 
 
 def parse_conditions(value: Any) -> Any:
@@ -107,4 +104,8 @@ def parse_conditions(value: Any) -> Any:
     return [{"kind": item} if isinstance(item, str) else item for item in items]
 
 
+if TYPE_CHECKING:
+    ConditionSection = ClassCondition | TextCondition | LayoutCondition | SegmentationCondition | LowResolutionCondition
+else:
+    ConditionSection = Annotated[Section, ByKind("latelier.recipe.condition:CONDITIONS")]
 Conditions = Annotated[list[ConditionSection], BeforeValidator(parse_conditions)]

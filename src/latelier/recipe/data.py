@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from latelier.recipe.base import Count, Section, Size, Unit
+from latelier.sections import Count, Section, Size, Unit
 
 
 class Data(Section):

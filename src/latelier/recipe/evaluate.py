@@ -1,18 +1,62 @@
-"""The recipe's `evaluate` section: what is measured."""
+"""The recipe's `sample` and `evaluate` sections: how images are drawn, and what is measured."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import difflib
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, field_validator
+from pydantic_core import PydanticCustomError
 
-from latelier.recipe.base import Count, Section, Weight
+from latelier.evaluation.metrics import METRICS
+from latelier.sections import Count, Section, Unit, Weight
 
-Metric = Literal[
-    "psnr", "ssim", "ms-ssim", "lpips", "l1", "rfd", "gfd", "fid50k", "sfid", "kid", "cmmd", "inception-score",
-    "precision", "recall", "smoothness", "compression", "cost", "gmm", "probe", "spectrum", "map", "difficulty",
-    "prefixes", "channels", "posterior", "equivariance", "codebook", "convergence",
-]  # fmt: skip
+# Names under which other libraries know a metric that is called otherwise here.
+_ELSEWHERE = {"rfid": "rfd", "gfid": "gfd"}
+
+
+class Sample(Section):
+    """How images are drawn."""
+
+    steps: int = Field(50, ge=1)
+    guidance: float = Field(1.0, ge=0)
+    guidance_interval: tuple[Unit, Unit] = Field((0.0, 1.0), description="noise levels t at which guidance acts")
+    guidance_channels: int | None = Field(None, ge=1, description="guide only the first channels (LightningDiT: 3)")
+    channels: int | None = Field(
+        None, ge=1, description="draw only the first k latent channels (a denoiser trained with `prefixes`)"
+    )
+    sampler: Literal["auto", "euler", "heun", "ddpm", "ddim", "plms", "dpm++", "unipc", "sde", "dopri5"] = "auto"
+    shift: float = Field(1.0, gt=0, description="flow: spends more steps near noise when above 1")
+    last_step: Unit = Field(0.04, description="sde: where the noisy steps end and one step without noise follows")
+    eta: Unit = Field(0.0, description="ddim: 0 deterministic, 1 ancestral")
+    window: int | None = Field(None, ge=1, description="tiled sampling: side of a tile, in latent positions")
+    stride: int | None = Field(None, ge=1, description="from one tile to the next; default half a tile")
+    count: int = Field(64, ge=1)
+    batch: int = Field(64, ge=1)
+    classes: list[int | str] | None = None
+    seed: int = 0
+
+    @field_validator("stride")
+    @classmethod
+    def _fits(cls, stride: int | None, info: Any) -> int | None:
+        window = info.data.get("window")
+        if stride is not None and (window is None or stride > window):
+            raise ValueError(f"at most sample.window, which is {'not set' if window is None else window}")
+        return stride
+
+
+def _known_metric(name: str) -> str:
+    if name in METRICS:
+        return name
+    if name in _ELSEWHERE:
+        words = f"use {_ELSEWHERE[name]!r}, a Fréchet distance whose features need not be Inception's."
+    else:
+        near = difflib.get_close_matches(name, METRICS, 1, 0.5)
+        words = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(METRICS)}."
+    raise PydanticCustomError("unknown_name", "{hint}", {"hint": words})
+
+
+Metric = Annotated[str, AfterValidator(_known_metric), WithJsonSchema({"type": "string", "enum": list(METRICS)})]
 
 
 def _one_or_several(value: object) -> object:

@@ -17,13 +17,14 @@ from typing import Any
 
 from latelier import __version__
 from latelier.errors import LatelierError
-from latelier.recipe import PretrainedRecipe, Recipe
+from latelier.recipe import Recipe
 from latelier.report.figures import ERRORS, MAP
 from latelier.report.orderings import RunSummary, read_metrics
 from latelier.report.overview import BITS, NUMBERS
 from latelier.study.inspect import inspect, inspection_recipe
 from latelier.study.study import file_name
 from latelier.tokenizers.codec import Codec
+from latelier.tokenizers.pretrained import PretrainedSection
 
 SETTINGS = "settings.json"  # what the numbers depend on; written when they are there
 COLUMNS = {
@@ -210,7 +211,7 @@ def _open(recipe: Recipe, tokenizer: str, data: str) -> Candidate:
     """Read a tokenizer's weights and config, without measuring anything."""
     from latelier.opening import open_pretrained
 
-    assert isinstance(recipe.tokenizer, PretrainedRecipe)
+    assert isinstance(recipe.tokenizer, PretrainedSection)
     codec = open_pretrained(recipe.tokenizer)
     size = recipe.data.image_size
     only_size = _only_size(codec)

@@ -11,9 +11,10 @@ from typing import Any
 
 from latelier.errors import LatelierError
 from latelier.evaluation.metrics import METRICS
-from latelier.recipe import PretrainedRecipe, Recipe, apply_overrides, build_recipe, load_recipe
+from latelier.recipe import Recipe, apply_overrides, build_recipe, load_recipe
 from latelier.report.figures import CHANNELS, ERRORS, MAP
 from latelier.report.verdict import Finding, experience, verdict
+from latelier.tokenizers.pretrained import PretrainedSection
 
 MS_SSIM_SIDE = 176  # pixels: after four halvings a window of 11 still fits (Wang et al. 2003)
 WRITTEN = ("metrics.json", "verdict.json", "report.html", MAP, CHANNELS, ERRORS)
@@ -53,7 +54,7 @@ def inspect(tokenizer: str, source: str, size: int, samples: int, out: Path, opt
 
 def _check_out(tokenizer: Path, recipe: Recipe, out: Path) -> None:
     """Refuse a folder in which an inspection would overwrite what no inspection wrote."""
-    assert isinstance(recipe.tokenizer, PretrainedRecipe)
+    assert isinstance(recipe.tokenizer, PretrainedSection)
     earlier = load_recipe(out) if (out / "recipe.yaml").is_file() else None
     if earlier and (earlier.tokenizer.kind != "pretrained" or earlier.denoiser is not None):
         raise LatelierError(f"{out} is the folder of a trained run; choose another one with --out.")

@@ -93,7 +93,7 @@ def _validate(tree: Any, path: Path) -> Study:
     try:
         return Study.model_validate(as_numbers(tree))
     except ValidationError as error:
-        raise LatelierError(f"{path}: {first_problem(error, Study)}") from None
+        raise LatelierError(f"{path}: {first_problem(error)}") from None
 
 
 def find_study(name: str | Path) -> Path:

@@ -8,20 +8,19 @@ stored beside the weights, and applied here and nowhere else.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
-from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from diffusers import AutoencoderKL, ModelMixin
+from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from jaxtyping import Float
 from torch import Tensor
 
 from latelier.errors import LatelierError
+from latelier.tokenizers import TokenizerInfo, model_class, tokenizer_info
 
 STATISTICS_FILE = "latent_statistics.json"
 
@@ -101,10 +100,10 @@ class Codec:
 
         Args:
             latents: `(b, c, *grid)`, or only their first `channels` channels.
-            channels: decode only the first so many channels; the others are zero before the decoder.
+            channels: decode only the first k channels; the others are zero before the decoder.
 
         Raises:
-            LatelierError: if there are not so many channels.
+            LatelierError: if the latents have fewer channels.
         """
         if channels is not None and not 0 < channels <= latents.shape[1]:
             raise LatelierError(f"channels = {channels} is not a prefix of {latents.shape[1]} latent channels.")
@@ -132,41 +131,40 @@ class Codec:
     # -- what it looks like -------------------------------------------------------------------------------------------
 
     @property
+    def info(self) -> TokenizerInfo:
+        """What is to be known of the tokenizer."""
+        return tokenizer_info(self.tokenizer)
+
+    @property
     def factor(self) -> int:
         """Pixels along one side of a latent position; image sizes must be multiples of it."""
-        config = self.tokenizer.config
-        if "patch_size" in config:
-            return config["patch_size"]
-        if hasattr(self.tokenizer, "spatial_compression_ratio"):
-            return self.tokenizer.spatial_compression_ratio
-        channels = config.get("block_out_channels") or config.get("encoder_block_out_channels")
-        return 2 ** (len(channels) - 1) if channels else 1
+        return self.info.factor
 
     @property
     def image_channels(self) -> int:
         """Channels of the images."""
-        return self.tokenizer.config.get("in_channels", 3)
+        return self.info.image_channels
 
     @property
     def channels(self) -> int:
         """Channels of the latents."""
-        config = self.tokenizer.config
-        return config.get("vq_embed_dim") or config["latent_channels"]  # a VQModel may squeeze its latents
+        return self.info.latent_channels
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """`(c, *grid)` of an image's latents.
 
         Raises:
-            LatelierError: if the tokenizer's factor does not divide the size, or if its latents are a sequence, which
-                does not tell a size, and it paints images of another one.
+            LatelierError: if the tokenizer's factor does not divide the size, or if its latents are 1-D, which do not
+                keep a size, and it decodes them to images of another one.
         """
-        check_size((height, width), self.factor)
-        if hasattr(self.tokenizer, "latent_shape"):
-            shape = self.tokenizer.latent_shape(height, width)
-            if len(shape) == 2 and "image_size" in self.tokenizer.config:
-                check_sequence((height, width), self.tokenizer.config["image_size"])
-            return shape
-        return (self.channels, height // self.factor, width // self.factor)
+        info = self.info
+        check_size((height, width), info.factor)
+        if info.decoder_size not in (None, (height, width)):
+            raise LatelierError(
+                f"This tokenizer decodes to {' x '.join(map(str, info.decoder_size or ()))} pixels, whatever the size "
+                f"of the image, here {height} x {width}; resize it, or use tokenizer.resized({(height, width)})."
+            )
+        return info.latent_shape(height, width)
 
     @property
     def device(self) -> torch.device:
@@ -229,7 +227,7 @@ class Codec:
 
     @property
     def _memory_format(self) -> torch.memory_format:
-        return torch.channels_last if is_convolutional(self.tokenizer) else torch.contiguous_format
+        return torch.channels_last if self.info.channels_last else torch.contiguous_format
 
     def _autocast(self):
         device = self.device.type
@@ -243,11 +241,6 @@ class Codec:
         return statistic[: z.shape[1]].to(z).view(-1, *[1] * (z.ndim - 2))
 
 
-def is_convolutional(tokenizer: torch.nn.Module) -> bool:
-    """Whether the channels_last layout pays: the convolutional autoencoders are all diffusers'."""
-    return type(tokenizer).__module__.startswith("diffusers.")
-
-
 def check_size(size: tuple[int, ...] | torch.Size, factor: int) -> None:
     """Refuse image sizes that the tokenizer's factor does not divide."""
     if any(side % factor for side in size):
@@ -255,30 +248,6 @@ def check_size(size: tuple[int, ...] | torch.Size, factor: int) -> None:
         raise LatelierError(
             f"Image size {' x '.join(map(str, size))} is not divisible by the tokenizer's factor {factor}; use {near}."
         )
-
-
-def check_sequence(size: tuple[int, ...], painted: Sequence[int]) -> None:
-    """Refuse images that a tokenizer with a sequence of latents would paint in another size."""
-    if size != tuple(painted):
-        raise LatelierError(
-            f"This tokenizer paints {' x '.join(map(str, painted))} pixels, whatever the size of the image, here "
-            f"{' x '.join(map(str, size))}; resize the image, or take tokenizer.resized({size})."
-        )
-
-
-def model_class(config: dict[str, Any]) -> type[ModelMixin]:
-    """The class that a diffusers-style config names: diffusers' own, or one of ours by `_class_name`."""
-    import diffusers
-
-    from latelier.tokenizers import CLASSES
-
-    name = config.get("_class_name", "")
-    if name in CLASSES:
-        module, attribute = CLASSES[name].split(":")
-        return getattr(importlib.import_module(module), attribute)
-    if hasattr(diffusers, name):
-        return getattr(diffusers, name)
-    raise LatelierError(f"The tokenizer's config names the class {name!r}, which neither diffusers nor latelier has.")
 
 
 def fast_bf16(device: str) -> bool:

@@ -1,12 +1,14 @@
 """Convolutional tokenizers: presets on diffusers' AutoencoderKL and VQModel, and no tokenizer at all (pixels).
 
 The classes are diffusers' own, so `AutoencoderKL.from_pretrained(run)` opens what is trained here. A preset whose name
-begins with `vq` is a VQModel: its latents are continuous, and its decoder begins with the nearest code.
+begins with `vq` is a VQModel: its latents are continuous, and its decoder begins with the nearest code. One objective
+of explicit terms gives AE, DAE, VAE, SD-VAE, and LDM's KL-reg and VQ-reg.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import AutoencoderKL, ConfigMixin, ModelMixin, VQModel
@@ -14,11 +16,18 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.autoencoders.vq_model import VQEncoderOutput
 from jaxtyping import Float
-from torch import Tensor
+from pydantic import Field, model_validator
+from torch import Tensor, nn
 
 from latelier.errors import LatelierError
+from latelier.keyed_random import KeyedRandom
+from latelier.losses.codebook import CodebookUse, perplexity, quantise
+from latelier.losses.kl import mean_kl
+from latelier.losses.reconstruction import ReconstructionLoss
+from latelier.losses.terms import LossTerms
 from latelier.presets import open_init, preset_arguments
-from latelier.recipe import ConvRecipe, Data, IdentityRecipe
+from latelier.sections import Count, Kind, TrainedTokenizer, Weight
+from latelier.tokenizers import TokenizerInfo
 
 IMAGE = 256  # pixels; LDM counts the resolutions that have attention from here
 
@@ -46,7 +55,7 @@ def _kl(channels: list[int], latent: int, layers: int = 2, attention: tuple[int,
 
 
 def _vq(channels: list[int], latent: int, codes: int, **rest) -> dict:
-    """The same for a VQModel with so many codes."""
+    """The same for a VQModel with `codes` codes."""
     return _kl(channels, latent, num_vq_embeddings=codes, **rest)
 
 
@@ -87,6 +96,76 @@ PRESETS = {
 }
 
 
+class ConvSection(TrainedTokenizer):
+    """Convolutional autoencoder on diffusers' AutoencoderKL or VQModel: AE, DAE, VAE, SD-VAE, LDM's KL-reg and VQ-reg.
+
+    LDM's methods are the paper's weights and discriminator (Rombach et al. 2022, appendix G); when the discriminator
+    starts differs from one released model to the next, and is the recipe's to say. An `adversarial` that is given
+    replaces the method's as a whole.
+    """
+
+    METHODS: ClassVar[dict[str, dict[str, Any]]] = {
+        "ae": {"reconstruction": "l2", "perceptual_weight": 0, "kl_weight": 0},
+        "dae": {"reconstruction": "l2", "perceptual_weight": 0, "kl_weight": 0, "input_noise": 0.2},
+        "vae": {"reconstruction": "l2", "perceptual_weight": 0, "kl_weight": 1e-6},
+        "sd-vae": {"reconstruction": "l1", "perceptual_weight": 1.0, "kl_weight": 1e-6, "adversarial": {}},
+        "kl-reg": {
+            "reconstruction": "l1", "perceptual_weight": 1.0, "kl_weight": 1e-6, "kl_per_pixel": True,
+            "adversarial": {"weight": 0.5, "norm": "batch"},
+        },
+        "vq-reg": {
+            "reconstruction": "l1", "perceptual_weight": 1.0, "codebook_weight": 1.0, "codebook_beta": 0.25,
+            "codebook_form": "legacy", "adversarial": {"weight": 0.75, "norm": "batch"},
+        },
+    }  # fmt: skip
+
+    kind: Literal["conv"]
+    preset: str = "kl-f8c4"
+    reconstruction: Literal["l1", "l2"] = "l1"
+    perceptual_weight: Weight = 1.0
+    kl_weight: Weight = Field(1e-6, description="of the KL, summed over a latent; 0: a plain autoencoder")
+    kl: Literal["standard", "free-mean"] = "standard"
+    kl_per_pixel: bool = Field(
+        False, description="divide kl_weight by an image's c h w, as where pixel errors are summed (LDM)"
+    )
+    codebook_weight: float = Field(1.0, gt=0, description="of the codebook's term (`vq` presets)")
+    codebook_beta: Weight = Field(0.25, description="of the smaller half of that term")
+    codebook_form: Literal["legacy", "fixed"] = Field(
+        "legacy", description="what beta weighs: the codes' move (LDM's), or the encoder's (as in the VQ-VAE)"
+    )
+    codebook_window: int = Field(
+        10_000, ge=1, description="images over which `codebook_usage` counts the codes that were used"
+    )
+    codebook_restart: Count = Field(0, description="images without use after which a code is born again; 0: never")
+    input_noise: Weight = Field(0.0, description="standard deviation of noise on the encoder's input (DAE)")
+
+    @property
+    def quantised(self) -> bool:
+        """Whether there is a codebook, as the preset's name says."""
+        return self.preset.startswith("vq")
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether there is a posterior whose spread is neither used nor trained."""
+        return not self.kl_weight and not self.quantised
+
+    @model_validator(mode="after")
+    def _check_method(self) -> ConvSection:
+        if self.method and (self.method == "vq-reg") != self.quantised:
+            kind = "vq" if self.method == "vq-reg" else "kl"
+            raise LatelierError(
+                f"tokenizer.method = {self.method!r} is not for preset {self.preset!r}; "
+                f"use a preset whose name begins with {kind}."
+            )
+        return self
+
+
+class IdentitySection(Kind):
+    """No tokenizer: diffusion in pixel space (f = 1)."""
+
+    kind: Literal["identity"]
+
+
 class IdentityTokenizer(ModelMixin, ConfigMixin):
     """f = 1: the latents are the pixels, so that every denoiser also runs in pixel space.
 
@@ -99,6 +178,11 @@ class IdentityTokenizer(ModelMixin, ConfigMixin):
         super().__init__()
         self.register_buffer("one", torch.ones(1))  # gives the module a device and its weights file a content
 
+    @property
+    def info(self) -> TokenizerInfo:
+        """What is to be known of this tokenizer."""
+        return TokenizerInfo(1, self.config["latent_channels"], self.config["in_channels"], decoder_modules=())
+
     def encode(self, images: Float[Tensor, "b c h w"]) -> VQEncoderOutput:
         """The images themselves."""
         return VQEncoderOutput(latents=images)
@@ -108,25 +192,134 @@ class IdentityTokenizer(ModelMixin, ConfigMixin):
         return DecoderOutput(sample=z)
 
 
-def build(recipe: ConvRecipe, data: Data) -> AutoencoderKL | VQModel:
-    """An autoencoder for these images, fresh or from `init`.
+SECTIONS, MODELS = (ConvSection, IdentitySection), (IdentityTokenizer,)
+
+
+def build(
+    section: ConvSection | IdentitySection, channels: int, image_size: Sequence[int] = ()
+) -> AutoencoderKL | VQModel | IdentityTokenizer:
+    """A tokenizer for these images, of any size; fresh or from `init`.
 
     Raises:
         LatelierError: for an unknown preset or argument, or as many widths as there are no levels.
     """
-    model = VQModel if recipe.quantised else AutoencoderKL
-    if recipe.init:
-        return open_init(model, recipe.init)
-    arguments = preset_arguments(model, PRESETS, recipe.preset, recipe.model)
+    if isinstance(section, IdentitySection):
+        return IdentityTokenizer(channels, channels)
+    model = VQModel if section.quantised else AutoencoderKL
+    if section.init:
+        return open_init(model, section.init)
+    arguments = preset_arguments(model, PRESETS, section.preset, section.model)
     levels, widths = len(arguments["down_block_types"]), len(arguments["block_out_channels"])
     if not levels == widths == len(arguments["up_block_types"]):
         raise LatelierError(
-            f"tokenizer.model.block_out_channels has {widths} entries, but {recipe.preset} has {levels} levels; "
+            f"tokenizer.model.block_out_channels has {widths} entries, but {section.preset} has {levels} levels; "
             "give as many, or down_block_types and up_block_types as well."
         )
-    return model(**{**arguments, "in_channels": data.channels, "out_channels": data.channels})
+    return model(**{**arguments, "in_channels": channels, "out_channels": channels})
 
 
-def build_identity(recipe: IdentityRecipe, data: Data) -> IdentityTokenizer:
-    """Pixel space."""
-    return IdentityTokenizer(data.channels, data.channels)
+def objective(
+    section: ConvSection,
+    tokenizer: AutoencoderKL | VQModel,
+    perceptual: nn.Module | None,
+    seed: int,
+    dataset: Any = None,
+) -> ConvObjective:
+    """The objective of a recipe's section."""
+    names = (
+        "kl", "kl_weight", "kl_per_pixel", "codebook_weight", "codebook_beta", "codebook_form", "codebook_window",
+        "codebook_restart", "input_noise",
+    )  # fmt: skip
+    loss = ReconstructionLoss(section.reconstruction, perceptual, section.perceptual_weight, section.perceptual_every)
+    return ConvObjective(tokenizer, loss, seed, **{name: getattr(section, name) for name in names})
+
+
+class ConvObjective(nn.Module):
+    """L1 or L2 + LPIPS + KL or codebook; noise on the encoder's input makes it a denoising autoencoder.
+
+    All terms of the image are means over its c h w values. LDM's KL models sum the pixel errors (and LPIPS, broadcast
+    over them) instead; divided by c h w, their loss is ours with the KL's weight divided by c h w: `kl_per_pixel`. A
+    common factor changes nothing under Adam, nor in the adaptive adversarial weight, which follows the reconstruction's
+    gradient. LDM's VQ models take means as we do.
+
+    Args:
+        tokenizer: the model to train. A VQModel decodes the codes nearest to its latents.
+        reconstruction_loss: of pixels and LPIPS.
+        seed: of the noises, which are addressed by the images' numbers.
+        kl: form of the KL, see `gaussian_kl`.
+        kl_weight: of the KL, summed over a latent; 0: a plain autoencoder, whose latent is the posterior's mean.
+        kl_per_pixel: divide that weight by an image's c h w.
+        codebook_weight, codebook_beta, codebook_form: of the codebook's term, see `quantise`.
+        codebook_window: images over which the used codes are counted.
+        codebook_restart: images without use after which a code restarts at a latent of the batch; 0: never.
+        input_noise: standard deviation of noise on the encoder's input.
+    """
+
+    def __init__(
+        self,
+        tokenizer: AutoencoderKL | VQModel,
+        reconstruction_loss: ReconstructionLoss,
+        seed: int,
+        kl: str = "standard",
+        kl_weight: float = 1e-6,
+        kl_per_pixel: bool = False,
+        codebook_weight: float = 1.0,
+        codebook_beta: float = 0.25,
+        codebook_form: str = "legacy",
+        codebook_window: int = 10_000,
+        codebook_restart: int = 0,
+        input_noise: float = 0.0,
+    ):
+        super().__init__()
+        self.tokenizer, self.reconstruction_loss, self.seed = tokenizer, reconstruction_loss, seed
+        self.kl, self.kl_weight, self.kl_per_pixel, self.input_noise = kl, kl_weight, kl_per_pixel, input_noise
+        self.codebook_weight, self.codebook_beta, self.codebook_form = codebook_weight, codebook_beta, codebook_form
+        self.codebook_window, self.codebook_restart = codebook_window, codebook_restart
+        if isinstance(tokenizer, VQModel):
+            self.use = CodebookUse(tokenizer.config["num_vq_embeddings"], seed)
+
+    def forward(self, batch: dict[str, Any]) -> LossTerms:
+        """Terms of `batch["image"]` `(b, c, h, w)`; `sample_id` addresses the random numbers, `seen` counts images."""
+        images = batch["image"]
+        rng = KeyedRandom(self.seed, batch["sample_id"], images.device)
+        inputs = images
+        if self.input_noise:
+            inputs = images + self.input_noise * rng.normal("input", *images.shape[1:])
+        through = self._codes if isinstance(self.tokenizer, VQModel) else self._posterior
+        reconstruction, terms = through(inputs, rng, batch)
+        losses = self.reconstruction_loss(reconstruction, images, batch["sample_id"])
+        lpips = {"lpips": losses.pop("lpips")} if "lpips" in losses else {}
+        weights = {**dict.fromkeys(losses, 1.0), **terms.weights}
+        weights |= dict.fromkeys(lpips, self.reconstruction_loss.perceptual_weight)
+        return LossTerms({**losses, **terms.losses, **lpips}, weights, reconstruction=reconstruction)
+
+    def _posterior(
+        self, images: Float[Tensor, "b c h w"], rng: KeyedRandom, batch: dict[str, Any]
+    ) -> tuple[Float[Tensor, "b c h w"], LossTerms]:
+        """Reconstruction through the posterior, and the KL's term."""
+        posterior = self.tokenizer.encode(images).latent_dist
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()  # (b, k, h/f, w/f)
+        if not self.kl_weight:
+            return self.tokenizer.decode(mean).sample.float(), LossTerms({}, {})
+        z = mean + (0.5 * logvar).exp() * rng.normal("posterior", *mean.shape[1:])
+        reconstruction = self.tokenizer.decode(z).sample.float()
+        values = images[0].numel() if self.kl_per_pixel else 1
+        return reconstruction, LossTerms({"kl": mean_kl(mean, logvar, self.kl)}, {"kl": self.kl_weight / values})
+
+    def _codes(
+        self, images: Float[Tensor, "b c h w"], rng: KeyedRandom, batch: dict[str, Any]
+    ) -> tuple[Float[Tensor, "b c h w"], LossTerms]:
+        """Reconstruction through the nearest codes, the codebook's term, and how much of the codebook is used."""
+        seen, codebook = batch["seen"], self.tokenizer.quantize.embedding.weight  # (codes, k)
+        latents = self.tokenizer.encode(images).latents.float()  # (b, k, h/f, w/f)
+        if self.codebook_restart and self.training and codebook.requires_grad:
+            self.use.restart(codebook.data, latents, batch["sample_id"], seen, self.codebook_restart)
+        quantised = quantise(latents, codebook, self.codebook_beta, self.codebook_form)
+        reconstruction = self.tokenizer.decode(quantised.z, force_not_quantize=True).sample.float()
+        counts = self.use.count(quantised.indices, seen)
+        losses = {
+            "codebook": quantised.loss,
+            "codebook_perplexity": perplexity(counts),
+            "codebook_usage": self.use.share(seen, self.codebook_window),
+        }
+        return reconstruction, LossTerms(losses, {"codebook": self.codebook_weight})

@@ -2,18 +2,30 @@
 
 A plain autoencoder (no KL, no codebook) of factor 8 to 128. Its down- and upsampling have shortcuts that need no
 weights: pixels go into channels and their means are added. DC-AE 1.5 is the same class without the shortcuts around
-the latent and without attention; it is trained so that any prefix of its channels decodes.
+the latent and without attention; it is trained so that any prefix of its channels decodes (structured latents): the
+decoder sees a random prefix of the channels, the others being zero,
+
+    L = l(x, D(mask_{c,c'} E(x)))        c' drawn anew in each step
+
+so that the first channels must carry what matters most. The encoder runs once a step, the decoder once for each draw.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
+import torch
 from diffusers import AutoencoderDC
+from pydantic import Field
+from torch import nn
 
 from latelier.errors import LatelierError
+from latelier.losses.reconstruction import ReconstructionLoss
+from latelier.losses.terms import LossTerms
+from latelier.prefixes import RandomPrefixes, keep_prefix, random_prefixes
 from latelier.presets import open_init, preset_arguments
-from latelier.recipe import Data, DCAERecipe
+from latelier.sections import Prefixes, TrainedTokenizer, Weight
 
 FINE = 3  # levels, from the pixels on, that have convolutions; below them DC-AE 1.0 has linear attention
 
@@ -70,23 +82,104 @@ PRESETS = {
 }
 
 
-def build(recipe: DCAERecipe, data: Data) -> AutoencoderDC:
-    """An autoencoder for these images, fresh or from `init`.
+class DCAESection(TrainedTokenizer):
+    """Deep-compression autoencoder on diffusers' AutoencoderDC (DC-AE, ICLR 2025; DC-AE 1.5, ICCV 2025).
+
+    Method `structured` is DC-AE 1.5's: the decoder sees a random prefix of the channels in each step.
+    """
+
+    METHODS: ClassVar[dict[str, dict[str, Any]]] = {"plain": {"prefixes": None}, "structured": {"prefixes": {}}}
+
+    kind: Literal["dcae"]
+    preset: str = "dcae-f32c32"
+    reconstruction: Literal["l1", "l2"] = "l1"
+    perceptual_weight: Weight = 0.5
+    prefixes: Prefixes | None = Field(None, description="structured latents: any prefix of the channels decodes")
+
+
+SECTIONS, MODELS = (DCAESection,), ()
+
+
+def build(section: DCAESection, channels: int, image_size: Sequence[int] = ()) -> AutoencoderDC:
+    """An autoencoder for these images, of any size; fresh or from `init`.
 
     Raises:
         LatelierError: for an unknown preset or argument, or widths that the shortcuts cannot divide.
     """
-    if recipe.init:
-        return open_init(AutoencoderDC, recipe.init)
-    arguments = {**preset_arguments(AutoencoderDC, PRESETS, recipe.preset, recipe.model), "in_channels": data.channels}
+    if section.init:
+        return open_init(AutoencoderDC, section.init)
+    arguments = {**preset_arguments(AutoencoderDC, PRESETS, section.preset, section.model), "in_channels": channels}
     levels = {key: len(value) for key, value in arguments.items() if isinstance(value, tuple | list)}
     if len(set(levels.values())) > 1:
-        told = ", ".join(f"{key} {count}" for key, count in levels.items())
-        raise LatelierError(f"tokenizer.model does not fit preset {recipe.preset}: levels differ ({told}).")
+        counts = ", ".join(f"{key} {count}" for key, count in levels.items())
+        raise LatelierError(f"tokenizer.model does not fit preset {section.preset}: levels differ ({counts}).")
     try:
         return AutoencoderDC(**arguments)
     except (AssertionError, ValueError) as error:
         raise LatelierError(
-            f"tokenizer.model does not fit preset {recipe.preset} ({error or 'a width is no multiple of 4'}); with "
+            f"tokenizer.model does not fit preset {section.preset} ({error or 'a width is no multiple of 4'}); with "
             "shuffled pixels each width must be a multiple or a part of the one before, and of 4."
         ) from None
+
+
+def objective(
+    section: DCAESection, tokenizer: AutoencoderDC, perceptual: nn.Module | None, seed: int, dataset: Any = None
+) -> DCAEObjective:
+    """The objective of a recipe's section.
+
+    Raises:
+        LatelierError: if the section's prefixes do not fit the latents.
+    """
+    loss = ReconstructionLoss(section.reconstruction, perceptual, section.perceptual_weight, section.perceptual_every)
+    prefixes = random_prefixes(section.prefixes, tokenizer.config["latent_channels"])
+    return DCAEObjective(tokenizer, loss, seed, prefixes)
+
+
+class DCAEObjective(nn.Module):
+    """Loss terms of an autoencoder on a batch of images, means over all its reconstructions.
+
+    Args:
+        tokenizer: the model to train.
+        reconstruction_loss: of pixels and LPIPS.
+        seed: of the prefixes.
+        prefixes: structured latents; None: all channels in every step.
+    """
+
+    def __init__(
+        self,
+        tokenizer: AutoencoderDC,
+        reconstruction_loss: ReconstructionLoss,
+        seed: int,
+        prefixes: RandomPrefixes | None = None,
+    ):
+        super().__init__()
+        self.tokenizer, self.reconstruction_loss, self.seed = tokenizer, reconstruction_loss, seed
+        self.prefixes = prefixes
+
+    def train(self, mode: bool = True) -> DCAEObjective:
+        """Batch norms whose weights are frozen keep their statistics, too."""
+        super().train(mode)
+        for module in self.tokenizer.modules():
+            if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad:
+                module.eval()
+        return self
+
+    def forward(self, batch: dict[str, Any]) -> LossTerms:
+        """Terms of `batch["image"]` `(b, c, h, w)`; `seen` addresses the prefixes.
+
+        The adversarial loss judges the first reconstruction.
+        """
+        z = self.tokenizer.encode(batch["image"]).latent  # (b, k, h/f, w/f)
+        lengths = [z.shape[1]] if self.prefixes is None else self.prefixes.draw(self.seed, batch["seen"])
+        each, reconstructions = [], []
+        for length in lengths:
+            reconstruction = self.tokenizer.decode(keep_prefix(z, length)).sample.float()  # (b, c, h, w)
+            each.append(self.reconstruction_loss(reconstruction, batch["image"], batch["sample_id"]))
+            reconstructions.append(reconstruction)
+        losses = {name: torch.stack([terms[name] for terms in each]).mean() for name in each[0]}
+        weights = dict.fromkeys(losses, 1.0)
+        if "lpips" in losses:
+            weights["lpips"] = self.reconstruction_loss.perceptual_weight
+        if self.prefixes is not None:
+            losses["prefix"] = z.new_tensor(lengths, dtype=torch.float32).mean()  # in the log only
+        return LossTerms(losses, weights, reconstruction=reconstructions[0])

@@ -3,13 +3,16 @@
 An image becomes a short sequence of latents instead of a grid: learned latent tokens stand behind the patches in the
 sequence of a ViT, and what they have gathered after the last block, through a linear layer, is the latent. In training
 a share of the patches is replaced by a mask token, which makes the latents say what the image means and not only how
-it looks; at inference nothing is masked. A ViT of the same size paints the image (`latent_decoder`).
+it looks; at inference nothing is masked. A ViT of the same size decodes the image (`maetok_decoder`). The objective
+reconstructs all pixels, and predicts features of the patches that the encoder did not see (`maetok_targets`):
+
+    L = MSE + w_p LPIPS + w_kl KL + sum of w_t L_t over the targets t        (section 3.2), and the adversarial term
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -17,22 +20,20 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution, EncoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from jaxtyping import Bool, Float
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from latelier.errors import LatelierError
+from latelier.keyed_random import KeyedRandom
 from latelier.layers import TransformerBlock, init_linear, patchify, resize_positions, resized, unpatchify
+from latelier.losses.kl import gaussian_kl
+from latelier.losses.reconstruction import ReconstructionLoss
+from latelier.losses.terms import LossTerms
 from latelier.presets import open_init, preset_arguments
-from latelier.recipe import Data, MAETokRecipe
-from latelier.tokenizers.latent_decoder import (
-    LatentDecoder,
-    add_frequencies,
-    init_table,
-    rope_tables,
-    run,
-)
-
-if TYPE_CHECKING:
-    from latelier.keyed_random import KeyedRandom
+from latelier.sections import Count, TrainedTokenizer, Weight
+from latelier.tokenizers import TokenizerInfo
+from latelier.tokenizers.maetok_decoder import LatentDecoder, add_frequencies, init_table, rope_tables, run
+from latelier.tokenizers.maetok_targets import Masking, MaskShare, Target, TargetSection, build_targets, draw_mask
 
 
 def _preset(patch: int, latents: int, channels: int, dim: int, depth: int, heads: int, **more: float) -> dict:
@@ -52,11 +53,55 @@ PRESETS = {
 }
 
 
+class MAETokSection(TrainedTokenizer):
+    """One-dimensional masked tokenizer (MAETok, ICML 2025).
+
+    Method `paper` has the paper's targets, weights and discriminator (counts in images: 10k and 30k steps of 512).
+    `ae` and `vae` are its baselines without masks and targets.
+    """
+
+    METHODS: ClassVar[dict[str, dict[str, Any]]] = {
+        "paper": {
+            "targets": [{"kind": "hog"}, {"kind": "dinov2"}, {"kind": "siglip"}],
+            "perceptual_warmup": 5_120_000,
+            "adversarial": {
+                "kind": "dino", "weight": 0.4, "start": 15_360_000, "betas": (0.9, 0.95), "norm": "batch",
+                "augment": ["color", "translation", "cutout"], "augment_share": 0.5, "consistency": 4.0,
+                "lecam": 0.001, "lecam_decay": 0.999,
+            },
+        },
+        "ae": {"mask": {"low": 0.0, "high": 0.0, "mode": 0.0}, "targets": []},
+        "vae": {"mask": {"low": 0.0, "high": 0.0, "mode": 0.0}, "targets": [], "kl_weight": 1e-6},
+    }  # fmt: skip
+
+    kind: Literal["maetok"]
+    preset: str = "maetok-b-128"
+    mask: Masking = Masking()
+    targets: list[TargetSection] = Field([], description="what auxiliary decoders predict: hog, dinov2, ...")
+    perceptual_weight: Weight = 1.0
+    perceptual_warmup: Count = Field(0, description="images over which LPIPS's weight rises from 0")
+    kl_weight: Weight = Field(0.0, description="of the KL, summed over a latent; 0: a plain autoencoder")
+
+    @property
+    def variational(self) -> bool:
+        """Whether the encoder gives a mean and a variance."""
+        return self.kl_weight > 0
+
+    @model_validator(mode="after")
+    def _check_targets(self) -> MAETokSection:
+        if self.targets and not self.mask.high:
+            raise LatelierError(
+                "tokenizer.targets are predicted at masked patches, but tokenizer.mask masks none; "
+                "set mask.high, or leave the targets out."
+            )
+        return self
+
+
 class MAETok(ModelMixin, ConfigMixin):
     """Masked one-dimensional tokenizer.
 
     Args:
-        image_size: `(h, w)` in pixels of the images that it paints; `resized` makes one for another size.
+        image_size: `(h, w)` in pixels of the images that it decodes to; `resized` makes one for another size.
         patch_size: side of a patch in pixels.
         in_channels: image channels.
         latent_tokens: l latents of an image, whatever its size.
@@ -68,7 +113,7 @@ class MAETok(ModelMixin, ConfigMixin):
             has a learned table of positions in any case, the decoder only with `absolute`.
         variational: whether latents have a variance: a VAE instead of the paper's plain autoencoder.
         decoder_cls_token: whether the decoder's sequence begins with a learned token, as the encoder's does.
-        decoder_drop_path: stochastic depth in the decoder, at its last block; see `paint`.
+        decoder_drop_path: stochastic depth in the decoder, at its last block; see `decode_tokens`.
         layer_scale: where the gains of the encoder's branches begin.
         latent_scale: where the decoder's modulation by latents begins, see `LatentDecoder`.
 
@@ -76,7 +121,6 @@ class MAETok(ModelMixin, ConfigMixin):
     attention runs through `layers.attention`, and sizes, numbers of latents and the variational form are free.
     """
 
-    decoder_parts = ("decoder", "head")
     _supports_gradient_checkpointing = True
     _repeated_blocks = ["TransformerBlock", "ModulatedBlock"]  # noqa: RUF012
 
@@ -129,13 +173,21 @@ class MAETok(ModelMixin, ConfigMixin):
         self.gradient_checkpointing = False
 
     @property
-    def last_layer(self) -> Tensor:
-        """The weight nearest to the pixels."""
-        return self.head.weight
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, int]:
-        """`(c, l)`, whatever the size."""
-        return (self.config["latent_channels"], self.config["latent_tokens"])
+    def info(self) -> TokenizerInfo:
+        """What is to be known of this tokenizer."""
+        height, width = self.config["image_size"]
+        return TokenizerInfo(
+            factor=self.config["patch_size"],
+            latent_channels=self.config["latent_channels"],
+            image_channels=self.config["in_channels"],
+            latent_tokens=self.config["latent_tokens"],
+            decoder_size=(height, width),
+            decoder_modules=("decoder", "head"),
+            middle=("to_latent",),
+            head=("head",),
+            last_layer="head.weight",
+            variance_layer="to_latent" if self.config["variational"] else None,
+        )
 
     def resized(self, image_size: Sequence[int]) -> MAETok:
         """The same weights for another size of images, position tables carried over by bilinear interpolation.
@@ -177,18 +229,18 @@ class MAETok(ModelMixin, ConfigMixin):
         return self.to_latent(self.norm(x[:, -latents.shape[1] :]))  # (b, l, m)
 
     def decode_tokens(
-        self, z: Float[Tensor, "b l k"], grid: tuple[int, int] | None = None, draws: KeyedRandom | None = None
+        self, z: Float[Tensor, "b l k"], grid: tuple[int, int] | None = None, rng: KeyedRandom | None = None
     ) -> Float[Tensor, "b c h w"]:
         """The image of raw latents.
 
         Args:
             z: raw latents.
             grid: rows and columns of patches; None for `image_size`.
-            draws: random numbers of the images, from which stochastic depth (`decoder_drop_path`) is drawn; without
+            rng: random numbers of the images, from which stochastic depth (`decoder_drop_path`) is drawn; without
                 them, and outside of training mode, it does not act.
         """
         grid = grid or self.grid
-        return unpatchify(self.head(self.decoder(z, grid, draws)), self.config["patch_size"], grid)
+        return unpatchify(self.head(self.decoder(z, grid, rng)), self.config["patch_size"], grid)
 
     # -- the diffusers interface --------------------------------------------------------------------------------------
 
@@ -212,9 +264,175 @@ class MAETok(ModelMixin, ConfigMixin):
         return DecoderOutput(sample=self.decode_tokens(z, (images.shape[2] // p, images.shape[3] // p)))
 
 
-def build(recipe: MAETokRecipe, data: Data) -> MAETok:
+SECTIONS, MODELS = (MAETokSection,), (MAETok,)
+
+
+def build(section: MAETokSection, channels: int, image_size: Sequence[int]) -> MAETok:
     """A MAETok for these images, fresh or from `init`."""
-    if recipe.init:
-        return open_init(MAETok, recipe.init)
-    arguments = {"variational": recipe.variational, **preset_arguments(MAETok, PRESETS, recipe.preset, recipe.model)}
-    return MAETok(**{**arguments, "image_size": tuple(data.image_size), "in_channels": data.channels})
+    if section.init:
+        return open_init(MAETok, section.init)
+    arguments = {"variational": section.variational, **preset_arguments(MAETok, PRESETS, section.preset, section.model)}
+    return MAETok(**{**arguments, "image_size": tuple(image_size), "in_channels": channels})
+
+
+def objective(
+    section: MAETokSection, tokenizer: MAETok, perceptual: nn.Module | None, seed: int, dataset: Any = None
+) -> MAETokObjective:
+    """The objective of a recipe's section.
+
+    Raises:
+        LatelierError: if a target cannot be built, see `build_targets`.
+    """
+    config = tokenizer.config
+    targets = build_targets(section.targets, config["patch_size"], config["in_channels"], dataset)
+    loss = ReconstructionLoss("mse", perceptual, section.perceptual_weight, section.perceptual_every)
+    mask = MaskShare(**section.mask.model_dump()) if section.mask.high else None
+    return MAETokObjective(tokenizer, loss, seed, mask, targets, section.kl_weight, section.perceptual_warmup)
+
+
+class MAETokObjective(nn.Module):
+    """Loss terms of a MAETok on a batch of images.
+
+    Auxiliary decoders predict the targets from the latents alone. They live here and not in the tokenizer: optimiser,
+    EMA and checkpoints know them, the saved tokenizer does not, and every phase begins with fresh ones.
+
+    Args:
+        tokenizer: the model to train.
+        reconstruction_loss: `mse` of the pixels, and LPIPS.
+        seed: of masks and the posterior's noise, which are addressed by the images' numbers.
+        mask: the share of patches that is masked; None masks nothing.
+        targets: what auxiliary decoders predict; they are not registered, so their teachers are neither trained nor
+            saved.
+        kl_weight: of the KL, summed over a latent's channels.
+        perceptual_warmup: images over which LPIPS's weight rises from 0.
+
+    Raises:
+        LatelierError: for a KL of an encoder without a variance.
+    """
+
+    def __init__(
+        self,
+        tokenizer: MAETok,
+        reconstruction_loss: ReconstructionLoss,
+        seed: int,
+        mask: MaskShare | None = None,
+        targets: Sequence[Target] = (),
+        kl_weight: float = 0.0,
+        perceptual_warmup: int = 0,
+    ):
+        super().__init__()
+        if kl_weight and not tokenizer.config["variational"]:
+            raise LatelierError(
+                f"tokenizer.kl_weight = {kl_weight} needs an encoder that gives a variance, and this one gives "
+                "none; set kl_weight: 0, or begin with a tokenizer that was built for a KL."
+            )
+        self.tokenizer, self.reconstruction_loss, self.seed = tokenizer, reconstruction_loss, seed
+        self.mask, self.targets, self.kl_weight, self.perceptual_warmup = mask, targets, kl_weight, perceptual_warmup
+        self.auxiliary = nn.ModuleDict({target.name: auxiliary_decoder(tokenizer, target) for target in targets})
+        if mask is None:
+            tokenizer.mask_token.requires_grad_(False)  # nothing stands in for a missing patch
+
+    def forward(self, batch: dict[str, Any]) -> LossTerms:
+        """Terms of `batch["image"]` `(b, c, h, w)`; `sample_id` addresses the random numbers, `seen` counts images."""
+        images = batch["image"]
+        grid = patch_grid(self.tokenizer, images.shape[2:])
+        rng = KeyedRandom(self.seed, batch["sample_id"], images.device)
+        mask, share = None, 0.0
+        if self.mask is not None:
+            share = self.mask.draw(self.seed, batch["seen"])
+            mask = draw_mask(rng.uniform("mask", grid[0] * grid[1]), share)  # (b, n)
+        z, losses = self._latents(images, mask, rng)
+        reconstruction = self.tokenizer.decode_tokens(z, grid, rng).float()  # (b, c, h, w)
+
+        lpips_weight = self._perceptual_weight(batch["seen"])
+        losses |= self.reconstruction_loss(reconstruction, images, batch["sample_id"], lpips_weight > 0)
+        if mask is not None and share:
+            losses |= self._predictions(z, batch, grid, mask)
+        else:
+            losses["mse"] = losses["mse"] + self._idle()
+        weights = {"mse": 1.0, "lpips": lpips_weight, "kl": self.kl_weight}
+        weights |= {target.name: target.weight for target in self.targets}
+        return LossTerms(losses, {k: weights[k] for k in losses}, reconstruction=reconstruction)
+
+    def _latents(
+        self, images: Float[Tensor, "b c h w"], mask: Bool[Tensor, "b n"] | None, rng: KeyedRandom
+    ) -> tuple[Float[Tensor, "b l k"], dict[str, Tensor]]:
+        """Latents, drawn from the posterior if there is one, and the KL of that."""
+        moments = self.tokenizer.moments(images, mask).float()  # (b, l, c), or (b, l, 2 c)
+        if not self.tokenizer.config["variational"]:
+            return moments, {}
+        mean, logvar = moments.chunk(2, dim=-1)
+        logvar = logvar.clamp(-30, 20)
+        z = mean + (0.5 * logvar).exp() * rng.normal("posterior", *mean.shape[1:])  # (b, l, c)
+        return z, {"kl": gaussian_kl(mean, logvar).sum(-1).mean()}
+
+    def _predictions(
+        self, z: Float[Tensor, "b l c"], batch: Mapping[str, Any], grid: tuple[int, int], mask: Bool[Tensor, "b n"]
+    ) -> dict[str, Tensor]:
+        """The error of each target, by name."""
+        errors = {}
+        for target in self.targets:
+            predicted = self.auxiliary[target.name](z, target.tokens(grid)).float()  # (b, n, d)
+            errors[target.name] = target.error(predicted, target(batch, grid), mask)
+        return errors
+
+    def _perceptual_weight(self, seen: int | float) -> float:
+        """LPIPS's weight, which rises from 0 over `perceptual_warmup` images."""
+        rise = min(1.0, seen / self.perceptual_warmup) if self.perceptual_warmup else 1.0
+        return self.reconstruction_loss.perceptual_weight * rise
+
+    def _idle(self) -> Tensor | float:
+        """Zero, through all auxiliary decoders: where nothing is masked, DDP still waits for their gradients."""
+        return sum((0.0 * p.sum() for p in self.auxiliary.parameters()), 0.0)
+
+
+class AuxiliaryDecoder(nn.Module):
+    """A shallow decoder with a CLS token, and a linear head as wide as the target."""
+
+    def __init__(self, body: LatentDecoder, dim: int, width: int):
+        super().__init__()
+        self.body, self.head = body, nn.Linear(dim, width)
+        init_linear(self.head)
+
+    def forward(self, z: Float[Tensor, "b l c"], grid: tuple[int, int]) -> Float[Tensor, "b n d"]:
+        return self.head(self.body(z, grid))
+
+
+class LinearReadout(nn.Module):
+    """Each patch's prediction is one linear map of all latents: learnt weights mix them, a linear layer widens that.
+
+    The paper's decoder without blocks (table 4d, "linear") does not say how patches reach the latents, which only
+    attention mixes; this is the simplest map that tells patches apart. It is made for one grid.
+    """
+
+    def __init__(self, latent_tokens: int, latent_channels: int, grid: tuple[int, int], width: int):
+        super().__init__()
+        self.grid = grid
+        self.mix = nn.Linear(latent_tokens, grid[0] * grid[1])
+        self.head = nn.Linear(latent_channels, width)
+        init_linear(self)
+
+    def forward(self, z: Float[Tensor, "b l c"], grid: tuple[int, int]) -> Float[Tensor, "b n d"]:
+        if tuple(grid) != self.grid:
+            raise LatelierError(
+                f"A target of depth 0 is made for {self.grid} patches, but the image has {tuple(grid)}; "
+                "give it a depth."
+            )
+        return self.head(self.mix(z.transpose(1, 2)).transpose(1, 2))  # (b, n, width)
+
+
+def auxiliary_decoder(tokenizer: MAETok, target: Target) -> nn.Module:
+    """Latents of this tokenizer to predictions of a target."""
+    config, (dim, depth, heads) = tokenizer.config, target.decoder
+    grid = target.tokens(patch_grid(tokenizer, config["image_size"]))
+    latent = (config["latent_tokens"], config["latent_channels"])
+    if not depth:
+        return LinearReadout(*latent, grid, target.dim)
+    body = LatentDecoder(*latent, grid, dim, depth, heads, cls_token=True, latent_scale=config["latent_scale"])
+    return AuxiliaryDecoder(body, dim, target.dim)
+
+
+def patch_grid(tokenizer: MAETok, size: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of patches in an image of `(h, w)` pixels."""
+    p = tokenizer.config["patch_size"]
+    return size[0] // p, size[1] // p

@@ -1,13 +1,18 @@
 """VMAE: the variational masked autoencoder of "Latent Diffusion Models with Masked AutoEncoders" (ICCV 2025).
 
 A ViT encoder sees only the visible patches (dropped tokens cost nothing), `to_latent` turns each token into the mean
-and log-variance of its latent, and a ViT decoder fills in mask tokens for the rest and paints the whole image. At
-inference nothing is masked and the latents form a grid `(c, h / p, w / p)`.
+and log-variance of its latent, and a ViT decoder fills in mask tokens for the rest and decodes the whole image. At
+inference nothing is masked and the latents form a grid `(c, h / p, w / p)`. The objective, with v = `visible_weight`:
+
+    L = (1 - v) MSE(masked patches) + v MSE(visible patches) + w_p LPIPS(whole image) + w_kl KL
+
+where the KL leaves the mean free.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -15,8 +20,10 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from jaxtyping import Float, Int
+from pydantic import Field
 from torch import Tensor, nn
 
+from latelier.keyed_random import KeyedRandom
 from latelier.layers import (
     TransformerBlock,
     init_linear,
@@ -26,8 +33,12 @@ from latelier.layers import (
     sincos_positions,
     unpatchify,
 )
+from latelier.losses.kl import gaussian_kl
+from latelier.losses.reconstruction import ReconstructionLoss
+from latelier.losses.terms import LossTerms
 from latelier.presets import open_init, preset_arguments
-from latelier.recipe import Data, VMAERecipe
+from latelier.sections import TrainedTokenizer, Unit, Weight
+from latelier.tokenizers import TokenizerInfo
 
 
 def _preset(patch: int, latent: int, dim: int, heads: int, depth: int = 12) -> dict:
@@ -45,6 +56,29 @@ PRESETS = {
     "vmae-f16d32": _preset(16, 32, 192, 12),
     "vmae-f8d16-tiny": _preset(8, 16, 128, 4, depth=2),  # minutes on a laptop's CPU
 }
+
+
+class VMAESection(TrainedTokenizer):
+    """Variational masked autoencoder (LDMAE, ICCV 2025)."""
+
+    METHODS: ClassVar[dict[str, dict[str, Any]]] = {
+        "paper": {"mask_ratio": 0.6, "kl": "free-mean", "kl_weight": 1e-6, "perceptual_weight": 0.5},
+        "released": {"mask_ratio": 0.25, "kl": "fixed-std", "kl_weight": 1e-6, "perceptual_weight": 0.5},
+    }
+
+    kind: Literal["vmae"]
+    preset: str = "vmae-f8d16"
+    mask_ratio: float = Field(0.6, ge=0, lt=1)
+    visible_weight: Unit = Field(0.5, description="v in (1 - v) * masked MSE + v * visible MSE")
+    kl_weight: Weight = 1e-6
+    kl: Literal["free-mean", "standard", "fixed-std"] = "free-mean"
+    fixed_std: float = Field(1e-3, gt=0, description="s of `kl: fixed-std`")
+    sample_posterior: bool = Field(True, description="decode a draw of the posterior in training; false: its mean")
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether the posterior's spread is neither used nor trained."""
+        return not self.sample_posterior and not self.kl_weight
 
 
 class VMAE(ModelMixin, ConfigMixin):
@@ -65,9 +99,6 @@ class VMAE(ModelMixin, ConfigMixin):
     token is always there, and attention runs through `layers.attention`.
     """
 
-    decoder_parts = (
-        "from_latent", "decoder_embed", "mask_token", "decoder_blocks", "decoder_norm", "head", "smoother",
-    )  # fmt: skip
     _supports_gradient_checkpointing = True
     _repeated_blocks = ["TransformerBlock"]  # noqa: RUF012
 
@@ -112,9 +143,20 @@ class VMAE(ModelMixin, ConfigMixin):
         nn.init.normal_(self.mask_token, std=0.02)
 
     @property
-    def last_layer(self) -> Tensor:
-        """The weight nearest to the pixels."""
-        return self.smoother.weight if self.config["smooth"] else self.head.weight
+    def info(self) -> TokenizerInfo:
+        """What is to be known of this tokenizer."""
+        return TokenizerInfo(
+            factor=self.config["patch_size"],
+            latent_channels=self.config["latent_channels"],
+            image_channels=self.config["in_channels"],
+            decoder_modules=(
+                "from_latent", "decoder_embed", "mask_token", "decoder_blocks", "decoder_norm", "head", "smoother",
+            ),
+            middle=("to_latent", "from_latent"),
+            head=("decoder_norm", "head", "smoother"),
+            last_layer="smoother.weight" if self.config["smooth"] else "head.weight",
+            variance_layer="to_latent",
+        )  # fmt: skip
 
     def resized(self, image_size: Sequence[int]) -> VMAE:
         """The same weights for another size of images, position tables carried over by bilinear interpolation.
@@ -185,18 +227,114 @@ class VMAE(ModelMixin, ConfigMixin):
         return x
 
 
-def build(recipe: VMAERecipe, data: Data) -> VMAE:
+SECTIONS, MODELS = (VMAESection,), (VMAE,)
+
+
+def build(section: VMAESection, channels: int, image_size: Sequence[int]) -> VMAE:
     """A VMAE for these images, fresh or from `init`."""
-    if recipe.init:
-        return open_init(VMAE, recipe.init)
-    arguments = preset_arguments(VMAE, PRESETS, recipe.preset, recipe.model)
-    return VMAE(**{**arguments, "image_size": tuple(data.image_size), "in_channels": data.channels})
+    if section.init:
+        return open_init(VMAE, section.init)
+    arguments = preset_arguments(VMAE, PRESETS, section.preset, section.model)
+    return VMAE(**{**arguments, "image_size": tuple(image_size), "in_channels": channels})
+
+
+def objective(
+    section: VMAESection, tokenizer: VMAE, perceptual: nn.Module | None, seed: int, dataset: Any = None
+) -> VMAEObjective:
+    """The objective of a recipe's section."""
+    return VMAEObjective(
+        tokenizer, seed, section.mask_ratio, section.visible_weight, section.kl, section.kl_weight, section.fixed_std,
+        section.sample_posterior, perceptual, section.perceptual_weight, section.perceptual_every,
+    )  # fmt: skip
+
+
+class VMAEObjective(nn.Module):
+    """Loss terms of a VMAE on a batch of images.
+
+    Args:
+        tokenizer: the model to train.
+        seed: of the masks and the posterior's noise, which are addressed by the images' numbers.
+        mask_ratio: share of patches that the encoder does not see.
+        visible_weight: v.
+        kl: form of the KL, see `gaussian_kl`.
+        kl_weight: w_kl; the KL is summed over the channels of a latent and averaged over latents.
+        fixed_std: s of the form `fixed-std`.
+        sample_posterior: decode a draw of the posterior; false: its mean.
+        perceptual: LPIPS, or None.
+        perceptual_weight, perceptual_every: w_p, and n: LPIPS on every n-th image only.
+    """
+
+    def __init__(
+        self,
+        tokenizer: VMAE,
+        seed: int,
+        mask_ratio: float = 0.6,
+        visible_weight: float = 0.5,
+        kl: str = "free-mean",
+        kl_weight: float = 1e-6,
+        fixed_std: float = 1e-3,
+        sample_posterior: bool = True,
+        perceptual: nn.Module | None = None,
+        perceptual_weight: float = 0.5,
+        perceptual_every: int = 1,
+    ):
+        super().__init__()
+        self.tokenizer, self.seed, self.mask_ratio = tokenizer, seed, mask_ratio
+        self.kl, self.fixed_std, self.sample_posterior = kl, fixed_std, sample_posterior
+        self.reconstruction_loss = ReconstructionLoss(None, perceptual, perceptual_weight, perceptual_every)
+        if not mask_ratio:
+            tokenizer.mask_token.requires_grad_(False)  # nothing stands in for a missing patch
+        v = visible_weight if mask_ratio else 1.0
+        self.weights = {"mse_visible": v, "mse_masked": 1 - v, "lpips": perceptual_weight, "kl": kl_weight}
+
+    def forward(self, batch: dict[str, Any]) -> LossTerms:
+        """Terms of `batch["image"]` `(b, c, h, w)`; `sample_id` addresses the random numbers."""
+        images, p = batch["image"], self.tokenizer.config["patch_size"]
+        patches = (images.shape[2] // p) * (images.shape[3] // p)
+        rng = KeyedRandom(self.seed, batch["sample_id"], images.device)
+        keep = visible_patches(rng.uniform("mask", patches), self.mask_ratio) if self.mask_ratio else None
+        tokens = patches if keep is None else keep.shape[1]
+        noise = None
+        if self.sample_posterior:
+            noise = rng.normal("posterior", tokens, self.tokenizer.config["latent_channels"])
+        return self.terms(images, keep, noise, batch["sample_id"])
+
+    def terms(
+        self,
+        images: Float[Tensor, "b c h w"],
+        keep: Int[Tensor, "b k"] | None,
+        noise: Float[Tensor, "b k l"] | None,
+        sample_id: Int[Tensor, " b"] | None = None,
+    ) -> LossTerms:
+        """Terms with the mask and the posterior's noise given."""
+        p = self.tokenizer.config["patch_size"]
+        grid = (images.shape[2] // p, images.shape[3] // p)
+        mean, logvar = self.tokenizer.moments(images, keep).float().chunk(2, dim=-1)  # (b, k, c)
+        logvar = logvar.clamp(-30, 20)
+        z = mean if noise is None else mean + (0.5 * logvar).exp() * noise
+        reconstruction = self.tokenizer.decode_tokens(z, grid, keep).float()  # (b, c, h, w)
+
+        squared = patch_errors(reconstruction, images, p)  # (b, n)
+        losses = {"kl": gaussian_kl(mean, logvar, self.kl, self.fixed_std).sum(-1).mean()}
+        if keep is None:
+            losses["mse_visible"] = squared.mean()
+        else:
+            visible = torch.zeros_like(squared).scatter(1, keep, 1.0)
+            losses["mse_visible"] = (squared * visible).sum() / visible.sum()
+            losses["mse_masked"] = (squared * (1 - visible)).sum() / (1 - visible).sum()
+        losses |= self.reconstruction_loss(reconstruction, images, sample_id)
+        return LossTerms(losses, {name: self.weights[name] for name in losses}, reconstruction=reconstruction)
 
 
 def visible_patches(order: Float[Tensor, "b n"], mask_ratio: float) -> Int[Tensor, "b k"]:
     """MAE's random masking: the int(n (1 - ratio)) patches with the smallest random numbers stay visible."""
     n = order.shape[1]
     return order.argsort(dim=1)[:, : max(1, int(n * (1 - mask_ratio)))]
+
+
+def patch_errors(x: Float[Tensor, "b c h w"], y: Float[Tensor, "b c h w"], patch: int) -> Float[Tensor, "b n"]:
+    """Mean squared error of each patch, raster order."""
+    return nn.functional.avg_pool2d((x - y).square().mean(1, keepdim=True), patch).flatten(1)
 
 
 def _take(tokens: Float[Tensor, "b n d"], keep: Int[Tensor, "b k"]) -> Float[Tensor, "b k d"]:

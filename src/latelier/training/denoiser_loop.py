@@ -18,15 +18,16 @@ from latelier.conditioning import CACHED, DataSpec, build_conditioner, parts
 from latelier.data.latents import LatentCache, encode_batches
 from latelier.data.loader import ImageDataset
 from latelier.denoisers import build_denoiser, vector_width
+from latelier.denoisers.objective import DenoiserSection, DenoisingObjective
 from latelier.diffusion.process import build_process
 from latelier.errors import LatelierError
 from latelier.images import make_grid, save_png
-from latelier.objectives.denoising import DenoisingObjective
 from latelier.opening import held_out_records, open_codec, open_images, snapshot_folder
 from latelier.pipeline import LatentDiffusionPipeline
+from latelier.prefixes import random_prefixes
 from latelier.previews import shown_lengths
 from latelier.publish import manifest, publish
-from latelier.recipe import DenoiserRecipe, Recipe
+from latelier.recipe import Recipe
 from latelier.tokenizers.codec import Codec
 from latelier.training import checkpoint
 from latelier.training.optimizer import adamw, average_batch_norms, step
@@ -120,7 +121,7 @@ def _check_tokenizer(folder: Path, codec: Codec) -> None:
         )
 
 
-def denoiser_section(recipe: Recipe) -> DenoiserRecipe:
+def denoiser_section(recipe: Recipe) -> DenoiserSection:
     """The recipe's `denoiser`, or an error."""
     if recipe.denoiser is None:
         raise LatelierError(f"Recipe {recipe.name} has no `denoiser` section, so there is nothing to train.")
@@ -171,7 +172,7 @@ def build_objective(recipe: Recipe, codec: Codec, dataset: ImageDataset) -> Deno
         loss=section.loss,
         cosine_weight=section.cosine_weight,
         sample_posterior=section.sample_posterior,
-        prefixes=section.prefixes,
+        prefixes=random_prefixes(section.prefixes, shape[0]),
     )
 
 

@@ -16,13 +16,20 @@ from latelier.data.loader import ImageDataset
 from latelier.errors import LatelierError
 from latelier.images import make_pairs, save_png
 from latelier.losses.discriminator import Discriminator, add_adversarial_loss, build_discriminator
-from latelier.objectives import build_objective, build_perceptual
 from latelier.opening import open_images, open_pretrained
 from latelier.publish import manifest, publish
-from latelier.recipe import Adversarial, PretrainedRecipe, Recipe, TrainedTokenizer
+from latelier.recipe import Adversarial, Recipe, TrainedTokenizer
 from latelier.terminal import console
-from latelier.tokenizers import build_tokenizer, last_layer
-from latelier.tokenizers.codec import Codec, check_size, is_convolutional, model_class
+from latelier.tokenizers import (
+    build_objective,
+    build_perceptual,
+    build_tokenizer,
+    last_layer,
+    model_class,
+    tokenizer_info,
+)
+from latelier.tokenizers.codec import Codec, check_size
+from latelier.tokenizers.pretrained import PretrainedSection
 from latelier.training import checkpoint
 from latelier.training.optimizer import adamw, average_batch_norms, step
 from latelier.training.runtime import Stage, compile_model, make_accelerator
@@ -70,7 +77,7 @@ def train_phase(recipe: Recipe, number: int, before: int, accelerator: Accelerat
     game = training.adversarial or Adversarial()
     objective = build_objective(training, recipe.seed, tokenizer, perceptual, dataset)
     _check_last_layer(training, tokenizer)
-    if is_convolutional(tokenizer) and accelerator.device.type != "cpu":  # there GroupNorm's backward is slow in it
+    if tokenizer_info(tokenizer).channels_last and accelerator.device.type != "cpu":  # slow in GroupNorm's backward
         objective.to(memory_format=torch.channels_last)
     objective.to(accelerator.device)
     if training.compile:
@@ -196,7 +203,7 @@ def open_phase(recipe: Recipe, number: int) -> ModelMixin:
     section = recipe.tokenizer.phase(number)[1]  # type: ignore[union-attr]
     size = section.image_size or recipe.data.image_size
     if number == 0:
-        return fit(build_tokenizer(recipe), size)
+        return fit(build_tokenizer(recipe.tokenizer, recipe.data), size)
     folder = phase_folder(recipe, number - 1)
     cls = model_class(json.loads((folder / "config.json").read_text()))
     return fit(cls.from_pretrained(folder, low_cpu_mem_usage=False), size).train()
@@ -225,7 +232,7 @@ def _refuse_later_phases(recipe: Recipe, number: int) -> None:
 
 def import_tokenizer(recipe: Recipe, dataset: ImageDataset, folder: Path) -> Path:
     """A tokenizer that needs no training: pixels, or one that is trained already; its statistics are measured here."""
-    if isinstance(recipe.tokenizer, PretrainedRecipe):
+    if isinstance(recipe.tokenizer, PretrainedSection):
         codec = open_pretrained(recipe.tokenizer)
         if codec.image_channels != recipe.data.channels:
             raise LatelierError(
@@ -233,7 +240,7 @@ def import_tokenizer(recipe: Recipe, dataset: ImageDataset, folder: Path) -> Pat
                 f"{codec.image_channels}."
             )
     else:
-        codec = Codec(build_tokenizer(recipe))
+        codec = Codec(build_tokenizer(recipe.tokenizer, recipe.data))
     check_size(recipe.data.image_size, codec.factor)
     accelerator, there = Accelerator(), manifest(folder) is not None
     if there and Codec(Codec.from_pretrained(folder).tokenizer).hash() != Codec(codec.tokenizer).hash():

@@ -8,13 +8,13 @@ shifts the normed activations at its own token, so that it is heard again in eve
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
 from latelier.errors import LatelierError
+from latelier.keyed_random import KeyedRandom
 from latelier.layers import (
     MLP,
     Attention,
@@ -25,9 +25,6 @@ from latelier.layers import (
     resize_positions,
     sincos_positions,
 )
-
-if TYPE_CHECKING:
-    from latelier.keyed_random import KeyedRandom
 
 POSITIONS = ("mixed", "axial", "absolute")
 
@@ -91,14 +88,14 @@ class LatentDecoder(nn.Module):
             init_table(self.pos_embed, grid)
 
     def forward(
-        self, z: Float[Tensor, "b l c"], grid: tuple[int, int] | None = None, draws: KeyedRandom | None = None
+        self, z: Float[Tensor, "b l c"], grid: tuple[int, int] | None = None, rng: KeyedRandom | None = None
     ) -> Float[Tensor, "b n d"]:
         """Features of the patches in raster order, after the final norm.
 
         Args:
             z: raw latents.
-            grid: rows and columns to paint; None for those that the decoder is made for.
-            draws: random numbers of the images; stochastic depth acts when they are given, in training mode.
+            grid: rows and columns to decode; None for those that the decoder is made for.
+            rng: random numbers of the images; stochastic depth acts when they are given, in training mode.
 
         Raises:
             LatelierError: if these are not as many latents as the decoder has positions for.
@@ -110,7 +107,7 @@ class LatentDecoder(nn.Module):
         x = torch.cat([canvas.to(x.dtype).expand(len(x), -1, -1), x], dim=1)  # (b, k + n + l, d)
         first = 0 if self.cls_token is None else 1
         ropes = rope_tables(self, grid)
-        kept = self._kept(draws)
+        kept = self._kept(rng)
         for i, block in enumerate(self.blocks):
             x = run(self, block, x, z, ropes[i], first, kept[i])
         return self.norm(x[:, first : first + grid[0] * grid[1]])
@@ -122,13 +119,13 @@ class LatentDecoder(nn.Module):
             canvas = torch.cat([self.cls_token, canvas], dim=1)
         return canvas if self.pos_embed is None else canvas + resize_positions(self.pos_embed, self.grid, grid)
 
-    def _kept(self, draws: KeyedRandom | None) -> Sequence[Tensor | None]:
+    def _kept(self, rng: KeyedRandom | None) -> Sequence[Tensor | None]:
         """For each block, factors `(2, b, 1, 1)` of its two branches: 0, or 1 / (1 - rate) so that the mean stays."""
         depth = len(self.blocks)
-        if draws is None or not self.drop_path or not self.training:
+        if rng is None or not self.drop_path or not self.training:
             return [None] * depth
-        rates = torch.linspace(0, self.drop_path, depth, device=draws.device)[:, None]  # (depth, 1)
-        kept = (draws.uniform("drop-path", depth, 2) >= rates) / (1 - rates)  # (b, depth, 2)
+        rates = torch.linspace(0, self.drop_path, depth, device=rng.device)[:, None]  # (depth, 1)
+        kept = (rng.uniform("drop-path", depth, 2) >= rates) / (1 - rates)  # (b, depth, 2)
         return kept.permute(1, 2, 0)[..., None, None].unbind()
 
     def _check(self, z: Tensor) -> None:

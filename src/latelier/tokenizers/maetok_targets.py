@@ -1,25 +1,31 @@
-"""What auxiliary decoders predict from a MAETok's latents: HOG, features of frozen teachers, words of captions.
+"""What MAETok masks, and what its auxiliary decoders predict: HOG, features of frozen teachers, words of captions.
 
-A target is a plain object: nothing of it is trained, averaged or saved with the objective. MAETok (ICML 2025, equation
-8) writes the squared error for all; its released code takes the cosine for features, and so do the defaults here.
+One share is masked in a whole batch, and in each image that many patches of its own. A target is a plain object:
+nothing of it is trained, averaged or saved with the objective. MAETok (ICML 2025, equation 8) writes the squared error
+for all targets; its released code takes the cosine for features, and so do the defaults here.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from latelier import recipe as recipes
+from latelier.conditioning.text import read_tokenizer, train_words, vocabulary_size
 from latelier.data.tables import StreamSource
 from latelier.errors import LatelierError
+from latelier.keyed_random import KeyedRandom
 from latelier.losses.hog import hog, hog_width
 from latelier.losses.teachers import Teacher, find_pretrained
+from latelier.sections import Count, Section, Unit
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -28,6 +34,111 @@ if TYPE_CHECKING:
 
 CACHE_LIMIT = 2_000_000_000  # bytes of features that one target keeps
 IGNORED = -100  # an id that no loss counts: padding
+FAR = 2**62  # stands for an unbounded count of images, with which a check tries the far end of training
+TEACHERS = {
+    "dinov2": "facebook/dinov2-large",
+    "siglip": "google/siglip-so400m-patch14-224",
+    "clip": "openai/clip-vit-large-patch14",
+}
+
+
+# -- masks ------------------------------------------------------------------------------------------------------------
+
+
+class Masking(Section):
+    """Which share of the patches is masked: one number for a batch, of a normal distribution cut off at both ends."""
+
+    low: Unit = 0.4
+    high: Unit = 0.6
+    mode: Unit = Field(0.6, description="mean of the normal distribution before it is cut off")
+    std: float = Field(0.25, gt=0, description="its standard deviation")
+    fade: Count = Field(0, description="images over which the share falls from `high` to 0 instead of being drawn")
+
+    @model_validator(mode="after")
+    def _check(self) -> Masking:
+        if self.low > self.high:
+            raise LatelierError(f"tokenizer.mask: low = {self.low} is above high = {self.high}.")
+        if self.high >= 1:
+            raise LatelierError("tokenizer.mask.high = 1 would mask every patch; use less, such as 0.75.")
+        return self
+
+
+@dataclass(frozen=True)
+class MaskShare:
+    """Share of the patches that a step masks, the same for all its processes and micro-batches.
+
+    Either normal around `mode`, cut off at `low` and `high` (MAETok: 0.4 to 0.6 around 0.6), or, with `fade`, falling
+    linearly from `high` to 0 over the first `fade` images (MAETok's decoder fine-tuning).
+    """
+
+    low: float = 0.4
+    high: float = 0.6
+    mode: float = 0.6
+    std: float = 0.25
+    fade: int = 0
+
+    def draw(self, seed: int, seen: int | float) -> float:
+        """The share of the step that begins at `seen` images of this phase; it depends on nothing else."""
+        if self.fade:
+            return self.high * max(0.0, 1 - seen / self.fade)
+        if self.low == self.high:
+            return self.high
+        from scipy.stats import truncnorm
+
+        uniform = KeyedRandom(seed, torch.tensor([int(min(seen, FAR))])).uniform("mask share").item()
+        low, high = ((end - self.mode) / self.std for end in (self.low, self.high))
+        return float(truncnorm.ppf(uniform, low, high, self.mode, self.std))  # the inverse of the distribution
+
+
+def draw_mask(order: Float[Tensor, "b n"], share: float) -> Bool[Tensor, "b n"]:
+    """Mask the ceil(n share) patches of each row that have the smallest random numbers.
+
+    Args:
+        order: random numbers, one for each patch.
+        share: from 0 to 1.
+    """
+    count = math.ceil(order.shape[1] * share * (1 - 1e-12))  # 100 x 0.07 is 7.000000000000001 in floating point
+    first = order.argsort(dim=1)[:, :count]  # (b, count)
+    return torch.zeros_like(order, dtype=torch.bool).scatter(1, first, True)
+
+
+# -- targets ----------------------------------------------------------------------------------------------------------
+
+
+class TargetSection(Section):
+    """What a shallow auxiliary decoder predicts at the masked patches, from the latents alone."""
+
+    kind: Literal["hog", "dinov2", "siglip", "clip", "features", "caption"]
+    weight: float = Field(1.0, gt=0)
+    loss: Literal["mse", "cosine", "cross-entropy"] | None = Field(
+        None, description="by default mse for hog, cosine for features, cross-entropy for captions"
+    )
+    teacher: str | None = Field(
+        None, description="Hub name or folder of a vision model of `transformers`; of a tokenizer for captions"
+    )
+    cache: bool = Field(True, description="keep an image's features in memory, where images are not augmented")
+    dim: int = Field(192, ge=1, description="width of the auxiliary decoder")
+    depth: int = Field(3, ge=0, description="its blocks; 0: a linear layer on the decoder's input")
+    heads: int = Field(3, ge=1)
+    length: int = Field(32, ge=1, description="caption: tokens that are predicted")
+    vocabulary_size: int = Field(4096, ge=64, description="caption: word pieces, when they are learnt from the data")
+
+    @property
+    def error(self) -> str:
+        """The loss, the default resolved."""
+        return self.loss or {"hog": "mse", "caption": "cross-entropy"}.get(self.kind, "cosine")
+
+    @model_validator(mode="after")
+    def _check(self) -> TargetSection:
+        if (self.error == "cross-entropy") != (self.kind == "caption"):
+            raise LatelierError(f"tokenizer.targets: loss {self.error!r} does not go with kind {self.kind!r}.")
+        if self.kind == "hog" and self.teacher:
+            raise LatelierError("tokenizer.targets: hog is computed from the image and has no teacher; leave it out.")
+        if self.teacher is None:
+            self.teacher = TEACHERS.get(self.kind)
+        if self.kind == "features" and self.teacher is None:
+            raise LatelierError("tokenizer.targets: kind 'features' needs `teacher`, a Hub name or a folder.")
+        return self
 
 
 class Target:
@@ -35,20 +146,19 @@ class Target:
 
     Args:
         name: of the term in the log; two targets of a kind are told apart by a number.
-        section: of the recipe.
         dim: width of one prediction.
-
-    Attributes:
-        masked_only: whether only masked patches count.
+        weight: of its error in the loss.
+        loss: `mse`, or `cosine`: minus the cosine.
+        decoder: width, depth and heads of the auxiliary decoder.
     """
 
-    masked_only = True
-
-    def __init__(self, name: str, section: recipes.Target, dim: int):
-        self.name, self.section, self.dim = name, section, dim
+    def __init__(
+        self, name: str, dim: int, weight: float = 1.0, loss: str = "mse", decoder: tuple[int, int, int] = (192, 3, 3)
+    ):
+        self.name, self.dim, self.weight, self.loss, self.decoder = name, dim, weight, loss, decoder
 
     def tokens(self, grid: tuple[int, int]) -> tuple[int, int]:
-        """The grid that the auxiliary decoder paints, for images of `grid` patches."""
+        """The grid that the auxiliary decoder predicts, for images of `grid` patches."""
         return grid
 
     def __call__(self, batch: Mapping[str, Any], grid: tuple[int, int]) -> Tensor:
@@ -63,7 +173,7 @@ class Target:
     def error(self, prediction: Float[Tensor, "b n d"], target: Tensor, mask: Bool[Tensor, "b n"]) -> Float[Tensor, ""]:
         """Mean error of the masked patches (section 3.2); 0 where nothing is masked."""
         prediction = prediction.float()
-        if self.section.error == "mse":
+        if self.loss == "mse":
             errors = (prediction - target).square().mean(-1)  # (b, n)
         else:
             errors = -F.cosine_similarity(prediction, target, dim=-1)  # (b, n)
@@ -81,7 +191,7 @@ class FeatureTarget(Target):
     """Features of a frozen vision model.
 
     Args:
-        name, section: see `Target`.
+        name, settings: see `Target`.
         teacher: the model.
         shown: the number of each image that a batch shows, or None where it cannot be told; equal numbers mean equal
             images. None: nothing is kept.
@@ -94,11 +204,11 @@ class FeatureTarget(Target):
     def __init__(
         self,
         name: str,
-        section: recipes.Target,
         teacher: Teacher,
         shown: Callable[[Mapping[str, Any]], list[int] | None] | None = None,
+        **settings: Any,
     ):
-        super().__init__(name, section, teacher.dim)
+        super().__init__(name, teacher.dim, **settings)
         self.teacher, self.shown = teacher, shown
         self.kept: dict[int, Float[Tensor, "n d"]] = {}
         self.hits = 0
@@ -127,34 +237,32 @@ class FeatureTarget(Target):
 
 
 class CaptionTarget(Target):
-    """Words of the caption, in their order; what is longer than `section.length` is cut.
+    """Words of the caption, in their order; what is longer than `length` is cut.
 
     The frame of a caption ([CLS], [SEP]), which is always the same, is no part of it, and padding is not counted.
 
     Args:
-        name, section: see `Target`.
+        name, settings: see `Target`.
         words: the tokenizer.
+        length: tokens that are predicted.
     """
 
-    masked_only = False
-
-    def __init__(self, name: str, section: recipes.Target, words: Tokenizer):
-        from latelier.conditioning.text import vocabulary_size
-
-        super().__init__(name, section, vocabulary_size(words))
+    def __init__(self, name: str, words: Tokenizer, length: int, **settings: Any):
+        super().__init__(name, vocabulary_size(words), **settings)
+        self.length = length
         self.words = type(words).from_str(words.to_str())
-        self.words.enable_truncation(section.length)
+        self.words.enable_truncation(length)
         self.words.no_padding()
 
     def tokens(self, grid: tuple[int, int]) -> tuple[int, int]:
         """One row of tokens, whatever the image's grid."""
-        return 1, self.section.length
+        return 1, self.length
 
     def __call__(self, batch: Mapping[str, Any], grid: tuple[int, int]) -> Int[Tensor, "b length"]:
         if "caption" not in batch:
             raise LatelierError(_NO_CAPTIONS)
         encodings = self.words.encode_batch(list(batch["caption"]), add_special_tokens=False)
-        ids = torch.full((len(encodings), self.section.length), IGNORED)  # (b, length)
+        ids = torch.full((len(encodings), self.length), IGNORED)  # (b, length)
         for row, encoding in zip(ids, encodings):
             row[: len(encoding.ids)] = torch.tensor(encoding.ids, dtype=torch.int64)
         return ids.to(batch["image"].device)
@@ -169,15 +277,13 @@ class CaptionTarget(Target):
 
 
 def build_targets(
-    recipe: recipes.MAETokRecipe,
-    tokenizer_config: Mapping[str, Any],
-    dataset: ImageDataset | None = None,
+    sections: Sequence[TargetSection], patch_size: int, channels: int, dataset: ImageDataset | None = None
 ) -> list[Target]:
-    """The targets of a recipe's tokenizer section, in its order.
+    """The targets of a recipe's sections, in their order.
 
     Args:
-        recipe: the section.
-        tokenizer_config: of the tokenizer; `patch_size` and `in_channels` are read.
+        sections: `tokenizer.targets`.
+        patch_size, channels: of the tokenizer's images.
         dataset: the training images: word pieces are learnt from their captions, and features are kept in memory
             where it is known which image a batch shows.
 
@@ -186,18 +292,20 @@ def build_targets(
     """
     seen: Counter[str] = Counter()
     targets: list[Target] = []
-    for section in recipe.targets:
+    for section in sections:
         seen[section.kind] += 1
         name = section.kind if seen[section.kind] == 1 else f"{section.kind}-{seen[section.kind]}"
+        settings: dict[str, Any] = {
+            "weight": section.weight, "loss": section.error, "decoder": (section.dim, section.depth, section.heads),
+        }  # fmt: skip
         if section.kind == "hog":
-            width = hog_width(tokenizer_config["patch_size"], tokenizer_config["in_channels"])
-            targets.append(HogTarget(name, section, width))
+            targets.append(HogTarget(name, hog_width(patch_size, channels), **settings))
         elif section.kind == "caption":
-            targets.append(CaptionTarget(name, section, _caption_words(section, dataset)))
+            targets.append(CaptionTarget(name, _caption_words(section, dataset), section.length, **settings))
         else:
             assert section.teacher is not None  # the section has checked it
             shown = image_numbers(dataset) if section.cache and dataset is not None else None
-            targets.append(FeatureTarget(name, section, Teacher(section.teacher), shown))
+            targets.append(FeatureTarget(name, Teacher(section.teacher), shown, **settings))
     return targets
 
 
@@ -227,14 +335,12 @@ _NO_CAPTIONS = (
 )
 
 
-def _caption_words(section: recipes.Target, dataset: ImageDataset | None) -> Tokenizer:
+def _caption_words(section: TargetSection, dataset: ImageDataset | None) -> Tokenizer:
     """The tokenizer that `teacher` names, or word pieces of the training captions."""
-    from latelier.conditioning.text import read_tokenizer, train_words
-
     if dataset is not None and next(dataset.captions(), None) is None:
         raise LatelierError(_NO_CAPTIONS)
     if section.teacher is not None:
-        return _read_words(section.teacher, read_tokenizer)
+        return _read_words(section.teacher)
     if dataset is None:
         raise LatelierError(
             "tokenizer.targets: word pieces of captions are learnt from the training data, which are not at hand here; "
@@ -246,10 +352,10 @@ def _caption_words(section: recipes.Target, dataset: ImageDataset | None) -> Tok
     return train_words(lambda: iter(captions), section.vocabulary_size)
 
 
-def _read_words(name: str, read: Callable[[str], Tokenizer]) -> Tokenizer:
-    """A tokenizer by its name, its error told in the words of this section."""
+def _read_words(name: str) -> Tokenizer:
+    """A tokenizer by its name, its error in the words of this section."""
     try:
-        return read(find_pretrained(name))
+        return read_tokenizer(find_pretrained(name))
     except LatelierError as error:
         reason = str(error).split(";")[0].rstrip(".")
         raise LatelierError(

@@ -1,0 +1,137 @@
+"""What all denoisers share: their recipe section, and the objective, which regresses the process's target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from latelier.conditioning.condition import Condition
+from latelier.data.latents import sample_posterior
+from latelier.diffusion.process import DDPM, Flow
+from latelier.errors import LatelierError
+from latelier.keyed_random import KeyedRandom
+from latelier.losses.terms import LossTerms
+from latelier.prefixes import RandomPrefixes
+from latelier.recipe.condition import Conditions
+from latelier.sections import Prefixes, Process, Training, Weight
+
+
+class DenoiserSection(Training):
+    """A latent diffusion model."""
+
+    kind: str = "lightning-dit"
+    size: str = Field("B", description="of the transformer, or the preset of the U-Net")
+    patch: int = Field(1, ge=1, description="side of a transformer's patch in latent positions")
+    model: dict[str, Any] = Field(default_factory=dict, description="overrides of the size's architecture")
+    init: str | None = None
+    process: Process = Process()
+    condition: Conditions = Field(
+        [{"kind": "class"}],  # type: ignore[list-item]
+        description="what it is conditioned on: `none`, a kind, a section, or a list",
+    )
+    loss: Literal["l2", "l1"] = Field("l2", description="squared or absolute error of the prediction")
+    cosine_weight: Weight = Field(0.0, description="weight of 1 - cos(prediction, target), LightningDiT")
+    prefixes: Prefixes | None = Field(
+        None, description="augmented training: random prefixes of the latents' channels (DC-AE 1.5)"
+    )
+    sample_posterior: bool = Field(True, description="draw z anew each time; false uses the posterior's mean")
+    cache: bool = Field(True, description="encode once to disk; false encodes on the fly, with all augmentations")
+    snapshots: int = Field(
+        0, ge=0, description="n: keep the averaged weights n times on the way, at equal distances, the last at the end"
+    )
+
+    @model_validator(mode="after")
+    def _check_snapshots(self) -> DenoiserSection:
+        if self.snapshots > self.images // self.batch:
+            raise LatelierError(
+                f"denoiser.snapshots = {self.snapshots}, but {self.images:,} images are only "
+                f"{self.images // self.batch} steps of {self.batch}; keep fewer."
+            )
+        return self
+
+    def snapshots_at(self) -> list[int]:
+        """Images seen at each snapshot, ascending; whole steps, so distances differ by a step at most."""
+        steps, n = self.images // self.batch, self.snapshots
+        return [-(-k * steps // n) * self.batch for k in range(1, n + 1)]
+
+
+class DenoisingObjective(nn.Module):
+    """Squared or absolute error of the prediction, and LightningDiT's cosine term on demand.
+
+    Args:
+        denoiser: the model to train.
+        conditioner: makes the condition from the batch; None is unconditional.
+        process: noises latents and names the target.
+        seed: of posterior, time, noise and label dropout, addressed by the latents' numbers in the stream.
+        dropout: probability of the null condition, for each of the conditioner's components.
+        loss: `l2`, the mean squared error, or `l1`, the mean absolute error (some models of LDM).
+        cosine_weight: weight of mean(1 - cos(prediction, target)) along channels.
+        sample_posterior: whether z is drawn from the posterior anew each time.
+        prefixes: augmented training (DC-AE 1.5): each step learns a random prefix of the channels, on which the
+            denoiser is not conditioned, with noise and time of its own; the loss is the mean over these channels.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        conditioner: nn.Module | None,
+        process: Flow | DDPM,
+        seed: int,
+        dropout: Sequence[float] = (0.1,),
+        loss: str = "l2",
+        cosine_weight: float = 0.0,
+        sample_posterior: bool = True,
+        prefixes: RandomPrefixes | None = None,
+    ):
+        super().__init__()
+        self.denoiser, self.conditioner, self.process = denoiser, conditioner, process
+        self.seed, self.dropout, self.loss, self.cosine_weight = seed, tuple(dropout), loss, cosine_weight
+        self.sample_posterior, self.prefixes = sample_posterior, prefixes
+
+    def forward(self, batch: dict[str, Any]) -> LossTerms:
+        """Terms of a batch of normalised latents `mean` and `std` `(b, c, *grid)`; `sample_id` addresses randomness."""
+        rng = KeyedRandom(self.seed, batch["sample_id"], batch["mean"].device)
+        z = sample_posterior(batch, rng) if self.sample_posterior else batch["mean"]  # (b, c, *grid)
+        condition = None
+        if self.conditioner is not None:
+            condition = self.conditioner(batch, self._drop(rng))
+        if self.prefixes is None:
+            losses = self._errors(z, rng, condition)
+        else:
+            lengths = self.prefixes.draw(self.seed, batch["seen"])
+            each = [self._errors(z[:, :k], rng, condition, f" {i}" * (i > 0)) for i, k in enumerate(lengths)]
+            losses = {name: torch.stack([errors[name] for errors in each]).mean() for name in each[0]}
+        weights = {"l1": 1.0, "mse": 1.0, "cosine": self.cosine_weight}
+        return LossTerms(losses, {name: weights[name] for name in losses})
+
+    def _errors(
+        self, z: Float[Tensor, "b c *grid"], rng: KeyedRandom, condition: Condition | None, again: str = ""
+    ) -> dict[str, Tensor]:
+        """Errors of the prediction for latents, or for a prefix of their channels; `again` names further draws."""
+        eps = rng.normal("noise" + again, *z.shape[1:])
+        t = self.process.sample_t(rng.uniform("time" + again))  # (b,)
+        prediction = self.denoiser(self.process.noise(z, t, eps), t, condition).float()
+        target = self.process.target(z, t, eps)
+        losses = {}
+        if self.loss == "l1":
+            losses["l1"] = F.l1_loss(prediction, target)
+        else:
+            losses["mse"] = F.mse_loss(prediction, target)
+        if self.cosine_weight:
+            losses["cosine"] = (1 - F.cosine_similarity(prediction, target, dim=1)).mean()
+        return losses
+
+    def _drop(self, rng: KeyedRandom) -> Bool[Tensor, "b ..."] | None:
+        """Which images get the null condition: `(b,)`, or `(b, k)` with a column for each of several conditions."""
+        if not any(self.dropout):
+            return None
+        if len(self.dropout) == 1:
+            return rng.uniform("drop") < self.dropout[0]  # (b,)
+        uniform = rng.uniform("drop", len(self.dropout))  # (b, k)
+        return uniform < torch.tensor(self.dropout, device=uniform.device)

@@ -1,0 +1,303 @@
+"""What the sections of a recipe are made of, wherever they are written: types of values, errors, shared settings.
+
+A section is a pydantic model beside the code that it configures. This module imports nothing heavy, so the sections
+of models that a recipe does not name are never imported.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError, core_schema
+
+from latelier.errors import LatelierError
+
+_UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
+# What keys were called before, so that old recipes are told the new name.
+RENAMED = {
+    "places": "coord_channels", "grounds": "backgrounds", "painted": "layout_map_channels",
+}  # fmt: skip
+
+
+def parse_count(value: Any) -> Any:
+    """`2M`, `64k`, `1.5M`, `1_000` or a number, to an int; anything else is left for pydantic to refuse."""
+    match = re.fullmatch(r"\s*(\d[\d_]*(?:\.\d+)?)\s*([kKmMbB]?)\s*", value) if isinstance(value, str) else None
+    if match:
+        value = float(match[1].replace("_", "")) * _UNITS[match[2].lower()]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def parse_size(value: Any) -> Any:
+    """One number is a square."""
+    return (value, value) if isinstance(value, int) else value
+
+
+Count = Annotated[int, BeforeValidator(parse_count), Field(ge=0, description="a count such as 64k, 2M or 1000")]
+Size = Annotated[tuple[int, int], BeforeValidator(parse_size), Field(description="height and width, or one number")]
+Unit = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors that name the nearest known one."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, values: Any) -> Any:
+        for key in values if isinstance(values, dict) else ():
+            if key not in cls.model_fields:
+                context = {"key": str(key), "hint": hint(str(key), list(cls.model_fields), "known here")}
+                raise PydanticCustomError("unknown_key", "Unknown key '{key}'; {hint}", context)
+        return values
+
+
+class Kind(Section):
+    """A section of one of several kinds, each of which has a class of its own."""
+
+    kind: str
+
+
+class ByKind:
+    """Annotates a section whose class is found by its `kind`, in a module that is imported when it is named.
+
+    Args:
+        table: `module:NAME` of a dictionary from kinds to modules (`module` or `module:function`). Each module lists
+            the classes of its sections in `SECTIONS`.
+        default: the kind of a section that does not say it.
+    """
+
+    def __init__(self, table: str, default: str | None = None):
+        self.table, self.default = table, default
+
+    @property
+    def modules(self) -> Mapping[str, str]:
+        """Modules by kind."""
+        module, name = self.table.split(":")
+        return getattr(importlib.import_module(module), name)
+
+    def section(self, kind: str) -> type[BaseModel]:
+        """The class of a kind."""
+        module = importlib.import_module(self.modules[kind].split(":")[0])
+        return next(section for section in module.SECTIONS if kind in _kinds(section))
+
+    def validate(self, value: Any) -> Any:
+        """The section of a mapping; a section that is one already stays."""
+        if isinstance(value, Section):
+            return value
+        kind = value.get("kind", self.default) if isinstance(value, dict) else value
+        if not isinstance(kind, str) or kind not in self.modules:
+            context = {"kind": repr(kind), "allowed": ", ".join(self.modules)}
+            raise PydanticCustomError("unknown_kind", "{kind} is not known; allowed: {allowed}", context)
+        return self.section(kind).model_validate(value)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(self.validate)
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        sections = dict.fromkeys(self.section(kind) for kind in self.modules)
+        options = [handler(section.__pydantic_core_schema__) for section in sections]
+        return {"discriminator": {"propertyName": "kind"}, "oneOf": options}
+
+
+def _kinds(section: type[BaseModel]) -> tuple[str, ...]:
+    field = section.model_fields.get("kind")
+    return get_args(field.annotation) if field else ()
+
+
+def hint(key: str, known: list[str], words: str = "known") -> str:
+    """What to write instead of an unknown key: its new name, the nearest known one, or all that are known."""
+    new = RENAMED.get(key)
+    near = [new] if new in known else difflib.get_close_matches(key, known, 1, 0.5)
+    return f"did you mean {near[0]!r}?" if near else f"{words}: {', '.join(known)}."
+
+
+def first_problem(error: ValidationError) -> str:
+    """One sentence for the first problem, unknown keys first, since they often cause the others."""
+    first = min(error.errors(), key=lambda e: e["type"] != "unknown_key")
+    key, value, context = ".".join(map(str, first["loc"])), first["input"], first.get("ctx", {})
+    if first["type"] == "unknown_key":
+        return f"Unknown key {'.'.join(filter(None, (key, context['key'])))!r} in the recipe; {context['hint']}"
+    if first["type"] == "missing":
+        return f"The recipe lacks {key!r}."
+    if first["type"] == "unknown_kind":
+        return f"{key}.kind = {context['kind']} is not known; allowed: {context['allowed']}."
+    if first["type"] == "unknown_name":
+        return f"{key} = {value!r} is not known; {context['hint']}"
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    return f"{key} = {value!r} is not allowed; it should be {message}."
+
+
+class Training(Section):
+    """What both stages of training share. Progress is counted in images seen."""
+
+    images: Count = 1_000_000
+    batch: int = Field(256, ge=1, description="images per optimiser step over all processes")
+    micro_batch: int | None = Field(None, ge=1, description="images per forward pass of one process; default: all")
+    lr: float = Field(1e-4, gt=0)
+    betas: tuple[Unit, Unit] = (0.9, 0.95)
+    weight_decay: Weight = 0.0
+    warmup: Count = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    final_lr: Weight = Field(0.0, description="where `schedule: cosine` ends, as a share of lr")
+    clip: float | None = Field(1.0, gt=0, description="largest gradient norm; null switches clipping off")
+    ema: float = Field(0.9999, ge=0, lt=1)
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    compile: bool = False
+    log_every: Count = 0
+    preview_every: Count = 0
+    checkpoint_every: Count = 0
+    keep_checkpoints: int = Field(2, ge=1)
+
+    @model_validator(mode="after")
+    def _derive(self) -> Training:
+        if self.images % self.batch:
+            self.images += self.batch - self.images % self.batch  # whole steps
+        for name, parts in (("log_every", 200), ("preview_every", 10), ("checkpoint_every", 10)):
+            if not getattr(self, name):
+                object.__setattr__(self, name, max(self.batch, self.images // parts))
+        return self
+
+
+class Process(Section):
+    """The diffusion process and its training target."""
+
+    kind: Literal["flow", "ddpm"] = "flow"
+    t_distribution: Literal["uniform", "logit-normal"] = Field("logit-normal", description="flow: density of t")
+    shift: float = Field(1.0, gt=0, description="flow: t' = shift t / (1 + (shift - 1) t) in training")
+    prediction: Literal["velocity", "epsilon", "v", "sample"] | None = Field(None, description="ddpm: what is learned")
+    beta_schedule: Literal["linear", "scaled_linear", "cosine"] = "scaled_linear"
+    beta_start: float = Field(0.0015, gt=0, lt=1)
+    beta_end: float = Field(0.0195, gt=0, lt=1)
+
+
+class Prefixes(Section):
+    """How many of the first latent channels a training step uses: drawn anew for each step, uniform over a list."""
+
+    first: int = Field(16, ge=1, description="the shortest prefix")
+    step: int = Field(4, ge=1, description="from one length to the next; all channels are always in the list")
+    lengths: list[int] | None = Field(None, description="the list itself, instead of `first` and `step`")
+    draws: int = Field(1, ge=1, description="lengths drawn in a step; their losses are averaged")
+    always_full: bool = Field(False, description="all channels in every step, besides those that are drawn")
+    full_share: float = Field(0.0, ge=0, lt=1, description="probability that a draw takes all channels")
+    per_process: bool = Field(False, description="each process draws its own lengths; false: all draw the same")
+
+    @model_validator(mode="after")
+    def _check(self) -> Prefixes:
+        if self.lengths is not None and (not self.lengths or min(self.lengths) < 1):
+            raise LatelierError(f"prefixes.lengths = {self.lengths}: give numbers of channels, such as [4, 8, 16].")
+        return self
+
+    def of(self, channels: int) -> list[int]:
+        """The list for `channels` latent channels, ascending; the last is all of them.
+
+        Raises:
+            LatelierError: if a length is longer than there are channels, or all channels are the only length.
+        """
+        if self.lengths is None and self.first >= channels:
+            raise LatelierError(f"prefixes.first = {self.first} leaves no prefix of {channels} channels; set it lower.")
+        lengths = self.lengths or range(self.first, channels, self.step)
+        if max(lengths, default=0) > channels:
+            raise LatelierError(f"prefixes.lengths has {max(lengths)}, but the latents have only {channels} channels.")
+        return sorted({*lengths, channels})
+
+
+class Adversarial(Section):
+    """A discriminator that tells images from reconstructions: of patches (LDM), or on DINO's features (MAETok)."""
+
+    kind: Literal["patch", "dino"] = Field("patch", description="PatchGAN, or heads on the features of a frozen ViT")
+    weight: Weight = Field(0.5, description="of the generator's term")
+    adaptive: bool = Field(True, description="scale it so that both gradients at the last layer are equally long")
+    start: Count = Field(0, description="images seen before the tokenizer feels the discriminator")
+    ahead: Count = Field(0, description="images that the discriminator is trained on before that")
+    loss: Literal["hinge", "non-saturating"] = "hinge"
+    lr: float | None = Field(None, gt=0, description="the discriminator's; by default the tokenizer's")
+    betas: tuple[Unit, Unit] = (0.5, 0.9)
+    layers: int = Field(3, ge=1, description="strided convolutions: each doubles the patch that is judged")
+    channels: int = Field(64, ge=1, description="of the first layer")
+    norm: Literal["group", "batch"] = Field("group", description="batch as in LDM; group does not mix images")
+    lecam: Weight = Field(0.0, description="LeCAM regularisation, for little data")
+    lecam_decay: float = Field(0.99, ge=0, lt=1, description="of the running means of the logits")
+    augment: list[Literal["color", "translation", "cutout"]] = Field([], description="DiffAugment, for little data")
+    augment_share: Unit = Field(1.0, description="probability of each change, drawn for each image")
+    consistency: Weight = Field(0.0, description="of the squared change of the logits when images are augmented")
+    teacher: str = Field("facebook/dino-vits16", description="dino: Hub name or folder of a ViT of `transformers`")
+
+    @model_validator(mode="after")
+    def _check(self) -> Adversarial:
+        for key in {"patch": ("teacher",), "dino": ("layers", "channels")}[self.kind]:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise LatelierError(f"tokenizer.adversarial.{key} means nothing to kind {self.kind!r}; leave it out.")
+        return self
+
+
+class TrainedTokenizer(Training):
+    """What the sections of all tokenizers that are trained here share.
+
+    `phases` are trained one after another: each takes over the weights, and every key of this section that it does not
+    give itself, except how long, how often and for whom (`images`, the cadences, `init`).
+    """
+
+    METHODS: ClassVar[dict[str, dict[str, Any]]] = {}
+    OWN: ClassVar[tuple[str, ...]] = ("images", "phases", "init", "log_every", "preview_every", "checkpoint_every")
+
+    kind: str
+    preset: str
+    method: str | None = Field(None, description="a paper's name for a set of values; keys that are given win")
+    init: str | None = Field(None, description="start from this folder or Hub name instead of random weights")
+    model: dict[str, Any] = Field(default_factory=dict, description="overrides of the preset's architecture")
+    image_size: Size | None = Field(None, description="train at this size; by default that of `data`")
+    train: Literal["all", "decoder", "middle", "head"] | list[str] = Field(
+        "all", description="what learns: all, the decoder, the layers around the latent, those next to the pixels"
+    )
+    perceptual_weight: Weight = Field(0.5, description="of LPIPS (VGG16); 0 leaves it out")
+    perceptual_every: int = Field(1, ge=1, description="n: LPIPS on every n-th image only, since it costs most")
+    adversarial: Adversarial | None = Field(None, description="a discriminator; none by default")
+    phases: list[dict[str, Any]] = Field([], description="what follows: `name`, `images`, and any key that changes")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _method(cls, values: Any) -> Any:
+        """The method's values, under those that are given."""
+        method = values.get("method") if isinstance(values, dict) else None
+        if method is None:
+            return values
+        if method not in cls.METHODS:
+            raise LatelierError(f"tokenizer.method = {method!r} is not known; allowed: {', '.join(cls.METHODS)}.")
+        return {**cls.METHODS[method], **values}
+
+    @model_validator(mode="after")
+    def _check_phases(self) -> TrainedTokenizer:
+        for number in range(len(self.phases)):
+            self.phase(number + 1)
+        return self
+
+    def phase(self, number: int) -> tuple[str, TrainedTokenizer]:
+        """Name and resolved section of a phase; 0 is this section itself.
+
+        Raises:
+            LatelierError: if a phase has no name or length, or a key that it cannot have.
+        """
+        if number == 0:
+            return "tokenizer", self
+        given = dict(self.phases[number - 1])
+        name = str(given.pop("name", ""))
+        taken = ["tokenizer", "denoiser", *(str(phase.get("name")) for phase in self.phases[: number - 1])]
+        if not re.fullmatch(r"[\w.]+", name) or name in taken:
+            raise LatelierError(f"tokenizer.phases: phase {number} needs a `name` of its own, in letters and digits.")
+        for key in ("kind", "preset", "model", "method", "init", "phases"):
+            if key in given:
+                raise LatelierError(f"tokenizer.phases: phase {name!r} cannot change {key!r}.")
+        if "images" not in given:
+            raise LatelierError(f"tokenizer.phases: phase {name!r} lacks `images`, how long it is trained.")
+        inherited = {key: getattr(self, key) for key in type(self).model_fields if key not in self.OWN}
+        try:
+            return name, type(self).model_validate({**inherited, **given})
+        except ValidationError as error:
+            raise LatelierError(f"In phase {name!r} of tokenizer.phases: {first_problem(error)}") from None
