@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from latelier import experiment
+from latelier import run
 from latelier.errors import LatelierError
 from latelier.evaluation.error_map import ERRORS, NARROWEST, draw_errors, heat, pixel_errors
 from latelier.images import save_png
@@ -112,7 +112,7 @@ def test_a_run_measures_its_posterior_and_draws_its_errors(tmp_path):
         "evaluate": {"metrics": ["psnr", "posterior", "equivariance", "codebook"], "samples": 6, "batch": 4},
     }  # fmt: skip
     recipe = build_recipe(tree)
-    experiment.complete(recipe)
+    run.complete(recipe)
     numbers = json.loads((recipe.folder / "metrics.json").read_text())["latent space"]
     assert {"latent-std", "active-channels", "equivariance-shift", "psnr-after-scale"} <= set(numbers)
     assert not {"kl-bits-per-pixel", "codebook-usage"} & set(numbers)  # it has neither a posterior nor codes

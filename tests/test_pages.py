@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 
-from latelier import experiment, inspection
+from latelier import inspection, run
 from latelier.evaluation.comparison import RunSummary, write_comparison
 from latelier.evaluation.page import page
 from latelier.evaluation.report import write_report
@@ -83,7 +83,7 @@ def inspected(folder):
     """The page of a tokenizer whose latents are the pixels."""
     data = {"source": "emoji", "image_size": 8, "length": 64}
     tree = {"name": "pixels", "runs": str(folder), "data": data, "tokenizer": {"kind": "identity"}}
-    experiment.complete(build_recipe({**tree, "evaluate": {"metrics": []}}))
+    run.complete(build_recipe({**tree, "evaluate": {"metrics": []}}))
     metrics = "evaluate.metrics=[l1,psnr,spectrum,channels,posterior,equivariance,smoothness]"
     return inspection.inspect(str(folder / "pixels"), "emoji", 8, 64, folder / "judged", [metrics])
 

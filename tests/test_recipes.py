@@ -2,7 +2,6 @@
 
 import pytest
 
-from latelier.experiment import run
 from latelier.recipe import (
     ConvRecipe,
     DCAERecipe,
@@ -13,6 +12,7 @@ from latelier.recipe import (
     load_recipe,
     recipe_files,
 )
+from latelier.run import run
 from latelier.tokenizers.conv import PRESETS
 from tiny import DCAE, MAETOK, VMAE
 

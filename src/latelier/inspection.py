@@ -41,8 +41,8 @@ def inspect(tokenizer: str, source: str, size: int, samples: int, out: Path, opt
     Raises:
         LatelierError: if `out` is a run folder, or what is to be opened cannot be.
     """
-    from latelier.experiment import complete
     from latelier.recipe import load_recipe
+    from latelier.run import complete
 
     recipe = inspection_recipe(tokenizer, source, size, samples, out, options)
     if (out / "recipe.yaml").is_file() and load_recipe(out).tokenizer.kind != "pretrained":

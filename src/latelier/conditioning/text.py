@@ -4,7 +4,7 @@ trained   word pieces -> `TokenTransformer` -> tokens; padding is not masked (Ro
 frozen    any text encoder of `transformers`, computed once for a batch and without gradients; padding is masked
 
 The conditioner carries all that it needs in its own weights and config, the frozen encoder and the word pieces too: it
-opens where neither the encoder's folder nor the Hub is at hand. Who is told nothing is told the empty caption.
+opens where neither the encoder's folder nor the Hub is at hand. Dropped captions become the empty caption.
 """
 
 from __future__ import annotations
@@ -13,26 +13,24 @@ import importlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate import init_empty_weights
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from jaxtyping import Bool, Float, Int
+from pydantic import Field
 from torch import Tensor, nn
 
-from latelier.conditioning.condition import Condition
+from latelier.conditioning.condition import Condition, DataSpec
 from latelier.conditioning.transformer import TokenTransformer
 from latelier.errors import LatelierError
+from latelier.sections import Section, Unit
 from latelier.weights import quiet
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-    from latelier.conditioning import DataSpec
-    from latelier.recipe.condition import TextCondition
-    from latelier.tokenizers.codec import Codec
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 CHARACTERS = 1000  # that word pieces are made of, the most frequent ones
@@ -45,6 +43,21 @@ TEXT_HALF = {
     "umt5": "UMT5EncoderModel",
 }
 NOT_THE_ENCODER = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
+
+
+class TextCondition(Section):
+    """The image's caption: a transformer that is trained along, or a frozen one."""
+
+    kind: Literal["text"]
+    encoder: str = Field("trained", description="`trained`, or a text encoder's Hub name or folder, which stays frozen")
+    vocabulary: str = Field("data", description="`data`: word pieces of the captions; or a tokenizer's name or folder")
+    vocabulary_size: int = Field(8192, ge=300, description="of `vocabulary: data`, at most")
+    length: int = Field(77, ge=1, description="tokens")
+    dim: int = Field(640, ge=1)
+    layers: int = Field(32, ge=1)
+    heads: int = Field(8, ge=1)
+    head_dim: int = Field(64, ge=1)
+    dropout: Unit = Field(0.1, description="share of images whose caption is empty, for classifier-free guidance")
 
 
 class TextConditioner(ModelMixin, ConfigMixin):
@@ -177,7 +190,7 @@ class TextConditioner(ModelMixin, ConfigMixin):
         return {"caption": list(wanted)}
 
     @torch.no_grad()
-    def prepare(self, batch: Mapping[str, Any], codec: Codec | None = None) -> dict[str, Tensor]:
+    def prepare(self, batch: Mapping[str, Any], codec: Any = None) -> dict[str, Tensor]:
         """Token ids of `batch["caption"]`, and what a frozen encoder makes of them.
 
         Returns:
@@ -397,11 +410,5 @@ def build(section: TextCondition, spec: DataSpec) -> TextConditioner:
         words = train_words(spec.captions, section.vocabulary_size)
     else:
         words = read_tokenizer(section.vocabulary)
-    return TextConditioner.trained(
-        words,
-        section.length,
-        dim=section.dim,
-        layers=section.layers,
-        heads=section.heads,
-        head_dim=section.head_dim,
-    )
+    sizes = section.model_dump(include={"dim", "layers", "heads", "head_dim"})
+    return TextConditioner.trained(words, section.length, **sizes)

@@ -14,9 +14,7 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
-from latelier.conditioning.inpainting import InpaintingConditioner
-from latelier.conditioning.low_resolution import LowResolutionConditioner
-from latelier.conditioning.segmentation import SegmentationConditioner
+from latelier.conditioning.spatial import InpaintingConditioner, LowResolutionConditioner, SegmentationConditioner
 from latelier.convert import Converted, load_exactly, need
 from latelier.convert.ldm_autoencoder import convert_kl, convert_vq
 from latelier.convert.ldm_text import layout_conditioner, text_conditioner
@@ -39,8 +37,8 @@ def convert(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
     Raises:
         LatelierError: if the checkpoint lacks a part.
     """
+    from latelier.diffusion.process import DDPM
     from latelier.pipeline import LatentDiffusionPipeline
-    from latelier.recipe import Process
 
     unet = convert_unet(weights, config)
     first = {name.removeprefix(FIRST): value for name, value in weights.items() if name.startswith(FIRST)}
@@ -54,7 +52,7 @@ def convert(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
     if conditioner is None:
         conditioner = _concatenated(unet.model, tokenizer)
     start, end = _betas(weights, config)
-    process = Process(kind="ddpm", beta_schedule="scaled_linear", beta_start=start, beta_end=end)
+    process = DDPM("scaled_linear", start, end)
     codec = _codec(tokenizer, weights, config)
     side = config.get("image_size", 64) * codec.factor
     pipeline = LatentDiffusionPipeline.build(
@@ -118,7 +116,7 @@ def _concatenated(unet: ModelMixin, tokenizer: ModelMixin) -> ModelMixin | None:
 
 def _dropped(conditioner: ModelMixin | None) -> list[str]:
     """Class and text models of latent diffusion can be guided: they know the null class or the empty caption."""
-    input_name = getattr(conditioner, "asks", None)
+    input_name = getattr(conditioner, "input_name", None)
     if input_name == "classes":
         return ["classes"] if conditioner.config["null"] else []  # type: ignore[union-attr, index]
     return ["prompts"] if input_name == "prompts" else []

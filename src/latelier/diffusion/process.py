@@ -8,15 +8,15 @@ DDPM   x_t = sqrt(a_k) z + sqrt(1 - a_k) eps       target eps, v or z           
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from latelier import recipe
 from latelier.diffusion.schedulers import (
     DDPM_SAMPLERS,
     FLOW_SAMPLERS,
@@ -31,7 +31,10 @@ from latelier.diffusion.schedulers import (
 )
 from latelier.errors import LatelierError
 
-__all__ = ["DDPM", "TIMESTEPS", "Flow", "Scheduler", "build_process", "choose_sampler", "flow_sigmas", "shifted"]
+__all__ = ["DDPM", "TIMESTEPS", "Flow", "Predict", "Scheduler", "build_process", "flow_sigmas", "shifted"]
+
+Predict: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # noisy latents (b, c, *grid) and t (b,) -> prediction
+LAST_STEP = 0.04
 
 
 @dataclass(frozen=True)
@@ -69,22 +72,25 @@ class Flow:
         t = torch.sigmoid(torch.special.ndtri(uniform)) if self.t_distribution == "logit-normal" else uniform
         return shifted(t, self.shift)
 
-    def scheduler(self, sample: recipe.Sample) -> Scheduler:
+    def scheduler(
+        self, steps: int = 50, sampler: str = "auto", shift: float = 1.0, eta: float = 0.0, last_step: float = LAST_STEP
+    ) -> Scheduler:
         """A diffusers scheduler with its timesteps set; `scheduler.timesteps / 1000` are the times t.
 
         Raises:
             LatelierError: if sampler, eta, last_step or steps do not go with this process.
         """
-        scheduler = flow_scheduler(choose_sampler(sample, "flow", FLOW_SAMPLERS), sample.last_step)
-        self.set_timesteps(scheduler, sample)
+        kind = _choose_sampler(sampler, "flow", FLOW_SAMPLERS, shift, eta, last_step)
+        scheduler = flow_scheduler(kind, last_step)
+        self.set_timesteps(scheduler, steps, shift)
         return scheduler
 
-    def set_timesteps(self, scheduler: Scheduler, sample: recipe.Sample) -> None:
+    def set_timesteps(self, scheduler: Scheduler, steps: int, shift: float = 1.0) -> None:
         """Put a scheduler onto the grid of `flow_sigmas`; a foreign one gets its own grid of as many steps.
 
         `ReverseSDE` goes evenly from 1 to its `last_step` instead, and from there to 0.
         """
-        place_flow(scheduler, sample.steps, sample.shift)
+        place_flow(scheduler, steps, shift)
 
     def alpha_sigma(self, t: Float[Tensor, " b"], like: Tensor) -> tuple[Tensor, Tensor]:
         """The shares of z and eps in x_t, 1 - t and t, `(b, 1, ...)`."""
@@ -146,24 +152,22 @@ class DDPM:
         levels = self.num_train_timesteps
         return (uniform * levels).floor().clamp(max=levels - 1) / levels
 
-    def scheduler(self, sample: recipe.Sample) -> Scheduler:
-        """A diffusers scheduler with its timesteps set; `scheduler.timesteps / 1000` are the times t.
-
-        Raises:
-            LatelierError: if sampler, shift, eta or steps do not go with this process.
-        """
-        kind = choose_sampler(sample, "ddpm", DDPM_SAMPLERS)
+    def scheduler(
+        self, steps: int = 50, sampler: str = "auto", shift: float = 1.0, eta: float = 0.0, last_step: float = LAST_STEP
+    ) -> Scheduler:
+        """As `Flow.scheduler`; `shift` and `last_step` are refused, since they act in flows only."""
+        kind = _choose_sampler(sampler, "ddpm", DDPM_SAMPLERS, shift, eta, last_step)
         scheduler = ddpm_scheduler(kind, self._scheduler_arguments())
-        self.set_timesteps(scheduler, sample)
+        self.set_timesteps(scheduler, steps)
         return scheduler
 
-    def set_timesteps(self, scheduler: Scheduler, sample: recipe.Sample) -> None:
+    def set_timesteps(self, scheduler: Scheduler, steps: int, shift: float = 1.0) -> None:
         """Spread a scheduler's steps over the noise levels.
 
         Raises:
             LatelierError: if there are more steps than levels, or a foreign scheduler cannot reach the noisiest ones.
         """
-        place_ddpm(scheduler, sample.steps)
+        place_ddpm(scheduler, steps)
 
     def alpha_sigma(self, t: Float[Tensor, " b"], like: Tensor) -> tuple[Tensor, Tensor]:
         """The shares of z and eps in x_t, sqrt(a) and sqrt(1 - a), `(b, 1, ...)`."""
@@ -181,42 +185,58 @@ class DDPM:
         }
 
 
-def build_process(section: recipe.Process) -> Flow | DDPM:
-    """The process of a recipe's `denoiser.process`.
+def build_process(
+    kind: str = "flow",
+    t_distribution: Any = "logit-normal",
+    shift: float = 1.0,
+    prediction: str | None = None,
+    beta_schedule: Any = "scaled_linear",
+    beta_start: float = 0.0015,
+    beta_end: float = 0.0195,
+) -> Flow | DDPM:
+    """The process of a recipe's `denoiser.process`, or of a saved pipeline's config.
 
     Raises:
         LatelierError: if the prediction is not one of the process.
     """
-    if section.kind == "flow":
-        if section.prediction not in (None, "velocity"):
+    if kind == "flow":
+        if prediction not in (None, "velocity"):
             raise LatelierError(
-                f"denoiser.process.prediction = {section.prediction!r} is not for a flow, which predicts the velocity; "
+                f"denoiser.process.prediction = {prediction!r} is not for a flow, which predicts the velocity; "
                 "leave it out, or set kind: ddpm."
             )
-        return Flow(section.t_distribution, section.shift)
-    if section.prediction == "velocity":
+        return Flow(t_distribution, shift)
+    if prediction == "velocity":
         raise LatelierError(
             "denoiser.process.prediction = 'velocity' is for a flow; with kind: ddpm choose epsilon, v or sample."
         )
-    return DDPM(section.beta_schedule, section.beta_start, section.beta_end, section.prediction or "epsilon")
+    return DDPM(beta_schedule, beta_start, beta_end, prediction or "epsilon")  # type: ignore[arg-type]
 
 
-def choose_sampler(sample: recipe.Sample, process: str, allowed: tuple[str, ...]) -> str:
-    """The sampler that a recipe's `sample` means, `auto` the first; settings that would do nothing are refused."""
-    kind = allowed[0] if sample.sampler == "auto" else sample.sampler
+def describe_process(process: Flow | DDPM) -> dict[str, Any]:
+    """The arguments with which `build_process` makes it again."""
+    about = asdict(process)
+    about.pop("num_train_timesteps", None)
+    return {"kind": "flow" if isinstance(process, Flow) else "ddpm", **about}
+
+
+def _choose_sampler(
+    sampler: str, process: str, allowed: tuple[str, ...], shift: float, eta: float, last_step: float
+) -> str:
+    """The sampler, `auto` the first that is allowed; settings that would do nothing are refused."""
+    kind = allowed[0] if sampler == "auto" else sampler
     if kind not in allowed:
         raise LatelierError(
-            f"sample.sampler = {sample.sampler!r} does not go with a {process} process; "
-            f"allowed: auto, {', '.join(allowed)}."
+            f"sample.sampler = {sampler!r} does not go with a {process} process; allowed: auto, {', '.join(allowed)}."
         )
-    if sample.eta and kind != "ddim":
-        raise LatelierError(f"sample.eta = {sample.eta} acts in the ddim sampler only, not in {kind}; set it to 0.")
-    if kind != "sde" and sample.last_step != recipe.Sample().last_step:
+    if eta and kind != "ddim":
+        raise LatelierError(f"sample.eta = {eta} acts in the ddim sampler only, not in {kind}; set it to 0.")
+    if kind != "sde" and last_step != LAST_STEP:
         raise LatelierError(
-            f"sample.last_step = {sample.last_step} acts in the sde sampler only, not in {kind}; leave it out."
+            f"sample.last_step = {last_step} acts in the sde sampler only, not in {kind}; leave it out."
         )
-    if sample.shift != 1 and process != "flow":
-        raise LatelierError(f"sample.shift = {sample.shift} acts in flow processes only; set it to 1.")
+    if shift != 1 and process != "flow":
+        raise LatelierError(f"sample.shift = {shift} acts in flow processes only; set it to 1.")
     return kind
 
 

@@ -1,12 +1,13 @@
-"""The samplers of a process: diffusers' schedulers put onto our grids, LDM's DDIM and PLMS, and a flow's reverse SDE.
+"""The samplers of a process: diffusers' schedulers put onto our grids, LDM's DDIM and PLMS, and dopri5.
 
 diffusers' own DDIM and PNDM go down by one fixed stride, so that 300 or 400 steps over 1000 noise levels miss the
-noisiest ones. `DDIM` and `PLMS` here know each step's two ends instead; where LDM has a grid they are on it. The SDE
-has a file of its own, `sde.py`.
+noisiest ones. `DDIM` and `PLMS` here know each step's two ends instead; where LDM has a grid they are on it. A flow's
+reverse SDE has a file of its own, `sde.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,15 +18,16 @@ from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
 from torch import Tensor
 
-from latelier.diffusion.adaptive import ADAPTIVE
 from latelier.diffusion.sde import ReverseSDE
 from latelier.errors import LatelierError
 
 Scheduler = Any  # a diffusers scheduler; they share `set_timesteps`, `timesteps` and `step` by custom, not by a base
 TIMESTEPS = 1000  # diffusers' schedulers count noise levels in thousandths of t
+ADAPTIVE = "dopri5"
 FLOW_SAMPLERS = ("euler", "heun", "dpm++", "unipc", "sde", ADAPTIVE)
 DDPM_SAMPLERS = ("ddim", "ddpm", "plms", "dpm++", "unipc", "euler", "heun")
 
+RELATIVE, ABSOLUTE = 1e-3, 1e-6  # tolerances of dopri5 in SiT and DC-AE
 LEAST_LOG_SNR = -5.1  # log(alpha / sigma) where fast solvers begin on a cosine schedule, as diffusers advises for it
 BELOW_ONE = 1e-6  # multistep solvers step in log(alpha / sigma), which is infinite at pure noise
 _OTHER_GRIDS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas")
@@ -126,6 +128,53 @@ def adams_bashforth(slopes: list[Tensor]) -> Tensor:
     return sum(weight * slope for weight, slope in zip(weights[len(slopes)], reversed(slopes)))  # type: ignore
 
 
+class DormandPrince:
+    """dopri5: dx/dt = v(x, t) from t = 1 to 0 by Dormand and Prince's method of order 5(4) (SciPy's RK45).
+
+    It takes as many steps as its tolerances ask for, `steps` has no part in it. Its error is measured over all images
+    of a batch together, so an image depends a little on its neighbours: by about the tolerance.
+    """
+
+    def integrate(
+        self,
+        velocity: Callable[[Tensor, float], Tensor],
+        noise: Float[Tensor, "b c *grid"],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Float[Tensor, "b c *grid"]:
+        """Latents of noise, float32.
+
+        Args:
+            velocity: `(x_t, t) -> dx/dt`, of the shape of `x_t`.
+            noise: the state at t = 1.
+            progress: called after each evaluation with how many are done, twice, since the total is not known.
+
+        Raises:
+            LatelierError: if the velocity is not finite, or the solver does not arrive.
+        """
+        from scipy.integrate import solve_ivp
+
+        done = 0
+
+        def slope(t: float, state: np.ndarray) -> np.ndarray:
+            nonlocal done
+            x = torch.from_numpy(state).to(noise.device, torch.float32).view_as(noise)
+            v = velocity(x, t).double().flatten().cpu().numpy()
+            if not np.isfinite(v).all():  # the solver would look for a small enough step for ever
+                raise LatelierError(
+                    f"sample.sampler = {ADAPTIVE}: the denoiser's velocity at t = {t:.4f} is not finite."
+                )
+            done += 1
+            if progress is not None:
+                progress(done, done)
+            return v
+
+        start = noise.double().flatten().cpu().numpy()
+        solution = solve_ivp(slope, (1.0, 0.0), start, "RK45", t_eval=[0.0], rtol=RELATIVE, atol=ABSOLUTE)
+        if not solution.success:
+            raise LatelierError(f"sample.sampler = {ADAPTIVE} did not arrive ({solution.message}); use euler or heun.")
+        return torch.from_numpy(solution.y[:, -1]).to(noise.device, torch.float32).view_as(noise)
+
+
 def ldm_levels(steps: int, levels: int = TIMESTEPS) -> np.ndarray:
     """LDM's grid, `(steps,)` ascending: 1 + floor(i levels / steps); all levels from 0 if there are as many steps."""
     return np.arange(steps) if steps == levels else 1 + np.arange(steps) * levels // steps
@@ -158,19 +207,14 @@ def shifted(t: Any, shift: float) -> Any:
 
 
 def flow_scheduler(kind: str, last_step: float = 0.04) -> Scheduler:
-    """A scheduler of one of `FLOW_SAMPLERS`, not yet on its grid.
-
-    The adaptive sampler needs none; where one is asked for, Euler's stands for the process.
-
-    Args:
-        kind: the sampler.
-        last_step: where the noisy steps of `sde` end.
-    """
+    """A scheduler of one of `FLOW_SAMPLERS`, not yet on its grid; `last_step` is where the noisy steps of `sde` end."""
     import diffusers
 
     if kind == "sde":
         return ReverseSDE(last_step, TIMESTEPS)
-    if kind in ("euler", "heun", ADAPTIVE):
+    if kind == ADAPTIVE:
+        return DormandPrince()
+    if kind in ("euler", "heun"):
         name = f"FlowMatch{'Heun' if kind == 'heun' else 'Euler'}DiscreteScheduler"
         return getattr(diffusers, name)(num_train_timesteps=TIMESTEPS, shift=1.0)
     name = {"dpm++": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}[kind]
@@ -178,12 +222,7 @@ def flow_scheduler(kind: str, last_step: float = 0.04) -> Scheduler:
 
 
 def ddpm_scheduler(kind: str, arguments: dict[str, Any]) -> Scheduler:
-    """A scheduler of one of `DDPM_SAMPLERS`, without timesteps.
-
-    Args:
-        kind: the sampler.
-        arguments: diffusers' names of the schedule and of what is predicted.
-    """
+    """A scheduler of one of `DDPM_SAMPLERS`, without timesteps; `arguments` are diffusers' names of the process."""
     import diffusers
 
     if kind in ("ddim", "plms"):
@@ -206,6 +245,8 @@ def place_flow(scheduler: Scheduler, steps: int, shift: float) -> None:
     """Put a scheduler onto `flow_sigmas`; one with another shift, or of a kind unknown here, gets its own grid."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 
+    if isinstance(scheduler, DormandPrince):
+        return
     if isinstance(scheduler, ReverseSDE):
         scheduler.set_timesteps(steps, shift=shift)
         return

@@ -14,7 +14,7 @@ from jaxtyping import Float, Integer
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from latelier.conditioning import parts
+from latelier.conditioning.condition import components
 from latelier.errors import LatelierError
 from latelier.evaluation.regions import Region, box_regions
 from latelier.evaluation.tasks import draw_records
@@ -53,7 +53,7 @@ def task_grid(pipeline: Any, records: Iterable[Mapping[str, Any]], sample: Sampl
     Raises:
         LatelierError: if there are no records.
     """
-    known = parts(pipeline.conditioner)
+    known = components(pipeline.conditioner)
     rows: dict[str, list[Tensor]] = {}
     captions: list[str] = []
     for batch, drawn in draw_records(pipeline, records, sample, COLUMNS, seed):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from latelier.conditioning import parts
+from latelier.conditioning.condition import components
 from latelier.errors import LatelierError
 from latelier.evaluation.clip import CLIPScore
 from latelier.evaluation.distributions import FeatureStatistics
@@ -60,7 +60,7 @@ def evaluate_tasks(
         LatelierError: if there are no records, or they lack what is needed.
     """
     device = pipeline.codec.device
-    judges = _judges(parts(pipeline.conditioner), training, evaluate, device)
+    judges = _judges(components(pipeline.conditioner), training, evaluate, device)
     if not judges:
         return []
     n, size = 0, (0, 0)
@@ -92,10 +92,10 @@ def draw_records(
         A batch of records, with what was made of them before they were drawn: `low`, small images, and `hole`; and
         the images.
     """
-    from latelier.conditioning.inpainting import compose
+    from latelier.conditioning.spatial import compose
     from latelier.data import masks
 
-    known, done = parts(pipeline.conditioner), 0
+    known, done = components(pipeline.conditioner), 0
     for record in records:
         batch = {key: value[: count - done] for key, value in record.items()}
         image = batch["image"]

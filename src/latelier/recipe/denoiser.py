@@ -1,4 +1,4 @@
-"""The recipe's `denoiser` section: the diffusion process, the model, what it is told, how it is trained."""
+"""The recipe's `denoiser` section: the diffusion process, the model, its conditions, how it is trained."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from latelier.errors import LatelierError
 from latelier.recipe.base import Section, Training, Weight
-from latelier.recipe.condition import ClassCondition, Conditions
+from latelier.recipe.condition import Conditions
 from latelier.recipe.prefixes import Prefixes
 
 
@@ -34,7 +34,7 @@ class DenoiserRecipe(Training):
     init: str | None = None
     process: Process = Process()
     condition: Conditions = Field(
-        [ClassCondition(kind="class")], description="what it is told: `none`, a kind, a section, or a list"
+        ["class"], description="what the denoiser is conditioned on: `none`, a kind, a section, or a list"
     )
     loss: Literal["l2", "l1"] = Field("l2", description="squared or absolute error of the prediction")
     cosine_weight: Weight = Field(0.0, description="weight of 1 - cos(prediction, target), LightningDiT")

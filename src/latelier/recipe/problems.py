@@ -8,17 +8,18 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 
-def first_problem(error: ValidationError, root: type[BaseModel]) -> str:
+def first_problem(error: ValidationError, root: type[BaseModel], prefix: str = "") -> str:
     """One sentence for the first problem, unknown keys first, since they often cause the others.
 
     Args:
         error: pydantic's.
         root: the model that was validated.
+        prefix: what comes before its keys, such as `denoiser.condition.`.
     """
     problems = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     first = problems[0]
     place, found = _walk(first["loc"], root)
-    key, value = ".".join(place), first["input"]
+    key, value = prefix + ".".join(place), first["input"]
     if first["type"] == "extra_forbidden":
         known = [name for model in _walk(first["loc"][:-1], root)[1] for name in model.model_fields]
         near = difflib.get_close_matches(place[-1], known, 1, 0.5)
