@@ -72,9 +72,14 @@ def test_several_conditions_at_once(monkeypatch, capsys, runs, tmp_path):
     [
         (["--prompt", "an owl", "--segmentation", "{labels}", "--layout", "cow 0 0 1 1"], "cow"),
         (["--prompt", "an owl", "--segmentation", "{labels}", "--layout", "owl 0.5 0 1.5 1"], "1.5"),
-        (["--layout", "owl 0 0 1"], "is not a class and four numbers"),
+        (
+            ["--prompt", "an owl", "--segmentation", "{labels}", "--layout", "owl 0 0 1"],
+            "is not a class and four numbers",
+        ),
         (["--prompt", "an owl", "--classes", "owl"], "classes = 'owl' is no input of this model"),
         (["--prompt", "an owl"], "give layouts, one or more"),
+        (["--input", "maps"], "--input 'maps' is not NAME=VALUE"),
+        (["--input", "maps=nowhere.png"], "maps = 'nowhere.png' is no input of this model"),
         (["--map", "nowhere.png"], "maps = 'nowhere.png' is no input of this model"),
     ],
 )

@@ -26,19 +26,12 @@ from latelier.sections import Section, Unit
 
 @dataclass
 class Condition:
-    """Three optional injections into a denoiser.
+    """Three optional injections into a denoiser."""
 
-    Attributes:
-        vector: `(b, d)`, added to the time embedding (adaLN).
-        tokens: `(b, n, d)`, for cross-attention or as prefix tokens.
-        mask: `(b, n)`, true where a token counts.
-        spatial: `(b, c, *grid)`, concatenated to `x_t`.
-    """
-
-    vector: Float[Tensor, "b d"] | None = None
-    tokens: Float[Tensor, "b n k"] | None = None
-    mask: Bool[Tensor, "b n"] | None = None
-    spatial: Float[Tensor, "b c *grid"] | None = None
+    vector: Float[Tensor, "b d"] | None = None  # added to the time embedding (adaLN)
+    tokens: Float[Tensor, "b n k"] | None = None  # for cross-attention or as prefix tokens
+    mask: Bool[Tensor, "b n"] | None = None  # true where a token counts
+    spatial: Float[Tensor, "b c *grid"] | None = None  # concatenated to `x_t`
 
     @staticmethod
     def cat(conditions: list[Condition]) -> Condition:
@@ -49,31 +42,18 @@ class Condition:
 
 @dataclass(frozen=True)
 class DataSpec:
-    """What conditioners are built for.
+    """The data and the denoiser that conditioners are built for; None for what the data have not."""
 
-    Attributes:
-        class_names: of the images, index = label; None without labels.
-        box_names: of the classes of boxes; None without boxes.
-        segmentation_classes: how many ids the label maps have; None without maps.
-        captions: one pass over the training captions; None without captions.
-        latent_shape: `(c, *grid)`.
-        factor: pixels along a side of a latent position.
-        image_channels: of the images.
-        vector_width: width of the denoiser's time embedding.
-        prefers_tokens: whether the denoiser has cross-attention by nature (U-Nets) rather than adaLN.
-        seed: the run's.
-    """
-
-    class_names: list[str] | None
-    box_names: list[str] | None
-    segmentation_classes: int | None
-    captions: Callable[[], Iterator[str]] | None
-    latent_shape: tuple[int, ...]
-    factor: int
+    class_names: list[str] | None  # index = label
+    box_names: list[str] | None  # of the classes of boxes
+    segmentation_classes: int | None  # how many ids the label maps have
+    captions: Callable[[], Iterator[str]] | None  # one pass over the training captions
+    latent_shape: tuple[int, ...]  # (c, *grid)
+    factor: int  # pixels along a side of a latent position
     image_channels: int
-    vector_width: int
-    prefers_tokens: bool
-    seed: int
+    vector_width: int  # of the denoiser's time embedding
+    prefers_tokens: bool  # whether the denoiser has cross-attention by nature (U-Nets) rather than adaLN
+    seed: int  # the run's
 
 
 # -- classes -----------------------------------------------------------------------------------------------------------
@@ -94,10 +74,9 @@ class ClassConditioner(ModelMixin, ConfigMixin):
     """A learned vector for each class, and one more, the null class, for label dropout and guidance.
 
     Args:
-        num_classes: number of classes, `y` in [0, num_classes).
+        num_classes, names: how many, and their names for users, index = label.
         dim: width of the vector: the denoiser's, or that of its cross-attention.
         null: whether the table has a row for "no class" (DiT: only if labels are dropped in training).
-        names: the classes' names, index = label, for users.
         inject: `vector` is added to the time embedding (DiT), `tokens` is the one token of cross-attention (LDM).
     """
 
@@ -109,13 +88,9 @@ class ClassConditioner(ModelMixin, ConfigMixin):
         self, num_classes: int, dim: int, null: bool = True, names: list[str] | None = None, inject: str = "vector"
     ):
         super().__init__()
+        self.token_width = dim if inject == "tokens" else 0
         self.embedding_table = nn.Embedding(num_classes + int(null), dim)
         nn.init.normal_(self.embedding_table.weight, std=0.02)
-
-    @property
-    def token_width(self) -> int:
-        """Width of the token; 0 if it is a vector."""
-        return self.config["dim"] if self.config["inject"] == "tokens" else 0
 
     def prepare(self, batch: Mapping[str, Any], codec: Any) -> dict[str, Tensor]:
         """Nothing is made from the images."""
@@ -159,24 +134,15 @@ def class_index(wanted: Any, names: Sequence[str], count: int, what: str) -> int
 
 
 def build(section: ClassCondition, spec: DataSpec) -> ClassConditioner:
-    """A conditioner for the data's classes.
-
-    Raises:
-        LatelierError: if the images have no classes.
-    """
+    """A conditioner for the data's classes; an error if the images have none."""
     if not spec.class_names:
         raise LatelierError(
             "denoiser.condition = 'class', but the data has no classes; put images into one folder per class, "
             "name the column with data.label_key, or set denoiser.condition=none sample.guidance=1."
         )
     tokens = section.inject == "tokens" or (section.inject == "auto" and spec.prefers_tokens)
-    return ClassConditioner(
-        len(spec.class_names),
-        section.dim if tokens else spec.vector_width,
-        null=section.dropout > 0,
-        names=list(spec.class_names),
-        inject="tokens" if tokens else "vector",
-    )
+    width, inject = (section.dim, "tokens") if tokens else (spec.vector_width, "vector")
+    return ClassConditioner(len(spec.class_names), width, section.dropout > 0, list(spec.class_names), inject)
 
 
 # -- several conditions ------------------------------------------------------------------------------------------------
@@ -234,10 +200,8 @@ class CompositeConditioner(ModelMixin, ConfigMixin):
         self, batch: Mapping[str, Any], drop: Bool[Tensor, " b"] | Bool[Tensor, "b k"] | None = None
     ) -> Condition:
         """The merged condition; `drop` is `(b,)` for all components alike, or `(b, k)` with a column for each."""
-        conditions = []
-        for i, component in enumerate(self.components.values()):
-            conditions.append(component(batch, drop if drop is None or drop.ndim == 1 else drop[:, i]))
-        return merge(conditions)
+        columns = [drop if drop is None or drop.ndim == 1 else drop[:, i] for i in range(len(self.components))]
+        return merge([component(batch, column) for component, column in zip(self.components.values(), columns)])
 
 
 def merge(conditions: list[Condition]) -> Condition:
@@ -268,15 +232,9 @@ def components(conditioner: ModelMixin | None) -> dict[str, Any]:
 
 
 def build_conditioner(sections: Sequence[Any], spec: DataSpec) -> ModelMixin | None:
-    """One conditioner for all sections of a recipe; None for none.
-
-    Raises:
-        LatelierError: if the data lack what a section needs, or two sections do not go together.
-    """
+    """One conditioner for all sections of a recipe, None for none; an error if two sections do not go together."""
     kinds = [section.kind for section in sections]
-    built: list[Any] = []
-    for section in sections:
-        built.append(importlib.import_module(CONDITIONERS[section.kind]).build(section, spec))
+    built = [importlib.import_module(CONDITIONERS[section.kind]).build(section, spec) for section in sections]
     if len(set(kinds)) < len(kinds):
         raise LatelierError(f"denoiser.condition names a kind twice: {', '.join(kinds)}.")
     widths = {kind: conditioner.token_width for kind, conditioner in zip(kinds, built) if conditioner.token_width}

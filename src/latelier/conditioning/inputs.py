@@ -79,11 +79,9 @@ class Inputs:
         """The condition of some images, the unconditional one for guidance, and the record entries.
 
         Args:
-            conditioner: of the model; None for an unconditional one.
-            seeds: of the images; random masks and degradations of records are drawn from them.
-            first: the seed of the first of all images.
+            conditioner, codec: of the model.
+            seeds, first: of the images, and of the first of all; random masks and degradations are drawn from them.
             size: height and width in pixels.
-            codec: the tokenizer.
             dropped: which components guidance leaves out; None makes no unconditional condition.
         """
         if conditioner is None:
@@ -125,11 +123,7 @@ def _short(values: list[Any]) -> str:
 
 
 def open_image(entry: Any, input_name: str) -> Image.Image:
-    """A PIL image, or one from a file, upright; `input_name` is for messages.
-
-    Raises:
-        LatelierError: if it is something else, or cannot be read.
-    """
+    """A PIL image, or one from a file, upright; an error that names the input for anything else."""
     if isinstance(entry, str | Path):
         if not Path(entry).is_file():
             raise LatelierError(f"{input_name}: there is no file {str(entry)!r}.")
@@ -145,13 +139,8 @@ def open_image(entry: Any, input_name: str) -> Image.Image:
 
 
 def read_image(entry: Any, channels: int, input_name: str) -> Float[Tensor, "c h w"]:
-    """An image as a user gives it, in [-1, 1].
-
-    Args:
-        entry: a PIL image, a file's path, an array `(h, w)` or `(h, w, c)`, or a tensor `(c, h, w)`; uint8 means
-            0..255, floats are in [-1, 1] already.
-        channels: of the result. Images and files become grey or RGB as needed.
-        input_name: for messages.
+    """An image of `channels` channels in [-1, 1] from a PIL image or a file, which become grey or RGB as needed, an
+    array `(h, w)` or `(h, w, c)`, or a tensor `(c, h, w)`; uint8 means 0..255, floats are in [-1, 1] already.
 
     Raises:
         LatelierError: if it cannot be read, or has other channels, other numbers, or transparent pixels.
@@ -192,15 +181,8 @@ def _decode(image: Image.Image, channels: int, input_name: str) -> np.ndarray:
 
 
 def read_mask(entry: Any, input_name: str) -> Bool[Tensor, "h w"]:
-    """A mask as a user gives it, true in holes.
-
-    Args:
-        entry: a PIL image or a file's path, where bright pixels (from 128 of 255 on) are holes; or an array or tensor
-            `(h, w)` or `(1, h, w)` of booleans, of uint8 in 0..255 or 0..1, or of floats in [0, 1] (holes above 0.5).
-        input_name: for messages.
-
-    Raises:
-        LatelierError: if it is something else.
+    """A mask, true in holes, from a PIL image or a file, where bright pixels (from 128 of 255 on) are holes; or from an
+    array or tensor `(h, w)` or `(1, h, w)` of booleans, of uint8 in 0..255 or 0..1, or of floats in [0, 1].
     """
     if isinstance(entry, np.ndarray | Tensor):
         values = torch.from_numpy(entry.copy()) if isinstance(entry, np.ndarray) else entry.detach().cpu()

@@ -68,9 +68,7 @@ def layout_tokens(
 
     Args:
         boxes: x0 y0 x1 y1 relative to the whole image.
-        labels: classes in [0, n_classes).
-        flags: bits of `FLAG_BITS`; None for no flags.
-        n_classes: number of classes.
+        labels, flags: classes in [0, n_classes), and bits of `FLAG_BITS`; None for no flags.
         form: which flags a class token carries: class + n_classes * flags.
         tokens: size of the vocabulary; the last one stands for nothing.
         objects: most objects.
@@ -139,9 +137,6 @@ class LayoutConditioner(ModelMixin, ConfigMixin):
         layout_map_channels: of a map of the boxes on the latents' grid, concatenated to `x_t`; 0 is the paper's, tokens
             alone. With the map, the model need not learn which positions a box means, which takes long.
         latent_factor: pixels along a side of a latent position, of the map.
-
-    Raises:
-        LatelierError: if classes with flags do not fit into the vocabulary.
     """
 
     input_name = "layouts"
@@ -164,6 +159,7 @@ class LayoutConditioner(ModelMixin, ConfigMixin):
         latent_factor: int = 1,
     ):
         super().__init__()
+        self.token_width, self.spatial_channels = dim, layout_map_channels
         kinds = len(names) * (FLAG_BITS[form] + 1)
         if kinds >= tokens:
             raise LatelierError(
@@ -173,11 +169,6 @@ class LayoutConditioner(ModelMixin, ConfigMixin):
         self.transformer = TokenTransformer(tokens, self.length, dim, layers, heads, head_dim)
         self._begin(kinds)
         self.map_proj = nn.Conv2d(len(names), layout_map_channels, 1, bias=False) if layout_map_channels else None
-
-    @property
-    def spatial_channels(self) -> int:
-        """Channels that are concatenated to `x_t`."""
-        return self.config["layout_map_channels"]
 
     def _begin(self, kinds: int) -> None:
         """Corners begin as the sinusoids of their places, as images' do, so that neighbours are alike from the start.
@@ -192,22 +183,11 @@ class LayoutConditioner(ModelMixin, ConfigMixin):
             for table in (tokens[:kinds], tokens[-1:], self.transformer.pos_embed.weight):
                 nn.init.normal_(table, std=0.5**0.5)  # the standard deviation of sinusoids
 
-    @property
-    def token_width(self) -> int:
-        """Width of the tokens that come out."""
-        return self.config["dim"]
-
     def inputs(self, wanted: list[Any], size: tuple[int, int]) -> dict[str, list[Tensor]]:
-        """Layouts, one for each image, as record entries.
+        """Layouts, one for each image of `size` (height, width), as record entries.
 
-        Args:
-            wanted: lists of objects, `(class, x0, y0, x1, y1)` or `{"class": ..., "box": [x0, y0, x1, y1], "flags":
-                bits}`: the class by name or index, the box relative to the image, flags as in `FLAG_BITS`, 0 by
-                default; or a text or JSON file of them, see `read_layout`.
-            size: height and width of the images to draw.
-
-        Raises:
-            LatelierError: for an unknown class, a box that is none, or too many objects.
+        A layout is a list of `(class, x0, y0, x1, y1)` or `{"class": ..., "box": [x0, y0, x1, y1], "flags": bits}`,
+        the class by name or index, the box relative to the image; or a text or JSON file of them, see `read_layout`.
         """
         entries: dict[str, list[Tensor]] = {"boxes": [], "box_labels": [], "box_flags": [], "layout_size": []}
         for layout in wanted:
@@ -271,37 +251,25 @@ class LayoutConditioner(ModelMixin, ConfigMixin):
         boxes, labels = batch["boxes"][i].cpu().double(), batch["box_labels"][i].cpu()  # (n, 4), (n,)
         order, crop = None, WHOLE
         if "sample_id" in batch:
-            generator = torch.Generator().manual_seed(
-                fold_in(self.config["seed"], "order of objects", int(batch["sample_id"][i]))
-            )
+            seed = fold_in(self.config["seed"], "order of objects", int(batch["sample_id"][i]))
+            generator = torch.Generator().manual_seed(seed)
             order = torch.randperm(len(boxes), generator=generator).tolist()
         if "crop" in batch and self.config["crop"]:
             corner, end = batch["crop"][i].cpu().double().split(2)  # (2,), (2,)
             boxes = corner.repeat(2) + boxes * (end - corner).repeat(2)  # (n, 4), in the whole image
             crop = (*corner.tolist(), *end.tolist())
-        return layout_tokens(
-            boxes,
-            labels,
-            batch["box_flags"][i].cpu() if "box_flags" in batch else None,
-            len(self.config["names"]),
-            form=self.config["form"],
-            tokens=self.config["tokens"],
-            objects=self.config["objects"],
-            with_crop=self.config["crop"],
-            crop=crop,
-            order=order,
-        )
+        flags = batch["box_flags"][i].cpu() if "box_flags" in batch else None
+        names, *settings = (self.config[key] for key in ("names", "form", "tokens", "objects", "crop"))
+        return layout_tokens(boxes, labels, flags, len(names), *settings, crop=crop, order=order)
 
     def forward(self, batch: Mapping[str, Any], drop: Bool[Tensor, " b"] | None = None) -> Condition:
-        """Tokens `(b, n, d)` of `batch["layout_tokens"]`, and the map if there is one; rows where `drop` is true get
-        those of no layout at all.
-        """
+        """Tokens `(b, n, d)`, and the map if there is one; rows where `drop` is true get those of no layout at all."""
         tokens = batch["layout_tokens"].to(self.device)  # (b, n)
         if drop is not None:
             tokens = tokens.masked_fill(drop.to(tokens.device)[:, None], self.config["tokens"] - 1)
-        spatial = (
-            None if self.map_proj is None else blank(self.map_proj(batch["layout_map"].to(self.map_proj.weight)), drop)
-        )
+        spatial = None
+        if self.map_proj is not None:
+            spatial = blank(self.map_proj(batch["layout_map"].to(self.map_proj.weight)), drop)  # (b, c, *grid)
         return Condition(tokens=self.transformer(tokens), spatial=spatial)
 
 
@@ -327,11 +295,7 @@ def draw_layout_map(
 
 
 def read_layout(text: str) -> list[Any]:
-    """Objects from a JSON file, or from words: `owl 0.1 0.2 0.5 0.9; red apple 0.6 0.5 0.9 0.8`.
-
-    Raises:
-        LatelierError: for a part that is not a class and four numbers.
-    """
+    """Objects from a JSON file, or from words: `owl 0.1 0.2 0.5 0.9; red apple 0.6 0.5 0.9 0.8`."""
     if text.endswith(".json"):
         try:
             return json.loads(Path(text).read_text())

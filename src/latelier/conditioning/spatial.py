@@ -93,12 +93,8 @@ class SegmentationConditioner(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, classes: int, channels: int = 3, latent_factor: int = 4):
         super().__init__()
+        self.spatial_channels = channels
         self.projection = nn.Conv2d(classes, channels, 1, bias=False)
-
-    @property
-    def spatial_channels(self) -> int:
-        """Channels concatenated to `x_t`."""
-        return self.config["channels"]
 
     def prepare(self, batch: Mapping[str, Any], codec: Any) -> dict[str, Tensor]:
         """Nothing is made; the ids of `batch["segmentation"]` `(b, h, w)` are checked."""
@@ -186,9 +182,6 @@ class LowResolutionConditioner(ModelMixin, ConfigMixin):
         image_channels: of the images.
         latent_factor: pixels along a side of a latent position; `factor` divides it, or is larger.
         seed: of random degradations, keyed by `batch["sample_id"]`.
-
-    Raises:
-        LatelierError: if the small image's pixels do not make whole latent positions.
     """
 
     input_name = "low_resolution"
@@ -204,17 +197,9 @@ class LowResolutionConditioner(ModelMixin, ConfigMixin):
                 f"condition.factor = {factor} does not divide the tokenizer's factor {latent_factor}; "
                 f"use a divisor of {latent_factor}, or more than it."
             )
+        self.fold = max(1, latent_factor // factor)  # pixels of the small image along a side of a latent position
+        self.spatial_channels = image_channels * self.fold**2
         self.register_buffer("one", torch.ones(1))  # gives the module a device and its weights file a content
-
-    @property
-    def spatial_channels(self) -> int:
-        """Channels concatenated to `x_t`."""
-        return self.config["image_channels"] * self._fold**2
-
-    @property
-    def _fold(self) -> int:
-        """Pixels of the small image along a side of a latent position, at least one."""
-        return max(1, self.config["latent_factor"] // self.config["factor"])
 
     def prepare(self, batch: Mapping[str, Any], codec: Any) -> dict[str, Tensor]:
         """`low` `(b, c, h / factor, w / factor)` of `image`, unless it is there already."""
@@ -227,8 +212,8 @@ class LowResolutionConditioner(ModelMixin, ConfigMixin):
         """The condition of `batch["low"]` in [-1, 1]; rows where `drop` is true get zeros."""
         low, factor = batch["low"].to(self.device, self.dtype), self.config["factor"]  # (b, c, h / s, w / s)
         grid = grid_of((low.shape[2] * factor, low.shape[3] * factor), self.config["latent_factor"])
-        if self._fold > 1:
-            low = F.pixel_unshuffle(low, self._fold)  # (b, c fold fold, *grid)
+        if self.fold > 1:
+            low = F.pixel_unshuffle(low, self.fold)  # (b, c fold fold, *grid)
         elif low.shape[2:] != grid:
             low = F.interpolate(low, size=grid, mode="bicubic", align_corners=False)  # (b, c, *grid)
         return Condition(spatial=blank(low, drop))
@@ -284,12 +269,8 @@ class InpaintingConditioner(ModelMixin, ConfigMixin):
         super().__init__()
         if masks not in SETTINGS:
             raise LatelierError(f"Unknown masks {masks!r}; there are: {', '.join(SETTINGS)}.")
+        self.spatial_channels = latent_channels + 1
         self.register_buffer("one", torch.ones(1))  # gives the module a device and its weights file a content
-
-    @property
-    def spatial_channels(self) -> int:
-        """Channels concatenated to `x_t`."""
-        return self.config["latent_channels"] + 1
 
     def prepare(self, batch: Mapping[str, Any], codec: Any) -> dict[str, Tensor]:
         """`hole`; `masked` `(b, k, *grid)`, normalised latents of `image` with black holes; and `hole_grid` in -1, +1.
@@ -375,13 +356,9 @@ class MapConditioner(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, map_channels: int = 1, channels: int | None = None, latent_factor: int = 8):
         super().__init__()
+        self.spatial_channels = channels or map_channels
         self.register_buffer("one", torch.ones(1))  # gives the module a device and its weights file a content
         self.projection = nn.Conv2d(map_channels, channels, 1, bias=False) if channels else nn.Identity()
-
-    @property
-    def spatial_channels(self) -> int:
-        """Channels concatenated to `x_t`."""
-        return self.config["channels"] or self.config["map_channels"]
 
     def prepare(self, batch: Mapping[str, Any], codec: Any) -> dict[str, Tensor]:
         """Nothing is made; `batch["map"]` `(b, c, h, w)` is checked."""
@@ -403,22 +380,14 @@ class MapConditioner(ModelMixin, ConfigMixin):
     def inputs(self, wanted: list[Any], size: tuple[int, int]) -> dict[str, Any]:
         """Maps (see `read_image`), resized to `size` (height, width), to `map`."""
         maps = [read_image(entry, self.config["map_channels"], self.input_name)[None] for entry in wanted]
-        resized = [
-            m if m.shape[2:] == size else F.interpolate(m, size=size, mode="bilinear", antialias=True) for m in maps
-        ]
-        return {"map": torch.cat(resized)}  # (b, c, h, w)
-
-
-# -- from a recipe -----------------------------------------------------------------------------------------------------
+        for i, m in enumerate(maps):
+            if m.shape[2:] != size:
+                maps[i] = F.interpolate(m, size=size, mode="bilinear", antialias=True)
+        return {"map": torch.cat(maps)}  # (b, c, h, w)
 
 
 def build(section: Any, spec: DataSpec) -> ModelMixin:
-    """The conditioner of a recipe's section.
-
-    Raises:
-        LatelierError: if the latents are 1-D, the factor does not go with the tokenizer's, or nobody says how many
-            classes label maps have.
-    """
+    """The conditioner of a recipe's section; an error for 1-D latents, and if the classes of label maps are unknown."""
     require_grid(spec, section.kind)
     if isinstance(section, LowResolutionCondition):
         return LowResolutionConditioner(

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from latelier.conditioning.condition import Condition
-from latelier.diffusion.process import Predict
+from latelier.diffusion import Latents, Levels, Predict
 from latelier.errors import LatelierError
 
 
@@ -33,7 +32,7 @@ def guided(
         LatelierError: when it is called with fewer channels than `channels`.
     """
 
-    def predict(x_t: Float[Tensor, "b c *grid"], t: Float[Tensor, " b"]) -> Float[Tensor, "b c *grid"]:
+    def predict(x_t: Latents, t: Levels) -> Latents:
         if channels is not None and channels > x_t.shape[1]:
             raise LatelierError(f"guidance_channels = {channels}, but the latents have only {x_t.shape[1]} channels.")
         acts = (t >= interval[0]) & (t <= interval[1])  # (b,)

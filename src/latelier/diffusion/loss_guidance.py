@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from latelier.diffusion.process import DDPM, Flow, Predict
+from latelier.diffusion import Latents, Levels, Predict
+from latelier.diffusion.process import DDPM, Flow
 from latelier.errors import LatelierError
 
 LEAST_ALPHA = 1e-3  # below, x_t says nothing about the image, and sigma^2 / alpha has no bound
@@ -72,7 +73,7 @@ class LossGuidance:
             chosen.target = self.target[images]
         return chosen
 
-    def energy(self, z: Float[Tensor, "b c *grid"]) -> Float[Tensor, " b"]:
+    def energy(self, z: Latents) -> Levels:
         """How far the images of some latents are from the target.
 
         Raises:
@@ -97,7 +98,7 @@ class LossGuidance:
         Gradients flow to x_t only, through denoiser and decoder; weights gather none.
         """
 
-        def guided_predict(x_t: Float[Tensor, "b c *grid"], t: Float[Tensor, " b"]) -> Float[Tensor, "b c *grid"]:
+        def guided_predict(x_t: Latents, t: Levels) -> Latents:
             with torch.enable_grad():
                 x = x_t.detach().requires_grad_()
                 prediction = predict(x, t).float()  # (b, c, *grid)

@@ -8,15 +8,14 @@ DDPM   x_t = sqrt(a_k) z + sqrt(1 - a_k) eps       target eps, v or z           
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
+from latelier.diffusion import Latents, Levels
 from latelier.diffusion.schedulers import (
     DDPM_SAMPLERS,
     FLOW_SAMPLERS,
@@ -31,9 +30,8 @@ from latelier.diffusion.schedulers import (
 )
 from latelier.errors import LatelierError
 
-__all__ = ["DDPM", "TIMESTEPS", "Flow", "Predict", "Scheduler", "build_process", "flow_sigmas", "shifted"]
+__all__ = ["DDPM", "TIMESTEPS", "Flow", "Scheduler", "build_process", "flow_sigmas", "shifted"]
 
-Predict: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # noisy latents (b, c, *grid) and t (b,) -> prediction
 LAST_STEP = 0.04
 
 
@@ -49,25 +47,19 @@ class Flow:
     t_distribution: Literal["uniform", "logit-normal"] = "logit-normal"
     shift: float = 1.0
 
-    def noise(
-        self, z: Float[Tensor, "b c *grid"], t: Float[Tensor, " b"], eps: Float[Tensor, "b c *grid"]
-    ) -> Float[Tensor, "b c *grid"]:
+    def noise(self, z: Latents, t: Levels, eps: Latents) -> Latents:
         """x_t = (1 - t) z + t eps."""
         return torch.lerp(z, eps, _like(t, z))
 
-    def target(
-        self, z: Float[Tensor, "b c *grid"], t: Float[Tensor, " b"], eps: Float[Tensor, "b c *grid"]
-    ) -> Float[Tensor, "b c *grid"]:
+    def target(self, z: Latents, t: Levels, eps: Latents) -> Latents:
         """The velocity dx_t/dt = eps - z."""
         return eps - z
 
-    def denoised(
-        self, x_t: Float[Tensor, "b c *grid"], t: Float[Tensor, " b"], prediction: Float[Tensor, "b c *grid"]
-    ) -> Float[Tensor, "b c *grid"]:
+    def denoised(self, x_t: Latents, t: Levels, prediction: Latents) -> Latents:
         """The estimate of z that a velocity means: x_t - t v."""
         return x_t - _like(t, x_t) * prediction
 
-    def sample_t(self, uniform: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+    def sample_t(self, uniform: Levels) -> Levels:
         """Training times of uniform numbers in [0, 1), by the inverse of the distribution function."""
         t = torch.sigmoid(torch.special.ndtri(uniform)) if self.t_distribution == "logit-normal" else uniform
         return shifted(t, self.shift)
@@ -75,11 +67,7 @@ class Flow:
     def scheduler(
         self, steps: int = 50, sampler: str = "auto", shift: float = 1.0, eta: float = 0.0, last_step: float = LAST_STEP
     ) -> Scheduler:
-        """A diffusers scheduler with its timesteps set; `scheduler.timesteps / 1000` are the times t.
-
-        Raises:
-            LatelierError: if sampler, eta, last_step or steps do not go with this process.
-        """
+        """A diffusers scheduler with its timesteps set, which are 1000 t; refuses what does not go with a flow."""
         kind = _choose_sampler(sampler, "flow", FLOW_SAMPLERS, shift, eta, last_step)
         scheduler = flow_scheduler(kind, last_step)
         self.set_timesteps(scheduler, steps, shift)
@@ -92,7 +80,7 @@ class Flow:
         """
         place_flow(scheduler, steps, shift)
 
-    def alpha_sigma(self, t: Float[Tensor, " b"], like: Tensor) -> tuple[Tensor, Tensor]:
+    def alpha_sigma(self, t: Levels, like: Tensor) -> tuple[Tensor, Tensor]:
         """The shares of z and eps in x_t, 1 - t and t, `(b, 1, ...)`."""
         return _like(1 - t, like), _like(t, like)
 
@@ -114,20 +102,16 @@ class DDPM:
     num_train_timesteps: int = TIMESTEPS
 
     @property
-    def alphas_cumprod(self) -> Float[Tensor, " k"]:
-        """Share of the data's variance that is left at each noise level."""
+    def alphas_cumprod(self) -> Tensor:
+        """Share of the data's variance that is left at each noise level, `(k,)`."""
         return _alphas_cumprod(self, torch.device("cpu"))
 
-    def noise(
-        self, z: Float[Tensor, "b c *grid"], t: Float[Tensor, " b"], eps: Float[Tensor, "b c *grid"]
-    ) -> Float[Tensor, "b c *grid"]:
+    def noise(self, z: Latents, t: Levels, eps: Latents) -> Latents:
         """x_t = sqrt(a) z + sqrt(1 - a) eps."""
         alpha, sigma = self.alpha_sigma(t, z)
         return alpha * z + sigma * eps
 
-    def target(
-        self, z: Float[Tensor, "b c *grid"], t: Float[Tensor, " b"], eps: Float[Tensor, "b c *grid"]
-    ) -> Float[Tensor, "b c *grid"]:
+    def target(self, z: Latents, t: Levels, eps: Latents) -> Latents:
         """eps, z, or v = sqrt(a) eps - sqrt(1 - a) z."""
         if self.prediction == "epsilon":
             return eps
@@ -136,9 +120,7 @@ class DDPM:
         alpha, sigma = self.alpha_sigma(t, z)
         return alpha * eps - sigma * z
 
-    def denoised(
-        self, x_t: Float[Tensor, "b c *grid"], t: Float[Tensor, " b"], prediction: Float[Tensor, "b c *grid"]
-    ) -> Float[Tensor, "b c *grid"]:
+    def denoised(self, x_t: Latents, t: Levels, prediction: Latents) -> Latents:
         """The estimate of z that a prediction means."""
         if self.prediction == "sample":
             return prediction
@@ -147,7 +129,7 @@ class DDPM:
             return (x_t - sigma * prediction) / alpha
         return alpha * x_t - sigma * prediction
 
-    def sample_t(self, uniform: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+    def sample_t(self, uniform: Levels) -> Levels:
         """Training times k / 1000, k uniform in 0..999."""
         levels = self.num_train_timesteps
         return (uniform * levels).floor().clamp(max=levels - 1) / levels
@@ -169,7 +151,7 @@ class DDPM:
         """
         place_ddpm(scheduler, steps)
 
-    def alpha_sigma(self, t: Float[Tensor, " b"], like: Tensor) -> tuple[Tensor, Tensor]:
+    def alpha_sigma(self, t: Levels, like: Tensor) -> tuple[Tensor, Tensor]:
         """The shares of z and eps in x_t, sqrt(a) and sqrt(1 - a), `(b, 1, ...)`."""
         level = (t * self.num_train_timesteps).round().long().clamp(0, self.num_train_timesteps - 1)  # (b,)
         a = _alphas_cumprod(self, t.device)[level]  # (b,)
@@ -194,11 +176,7 @@ def build_process(
     beta_start: float = 0.0015,
     beta_end: float = 0.0195,
 ) -> Flow | DDPM:
-    """The process of a recipe's `denoiser.process`, or of a saved pipeline's config.
-
-    Raises:
-        LatelierError: if the prediction is not one of the process.
-    """
+    """The process of a recipe's `denoiser.process`, or of a saved pipeline's config."""
     if kind == "flow":
         if prediction not in (None, "velocity"):
             raise LatelierError(

@@ -21,14 +21,14 @@ from itertools import count
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from latelier.diffusion.process import DDPM, TIMESTEPS, Flow, Predict, Scheduler
+from latelier.diffusion import Latents, Predict
+from latelier.diffusion.process import DDPM, TIMESTEPS, Flow, Scheduler
 from latelier.diffusion.schedulers import DormandPrince
 
 
-def initial_noise(shape: tuple[int, ...], seeds: list[int]) -> Float[Tensor, "b c *grid"]:
+def initial_noise(shape: tuple[int, ...], seeds: list[int]) -> Latents:
     """Standard normal latents `(b, *shape)` on the CPU; image i depends on `seeds[i]` only."""
     return _normal(shape, _generators(seeds))
 
@@ -42,7 +42,7 @@ def sample_latents(
     device: torch.device | str = "cpu",
     eta: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
-) -> Float[Tensor, "b c *grid"]:
+) -> Latents:
     """Normalised latents, one for each seed.
 
     The state stays float32, or what the scheduler makes of it between its steps; the precision of the denoiser is the

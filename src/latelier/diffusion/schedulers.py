@@ -15,9 +15,9 @@ import torch
 from diffusers import DDIMScheduler, SchedulerMixin  # noqa: F401  (saved pipelines look for the mixin here)
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
-from jaxtyping import Float
 from torch import Tensor
 
+from latelier.diffusion import Latents
 from latelier.diffusion.sde import ReverseSDE
 from latelier.errors import LatelierError
 
@@ -49,12 +49,12 @@ class DDIM(DDIMScheduler):
 
     def step(  # type: ignore[override]
         self,
-        model_output: Float[Tensor, "b c *grid"],
+        model_output: Latents,
         timestep: int | Tensor,
-        sample: Float[Tensor, "b c *grid"],
+        sample: Latents,
         eta: float = 0.0,
         generator: Any = None,
-        variance_noise: Float[Tensor, "b c *grid"] | None = None,
+        variance_noise: Latents | None = None,
     ) -> DDIMSchedulerOutput:
         """From one level to the next below.
 
@@ -108,7 +108,7 @@ class PLMS(DDIM):
         self.started = False
 
     def step(  # type: ignore[override]
-        self, model_output: Float[Tensor, "b c *grid"], timestep: int | Tensor, sample: Float[Tensor, "b c *grid"]
+        self, model_output: Latents, timestep: int | Tensor, sample: Latents
     ) -> DDIMSchedulerOutput:
         """From one level to the next below, or a second time over the first step."""
         level = int(timestep)
@@ -138,9 +138,9 @@ class DormandPrince:
     def integrate(
         self,
         velocity: Callable[[Tensor, float], Tensor],
-        noise: Float[Tensor, "b c *grid"],
+        noise: Latents,
         progress: Callable[[int, int], None] | None = None,
-    ) -> Float[Tensor, "b c *grid"]:
+    ) -> Latents:
         """Latents of noise, float32.
 
         Args:

@@ -28,9 +28,9 @@ from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
-from jaxtyping import Float
 from torch import Tensor
 
+from latelier.diffusion import Latents
 from latelier.errors import LatelierError
 
 
@@ -100,17 +100,15 @@ class ReverseSDE(SchedulerMixin, ConfigMixin):
         self.below = dict(zip(visited, [*visited[1:], 0.0]))  # the timestep that each one's step ends at
         self.timesteps = self.timesteps.to(device)
 
-    def scale_model_input(
-        self, sample: Float[Tensor, "b c *grid"], timestep: float | Tensor | None = None
-    ) -> Float[Tensor, "b c *grid"]:
+    def scale_model_input(self, sample: Latents, timestep: float | Tensor | None = None) -> Latents:
         """The state as a denoiser takes it: the same, in float32."""
         return sample.float() if sample.dtype == torch.float64 else sample
 
     def step(
         self,
-        model_output: Float[Tensor, "b c *grid"],
+        model_output: Latents,
         timestep: float | Tensor,
-        sample: Float[Tensor, "b c *grid"],
+        sample: Latents,
         generator: Any = None,
     ) -> ReverseSDEOutput:
         """From one time to the next below; from the last to 0 without noise.

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from latelier.conditioning.condition import Condition
+from latelier.diffusion import Latents, Levels
 from latelier.errors import LatelierError
 from latelier.tokenizers.tiling import starts
 
@@ -48,9 +49,7 @@ class TiledDenoiser(nn.Module):
         super().__init__()
         self.denoiser, self.tile, self.stride, self.batch = denoiser, tile, stride, batch
 
-    def forward(
-        self, x_t: Float[Tensor, "b c *grid"], t: Float[Tensor, " b"], condition: Condition | None
-    ) -> Float[Tensor, "b c *grid"]:
+    def forward(self, x_t: Latents, t: Levels, condition: Condition | None) -> Latents:
         """The prediction for the whole, float32 unless one tile covers it.
 
         Vector and tokens of the condition hold in every tile, spatial channels are cut as `x_t` is.
