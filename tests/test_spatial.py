@@ -355,7 +355,7 @@ def test_pairs_that_are_none():
         "pairs .image, mask., not tuple": (image,),
         "floats are in .0, 1., but these go from -1 to 0": (image, torch.zeros(8, 12) - torch.eye(8, 12)),
         "of torch.int64": (image, torch.zeros(8, 12, dtype=torch.int64)),
-        "this one is 2 x 8 x 12": (image, torch.zeros(2, 8, 12)),
+        "not 2 x 8 x 12 of torch.float32": (image, torch.zeros(2, 8, 12)),
     }
     for message, entry in cases.items():
         with pytest.raises(LatelierError, match=message):

@@ -21,17 +21,11 @@ from latelier.errors import LatelierError
 
 @dataclass
 class Inputs:
-    """What images are to show; image i gets entry `i % len` of each list.
+    """What images are to show; image i gets entry `i % len` of each list."""
 
-    Attributes:
-        wanted: lists by the conditioners' input names: `classes`, `prompts`, `layouts`, ...
-        records: entries of records, as batches of training have them, instead of some of `wanted`.
-        negative_prompts: what guidance leads away from, instead of the empty caption.
-    """
-
-    wanted: dict[str, list[Any]]
-    records: Mapping[str, Any] = field(default_factory=dict)
-    negative_prompts: list[str] | None = None
+    wanted: dict[str, list[Any]]  # by the conditioners' input names: `classes`, `prompts`, `layouts`, ...
+    records: Mapping[str, Any] = field(default_factory=dict)  # as training's batches have them, instead of `wanted`
+    negative_prompts: list[str] | None = None  # what guidance leads away from, instead of the empty caption
 
     def __len__(self) -> int:
         """How many images are wanted: the longest list, at least one."""

@@ -40,9 +40,6 @@ class LossGuidance:
         kind: `l2`, half the squared distance summed over an image, or `lpips`, the perceptual distance.
         factor: T averages blocks of `factor` x `factor` pixels of the decoded image; the target is as much smaller.
         scale: s; 0 does nothing. For `l2`, 1 / variance makes E the log-likelihood of a target with that much noise.
-
-    Raises:
-        LatelierError: if a value is not allowed, or the weights of LPIPS are found nowhere.
     """
 
     def __init__(
@@ -74,11 +71,7 @@ class LossGuidance:
         return chosen
 
     def energy(self, z: Latents) -> Levels:
-        """How far the images of some latents are from the target.
-
-        Raises:
-            LatelierError: if the images, once smaller, are not of the target's shape.
-        """
+        """How far the images of some latents are from the target; refuses another shape than the target's."""
         images = self.decode(z)  # (b, c, h, w)
         if self.factor > 1:
             images = F.avg_pool2d(images, self.factor)  # (b, c, h / factor, w / factor)

@@ -13,14 +13,15 @@ from functools import lru_cache
 from typing import Any, Literal
 
 import torch
+from diffusers import DDPMScheduler
 from torch import Tensor
 
 from latelier.diffusion import Latents, Levels
 from latelier.diffusion.schedulers import (
-    DDPM_SAMPLERS,
-    FLOW_SAMPLERS,
+    LAST_STEP,
     TIMESTEPS,
     Scheduler,
+    choose_sampler,
     ddpm_scheduler,
     flow_scheduler,
     flow_sigmas,
@@ -31,8 +32,6 @@ from latelier.diffusion.schedulers import (
 from latelier.errors import LatelierError
 
 __all__ = ["DDPM", "TIMESTEPS", "Flow", "Scheduler", "build_process", "flow_sigmas", "shifted"]
-
-LAST_STEP = 0.04
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Flow:
         self, steps: int = 50, sampler: str = "auto", shift: float = 1.0, eta: float = 0.0, last_step: float = LAST_STEP
     ) -> Scheduler:
         """A diffusers scheduler with its timesteps set, which are 1000 t; refuses what does not go with a flow."""
-        kind = _choose_sampler(sampler, "flow", FLOW_SAMPLERS, shift, eta, last_step)
+        kind = choose_sampler(sampler, "flow", shift, eta, last_step)
         scheduler = flow_scheduler(kind, last_step)
         self.set_timesteps(scheduler, steps, shift)
         return scheduler
@@ -138,17 +137,13 @@ class DDPM:
         self, steps: int = 50, sampler: str = "auto", shift: float = 1.0, eta: float = 0.0, last_step: float = LAST_STEP
     ) -> Scheduler:
         """As `Flow.scheduler`; `shift` and `last_step` are refused, since they act in flows only."""
-        kind = _choose_sampler(sampler, "ddpm", DDPM_SAMPLERS, shift, eta, last_step)
+        kind = choose_sampler(sampler, "ddpm", shift, eta, last_step)
         scheduler = ddpm_scheduler(kind, self._scheduler_arguments())
         self.set_timesteps(scheduler, steps)
         return scheduler
 
     def set_timesteps(self, scheduler: Scheduler, steps: int, shift: float = 1.0) -> None:
-        """Spread a scheduler's steps over the noise levels.
-
-        Raises:
-            LatelierError: if there are more steps than levels, or a foreign scheduler cannot reach the noisiest ones.
-        """
+        """Spread a scheduler's steps over the noise levels, or refuse steps with which some would be missed."""
         place_ddpm(scheduler, steps)
 
     def alpha_sigma(self, t: Levels, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,31 +193,9 @@ def describe_process(process: Flow | DDPM) -> dict[str, Any]:
     return {"kind": "flow" if isinstance(process, Flow) else "ddpm", **about}
 
 
-def _choose_sampler(
-    sampler: str, process: str, allowed: tuple[str, ...], shift: float, eta: float, last_step: float
-) -> str:
-    """The sampler, `auto` the first that is allowed; settings that would do nothing are refused."""
-    kind = allowed[0] if sampler == "auto" else sampler
-    if kind not in allowed:
-        raise LatelierError(
-            f"sample.sampler = {sampler!r} does not go with a {process} process; allowed: auto, {', '.join(allowed)}."
-        )
-    if eta and kind != "ddim":
-        raise LatelierError(f"sample.eta = {eta} acts in the ddim sampler only, not in {kind}; set it to 0.")
-    if kind != "sde" and last_step != LAST_STEP:
-        raise LatelierError(
-            f"sample.last_step = {last_step} acts in the sde sampler only, not in {kind}; leave it out."
-        )
-    if shift != 1 and process != "flow":
-        raise LatelierError(f"sample.shift = {shift} acts in flow processes only; set it to 1.")
-    return kind
-
-
 @lru_cache(maxsize=16)
 def _alphas_cumprod(process: DDPM, device: torch.device) -> Tensor:
     """diffusers' table, `(k,)`, on a device."""
-    from diffusers import DDPMScheduler
-
     return DDPMScheduler(**process._scheduler_arguments()).alphas_cumprod.to(device)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, SchedulerMixin  # noqa: F401  (saved pipelines look for the mixin here)
@@ -24,6 +25,7 @@ from latelier.errors import LatelierError
 Scheduler = Any  # a diffusers scheduler; they share `set_timesteps`, `timesteps` and `step` by custom, not by a base
 TIMESTEPS = 1000  # diffusers' schedulers count noise levels in thousandths of t
 ADAPTIVE = "dopri5"
+LAST_STEP = 0.04  # of the sde sampler
 FLOW_SAMPLERS = ("euler", "heun", "dpm++", "unipc", "sde", ADAPTIVE)
 DDPM_SAMPLERS = ("ddim", "ddpm", "plms", "dpm++", "unipc", "euler", "heun")
 
@@ -56,16 +58,7 @@ class DDIM(DDIMScheduler):
         generator: Any = None,
         variance_noise: Latents | None = None,
     ) -> DDIMSchedulerOutput:
-        """From one level to the next below.
-
-        Args:
-            model_output: the prediction at `timestep`.
-            timestep: one of `timesteps`.
-            sample: x at `timestep`.
-            eta: 0 is deterministic, 1 as random as ancestral sampling.
-            generator: one generator, or one for each image.
-            variance_noise: the noise itself, instead of a generator.
-        """
+        """From one level to the next below; `eta` 0 is deterministic, 1 as random as ancestral sampling."""
         level = int(timestep)
         eps = self._epsilon(model_output, level, sample)
         return self._down(sample, eps, level, self.below[level], eta, generator, variance_noise)
@@ -141,15 +134,9 @@ class DormandPrince:
         noise: Latents,
         progress: Callable[[int, int], None] | None = None,
     ) -> Latents:
-        """Latents of noise, float32.
+        """Latents of noise, the state at t = 1, float32; `velocity` is `(x_t, t) -> dx/dt`.
 
-        Args:
-            velocity: `(x_t, t) -> dx/dt`, of the shape of `x_t`.
-            noise: the state at t = 1.
-            progress: called after each evaluation with how many are done, twice, since the total is not known.
-
-        Raises:
-            LatelierError: if the velocity is not finite, or the solver does not arrive.
+        `progress` is called with the evaluations so far, twice, since the total is not known.
         """
         from scipy.integrate import solve_ivp
 
@@ -203,13 +190,27 @@ def shifted(t: Any, shift: float) -> Any:
     return t if shift == 1 else shift * t / (1 + (shift - 1) * t)
 
 
-# -- which scheduler ---------------------------------------------------------------------------------------------------
+def choose_sampler(sampler: str, process: str, shift: float, eta: float, last_step: float) -> str:
+    """The sampler, `auto` the first of the process; settings that would do nothing are refused."""
+    allowed = FLOW_SAMPLERS if process == "flow" else DDPM_SAMPLERS
+    kind = allowed[0] if sampler == "auto" else sampler
+    if kind not in allowed:
+        raise LatelierError(
+            f"sample.sampler = {sampler!r} does not go with a {process} process; allowed: auto, {', '.join(allowed)}."
+        )
+    if eta and kind != "ddim":
+        raise LatelierError(f"sample.eta = {eta} acts in the ddim sampler only, not in {kind}; set it to 0.")
+    if kind != "sde" and last_step != LAST_STEP:
+        raise LatelierError(
+            f"sample.last_step = {last_step} acts in the sde sampler only, not in {kind}; leave it out."
+        )
+    if shift != 1 and process != "flow":
+        raise LatelierError(f"sample.shift = {shift} acts in flow processes only; set it to 1.")
+    return kind
 
 
-def flow_scheduler(kind: str, last_step: float = 0.04) -> Scheduler:
+def flow_scheduler(kind: str, last_step: float = LAST_STEP) -> Scheduler:
     """A scheduler of one of `FLOW_SAMPLERS`, not yet on its grid; `last_step` is where the noisy steps of `sde` end."""
-    import diffusers
-
     if kind == "sde":
         return ReverseSDE(last_step, TIMESTEPS)
     if kind == ADAPTIVE:
@@ -223,8 +224,6 @@ def flow_scheduler(kind: str, last_step: float = 0.04) -> Scheduler:
 
 def ddpm_scheduler(kind: str, arguments: dict[str, Any]) -> Scheduler:
     """A scheduler of one of `DDPM_SAMPLERS`, without timesteps; `arguments` are diffusers' names of the process."""
-    import diffusers
-
     if kind in ("ddim", "plms"):
         ends = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}  # for diffusers' own of this config
         return {"ddim": DDIM, "plms": PLMS}[kind](**arguments, **ends)
@@ -238,24 +237,19 @@ def ddpm_scheduler(kind: str, arguments: dict[str, Any]) -> Scheduler:
     return getattr(diffusers, name)(**arguments)
 
 
-# -- which grid --------------------------------------------------------------------------------------------------------
-
-
 def place_flow(scheduler: Scheduler, steps: int, shift: float) -> None:
     """Put a scheduler onto `flow_sigmas`; one with another shift, or of a kind unknown here, gets its own grid."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
-
     if isinstance(scheduler, DormandPrince):
         return
     if isinstance(scheduler, ReverseSDE):
         scheduler.set_timesteps(steps, shift=shift)
         return
     sigmas, config = flow_sigmas(steps, shift), scheduler.config
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and config["shift"] == 1:
+    if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler) and config["shift"] == 1:
         scheduler.set_timesteps(sigmas=sigmas[:-1].tolist())  # diffusers appends the 0
         return
     scheduler.set_timesteps(steps)
-    if isinstance(scheduler, FlowMatchHeunDiscreteScheduler) and config["shift"] == 1:
+    if isinstance(scheduler, diffusers.FlowMatchHeunDiscreteScheduler) and config["shift"] == 1:
         # Its own grid cannot be chosen. Inner points are visited twice; the step to 0 is an Euler step.
         points = torch.from_numpy(sigmas).float()
         scheduler.sigmas = torch.cat([points[:1], points[1:-1].repeat_interleave(2), points[-1:]])
@@ -267,14 +261,7 @@ def place_flow(scheduler: Scheduler, steps: int, shift: float) -> None:
 
 
 def place_ddpm(scheduler: Scheduler, steps: int) -> None:
-    """Spread a scheduler's steps over the noise levels.
-
-    Raises:
-        LatelierError: if there are more steps than levels, or evenly spaced ones of diffusers' DDIM or PNDM would miss
-            the noisiest levels.
-    """
-    import diffusers
-
+    """Spread a scheduler's steps over the noise levels, or refuse steps with which some would be missed."""
     config = scheduler.config
     levels = config["num_train_timesteps"]
     if steps > levels:

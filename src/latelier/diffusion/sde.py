@@ -36,15 +36,10 @@ from latelier.errors import LatelierError
 
 @dataclass
 class ReverseSDEOutput(BaseOutput):
-    """What a step gives.
+    """What a step gives."""
 
-    Attributes:
-        prev_sample: x at the next time; float64 where the device has it, float32 after the last step.
-        pred_original_sample: the estimate of z, x_t - t v.
-    """
-
-    prev_sample: Tensor
-    pred_original_sample: Tensor
+    prev_sample: Tensor  # x at the next time; float64 where the device has it, float32 after the last step
+    pred_original_sample: Tensor  # the estimate of z, x_t - t v
 
 
 class ReverseSDE(SchedulerMixin, ConfigMixin):
@@ -55,9 +50,6 @@ class ReverseSDE(SchedulerMixin, ConfigMixin):
     Args:
         last_step: the time where the noisy steps end, so the length of the last one; above 0, below 1.
         num_train_timesteps: timesteps are t times this.
-
-    Raises:
-        LatelierError: if `last_step` is not between 0 and 1.
     """
 
     order = 1
@@ -82,9 +74,6 @@ class ReverseSDE(SchedulerMixin, ConfigMixin):
             device: of `timesteps`.
             shift: times become `shift t / (1 + (shift - 1) t)`, of even ones from 1 to where `last_step` comes from, so
                 that both ends stay.
-
-        Raises:
-            LatelierError: for a single step.
         """
         if num_inference_steps < 2:
             raise LatelierError(
@@ -111,14 +100,7 @@ class ReverseSDE(SchedulerMixin, ConfigMixin):
         sample: Latents,
         generator: Any = None,
     ) -> ReverseSDEOutput:
-        """From one time to the next below; from the last to 0 without noise.
-
-        Args:
-            model_output: the velocity at `timestep`.
-            timestep: one of `timesteps`.
-            sample: x at `timestep`.
-            generator: one generator, or one for each image.
-        """
+        """From one time to the next below; from the last to 0 without noise. `model_output` is the velocity."""
         scale, now = self.config["num_train_timesteps"], float(timestep)
         t, h = now / scale, (now - self.below[now]) / scale
         dtype = torch.float32 if sample.device.type == "mps" else torch.float64  # Apple's GPUs have no float64

@@ -30,9 +30,6 @@ def tiled(denoiser: nn.Module, tile: int | None, stride: int | None = None, batc
         tile: side of a tile in latent positions, the side of training's latents; None is the denoiser itself.
         stride: from one tile to the next; default half a tile. Tiles at the far ends are flush with them.
         batch: tiles per forward pass.
-
-    Raises:
-        LatelierError: if the stride would leave positions uncovered.
     """
     if tile is None:
         return denoiser
@@ -53,9 +50,6 @@ class TiledDenoiser(nn.Module):
         """The prediction for the whole, float32 unless one tile covers it.
 
         Vector and tokens of the condition hold in every tile, spatial channels are cut as `x_t` is.
-
-        Raises:
-            LatelierError: for 1-D latents.
         """
         grid = tuple(x_t.shape[2:])
         if len(grid) != 2:
