@@ -1,10 +1,14 @@
 """Several conditions at once, what a user may ask of a model, and when guidance is possible."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
+from latelier.conditioning import CONDITIONERS, section_class
 from latelier.conditioning.condition import (
     ClassConditioner,
     CompositeConditioner,
@@ -110,6 +114,27 @@ def test_sections_that_do_not_go_composite():
     nothing = DataSpec(None, None, None, None, (4, 8, 8), 4, 3, 16, False, 0)
     with pytest.raises(LatelierError, match="the data has no classes"):
         build_conditioner(DenoiserRecipe().condition, nothing)
+
+
+def test_the_table_of_conditions():
+    """It is read without torch, and knows the section of every kind."""
+    light = (
+        "import sys, latelier.conditioning; print([m for m in ('torch', 'diffusers', 'pydantic') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", light], capture_output=True, text=True).stdout.strip() == "[]"
+    for kind in CONDITIONERS:
+        section = section_class(kind)(kind=kind)
+        assert section.kind == kind
+        assert 0 <= section.dropout < 1
+    assert DenoiserRecipe(condition="none").condition == []
+    for condition, message in (
+        ("depth", "kind = 'depth' is not known; allowed: class, text, layout"),
+        ({"kind": "text", "lenght": 9}, "Unknown key 'denoiser.condition.lenght' in the recipe; did you mean 'length'"),
+        ({"kind": "text", "length": 0}, "denoiser.condition.length = 0 is not allowed"),
+        ({"length": 9}, "or a section with a `kind`"),
+    ):
+        with pytest.raises(LatelierError, match=message):
+            DenoiserRecipe(condition=condition)
 
 
 def test_inputs_that_a_model_does_not_take():

@@ -252,16 +252,22 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             yield advance
 
 
+def choose_settings(sample: Sample | None, settings: Mapping[str, Any]) -> Sample:
+    """`sample`, or the defaults, under the settings that are not None; the first that is wrong becomes one sentence."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    try:
+        return Sample.model_validate({**(sample.model_dump() if sample else {}), **given})
+    except ValidationError as error:
+        raise LatelierError(first_problem(error, Sample)) from None
+
+
 def _divide(
     options: Mapping[str, Any], sample: Sample | None, records: Mapping[str, Any], negative_prompts: list[str] | None
 ) -> tuple[Sample, Inputs]:
     """Checked settings of sampling, under those of `sample`, and the inputs; `classes` are both."""
     given = {name: value for name, value in options.items() if value is not None}
     settings = {name: value for name, value in given.items() if name in Sample.model_fields}
-    try:
-        chosen = Sample.model_validate({**(sample.model_dump() if sample else {}), **settings})
-    except ValidationError as error:
-        raise LatelierError(first_problem(error, Sample)) from None
+    chosen = choose_settings(sample, settings)
     wanted = {name: value for name, value in given.items() if name not in Sample.model_fields}
     for name, value in wanted.items():
         if not isinstance(value, list | tuple):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from accelerate import PartialState
-from pydantic import ValidationError
 from rich.table import Table
 
 from latelier.conditioning.condition import components
@@ -16,9 +15,10 @@ from latelier.evaluation.results import Measurement
 from latelier.evaluation.sharing import is_main
 from latelier.images import make_grid, save_png
 from latelier.opening import held_out_records, open_run
+from latelier.pipeline import choose_settings
 from latelier.previews import make_previews
 from latelier.receipt import device_name, git_state, versions
-from latelier.recipe import Recipe, Sample, dump, first_problem
+from latelier.recipe import Recipe, dump
 from latelier.tasks import inpaint, upscale
 from latelier.terminal import console
 from latelier.training.denoiser_loop import train_denoiser
@@ -104,7 +104,7 @@ def sample_to_folder(
     """
     pipeline, recipe = open_run(run)
     inputs = {name: values for name, values in (inputs or {}).items() if values}
-    chosen = _chosen(recipe, {**(settings or {}), "classes": inputs.pop("classes", None)})
+    chosen = choose_settings(recipe and recipe.sample, {**(settings or {}), "classes": inputs.pop("classes", None)})
     records = held_out_records(recipe, pipeline)(0, chosen.count) if recipe and not inputs else {}
     out = out or run / "samples"
     previews = None
@@ -139,7 +139,9 @@ def upscale_file(
     component = components(pipeline.conditioner).get("low_resolution")
     if factor is not None and component is not None and factor != component.config["factor"]:
         raise LatelierError(f"--factor {factor}, but this model enlarges {component.config['factor']} times.")
-    large = upscale(pipeline, image, sample=_chosen(recipe, {**settings, "count": 1}), **inputs)
+    large = upscale(
+        pipeline, image, sample=choose_settings(recipe and recipe.sample, {**settings, "count": 1}), **inputs
+    )
     save_png(make_grid(large[None], columns=1), out)
     return large.shape[2], large.shape[1]
 
@@ -151,21 +153,10 @@ def inpaint_file(run: Path, image: Path, mask: Path, out: Path, settings: dict, 
         LatelierError: if a file cannot be read, or the mask has another size than the image.
     """
     pipeline, recipe = open_run(run)
-    filled = inpaint(pipeline, image, mask, sample=_chosen(recipe, {**settings, "count": 1}), **inputs)
+    filled = inpaint(
+        pipeline, image, mask, sample=choose_settings(recipe and recipe.sample, {**settings, "count": 1}), **inputs
+    )
     save_png(make_grid(filled[None], columns=1), out)
-
-
-def _chosen(recipe: Recipe | None, settings: dict) -> Sample:
-    """The recipe's settings of sampling, under those that are given.
-
-    Raises:
-        LatelierError: for a value that is not allowed.
-    """
-    given = {k: v for k, v in settings.items() if v is not None}
-    try:
-        return Sample.model_validate({**(recipe.sample.model_dump() if recipe else {}), **given})
-    except ValidationError as error:
-        raise LatelierError(first_problem(error, Sample)) from None
 
 
 def show_measurements(measured: list[Measurement]) -> None:

@@ -38,7 +38,7 @@ class LayoutCondition(Section):
     kind: Literal["layout"]
     form: Literal["coco", "openimages"] = Field("coco", description="which flags of a box its class token may carry")
     objects: int = Field(30, ge=1, description="the most that an image may have; the smallest beyond it are left out")
-    crop: bool = Field(True, description="whether two more tokens tell which part of the image is seen")
+    crop: bool = Field(True, description="whether two more tokens say which part of the image is seen")
     tokens: int = Field(8192, ge=16, description="size of the vocabulary; its root is the grid of corners")
     dim: int = Field(512, ge=1)
     layers: int = Field(16, ge=1)
@@ -49,18 +49,10 @@ class LayoutCondition(Section):
 
 
 def layout_tokens(
-    boxes: Float[Tensor, "n 4"],
-    labels: Int[Tensor, " n"],
-    flags: Int[Tensor, " n"] | None,
-    n_classes: int,
-    form: str = "openimages",
-    tokens: int = 8192,
-    objects: int = 30,
-    with_crop: bool = True,
-    crop: Sequence[float] = WHOLE,
-    flip: bool = False,
-    order: Sequence[int] | None = None,
-) -> Int[Tensor, " m"]:
+    boxes: Float[Tensor, "n 4"], labels: Int[Tensor, " n"], flags: Int[Tensor, " n"] | None, n_classes: int,
+    form: str = "openimages", tokens: int = 8192, objects: int = 30, with_crop: bool = True,
+    crop: Sequence[float] = WHOLE, flip: bool = False, order: Sequence[int] | None = None,
+) -> Int[Tensor, " m"]:  # fmt: skip
     """The tokens of one image's layout.
 
     Objects outside of the crop are left out. When there are more than `objects`, the largest stay; the original leaves
@@ -147,17 +139,10 @@ class LayoutConditioner(ModelMixin, ConfigMixin):
         self,
         names: list[str],
         form: str = "coco",
-        objects: int = 30,
-        crop: bool = True,
-        tokens: int = 8192,
-        dim: int = 512,
-        layers: int = 16,
-        heads: int = 8,
-        head_dim: int = 64,
-        seed: int = 0,
-        layout_map_channels: int = 0,
-        latent_factor: int = 1,
-    ):
+        objects: int = 30, crop: bool = True, tokens: int = 8192,
+        dim: int = 512, layers: int = 16, heads: int = 8, head_dim: int = 64,
+        seed: int = 0, layout_map_channels: int = 0, latent_factor: int = 1,
+    ):  # fmt: skip
         super().__init__()
         self.token_width, self.spatial_channels = dim, layout_map_channels
         kinds = len(names) * (FLAG_BITS[form] + 1)
@@ -259,8 +244,8 @@ class LayoutConditioner(ModelMixin, ConfigMixin):
             boxes = corner.repeat(2) + boxes * (end - corner).repeat(2)  # (n, 4), in the whole image
             crop = (*corner.tolist(), *end.tolist())
         flags = batch["box_flags"][i].cpu() if "box_flags" in batch else None
-        names, *settings = (self.config[key] for key in ("names", "form", "tokens", "objects", "crop"))
-        return layout_tokens(boxes, labels, flags, len(names), *settings, crop=crop, order=order)
+        names, form, tokens, objects, seen = (self.config[k] for k in ("names", "form", "tokens", "objects", "crop"))
+        return layout_tokens(boxes, labels, flags, len(names), form, tokens, objects, seen, crop, order=order)
 
     def forward(self, batch: Mapping[str, Any], drop: Bool[Tensor, " b"] | None = None) -> Condition:
         """Tokens `(b, n, d)`, and the map if there is one; rows where `drop` is true get those of no layout at all."""

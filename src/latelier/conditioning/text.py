@@ -79,14 +79,9 @@ class TextConditioner(ModelMixin, ConfigMixin):
         self,
         vocabulary_bytes: int,
         vocabulary_size: int,
-        length: int = 77,
-        dim: int = 640,
-        layers: int = 32,
-        heads: int = 8,
-        head_dim: int = 64,
-        encoder_class: str | None = None,
-        encoder_config: dict[str, Any] | None = None,
-    ):
+        length: int = 77, dim: int = 640, layers: int = 32, heads: int = 8, head_dim: int = 64,
+        encoder_class: str | None = None, encoder_config: dict[str, Any] | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.token_width = dim
         self._words: Tokenizer | None = None
@@ -308,7 +303,8 @@ def _new_encoder(class_name: str, config: dict[str, Any]) -> nn.Module:
     """An encoder to load weights into."""
     library = _library("transformers")
     cls: Any = getattr(library, class_name, None)
-    if not (isinstance(cls, type) and issubclass(cls, library.PreTrainedModel)):
+    known = isinstance(cls, type) and issubclass(cls, library.PreTrainedModel)
+    if not known:
         raise LatelierError(f"The conditioner's config names {class_name!r}, which is no model of transformers.")
     return _stripped(cls(cls.config_class.from_dict(dict(config))))
 
