@@ -1,4 +1,8 @@
-"""Tokenizer, denoiser and conditioner in one `DiffusionPipeline`, which draws images and saves and loads whole."""
+"""Tokenizer, denoiser and conditioner in one `DiffusionPipeline`, which draws images and saves and loads whole.
+
+From noise to a PNG one reads this file, `diffusion/sampling.py`, `cfg.py`, `process.py` and `schedulers.py`, a file of
+`denoisers/`, `tokenizers/codec.py` and `images.py`.
+"""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class Previews:
         return save_png(make_grid(torch.cat(self._strips), columns), self.folder / "strip.png")
 
     def _length(self, estimate: Tensor) -> int | None:
-        """Of the prefix: what is asked for, or fewer if fewer channels are drawn; None decodes all that there are."""
+        """Length of the decoded prefix, at most the channels that are drawn; None decodes all of the latents'."""
         have = estimate.shape[1]
         length = min(self.channels or have, have)
         return None if length == self.codec.channels else length

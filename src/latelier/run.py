@@ -18,7 +18,7 @@ from latelier.opening import held_out_records, open_run
 from latelier.pipeline import choose_settings
 from latelier.previews import make_previews
 from latelier.receipt import device_name, git_state, versions
-from latelier.recipe import Recipe, dump
+from latelier.recipe import Recipe, Sample, dump
 from latelier.tasks import inpaint, upscale
 from latelier.terminal import console
 from latelier.training.denoiser_loop import train_denoiser
@@ -104,7 +104,9 @@ def sample_to_folder(
     """
     pipeline, recipe = open_run(run)
     inputs = {name: values for name, values in (inputs or {}).items() if values}
-    chosen = choose_settings(recipe and recipe.sample, {**(settings or {}), "classes": inputs.pop("classes", None)})
+    chosen = choose_settings(
+        recipe.sample if recipe else None, {**(settings or {}), "classes": inputs.pop("classes", None)}
+    )
     records = held_out_records(recipe, pipeline)(0, chosen.count) if recipe and not inputs else {}
     out = out or run / "samples"
     previews = None
@@ -139,9 +141,7 @@ def upscale_file(
     component = components(pipeline.conditioner).get("low_resolution")
     if factor is not None and component is not None and factor != component.config["factor"]:
         raise LatelierError(f"--factor {factor}, but this model enlarges {component.config['factor']} times.")
-    large = upscale(
-        pipeline, image, sample=choose_settings(recipe and recipe.sample, {**settings, "count": 1}), **inputs
-    )
+    large = upscale(pipeline, image, sample=_settings(recipe, {**settings, "count": 1}), **inputs)
     save_png(make_grid(large[None], columns=1), out)
     return large.shape[2], large.shape[1]
 
@@ -154,9 +154,18 @@ def inpaint_file(run: Path, image: Path, mask: Path, out: Path, settings: dict, 
     """
     pipeline, recipe = open_run(run)
     filled = inpaint(
-        pipeline, image, mask, sample=choose_settings(recipe and recipe.sample, {**settings, "count": 1}), **inputs
+        pipeline,
+        image,
+        mask,
+        sample=_settings(recipe, {**settings, "count": 1}),
+        **inputs,
     )
     save_png(make_grid(filled[None], columns=1), out)
+
+
+def _settings(recipe: Recipe | None, given: dict) -> Sample:
+    """The recipe's settings of sampling, under those that are given."""
+    return choose_settings(recipe.sample if recipe else None, given)
 
 
 def show_measurements(measured: list[Measurement]) -> None:

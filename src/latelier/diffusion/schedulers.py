@@ -170,7 +170,7 @@ def ldm_levels(steps: int, levels: int = TIMESTEPS) -> np.ndarray:
 def solver_levels(alphas_cumprod: Tensor, steps: int, schedule: str) -> np.ndarray:
     """The levels that fast solvers visit on their way to 0, `(steps,)` descending, as diffusers spreads them.
 
-    A cosine schedule ends in almost pure noise, where z cannot be told from epsilon: there they begin a little below.
+    A cosine schedule ends in almost pure noise, where x_t says nothing of z: there they begin a little below.
     """
     top = len(alphas_cumprod) - 1
     if schedule == "squaredcos_cap_v2":
