@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from latelier.diffusion.adaptive import integrate
 from latelier.diffusion.process import DDPM, Flow
-from latelier.diffusion.sampling import sample_latents
+from latelier.diffusion.schedulers import DormandPrince
 from latelier.errors import LatelierError
 from latelier.recipe import Sample
+from sampled import sampled
 
 MEAN, STD = 1.5, 0.4
 
@@ -22,7 +22,7 @@ def gaussian_velocity(x, t):
 def test_a_known_flow_is_followed_to_its_end():
     noise = torch.randn(4, 3, 2, 2)
     calls = []
-    latents = integrate(gaussian_velocity, noise, lambda done, total: calls.append(done))
+    latents = DormandPrince().integrate(gaussian_velocity, noise, lambda done, total: calls.append(done))
     torch.testing.assert_close(latents, MEAN + STD * noise, atol=5e-3, rtol=0)  # the flow map of Gaussians is affine
     assert calls == list(range(1, len(calls) + 1))
     assert len(calls) > 10
@@ -34,13 +34,13 @@ def test_it_is_a_sampler_of_flows():
             return gaussian_velocity(x_t, t.view(-1, 1, 1, 1))
 
     sample = Sample(sampler="dopri5")
-    latents = sample_latents(Known(), Flow(), sample, (3, 2, 2), None, None, [0, 1], "cpu")
-    heun = sample_latents(Known(), Flow(), Sample(sampler="heun", steps=400), (3, 2, 2), None, None, [0, 1], "cpu")
+    latents = sampled(Known(), Flow(), sample, (3, 2, 2), [0, 1])
+    heun = sampled(Known(), Flow(), Sample(sampler="heun", steps=400), (3, 2, 2), [0, 1])
     torch.testing.assert_close(latents, heun, atol=5e-3, rtol=0)
     with pytest.raises(LatelierError, match="'dopri5' does not go with a ddpm process"):
-        sample_latents(Known(), DDPM(), sample, (3, 2, 2), None, None, [0], "cpu")
+        sampled(Known(), DDPM(), sample, (3, 2, 2), [0])
 
 
 def test_a_field_that_is_not_finite_is_refused():
     with pytest.raises(LatelierError, match=r"velocity at t = 1\.0000 is not finite"):
-        integrate(lambda x, t: x * float("nan"), torch.ones(1, 1, 1, 1))
+        DormandPrince().integrate(lambda x, t: x * float("nan"), torch.ones(1, 1, 1, 1))

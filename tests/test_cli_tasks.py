@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from latelier.errors import LatelierError
-from latelier.experiment import next_commands, sample_to_folder
 from latelier.recipe import dump, load_recipe
+from latelier.run import next_commands, sample_to_folder
 from latelier.training.denoiser_loop import train_denoiser
 from latelier.training.tokenizer_loop import train_tokenizer
 from test_cli import call
@@ -56,11 +56,11 @@ def size_of(path):
 
 def test_several_conditions_at_once(monkeypatch, capsys, runs, tmp_path):
     labels = save(tmp_path / "labels.png", (32, 32), "L", 1)
-    asked = ["--prompt", "an owl", "--layout", "owl 0 0 0.5 0.5; key 0.5 0.5 1 1", "--segmentation", labels]
+    inputs = ["--prompt", "an owl", "--layout", "owl 0 0 0.5 0.5; key 0.5 0.5 1 1", "--segmentation", labels]
     out = tmp_path / "out"
     code, _, err = call(
-        monkeypatch, capsys, "sample", runs["several"], *asked, "--count", "2", "--out", str(out), "--guidance", "2",
-        "--negative", "a key", "--sampler", "heun", "--window", "2",
+        monkeypatch, capsys, "sample", runs["several"], *inputs, "--count", "2", "--out", str(out), "--guidance", "2",
+        "--negative", "a key", "--sampler", "heun", "--tile", "2",
     )  # fmt: skip
     assert code == 0, err
     assert size_of(out / "000001.png") == (32, 32)
@@ -68,20 +68,25 @@ def test_several_conditions_at_once(monkeypatch, capsys, runs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("asked", "words"),
+    ("inputs", "words"),
     [
         (["--prompt", "an owl", "--segmentation", "{labels}", "--layout", "cow 0 0 1 1"], "cow"),
         (["--prompt", "an owl", "--segmentation", "{labels}", "--layout", "owl 0.5 0 1.5 1"], "1.5"),
-        (["--layout", "owl 0 0 1"], "is not a class and four numbers"),
-        (["--prompt", "an owl", "--classes", "owl"], "classes = 'owl' cannot be asked of this model"),
-        (["--prompt", "an owl"], "say which layouts to draw"),
-        (["--map", "nowhere.png"], "maps = 'nowhere.png' cannot be asked"),
+        (
+            ["--prompt", "an owl", "--segmentation", "{labels}", "--layout", "owl 0 0 1"],
+            "is not a class and four numbers",
+        ),
+        (["--prompt", "an owl", "--classes", "owl"], "classes = 'owl' is no input of this model"),
+        (["--prompt", "an owl"], "give layouts, one or more"),
+        (["--input", "maps"], "--input 'maps' is not NAME=VALUE"),
+        (["--input", "maps=nowhere.png"], "maps = 'nowhere.png' is no input of this model"),
+        (["--map", "nowhere.png"], "maps = 'nowhere.png' is no input of this model"),
     ],
 )
-def test_what_cannot_be_asked(monkeypatch, capsys, runs, tmp_path, asked, words):
+def test_wrong_inputs_are_one_sentence(monkeypatch, capsys, runs, tmp_path, inputs, words):
     labels = save(tmp_path / "labels.png", (32, 32), "L", 1)
-    asked = [text.replace("{labels}", labels) for text in asked]
-    code, _, err = call(monkeypatch, capsys, "sample", runs["several"], "--count", "1", *asked)
+    inputs = [text.replace("{labels}", labels) for text in inputs]
+    code, _, err = call(monkeypatch, capsys, "sample", runs["several"], "--count", "1", *inputs)
     assert code == 2
     assert words in err
     assert "Traceback" not in err
@@ -89,8 +94,8 @@ def test_what_cannot_be_asked(monkeypatch, capsys, runs, tmp_path, asked, words)
 
 def test_label_maps_beyond_the_classes(monkeypatch, capsys, runs, tmp_path):
     labels = save(tmp_path / "labels.png", (32, 32), "L", 7)
-    asked = ["--prompt", "an owl", "--layout", "owl 0 0 1 1", "--segmentation", labels]
-    code, _, err = call(monkeypatch, capsys, "sample", runs["several"], "--count", "1", *asked)
+    inputs = ["--prompt", "an owl", "--layout", "owl 0 0 1 1", "--segmentation", labels]
+    code, _, err = call(monkeypatch, capsys, "sample", runs["several"], "--count", "1", *inputs)
     assert code == 2
     assert "id 7" in err
 
@@ -98,7 +103,7 @@ def test_label_maps_beyond_the_classes(monkeypatch, capsys, runs, tmp_path):
 def test_a_prompt_on_a_model_without_text(monkeypatch, capsys, runs):
     code, _, err = call(monkeypatch, capsys, "sample", runs["fill"], "--prompt", "an owl")
     assert code == 2
-    assert "prompts = 'an owl' cannot be asked of this model, which is told inpainting" in err
+    assert "prompts = 'an owl' is no input of this model, which is conditioned on inpainting" in err
 
 
 def test_upscale(monkeypatch, capsys, runs, tmp_path):
@@ -187,6 +192,6 @@ def test_guidance_that_cannot_be_is_refused_before_training(tmp_path):
         tmp_path, tokenizer={"images": 16, "warmup": 0}, denoiser={"condition": "none"}, sample={"guidance": 2.0}
     )
     train_tokenizer(recipe)
-    with pytest.raises(LatelierError, match=r"sample.guidance = 2.0, but this denoiser is never left untold"):
+    with pytest.raises(LatelierError, match=r"guidance = 2.0, but this denoiser is trained without dropping its"):
         train_denoiser(recipe)
     assert not (recipe.folder / "latents").exists()

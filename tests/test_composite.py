@@ -1,19 +1,30 @@
 """Several conditions at once, what a user may ask of a model, and when guidance is possible."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
-from latelier.conditioning import DataSpec, build_conditioner, parts
-from latelier.conditioning.asking import Asked
-from latelier.conditioning.composite import CompositeConditioner, merge
-from latelier.conditioning.condition import ClassConditioner, Condition
-from latelier.conditioning.low_resolution import LowResolutionConditioner
+from latelier.conditioning import CONDITIONERS
+from latelier.conditioning.condition import (
+    ClassConditioner,
+    CompositeConditioner,
+    Condition,
+    DataSpec,
+    build_conditioner,
+    components,
+    merge,
+)
+from latelier.conditioning.inputs import Inputs
+from latelier.conditioning.spatial import LowResolutionConditioner
 from latelier.denoisers.objective import DenoiserSection
 from latelier.errors import LatelierError
+from latelier.sections import ByKind
 
-WORLD = DataSpec(["cat", "dog"], None, None, None, (4, 8, 8), 4, 3, 16, False, 0)
+SPEC = DataSpec(["cat", "dog"], None, None, None, (4, 8, 8), 4, 3, 16, False, 0)
 
 
 class Toy(ModelMixin, ConfigMixin):
@@ -62,81 +73,112 @@ def test_merge_adds_vectors_and_lines_up_the_rest():
     assert c.spatial[0, :, 0, 0].tolist() == [0, 1, 1]
 
 
-def test_each_part_is_dropped_by_its_own_column():
-    together = both()
-    told = together(batch()).tokens
+def test_each_component_is_dropped_by_its_own_column():
+    composite = both()
+    cond = composite(batch()).tokens
     drop = torch.tensor([[True, False], [False, True]])
-    mixed = together(batch(), drop).tokens
-    none = together(batch(), torch.tensor([True, True])).tokens
-    assert torch.equal(mixed[0, 1], told[0, 1])
+    mixed = composite(batch(), drop).tokens
+    none = composite(batch(), torch.tensor([True, True])).tokens
+    assert torch.equal(mixed[0, 1], cond[0, 1])
     assert torch.equal(mixed[0, 0], none[0, 0])
-    assert torch.equal(mixed[1, 0], told[1, 0])
+    assert torch.equal(mixed[1, 0], cond[1, 0])
     assert torch.equal(mixed[1, 1], none[1, 1])
-    assert not torch.equal(none, told)
+    assert not torch.equal(none, cond)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 1), (3,), (3, 2)])
+def test_a_wrong_shape_of_the_dropped_rows_is_refused(shape):
+    """By the types, which tests check: `drop` has a row for each image."""
+    from jaxtyping import TypeCheckError
+
+    drop, conditioner = torch.zeros(shape, dtype=torch.bool), both()
+    with pytest.raises(TypeCheckError if len(shape) == 3 else (TypeCheckError, RuntimeError, IndexError)):
+        conditioner(batch(), drop)
 
 
 def test_saved_and_loaded_whole(tmp_path):
-    spec = WORLD
+    spec = SPEC
     section = DenoiserSection(condition=["class", {"kind": "low-resolution", "factor": 4}]).condition
-    together = build_conditioner(section, spec)
-    assert together.spatial_channels == 3
-    assert together.token_width == 0
-    together.save_pretrained(tmp_path)
+    composite = build_conditioner(section, spec)
+    assert composite.spatial_channels == 3
+    assert composite.token_width == 0
+    composite.save_pretrained(tmp_path)
     again = CompositeConditioner.from_pretrained(tmp_path)
-    assert isinstance(again.parts["low_resolution"], LowResolutionConditioner)
-    for name, tensor in together.state_dict().items():
+    assert isinstance(again.components["low_resolution"], LowResolutionConditioner)
+    for name, tensor in composite.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor)
 
 
-def test_sections_that_do_not_go_together():
+def test_sections_that_do_not_go_composite():
     with pytest.raises(LatelierError, match="names a kind twice: class, class"):
-        build_conditioner(DenoiserSection(condition=["class", "class"]).condition, WORLD)
+        build_conditioner(DenoiserSection(condition=["class", "class"]).condition, SPEC)
     nothing = DataSpec(None, None, None, None, (4, 8, 8), 4, 3, 16, False, 0)
     with pytest.raises(LatelierError, match="the data has no classes"):
         build_conditioner(DenoiserSection().condition, nothing)
 
 
-def test_what_cannot_be_asked():
-    together = both()
+def test_the_table_of_conditions():
+    """It is read without torch, and knows the section of every kind."""
+    light = (
+        "import sys, latelier.conditioning; print([m for m in ('torch', 'diffusers', 'pydantic') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", light], capture_output=True, text=True).stdout.strip() == "[]"
+    for kind in CONDITIONERS:
+        section = ByKind("latelier.conditioning:CONDITIONERS").section(kind)(kind=kind)
+        assert section.kind == kind
+        assert 0 <= section.dropout < 1
+    assert DenoiserSection(condition="none").condition == []
+    for condition, message in (
+        ("depth", "kind = 'depth' is not known; allowed: class, text, layout"),
+        ({"kind": "text", "lenght": 9}, "Unknown key 'denoiser.condition.lenght' in the recipe; did you mean 'length'"),
+        ({"kind": "text", "length": 0}, "denoiser.condition.length = 0 is not allowed"),
+        ({"length": 9}, "or a section with a `kind`"),
+    ):
+        with pytest.raises(LatelierError, match=message):
+            DenoiserSection(condition=condition)
+
+
+def test_inputs_that_a_model_does_not_take():
+    composite = both()
     everything = {"classes": ["cat"], "prompts": ["a"]}
-    with pytest.raises(LatelierError, match="maps = 1 cannot be asked of this model, which is told classes and prompt"):
-        Asked({**everything, "maps": [1]}).check(together, 1.0, [])
-    with pytest.raises(LatelierError, match="say which prompts to draw"):
-        Asked({"classes": ["cat"]}).check(together, 1.0, [])
-    with pytest.raises(LatelierError, match="never told nothing"):
-        Asked(everything).check(together, 2.0, [])
+    with pytest.raises(LatelierError, match=r"maps = 1 is no input of .* is conditioned on classes and prompts"):
+        Inputs({**everything, "maps": [1]}).check(composite, 1.0, [])
+    with pytest.raises(LatelierError, match="give prompts, one or more"):
+        Inputs({"classes": ["cat"]}).check(composite, 1.0, [])
+    with pytest.raises(LatelierError, match="trained without dropping its conditions"):
+        Inputs(everything).check(composite, 2.0, [])
     with pytest.raises(LatelierError, match="negative_prompts act through guidance"):
-        Asked(everything, negative_prompts=["b"]).check(together, 1.0, ["prompts"])
-    with pytest.raises(LatelierError, match="prompts = 'a' cannot be asked of this model, which is unconditional"):
-        Asked({"prompts": ["a"]}).check(None, 1.0, [])
-    assert Asked({"prompts": ["a"]}).check(together, 1.0, []).wanted["classes"] == [0, 1]
+        Inputs(everything, negative_prompts=["b"]).check(composite, 1.0, ["prompts"])
+    with pytest.raises(LatelierError, match="prompts = 'a' is no input of this model, which is unconditional"):
+        Inputs({"prompts": ["a"]}).check(None, 1.0, [])
+    assert Inputs({"prompts": ["a"]}).check(composite, 1.0, []).wanted["classes"] == [0, 1]
 
 
 def test_guidance_leaves_out_only_what_was_dropped_in_training():
-    together = both()
-    asked = Asked({"classes": ["dog"], "prompts": ["abc"]}).check(together, 2.0, ["prompts"])
-    told, null, _ = asked.conditions(together, [5, 6], 5, (8, 8), None, 2.0, ["prompts"])
-    assert torch.equal(null.tokens[:, 0], told.tokens[:, 0])
-    assert (null.tokens[:, 1] == 0).all()
-    told, null, _ = asked.conditions(together, [5], 5, (8, 8), None, 1.0, ["prompts"])
-    assert null is None
+    composite = both()
+    inputs = Inputs({"classes": ["dog"], "prompts": ["abc"]}).check(composite, 2.0, ["prompts"])
+    cond, uncond, _ = inputs.conditions(composite, [5, 6], 5, (8, 8), None, ["prompts"])
+    assert torch.equal(uncond.tokens[:, 0], cond.tokens[:, 0])
+    assert (uncond.tokens[:, 1] == 0).all()
+    cond, uncond, _ = inputs.conditions(composite, [5], 5, (8, 8), None, None)
+    assert uncond is None
 
 
 def test_negative_prompts_take_the_place_of_nothing():
-    together = both()
-    asked = Asked({"classes": ["dog"], "prompts": ["abc"]}, negative_prompts=["ab"])
-    _, null, _ = asked.check(together, 2.0, ["prompts"]).conditions(
-        together, [5], 5, (8, 8), None, 2.0, ["prompts", "classes"]
+    composite = both()
+    inputs = Inputs({"classes": ["dog"], "prompts": ["abc"]}, negative_prompts=["ab"])
+    _, uncond, _ = inputs.check(composite, 2.0, ["prompts"]).conditions(
+        composite, [5], 5, (8, 8), None, ["prompts", "classes"]
     )
-    assert torch.equal(null.tokens[0, 1], 2 * torch.ones(8))
-    assert torch.equal(null.tokens[0, 0], together.parts["classes"].null(1).tokens[0, 0])
+    assert torch.equal(uncond.tokens[0, 1], 2 * torch.ones(8))
+    assert torch.equal(uncond.tokens[0, 0], composite.components["classes"].null(1).tokens[0, 0])
 
 
 def test_images_go_round_the_lists():
-    asked = Asked({"classes": ["dog", "cat"]}).check(ClassConditioner(2, 8, names=["cat", "dog"]), 1.0, [])
+    inputs = Inputs({"classes": ["dog", "cat"]}).check(ClassConditioner(2, 8, names=["cat", "dog"]), 1.0, [])
     conditioner = ClassConditioner(2, 8, names=["cat", "dog"])
-    told, _, _ = asked.conditions(conditioner, [12, 13, 14], 10, (8, 8), None, 1.0, [])
+    cond, _, _ = inputs.conditions(conditioner, [12, 13, 14], 10, (8, 8), None, None)
     expected = conditioner({"label": torch.tensor([1, 0, 1])})
-    assert torch.equal(told.vector, expected.vector)
-    assert len(asked) == 2
-    assert list(parts(conditioner)) == ["classes"]
+    assert torch.equal(cond.vector, expected.vector)
+    assert len(inputs) == 2
+    assert list(components(conditioner)) == ["classes"]

@@ -7,11 +7,14 @@ from diffusers.configuration_utils import register_to_config
 from PIL import Image
 
 from latelier import weights
-from latelier.conditioning.composite import CompositeConditioner
-from latelier.conditioning.inpainting import InpaintingConditioner
-from latelier.conditioning.low_resolution import LowResolutionConditioner
-from latelier.conditioning.segmentation import SegmentationConditioner
+from latelier.conditioning.condition import CompositeConditioner
+from latelier.conditioning.spatial import (
+    InpaintingConditioner,
+    LowResolutionConditioner,
+    SegmentationConditioner,
+)
 from latelier.data.corruptions import SETTINGS, draw_masks
+from latelier.diffusion.process import Flow
 from latelier.errors import LatelierError
 from latelier.evaluation.conditions import (
     colour,
@@ -26,7 +29,7 @@ from latelier.evaluation.features import CLIP_MEAN, CLIP_STD, CLIPScore, to_clip
 from latelier.evaluation.regions import Region, Templates, box_regions, map_regions, share_of_hits
 from latelier.images import to_uint8
 from latelier.pipeline import LatentDiffusionPipeline
-from latelier.recipe import Evaluate, Process, Sample
+from latelier.recipe import Evaluate, Sample
 from latelier.tokenizers.codec import Codec
 
 needs_weights = pytest.mark.skipif(
@@ -115,7 +118,7 @@ def test_a_real_pipeline_that_is_told_three_things():
         [LowResolutionConditioner(2, latent_factor=2), InpaintingConditioner(), SegmentationConditioner(5, 3, 2)]
     )
     denoiser = Narrow(4 + together.spatial_channels)
-    pipeline = LatentDiffusionPipeline.build(Codec(tokenizer), denoiser, together, Process(), (16, 16))
+    pipeline = LatentDiffusionPipeline.build(Codec(tokenizer), denoiser, together, Flow(), (16, 16))
     settings, record = Sample(steps=2, batch=3, seed=5), scenes(HELD_OUT)
     evaluate = Evaluate(metrics=["psnr"], samples=4)
     measured = evaluate_conditions(pipeline, [record], lambda: [record], settings, evaluate, RECEIPT)

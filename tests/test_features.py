@@ -22,10 +22,10 @@ from latelier.evaluation.features import (
     to_inception,
 )
 from latelier.evaluation.inception import Inception
-from latelier.experiment import complete
 from latelier.images import to_uint8
 from latelier.preflight import check
 from latelier.recipe import Evaluate
+from latelier.run import complete
 from tiny import colour_extractor, tiny_recipe
 
 needs_vgg = pytest.mark.skipif(

@@ -10,7 +10,7 @@ import synth
 import torch
 
 from latelier.convert import from_official
-from latelier.diffusion.guidance import guided
+from latelier.diffusion.cfg import guided
 from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.vmae import VMAEObjective
 
@@ -104,7 +104,7 @@ def test_transformers(name, kind):
         one = conditioner({"label": torch.tensor([7])})
         for theirs in (0.05, 0.5):  # guided on three channels, switched off for t < 0.10 of theirs
             ours = torch.tensor([1 - theirs])
-            guidance = guided(model, x[:1], ours, one, conditioner.null(1), 10.0, interval=(0.0, 0.9), channels=3)
+            guidance = guided(model, one, conditioner.null(1), 10.0, (0.0, 0.9), channels=3)(x[:1], ours)
             golden.check(f"guided_t{theirs}", -guidance)
 
 

@@ -8,7 +8,7 @@ import torch
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from latelier import experiment
+from latelier import run
 from latelier.errors import LatelierError
 from latelier.evaluation import difficulty, latent_map
 from latelier.evaluation.judging import divide, same_images, two_sides
@@ -128,7 +128,7 @@ def short(monkeypatch):
 def test_a_recipe_asks_for_all_of_them(tmp_path, short):
     evaluate = {"metrics": NEW, "samples": 64, "probe_samples": 96, "modes": [1, 2]}
     recipe = pixels(tmp_path, evaluate)
-    experiment.complete(recipe)
+    run.complete(recipe)
     entries = json.loads((recipe.folder / "metrics.json").read_text())["latent space"]
     assert set(entries) >= NAMES
     about = entries["diffusion-loss"]["receipt"]
@@ -149,7 +149,7 @@ def folder_of_images(tmp_path):
 
 def test_inspected_images_are_divided(tmp_path, short, folder_of_images):
     recipe = pixels(tmp_path, {"metrics": []})
-    experiment.complete(recipe)
+    run.complete(recipe)
     options = [f"evaluate.metrics=[{','.join(NEW)}]", "evaluate.modes=[1,2]"]
     out = tmp_path / "judged"
     inspection.inspect(str(recipe.folder), str(folder_of_images), 8, 80, out, options)

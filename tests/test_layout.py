@@ -7,10 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from latelier.conditioning import DataSpec
-from latelier.conditioning.layout import LayoutConditioner, build, draw_layout_map, grid_side, layout_tokens
+from latelier.conditioning.condition import DataSpec
+from latelier.conditioning.layout import (
+    LayoutCondition,
+    LayoutConditioner,
+    build,
+    draw_layout_map,
+    grid_side,
+    layout_tokens,
+)
 from latelier.errors import LatelierError
-from latelier.recipe.condition import LayoutCondition
 
 GOLDEN = Path(__file__).parent / "golden"
 SIZES = {"tokens": 101, "objects": 3, "dim": 16, "layers": 1, "heads": 2, "head_dim": 4}
@@ -30,7 +36,7 @@ def test_golden_tokens(kind, how):
     x, y, w, h = (0.0, 0.0, 1.0, 1.0) if how == "full" else inputs["crop"]
     found = layout_tokens(
         torch.cat([corner, corner + size], dim=1), labels, flags, 180 if kind == "flags" else 600,
-        tell_crop=kind != "nocrop", crop=(x, y, x + w, y + h), flip=how == "crop_flip",
+        with_crop=kind != "nocrop", crop=(x, y, x + w, y + h), flip=how == "crop_flip",
     )  # fmt: skip
     np.testing.assert_array_equal(found.numpy(), arrays[f"{kind}_{how}"])
 
@@ -43,7 +49,7 @@ def tokens(boxes=BOXES, labels=(3, 4), flags=None, form="coco", **options):
 def test_a_layout_by_hand():
     # Row * 10 + column, rows and columns are 9 times the coordinate: .1 -> 1 (.9), .2 -> 2 (1.8), .3 -> 3, .4 -> 4.
     assert tokens() == [3, 0, 99, 4, 21, 43, NOTHING, NOTHING, NOTHING, 0, 99]
-    assert tokens(tell_crop=False) == [3, 0, 99, 4, 21, 43, NOTHING, NOTHING, NOTHING]
+    assert tokens(with_crop=False) == [3, 0, 99, 4, 21, 43, NOTHING, NOTHING, NOTHING]
     assert tokens(flip=True)[3:6] == [4, 26, 48]  # x .1..3 becomes .7..9: columns 6 and 8
     assert tokens(order=[1, 0])[:6] == [4, 21, 43, 3, 0, 99]
     assert grid_side(8192) == 90
@@ -54,7 +60,7 @@ def test_only_the_flags_of_the_form_are_told():
     assert tokens(flags=[3, 8], form="openimages")[0::3][:2] == [3 + 5 * 3, 4 + 5 * 8]
 
 
-def test_a_crop_drops_what_is_outside_and_is_told():
+def test_a_crop_drops_what_is_outside_and_is_in_the_tokens():
     right = (0.5, 0.0, 1.0, 1.0)
     assert tokens(crop=right) == [3, 0, 99, *[NOTHING] * 6, 4, 99]  # column 4.5 is rounded to the even 4
     assert tokens(crop=right, flip=True)[-2:] == [0, 94]  # the seen half is now on the left
@@ -93,7 +99,7 @@ def test_what_users_ask_for(conditioner):
         ([("cat", 0, 0, 1)], r"the object \('cat', 0, 0, 1\)"),
         ([{"box": [0, 0, 1, 1]}], r"the object \{'box'"),
         ([{"class": "cat", "box": [0, 0, 1, 1], "flags": 2}], r"flags = 2 of 'cat' is not within 0..1"),
-        ([("cat", 0, 0, 1, 1)] * 4, "4 objects, but this model is told 3 at most"),
+        ([("cat", 0, 0, 1, 1)] * 4, "4 objects, but this model reads 3 at most"),
         ("a cat", "'a cat'"),
     ],
 )
@@ -197,16 +203,16 @@ def test_a_painted_layout_is_concatenated_and_dropped_with_its_tokens():
     asked = [[("cat", 0.0, 0.0, 0.5, 0.5)], [("dog", 0.5, 0.5, 1.0, 1.0)]]
     batch = conditioner.inputs(asked, (16, 32))
     batch |= conditioner.prepare(batch)
-    told, untold = conditioner(batch), conditioner(batch, torch.tensor([True, False]))
-    assert told.spatial.shape == (2, 5, 2, 4)
-    assert told.spatial[0, :, 0, :2].abs().min() > 0
-    assert not told.spatial[0, :, 1].any()
-    assert not untold.spatial[0].any()
-    assert torch.equal(untold.spatial[1], told.spatial[1])
+    cond, dropped = conditioner(batch), conditioner(batch, torch.tensor([True, False]))
+    assert cond.spatial.shape == (2, 5, 2, 4)
+    assert cond.spatial[0, :, 0, :2].abs().min() > 0
+    assert not cond.spatial[0, :, 1].any()
+    assert not dropped.spatial[0].any()
+    assert torch.equal(dropped.spatial[1], cond.spatial[1])
     images = {**batch, "image": torch.zeros(2, 3, 32, 32)}
     assert conditioner.prepare(images)["layout_map"].shape == (2, 2, 4, 4)
 
 
-def test_a_row_of_latents_cannot_be_painted_on():
+def test_a_row_of_latents_has_no_layout_map():
     with pytest.raises(LatelierError, match="choose a tokenizer with a 2-D grid"):
         build(LayoutCondition(kind="layout", layout_map_channels=4), spec(box_names=["cat"], latent_shape=(8, 32)))

@@ -13,6 +13,7 @@ from latelier.conditioning.condition import Condition
 from latelier.diffusion import sampling
 from latelier.diffusion.process import DDPM
 from latelier.recipe import Sample
+from sampled import sampled
 
 ARRAYS = np.load(Path(__file__).parent / "golden" / "ldm_samplers.npz")
 META = json.loads(bytes(ARRAYS["meta"]))
@@ -23,8 +24,8 @@ class Analytic(nn.Module):
     """eps(x, t) = 0.8 (1 + 0.1 t) x + 0.05 c."""
 
     def forward(self, x_t, t, condition):
-        told = 0 if condition is None else 0.05 * condition.spatial
-        return 0.8 * (1 + 0.1 * t[:, None, None, None]) * x_t + told
+        shift = 0 if condition is None else 0.05 * condition.spatial
+        return 0.8 * (1 + 0.1 * t[:, None, None, None]) * x_t + shift
 
 
 def normal(tag):
@@ -46,13 +47,13 @@ def _their_noise(monkeypatch):
     )
 
 
-def draw(sample, condition=None, null=None):
-    return sampling.sample_latents(Analytic(), PROCESS, sample, (4, 8, 8), condition, null, [0, 1], "cpu")
+def draw(sample, cond=None, uncond=None):
+    return sampled(Analytic(), PROCESS, sample, (4, 8, 8), [0, 1], cond, uncond)
 
 
 def test_schedule():
     check("alphas_cumprod", PROCESS.alphas_cumprod)
-    scheduler = PROCESS.scheduler(Sample(steps=20))
+    scheduler = PROCESS.scheduler(steps=20)
     levels = scheduler.timesteps.flip(0)
     check("ddim20_timesteps", levels)
     a, below = (PROCESS.alphas_cumprod[x] for x in (levels, torch.tensor([scheduler.below[x.item()] for x in levels])))
@@ -75,15 +76,15 @@ def test_samples(name, sample):
 
 
 def test_guided():
-    told, null = Condition(spatial=normal("ddim/cond")), Condition(spatial=normal("ddim/uncond"))
-    check("ddim20_eta0_guided", draw(Sample(steps=20, guidance=3.0), told, null))
+    cond, uncond = Condition(spatial=normal("ddim/cond")), Condition(spatial=normal("ddim/uncond"))
+    check("ddim20_eta0_guided", draw(Sample(steps=20, guidance=3.0), cond, uncond))
 
 
 def test_where_their_grid_has_more_steps_than_were_asked_for():
     """400 of theirs are 500, a stride of two; ours are 400, over the same range."""
-    theirs, ours = ARRAYS["timesteps_S400"], PROCESS.scheduler(Sample(steps=400)).timesteps.flip(0).numpy()
+    theirs, ours = ARRAYS["timesteps_S400"], PROCESS.scheduler(steps=400).timesteps.flip(0).numpy()
     assert len(theirs) == 500
     assert len(ours) == 400
     assert ours[0] == theirs[0] == 1
     assert abs(int(ours[-1]) - int(theirs[-1])) <= 2
-    np.testing.assert_array_equal(theirs, PROCESS.scheduler(Sample(steps=500)).timesteps.flip(0).numpy())
+    np.testing.assert_array_equal(theirs, PROCESS.scheduler(steps=500).timesteps.flip(0).numpy())

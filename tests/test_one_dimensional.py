@@ -6,15 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from latelier import recipe
-from latelier.conditioning import DataSpec, build_conditioner
-from latelier.conditioning.condition import ClassConditioner
+from latelier.conditioning.condition import ClassConditioner, DataSpec, build_conditioner
 from latelier.conditioning.layout import LayoutConditioner
 from latelier.data.latents import LatentCache, latent_statistics
 from latelier.denoisers import build_denoiser
 from latelier.denoisers.dit import SWITCHES, DiT
-from latelier.denoisers.objective import DenoiserSection, DenoisingObjective
-from latelier.diffusion.guiding import Guide
+from latelier.denoisers.objective import DenoiserSection
+from latelier.diffusion.loss_guidance import LossGuidance
 from latelier.diffusion.process import Flow
 from latelier.errors import LatelierError
 from latelier.layers import rope_table, rotate, sincos_positions
@@ -180,7 +178,7 @@ def test_train_save_and_draw(tmp_path, kind, condition):
 
 def test_guidance_interval():
     pipeline = LatentDiffusionPipeline.build(
-        make_codec(), transformer("sit"), ClassConditioner(3, SMALL["dim"]), recipe.Process(), (32, 32)
+        make_codec(), transformer("sit"), ClassConditioner(3, SMALL["dim"]), Flow(), (32, 32)
     )
     randomise(pipeline.conditioner)
     settings = {"classes": [1, 2], "sampler": "sde", "steps": 8, "output_type": "latent"}
@@ -193,10 +191,12 @@ def test_guidance_interval():
 
 
 def test_a_guide_reaches_latents_in_a_row():
-    pipeline = LatentDiffusionPipeline.build(make_codec(), transformer("sit"), None, recipe.Process(), (32, 32))
+    pipeline = LatentDiffusionPipeline.build(make_codec(), transformer("sit"), None, Flow(), (32, 32))
     target, far = torch.zeros(1, 3, 32, 32), []
     for scale in (0.0, 0.01):
-        images = draw(pipeline, count=2, steps=6, guide=Guide(pipeline.codec.decode, target, scale=scale))
+        images = draw(
+            pipeline, count=2, steps=6, loss_guidance=LossGuidance(pipeline.codec.decode, target, scale=scale)
+        )
         far.append((images - target).square().mean().item())
     assert far[1] < far[0]
 
@@ -216,7 +216,7 @@ def spec(**changes):
 @pytest.mark.parametrize("kind", ["segmentation", "low-resolution", "inpainting", "map"])
 def test_what_needs_a_plane_is_refused(kind):
     sections = DenoiserSection(condition=[kind]).condition
-    with pytest.raises(LatelierError, match=f"'{kind}' is concatenated to latents on a grid, .* 12 of them in a row"):
+    with pytest.raises(LatelierError, match=f"'{kind}' is concatenated to latents on a 2-D grid, .* 12 1-D latents"):
         build_conditioner(sections, spec())
     with pytest.raises(LatelierError, match=f"'{kind}' is concatenated"):
         build_conditioner([*DenoiserSection(condition="class").condition, *sections], spec())
@@ -245,9 +245,7 @@ def test_tokens_are_told(tmp_path, kind, told):
     assert isinstance(conditioner, LayoutConditioner) == (told == "layout")
     model = randomise(build_denoiser(denoiser, (CHANNELS, LENGTH), token_width=conditioner.token_width))
     dropped = [conditioner.input_name]
-    pipeline = LatentDiffusionPipeline.build(
-        make_codec(), model, conditioner.eval(), recipe.Process(), (32, 32), dropped
-    )
+    pipeline = LatentDiffusionPipeline.build(make_codec(), model, conditioner.eval(), Flow(), (32, 32), dropped)
     pipeline.save_pretrained(tmp_path)
     again, settings = LatentDiffusionPipeline.from_pretrained(tmp_path), {"sampler": "sde", "guidance": 2.0}
     images = draw(pipeline, **asked, **settings)
@@ -261,12 +259,12 @@ def test_tokens_are_told(tmp_path, kind, told):
 
 @pytest.fixture
 def pipeline():
-    return LatentDiffusionPipeline.build(make_codec(), transformer("sit"), None, recipe.Process(), (32, 32))
+    return LatentDiffusionPipeline.build(make_codec(), transformer("sit"), None, Flow(), (32, 32))
 
 
 def test_windows_and_tiles_are_refused(pipeline):
-    with pytest.raises(LatelierError, match=r"sample.window = 4 cuts latents that lie on a plane"):
-        draw(pipeline, window=4)
+    with pytest.raises(LatelierError, match=r"sample.tile = 4 cuts latents that lie on a plane"):
+        draw(pipeline, tile=4)
     with pytest.raises(LatelierError, match="do not lie on a plane"):
         decode_tiled(pipeline.codec, torch.randn(1, CHANNELS, LENGTH), 4, 2)
 

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 
-from latelier import experiment
+from latelier import run
 from latelier.evaluation.results import Measurement, write_measurements
 from latelier.images import make_grid, save_png
 from latelier.recipe import build_recipe
@@ -84,7 +84,7 @@ def inspected(folder):
     """The page of a tokenizer whose latents are the pixels."""
     data = {"source": "emoji", "image_size": 8, "length": 64}
     tree = {"name": "pixels", "runs": str(folder), "data": data, "tokenizer": {"kind": "identity"}}
-    experiment.complete(build_recipe({**tree, "evaluate": {"metrics": []}}))
+    run.complete(build_recipe({**tree, "evaluate": {"metrics": []}}))
     metrics = "evaluate.metrics=[l1,psnr,spectrum,channels,posterior,equivariance,smoothness]"
     return inspection.inspect(str(folder / "pixels"), "emoji", 8, 64, folder / "judged", [metrics])
 

@@ -10,6 +10,7 @@ from diffusers.configuration_utils import register_to_config
 
 from latelier import recipe
 from latelier.conditioning.condition import ClassConditioner
+from latelier.diffusion.process import Flow, build_process
 from latelier.errors import LatelierError
 from latelier.pipeline import LatentDiffusionPipeline
 from latelier.tokenizers.codec import Codec
@@ -37,7 +38,7 @@ def make(condition=True, kind="flow", statistics=True, channels=3, null=True):
     if statistics:
         codec = Codec(tokenizer, torch.tensor([0.1, -0.2, 0.3, 0.0]), torch.tensor([1.0, 2.0, 0.5, 1.5]))
     conditioner = ClassConditioner(3, 4, null, ["cat", "dog", "bird"]) if condition else None
-    pipeline = LatentDiffusionPipeline.build(codec, TinyDenoiser(), conditioner, recipe.Process(kind=kind), (16, 24))
+    pipeline = LatentDiffusionPipeline.build(codec, TinyDenoiser(), conditioner, build_process(kind), (16, 24))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -85,11 +86,11 @@ def test_size_and_kinds_of_output():
     images = draw(pipeline, count=2)
     assert images.shape == (2, 3, 16, 24)
     assert images.abs().max() <= 1
-    image_batches = draw(pipeline, count=2, output_type="pil")
-    assert image_batches[0].size == (24, 16)
+    pil = draw(pipeline, count=2, output_type="pil")
+    assert pil[0].size == (24, 16)
     array = draw(pipeline, count=2, output_type="np")
     np.testing.assert_allclose(array, (images.permute(0, 2, 3, 1).numpy() + 1) / 2, atol=1e-6)
-    assert np.abs(np.asarray(image_batches[1]) / 255 - array[1]).max() <= 0.5 / 255 + 1e-6
+    assert np.abs(np.asarray(pil[1]) / 255 - array[1]).max() <= 0.5 / 255 + 1e-6
     latents = draw(pipeline, count=2, output_type="latent")
     torch.testing.assert_close(pipeline.codec.decode(latents).clamp(-1, 1), images)
     assert draw(pipeline, height=32, width=8).shape == (1, 3, 32, 8)
@@ -101,6 +102,7 @@ def test_settings_of_a_recipe():
     sample = recipe.Sample(steps=3, guidance=2.0, classes=["dog"], count=3, seed=4, batch=2)
     expected = draw(pipeline, classes=["dog"], count=3, guidance=2.0, seed=4)
     torch.testing.assert_close(draw(pipeline, sample=sample), expected)
+    assert len(draw(pipeline, sample=sample, count=2)) == 2  # what is given beside it wins
 
 
 def test_another_scheduler():
@@ -132,11 +134,17 @@ def test_bar_counts_evaluations(capsys):
     [
         ({}, {"output_type": "gif"}, "output_type = 'gif' is not known; allowed: pil, pt, np, latent"),
         ({}, {"height": 15}, "15 x 24 is not divisible by the tokenizer's factor 2"),
+        ({}, {"prompts": ["a cat"]}, "prompts = 'a cat' is no input of this model, which is conditioned on classes"),
+        ({}, {"stepps": 3}, "stepps = 3 is neither a list of inputs nor a setting; settings are steps, guidance"),
         ({}, {"steps": 0}, "steps = 0 is not allowed; it should be greater than or equal to 1"),
         ({}, {"sampler": "ddim"}, "'ddim' does not go with a flow process"),
         ({}, {"eta": 0.5}, "eta = 0.5 acts in the ddim sampler only"),
         ({"condition": False}, {"guidance": 2.0}, "guidance = 2.0, but this model is unconditional"),
-        ({"condition": False}, {"classes": ["cat"]}, "classes = 'cat' cannot be asked of this model"),
+        (
+            {"condition": False},
+            {"classes": ["cat"]},
+            "classes = 'cat' is no input of this model, which is unconditional",
+        ),
         ({"null": False}, {"guidance": 2.0}, "no null class"),
         ({"channels": 4}, {"output_type": "pil"}, "4 channels are no PIL images"),
     ],
@@ -152,13 +160,12 @@ def test_opens_in_a_fresh_process(tmp_path):
 
     from latelier.conditioning.condition import ClassConditioner
     from latelier.denoisers.dit import DiT
-    from latelier.recipe import Process
     from latelier.tokenizers.vmae import VMAE
 
     small = {"dim": 16, "depth": 1, "heads": 2}
     vmae = VMAE((16, 16), 8, latent_channels=4, **small, **{f"decoder_{k}": v for k, v in small.items()})
     parts = (DiT(4, (2, 2), **small), ClassConditioner(2, 16))
-    LatentDiffusionPipeline.build(Codec(vmae), *parts, Process(), (16, 16)).save_pretrained(tmp_path)
+    LatentDiffusionPipeline.build(Codec(vmae), *parts, Flow(), (16, 16)).save_pretrained(tmp_path)
     script = f"""if True:
         from latelier import LatentDiffusionPipeline
         pipeline = LatentDiffusionPipeline.from_pretrained({str(tmp_path)!r})

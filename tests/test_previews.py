@@ -5,14 +5,14 @@ import torch
 from PIL import Image
 
 from latelier.diffusion.process import DDPM, Flow
-from latelier.diffusion.sampling import sample_latents
 from latelier.errors import LatelierError
 from latelier.images import to_uint8
 from latelier.pipeline import LatentDiffusionPipeline
 from latelier.previews import Previews, make_previews, short_prefix, shown_lengths
-from latelier.recipe import Prefixes, Process, Sample
+from latelier.recipe import Prefixes, Sample
 from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.conv import IdentityTokenizer
+from sampled import sampled
 from test_pipeline import TinyDenoiser, draw, make
 from tiny import tiny_recipe
 
@@ -36,10 +36,8 @@ class PointPrior(torch.nn.Module):
 def test_the_estimate_is_that_of_the_clean_latents(process, sampler):
     """Whatever scale the scheduler keeps its state in."""
     seen = []
-    sample_latents(
-        PointPrior(process), process, Sample(steps=4, sampler=sampler), (2, 4, 4), None, None, [0, 1], "cpu",
-        watch=lambda done, z: seen.append((done, z)),
-    )  # fmt: skip
+    sample, watch = Sample(steps=4, sampler=sampler), lambda done, z: seen.append((done, z))
+    sampled(PointPrior(process), process, sample, (2, 4, 4), [0, 1], watch=watch)
     assert [done for done, _ in seen] == list(range(1, len(seen) + 1))
     assert len(seen) >= 4
     for _, z in seen:
@@ -56,7 +54,7 @@ class Decay(torch.nn.Module):
 def test_adaptive_samplers_are_watched_too():
     seen = []
     settings = Sample(steps=4, sampler="dopri5")
-    sample_latents(Decay(), Flow(), settings, (1, 2, 2), None, None, [0], "cpu", watch=lambda n, z: seen.append(n))
+    sampled(Decay(), Flow(), settings, (1, 2, 2), [0], watch=lambda n, z: seen.append(n))
     assert seen == list(range(1, len(seen) + 1))
     assert len(seen) > 6
 
@@ -75,7 +73,7 @@ def test_a_callback_sees_every_batch_and_changes_nothing():
 def pixels(channels=3):
     """A pipeline whose latents are the pixels."""
     codec = Codec(IdentityTokenizer(channels, channels))
-    return LatentDiffusionPipeline.build(codec, TinyDenoiser(channels), None, Process(), (8, 8))
+    return LatentDiffusionPipeline.build(codec, TinyDenoiser(channels), None, Flow(), (8, 8))
 
 
 def test_strips_of_the_first_batch(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from latelier import recipe
-from latelier.diffusion.process import DDPM, Flow, build_process, flow_sigmas
+from latelier.diffusion.process import DDPM, Flow, build_process, describe_process, flow_sigmas
 from latelier.errors import LatelierError
 
 PROCESSES = [
@@ -73,7 +73,7 @@ def test_training_times():
 
 
 def test_flow_grid_is_shifted_once():
-    scheduler = Flow().scheduler(recipe.Sample(steps=4, shift=3.0))
+    scheduler = Flow().scheduler(steps=4, shift=3.0)
     expected = torch.tensor([3 * s / (1 + 2 * s) for s in (1, 0.75, 0.5, 0.25, 0)])
     torch.testing.assert_close(scheduler.sigmas, expected)
     torch.testing.assert_close(scheduler.timesteps, 1000 * expected[:-1])
@@ -87,7 +87,7 @@ def test_lightning_dit_grid():
 
 
 def test_heun_has_the_same_grid():
-    scheduler = Flow().scheduler(recipe.Sample(steps=3, shift=2.0, sampler="heun"))
+    scheduler = Flow().scheduler(steps=3, shift=2.0, sampler="heun")
     assert len(scheduler.timesteps) == 5  # two evaluations for each step but the last
     torch.testing.assert_close(scheduler.sigmas.unique().flip(0), torch.from_numpy(flow_sigmas(3, 2.0)).float())
 
@@ -96,7 +96,7 @@ def test_heun_has_the_same_grid():
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "plms", "dpm++", "unipc", "euler", "heun"])
 @pytest.mark.parametrize("schedule", ["scaled_linear", "cosine"])
 def test_ddpm_samplers_stay_inside_the_noise_levels(sampler, steps, schedule):
-    scheduler = DDPM(schedule).scheduler(recipe.Sample(steps=steps, sampler=sampler))
+    scheduler = DDPM(schedule).scheduler(steps=steps, sampler=sampler)
     timesteps = scheduler.timesteps
     assert 0 <= timesteps.min() <= timesteps.max() <= 999
     fast = sampler in ("dpm++", "unipc", "euler", "heun")
@@ -108,7 +108,7 @@ def test_ddpm_samplers_stay_inside_the_noise_levels(sampler, steps, schedule):
 @pytest.mark.parametrize("steps", range(1, 1001, 37))
 def test_every_number_of_steps_is_evenly_spread(steps):
     for sampler in ("ddim", "plms"):
-        levels = DDPM().scheduler(recipe.Sample(steps=steps, sampler=sampler)).timesteps.unique()
+        levels = DDPM().scheduler(steps=steps, sampler=sampler).timesteps.unique()
         assert len(levels) == steps
         assert levels[0] <= 1
         assert 1000 - levels[-1] <= 1000 / steps + 1  # nothing noisier than a step is missed
@@ -118,33 +118,33 @@ def test_every_number_of_steps_is_evenly_spread(steps):
 
 @pytest.mark.parametrize("steps", [20, 50, 100, 200, 250])
 def test_grid_of_ldm(steps):
-    levels = DDPM().scheduler(recipe.Sample(steps=steps)).timesteps.flip(0)
+    levels = DDPM().scheduler(steps=steps).timesteps.flip(0)
     assert levels.tolist() == list(range(1, 1001, 1000 // steps))
 
 
 def test_schedulers_of_ours_are_saved_and_opened(tmp_path):
-    saved = DDPM("linear", 1e-4, 0.02, "v").scheduler(recipe.Sample(steps=7, sampler="plms"))
+    saved = DDPM("linear", 1e-4, 0.02, "v").scheduler(steps=7, sampler="plms")
     saved.save_pretrained(tmp_path)
     opened = type(saved).from_pretrained(tmp_path)
     assert opened.config["prediction_type"] == "v_prediction"
     torch.testing.assert_close(opened.alphas_cumprod, saved.alphas_cumprod)
     theirs = DDIMScheduler.from_config(saved.config)  # diffusers' own, of the same config, samples alike
     theirs.set_timesteps(50)
-    assert torch.equal(theirs.timesteps, DDPM().scheduler(recipe.Sample(steps=50)).timesteps)
+    assert torch.equal(theirs.timesteps, DDPM().scheduler(steps=50).timesteps)
     assert theirs.final_alpha_cumprod == saved.alphas_cumprod[0]
 
 
 def test_sde_goes_evenly_to_its_last_step():
-    scheduler = Flow().scheduler(recipe.Sample(steps=4, sampler="sde", last_step=0.1))
+    scheduler = Flow().scheduler(steps=4, sampler="sde", last_step=0.1)
     torch.testing.assert_close(scheduler.timesteps, torch.tensor([1000.0, 700.0, 400.0, 100.0]))
     other = type(scheduler)(last_step=0.25)  # of the caller: its own last step stays
-    Flow().set_timesteps(other, recipe.Sample(steps=4))
+    Flow().set_timesteps(other, 4)
     torch.testing.assert_close(other.timesteps, torch.tensor([1000.0, 750.0, 500.0, 250.0]))
 
 
 @pytest.mark.parametrize("sampler", ["dpm++", "unipc"])
 def test_multistep_solvers_visit_the_flow_grid(sampler):
-    scheduler = Flow().scheduler(recipe.Sample(steps=7, shift=3.0, sampler=sampler))
+    scheduler = Flow().scheduler(steps=7, shift=3.0, sampler=sampler)
     torch.testing.assert_close(scheduler.sigmas, torch.from_numpy(flow_sigmas(7, 3.0)).float(), atol=2e-6, rtol=0)
     torch.testing.assert_close(scheduler.timesteps, 1000 * scheduler.sigmas[:-1])
 
@@ -152,7 +152,7 @@ def test_multistep_solvers_visit_the_flow_grid(sampler):
 def test_cosine_begins_where_diffusers_would():
     theirs = DPMSolverMultistepScheduler(beta_schedule="squaredcos_cap_v2", lambda_min_clipped=-5.1)
     theirs.set_timesteps(20)
-    ours = DDPM("cosine").scheduler(recipe.Sample(steps=20, sampler="dpm++"))
+    ours = DDPM("cosine").scheduler(steps=20, sampler="dpm++")
     assert torch.equal(ours.timesteps, theirs.timesteps)
     torch.testing.assert_close(ours.sigmas, theirs.sigmas)
 
@@ -166,26 +166,28 @@ def test_shares_of_data_and_noise(process):
 
 
 def test_build_process():
-    assert build_process(recipe.Process(shift=2.0)) == Flow("logit-normal", 2.0)
-    assert build_process(recipe.Process(kind="ddpm", prediction="v")) == DDPM(prediction="v")
-    assert build_process(recipe.Process(kind="ddpm")).prediction == "epsilon"
+    assert build_process(**recipe.Process(shift=2.0).model_dump()) == Flow("logit-normal", 2.0)
+    assert build_process(kind="ddpm", prediction="v") == DDPM(prediction="v")
+    assert build_process(**recipe.Process(kind="ddpm").model_dump()).prediction == "epsilon"
+    for process in PROCESSES:
+        assert build_process(**describe_process(process)) == process
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: build_process(recipe.Process(prediction="v")), "prediction = 'v' is not for a flow"),
-        (lambda: build_process(recipe.Process(kind="ddpm", prediction="velocity")), "is for a flow"),
+        (lambda: build_process(prediction="v"), "prediction = 'v' is not for a flow"),
+        (lambda: build_process("ddpm", prediction="velocity"), "is for a flow"),
         (
-            lambda: Flow().scheduler(recipe.Sample(sampler="ddim")),
+            lambda: Flow().scheduler(sampler="ddim"),
             "'ddim' does not go with a flow.*auto, euler, heun, dpm.*sde",
         ),
-        (lambda: Flow().scheduler(recipe.Sample(eta=0.5)), "eta = 0.5 acts in the ddim sampler only"),
-        (lambda: Flow().scheduler(recipe.Sample(last_step=0.1)), "last_step = 0.1 acts in the sde sampler only"),
-        (lambda: DDPM().scheduler(recipe.Sample(sampler="sde")), "'sde' does not go with a ddpm"),
-        (lambda: DDPM().scheduler(recipe.Sample(shift=2)), "shift = 2.0 acts in flow processes only"),
-        (lambda: DDPM().set_timesteps(DDIMScheduler(), recipe.Sample(steps=400)), "use 333 or 500"),
-        (lambda: DDPM().scheduler(recipe.Sample(steps=1001)), "more than the 1000 noise levels"),
+        (lambda: Flow().scheduler(eta=0.5), "eta = 0.5 acts in the ddim sampler only"),
+        (lambda: Flow().scheduler(last_step=0.1), "last_step = 0.1 acts in the sde sampler only"),
+        (lambda: DDPM().scheduler(sampler="sde"), "'sde' does not go with a ddpm"),
+        (lambda: DDPM().scheduler(shift=2.0), "shift = 2.0 acts in flow processes only"),
+        (lambda: DDPM().set_timesteps(DDIMScheduler(), 400), "use 333 or 500"),
+        (lambda: DDPM().scheduler(steps=1001), "more than the 1000 noise levels"),
     ],
 )
 def test_what_does_not_fit_is_refused(call, message):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from latelier import experiment
+from latelier import run
 from latelier.evaluation import generation, latent_space, measuring, reconstruction
 from tiny import colour_extractor, tiny_recipe
 
@@ -26,7 +26,7 @@ def sections(tmp_path_factory):
         patch.setattr(measuring, "load_extractor", lambda name: colour_extractor())
         patch.setattr(latent_space, "load_extractor", lambda name, device: colour_extractor())
         evaluate = {"metrics": METRICS, "samples": 40, "batch": 16, "modes": [1, 2], "probe_samples": 48}
-        experiment.complete(tiny_recipe(folder, evaluate=evaluate))
+        run.complete(tiny_recipe(folder, evaluate=evaluate))
         return json.loads((folder / "tiny" / "metrics.json").read_text())
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from latelier.experiment import run
 from latelier.recipe import TrainedTokenizer, build_recipe, load_recipe, recipe_files
+from latelier.run import run
 from latelier.tokenizers.conv import PRESETS
 from tiny import DCAE, MAETOK, VMAE
 

@@ -8,9 +8,9 @@ from torch import nn
 
 from latelier.conditioning.condition import Condition
 from latelier.diffusion.process import DDPM, Flow, flow_sigmas
-from latelier.diffusion.sampling import initial_noise, sample_latents
-from latelier.errors import LatelierError
+from latelier.diffusion.sampling import initial_noise
 from latelier.recipe import Sample
+from sampled import sampled, scheduler
 
 MEAN, STD = 1.5, 0.4
 
@@ -40,12 +40,12 @@ class Wavy(nn.Module):
 
     def forward(self, x_t, t, condition):
         shape = (-1, *[1] * (x_t.ndim - 1))
-        told = 0 if condition is None else condition.vector[:, :1].view(shape)
-        return torch.sin(x_t + 2 * t.view(shape)) + told
+        shift = 0 if condition is None else condition.vector[:, :1].view(shape)
+        return torch.sin(x_t + 2 * t.view(shape)) + shift
 
 
-def draw(process, sample, model=None, shape=(2, 4, 4), seeds=tuple(range(8)), condition=None, null=None, **kwargs):
-    return sample_latents(model or Wavy(), process, sample, shape, condition, null, list(seeds), "cpu", **kwargs)
+def draw(process, sample, model=None, shape=(2, 4, 4), seeds=tuple(range(8)), **kwargs):
+    return sampled(model or Wavy(), process, sample, shape, seeds, **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_fast_samplers_of_ddpm_are_better_than_euler(sampler, steps):
     process = DDPM()
 
     def reference(x, n):
-        levels = process.scheduler(Sample(steps=n, sampler=sampler)).timesteps / 1000
+        levels = scheduler(process, Sample(steps=n, sampler=sampler)).timesteps / 1000
         last = flowed(process, x, levels[0], levels[-1])
         t = levels[-1].float().expand(len(x))
         return process.denoised(last, t, GaussianData(process)(last, t, None))
@@ -204,24 +204,19 @@ def test_what_is_random_and_what_is_not():
         (DDPM(), Sample(steps=10, sampler="ddpm")),
     ],
 )
-def test_a_image_does_not_depend_on_its_batch(process, sample):
+def test_an_image_does_not_depend_on_its_batch(process, sample):
     together = draw(process, sample, seeds=[3, 4, 5])
     alone = torch.cat([draw(process, sample, seeds=[seed]) for seed in (3, 4, 5)])
     torch.testing.assert_close(alone, together)
 
 
 def test_guidance_of_one_is_none():
-    told, null = Condition(torch.ones(8, 1)), Condition(torch.zeros(8, 1))
-    plain = draw(Flow(), Sample(steps=5), condition=told)
-    assert torch.equal(draw(Flow(), Sample(steps=5), condition=told, null=null), plain)
-    assert not torch.allclose(draw(Flow(), Sample(steps=5, guidance=3.0), condition=told, null=null), plain)
+    cond, uncond = Condition(torch.ones(8, 1)), Condition(torch.zeros(8, 1))
+    plain = draw(Flow(), Sample(steps=5), cond=cond)
+    assert torch.equal(draw(Flow(), Sample(steps=5), cond=cond, uncond=uncond), plain)
+    assert not torch.allclose(draw(Flow(), Sample(steps=5, guidance=3.0), cond=cond, uncond=uncond), plain)
     outside = Sample(steps=5, guidance=3.0, guidance_interval=(0.0, 0.1))
-    assert torch.equal(draw(Flow(), outside, condition=told, null=null), plain)
-
-
-def test_windows_need_a_plane():
-    with pytest.raises(LatelierError, match=r"window = 4 cuts latents that lie on a plane, .* 16 of them in a row"):
-        draw(Flow(), Sample(steps=2, window=4), shape=(2, 16))
+    assert torch.equal(draw(Flow(), outside, cond=cond, uncond=uncond), plain)
 
 
 def test_progress_counts_evaluations():
@@ -248,8 +243,8 @@ def test_time_that_the_denoiser_sees():
 def test_a_scheduler_of_the_caller():
     from diffusers import UniPCMultistepScheduler
 
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
-    Flow().set_timesteps(scheduler, Sample(steps=30))
-    z = draw(Flow(), Sample(), GaussianData(Flow()), shape=(4, 64), seeds=range(64), scheduler=scheduler)
+    theirs = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    Flow().set_timesteps(theirs, 30)
+    z = draw(Flow(), Sample(), GaussianData(Flow()), shape=(4, 64), seeds=range(64), scheduler=theirs)
     assert abs(z.mean() - MEAN) < 0.05
     assert abs(z.std() - STD) < 0.05

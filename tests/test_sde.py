@@ -7,19 +7,18 @@ import pytest
 import torch
 from torch import nn
 
-from latelier import recipe
 from latelier.conditioning.condition import ClassConditioner, Condition
 from latelier.denoisers.dit import DiT
-from latelier.diffusion.guiding import Guide
+from latelier.diffusion.loss_guidance import LossGuidance
 from latelier.diffusion.process import DDPM, Flow
-from latelier.diffusion.sampling import sample_latents
 from latelier.diffusion.sde import ReverseSDE
-from latelier.diffusion.windows import windowed
+from latelier.diffusion.tiled import tiled
 from latelier.errors import LatelierError
 from latelier.pipeline import LatentDiffusionPipeline
 from latelier.recipe import Sample
 from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.conv import IdentityTokenizer
+from sampled import sampled, scheduler
 
 MEAN, STD = 1.5, 0.4
 
@@ -43,9 +42,8 @@ class Wavy(nn.Module):
         return out + condition.vector.view(-1, 1, *[1] * (x_t.ndim - 2)) + condition.spatial
 
 
-def draw(sample, model=None, shape=(2, 4, 4), seeds=range(8), condition=None, null=None, **kwargs):
-    arguments = (Flow(), sample, shape, condition, null, list(seeds), "cpu")
-    return sample_latents(model or Wavy(), *arguments, **kwargs)
+def draw(sample, model=None, shape=(2, 4, 4), seeds=range(8), **kwargs):
+    return sampled(model or Wavy(), Flow(), sample, shape, seeds, **kwargs)
 
 
 def sde(**settings):
@@ -69,7 +67,7 @@ def test_mean_and_variance_of_the_discrete_steps(settings):
     """Few steps are far from the data, and exactly as far as their closed form says: to four standard errors."""
     sample = sde(**settings)
     z = draw(sample, GaussianData(), shape=(4, 128), seeds=range(64))
-    variance = discrete_variance((Flow().scheduler(sample).timesteps.double() / 1000).tolist())
+    variance = discrete_variance((scheduler(Flow(), sample).timesteps.double() / 1000).tolist())
     assert abs(z.mean() - MEAN) < 4 * (variance / z.numel()) ** 0.5
     assert abs(z.var() / variance - 1) < 4 * (2 / z.numel()) ** 0.5
 
@@ -99,21 +97,21 @@ def test_the_hand_written_loop():
 
 
 def test_the_last_step_has_no_noise():
-    scheduler, generator = Flow().scheduler(sde(steps=3, last_step=0.25)), torch.Generator().manual_seed(0)
+    ours, generator = Flow().scheduler(sampler="sde", steps=3, last_step=0.25), torch.Generator().manual_seed(0)
     x, v, before = torch.randn(2, 1, 4), torch.randn(2, 1, 4), generator.get_state()
-    last = scheduler.step(v, scheduler.timesteps[-1], x, generator).prev_sample
+    last = ours.step(v, ours.timesteps[-1], x, generator).prev_sample
     torch.testing.assert_close(last, x - 0.25 * (v + x + 0.75 * v))
     assert torch.equal(generator.get_state(), before)
-    assert not torch.equal(scheduler.step(v, scheduler.timesteps[0], x).prev_sample.float(), last)
-    scheduler.step(v, scheduler.timesteps[0], x, generator)
+    assert not torch.equal(ours.step(v, ours.timesteps[0], x).prev_sample.float(), last)
+    ours.step(v, ours.timesteps[0], x, generator)
     assert not torch.equal(generator.get_state(), before)
 
 
 def test_estimate_of_the_data():
-    scheduler, t = Flow().scheduler(sde(steps=3, last_step=0.2)), torch.tensor([0.6, 0.6])
+    ours, t = Flow().scheduler(sampler="sde", steps=3, last_step=0.2), torch.tensor([0.6, 0.6])
     z, eps = torch.randn(2, 2, 1, 4)
     x = Flow().noise(z, t, eps)
-    estimate = scheduler.step(eps - z, scheduler.timesteps[1], x).pred_original_sample
+    estimate = ours.step(eps - z, ours.timesteps[1], x).pred_original_sample
     torch.testing.assert_close(estimate.float(), z, atol=1e-5, rtol=1e-5)
 
 
@@ -135,7 +133,7 @@ def test_250_steps_are_250_evaluations():
 
 @pytest.mark.parametrize("shift", [0.5, 1.0, 4.0])
 def test_shift_keeps_both_ends(shift):
-    times = Flow().scheduler(sde(steps=9, shift=shift, last_step=0.1)).timesteps / 1000
+    times = Flow().scheduler(sampler="sde", steps=9, shift=shift, last_step=0.1).timesteps / 1000
     torch.testing.assert_close(times[[0, -1]], torch.tensor([1.0, 0.1]))
     even = times / (shift + (1 - shift) * times)  # undone
     torch.testing.assert_close(even.diff(), even.diff().mean().expand(8), atol=1e-6, rtol=1e-4)
@@ -150,31 +148,31 @@ def test_same_seeds_same_images_whatever_the_batch():
     assert not torch.allclose(draw(Sample(steps=6), seeds=[3, 4, 5]), together)
 
 
-def told(b, shape, value=1.0):
+def condition(b, shape, value=1.0):
     return Condition(torch.full((b, 1), value), spatial=torch.full((b, shape[0], *shape[1:]), value))
 
 
-def test_conditions_guidance_and_windows():
-    """What is concatenated, guidance in an interval, and windows: as in every other sampler."""
+def test_conditions_guidance_and_tiles():
+    """What is concatenated, guidance in an interval, and tiles: as in every other sampler."""
     shape = (2, 6, 10)
-    condition, null = told(4, shape), told(4, shape, 0.0)
-    plain = draw(sde(steps=5), shape=shape, seeds=range(4), condition=condition)
+    cond, uncond = condition(4, shape), condition(4, shape, 0.0)
+    plain = draw(sde(steps=5), shape=shape, seeds=range(4), cond=cond)
     assert not torch.allclose(plain, draw(sde(steps=5), shape=shape, seeds=range(4)))
-    strong = {"shape": shape, "seeds": range(4), "condition": condition, "null": null}
+    strong = {"shape": shape, "seeds": range(4), "cond": cond, "uncond": uncond}
     assert not torch.allclose(draw(sde(steps=5, guidance=2.0), **strong), plain)
     assert torch.equal(draw(sde(steps=5, guidance=2.0, guidance_interval=(0.0, 0.03)), **strong), plain)
     part = draw(sde(steps=5, guidance=2.0, guidance_interval=(0.0, 0.75)), **strong)
     assert not torch.allclose(part, plain)
     assert not torch.allclose(part, draw(sde(steps=5, guidance=2.0), **strong))
-    cut = draw(sde(steps=5, window=4), windowed(Wavy(), 4, 3), shape, range(4), condition)
-    torch.testing.assert_close(cut, plain, atol=1e-5, rtol=1e-5)  # a pointwise denoiser sees no windows
+    cut = draw(sde(steps=5), tiled(Wavy(), 4, 3), shape, range(4), cond=cond)
+    torch.testing.assert_close(cut, plain, atol=1e-5, rtol=1e-5)  # a pointwise denoiser sees no tiles
 
 
-def test_a_guide_pulls():
+def test_loss_guidance_pulls():
     """Data N(MEAN, STD^2) seen through y = z + noise of variance v moves to first order by STD^2 (y - MEAN) / v."""
     v, y = 20.0, 4.0
-    guide = Guide(lambda z: z, torch.full((1, 1, 8, 8), y), scale=1 / v)
-    plain, pulled = (draw(sde(steps=60), GaussianData(), shape=(1, 8, 8), guide=g) for g in (None, guide))
+    guide = LossGuidance(lambda z: z, torch.full((1, 1, 8, 8), y), scale=1 / v)
+    plain, pulled = (draw(sde(steps=60), GaussianData(), shape=(1, 8, 8), loss_guidance=g) for g in (None, guide))
     assert (pulled - plain).mean().item() == pytest.approx(STD**2 * (y - MEAN) / v, rel=0.1)
 
 
@@ -183,7 +181,7 @@ def test_pipeline_with_this_scheduler_is_saved_whole(tmp_path):
     for parameter in denoiser.parameters():
         nn.init.normal_(parameter, std=0.1)
     parts = (Codec(IdentityTokenizer()), denoiser.eval(), ClassConditioner(3, 16))
-    pipeline = LatentDiffusionPipeline.build(*parts, recipe.Process(), (8, 8))
+    pipeline = LatentDiffusionPipeline.build(*parts, Flow(), (8, 8))
     pipeline.scheduler = ReverseSDE(last_step=0.1)
     pipeline.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
@@ -204,13 +202,13 @@ def test_pipeline_with_this_scheduler_is_saved_whole(tmp_path):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: Flow().scheduler(sde(steps=1)), "steps = 1 is too few for the sde sampler"),
-        (lambda: Flow().scheduler(sde(last_step=0.0)), r"last_step = 0.0 leaves the sde sampler no steps"),
-        (lambda: Flow().scheduler(sde(last_step=1.0)), "choose a time between 0 and 1"),
-        (lambda: Flow().scheduler(Sample(last_step=0.1)), "last_step = 0.1 acts in the sde sampler only, not in euler"),
-        (lambda: DDPM().scheduler(Sample(last_step=0.1)), "in the sde sampler only, not in ddim"),
-        (lambda: DDPM().scheduler(sde()), "'sde' does not go with a ddpm process"),
-        (lambda: Flow().scheduler(sde(eta=0.5)), "eta = 0.5 acts in the ddim sampler only, not in sde"),
+        (lambda: Flow().scheduler(sampler="sde", steps=1), "steps = 1 is too few for the sde sampler"),
+        (lambda: Flow().scheduler(sampler="sde", last_step=0.0), r"last_step = 0.0 leaves the sde sampler no steps"),
+        (lambda: Flow().scheduler(sampler="sde", last_step=1.0), "choose a time between 0 and 1"),
+        (lambda: Flow().scheduler(last_step=0.1), "last_step = 0.1 acts in the sde sampler only, not in euler"),
+        (lambda: DDPM().scheduler(last_step=0.1), "in the sde sampler only, not in ddim"),
+        (lambda: DDPM().scheduler(sampler="sde"), "'sde' does not go with a ddpm process"),
+        (lambda: Flow().scheduler(sampler="sde", eta=0.5), "eta = 0.5 acts in the ddim sampler only, not in sde"),
     ],
 )
 def test_what_does_not_fit_is_refused(call, message):

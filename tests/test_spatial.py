@@ -7,22 +7,28 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from latelier.conditioning import DataSpec
-from latelier.conditioning.inpainting import InpaintingConditioner, build_inpainting, compose, read_hole
-from latelier.conditioning.low_resolution import LowResolutionConditioner, build_low_resolution
-from latelier.conditioning.segmentation import SegmentationConditioner, build_segmentation, class_shares
-from latelier.conditioning.spatial import MapConditioner, build_map, read_image
+from latelier.conditioning import spatial as spatial_conditions
+from latelier.conditioning.condition import DataSpec
+from latelier.conditioning.inputs import read_image, read_mask
+from latelier.conditioning.spatial import (
+    InpaintingConditioner,
+    LowResolutionConditioner,
+    MapConditioner,
+    SegmentationConditioner,
+    class_shares,
+    compose,
+)
 from latelier.data.corruptions import SETTINGS, bicubic, draw_masks
 from latelier.errors import LatelierError
-from latelier.recipe.condition import InpaintingCondition, LowResolutionCondition, MapCondition, SegmentationCondition
+from latelier.sections import ByKind
 from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.conv import IdentityTokenizer
 
-BUILDERS = {
-    "segmentation": (build_segmentation, SegmentationCondition(kind="segmentation")),
-    "low-resolution": (build_low_resolution, LowResolutionCondition(kind="low-resolution", factor=2)),
-    "inpainting": (build_inpainting, InpaintingCondition(kind="inpainting")),
-    "map": (build_map, MapCondition(kind="map", map_channels=2, channels=5)),
+KINDS = {
+    "segmentation": {},
+    "low-resolution": {"factor": 2},
+    "inpainting": {},
+    "map": {"map_channels": 2, "channels": 5},
 }
 
 
@@ -54,9 +60,9 @@ def batch(count=3, height=24, width=32):
     }
 
 
-def build(kind):
-    function, section = BUILDERS[kind]
-    return function(section, spec())
+def build(kind, about=None, **settings):
+    section = ByKind("latelier.conditioning:CONDITIONERS").section(kind)(kind=kind, **(settings or KINDS[kind]))
+    return spatial_conditions.build(section, about or spec())
 
 
 @torch.no_grad()
@@ -67,7 +73,7 @@ def prepared(conditioner, entries, codec):
 # -- what all of them do -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", list(BUILDERS))
+@pytest.mark.parametrize("kind", list(KINDS))
 @pytest.mark.parametrize("size", [(24, 32), (40, 8)])
 def test_channels_on_the_grid_of_the_image(kind, size, codec):
     conditioner = build(kind)
@@ -77,7 +83,7 @@ def test_channels_on_the_grid_of_the_image(kind, size, codec):
     assert conditioner.token_width == 0
 
 
-@pytest.mark.parametrize("kind", list(BUILDERS))
+@pytest.mark.parametrize("kind", list(KINDS))
 def test_rows_do_not_see_each_other(kind, codec):
     conditioner, entries = build(kind), batch()
     together = conditioner(prepared(conditioner, entries, codec)).spatial
@@ -86,21 +92,21 @@ def test_rows_do_not_see_each_other(kind, codec):
         torch.testing.assert_close(conditioner(alone).spatial[0], together[i], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", list(BUILDERS))
-def test_dropped_rows_are_told_nothing(kind, codec):
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_dropped_rows_are_empty(kind, codec):
     conditioner = build(kind)
     entries = prepared(conditioner, batch(), codec)
-    told = conditioner(entries).spatial
+    cond = conditioner(entries).spatial
     dropped = conditioner(entries, torch.tensor([False, True, False])).spatial
-    assert torch.equal(dropped[[0, 2]], told[[0, 2]])
-    nothing = torch.zeros_like(told[1])
+    assert torch.equal(dropped[[0, 2]], cond[[0, 2]])
+    nothing = torch.zeros_like(cond[1])
     if kind == "inpainting":
         nothing[-1] = 1  # all of it is a hole
     assert torch.equal(dropped[1], nothing)
-    assert not torch.equal(told[1], nothing)
+    assert not torch.equal(cond[1], nothing)
 
 
-@pytest.mark.parametrize("kind", list(BUILDERS))
+@pytest.mark.parametrize("kind", list(KINDS))
 def test_folder_gives_the_same(kind, codec, tmp_path):
     conditioner = build(kind)
     conditioner.save_pretrained(tmp_path)
@@ -110,7 +116,7 @@ def test_folder_gives_the_same(kind, codec, tmp_path):
     assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("kind", list(BUILDERS))
+@pytest.mark.parametrize("kind", list(KINDS))
 def test_only_projections_learn(kind, codec):
     conditioner, entries = build(kind), batch()
     spatial = conditioner(prepared(conditioner, entries, codec)).spatial
@@ -123,7 +129,7 @@ def test_only_projections_learn(kind, codec):
     assert all(p.grad is None for p in codec.tokenizer.parameters())
 
 
-@pytest.mark.parametrize("kind", list(BUILDERS))
+@pytest.mark.parametrize("kind", list(KINDS))
 def test_half_precision(kind, codec):
     conditioner = build(kind)
     entries = prepared(conditioner, batch(), codec)
@@ -133,11 +139,10 @@ def test_half_precision(kind, codec):
     torch.testing.assert_close(half.float(), full, atol=0.05, rtol=0.05)
 
 
-@pytest.mark.parametrize("kind", list(BUILDERS))
+@pytest.mark.parametrize("kind", list(KINDS))
 def test_latents_in_a_row_are_refused(kind):
-    function, section = BUILDERS[kind]
-    with pytest.raises(LatelierError, match=f"{kind}.*makes 64 of them in a row"):
-        function(section, spec(latent_shape=(16, 64)))
+    with pytest.raises(LatelierError, match=f"{kind}.*makes 64 1-D latents"):
+        build(kind, spec(latent_shape=(16, 64)))
 
 
 @pytest.mark.parametrize(("kind", "key"), [("segmentation", "segmentation"), ("map", "map"), ("inpainting", "image")])
@@ -201,8 +206,8 @@ def test_label_maps_that_are_none(codec, tmp_path):
     with pytest.raises(LatelierError, match="id 255"):
         conditioner.prepare({"segmentation": torch.full((1, 8, 8), 255)}, codec)
     with pytest.raises(LatelierError, match="do not say how many classes"):
-        build_segmentation(SegmentationCondition(kind="segmentation"), spec(segmentation_classes=None))
-    chosen = build_segmentation(SegmentationCondition(kind="segmentation", classes=9), spec())
+        build("segmentation", spec(segmentation_classes=None))
+    chosen = build("segmentation", classes=9)
     assert chosen.config["classes"] == 9
 
 
@@ -255,7 +260,7 @@ def test_small_images_of_users(tmp_path):
     for entry in (image, tmp_path / "low.png", np.asarray(image), expected, (expected * 0.999).double()):
         low = conditioner.inputs([entry, entry], (32, 24))["low"]
         torch.testing.assert_close(low, torch.stack([expected] * 2), atol=2e-3, rtol=0)
-    message = "factor 4 draws 64 x 64 images .* from 16 x 16 ones; this one is 8 x 6: .*height=32, width=24"
+    message = "factor 4 draws images of 64 x 64 pixels from 16 x 16 ones; this one is 8 x 6: .*height=32, width=24"
     with pytest.raises(LatelierError, match=message):
         conditioner.inputs([image], (64, 64))
     with pytest.raises(LatelierError, match="from none, as 4 does not divide it"):
@@ -266,7 +271,7 @@ def test_factors_that_do_not_go_together():
     with pytest.raises(LatelierError, match="factor = 3 does not divide the tokenizer's factor 8"):
         LowResolutionConditioner(3, latent_factor=8)
     with pytest.raises(LatelierError, match="factor = 3 does not divide"):
-        build_low_resolution(LowResolutionCondition(kind="low-resolution", factor=3), spec(factor=8))
+        build("low-resolution", spec(factor=8), factor=3)
 
 
 # -- inpainting --------------------------------------------------------------------------------------------------------
@@ -286,7 +291,7 @@ def test_masked_latents_and_mask(codec):
     assert conditioner.spatial_channels == 5
 
 
-def test_what_is_in_holes_is_not_told(codec):
+def test_what_is_in_holes_is_not_seen(codec):
     conditioner, entries = build("inpainting"), batch()
     done = prepared(conditioner, entries, codec)
     elsewhere = torch.where(done["hole"] > 0.5, torch.rand(3, 3, 24, 32), entries["image"])
@@ -344,19 +349,19 @@ def test_pairs_that_are_none():
     conditioner, image = build("inpainting"), Image.new("RGB", (12, 8))
     cases = {
         r"mask is 8 x 9 \(height x width\), but its image is 8 x 12": (image, Image.new("L", (9, 8))),
-        "image is 4 x 4 .* but 8 x 12 is to be drawn; .*height=4, width=4": (torch.zeros(3, 4, 4), torch.zeros(4, 4)),
+        "image is 4 x 4 .* not 8 x 12; .*height=4, width=4": (torch.zeros(3, 4, 4), torch.zeros(4, 4)),
         "pairs .image, mask., not Image": image,
         "pairs .image, mask., not tuple": (image,),
         "floats are in .0, 1., but these go from -1 to 0": (image, torch.zeros(8, 12) - torch.eye(8, 12)),
         "of torch.int64": (image, torch.zeros(8, 12, dtype=torch.int64)),
-        "this one is 2 x 8 x 12": (image, torch.zeros(2, 8, 12)),
+        "not 2 x 8 x 12 of torch.float32": (image, torch.zeros(2, 8, 12)),
     }
     for message, entry in cases.items():
         with pytest.raises(LatelierError, match=message):
             conditioner.inputs([entry], (8, 12))
     with pytest.raises(LatelierError, match="Unknown masks 'thin'; there are: train, thick, medium"):
         InpaintingConditioner("thin")
-    assert not read_hole(torch.zeros(4, 4), "inpainting").any()
+    assert not read_mask(torch.zeros(4, 4), "inpainting").any()
 
 
 # -- maps --------------------------------------------------------------------------------------------------------------
@@ -374,7 +379,7 @@ def test_maps_are_averaged(codec):
 
 
 def test_maps_of_users(codec):
-    conditioner = build_map(MapCondition(kind="map"), spec())
+    conditioner = build("map", map_channels=1)
     grey = Image.new("L", (10, 6), 255)
     deep = Image.fromarray(np.full((6, 10), 65535, np.uint16))
     for entry in (grey, deep, grey.convert("RGB"), torch.ones(1, 24, 32), np.full((5, 5), 255, np.uint8)):

@@ -41,10 +41,10 @@ def write_study(folder, **changes):
 def test_a_study_compares_and_goes_on(tmp_path, monkeypatch):
     path = write_study(tmp_path)
     trained = []
-    from latelier import experiment
+    from latelier import run
 
-    original = experiment.complete
-    monkeypatch.setattr(experiment, "complete", lambda recipe: (trained.append(recipe.name), original(recipe))[1])
+    original = run.complete
+    monkeypatch.setattr(run, "complete", lambda recipe: (trained.append(recipe.name), original(recipe))[1])
     run_study(load_study(path), only=["Plain"])
     assert trained == ["Plain"]
     page = run_study(load_study(path))

@@ -5,10 +5,11 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from latelier import recipe, tasks
-from latelier.conditioning.inpainting import InpaintingConditioner
-from latelier.conditioning.low_resolution import LowResolutionConditioner
+from latelier import tasks
+from latelier.conditioning.layout import read_layout
+from latelier.conditioning.spatial import InpaintingConditioner, LowResolutionConditioner
 from latelier.denoisers.dit import DiT
+from latelier.diffusion.process import Flow
 from latelier.errors import LatelierError
 from latelier.pipeline import LatentDiffusionPipeline
 from latelier.tokenizers.codec import Codec
@@ -22,8 +23,7 @@ def make(conditioner):
     channels = conditioner.spatial_channels
     denoiser = DiT(3, (4, 4), patch_size=2, dim=16, depth=1, heads=2, spatial_channels=channels).eval()
     torch.nn.init.normal_(denoiser.head.weight, std=0.1)
-    process = recipe.Process(kind="flow")
-    return LatentDiffusionPipeline.build(Codec(tokenizer), denoiser, conditioner, process, (16, 16), [])
+    return LatentDiffusionPipeline.build(Codec(tokenizer), denoiser, conditioner, Flow(), (16, 16), [])
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +72,9 @@ def test_files(filler, tmp_path):
 
 def test_what_cannot_be_done(enlarger, filler, tmp_path):
     image = torch.zeros(3, 16, 16)
-    with pytest.raises(LatelierError, match="not trained to fill holes: it is told low_resolution"):
+    with pytest.raises(LatelierError, match="not trained to fill holes: it is conditioned on low_resolution"):
         tasks.inpaint(enlarger, image, torch.ones(16, 16), **settings())
-    with pytest.raises(LatelierError, match="not trained to enlarge images: it is told inpainting"):
+    with pytest.raises(LatelierError, match="not trained to enlarge images: it is conditioned on inpainting"):
         tasks.upscale(filler, image, **settings())
     with pytest.raises(LatelierError, match=r"The mask is 8 x 16 .* but the image 16 x 16"):
         tasks.inpaint(filler, image, torch.ones(8, 16), **settings())
@@ -85,10 +85,10 @@ def test_what_cannot_be_done(enlarger, filler, tmp_path):
 
 
 def test_layouts_in_words_and_files(tmp_path):
-    assert tasks.read_layout("red apple 0 0.1 0.5 1; owl 0.5 0 1 1") == [
+    assert read_layout("red apple 0 0.1 0.5 1; owl 0.5 0 1 1") == [
         ("red apple", 0, 0.1, 0.5, 1), ("owl", 0.5, 0, 1, 1),
     ]  # fmt: skip
     (tmp_path / "layout.json").write_text('[["owl", 0, 0, 1, 1]]')
-    assert tasks.read_layout(str(tmp_path / "layout.json")) == [["owl", 0, 0, 1, 1]]
+    assert read_layout(str(tmp_path / "layout.json")) == [["owl", 0, 0, 1, 1]]
     with pytest.raises(LatelierError, match="'owl 1 2' is not a class and four numbers"):
-        tasks.read_layout("owl 1 2")
+        read_layout("owl 1 2")

@@ -9,11 +9,10 @@ import synth
 import torch
 from torch import nn
 
-from latelier.conditioning import DataSpec
-from latelier.conditioning.text import TextConditioner, build, read_encoder, read_tokenizer, train_words
+from latelier.conditioning.condition import DataSpec
+from latelier.conditioning.text import TextCondition, TextConditioner, build, read_encoder, read_tokenizer, train_words
 from latelier.convert.ldm_text import text_conditioner
 from latelier.errors import LatelierError
-from latelier.recipe.condition import TextCondition
 from latelier.training.checkpoint import trained
 
 pytest.importorskip("tokenizers", reason="captions need pip install 'latelier[text]'")

@@ -10,8 +10,8 @@ import torch
 from accelerate import PartialState
 from diffusers.utils.logging import disable_progress_bar
 
-from latelier.conditioning import parts
-from latelier.conditioning.asking import cycle_rows
+from latelier.conditioning.condition import components
+from latelier.conditioning.inputs import cycle_rows
 from latelier.data.loader import ImageDataset
 from latelier.data.sources import open_source
 from latelier.errors import LatelierError
@@ -74,7 +74,7 @@ def held_out_records(recipe: Recipe, pipeline: LatentDiffusionPipeline) -> Calla
         `(first, count) -> records`, nothing for a pipeline that needs none; when the held-out images are fewer, they
         are gone through again.
     """
-    if set(parts(pipeline.conditioner)) <= {"classes"}:
+    if set(components(pipeline.conditioner)) <= {"classes"}:
         return lambda first, count: {}
     held_out = open_images(recipe, "val")
 

@@ -1,4 +1,8 @@
-"""The thing to ship: tokenizer, denoiser and conditioner in one `DiffusionPipeline` that saves and loads whole."""
+"""Tokenizer, denoiser and conditioner in one `DiffusionPipeline`, which draws images and saves and loads whole.
+
+From noise to a PNG one reads this file, `diffusion/sampling.py`, `cfg.py`, `process.py` and `schedulers.py`, a file of
+`denoisers/`, `tokenizers/codec.py` and `images.py`.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +18,23 @@ from jaxtyping import Float
 from pydantic import ValidationError
 from torch import Tensor
 
-from latelier import recipe
 from latelier.conditioning import CONDITIONERS
-from latelier.conditioning.asking import Asked
-from latelier.conditioning.inpainting import compose
+from latelier.conditioning.inputs import Inputs
+from latelier.conditioning.spatial import compose
 from latelier.denoisers import DENOISERS
-from latelier.diffusion.guiding import Guide
-from latelier.diffusion.process import DDPM, Flow, Scheduler, build_process
-from latelier.diffusion.sampling import sample_latents
-from latelier.diffusion.windows import windowed
+from latelier.diffusion.cfg import guided
+from latelier.diffusion.loss_guidance import LossGuidance
+from latelier.diffusion.process import DDPM, Flow, Scheduler, build_process, describe_process
+from latelier.diffusion.sampling import sample_latents, watched
+from latelier.diffusion.tiled import tiled
 from latelier.errors import LatelierError
+from latelier.recipe import Sample, first_problem
 from latelier.tokenizers import TOKENIZERS
 from latelier.tokenizers.codec import Codec, fast_bf16
 from latelier.tokenizers.tiling import decode_within
 
 # diffusers opens a saved pipeline's components only from modules that are imported already.
-for _place in (*TOKENIZERS.values(), *DENOISERS.values(), *CONDITIONERS.values(), "latelier.conditioning.composite:"):
+for _place in (*TOKENIZERS.values(), *DENOISERS.values(), *CONDITIONERS.values()):
     importlib.import_module(_place.split(":")[0])
 
 OUTPUTS = ("pil", "pt", "np", "latent")
@@ -39,17 +44,17 @@ Watch: TypeAlias = Callable[[list[int], int, Tensor], None]  # seeds, evaluation
 class LatentDiffusionPipeline(DiffusionPipeline):
     """Draws images: noise, denoiser, tokenizer's decoder.
 
-    `LatentDiffusionPipeline.build` makes one from parts, `save_pretrained` and `from_pretrained` keep it whole.
+    `build` makes one from trained components, `save_pretrained` and `from_pretrained` keep it whole.
 
     Args:
         tokenizer: a diffusers-style autoencoder.
         denoiser: `forward(x_t, t, condition) -> prediction`.
-        conditioner: makes conditions of what is asked for; None is an unconditional model.
+        conditioner: makes conditions of a user's inputs; None is an unconditional model.
         scheduler: the default sampler, used by `sampler="auto"`; any diffusers scheduler may be put in its place.
-        process: the diffusion process, as a recipe's `denoiser.process`.
+        process: the diffusion process, arguments of `build_process`.
         statistics: `mean` and `std` of the latents, one number per channel; empty leaves latents as they are.
         height, width: default size of the images, in pixels.
-        dropped: what the denoiser was sometimes not told in training, so that guidance can leave it out; by default
+        dropped: inputs that were dropped at times in training, so that guidance can leave them out; by default
             `classes`.
     """
 
@@ -84,26 +89,24 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         codec: Codec,
         denoiser: ModelMixin,
         conditioner: ModelMixin | None,
-        process: recipe.Process,
+        process: Flow | DDPM,
         image_size: tuple[int, int],
         dropped: list[str] | None = None,
     ) -> LatentDiffusionPipeline:
-        """A pipeline of trained parts.
+        """A pipeline of trained components.
 
         Args:
             codec: the tokenizer with its statistics.
             denoiser, conditioner: trained with `process` on the codec's latents.
-            process: the recipe's `denoiser.process`.
+            process: the diffusion process.
             image_size: height and width in pixels that `__call__` draws by default.
             dropped: what was dropped in training, see the class.
         """
         statistics = {}
         if codec.mean is not None and codec.std is not None:
             statistics = {"mean": codec.mean.tolist(), "std": codec.std.tolist()}
-        scheduler = build_process(process).scheduler(recipe.Sample())
-        height, width = image_size
-        about = process.model_dump()
-        return cls(codec.tokenizer, denoiser, conditioner, scheduler, about, statistics, height, width, dropped)
+        about = describe_process(process)
+        return cls(codec.tokenizer, denoiser, conditioner, process.scheduler(), about, statistics, *image_size, dropped)
 
     @property
     def codec(self) -> Codec:
@@ -114,83 +117,66 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
     @property
     def process(self) -> Flow | DDPM:
-        """What the denoiser was trained with."""
-        return build_process(recipe.Process(**self.config["process"]))
+        """The diffusion process that the denoiser was trained with."""
+        return build_process(**self.config["process"])
 
     @torch.no_grad()
     def __call__(
         self,
-        classes: list[int | str] | None = None,
-        prompts: list[str] | None = None,
+        *,
         negative_prompts: list[str] | None = None,
-        layouts: list[Any] | None = None,
-        segmentations: list[Any] | None = None,
-        maps: list[Any] | None = None,
-        low_resolution: list[Any] | None = None,
-        inpainting: list[Any] | None = None,
         records: Mapping[str, Any] | None = None,
-        count: int | None = None,
         height: int | None = None,
         width: int | None = None,
-        steps: int = 50,
-        guidance: float = 1.0,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
-        guidance_channels: int | None = None,
-        channels: int | None = None,
-        sampler: str = "auto",
-        shift: float = 1.0,
-        eta: float = 0.0,
-        last_step: float = 0.04,
-        seed: int = 0,
-        batch: int = 64,
-        window: int | None = None,
-        stride: int | None = None,
-        guide: Guide | None = None,
+        loss_guidance: LossGuidance | None = None,
         precision: Literal["auto", "bf16", "fp32"] = "auto",
         output_type: str = "pil",
         progress: bool = True,
-        sample: recipe.Sample | None = None,
+        sample: Sample | None = None,
         callback: Watch | None = None,
+        **inputs_and_settings: Any,
     ) -> ImagePipelineOutput:
         """Draw images. Image i is drawn from `seed + i`, whatever the batch.
 
-        A model draws from what it was told in training. Image i gets entry `i % len` of each list.
+        Inputs are those that the model was conditioned on in training; image i gets entry `i % len` of each list:
 
-        Args:
             classes: names or indices. None goes through all classes in turn.
             prompts: captions.
-            negative_prompts: what guidance leads away from, instead of the empty caption.
             layouts: for each image a list of (class, x0, y0, x1, y1), relative to the image.
             segmentations: maps of ids: arrays, images or paths.
             maps: other image-like maps, such as depth.
             low_resolution: images to enlarge.
             inpainting: pairs of an image and its mask, whose holes are white.
-            records: entries of records, as batches of training have them, instead of the lists above.
+
+        Settings are those of a recipe's `sample`:
+
             count: how many images; default the length of the longest list.
-            height, width: in pixels; default those of training.
-            steps: sampling steps.
-            guidance: scale of classifier-free guidance; 1 is none.
+            steps: sampling steps, default 50.
+            guidance: scale of classifier-free guidance; 1, the default, is none.
             guidance_interval: noise levels at which guidance acts.
-            guidance_channels: guide only the first so many latent channels.
-            channels: draw and decode only the first so many latent channels, with a denoiser that was trained on
-                prefixes of them.
+            guidance_channels: guide only the first k latent channels.
+            channels: draw and decode only the first k latent channels, with a denoiser trained on prefixes of them.
             sampler: `euler`, `heun`, `dpm++`, `unipc` for any process; `ddim`, `ddpm`, `plms` for a ddpm process;
                 `sde`, `dopri5` for a flow; or `auto`, which is `self.scheduler`.
             shift: flow: above 1 spends more steps near noise.
             eta: ddim: 0 is deterministic, 1 ancestral.
             last_step: sde: the time from which one step without noise follows.
             seed: of the first image.
-            batch: images, or windows of them, per forward pass.
-            window: side in latent positions: the denoiser sees overlapping windows, and the decoder tiles, of this
-                size, so that their memory does not grow with the image; for images beyond the size of training.
-            stride: from one window to the next; by default half a window.
-            guide: pulls the images towards a target while they are drawn; see `latelier.diffusion.guiding.Guide`,
-                whose target has a row for each image, or one for all.
+            batch: images, or tiles of them, per forward pass.
+            tile: side in latent positions: denoiser and decoder see overlapping tiles of this size, so that their
+                memory does not grow with the image; for images beyond the size of training.
+            tile_stride: from one tile to the next; by default half a tile.
+
+        Args:
+            negative_prompts: what guidance leads away from, instead of the empty caption.
+            records: entries of records, as batches of training have them, instead of inputs.
+            height, width: in pixels; default those of training.
+            loss_guidance: pulls the images towards a target, which has a row for each image, or one for all.
             precision: `bf16` under autocast, `fp32`, or `auto`, which is what the device is fast at.
             output_type: `pil`; `np`, `(b, h, w, c)` in [0, 1]; `pt`, `(b, c, h, w)` in [-1, 1]; or `latent`, normalised
                 latents `(b, c, *grid)`.
             progress: whether to show a bar.
-            sample: a recipe's `sample` section, instead of the settings of the same names above.
+            sample: a recipe's `sample` section; settings that are given beside it win.
             callback: called after each evaluation of the denoiser, as diffusers' `callback_on_step_end`, with the seeds
                 of the images that are being drawn, how many evaluations they have seen, and the present estimate of
                 their normalised latents `(b, c, *grid)`; see `latelier.previews.Previews`.
@@ -204,19 +190,9 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         """
         if output_type not in OUTPUTS:
             raise LatelierError(f"output_type = {output_type!r} is not known; allowed: {', '.join(OUTPUTS)}.")
-        given = {
-            "classes": classes or (sample.classes if sample else None), "prompts": prompts, "layouts": layouts,
-            "segmentations": segmentations, "maps": maps, "low_resolution": low_resolution, "inpainting": inpainting,
-        }  # fmt: skip
-        asked = Asked({k: list(v) for k, v in given.items() if v}, records or {}, negative_prompts)
-        settings = sample or _settings(
-            classes=classes, count=count if count is not None else len(asked), steps=steps, guidance=guidance,
-            guidance_interval=guidance_interval, guidance_channels=guidance_channels, channels=channels,
-            sampler=sampler, shift=shift, eta=eta, last_step=last_step, seed=seed, batch=batch, window=window,
-            stride=stride,
-        )  # fmt: skip
+        settings, inputs = _divide(inputs_and_settings, sample, records or {}, negative_prompts)
         dropped = self.config["dropped"]
-        asked = asked.check(self.conditioner, settings.guidance, dropped)
+        inputs = inputs.check(self.conditioner, settings.guidance, dropped)
         codec, process = self.codec, self.process
         codec.precision = precision
         size = (height or self.config["height"], width or self.config["width"])
@@ -226,33 +202,37 @@ class LatentDiffusionPipeline(DiffusionPipeline):
                 raise LatelierError(f"channels = {settings.channels} is not a prefix of {shape[0]} latent channels.")
             shape = (settings.channels, *shape[1:])
         device, drawn = self._execution_device, []
-        denoiser = windowed(self.denoiser, settings.window, settings.stride, settings.batch)
+        denoiser = tiled(self.denoiser, settings.tile, settings.tile_stride, settings.batch)
         batches = range(settings.seed, settings.seed + settings.count, settings.batch)
         with self._bar(progress, len(batches)) as advance:
             for first in batches:
                 seeds = list(range(first, min(first + settings.batch, batches.stop)))
-                condition, null, record = asked.conditions(
-                    self.conditioner, seeds, settings.seed, size, codec, settings.guidance, dropped
+                cond, uncond, record = inputs.conditions(
+                    self.conditioner, seeds, settings.seed, size, codec, None if settings.guidance == 1 else dropped
                 )
+                predict = guided(
+                    denoiser, cond, uncond, settings.guidance, settings.guidance_interval, settings.guidance_channels
+                )
+                if loss_guidance is not None:
+                    predict = loss_guidance.rows([seed - settings.seed for seed in seeds]).guide(predict, process)
+                if callback is not None:
+                    predict = watched(predict, process, partial(callback, seeds))
                 scheduler = self._scheduler(process, settings)
                 with self._autocast(precision):
-                    latents = sample_latents(
-                        denoiser, process, settings, shape, condition, null, seeds, device, advance, scheduler,
-                        guide and guide.of([seed - settings.seed for seed in seeds]),
-                        callback and partial(callback, seeds),
-                    )  # fmt: skip
-                finished = latents if output_type == "latent" else _finish(codec, latents, record, settings)
+                    latents = sample_latents(predict, scheduler, shape, seeds, device, settings.eta, advance)
+                finished = latents if output_type == "latent" else _decode(codec, latents, record, settings)
                 drawn.append(finished.cpu())
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=_convert(torch.cat(drawn), output_type))
 
-    def _scheduler(self, process: Flow | DDPM, settings: recipe.Sample) -> Scheduler:
+    def _scheduler(self, process: Flow | DDPM, settings: Sample) -> Scheduler:
         """A scheduler with its timesteps set: a copy of the pipeline's own, or the one that the settings name."""
-        named = process.scheduler(settings)  # refuses settings that do not fit, for the pipeline's own too
+        wanted = (settings.steps, settings.sampler, settings.shift, settings.eta, settings.last_step)
+        named = process.scheduler(*wanted)  # refuses settings that do not fit, for the pipeline's own too
         if settings.sampler != "auto":
             return named
         own = type(self.scheduler).from_config(self.scheduler.config)
-        process.set_timesteps(own, settings)
+        process.set_timesteps(own, settings.steps, settings.shift)
         return own
 
     def _autocast(self, precision: str) -> AbstractContextManager:
@@ -276,23 +256,41 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             yield advance
 
 
-def _finish(
-    codec: Codec, latents: Tensor, record: Mapping[str, Any], settings: recipe.Sample
-) -> Float[Tensor, "b c h w"]:
-    """Images of latents; where a record has holes, everything outside of them is the image that was given."""
-    images = decode_within(codec, latents, settings.window, settings.channels).clamp(-1, 1)  # (b, c, h, w)
-    return compose(images, record["image"].to(images), record["hole"]) if "hole" in record else images
-
-
-def _settings(**values: Any) -> recipe.Sample:
-    """Checked settings; the first that is wrong becomes one sentence."""
+def choose_settings(sample: Sample | None, settings: Mapping[str, Any]) -> Sample:
+    """`sample`, or the defaults, under the settings that are not None; the first that is wrong becomes one sentence."""
+    given = {name: value for name, value in settings.items() if value is not None}
     try:
-        return recipe.Sample(**values)
+        return Sample.model_validate({**(sample.model_dump() if sample else {}), **given})
     except ValidationError as error:
-        first = error.errors()[0]
-        message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-        key = ".".join(map(str, first["loc"]))
-        raise LatelierError(f"{key} = {first['input']!r} is not allowed; it should be {message}.") from None
+        raise LatelierError(first_problem(error)) from None
+
+
+def _divide(
+    options: Mapping[str, Any], sample: Sample | None, records: Mapping[str, Any], negative_prompts: list[str] | None
+) -> tuple[Sample, Inputs]:
+    """Checked settings of sampling, under those of `sample`, and the inputs; `classes` are both."""
+    given = {name: value for name, value in options.items() if value is not None}
+    settings = {name: value for name, value in given.items() if name in Sample.model_fields}
+    chosen = choose_settings(sample, settings)
+    wanted = {name: value for name, value in given.items() if name not in Sample.model_fields}
+    for name, value in wanted.items():
+        if not isinstance(value, list | tuple):
+            raise LatelierError(
+                f"{name} = {value!r} is neither a list of inputs nor a setting; settings are "
+                f"{', '.join(Sample.model_fields)}."
+            )
+    if chosen.classes:
+        wanted = {"classes": chosen.classes, **wanted}
+    inputs = Inputs({name: list(value) for name, value in wanted.items() if value}, records, negative_prompts)
+    if sample is None and "count" not in settings:
+        chosen = chosen.model_copy(update={"count": len(inputs)})
+    return chosen, inputs
+
+
+def _decode(codec: Codec, latents: Tensor, record: Mapping[str, Any], settings: Sample) -> Float[Tensor, "b c h w"]:
+    """Images of latents; where a record has holes, everything outside of them is the image that was given."""
+    images = decode_within(codec, latents, settings.tile, settings.channels).clamp(-1, 1)  # (b, c, h, w)
+    return compose(images, record["image"].to(images), record["hole"]) if "hole" in record else images
 
 
 def _convert(images: Float[Tensor, "b c *grid"], output_type: str) -> Any:

@@ -1,4 +1,4 @@
-"""Looking on while images are drawn: the present estimate of the clean latents, decoded now and then.
+"""Previews while images are drawn: the present estimate of the clean latents, decoded now and then.
 
 After each evaluation a prediction means an estimate of z, such as x_t - t v for a flow's velocity v. Where latents are
 structured (DC-AE 1.5) the first channels hold the large shapes, which are settled first, and any prefix of the channels
@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from latelier.diffusion.adaptive import ADAPTIVE
+from latelier.diffusion.schedulers import ADAPTIVE
 from latelier.errors import LatelierError
 from latelier.images import make_grid, save_png
 from latelier.pipeline import LatentDiffusionPipeline
@@ -34,12 +34,12 @@ class Previews:
         codec: of the pipeline.
         folder: where the strips go; strips of earlier calls there are removed.
         every: evaluations from one strip to the next.
-        channels: decode only the first so many latent channels, or all.
-        window: decode in tiles of so many latent positions, see `decode_within`.
+        channels: decode only the first k latent channels, or all.
+        tile: decode in tiles of this side, in latent positions, see `decode_within`.
     """
 
-    def __init__(self, codec: Codec, folder: Path, every: int, channels: int | None = None, window: int | None = None):
-        self.codec, self.folder, self.every, self.channels, self.window = codec, folder, every, channels, window
+    def __init__(self, codec: Codec, folder: Path, every: int, channels: int | None = None, tile: int | None = None):
+        self.codec, self.folder, self.every, self.channels, self.tile = codec, folder, every, channels, tile
         self._seeds: list[int] | None = None
         self._strips: list[Tensor] = []
         for old in (*folder.glob("step-*.png"), folder / "strip.png"):
@@ -50,7 +50,7 @@ class Previews:
         self._seeds = self._seeds or seeds
         if seeds != self._seeds or done % self.every:
             return
-        images = decode_within(self.codec, estimate[:SHOWN], self.window, self._length(estimate)).clamp(-1, 1)
+        images = decode_within(self.codec, estimate[:SHOWN], self.tile, self._length(estimate)).clamp(-1, 1)
         self._strips.append(images.cpu())  # (b, c, h, w)
         save_png(make_grid(images, columns=SHOWN), self.folder / f"step-{done:03d}.png")
 
@@ -66,19 +66,14 @@ class Previews:
         return save_png(make_grid(torch.cat(self._strips), columns), self.folder / "strip.png")
 
     def _length(self, estimate: Tensor) -> int | None:
-        """Of the prefix: what is asked for, or fewer if fewer channels are drawn; None decodes all that there are."""
+        """Length of the decoded prefix, at most the channels that are drawn; None decodes all of the latents'."""
         have = estimate.shape[1]
         length = min(self.channels or have, have)
         return None if length == self.codec.channels else length
 
 
 def short_prefix(prefixes: Prefixes, channels: int) -> int:
-    """How many channels a preview of structured latents decodes: a quarter, but at least four, and no untrained prefix.
-
-    Args:
-        prefixes: on which the tokenizer was trained.
-        channels: of its latents.
-    """
+    """How many channels a preview of structured latents decodes: a quarter, at least four, and no untrained prefix."""
     return min(channels, max(LEAST, channels // 4, prefixes.of(channels)[0]))
 
 
@@ -96,18 +91,13 @@ def make_previews(
     every: int,
     channels: int | None = None,
 ) -> Previews:
-    """Previews for one call of a run's pipeline.
+    """Previews for one call of a run's pipeline; for the arguments see `Previews`.
 
-    Args:
-        pipeline: what draws.
-        recipe: of the run; it says whether the tokenizer was trained on prefixes of its channels.
-        sample: settings of the call.
-        folder: where the strips go.
-        every: evaluations from one strip to the next.
-        channels: that are decoded; by default `short_prefix` of structured latents, all of others.
+    `recipe`, of the run, says whether the tokenizer was trained on prefixes of its channels: of such latents,
+    `short_prefix` is decoded by default, all channels of others.
 
     Raises:
-        LatelierError: if no strip would ever be due, or there are not so many channels.
+        LatelierError: if no strip would ever be due, or the latents have fewer channels.
     """
     if every < 1 or (every > sample.steps and sample.sampler != ADAPTIVE):
         raise LatelierError(
@@ -118,4 +108,4 @@ def make_previews(
         raise LatelierError(f"Previews of {channels} channels: choose 1 to {codec.channels}, which the latents have.")
     if channels is None and prefixes is not None:
         channels = short_prefix(prefixes, codec.channels)
-    return Previews(codec, folder, every, channels, sample.window)
+    return Previews(codec, folder, every, channels, sample.tile)

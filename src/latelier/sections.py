@@ -20,7 +20,8 @@ from latelier.errors import LatelierError
 _UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
 # What keys were called before, so that old recipes are told the new name.
 RENAMED = {
-    "places": "coord_channels", "grounds": "backgrounds", "painted": "layout_map_channels",
+    "places": "coord_channels", "grounds": "backgrounds", "painted": "layout_map_channels", "window": "tile",
+    "stride": "tile_stride",
 }  # fmt: skip
 
 

@@ -1,8 +1,7 @@
-"""Image in, image out: through a tokenizer and back; enlarged, or its holes filled, by a pipeline."""
+"""Image in, image out: reconstruct with a tokenizer; upscale or inpaint with a pipeline."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,13 +10,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
-from latelier.conditioning import parts
-from latelier.conditioning.inpainting import read_hole
-from latelier.conditioning.spatial import read_image
+from latelier.conditioning.condition import components
+from latelier.conditioning.inputs import by, read_image, read_mask
+from latelier.data.records import UNREADABLE
+from latelier.data.transforms import Transform, to_float
 from latelier.errors import LatelierError
+from latelier.evaluation.reconstruction import psnr
+from latelier.images import make_columns, save_png
+from latelier.opening import best_device
 from latelier.pipeline import LatentDiffusionPipeline
+from latelier.tokenizers.codec import Codec
 
 
 def upscale(pipeline: LatentDiffusionPipeline, image: Any, **settings: Any) -> Float[Tensor, "c h w"]:
@@ -34,13 +39,12 @@ def upscale(pipeline: LatentDiffusionPipeline, image: Any, **settings: Any) -> F
         The image in [-1, 1], `(c, factor h, factor w)`.
 
     Raises:
-        LatelierError: if the model was not trained to enlarge, or the image cannot be read.
+        LatelierError: if the model was not trained to upscale, or the image cannot be read.
     """
-    part = _part(pipeline, "low_resolution", "enlarge images")
-    factor = part.config["factor"]
-    source_image = read_image(image, pipeline.codec.image_channels, "image")
-    height, width = source_image.shape[1:]
-    small = _continued(source_image, multiple(pipeline) // math.gcd(multiple(pipeline), factor))  # (c, h', w')
+    factor = _component(pipeline, "low_resolution", "enlarge images").config["factor"]
+    source = read_image(image, pipeline.codec.image_channels, "image")
+    height, width = source.shape[1:]
+    small = _continued(source, multiple(pipeline) // math.gcd(multiple(pipeline), factor))  # (c, h', w')
     size = {"height": small.shape[1] * factor, "width": small.shape[2] * factor}
     large = pipeline(low_resolution=[small], output_type="pt", **size, **settings).images[0]
     return large[:, : height * factor, : width * factor]
@@ -59,17 +63,16 @@ def inpaint(pipeline: LatentDiffusionPipeline, image: Any, mask: Any, **settings
         LatelierError: if the model was not trained to inpaint, a file cannot be read, or the mask has another size or
             no hole.
     """
-    _part(pipeline, "inpainting", "fill holes")
-    source_image, hole = read_image(image, pipeline.codec.image_channels, "image"), read_hole(mask, "mask")
-    height, width = source_image.shape[1:]
+    _component(pipeline, "inpainting", "fill holes")
+    source, hole = read_image(image, pipeline.codec.image_channels, "image"), read_mask(mask, "mask")
+    height, width = source.shape[1:]
     if hole.shape != (height, width):
         raise LatelierError(
-            f"The mask is {hole.shape[0]} x {hole.shape[1]} (height x width), but the image {height} x {width}; "
-            "make them equal."
+            f"The mask is {by(hole.shape)} (height x width), but the image {height} x {width}; make them equal."
         )
     if not hole.any():
         raise LatelierError("The mask has no hole; paint in white what is to be filled.")
-    whole = _continued(source_image, multiple(pipeline))  # (c, h', w')
+    whole = _continued(source, multiple(pipeline))  # (c, h', w')
     holes = F.pad(hole, (0, whole.shape[2] - width, 0, whole.shape[1] - height))  # (h', w')
     size = {"height": whole.shape[1], "width": whole.shape[2]}
     drawn = pipeline(inpainting=[(whole, holes)], output_type="pt", **size, **settings).images[0]
@@ -84,32 +87,11 @@ def multiple(pipeline: LatentDiffusionPipeline) -> int:
     return pipeline.codec.factor * inner
 
 
-def read_layout(text: str) -> list[Any]:
-    """Boxes from a JSON file, or from words: `owl 0.1 0.2 0.5 0.9; red apple 0.6 0.5 0.9 0.8`.
-
-    Raises:
-        LatelierError: for a part that is not a class and four numbers.
-    """
-    if text.endswith(".json"):
-        try:
-            return json.loads(Path(text).read_text())
-        except (OSError, ValueError) as error:
-            raise LatelierError(f"The layout {text} cannot be read ({error}).") from None
-    boxes = []
-    for part in filter(None, (part.strip() for part in text.split(";"))):
-        *name, x0, y0, x1, y1 = ["", "", "", "", *part.split()]
-        try:
-            boxes.append((" ".join(filter(None, name)), *map(float, (x0, y0, x1, y1))))
-        except ValueError:
-            raise LatelierError(f"Layout {part!r} is not a class and four numbers, such as 'owl 0 0 0.5 1'.") from None
-    return boxes
-
-
-def _part(pipeline: LatentDiffusionPipeline, name: str, does: str) -> Any:
-    known = parts(pipeline.conditioner)
+def _component(pipeline: LatentDiffusionPipeline, name: str, does: str) -> Any:
+    known = components(pipeline.conditioner)
     if name not in known:
-        told = " and ".join(known) or "nothing"
-        raise LatelierError(f"This model was not trained to {does}: it is told {told}, not {name}.")
+        found = " and ".join(known) or "nothing"
+        raise LatelierError(f"This model was not trained to {does}: it is conditioned on {found}, not {name}.")
     return known[name]
 
 
@@ -127,7 +109,7 @@ def reconstruct(tokenizer: str, images: list[Path], out: Path, size: int, channe
         images: files and folders.
         out: a PNG file.
         size: side in pixels to which images are cropped.
-        channels: decode only the first so many latent channels, a row for each; nothing decodes all.
+        channels: decode only the first k latent channels, a row of images for each k; nothing decodes all.
 
     Returns:
         Mean PSNR in dB of each row.
@@ -135,31 +117,21 @@ def reconstruct(tokenizer: str, images: list[Path], out: Path, size: int, channe
     Raises:
         LatelierError: if the tokenizer or the images cannot be opened, or do not fit.
     """
-    from latelier.evaluation.reconstruction import psnr
-    from latelier.images import make_columns, save_png
-    from latelier.opening import best_device
-    from latelier.tokenizers.codec import Codec
-
     folder = Path(tokenizer)
     path = folder / "tokenizer" if (folder / "tokenizer").is_dir() else tokenizer
     codec = Codec.from_pretrained(path, precision="auto").to(best_device())
     codec.latent_shape(size, size)
-    image_batches = _read_images(images, codec.image_channels, size)
+    originals = _read_images(images, codec.image_channels, size)
     with torch.no_grad():
-        latents = [codec.encode(x[None].to(codec.device)) for x in image_batches]
+        latents = [codec.encode(x[None].to(codec.device)) for x in originals]
         lengths: list[int | None] = [*channels] or [None]
         rows = [torch.cat([codec.decode(z, length).clamp(-1, 1).cpu() for z in latents]) for length in lengths]
-    save_png(make_columns([image_batches, *rows], columns=min(8, len(image_batches))), out)
-    return [psnr(row, image_batches).mean().item() for row in rows]
+    save_png(make_columns([originals, *rows], columns=min(8, len(originals))), out)
+    return [psnr(row, originals).mean().item() for row in rows]
 
 
 def _read_images(paths: list[Path], channels: int, size: int) -> Tensor:
     """Image files, and those in folders, centre-cropped to a square, `(n, c, size, size)` in [-1, 1]."""
-    from PIL import Image
-
-    from latelier.data.records import UNREADABLE
-    from latelier.data.transforms import Transform, to_float
-
     transform = Transform((size, size), channels, flip=False)
     files = [f for path in paths for f in (sorted(path.rglob("*")) if path.is_dir() else [path]) if f.is_file()]
     tensors = []

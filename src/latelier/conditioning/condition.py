@@ -1,4 +1,4 @@
-"""What a denoiser may be told beside `x_t` and `t`, and the conditioners that say it.
+"""The `Condition` of a denoiser, the conditioner of classes, and several conditioners at once.
 
 Every task reduces to three injections: a vector (added to the time embedding), tokens (cross-attention or prefix),
 and spatial channels (concatenated to `x_t`).
@@ -6,38 +6,32 @@ and spatial channels (concatenated to `x_t`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from jaxtyping import Bool, Float
+from pydantic import Field
 from torch import Tensor, nn
 
+from latelier.conditioning import CONDITIONERS
 from latelier.errors import LatelierError
-
-if TYPE_CHECKING:
-    from latelier.conditioning import DataSpec
-    from latelier.recipe.condition import ClassCondition
+from latelier.sections import Section, Unit
 
 
 @dataclass
 class Condition:
-    """Three optional injections into a denoiser.
+    """Three optional injections into a denoiser."""
 
-    Attributes:
-        vector: `(b, d)`, added to the time embedding (adaLN).
-        tokens: `(b, n, d)`, for cross-attention or as prefix tokens.
-        mask: `(b, n)`, true where a token counts.
-        spatial: `(b, c, *grid)`, concatenated to `x_t`.
-    """
-
-    vector: Float[Tensor, "b d"] | None = None
-    tokens: Float[Tensor, "b n k"] | None = None
-    mask: Bool[Tensor, "b n"] | None = None
-    spatial: Float[Tensor, "b c *grid"] | None = None
+    vector: Float[Tensor, "b d"] | None = None  # added to the time embedding (adaLN)
+    tokens: Float[Tensor, "b n k"] | None = None  # for cross-attention or as prefix tokens
+    mask: Bool[Tensor, "b n"] | None = None  # true where a token counts
+    spatial: Float[Tensor, "b c *grid"] | None = None  # concatenated to `x_t`
 
     @staticmethod
     def cat(conditions: list[Condition]) -> Condition:
@@ -46,14 +40,43 @@ class Condition:
         return Condition(**{k: None if v[0] is None else torch.cat(v) for k, v in columns.items()})
 
 
+@dataclass(frozen=True)
+class DataSpec:
+    """The data and the denoiser that conditioners are built for; None for what the data have not."""
+
+    class_names: list[str] | None  # index = label
+    box_names: list[str] | None  # of the classes of boxes
+    segmentation_classes: int | None  # how many ids the label maps have
+    captions: Callable[[], Iterator[str]] | None  # one pass over the training captions
+    latent_shape: tuple[int, ...]  # (c, *grid)
+    factor: int  # pixels along a side of a latent position
+    image_channels: int
+    vector_width: int  # of the denoiser's time embedding
+    prefers_tokens: bool  # whether the denoiser has cross-attention by nature (U-Nets) rather than adaLN
+    seed: int  # the run's
+
+
+# -- classes -----------------------------------------------------------------------------------------------------------
+
+
+class ClassCondition(Section):
+    """The image's class."""
+
+    kind: Literal["class"]
+    inject: Literal["auto", "vector", "tokens"] = Field(
+        "auto", description="added to the time embedding, or through cross-attention; auto: what the denoiser has"
+    )
+    dim: int = Field(512, ge=1, description="width of the token, when it is one")
+    dropout: Unit = Field(0.1, description="share of images without their class, for classifier-free guidance")
+
+
 class ClassConditioner(ModelMixin, ConfigMixin):
     """A learned vector for each class, and one more, the null class, for label dropout and guidance.
 
     Args:
-        num_classes: number of classes, `y` in [0, num_classes).
+        num_classes, names: how many, and their names for users, index = label.
         dim: width of the vector: the denoiser's, or that of its cross-attention.
         null: whether the table has a row for "no class" (DiT: only if labels are dropped in training).
-        names: the classes' names, index = label, so that sampling can ask by name.
         inject: `vector` is added to the time embedding (DiT), `tokens` is the one token of cross-attention (LDM).
     """
 
@@ -65,13 +88,9 @@ class ClassConditioner(ModelMixin, ConfigMixin):
         self, num_classes: int, dim: int, null: bool = True, names: list[str] | None = None, inject: str = "vector"
     ):
         super().__init__()
+        self.token_width = dim if inject == "tokens" else 0
         self.embedding_table = nn.Embedding(num_classes + int(null), dim)
         nn.init.normal_(self.embedding_table.weight, std=0.02)
-
-    @property
-    def token_width(self) -> int:
-        """Width of the token; 0 if it is a vector."""
-        return self.config["dim"] if self.config["inject"] == "tokens" else 0
 
     def prepare(self, batch: Mapping[str, Any], codec: Any) -> dict[str, Tensor]:
         """Nothing is made from the images."""
@@ -86,22 +105,16 @@ class ClassConditioner(ModelMixin, ConfigMixin):
         return Condition(tokens=embedded[:, None]) if self.token_width else Condition(vector=embedded)
 
     def null(self, batch_size: int) -> Condition:
-        """The condition that says nothing, for guidance."""
+        """The condition of the null class, for guidance."""
         return self({"label": torch.full((batch_size,), self._null_index(), device=self.device)})
 
     def inputs(self, wanted: list[Any], size: tuple[int, int] | None = None) -> dict[str, Tensor]:
-        """Class names or indices, as a user gives them, to the batch that `forward` takes."""
+        """Class names or indices to `label`."""
         return {"label": torch.tensor([self.index(w) for w in wanted])}
 
     def index(self, wanted: int | str) -> int:
         """A class's index from its index, its name, or its index in a string."""
-        names = self.config["names"] or []
-        if wanted in names:
-            return names.index(wanted)
-        if str(wanted).isdigit() and int(wanted) < self.config["num_classes"]:
-            return int(wanted)
-        known = ", ".join(map(str, names)) if names else f"0..{self.config['num_classes'] - 1}"
-        raise LatelierError(f"Unknown class {wanted!r}; this model knows: {known}.")
+        return class_index(wanted, self.config["names"] or [], self.config["num_classes"], "class")
 
     def _null_index(self) -> int:
         if not self.config["null"]:
@@ -109,22 +122,139 @@ class ClassConditioner(ModelMixin, ConfigMixin):
         return self.config["num_classes"]
 
 
-def build(section: ClassCondition, spec: DataSpec) -> ClassConditioner:
-    """A class conditioner for the data's classes.
+def class_index(wanted: Any, names: Sequence[str], count: int, what: str) -> int:
+    """A class's index from its index, its name, or its index in a string; `what` it is, for the message."""
+    if wanted in names:
+        return list(names).index(wanted)
+    if str(wanted).isdigit() and int(wanted) < count:
+        return int(wanted)
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    known = ", ".join(map(str, names[:20])) + more if names else f"0..{count - 1}"
+    raise LatelierError(f"Unknown {what} {wanted!r}; this model knows: {known}.")
 
-    Raises:
-        LatelierError: if the images have no classes.
-    """
+
+def build(section: ClassCondition, spec: DataSpec) -> ClassConditioner:
+    """A conditioner for the data's classes; an error if the images have none."""
     if not spec.class_names:
         raise LatelierError(
             "denoiser.condition = 'class', but the data has no classes; put images into one folder per class, "
             "name the column with data.label_key, or set denoiser.condition=none sample.guidance=1."
         )
     tokens = section.inject == "tokens" or (section.inject == "auto" and spec.prefers_tokens)
-    return ClassConditioner(
-        len(spec.class_names),
-        section.dim if tokens else spec.vector_width,
-        null=section.dropout > 0,
-        names=list(spec.class_names),
-        inject="tokens" if tokens else "vector",
+    width, inject = (section.dim, "tokens") if tokens else (spec.vector_width, "vector")
+    return ClassConditioner(len(spec.class_names), width, section.dropout > 0, list(spec.class_names), inject)
+
+
+# -- several conditions ------------------------------------------------------------------------------------------------
+
+
+class CompositeConditioner(ModelMixin, ConfigMixin):
+    """Several conditioners: vectors are added, tokens follow one another, spatial channels are stacked.
+
+    Args:
+        about: the components by `input_name`: `{"module": ..., "class": ..., "config": {...}}`, as `of` writes them.
+    """
+
+    input_name = None
+
+    @register_to_config
+    def __init__(self, about: dict[str, dict[str, Any]]):
+        super().__init__()
+        self.components = nn.ModuleDict({name: _build_component(entry) for name, entry in about.items()})
+
+    @classmethod
+    def of(cls, conditioners: list[Any]) -> CompositeConditioner:
+        """The composite of conditioners that are built already."""
+        about = {
+            c.input_name: {
+                "module": type(c).__module__,
+                "class": type(c).__name__,
+                "config": {k: v for k, v in c.config.items() if not k.startswith("_")},
+            }
+            for c in conditioners
+        }
+        with torch.device("meta"):  # the components are here already, with their weights and whatever they froze
+            composite = cls(about)
+        for conditioner in conditioners:
+            composite.components[conditioner.input_name] = conditioner
+        return composite
+
+    @property
+    def token_width(self) -> int:
+        """Width of all tokens; 0 if there are none."""
+        return max(component.token_width for component in self.components.values())
+
+    @property
+    def spatial_channels(self) -> int:
+        """Channels that are concatenated to `x_t`."""
+        return sum(component.spatial_channels for component in self.components.values())
+
+    def prepare(self, batch: Mapping[str, Any], codec: Any) -> dict[str, Tensor]:
+        """What all components prepare."""
+        merged: dict[str, Tensor] = {}
+        for component in self.components.values():
+            merged |= component.prepare(batch, codec)
+        return merged
+
+    def forward(
+        self, batch: Mapping[str, Any], drop: Bool[Tensor, " b"] | Bool[Tensor, "b k"] | None = None
+    ) -> Condition:
+        """The merged condition; `drop` is `(b,)` for all components alike, or `(b, k)` with a column for each."""
+        columns = [drop if drop is None or drop.ndim == 1 else drop[:, i] for i in range(len(self.components))]
+        return merge([component(batch, column) for component, column in zip(self.components.values(), columns)])
+
+
+def merge(conditions: list[Condition]) -> Condition:
+    """Vectors added, tokens one after another, spatial channels stacked."""
+    vectors = [c.vector for c in conditions if c.vector is not None]
+    spatial = [c.spatial for c in conditions if c.spatial is not None]
+    tokens = [c.tokens for c in conditions if c.tokens is not None]
+    masks = [c.mask for c in conditions if c.tokens is not None]
+    mask = None
+    if any(m is not None for m in masks):
+        every = [torch.ones(t.shape[:2], dtype=torch.bool, device=t.device) for t in tokens]
+        mask = torch.cat([ones if m is None else m for m, ones in zip(masks, every)], dim=1)  # (b, n)
+    return Condition(
+        vector=sum(vectors[1:], vectors[0]) if vectors else None,  # (b, d)
+        tokens=torch.cat(tokens, dim=1) if tokens else None,  # (b, n, k)
+        mask=mask,
+        spatial=torch.cat(spatial, dim=1) if spatial else None,  # (b, c, *grid)
     )
+
+
+def components(conditioner: ModelMixin | None) -> dict[str, Any]:
+    """The components of a composite by `input_name`; any other conditioner is its only component."""
+    if conditioner is None:
+        return {}
+    if isinstance(conditioner, CompositeConditioner):
+        return dict(conditioner.components.items())
+    return {conditioner.input_name: conditioner}  # type: ignore[dict-item]
+
+
+def build_conditioner(sections: Sequence[Any], spec: DataSpec) -> ModelMixin | None:
+    """One conditioner for all sections of a recipe, None for none; an error if two sections do not go together."""
+    kinds = [section.kind for section in sections]
+    built = [importlib.import_module(CONDITIONERS[section.kind]).build(section, spec) for section in sections]
+    if len(set(kinds)) < len(kinds):
+        raise LatelierError(f"denoiser.condition names a kind twice: {', '.join(kinds)}.")
+    widths = {kind: conditioner.token_width for kind, conditioner in zip(kinds, built) if conditioner.token_width}
+    if len(set(widths.values())) > 1:
+        found = ", ".join(f"{kind} {width}" for kind, width in widths.items())
+        raise LatelierError(f"The tokens of denoiser.condition must be equally wide, not {found}; set their `dim`.")
+    if len(built) < 2:
+        return built[0] if built else None
+    return CompositeConditioner.of(built)
+
+
+def _build_component(about: dict[str, Any]) -> nn.Module:
+    """A component from what `of` wrote; only models of modules that are imported already are built."""
+    for module in CONDITIONERS.values():
+        importlib.import_module(module)
+    cls = getattr(sys.modules.get(about["module"]), about["class"], None)
+    if not (isinstance(cls, type) and issubclass(cls, ModelMixin)):
+        name = f"{about['module']}.{about['class']}"
+        raise LatelierError(f"The conditioner {name} is not known; import its module first.")
+    return cls(**about["config"])
+
+
+SECTIONS = (ClassCondition,)

@@ -1,51 +1,58 @@
 """Layouts: boxes with classes as a sequence of tokens, read by a transformer that is trained along.
 
 An object is three tokens: its class (with flags such as "a group of"), its top-left and its bottom-right corner on a
-grid. Two more tokens may tell which part of the image is seen (Rombach et al. 2022, after Esser et al. 2021).
+grid. Two more tokens may say which part of the image is seen (Rombach et al. 2022, after Esser et al. 2021).
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from jaxtyping import Bool, Float, Int
+from pydantic import Field
 from torch import Tensor, nn
 
-from latelier.conditioning.condition import Condition
+from latelier.conditioning.condition import Condition, DataSpec, class_index
 from latelier.conditioning.spatial import blank, grid_of, require_grid
 from latelier.conditioning.transformer import TokenTransformer
 from latelier.errors import LatelierError
 from latelier.keyed_random import fold_in
 from latelier.layers import sincos_positions
-
-if TYPE_CHECKING:
-    from latelier.conditioning import DataSpec
-    from latelier.recipe.condition import LayoutCondition
-    from latelier.tokenizers.codec import Codec
+from latelier.sections import Section, Unit
 
 # Bits of a box's flags that a class token carries: 1 group of, 2 occluded, 4 depiction, 8 inside.
 FLAG_BITS = {"coco": 0b0001, "openimages": 0b1111}
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 
 
+class LayoutCondition(Section):
+    """Boxes with classes, as tokens, and drawn on the latents' grid if asked for."""
+
+    kind: Literal["layout"]
+    form: Literal["coco", "openimages"] = Field("coco", description="which flags of a box its class token may carry")
+    objects: int = Field(30, ge=1, description="the most that an image may have; the smallest beyond it are left out")
+    crop: bool = Field(True, description="whether two more tokens say which part of the image is seen")
+    tokens: int = Field(8192, ge=16, description="size of the vocabulary; its root is the grid of corners")
+    dim: int = Field(512, ge=1)
+    layers: int = Field(16, ge=1)
+    heads: int = Field(8, ge=1)
+    head_dim: int = Field(64, ge=1)
+    layout_map_channels: int = Field(0, ge=0, description="channels of a map of the boxes beside the tokens; 0: none")
+    dropout: Unit = Field(0.1, description="share of images whose layout is empty")
+
+
 def layout_tokens(
-    boxes: Float[Tensor, "n 4"],
-    labels: Int[Tensor, " n"],
-    flags: Int[Tensor, " n"] | None,
-    n_classes: int,
-    form: str = "openimages",
-    tokens: int = 8192,
-    objects: int = 30,
-    tell_crop: bool = True,
-    crop: Sequence[float] = WHOLE,
-    flip: bool = False,
-    order: Sequence[int] | None = None,
-) -> Int[Tensor, " m"]:
+    boxes: Float[Tensor, "n 4"], labels: Int[Tensor, " n"], flags: Int[Tensor, " n"] | None, n_classes: int,
+    form: str = "openimages", tokens: int = 8192, objects: int = 30, with_crop: bool = True,
+    crop: Sequence[float] = WHOLE, flip: bool = False, order: Sequence[int] | None = None,
+) -> Int[Tensor, " m"]:  # fmt: skip
     """The tokens of one image's layout.
 
     Objects outside of the crop are left out. When there are more than `objects`, the largest stay; the original leaves
@@ -53,19 +60,17 @@ def layout_tokens(
 
     Args:
         boxes: x0 y0 x1 y1 relative to the whole image.
-        labels: classes in [0, n_classes).
-        flags: bits of `FLAG_BITS`; None for no flags.
-        n_classes: number of classes.
+        labels, flags: classes in [0, n_classes), and bits of `FLAG_BITS`; None for no flags.
         form: which flags a class token carries: class + n_classes * flags.
         tokens: size of the vocabulary; the last one stands for nothing.
         objects: most objects.
-        tell_crop: whether boxes are told in the whole image, and the crop is too; else boxes are told in the crop.
+        with_crop: boxes are relative to the whole image, and two more tokens give the crop; else relative to the crop.
         crop: x0 y0 x1 y1 of the part that is seen.
         flip: whether the image is mirrored, after it was cropped.
         order: permutation of the boxes; by default they keep their order.
 
     Returns:
-        `3 * objects` tokens, and two more if the crop is told.
+        `3 * objects` tokens, and two more for the crop.
     """
     boxes, frame = boxes.double(), torch.tensor(crop, dtype=torch.float64)
     area = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)  # (n,)
@@ -74,15 +79,15 @@ def layout_tokens(
     largest = set(sorted(kept, key=lambda i: -area[i])[:objects])
     kept = [i for i in kept if i in largest]
     boxes = boxes[kept]  # (k, 4)
-    if not tell_crop:
+    if not with_crop:
         boxes = _within(boxes, frame)
     kinds = labels[kept]
     if flags is not None:
         kinds = kinds + n_classes * (flags[kept] & FLAG_BITS[form])
     triples = torch.cat([kinds[:, None], _corners(boxes, tokens, flip)], dim=1)  # (k, 3)
-    out = torch.full((3 * objects + 2 * tell_crop,), tokens - 1)
+    out = torch.full((3 * objects + 2 * with_crop,), tokens - 1)
     out[: triples.numel()] = triples.flatten()
-    if tell_crop:
+    if with_crop:
         out[-2:] = _corners(frame[None], tokens, flip)[0]
     return out
 
@@ -117,16 +122,13 @@ class LayoutConditioner(ModelMixin, ConfigMixin):
         names: of the classes of boxes, index = label.
         form: `coco` or `openimages`, see `layout_tokens`.
         objects: most objects of an image.
-        crop: whether two tokens tell which part of the image is seen.
+        crop: whether two tokens say which part of the image is seen.
         tokens: size of the vocabulary.
         dim, layers, heads, head_dim: of the transformer.
         seed: of the order of objects, which is another one each time an image is seen.
         layout_map_channels: of a map of the boxes on the latents' grid, concatenated to `x_t`; 0 is the paper's, tokens
             alone. With the map, the model need not learn which positions a box means, which takes long.
         latent_factor: pixels along a side of a latent position, of the map.
-
-    Raises:
-        LatelierError: if classes with flags do not fit into the vocabulary.
     """
 
     input_name = "layouts"
@@ -137,18 +139,12 @@ class LayoutConditioner(ModelMixin, ConfigMixin):
         self,
         names: list[str],
         form: str = "coco",
-        objects: int = 30,
-        crop: bool = True,
-        tokens: int = 8192,
-        dim: int = 512,
-        layers: int = 16,
-        heads: int = 8,
-        head_dim: int = 64,
-        seed: int = 0,
-        layout_map_channels: int = 0,
-        latent_factor: int = 1,
-    ):
+        objects: int = 30, crop: bool = True, tokens: int = 8192,
+        dim: int = 512, layers: int = 16, heads: int = 8, head_dim: int = 64,
+        seed: int = 0, layout_map_channels: int = 0, latent_factor: int = 1,
+    ):  # fmt: skip
         super().__init__()
+        self.token_width, self.spatial_channels = dim, layout_map_channels
         kinds = len(names) * (FLAG_BITS[form] + 1)
         if kinds >= tokens:
             raise LatelierError(
@@ -158,11 +154,6 @@ class LayoutConditioner(ModelMixin, ConfigMixin):
         self.transformer = TokenTransformer(tokens, self.length, dim, layers, heads, head_dim)
         self._begin(kinds)
         self.map_proj = nn.Conv2d(len(names), layout_map_channels, 1, bias=False) if layout_map_channels else None
-
-    @property
-    def spatial_channels(self) -> int:
-        """Channels that are concatenated to `x_t`."""
-        return self.config["layout_map_channels"]
 
     def _begin(self, kinds: int) -> None:
         """Corners begin as the sinusoids of their places, as images' do, so that neighbours are alike from the start.
@@ -177,31 +168,20 @@ class LayoutConditioner(ModelMixin, ConfigMixin):
             for table in (tokens[:kinds], tokens[-1:], self.transformer.pos_embed.weight):
                 nn.init.normal_(table, std=0.5**0.5)  # the standard deviation of sinusoids
 
-    @property
-    def token_width(self) -> int:
-        """Width of the tokens that come out."""
-        return self.config["dim"]
-
-    # -- what a user asks for -----------------------------------------------------------------------------------------
-
     def inputs(self, wanted: list[Any], size: tuple[int, int]) -> dict[str, list[Tensor]]:
-        """Layouts, a list of objects for each image, as record entries.
+        """Layouts, one for each image of `size` (height, width), as record entries.
 
-        Args:
-            wanted: objects are `(class, x0, y0, x1, y1)` or `{"class": ..., "box": [x0, y0, x1, y1], "flags": bits}`;
-                the class by name or index, the box relative to the image, flags as in `FLAG_BITS`, 0 by default.
-            size: height and width of the images to draw.
-
-        Raises:
-            LatelierError: for an unknown class, a box that is none, or too many objects.
+        A layout is a list of `(class, x0, y0, x1, y1)` or `{"class": ..., "box": [x0, y0, x1, y1], "flags": bits}`,
+        the class by name or index, the box relative to the image; or a text or JSON file of them, see `read_layout`.
         """
         entries: dict[str, list[Tensor]] = {"boxes": [], "box_labels": [], "box_flags": [], "layout_size": []}
         for layout in wanted:
-            if not isinstance(layout, Sequence) or isinstance(layout, str):
+            layout = read_layout(layout) if isinstance(layout, str) else layout
+            if not isinstance(layout, Sequence):
                 raise LatelierError(f"layouts has {layout!r}; give a list of objects (class, x0, y0, x1, y1) for each.")
             if len(layout) > self.config["objects"]:
                 raise LatelierError(
-                    f"A layout has {len(layout)} objects, but this model is told {self.config['objects']} at most."
+                    f"A layout has {len(layout)} objects, but this model reads {self.config['objects']} at most."
                 )
             objects = [self._object(item) for item in layout]
             entries["boxes"].append(torch.tensor([box for _, box, _ in objects]).view(-1, 4))  # (n, 4)
@@ -231,74 +211,50 @@ class LayoutConditioner(ModelMixin, ConfigMixin):
         return self.index(kind), box, flags
 
     def index(self, wanted: Any) -> int:
-        """A class's index from its index, its name, or its index in a string.
-
-        Raises:
-            LatelierError: for an unknown class.
-        """
-        names = self.config["names"]
-        if wanted in names:
-            return names.index(wanted)
-        if str(wanted).isdigit() and int(wanted) < len(names):
-            return int(wanted)
-        shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-        raise LatelierError(f"Unknown class of boxes {wanted!r}; this model knows: {shown}.")
-
-    # -- batches ------------------------------------------------------------------------------------------------------
+        """A class's index from its index, its name, or its index in a string."""
+        return class_index(wanted, self.config["names"], len(self.config["names"]), "class of boxes")
 
     @torch.no_grad()
-    def prepare(self, batch: Mapping[str, Any], codec: Codec | None = None) -> dict[str, Tensor]:
-        """`layout_tokens (b, n)` int64 of a batch's boxes and, if they are painted, `layout_map (b, classes, *grid)`.
+    def prepare(self, batch: Mapping[str, Any], codec: Any = None) -> dict[str, Tensor]:
+        """`layout_tokens (b, n)` int64 of a batch's boxes and, if there is a map, `layout_map (b, classes, *grid)`.
 
         Boxes are relative to what is seen, so that what is seen is the whole image; unless the batch has `crop`,
-        `(b, 4)` x0 y0 x1 y1 of what is seen in the image that it was cut from. Objects are shuffled by
-        `batch["draw"]`; without it, as when a user asks for a layout, they keep their order.
+        `(b, 4)` x0 y0 x1 y1 of what is seen in the image that it was cut from. Objects are shuffled,
+        keyed by `batch["sample_id"]`; without it they keep their order.
         """
         rows = [self._row(batch, i) for i in range(len(batch["boxes"]))]
-        told = {"layout_tokens": torch.stack(rows).to(self.device)}  # (b, n)
+        entries = {"layout_tokens": torch.stack(rows).to(self.device)}  # (b, n)
         if self.map_proj is not None:
             size = batch["image"].shape[2:] if "image" in batch else batch["layout_size"][0].tolist()
             grid = grid_of((size[0], size[1]), self.config["latent_factor"])
             kinds = len(self.config["names"])
             maps = [draw_layout_map(b, k, kinds, grid) for b, k in zip(batch["boxes"], batch["box_labels"])]
-            told["layout_map"] = torch.stack(maps).to(self.device)  # (b, k, *grid)
-        return told
+            entries["layout_map"] = torch.stack(maps).to(self.device)  # (b, k, *grid)
+        return entries
 
     def _row(self, batch: Mapping[str, Any], i: int) -> Int[Tensor, " n"]:
         boxes, labels = batch["boxes"][i].cpu().double(), batch["box_labels"][i].cpu()  # (n, 4), (n,)
         order, crop = None, WHOLE
         if "sample_id" in batch:
-            generator = torch.Generator().manual_seed(
-                fold_in(self.config["seed"], "order of objects", int(batch["sample_id"][i]))
-            )
+            seed = fold_in(self.config["seed"], "order of objects", int(batch["sample_id"][i]))
+            generator = torch.Generator().manual_seed(seed)
             order = torch.randperm(len(boxes), generator=generator).tolist()
         if "crop" in batch and self.config["crop"]:
             corner, end = batch["crop"][i].cpu().double().split(2)  # (2,), (2,)
             boxes = corner.repeat(2) + boxes * (end - corner).repeat(2)  # (n, 4), in the whole image
             crop = (*corner.tolist(), *end.tolist())
-        return layout_tokens(
-            boxes,
-            labels,
-            batch["box_flags"][i].cpu() if "box_flags" in batch else None,
-            len(self.config["names"]),
-            form=self.config["form"],
-            tokens=self.config["tokens"],
-            objects=self.config["objects"],
-            tell_crop=self.config["crop"],
-            crop=crop,
-            order=order,
-        )
+        flags = batch["box_flags"][i].cpu() if "box_flags" in batch else None
+        names, form, tokens, objects, seen = (self.config[k] for k in ("names", "form", "tokens", "objects", "crop"))
+        return layout_tokens(boxes, labels, flags, len(names), form, tokens, objects, seen, crop, order=order)
 
     def forward(self, batch: Mapping[str, Any], drop: Bool[Tensor, " b"] | None = None) -> Condition:
-        """Tokens `(b, n, d)` of `batch["layout_tokens"]`, and the map if there is one; rows where `drop` is true get
-        those of no layout at all.
-        """
+        """Tokens `(b, n, d)`, and the map if there is one; rows where `drop` is true get those of no layout at all."""
         tokens = batch["layout_tokens"].to(self.device)  # (b, n)
         if drop is not None:
             tokens = tokens.masked_fill(drop.to(tokens.device)[:, None], self.config["tokens"] - 1)
-        spatial = (
-            None if self.map_proj is None else blank(self.map_proj(batch["layout_map"].to(self.map_proj.weight)), drop)
-        )
+        spatial = None
+        if self.map_proj is not None:
+            spatial = blank(self.map_proj(batch["layout_map"].to(self.map_proj.weight)), drop)  # (b, c, *grid)
         return Condition(tokens=self.transformer(tokens), spatial=spatial)
 
 
@@ -307,11 +263,7 @@ def draw_layout_map(
 ) -> Float[Tensor, "k h w"]:
     """How much of each position's square the boxes of every class cover; where several do, the one that covers most.
 
-    Args:
-        boxes: x0 y0 x1 y1 relative to what is seen.
-        labels: classes in [0, kinds).
-        kinds: number of classes.
-        grid: height and width of the latents.
+    Boxes are x0 y0 x1 y1 relative to what is seen, labels are in [0, kinds), `grid` is the latents' height and width.
     """
     height, width = grid
     x0, y0, x1, y1 = (side[:, None] for side in boxes.float().cpu().unbind(dim=1))  # (n, 1)
@@ -327,29 +279,33 @@ def draw_layout_map(
     return found
 
 
-def build(section: LayoutCondition, spec: DataSpec) -> LayoutConditioner:
-    """The conditioner of a recipe's section.
+def read_layout(text: str) -> list[Any]:
+    """Objects from a JSON file, or from words: `owl 0.1 0.2 0.5 0.9; red apple 0.6 0.5 0.9 0.8`."""
+    if text.endswith(".json"):
+        try:
+            return json.loads(Path(text).read_text())
+        except (OSError, ValueError) as error:
+            raise LatelierError(f"The layout {text} cannot be read ({error}).") from None
+    objects = []
+    for part in filter(None, (part.strip() for part in text.split(";"))):
+        *name, x0, y0, x1, y1 = ["", "", "", "", *part.split()]
+        try:
+            objects.append((" ".join(filter(None, name)), *map(float, (x0, y0, x1, y1))))
+        except ValueError:
+            raise LatelierError(f"Layout {part!r} is not a class and four numbers, such as 'owl 0 0 0.5 1'.") from None
+    return objects
 
-    Raises:
-        LatelierError: if the data have no boxes, or too many classes.
-    """
+
+def build(section: LayoutCondition, spec: DataSpec) -> LayoutConditioner:
+    """The conditioner of a recipe's section, or an error if the data have no boxes, or too many classes."""
     if spec.box_names is None:
         raise LatelierError(
             "denoiser.condition is layout, but the data have no boxes; give them by data.boxes or a column `objects`."
         )
     if section.layout_map_channels:
         require_grid(spec, section.kind)
-    return LayoutConditioner(
-        names=list(spec.box_names),
-        form=section.form,
-        objects=section.objects,
-        crop=section.crop,
-        tokens=section.tokens,
-        dim=section.dim,
-        layers=section.layers,
-        heads=section.heads,
-        head_dim=section.head_dim,
-        seed=spec.seed,
-        layout_map_channels=section.layout_map_channels,
-        latent_factor=spec.factor,
-    )
+    settings = section.model_dump(exclude={"kind", "dropout"})
+    return LayoutConditioner(names=list(spec.box_names), seed=spec.seed, latent_factor=spec.factor, **settings)
+
+
+SECTIONS = (LayoutCondition,)

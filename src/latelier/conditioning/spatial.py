@@ -1,116 +1,50 @@
-"""Conditions that are concatenated to `x_t` (LDM, section 3.3): what they share, and the plainest, an image-like map.
+"""Conditions that are concatenated to `x_t` (LDM, section 3.3): maps, label maps, small images, images with holes.
 
-All of them end as channels on the latents' grid, whatever the size of the image. A row that is told nothing has zeros
-there. What users hand over as images, files or arrays is read here too.
+All of them end as channels on the latents' grid, whatever the size of the image. Dropped rows are zeros there, but for
+inpainting, where all of a dropped row is a hole.
+
+segmentation     a map of classes, one-hot, rescaled and projected (LDM, section 4.3.2 and appendix)
+low-resolution   the small image of super-resolution, not encoded (section 4.4)
+inpainting       the latents of the image with black holes, and the mask (section 4.5)
+map              any other image-like map: depth, edges, a sketch
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from jaxtyping import Bool, Float
-from PIL import Image, ImageOps
+from jaxtyping import Bool, Float, Int
+from pydantic import Field
 from torch import Tensor, nn
 
-from latelier.conditioning.condition import Condition
-from latelier.data.records import UNREADABLE
-from latelier.data.transforms import to_float
+from latelier.conditioning.condition import Condition, DataSpec
+from latelier.conditioning.inputs import by, open_image, read_image, read_mask
+from latelier.data.corruptions import SETTINGS, degrade, draw_masks
+from latelier.data.transforms import nearest
 from latelier.errors import LatelierError
+from latelier.sections import Section, Unit
 from latelier.tokenizers.codec import check_size
 
-if TYPE_CHECKING:
-    from latelier.conditioning import DataSpec
-    from latelier.recipe.condition import MapCondition
-
-
-class MapConditioner(ModelMixin, ConfigMixin):
-    """An image-like map (depth, edges, a sketch), averaged down to the latents' grid.
-
-    Args:
-        map_channels: of the map.
-        channels: after a learned projection without bias; None leaves the map as it is.
-        latent_factor: pixels along a side of a latent position.
-    """
-
-    input_name = "maps"
-    token_width = 0
-
-    @register_to_config
-    def __init__(self, map_channels: int = 1, channels: int | None = None, latent_factor: int = 8):
-        super().__init__()
-        self.register_buffer("one", torch.ones(1))  # gives the module a device and its weights file a content
-        self.projection = nn.Conv2d(map_channels, channels, 1, bias=False) if channels else nn.Identity()
-
-    @property
-    def spatial_channels(self) -> int:
-        """Channels that are concatenated to `x_t`."""
-        return self.config["channels"] or self.config["map_channels"]
-
-    def prepare(self, batch: Mapping[str, Any], codec: Any) -> dict[str, Tensor]:
-        """Nothing is made from the images; `batch["map"]` `(b, c, h, w)` is checked.
-
-        Raises:
-            LatelierError: if there are no maps, or they have other channels.
-        """
-        found = needed(batch, "map", "map").shape[1]
-        if found != self.config["map_channels"]:
-            raise LatelierError(
-                f"The maps have {found} channels, but the model was made for {self.config['map_channels']}; "
-                "set the condition's map_channels to that of the data."
-            )
-        return {}
-
-    def forward(self, batch: Mapping[str, Any], drop: Bool[Tensor, " b"] | None = None) -> Condition:
-        """The condition of `batch["map"]` `(b, c, h, w)` in [-1, 1]; rows where `drop` is true get zeros."""
-        values = batch["map"].to(self.device, self.dtype)  # (b, c, h, w)
-        grid = grid_of((values.shape[2], values.shape[3]), self.config["latent_factor"])
-        spatial = self.projection(F.interpolate(values, size=grid, mode="area"))  # (b, k, *grid)
-        return Condition(spatial=blank(spatial, drop))
-
-    def inputs(self, wanted: list[Any], size: tuple[int, int]) -> dict[str, Any]:
-        """Maps as a user gives them (see `read_image`), resized to `size`, height and width, to `map`."""
-        maps = [read_image(entry, self.config["map_channels"], self.input_name)[None] for entry in wanted]
-        resized = [
-            m if m.shape[2:] == size else F.interpolate(m, size=size, mode="bilinear", antialias=True) for m in maps
-        ]
-        return {"map": torch.cat(resized)}  # (b, c, h, w)
-
-
-def build_map(section: MapCondition, spec: DataSpec) -> MapConditioner:
-    """A conditioner for the data's maps.
-
-    Raises:
-        LatelierError: if the latents are no grid.
-    """
-    require_grid(spec, section.kind)
-    return MapConditioner(section.map_channels, section.channels, spec.factor)
-
-
-# -- what conditioners share -------------------------------------------------------------------------------------------
+LABEL_MODES = ("1", "L", "P", "I")  # of PIL; and I;16 in its byte orders
 
 
 def require_grid(spec: DataSpec, kind: str) -> None:
-    """Refuse latents of one axis: there is no place to put an image's plane to."""
+    """Refuse 1-D latents: there is no place to put an image's plane to."""
     if len(spec.latent_shape) != 3:
         raise LatelierError(
-            f"denoiser.condition = {kind!r} is concatenated to latents on a grid, but the tokenizer makes "
-            f"{' x '.join(map(str, spec.latent_shape[1:]))} of them in a row; choose a tokenizer with a 2-D grid."
+            f"denoiser.condition = {kind!r} is concatenated to latents on a 2-D grid, but the tokenizer makes "
+            f"{by(spec.latent_shape[1:])} 1-D latents; choose a tokenizer with a 2-D grid."
         )
 
 
 def needed(batch: Mapping[str, Any], key: str, kind: str) -> Tensor:
-    """An entry of the batch.
-
-    Raises:
-        LatelierError: if the data lack it.
-    """
+    """An entry of the batch, or an error if the data lack it."""
     if key not in batch:
         raise LatelierError(f"denoiser.condition = {kind!r} needs data with {key!r}, but these images have none.")
     return batch[key]
@@ -131,80 +65,349 @@ def blank(
     return spatial.masked_fill(drop.to(spatial.device).view(-1, *[1] * (spatial.ndim - 1)), value)
 
 
-# -- what users hand over ----------------------------------------------------------------------------------------------
+# -- segmentation ------------------------------------------------------------------------------------------------------
 
 
-def open_image(entry: Any, input_name: str) -> Image.Image:
-    """A PIL image, or one from a file, upright.
+class SegmentationCondition(Section):
+    """A map of classes, one-hot, rescaled to the latents' grid and projected."""
 
-    Args:
-        entry: an image, or a file's path.
-        asks: the argument that it was given in, for messages.
-
-    Raises:
-        LatelierError: if it is something else, or cannot be read.
-    """
-    if isinstance(entry, str | Path):
-        if not Path(entry).is_file():
-            raise LatelierError(f"{input_name}: there is no file {str(entry)!r}.")
-        try:
-            with Image.open(entry) as image:
-                image.load()
-                return ImageOps.exif_transpose(image)
-        except UNREADABLE as error:
-            raise LatelierError(f"{input_name}: {str(entry)!r} cannot be read as an image ({error}).") from None
-    if not isinstance(entry, Image.Image):
-        raise LatelierError(f"{input_name} takes images, files or arrays, not {type(entry).__name__}.")
-    return entry
+    kind: Literal["segmentation"]
+    classes: int | None = Field(None, ge=2, description="how many ids the maps have; by default what the data say")
+    channels: int = Field(3, ge=1, description="after the projection")
+    dropout: Unit = Field(0.1, description="share of images with an empty map")
 
 
-def read_image(entry: Any, channels: int, input_name: str) -> Float[Tensor, "c h w"]:
-    """An image as a user gives it, in [-1, 1].
+class SegmentationConditioner(ModelMixin, ConfigMixin):
+    """One-hot classes, rescaled to the latents' grid, projected.
 
     Args:
-        entry: a PIL image, a file's path, an array `(h, w)` or `(h, w, c)`, or a tensor `(c, h, w)`; uint8 means
-            0..255, floats are in [-1, 1] already.
-        channels: of the result. Images and files become grey or RGB as needed.
-        asks: the argument that it was given in, for messages.
-
-    Raises:
-        LatelierError: if it cannot be read, or has other channels, other numbers, or transparent pixels.
+        classes: how many ids there are, 0 <= id < classes.
+        channels: after the projection, which has no bias.
+        latent_factor: pixels along a side of a latent position.
     """
-    if isinstance(entry, Tensor):
-        pixels = entry.detach().cpu()
-    else:
-        array = (
-            entry if isinstance(entry, np.ndarray) else _decoded(open_image(entry, input_name), channels, input_name)
-        )
-        pixels = torch.from_numpy(np.atleast_3d(array).copy()).movedim(-1, 0)
-    if pixels.ndim != 3 or len(pixels) != channels:
+
+    input_name = "segmentations"
+    token_width = 0
+
+    @register_to_config
+    def __init__(self, classes: int, channels: int = 3, latent_factor: int = 4):
+        super().__init__()
+        self.spatial_channels = channels
+        self.projection = nn.Conv2d(classes, channels, 1, bias=False)
+
+    def prepare(self, batch: Mapping[str, Any], codec: Any) -> dict[str, Tensor]:
+        """Nothing is made; the ids of `batch["segmentation"]` `(b, h, w)` are checked."""
+        self._check(needed(batch, "segmentation", "segmentation").long())
+        return {}
+
+    def forward(self, batch: Mapping[str, Any], drop: Bool[Tensor, " b"] | None = None) -> Condition:
+        """The condition of `batch["segmentation"]` `(b, h, w)`; rows where `drop` is true get zeros."""
+        ids = batch["segmentation"].to(self.device).long()  # (b, h, w)
+        shares = class_shares(ids, self.config["classes"], self.config["latent_factor"]).to(self.dtype)  # (b, k, *grid)
+        return Condition(spatial=blank(self.projection(shares), drop))
+
+    def inputs(self, wanted: list[Any], size: tuple[int, int]) -> dict[str, Any]:
+        """Label maps, resized to `size` (height, width), to `segmentation`.
+
+        They are `(h, w)` arrays or tensors of integers, PIL images whose pixels are ids (modes P, L, I), or PNG files.
+        """
+        maps = [nearest(self._read(entry), (0.0, 0.0, 1.0, 1.0), size) for entry in wanted]
+        ids = torch.from_numpy(np.stack(maps).astype(np.int64))  # (b, h, w)
+        self._check(ids)
+        return {"segmentation": ids}
+
+    def _read(self, entry: Any) -> np.ndarray:
+        """The ids of one map `(h, w)`."""
+        if isinstance(entry, Tensor):
+            entry = entry.detach().cpu().numpy()
+        if not isinstance(entry, np.ndarray):
+            image = open_image(entry, self.input_name)
+            if image.mode not in LABEL_MODES and not image.mode.startswith("I;16"):
+                raise LatelierError(
+                    f"{self.input_name}: a label map holds ids (modes P, L or I), but this image is {image.mode}."
+                )
+            entry = np.asarray(image)
+        if entry.ndim != 2 or entry.dtype.kind not in "biu":
+            raise LatelierError(
+                f"{self.input_name}: label maps are (h, w) arrays of integers, not {by(entry.shape)} of {entry.dtype}."
+            )
+        return entry
+
+    def _check(self, ids: Int[Tensor, "b h w"]) -> None:
+        low, high = (int(v) for v in ids.aminmax())
+        if low < 0 or high >= self.config["classes"]:
+            raise LatelierError(
+                f"A label map has the id {low if low < 0 else high}, but ids go from 0 to "
+                f"{self.config['classes'] - 1}; give unlabelled pixels an id of their own, or set the condition's "
+                "`classes`."
+            )
+
+
+def class_shares(ids: Int[Tensor, "b h w"], classes: int, factor: int) -> Float[Tensor, "b k i j"]:
+    """How much of each latent position's square, factor x factor pixels, every class covers; sums to 1 over classes.
+
+    This is the one-hot map after bilinear halving, as often as it takes: each halving averages squares of 2 x 2 (LDM's
+    SpatialRescaler). Counting ids gives the same without one-hot maps of the image's size, and for any factor.
+    """
+    rows, columns = grid_of((ids.shape[1], ids.shape[2]), factor)
+    squares = ids.unflatten(1, (rows, factor)).unflatten(3, (columns, factor))  # (b, i, f, j, f)
+    squares = squares.movedim(3, 2).flatten(3)  # (b, i, j, f f)
+    counts = torch.zeros(*squares.shape[:3], classes, device=ids.device)  # (b, i, j, k)
+    counts.scatter_add_(3, squares, torch.ones_like(squares, dtype=counts.dtype))
+    return (counts / factor**2).movedim(3, 1)
+
+
+# -- low resolution ----------------------------------------------------------------------------------------------------
+
+
+class LowResolutionCondition(Section):
+    """A smaller image: super-resolution."""
+
+    kind: Literal["low-resolution"]
+    factor: int = Field(4, ge=2, description="how many times smaller a side is")
+    degradation: Literal["bicubic", "bsrgan-light"] = "bicubic"
+    dropout: Unit = 0.0
+
+
+class LowResolutionConditioner(ModelMixin, ConfigMixin):
+    """A smaller image on the latents' grid; nothing is learned.
+
+    One of the latents' size, as in the paper (64 x 64 for 256 x 256, f = 4), is concatenated as it is; larger ones are
+    folded into channels without loss, smaller ones are enlarged.
+
+    Args:
+        factor: how many times smaller a side is.
+        degradation: how small images are made in training, see `latelier.data.degradations`.
+        image_channels: of the images.
+        latent_factor: pixels along a side of a latent position; `factor` divides it, or is larger.
+        seed: of random degradations, keyed by `batch["sample_id"]`.
+    """
+
+    input_name = "low_resolution"
+    token_width = 0
+
+    @register_to_config
+    def __init__(
+        self, factor: int, degradation: str = "bicubic", image_channels: int = 3, latent_factor: int = 4, seed: int = 0
+    ):
+        super().__init__()
+        if factor < latent_factor and latent_factor % factor:
+            raise LatelierError(
+                f"condition.factor = {factor} does not divide the tokenizer's factor {latent_factor}; "
+                f"use a divisor of {latent_factor}, or more than it."
+            )
+        self.fold = max(1, latent_factor // factor)  # pixels of the small image along a side of a latent position
+        self.spatial_channels = image_channels * self.fold**2
+        self.register_buffer("one", torch.ones(1))  # gives the module a device and its weights file a content
+
+    def prepare(self, batch: Mapping[str, Any], codec: Any) -> dict[str, Tensor]:
+        """`low` `(b, c, h / factor, w / factor)` of `image`, unless it is there already."""
+        if "low" in batch:
+            return {}
+        image, config = needed(batch, "image", "low-resolution"), self.config
+        return {"low": degrade(image, config["factor"], config["degradation"], config["seed"], batch["sample_id"])}
+
+    def forward(self, batch: Mapping[str, Any], drop: Bool[Tensor, " b"] | None = None) -> Condition:
+        """The condition of `batch["low"]` in [-1, 1]; rows where `drop` is true get zeros."""
+        low, factor = batch["low"].to(self.device, self.dtype), self.config["factor"]  # (b, c, h / s, w / s)
+        grid = grid_of((low.shape[2] * factor, low.shape[3] * factor), self.config["latent_factor"])
+        if self.fold > 1:
+            low = F.pixel_unshuffle(low, self.fold)  # (b, c fold fold, *grid)
+        elif low.shape[2:] != grid:
+            low = F.interpolate(low, size=grid, mode="bicubic", align_corners=False)  # (b, c, *grid)
+        return Condition(spatial=blank(low, drop))
+
+    def inputs(self, wanted: list[Any], size: tuple[int, int]) -> dict[str, Any]:
+        """Small images (see `read_image`), smaller than `size` by the factor, to `low`."""
+        images = [read_image(entry, self.config["image_channels"], self.input_name) for entry in wanted]
+        for image in images:
+            self._check(image.shape[1], image.shape[2], size)
+        return {"low": torch.stack(images)}  # (b, c, h / s, w / s)
+
+    def _check(self, height: int, width: int, size: tuple[int, int]) -> None:
+        factor = self.config["factor"]
+        if (height * factor, width * factor) == size:
+            return
+        fits = f"from {size[0] // factor} x {size[1] // factor} ones"
+        if size[0] % factor or size[1] % factor:
+            fits = f"from none, as {factor} does not divide it"
         raise LatelierError(
-            f"{input_name}: images must have {channels} channels, tensors as (c, h, w), arrays as (h, w, c); "
-            f"this one is {' x '.join(map(str, pixels.shape))}."
+            f"{self.input_name}: a model of factor {factor} draws images of {size[0]} x {size[1]} pixels {fits}; "
+            f"this one is {height} x {width}: resize it, or ask for height={height * factor}, width={width * factor}."
         )
-    if pixels.dtype == torch.uint8:
-        return to_float(pixels)
-    if not pixels.is_floating_point() or not bool((pixels.abs() <= 1).all()):
-        raise LatelierError(f"{input_name}: numbers must be uint8, or floats in [-1, 1]; these are {_range(pixels)}.")
-    return pixels.float()
 
 
-def _decoded(image: Image.Image, channels: int, input_name: str) -> np.ndarray:
-    """Pixels as uint8, or those of 16 bits as floats in [-1, 1]."""
-    if image.mode.startswith("I;16"):
-        return (np.asarray(image).astype(np.float64) / 32767.5 - 1).astype(np.float32)
-    if image.mode in ("I", "F"):
+# -- inpainting --------------------------------------------------------------------------------------------------------
+
+
+class InpaintingCondition(Section):
+    """The image with holes."""
+
+    kind: Literal["inpainting"]
+    masks: Literal["train", "thick", "medium"] = Field(
+        "train", description="LaMa's settings of strokes and boxes: for training, or of its evaluation sets"
+    )
+    dropout: Unit = 0.0
+
+
+class InpaintingConditioner(ModelMixin, ConfigMixin):
+    """Latents of the masked image, and the mask, -1 in what is known and +1 in holes; nothing is learned.
+
+    Args:
+        masks: how holes are drawn in training, one of `latelier.data.masks.SETTINGS`.
+        latent_channels: of the tokenizer.
+        image_channels: of the images.
+        seed: of the holes, keyed by `batch["sample_id"]`.
+    """
+
+    input_name = "inpainting"
+    token_width = 0
+
+    @register_to_config
+    def __init__(self, masks: str = "train", latent_channels: int = 4, image_channels: int = 3, seed: int = 0):
+        super().__init__()
+        if masks not in SETTINGS:
+            raise LatelierError(f"Unknown masks {masks!r}; there are: {', '.join(SETTINGS)}.")
+        self.spatial_channels = latent_channels + 1
+        self.register_buffer("one", torch.ones(1))  # gives the module a device and its weights file a content
+
+    def prepare(self, batch: Mapping[str, Any], codec: Any) -> dict[str, Tensor]:
+        """`hole`; `masked` `(b, k, *grid)`, normalised latents of `image` with black holes; and `hole_grid` in -1, +1.
+
+        `hole` `(b, 1, h, w)` is 1 in holes; where the batch has none, holes are drawn, keyed by `sample_id`.
+        """
+        image = needed(batch, "image", "inpainting")
+        if "hole" in batch:
+            hole = batch["hole"].to(image)  # (b, 1, h, w)
+        else:
+            size = (image.shape[2], image.shape[3])
+            hole = draw_masks(SETTINGS[self.config["masks"]], size, self.config["seed"], batch["sample_id"]).to(image)
+        black = image.masked_fill(hole > 0.5, -1.0)  # (1 - m) x in [0, 1], then to [-1, 1]
+        with torch.autocast(codec.device.type, enabled=False):  # as exact as the latents that are drawn
+            masked = codec.encode(black.to(codec.device)).to(image.device)  # (b, k, *grid)
+        hole_grid = F.interpolate(hole, size=masked.shape[2:], mode="nearest") * 2 - 1  # (b, 1, *grid)
+        return {"hole": hole, "masked": masked, "hole_grid": hole_grid}
+
+    def forward(self, batch: Mapping[str, Any], drop: Bool[Tensor, " b"] | None = None) -> Condition:
+        """Condition of `batch["masked"]` and `batch["hole_grid"]`; where `drop` is true everything is a hole."""
+        masked = batch["masked"].to(self.device, self.dtype)  # (b, k, *grid)
+        hole = batch["hole_grid"].to(self.device, self.dtype)  # (b, 1, *grid)
+        return Condition(spatial=torch.cat([blank(masked, drop), blank(hole, drop, 1.0)], dim=1))
+
+    def inputs(self, wanted: list[Any], size: tuple[int, int]) -> dict[str, Any]:
+        """Pairs of an image (see `read_image`) and its mask (see `read_mask`), both of `size`, to `image` and `hole`.
+
+        On the command line a pair is `image.png,mask.png`.
+        """
+        images, holes = [], []
+        for entry in wanted:
+            entry = entry.split(",") if isinstance(entry, str) else entry
+            if not isinstance(entry, tuple | list) or len(entry) != 2:
+                raise LatelierError(f"{self.input_name} takes pairs (image, mask), not {type(entry).__name__}.")
+            image = read_image(entry[0], self.config["image_channels"], self.input_name)  # (c, h, w)
+            hole = read_mask(entry[1], self.input_name)  # (h, w)
+            if image.shape[1:] != hole.shape:
+                raise LatelierError(
+                    f"{self.input_name}: the mask is {by(hole.shape)} (height x width), but its image is "
+                    f"{by(image.shape[1:])}; give a mask of the image's size."
+                )
+            if hole.shape != size:
+                raise LatelierError(
+                    f"{self.input_name}: the image is {by(hole.shape)} (height x width), not {by(size)}; "
+                    f"resize it and its mask, or ask for height={hole.shape[0]}, width={hole.shape[1]}."
+                )
+            images.append(image)
+            holes.append(hole[None].float())
+        return {"image": torch.stack(images), "hole": torch.stack(holes)}
+
+
+def compose(
+    drawn: Float[Tensor, "b c h w"], image: Float[Tensor, "b c h w"], hole: Float[Tensor, "b 1 h w"]
+) -> Float[Tensor, "b c h w"]:
+    """What was drawn in the holes, and the image itself elsewhere."""
+    return torch.where(hole > 0.5, drawn, image)
+
+
+# -- any other map -----------------------------------------------------------------------------------------------------
+
+
+class MapCondition(Section):
+    """Any other image-like map, such as depth or edges."""
+
+    kind: Literal["map"]
+    map_channels: int = Field(1, ge=1, description="of the map")
+    channels: int | None = Field(None, ge=1, description="after a learned projection; by default none")
+    dropout: Unit = Field(0.1, description="share of images with an empty map")
+
+
+class MapConditioner(ModelMixin, ConfigMixin):
+    """An image-like map (depth, edges, a sketch), averaged down to the latents' grid.
+
+    Args:
+        map_channels: of the map.
+        channels: after a learned projection without bias; None leaves the map as it is.
+        latent_factor: pixels along a side of a latent position.
+    """
+
+    input_name = "maps"
+    token_width = 0
+
+    @register_to_config
+    def __init__(self, map_channels: int = 1, channels: int | None = None, latent_factor: int = 8):
+        super().__init__()
+        self.spatial_channels = channels or map_channels
+        self.register_buffer("one", torch.ones(1))  # gives the module a device and its weights file a content
+        self.projection = nn.Conv2d(map_channels, channels, 1, bias=False) if channels else nn.Identity()
+
+    def prepare(self, batch: Mapping[str, Any], codec: Any) -> dict[str, Tensor]:
+        """Nothing is made; `batch["map"]` `(b, c, h, w)` is checked."""
+        found = needed(batch, "map", "map").shape[1]
+        if found != self.config["map_channels"]:
+            raise LatelierError(
+                f"The maps have {found} channels, but the model was made for {self.config['map_channels']}; "
+                "set the condition's map_channels to that of the data."
+            )
+        return {}
+
+    def forward(self, batch: Mapping[str, Any], drop: Bool[Tensor, " b"] | None = None) -> Condition:
+        """The condition of `batch["map"]` `(b, c, h, w)` in [-1, 1]; rows where `drop` is true get zeros."""
+        values = batch["map"].to(self.device, self.dtype)  # (b, c, h, w)
+        grid = grid_of((values.shape[2], values.shape[3]), self.config["latent_factor"])
+        spatial = self.projection(F.interpolate(values, size=grid, mode="area"))  # (b, k, *grid)
+        return Condition(spatial=blank(spatial, drop))
+
+    def inputs(self, wanted: list[Any], size: tuple[int, int]) -> dict[str, Any]:
+        """Maps (see `read_image`), resized to `size` (height, width), to `map`."""
+        maps = [read_image(entry, self.config["map_channels"], self.input_name)[None] for entry in wanted]
+        for i, m in enumerate(maps):
+            if m.shape[2:] != size:
+                maps[i] = F.interpolate(m, size=size, mode="bilinear", antialias=True)
+        return {"map": torch.cat(maps)}  # (b, c, h, w)
+
+
+def build(section: Any, spec: DataSpec) -> ModelMixin:
+    """The conditioner of a recipe's section; an error for 1-D latents, and if the classes of label maps are unknown."""
+    require_grid(spec, section.kind)
+    if isinstance(section, LowResolutionCondition):
+        return LowResolutionConditioner(
+            section.factor, section.degradation, spec.image_channels, spec.factor, spec.seed
+        )
+    if isinstance(section, InpaintingCondition):
+        return InpaintingConditioner(section.masks, spec.latent_shape[0], spec.image_channels, spec.seed)
+    if isinstance(section, MapCondition):
+        return MapConditioner(section.map_channels, section.channels, spec.factor)
+    classes = section.classes or spec.segmentation_classes
+    if classes is None:
         raise LatelierError(
-            f"{input_name}: images of mode {image.mode} (32 bits) have no fixed range; give 8 or 16 bits."
+            "denoiser.condition = 'segmentation', but the data do not say how many classes their maps have; use data "
+            "with label maps, and set the condition's `classes`."
         )
-    if image.has_transparency_data:
-        if np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
-            raise LatelierError(f"{input_name}: an image has transparent pixels; put it on a background first.")
-        image = image.convert("RGB") if channels == 3 else image
-    if channels in (1, 3):
-        image = image.convert("L" if channels == 1 else "RGB")
-    return np.asarray(image)
+    return SegmentationConditioner(classes, section.channels, spec.factor)
 
 
-def _range(values: Tensor) -> str:
-    return f"{values.dtype} from {values.min().item():g} to {values.max().item():g}" if values.numel() else "none"
+SECTIONS = (
+    SegmentationCondition,
+    LowResolutionCondition,
+    InpaintingCondition,
+    MapCondition,
+)

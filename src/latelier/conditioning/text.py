@@ -4,7 +4,7 @@ trained   word pieces -> `TokenTransformer` -> tokens; padding is not masked (Ro
 frozen    any text encoder of `transformers`, computed once for a batch and without gradients; padding is masked
 
 The conditioner carries all that it needs in its own weights and config, the frozen encoder and the word pieces too: it
-opens where neither the encoder's folder nor the Hub is at hand. Who is told nothing is told the empty caption.
+opens where neither the encoder's folder nor the Hub is at hand. Dropped captions become the empty caption.
 """
 
 from __future__ import annotations
@@ -13,38 +13,48 @@ import importlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate import init_empty_weights
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from jaxtyping import Bool, Float, Int
+from pydantic import Field
 from torch import Tensor, nn
 
-from latelier.conditioning.condition import Condition
+from latelier.conditioning.condition import Condition, DataSpec
 from latelier.conditioning.transformer import TokenTransformer
 from latelier.errors import LatelierError
+from latelier.sections import Section, Unit
 from latelier.weights import quiet
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from latelier.conditioning import DataSpec
-    from latelier.recipe.condition import TextCondition
-    from latelier.tokenizers.codec import Codec
-
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 CHARACTERS = 1000  # that word pieces are made of, the most frequent ones
 # Classes that hold only the text half of a model; other kinds are opened by AutoModel.
 TEXT_HALF = {
-    "clip": "CLIPTextModel",
-    "clip_text_model": "CLIPTextModel",
-    "t5": "T5EncoderModel",
-    "mt5": "MT5EncoderModel",
+    "clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel", "t5": "T5EncoderModel", "mt5": "MT5EncoderModel",
     "umt5": "UMT5EncoderModel",
-}
+}  # fmt: skip
 NOT_THE_ENCODER = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
+
+
+class TextCondition(Section):
+    """The image's caption: a transformer that is trained along, or a frozen one."""
+
+    kind: Literal["text"]
+    encoder: str = Field("trained", description="`trained`, or a text encoder's Hub name or folder, which stays frozen")
+    vocabulary: str = Field("data", description="`data`: word pieces of the captions; or a tokenizer's name or folder")
+    vocabulary_size: int = Field(8192, ge=300, description="of `vocabulary: data`, at most")
+    length: int = Field(77, ge=1, description="tokens")
+    dim: int = Field(640, ge=1)
+    layers: int = Field(32, ge=1)
+    heads: int = Field(8, ge=1)
+    head_dim: int = Field(64, ge=1)
+    dropout: Unit = Field(0.1, description="share of images whose caption is empty, for classifier-free guidance")
 
 
 class TextConditioner(ModelMixin, ConfigMixin):
@@ -69,15 +79,11 @@ class TextConditioner(ModelMixin, ConfigMixin):
         self,
         vocabulary_bytes: int,
         vocabulary_size: int,
-        length: int = 77,
-        dim: int = 640,
-        layers: int = 32,
-        heads: int = 8,
-        head_dim: int = 64,
-        encoder_class: str | None = None,
-        encoder_config: dict[str, Any] | None = None,
-    ):
+        length: int = 77, dim: int = 640, layers: int = 32, heads: int = 8, head_dim: int = 64,
+        encoder_class: str | None = None, encoder_config: dict[str, Any] | None = None,
+    ):  # fmt: skip
         super().__init__()
+        self.token_width = dim
         self._words: Tokenizer | None = None
         self.register_buffer("vocabulary", torch.zeros(vocabulary_bytes, dtype=torch.uint8))
         self.register_buffer("null_tokens", torch.zeros(length, dtype=torch.int64))
@@ -89,15 +95,9 @@ class TextConditioner(ModelMixin, ConfigMixin):
             self.encoder = _new_encoder(encoder_class, encoder_config or {})
             self.register_buffer("null_features", torch.zeros(length, dim))
 
-    # -- two ways to make one -----------------------------------------------------------------------------------------
-
     @classmethod
     def trained(cls, words: Tokenizer, length: int = 77, **sizes: int) -> TextConditioner:
-        """A transformer with fresh weights over the tokens of `words`; `sizes` are dim, layers, heads, head_dim.
-
-        Raises:
-            LatelierError: if `length` leaves no room for a word.
-        """
+        """A transformer with fresh weights over the tokens of `words`; `sizes` are dim, layers, heads, head_dim."""
         words = _framed(words, length)
         text = words.to_str().encode()
         conditioner = cls(len(text), vocabulary_size(words), length, **sizes)
@@ -106,14 +106,10 @@ class TextConditioner(ModelMixin, ConfigMixin):
 
     @classmethod
     def frozen(cls, name: str, length: int = 77) -> TextConditioner:
-        """A text encoder of `transformers`, frozen, with its tokenizer.
-
-        Args:
-            name: on the Hugging Face Hub, or a folder.
-            length: tokens of a caption.
+        """A frozen text encoder of `transformers` with its tokenizer, by its Hub name or folder.
 
         Raises:
-            LatelierError: if it cannot be loaded, encodes no text, or has no room for so many tokens.
+            LatelierError: if it cannot be loaded, encodes no text, or has no room for `length` tokens.
         """
         encoder, class_name, config = read_encoder(name)
         room = config.get("max_position_embeddings")
@@ -134,10 +130,8 @@ class TextConditioner(ModelMixin, ConfigMixin):
                 "give a text encoder, such as the folder of a CLIP text model, a T5 or a BERT."
             ) from None
         with init_empty_weights():  # of the encoder, whose weights are here already
-            conditioner = cls(
-                len(text), vocabulary_size(words), length, features.shape[-1],
-                encoder_class=class_name, encoder_config=config,
-            )  # fmt: skip
+            about = {"encoder_class": class_name, "encoder_config": config}
+            conditioner = cls(len(text), vocabulary_size(words), length, features.shape[-1], **about)
         conditioner.encoder = encoder
         conditioner._remember(text, words)
         conditioner.null_features.copy_(features[0])
@@ -150,13 +144,6 @@ class TextConditioner(ModelMixin, ConfigMixin):
         self.null_tokens.copy_(tokens[0])
         self.null_mask.copy_(mask[0])
 
-    # -- what conditioners do -----------------------------------------------------------------------------------------
-
-    @property
-    def token_width(self) -> int:
-        """Width of the tokens."""
-        return self.config["dim"]
-
     @property
     def words(self) -> Tokenizer:
         """The tokenizer in the buffer `vocabulary`."""
@@ -166,24 +153,15 @@ class TextConditioner(ModelMixin, ConfigMixin):
         return self._words
 
     def inputs(self, wanted: list[Any], size: tuple[int, int]) -> dict[str, list[str]]:
-        """Prompts, one for each image, as captions.
-
-        Raises:
-            LatelierError: if one is no text.
-        """
+        """Prompts, one for each image, to `caption`."""
         for prompt in wanted:
             if not isinstance(prompt, str):
                 raise LatelierError(f"prompts has {prompt!r}, which is no text; give one string for each image.")
         return {"caption": list(wanted)}
 
     @torch.no_grad()
-    def prepare(self, batch: Mapping[str, Any], codec: Codec | None = None) -> dict[str, Tensor]:
-        """Token ids of `batch["caption"]`, and what a frozen encoder makes of them.
-
-        Returns:
-            `text_tokens (b, n)` int64, `text_mask (b, n)`, true where a token is no padding, and for a frozen encoder
-            `text_features (b, n, d)`.
-        """
+    def prepare(self, batch: Mapping[str, Any], codec: Any = None) -> dict[str, Tensor]:
+        """`text_tokens`, `text_mask` `(b, n)`, false in padding, and a frozen encoder's `text_features` `(b, n, d)`."""
         tokens, mask = (x.to(self.device) for x in _encode(self.words, batch["caption"]))  # (b, n)
         entries = {"text_tokens": tokens, "text_mask": mask}
         if self.encoder is not None:
@@ -218,15 +196,7 @@ class TextConditioner(ModelMixin, ConfigMixin):
 
 
 def train_words(captions: Callable[[], Iterator[str]], size: int) -> Tokenizer:
-    """Word pieces (BERT's, lower case) of captions: the same captions give the same pieces.
-
-    Args:
-        captions: one pass over the captions; it is called twice.
-        size: of the vocabulary, at most.
-
-    Raises:
-        LatelierError: if there is not a single word.
-    """
+    """Word pieces (BERT's, lower case), `size` at most, of captions; the same captions give the same pieces."""
     library = _library("tokenizers")
     words = _word_pieces(library, {name: i for i, name in enumerate(SPECIAL)})
     counts = Counter(c for caption in captions() for c in words.normalizer.normalize_str(caption) if not c.isspace())
@@ -237,10 +207,8 @@ def train_words(captions: Callable[[], Iterator[str]], size: int) -> Tokenizer:
     # The trainer numbers characters in the order of a hash table, another one in each process, and ties between
     # pieces are broken by number. Given as special tokens, in order, they are numbered already.
     first = [*SPECIAL, *alphabet, *(f"##{c}" for c in alphabet)]
-    trainer = library.trainers.WordPieceTrainer(
-        vocab_size=size, min_frequency=2, special_tokens=first, initial_alphabet=alphabet,
-        limit_alphabet=len(alphabet), show_progress=False,
-    )  # fmt: skip
+    options = {"special_tokens": first, "initial_alphabet": alphabet, "limit_alphabet": len(alphabet)}
+    trainer = library.trainers.WordPieceTrainer(vocab_size=size, min_frequency=2, show_progress=False, **options)
     words.train_from_iterator(captions(), trainer)
     return _word_pieces(library, words.get_vocab())
 
@@ -259,11 +227,7 @@ def _word_pieces(library: Any, vocabulary: dict[str, int]) -> Tokenizer:
 
 
 def read_tokenizer(name: str) -> Tokenizer:
-    """A tokenizer by its name on the Hugging Face Hub, or from a folder.
-
-    Raises:
-        LatelierError: if it cannot be loaded.
-    """
+    """A tokenizer by its name on the Hugging Face Hub, or from a folder; an error if it cannot be loaded."""
     library = _library("transformers")
     try:
         tokenizer = library.AutoTokenizer.from_pretrained(name)
@@ -312,10 +276,7 @@ def _encode(words: Tokenizer, captions: list[str]) -> tuple[Int[Tensor, "b n"], 
 
 
 def read_encoder(name: str) -> tuple[nn.Module, str, dict[str, Any]]:
-    """A text encoder by its name on the Hugging Face Hub, or from a folder, frozen and in float32.
-
-    Returns:
-        The encoder, the name of its class in `transformers`, its config.
+    """A text encoder by its Hub name or folder, frozen, float32; the name of its class in `transformers`; its config.
 
     Raises:
         LatelierError: if it cannot be loaded, lacks weights, or has a decoder too.
@@ -378,30 +339,18 @@ def _first(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-# -- from a recipe ----------------------------------------------------------------------------------------------------
-
-
 def build(section: TextCondition, spec: DataSpec) -> TextConditioner:
-    """The conditioner of a recipe's section.
-
-    Raises:
-        LatelierError: if the data have no captions, or a name cannot be loaded.
-    """
+    """The conditioner of a recipe's section; an error if the data have no captions, or a name cannot be loaded."""
     if spec.captions is None:
         raise LatelierError(
             "denoiser.condition is text, but the data have no captions; name their column by data.caption_key."
         )
     if section.encoder != "trained":
         return TextConditioner.frozen(section.encoder, section.length)
-    if section.vocabulary == "data":
-        words = train_words(spec.captions, section.vocabulary_size)
-    else:
-        words = read_tokenizer(section.vocabulary)
-    return TextConditioner.trained(
-        words,
-        section.length,
-        dim=section.dim,
-        layers=section.layers,
-        heads=section.heads,
-        head_dim=section.head_dim,
-    )
+    name = section.vocabulary
+    words = train_words(spec.captions, section.vocabulary_size) if name == "data" else read_tokenizer(name)
+    sizes = section.model_dump(include={"dim", "layers", "heads", "head_dim"})
+    return TextConditioner.trained(words, section.length, **sizes)
+
+
+SECTIONS = (TextCondition,)

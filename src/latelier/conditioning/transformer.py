@@ -31,14 +31,9 @@ class TokenTransformer(ModelMixin, ConfigMixin):
 
     @register_to_config
     def __init__(
-        self,
-        vocabulary: int = 30522,
-        length: int = 77,
-        dim: int = 640,
-        layers: int = 32,
-        heads: int = 8,
+        self, vocabulary: int = 30522, length: int = 77, dim: int = 640, layers: int = 32, heads: int = 8,
         head_dim: int = 64,
-    ):
+    ):  # fmt: skip
         super().__init__()
         self.token_embed = nn.Embedding(vocabulary, dim)
         self.pos_embed = nn.Embedding(length, dim)
@@ -49,12 +44,7 @@ class TokenTransformer(ModelMixin, ConfigMixin):
             nn.init.normal_(table.weight, std=0.02)
 
     def forward(self, tokens: Int[Tensor, "b n"], mask: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n d"]:
-        """Embeddings of all positions.
-
-        Args:
-            tokens: ids in [0, vocabulary).
-            mask: true where a token may be attended to, at least one in each row; None for all.
-        """
+        """Embeddings of all positions; `mask` is true where a token may be attended to, at least one in each row."""
         x = self.token_embed(tokens) + self.pos_embed.weight[: tokens.shape[1]]  # (b, n, d)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():

@@ -14,16 +14,13 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
-from latelier.conditioning.inpainting import InpaintingConditioner
-from latelier.conditioning.low_resolution import LowResolutionConditioner
-from latelier.conditioning.segmentation import SegmentationConditioner
+from latelier.conditioning.spatial import InpaintingConditioner, LowResolutionConditioner, SegmentationConditioner
 from latelier.convert import Converted, below, load_exactly, need
 from latelier.convert.ldm_autoencoder import convert_kl, convert_vq
 from latelier.convert.ldm_text import layout_conditioner, text_conditioner
 from latelier.convert.ldm_unet import convert as convert_unet
 from latelier.errors import LatelierError
 from latelier.pipeline import LatentDiffusionPipeline
-from latelier.recipe import Process
 from latelier.tokenizers.codec import Codec
 
 FIRST, STAGE = "first_stage_model.", "cond_stage_model."
@@ -38,6 +35,8 @@ def convert(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
             `vocabulary`, the folder or Hub name of the text tokenizer; `box_names`, the classes of layouts; `betas`, a
             pair of the schedule's ends, and `scale_factor`, if the checkpoint lacks them.
     """
+    from latelier.diffusion.process import DDPM
+
     unet = convert_unet(weights, config)
     first = below(weights, FIRST)
     if not first:
@@ -50,7 +49,7 @@ def convert(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
     if conditioner is None:
         conditioner = _concatenated(unet.model, tokenizer)
     start, end = _betas(weights, config)
-    process = Process(kind="ddpm", beta_schedule="scaled_linear", beta_start=start, beta_end=end)
+    process = DDPM("scaled_linear", start, end)
     codec = _codec(tokenizer, weights, config)
     side = config.get("image_size", 64) * codec.factor
     pipeline = LatentDiffusionPipeline.build(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
+from latelier.conditioning import parse_conditions
 from latelier.conditioning.condition import Condition
 from latelier.data.latents import sample_posterior
 from latelier.diffusion.process import DDPM, Flow
@@ -18,8 +19,14 @@ from latelier.errors import LatelierError
 from latelier.keyed_random import KeyedRandom
 from latelier.losses.terms import LossTerms
 from latelier.prefixes import RandomPrefixes
-from latelier.recipe.condition import Conditions
-from latelier.sections import Prefixes, Process, Training, Weight
+from latelier.sections import ByKind, Prefixes, Process, Section, Training, Weight
+
+if TYPE_CHECKING:
+    Conditions = list[Any]
+else:
+    Conditions = Annotated[
+        list[Annotated[Section, ByKind("latelier.conditioning:CONDITIONERS")]], BeforeValidator(parse_conditions)
+    ]
 
 
 class DenoiserSection(Training):

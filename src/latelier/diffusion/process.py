@@ -8,20 +8,20 @@ DDPM   x_t = sqrt(a_k) z + sqrt(1 - a_k) eps       target eps, v or z           
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from diffusers import DDPMScheduler
 from torch import Tensor
 
-from latelier import recipe
+from latelier.diffusion import Latents, Levels
 from latelier.diffusion.schedulers import (
-    DDPM_SAMPLERS,
-    FLOW_SAMPLERS,
+    LAST_STEP,
     TIMESTEPS,
     Scheduler,
+    choose_sampler,
     ddpm_scheduler,
     flow_scheduler,
     flow_sigmas,
@@ -31,7 +31,7 @@ from latelier.diffusion.schedulers import (
 )
 from latelier.errors import LatelierError
 
-__all__ = ["DDPM", "TIMESTEPS", "Flow", "Scheduler", "build_process", "choose_sampler", "flow_sigmas", "shifted"]
+__all__ = ["DDPM", "TIMESTEPS", "Flow", "Scheduler", "build_process", "flow_sigmas", "shifted"]
 
 
 @dataclass(frozen=True)
@@ -46,47 +46,40 @@ class Flow:
     t_distribution: Literal["uniform", "logit-normal"] = "logit-normal"
     shift: float = 1.0
 
-    def noise(
-        self, z: Float[Tensor, "b c *grid"], t: Float[Tensor, " b"], eps: Float[Tensor, "b c *grid"]
-    ) -> Float[Tensor, "b c *grid"]:
+    def noise(self, z: Latents, t: Levels, eps: Latents) -> Latents:
         """x_t = (1 - t) z + t eps."""
         return torch.lerp(z, eps, _like(t, z))
 
-    def target(
-        self, z: Float[Tensor, "b c *grid"], t: Float[Tensor, " b"], eps: Float[Tensor, "b c *grid"]
-    ) -> Float[Tensor, "b c *grid"]:
+    def target(self, z: Latents, t: Levels, eps: Latents) -> Latents:
         """The velocity dx_t/dt = eps - z."""
         return eps - z
 
-    def denoised(
-        self, x_t: Float[Tensor, "b c *grid"], t: Float[Tensor, " b"], prediction: Float[Tensor, "b c *grid"]
-    ) -> Float[Tensor, "b c *grid"]:
+    def denoised(self, x_t: Latents, t: Levels, prediction: Latents) -> Latents:
         """The estimate of z that a velocity means: x_t - t v."""
         return x_t - _like(t, x_t) * prediction
 
-    def sample_t(self, uniform: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+    def sample_t(self, uniform: Levels) -> Levels:
         """Training times of uniform numbers in [0, 1), by the inverse of the distribution function."""
         t = torch.sigmoid(torch.special.ndtri(uniform)) if self.t_distribution == "logit-normal" else uniform
         return shifted(t, self.shift)
 
-    def scheduler(self, sample: recipe.Sample) -> Scheduler:
-        """A diffusers scheduler with its timesteps set; `scheduler.timesteps / 1000` are the times t.
-
-        Raises:
-            LatelierError: if sampler, eta, last_step or steps do not go with this process.
-        """
-        scheduler = flow_scheduler(choose_sampler(sample, "flow", FLOW_SAMPLERS), sample.last_step)
-        self.set_timesteps(scheduler, sample)
+    def scheduler(
+        self, steps: int = 50, sampler: str = "auto", shift: float = 1.0, eta: float = 0.0, last_step: float = LAST_STEP
+    ) -> Scheduler:
+        """A diffusers scheduler with its timesteps set, which are 1000 t; refuses what does not go with a flow."""
+        kind = choose_sampler(sampler, "flow", shift, eta, last_step)
+        scheduler = flow_scheduler(kind, last_step)
+        self.set_timesteps(scheduler, steps, shift)
         return scheduler
 
-    def set_timesteps(self, scheduler: Scheduler, sample: recipe.Sample) -> None:
+    def set_timesteps(self, scheduler: Scheduler, steps: int, shift: float = 1.0) -> None:
         """Put a scheduler onto the grid of `flow_sigmas`; a foreign one gets its own grid of as many steps.
 
         `ReverseSDE` goes evenly from 1 to its `last_step` instead, and from there to 0.
         """
-        place_flow(scheduler, sample.steps, sample.shift)
+        place_flow(scheduler, steps, shift)
 
-    def alpha_sigma(self, t: Float[Tensor, " b"], like: Tensor) -> tuple[Tensor, Tensor]:
+    def alpha_sigma(self, t: Levels, like: Tensor) -> tuple[Tensor, Tensor]:
         """The shares of z and eps in x_t, 1 - t and t, `(b, 1, ...)`."""
         return _like(1 - t, like), _like(t, like)
 
@@ -108,20 +101,16 @@ class DDPM:
     num_train_timesteps: int = TIMESTEPS
 
     @property
-    def alphas_cumprod(self) -> Float[Tensor, " k"]:
-        """Share of the data's variance that is left at each noise level."""
+    def alphas_cumprod(self) -> Tensor:
+        """Share of the data's variance that is left at each noise level, `(k,)`."""
         return _alphas_cumprod(self, torch.device("cpu"))
 
-    def noise(
-        self, z: Float[Tensor, "b c *grid"], t: Float[Tensor, " b"], eps: Float[Tensor, "b c *grid"]
-    ) -> Float[Tensor, "b c *grid"]:
+    def noise(self, z: Latents, t: Levels, eps: Latents) -> Latents:
         """x_t = sqrt(a) z + sqrt(1 - a) eps."""
         alpha, sigma = self.alpha_sigma(t, z)
         return alpha * z + sigma * eps
 
-    def target(
-        self, z: Float[Tensor, "b c *grid"], t: Float[Tensor, " b"], eps: Float[Tensor, "b c *grid"]
-    ) -> Float[Tensor, "b c *grid"]:
+    def target(self, z: Latents, t: Levels, eps: Latents) -> Latents:
         """eps, z, or v = sqrt(a) eps - sqrt(1 - a) z."""
         if self.prediction == "epsilon":
             return eps
@@ -130,9 +119,7 @@ class DDPM:
         alpha, sigma = self.alpha_sigma(t, z)
         return alpha * eps - sigma * z
 
-    def denoised(
-        self, x_t: Float[Tensor, "b c *grid"], t: Float[Tensor, " b"], prediction: Float[Tensor, "b c *grid"]
-    ) -> Float[Tensor, "b c *grid"]:
+    def denoised(self, x_t: Latents, t: Levels, prediction: Latents) -> Latents:
         """The estimate of z that a prediction means."""
         if self.prediction == "sample":
             return prediction
@@ -141,31 +128,25 @@ class DDPM:
             return (x_t - sigma * prediction) / alpha
         return alpha * x_t - sigma * prediction
 
-    def sample_t(self, uniform: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+    def sample_t(self, uniform: Levels) -> Levels:
         """Training times k / 1000, k uniform in 0..999."""
         levels = self.num_train_timesteps
         return (uniform * levels).floor().clamp(max=levels - 1) / levels
 
-    def scheduler(self, sample: recipe.Sample) -> Scheduler:
-        """A diffusers scheduler with its timesteps set; `scheduler.timesteps / 1000` are the times t.
-
-        Raises:
-            LatelierError: if sampler, shift, eta or steps do not go with this process.
-        """
-        kind = choose_sampler(sample, "ddpm", DDPM_SAMPLERS)
+    def scheduler(
+        self, steps: int = 50, sampler: str = "auto", shift: float = 1.0, eta: float = 0.0, last_step: float = LAST_STEP
+    ) -> Scheduler:
+        """As `Flow.scheduler`; `shift` and `last_step` are refused, since they act in flows only."""
+        kind = choose_sampler(sampler, "ddpm", shift, eta, last_step)
         scheduler = ddpm_scheduler(kind, self._scheduler_arguments())
-        self.set_timesteps(scheduler, sample)
+        self.set_timesteps(scheduler, steps)
         return scheduler
 
-    def set_timesteps(self, scheduler: Scheduler, sample: recipe.Sample) -> None:
-        """Spread a scheduler's steps over the noise levels.
+    def set_timesteps(self, scheduler: Scheduler, steps: int, shift: float = 1.0) -> None:
+        """Spread a scheduler's steps over the noise levels, or refuse steps with which some would be missed."""
+        place_ddpm(scheduler, steps)
 
-        Raises:
-            LatelierError: if there are more steps than levels, or a foreign scheduler cannot reach the noisiest ones.
-        """
-        place_ddpm(scheduler, sample.steps)
-
-    def alpha_sigma(self, t: Float[Tensor, " b"], like: Tensor) -> tuple[Tensor, Tensor]:
+    def alpha_sigma(self, t: Levels, like: Tensor) -> tuple[Tensor, Tensor]:
         """The shares of z and eps in x_t, sqrt(a) and sqrt(1 - a), `(b, 1, ...)`."""
         level = (t * self.num_train_timesteps).round().long().clamp(0, self.num_train_timesteps - 1)  # (b,)
         a = _alphas_cumprod(self, t.device)[level]  # (b,)
@@ -181,50 +162,40 @@ class DDPM:
         }
 
 
-def build_process(section: recipe.Process) -> Flow | DDPM:
-    """The process of a recipe's `denoiser.process`.
-
-    Raises:
-        LatelierError: if the prediction is not one of the process.
-    """
-    if section.kind == "flow":
-        if section.prediction not in (None, "velocity"):
+def build_process(
+    kind: str = "flow",
+    t_distribution: Any = "logit-normal",
+    shift: float = 1.0,
+    prediction: str | None = None,
+    beta_schedule: Any = "scaled_linear",
+    beta_start: float = 0.0015,
+    beta_end: float = 0.0195,
+) -> Flow | DDPM:
+    """The process of a recipe's `denoiser.process`, or of a saved pipeline's config."""
+    if kind == "flow":
+        if prediction not in (None, "velocity"):
             raise LatelierError(
-                f"denoiser.process.prediction = {section.prediction!r} is not for a flow, which predicts the velocity; "
+                f"denoiser.process.prediction = {prediction!r} is not for a flow, which predicts the velocity; "
                 "leave it out, or set kind: ddpm."
             )
-        return Flow(section.t_distribution, section.shift)
-    if section.prediction == "velocity":
+        return Flow(t_distribution, shift)
+    if prediction == "velocity":
         raise LatelierError(
             "denoiser.process.prediction = 'velocity' is for a flow; with kind: ddpm choose epsilon, v or sample."
         )
-    return DDPM(section.beta_schedule, section.beta_start, section.beta_end, section.prediction or "epsilon")
+    return DDPM(beta_schedule, beta_start, beta_end, prediction or "epsilon")  # type: ignore[arg-type]
 
 
-def choose_sampler(sample: recipe.Sample, process: str, allowed: tuple[str, ...]) -> str:
-    """The sampler that a recipe's `sample` means, `auto` the first; settings that would do nothing are refused."""
-    kind = allowed[0] if sample.sampler == "auto" else sample.sampler
-    if kind not in allowed:
-        raise LatelierError(
-            f"sample.sampler = {sample.sampler!r} does not go with a {process} process; "
-            f"allowed: auto, {', '.join(allowed)}."
-        )
-    if sample.eta and kind != "ddim":
-        raise LatelierError(f"sample.eta = {sample.eta} acts in the ddim sampler only, not in {kind}; set it to 0.")
-    if kind != "sde" and sample.last_step != recipe.Sample().last_step:
-        raise LatelierError(
-            f"sample.last_step = {sample.last_step} acts in the sde sampler only, not in {kind}; leave it out."
-        )
-    if sample.shift != 1 and process != "flow":
-        raise LatelierError(f"sample.shift = {sample.shift} acts in flow processes only; set it to 1.")
-    return kind
+def describe_process(process: Flow | DDPM) -> dict[str, Any]:
+    """The arguments with which `build_process` makes it again."""
+    about = asdict(process)
+    about.pop("num_train_timesteps", None)
+    return {"kind": "flow" if isinstance(process, Flow) else "ddpm", **about}
 
 
 @lru_cache(maxsize=16)
 def _alphas_cumprod(process: DDPM, device: torch.device) -> Tensor:
     """diffusers' table, `(k,)`, on a device."""
-    from diffusers import DDPMScheduler
-
     return DDPMScheduler(**process._scheduler_arguments()).alphas_cumprod.to(device)
 
 

@@ -1,31 +1,35 @@
-"""The samplers of a process: diffusers' schedulers put onto our grids, LDM's DDIM and PLMS, and a flow's reverse SDE.
+"""The samplers of a process: diffusers' schedulers put onto our grids, LDM's DDIM and PLMS, and dopri5.
 
 diffusers' own DDIM and PNDM go down by one fixed stride, so that 300 or 400 steps over 1000 noise levels miss the
-noisiest ones. `DDIM` and `PLMS` here know each step's two ends instead; where LDM has a grid they are on it. The SDE
-has a file of its own, `sde.py`.
+noisiest ones. `DDIM` and `PLMS` here know each step's two ends instead; where LDM has a grid they are on it. A flow's
+reverse SDE has a file of its own, `sde.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, SchedulerMixin  # noqa: F401  (saved pipelines look for the mixin here)
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
-from jaxtyping import Float
 from torch import Tensor
 
-from latelier.diffusion.adaptive import ADAPTIVE
+from latelier.diffusion import Latents
 from latelier.diffusion.sde import ReverseSDE
 from latelier.errors import LatelierError
 
 Scheduler = Any  # a diffusers scheduler; they share `set_timesteps`, `timesteps` and `step` by custom, not by a base
 TIMESTEPS = 1000  # diffusers' schedulers count noise levels in thousandths of t
+ADAPTIVE = "dopri5"
+LAST_STEP = 0.04  # of the sde sampler
 FLOW_SAMPLERS = ("euler", "heun", "dpm++", "unipc", "sde", ADAPTIVE)
 DDPM_SAMPLERS = ("ddim", "ddpm", "plms", "dpm++", "unipc", "euler", "heun")
 
+RELATIVE, ABSOLUTE = 1e-3, 1e-6  # tolerances of dopri5 in SiT and DC-AE
 LEAST_LOG_SNR = -5.1  # log(alpha / sigma) where fast solvers begin on a cosine schedule, as diffusers advises for it
 BELOW_ONE = 1e-6  # multistep solvers step in log(alpha / sigma), which is infinite at pure noise
 _OTHER_GRIDS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas")
@@ -47,23 +51,14 @@ class DDIM(DDIMScheduler):
 
     def step(  # type: ignore[override]
         self,
-        model_output: Float[Tensor, "b c *grid"],
+        model_output: Latents,
         timestep: int | Tensor,
-        sample: Float[Tensor, "b c *grid"],
+        sample: Latents,
         eta: float = 0.0,
         generator: Any = None,
-        variance_noise: Float[Tensor, "b c *grid"] | None = None,
+        variance_noise: Latents | None = None,
     ) -> DDIMSchedulerOutput:
-        """From one level to the next below.
-
-        Args:
-            model_output: the prediction at `timestep`.
-            timestep: one of `timesteps`.
-            sample: x at `timestep`.
-            eta: 0 is deterministic, 1 as random as ancestral sampling.
-            generator: one generator, or one for each image.
-            variance_noise: the noise itself, instead of a generator.
-        """
+        """From one level to the next below; `eta` 0 is deterministic, 1 as random as ancestral sampling."""
         level = int(timestep)
         eps = self._epsilon(model_output, level, sample)
         return self._down(sample, eps, level, self.below[level], eta, generator, variance_noise)
@@ -106,7 +101,7 @@ class PLMS(DDIM):
         self.started = False
 
     def step(  # type: ignore[override]
-        self, model_output: Float[Tensor, "b c *grid"], timestep: int | Tensor, sample: Float[Tensor, "b c *grid"]
+        self, model_output: Latents, timestep: int | Tensor, sample: Latents
     ) -> DDIMSchedulerOutput:
         """From one level to the next below, or a second time over the first step."""
         level = int(timestep)
@@ -126,6 +121,47 @@ def adams_bashforth(slopes: list[Tensor]) -> Tensor:
     return sum(weight * slope for weight, slope in zip(weights[len(slopes)], reversed(slopes)))  # type: ignore
 
 
+class DormandPrince:
+    """dopri5: dx/dt = v(x, t) from t = 1 to 0 by Dormand and Prince's method of order 5(4) (SciPy's RK45).
+
+    It takes as many steps as its tolerances ask for, `steps` has no part in it. Its error is measured over all images
+    of a batch together, so an image depends a little on its neighbours: by about the tolerance.
+    """
+
+    def integrate(
+        self,
+        velocity: Callable[[Tensor, float], Tensor],
+        noise: Latents,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Latents:
+        """Latents of noise, the state at t = 1, float32; `velocity` is `(x_t, t) -> dx/dt`.
+
+        `progress` is called with the evaluations so far, twice, since the total is not known.
+        """
+        from scipy.integrate import solve_ivp
+
+        done = 0
+
+        def slope(t: float, state: np.ndarray) -> np.ndarray:
+            nonlocal done
+            x = torch.from_numpy(state).to(noise.device, torch.float32).view_as(noise)
+            v = velocity(x, t).double().flatten().cpu().numpy()
+            if not np.isfinite(v).all():  # the solver would look for a small enough step for ever
+                raise LatelierError(
+                    f"sample.sampler = {ADAPTIVE}: the denoiser's velocity at t = {t:.4f} is not finite."
+                )
+            done += 1
+            if progress is not None:
+                progress(done, done)
+            return v
+
+        start = noise.double().flatten().cpu().numpy()
+        solution = solve_ivp(slope, (1.0, 0.0), start, "RK45", t_eval=[0.0], rtol=RELATIVE, atol=ABSOLUTE)
+        if not solution.success:
+            raise LatelierError(f"sample.sampler = {ADAPTIVE} did not arrive ({solution.message}); use euler or heun.")
+        return torch.from_numpy(solution.y[:, -1]).to(noise.device, torch.float32).view_as(noise)
+
+
 def ldm_levels(steps: int, levels: int = TIMESTEPS) -> np.ndarray:
     """LDM's grid, `(steps,)` ascending: 1 + floor(i levels / steps); all levels from 0 if there are as many steps."""
     return np.arange(steps) if steps == levels else 1 + np.arange(steps) * levels // steps
@@ -134,7 +170,7 @@ def ldm_levels(steps: int, levels: int = TIMESTEPS) -> np.ndarray:
 def solver_levels(alphas_cumprod: Tensor, steps: int, schedule: str) -> np.ndarray:
     """The levels that fast solvers visit on their way to 0, `(steps,)` descending, as diffusers spreads them.
 
-    A cosine schedule ends in almost pure noise, where z cannot be told from epsilon: there they begin a little below.
+    A cosine schedule ends in almost pure noise, where x_t says nothing of z: there they begin a little below.
     """
     top = len(alphas_cumprod) - 1
     if schedule == "squaredcos_cap_v2":
@@ -154,23 +190,32 @@ def shifted(t: Any, shift: float) -> Any:
     return t if shift == 1 else shift * t / (1 + (shift - 1) * t)
 
 
-# -- which scheduler ---------------------------------------------------------------------------------------------------
+def choose_sampler(sampler: str, process: str, shift: float, eta: float, last_step: float) -> str:
+    """The sampler, `auto` the first of the process; settings that would do nothing are refused."""
+    allowed = FLOW_SAMPLERS if process == "flow" else DDPM_SAMPLERS
+    kind = allowed[0] if sampler == "auto" else sampler
+    if kind not in allowed:
+        raise LatelierError(
+            f"sample.sampler = {sampler!r} does not go with a {process} process; allowed: auto, {', '.join(allowed)}."
+        )
+    if eta and kind != "ddim":
+        raise LatelierError(f"sample.eta = {eta} acts in the ddim sampler only, not in {kind}; set it to 0.")
+    if kind != "sde" and last_step != LAST_STEP:
+        raise LatelierError(
+            f"sample.last_step = {last_step} acts in the sde sampler only, not in {kind}; leave it out."
+        )
+    if shift != 1 and process != "flow":
+        raise LatelierError(f"sample.shift = {shift} acts in flow processes only; set it to 1.")
+    return kind
 
 
-def flow_scheduler(kind: str, last_step: float = 0.04) -> Scheduler:
-    """A scheduler of one of `FLOW_SAMPLERS`, not yet on its grid.
-
-    The adaptive sampler needs none; where one is asked for, Euler's stands for the process.
-
-    Args:
-        kind: the sampler.
-        last_step: where the noisy steps of `sde` end.
-    """
-    import diffusers
-
+def flow_scheduler(kind: str, last_step: float = LAST_STEP) -> Scheduler:
+    """A scheduler of one of `FLOW_SAMPLERS`, not yet on its grid; `last_step` is where the noisy steps of `sde` end."""
     if kind == "sde":
         return ReverseSDE(last_step, TIMESTEPS)
-    if kind in ("euler", "heun", ADAPTIVE):
+    if kind == ADAPTIVE:
+        return DormandPrince()
+    if kind in ("euler", "heun"):
         name = f"FlowMatch{'Heun' if kind == 'heun' else 'Euler'}DiscreteScheduler"
         return getattr(diffusers, name)(num_train_timesteps=TIMESTEPS, shift=1.0)
     name = {"dpm++": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}[kind]
@@ -178,14 +223,7 @@ def flow_scheduler(kind: str, last_step: float = 0.04) -> Scheduler:
 
 
 def ddpm_scheduler(kind: str, arguments: dict[str, Any]) -> Scheduler:
-    """A scheduler of one of `DDPM_SAMPLERS`, without timesteps.
-
-    Args:
-        kind: the sampler.
-        arguments: diffusers' names of the schedule and of what is predicted.
-    """
-    import diffusers
-
+    """A scheduler of one of `DDPM_SAMPLERS`, without timesteps; `arguments` are diffusers' names of the process."""
     if kind in ("ddim", "plms"):
         ends = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}  # for diffusers' own of this config
         return {"ddim": DDIM, "plms": PLMS}[kind](**arguments, **ends)
@@ -199,22 +237,19 @@ def ddpm_scheduler(kind: str, arguments: dict[str, Any]) -> Scheduler:
     return getattr(diffusers, name)(**arguments)
 
 
-# -- which grid --------------------------------------------------------------------------------------------------------
-
-
 def place_flow(scheduler: Scheduler, steps: int, shift: float) -> None:
     """Put a scheduler onto `flow_sigmas`; one with another shift, or of a kind unknown here, gets its own grid."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
-
+    if isinstance(scheduler, DormandPrince):
+        return
     if isinstance(scheduler, ReverseSDE):
         scheduler.set_timesteps(steps, shift=shift)
         return
     sigmas, config = flow_sigmas(steps, shift), scheduler.config
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and config["shift"] == 1:
+    if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler) and config["shift"] == 1:
         scheduler.set_timesteps(sigmas=sigmas[:-1].tolist())  # diffusers appends the 0
         return
     scheduler.set_timesteps(steps)
-    if isinstance(scheduler, FlowMatchHeunDiscreteScheduler) and config["shift"] == 1:
+    if isinstance(scheduler, diffusers.FlowMatchHeunDiscreteScheduler) and config["shift"] == 1:
         # Its own grid cannot be chosen. Inner points are visited twice; the step to 0 is an Euler step.
         points = torch.from_numpy(sigmas).float()
         scheduler.sigmas = torch.cat([points[:1], points[1:-1].repeat_interleave(2), points[-1:]])
@@ -226,14 +261,7 @@ def place_flow(scheduler: Scheduler, steps: int, shift: float) -> None:
 
 
 def place_ddpm(scheduler: Scheduler, steps: int) -> None:
-    """Spread a scheduler's steps over the noise levels.
-
-    Raises:
-        LatelierError: if there are more steps than levels, or evenly spaced ones of diffusers' DDIM or PNDM would miss
-            the noisiest levels.
-    """
-    import diffusers
-
+    """Spread a scheduler's steps over the noise levels, or refuse steps with which some would be missed."""
     config = scheduler.config
     levels = config["num_train_timesteps"]
     if steps > levels:

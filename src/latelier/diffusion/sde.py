@@ -28,23 +28,18 @@ from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
-from jaxtyping import Float
 from torch import Tensor
 
+from latelier.diffusion import Latents
 from latelier.errors import LatelierError
 
 
 @dataclass
 class ReverseSDEOutput(BaseOutput):
-    """What a step gives.
+    """What a step gives."""
 
-    Attributes:
-        prev_sample: x at the next time; float64 where the device has it, float32 after the last step.
-        pred_original_sample: the estimate of z, x_t - t v.
-    """
-
-    prev_sample: Tensor
-    pred_original_sample: Tensor
+    prev_sample: Tensor  # x at the next time; float64 where the device has it, float32 after the last step
+    pred_original_sample: Tensor  # the estimate of z, x_t - t v
 
 
 class ReverseSDE(SchedulerMixin, ConfigMixin):
@@ -55,9 +50,6 @@ class ReverseSDE(SchedulerMixin, ConfigMixin):
     Args:
         last_step: the time where the noisy steps end, so the length of the last one; above 0, below 1.
         num_train_timesteps: timesteps are t times this.
-
-    Raises:
-        LatelierError: if `last_step` is not between 0 and 1.
     """
 
     order = 1
@@ -82,9 +74,6 @@ class ReverseSDE(SchedulerMixin, ConfigMixin):
             device: of `timesteps`.
             shift: times become `shift t / (1 + (shift - 1) t)`, of even ones from 1 to where `last_step` comes from, so
                 that both ends stay.
-
-        Raises:
-            LatelierError: for a single step.
         """
         if num_inference_steps < 2:
             raise LatelierError(
@@ -100,27 +89,18 @@ class ReverseSDE(SchedulerMixin, ConfigMixin):
         self.below = dict(zip(visited, [*visited[1:], 0.0]))  # the timestep that each one's step ends at
         self.timesteps = self.timesteps.to(device)
 
-    def scale_model_input(
-        self, sample: Float[Tensor, "b c *grid"], timestep: float | Tensor | None = None
-    ) -> Float[Tensor, "b c *grid"]:
+    def scale_model_input(self, sample: Latents, timestep: float | Tensor | None = None) -> Latents:
         """The state as a denoiser takes it: the same, in float32."""
         return sample.float() if sample.dtype == torch.float64 else sample
 
     def step(
         self,
-        model_output: Float[Tensor, "b c *grid"],
+        model_output: Latents,
         timestep: float | Tensor,
-        sample: Float[Tensor, "b c *grid"],
+        sample: Latents,
         generator: Any = None,
     ) -> ReverseSDEOutput:
-        """From one time to the next below; from the last to 0 without noise.
-
-        Args:
-            model_output: the velocity at `timestep`.
-            timestep: one of `timesteps`.
-            sample: x at `timestep`.
-            generator: one generator, or one for each image.
-        """
+        """From one time to the next below; from the last to 0 without noise. `model_output` is the velocity."""
         scale, now = self.config["num_train_timesteps"], float(timestep)
         t, h = now / scale, (now - self.below[now]) / scale
         dtype = torch.float32 if sample.device.type == "mps" else torch.float64  # Apple's GPUs have no float64

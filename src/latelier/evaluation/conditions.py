@@ -18,7 +18,7 @@ from jaxtyping import Float, Integer
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from latelier.conditioning import parts
+from latelier.conditioning.condition import components
 from latelier.data import corruptions as masks
 from latelier.errors import LatelierError
 from latelier.evaluation.distributions import FeatureStatistics
@@ -67,7 +67,7 @@ def evaluate_conditions(
         conditioned on classes, maps or nothing.
     """
     device = pipeline.codec.device
-    metrics = list(_metrics(parts(pipeline.conditioner), training, evaluate, device))
+    metrics = list(_metrics(components(pipeline.conditioner), training, evaluate, device))
     if not metrics:
         return []
     n, size = 0, (0, 0)
@@ -94,7 +94,7 @@ def draw_records(
         A batch of records, with what was made of them before they were drawn: `low`, small images, and `hole`; and
         the images.
     """
-    known, done = parts(pipeline.conditioner), 0
+    known, done = components(pipeline.conditioner), 0
     for record in records:
         batch = {key: value[: count - done] for key, value in record.items()}
         image = batch["image"]
@@ -267,7 +267,7 @@ def condition_grid(pipeline: Any, records: Records, sample: Sample, seed: int = 
 
     Inputs are the small image, enlarged; the image with grey holes; boxes and their classes; the label map; the map.
     """
-    known = parts(pipeline.conditioner)
+    known = components(pipeline.conditioner)
     rows: dict[str, list[Tensor]] = {}
     captions: list[str] = []
     for batch, drawn in draw_records(pipeline, records, sample, COLUMNS, seed):

@@ -156,11 +156,11 @@ def _speed(recipe: Recipe, pipeline: LatentDiffusionPipeline) -> list[Measuremen
 
 def _tasks(recipe: Recipe, pipeline: LatentDiffusionPipeline, held_out: ImageDataset) -> list[Measurement]:
     """Whether the denoiser does what it is told, when it is told more than a class; images to look at."""
-    from latelier.conditioning import parts
+    from latelier.conditioning.condition import components
     from latelier.evaluation.conditions import condition_grid, evaluate_conditions
     from latelier.evaluation.regions import MOST_TRAINING
 
-    if set(parts(pipeline.conditioner)) <= {"classes"}:
+    if set(components(pipeline.conditioner)) <= {"classes"}:
         return []
     settings, training = recipe.evaluate, open_images(recipe)
     grid = condition_grid(pipeline, held_out.once(8, limit=8), recipe.sample, settings.seed)

@@ -29,19 +29,19 @@ class Sample(Section):
     shift: float = Field(1.0, gt=0, description="flow: spends more steps near noise when above 1")
     last_step: Unit = Field(0.04, description="sde: where the noisy steps end and one step without noise follows")
     eta: Unit = Field(0.0, description="ddim: 0 deterministic, 1 ancestral")
-    window: int | None = Field(None, ge=1, description="tiled sampling: side of a tile, in latent positions")
-    stride: int | None = Field(None, ge=1, description="from one tile to the next; default half a tile")
+    tile: int | None = Field(None, ge=1, description="tiled sampling: side of a tile, in latent positions")
+    tile_stride: int | None = Field(None, ge=1, description="from one tile to the next; default half a tile")
     count: int = Field(64, ge=1)
     batch: int = Field(64, ge=1)
     classes: list[int | str] | None = None
     seed: int = 0
 
-    @field_validator("stride")
+    @field_validator("tile_stride")
     @classmethod
     def _fits(cls, stride: int | None, info: Any) -> int | None:
-        window = info.data.get("window")
-        if stride is not None and (window is None or stride > window):
-            raise ValueError(f"at most sample.window, which is {'not set' if window is None else window}")
+        tile = info.data.get("tile")
+        if stride is not None and (tile is None or stride > tile):
+            raise ValueError(f"at most sample.tile, which is {'not set' if tile is None else tile}")
         return stride
 
 

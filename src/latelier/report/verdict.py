@@ -119,8 +119,10 @@ def detail(m: Measures) -> Finding | None:
     error = f"{psnr:.1f} dB, a root mean square error of {share:.0f} % of the range from black to white"
     if psnr >= GOOD_PSNR:
         return Finding("good", f"Reconstructions are close: {error}.", {"psnr": psnr})
-    kind, words = ("fair", "Fine detail is lost") if psnr >= BAD_PSNR else ("bad", "Reconstructions are rough")
-    return Finding(kind, f"{words}: {error}. No denoiser brings it back.", {"psnr": psnr})
+    words = "Fine detail is lost" if psnr >= BAD_PSNR else "Reconstructions are rough"
+    return Finding(
+        "fair" if psnr >= BAD_PSNR else "bad", f"{words}: {error}. No denoiser brings it back.", {"psnr": psnr}
+    )
 
 
 def limit(m: Measures) -> Finding | None:

@@ -39,7 +39,7 @@ def inspect(tokenizer: str, source: str, size: int, samples: int, out: Path, opt
     Raises:
         LatelierError: if `out` holds anything but an earlier inspection, or what is to be opened cannot be.
     """
-    from latelier.experiment import complete
+    from latelier.run import complete
 
     recipe = inspection_recipe(tokenizer, source, size, samples, out, options)
     _check_out(Path(tokenizer), recipe, out)

@@ -159,7 +159,7 @@ def run_study(study: Study, only: list[str] | None = None) -> Path:
 
 def _do(study: Study, recipe: Recipe) -> None:
     """One run, unless its result is there and was made by the same recipe."""
-    from latelier.experiment import complete
+    from latelier.run import complete
     from latelier.terminal import console
 
     file = recipe.folder / PLAN

@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from latelier.conditioning import CACHED, DataSpec, build_conditioner, parts
+from latelier.conditioning import CACHED
+from latelier.conditioning.condition import DataSpec, build_conditioner, components
 from latelier.data.latents import LatentCache, encode_batches
 from latelier.data.loader import ImageDataset
 from latelier.denoisers import build_denoiser, vector_width
@@ -150,23 +151,23 @@ def build_objective(recipe: Recipe, codec: Codec, dataset: ImageDataset) -> Deno
     )
     if recipe.sample.guidance != 1 and not any(condition.dropout for condition in section.condition):
         raise LatelierError(
-            f"sample.guidance = {recipe.sample.guidance}, but this denoiser is never left untold in training, so it "
-            "cannot be guided; set sample.guidance to 1, or the `dropout` of a condition above 0."
+            f"sample.guidance = {recipe.sample.guidance}, but this denoiser is trained without dropping its "
+            "conditions, so it cannot be guided; set sample.guidance to 1, or the `dropout` of a condition above 0."
         )
     conditioner = build_conditioner(section.condition, spec)
-    told = parts(conditioner).values()
+    conditioners = components(conditioner).values()
     denoiser = build_denoiser(
         section,
         shape,
-        token_width=max((part.token_width for part in told), default=0),
-        spatial_channels=sum(part.spatial_channels for part in told),
-        vector=any(part.input_name == "classes" and not part.token_width for part in told),
+        token_width=max((part.token_width for part in conditioners), default=0),
+        spatial_channels=sum(part.spatial_channels for part in conditioners),
+        vector=any(not part.token_width and not part.spatial_channels for part in conditioners),
     )
     _check_channels(recipe, shape[0], denoiser.config.get("prefix_channels", False))
     return DenoisingObjective(
         denoiser,
         conditioner,
-        build_process(section.process),
+        build_process(**section.process.model_dump()),
         seed=recipe.seed + 1,
         dropout=[condition.dropout for condition in section.condition],
         loss=section.loss,
@@ -227,7 +228,7 @@ def latent_stream(
         return _prepared(batches, conditioner, codec, accelerator)
     latents = open_cache(recipe, codec, dataset, accelerator)
     batches = latents.stream(training.batch, *place, seed=recipe.seed)
-    if any(name not in CACHED for name in parts(conditioner)):
+    if any(name not in CACHED for name in components(conditioner)):
         plan = latents.plan(training.batch, *place, seed=recipe.seed)
         records = dataset.follow((latents.index[positions], flips.tolist()) for _, positions, flips in plan)
         batches = ({**batch, **record} for record, batch in zip(records, batches))  # captions may be mirrored
@@ -249,10 +250,9 @@ def _prepared(
 
 def make_pipeline(recipe: Recipe, codec: Codec, objective: DenoisingObjective) -> LatentDiffusionPipeline:
     """Everything that sampling needs, in one object that saves and loads whole."""
-    section = denoiser_section(recipe)
-    dropped = [name for name, share in zip(parts(objective.conditioner), objective.dropout) if share]
+    dropped = [name for name, share in zip(components(objective.conditioner), objective.dropout) if share]
     return LatentDiffusionPipeline.build(
-        codec, objective.denoiser, objective.conditioner, section.process, recipe.data.image_size, dropped
+        codec, objective.denoiser, objective.conditioner, objective.process, recipe.data.image_size, dropped
     )
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from latelier.conditioning.condition import Condition
-from latelier.diffusion.guidance import guided
+from latelier.diffusion.cfg import guided
 from latelier.errors import LatelierError
 
 
@@ -18,8 +18,8 @@ class Adder(nn.Module):
 
     def forward(self, x_t, t, condition):
         self.calls, self.rows = self.calls + 1, self.rows + len(x_t)
-        told = 0 if condition is None else condition.vector[:, :, None, None]
-        return x_t + t[:, None, None, None] + told
+        shift = 0 if condition is None else condition.vector[:, :, None, None]
+        return x_t + t[:, None, None, None] + shift
 
 
 @pytest.fixture
@@ -34,36 +34,36 @@ def case():
 
 
 def test_formula_in_one_forward_pass(case):
-    model, x, t, told, null = case
-    torch.testing.assert_close(guided(model, x, t, told, null, 4.0), x + 0.3 + 4)
+    model, x, t, cond, uncond = case
+    torch.testing.assert_close(guided(model, cond, uncond, 4.0)(x, t), x + 0.3 + 4)
     assert (model.calls, model.rows) == (1, 4)
-    torch.testing.assert_close(guided(model, x, t, told, null, 0.0), x + 0.3)
+    torch.testing.assert_close(guided(model, cond, uncond, 0.0)(x, t), x + 0.3)
 
 
-@pytest.mark.parametrize("off", ["scale", "interval", "null", "condition"])
+@pytest.mark.parametrize("off", ["scale", "interval", "uncond", "cond"])
 def test_no_guidance_is_exactly_the_conditional_prediction(case, off):
-    model, x, t, told, null = case
-    told, null = (None if off == "condition" else told), (None if off == "null" else null)
+    model, x, t, cond, uncond = case
+    cond, uncond = (None if off == "cond" else cond), (None if off == "uncond" else uncond)
     interval = (0.5, 1.0) if off == "interval" else (0.0, 1.0)
-    prediction = guided(model, x, t, told, null, 1.0 if off == "scale" else 4.0, interval)
+    prediction = guided(model, cond, uncond, 1.0 if off == "scale" else 4.0, interval)(x, t)
     assert model.rows == 2
-    assert torch.equal(prediction, model(x, t, told))
+    assert torch.equal(prediction, model(x, t, cond))
 
 
 def test_interval_acts_on_each_image(case):
-    model, x, _, told, null = case
+    model, x, _, cond, uncond = case
     t = torch.tensor([0.3, 0.6])
     expected = x + t[:, None, None, None] + torch.tensor([4.0, 1.0])[:, None, None, None]
-    torch.testing.assert_close(guided(model, x, t, told, null, 4.0, (0.0, 0.5)), expected)
+    torch.testing.assert_close(guided(model, cond, uncond, 4.0, (0.0, 0.5))(x, t), expected)
 
 
 def test_first_channels_only(case):
-    model, x, t, told, null = case
-    prediction = guided(model, x, t, told, null, 4.0, channels=2)
+    model, x, t, cond, uncond = case
+    prediction = guided(model, cond, uncond, 4.0, channels=2)(x, t)
     torch.testing.assert_close(prediction[:, :2], x[:, :2] + 4.3)
-    assert torch.equal(prediction[:, 2:], model(x, t, told)[:, 2:])
+    assert torch.equal(prediction[:, 2:], model(x, t, cond)[:, 2:])
     with pytest.raises(LatelierError, match=r"guidance_channels = 4.* 3 channels"):
-        guided(model, x, t, told, null, 4.0, channels=4)
+        guided(model, cond, uncond, 4.0, channels=4)(x, t)
 
 
 def test_all_injections_are_doubled():
@@ -75,9 +75,9 @@ def test_all_injections_are_doubled():
             seen.append(condition)
             return x_t
 
-    told = Condition(tokens=tokens, mask=mask, spatial=torch.ones(2, 1, 4, 4))
-    null = Condition(tokens=0 * tokens, mask=mask, spatial=torch.zeros(2, 1, 4, 4))
-    guided(Spy(), torch.randn(2, 3, 4, 4), torch.full((2,), 0.5), told, null, 2.0)
+    cond = Condition(tokens=tokens, mask=mask, spatial=torch.ones(2, 1, 4, 4))
+    uncond = Condition(tokens=0 * tokens, mask=mask, spatial=torch.zeros(2, 1, 4, 4))
+    guided(Spy(), cond, uncond, 2.0)(torch.randn(2, 3, 4, 4), torch.full((2,), 0.5))
     assert torch.equal(seen[0].tokens, torch.cat([tokens, 0 * tokens]))
     assert seen[0].spatial.shape == (4, 1, 4, 4)
     assert seen[0].vector is None

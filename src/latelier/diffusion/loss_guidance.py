@@ -1,4 +1,4 @@
-"""Guiding: pulling a trained, even unconditional, model towards an image while it samples (LDM, appendix on guiding).
+"""Loss guidance: pulls a trained, even unconditional, model towards an image while it samples (LDM, appendix).
 
 An energy E(x_t) = 1/2 |y - T(D(z(x_t)))|^2 says how far the image D(z) of the present estimate z lies from a target
 y, after some T, such as downsampling. Adding -E to the log-density moves the score, and with it the epsilon
@@ -24,13 +24,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from latelier.diffusion import Latents, Levels, Predict
 from latelier.diffusion.process import DDPM, Flow
 from latelier.errors import LatelierError
 
 LEAST_ALPHA = 1e-3  # below, x_t says nothing about the image, and sigma^2 / alpha has no bound
 
 
-class Guide:
+class LossGuidance:
     """Pulls samples towards an image.
 
     Args:
@@ -39,9 +40,6 @@ class Guide:
         kind: `l2`, half the squared distance summed over an image, or `lpips`, the perceptual distance.
         factor: T averages blocks of `factor` x `factor` pixels of the decoded image; the target is as much smaller.
         scale: s; 0 does nothing. For `l2`, 1 / variance makes E the log-likelihood of a target with that much noise.
-
-    Raises:
-        LatelierError: if factor or scale mean nothing, or the weights of LPIPS are found nowhere.
     """
 
     def __init__(
@@ -53,9 +51,11 @@ class Guide:
         scale: float = 1.0,
     ):
         if kind not in ("l2", "lpips"):
-            raise LatelierError(f"guide kind = {kind!r} is not known; allowed: l2, lpips.")
+            raise LatelierError(f"loss guidance: kind = {kind!r} is not known; allowed: l2, lpips.")
         if factor < 1 or scale < 0:
-            raise LatelierError(f"guide factor = {factor}, scale = {scale} mean nothing; use 1 or more and 0 or more.")
+            raise LatelierError(
+                f"loss guidance: factor = {factor}, scale = {scale} are not allowed; use 1 or more, and 0 or more."
+            )
         self.decode, self.target, self.kind, self.factor, self.scale = decode, target, kind, factor, scale
         self._distance = _half_square
         if kind == "lpips":
@@ -63,56 +63,46 @@ class Guide:
 
             self._distance = LPIPS("vgg")
 
-    def of(self, images: list[int]) -> Guide:
-        """The guide of some images, by their places in the target."""
+    def rows(self, images: list[int]) -> LossGuidance:
+        """The guidance of some images, by their rows of the target."""
         chosen = copy(self)
         if len(self.target) > 1:
             chosen.target = self.target[images]
         return chosen
 
-    def energy(self, z: Float[Tensor, "b c *grid"]) -> Float[Tensor, " b"]:
-        """How far the images of some latents are from the target.
-
-        Raises:
-            LatelierError: if the images, once smaller, are not of the target's shape.
-        """
+    def energy(self, z: Latents) -> Levels:
+        """How far the images of some latents are from the target; refuses another shape than the target's."""
         images = self.decode(z)  # (b, c, h, w)
         if self.factor > 1:
             images = F.avg_pool2d(images, self.factor)  # (b, c, h / factor, w / factor)
         target = self.target.to(images)
         if target.shape[1:] != images.shape[1:] or len(target) not in (1, len(images)):
             raise LatelierError(
-                f"The guide's target is {tuple(target.shape)}, but the images that are drawn, {self.factor} times "
-                f"smaller, are {tuple(images.shape)}; give a target of that shape."
+                f"The target of loss guidance is {tuple(target.shape)}, but the images that are drawn, "
+                f"{self.factor} times smaller, are {tuple(images.shape)}; give a target of that shape."
             )
         if isinstance(self._distance, nn.Module):
             self._distance.to(images.device)
         return self._distance(images, target.expand_as(images))
 
-    def __call__(
-        self,
-        predict: Callable[[Tensor, Tensor], Tensor],
-        x_t: Float[Tensor, "b c *grid"],
-        t: Float[Tensor, " b"],
-        process: Flow | DDPM,
-    ) -> Float[Tensor, "b c *grid"]:
-        """The prediction, moved. Gradients flow to x_t only, through denoiser and decoder; weights gather none.
+    def guide(self, predict: Predict, process: Flow | DDPM) -> Predict:
+        """`predict`, classifier-free guidance included, with its predictions moved; `process` is that of training.
 
-        Args:
-            predict: `(x_t, t) -> prediction`, classifier-free guidance included.
-            x_t: noisy latents.
-            t: noise levels in [0, 1].
-            process: what the denoiser was trained with.
+        Gradients flow to x_t only, through denoiser and decoder; weights gather none.
         """
-        with torch.enable_grad():
-            x = x_t.detach().requires_grad_()
-            prediction = predict(x, t).float()  # (b, c, *grid)
-            energy = self.energy(process.denoised(x, t, prediction))  # (b,)
-            (gradient,) = torch.autograd.grad(energy.sum(), x)  # (b, c, *grid)
-        alpha, sigma = process.alpha_sigma(t, x_t)  # (b, 1, ...) each
-        gradient = torch.where(alpha > LEAST_ALPHA, self.scale * gradient, 0.0)
-        z_shift = -(sigma**2) / alpha.clamp(min=LEAST_ALPHA) * gradient
-        return prediction.detach() + process.target(z_shift, t, sigma * gradient)
+
+        def guided_predict(x_t: Latents, t: Levels) -> Latents:
+            with torch.enable_grad():
+                x = x_t.detach().requires_grad_()
+                prediction = predict(x, t).float()  # (b, c, *grid)
+                energy = self.energy(process.denoised(x, t, prediction))  # (b,)
+                (gradient,) = torch.autograd.grad(energy.sum(), x)  # (b, c, *grid)
+            alpha, sigma = process.alpha_sigma(t, x_t)  # (b, 1, ...) each
+            gradient = torch.where(alpha > LEAST_ALPHA, self.scale * gradient, 0.0)
+            z_shift = -(sigma**2) / alpha.clamp(min=LEAST_ALPHA) * gradient
+            return prediction.detach() + process.target(z_shift, t, sigma * gradient)
+
+        return guided_predict
 
 
 def _half_square(images: Tensor, target: Tensor) -> Tensor:

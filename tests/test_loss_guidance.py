@@ -1,4 +1,4 @@
-"""Guiding against closed forms: Gaussian data, a linear decoder."""
+"""Loss guidance against closed forms: Gaussian data, a linear decoder."""
 
 import pytest
 import torch
@@ -6,13 +6,13 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from latelier.conditioning.condition import Condition
-from latelier.diffusion.guiding import Guide
+from latelier.diffusion.loss_guidance import LossGuidance
 from latelier.diffusion.process import DDPM, Flow
-from latelier.diffusion.sampling import sample_latents
-from latelier.diffusion.windows import windowed
+from latelier.diffusion.tiled import tiled
 from latelier.errors import LatelierError
 from latelier.recipe import Sample
 from latelier.tokenizers.codec import Codec
+from sampled import sampled
 
 MEAN, STD, GAIN = 0.5, 0.8, 2.0
 PROCESSES = [Flow(), DDPM(), DDPM(prediction="v"), DDPM(prediction="sample"), DDPM("cosine", prediction="v")]
@@ -38,9 +38,9 @@ def decode(z):
 @pytest.mark.parametrize("process", PROCESSES)
 def test_shift_in_closed_form(process):
     """z' = z - sigma^2 / alpha s grad E, with grad E = dz/dx GAIN (GAIN z - y), and eps' from the same x_t."""
-    model, guide = GaussianPrior(process), Guide(decode, torch.full((1, 1, 4, 4), 3.0), scale=0.7)
+    model, guide = GaussianPrior(process), LossGuidance(decode, torch.full((1, 1, 4, 4), 3.0), scale=0.7)
     x, t = torch.randn(3, 1, 4, 4), torch.tensor([0.1, 0.4, 0.8])
-    moved = guide(lambda x_t, t: model(x_t, t, None), x, t, process)
+    moved = guide.guide(lambda x_t, t: model(x_t, t, None), process)(x, t)
     alpha, sigma = process.alpha_sigma(t, x)
     z = process.denoised(x, t, model(x, t, None))
     slope = alpha * STD**2 / (alpha**2 * STD**2 + sigma**2)  # dz/dx
@@ -55,9 +55,9 @@ def test_shift_in_closed_form(process):
 
 def test_epsilon_moves_by_sigma_times_the_gradient():
     process = DDPM()
-    model, guide = GaussianPrior(process), Guide(decode, torch.zeros(1, 1, 2, 2))
+    model, guide = GaussianPrior(process), LossGuidance(decode, torch.zeros(1, 1, 2, 2))
     x, t = torch.randn(2, 1, 2, 2).double().float(), torch.tensor([0.3, 0.6])
-    moved = guide(lambda x_t, t: model(x_t, t, None), x, t, process) - model(x, t, None)
+    moved = guide.guide(lambda x_t, t: model(x_t, t, None), process)(x, t) - model(x, t, None)
     step = 1e-2  # the gradient again, by central differences of the energy
     for place in [(0, 0, 0, 0), (1, 0, 1, 1)]:
         energies = []
@@ -85,8 +85,8 @@ def test_epsilon_moves_by_sigma_times_the_gradient():
 def test_samples_are_pulled_towards_the_target(process, sample):
     model, target, drawn = GaussianPrior(process), torch.full((1, 1, 8, 8), 4.0), []
     for scale in (0.0, 0.2, 1.0):
-        guide = Guide(decode, target, scale=scale)
-        z = sample_latents(model, process, sample, (1, 8, 8), None, None, list(range(16)), "cpu", guide=guide)
+        guide = LossGuidance(decode, target, scale=scale)
+        z = sampled(model, process, sample, (1, 8, 8), range(16), loss_guidance=guide)
         drawn.append((decode(z) - 4.0).abs().mean().item())
     assert drawn[0] > 1.5 * drawn[1] > 1.5**2 * drawn[2]
     assert model.one.grad is None
@@ -96,18 +96,18 @@ def test_exact_posterior_when_the_target_is_certain_of_little():
     """Data N(MEAN, STD^2) seen through y = GAIN z + noise of variance v: E gives the posterior's mean to first order
     in 1 / v, MEAN + STD^2 GAIN (y - GAIN MEAN) / v."""
     process, v, y = Flow(), 400.0, 60.0
-    guide = Guide(decode, torch.full((1, 1, 8, 8), y), scale=1 / v)
-    arguments = (GaussianPrior(process), process, Sample(steps=200, sampler="heun"), (1, 8, 8), None, None, range(16))
-    plain, guided = (sample_latents(*arguments[:-1], list(arguments[-1]), "cpu", guide=g) for g in (None, guide))
+    guide = LossGuidance(decode, torch.full((1, 1, 8, 8), y), scale=1 / v)
+    arguments = (GaussianPrior(process), process, Sample(steps=200, sampler="heun"), (1, 8, 8), range(16))
+    plain, guided = (sampled(*arguments, loss_guidance=g) for g in (None, guide))
     expected = STD**2 * GAIN * (y - GAIN * MEAN) / v
     assert (guided - plain).mean().item() == pytest.approx(expected, rel=0.03)
 
 
 def test_scale_of_zero_changes_nothing():
     process = DDPM()
-    guide = Guide(decode, torch.zeros(1, 1, 4, 4), scale=0.0)
+    guide = LossGuidance(decode, torch.zeros(1, 1, 4, 4), scale=0.0)
     draw = [
-        sample_latents(GaussianPrior(process), process, Sample(steps=5), (1, 4, 4), None, None, [0, 1], "cpu", guide=g)
+        sampled(GaussianPrior(process), process, Sample(steps=5), (1, 4, 4), [0, 1], loss_guidance=g)
         for g in (None, guide)
     ]
     assert torch.equal(*draw)
@@ -116,9 +116,9 @@ def test_scale_of_zero_changes_nothing():
 
 def test_pure_noise_is_left_alone():
     process = Flow()
-    model, guide = GaussianPrior(process), Guide(decode, torch.full((1, 1, 4, 4), 9.0))
+    model, guide = GaussianPrior(process), LossGuidance(decode, torch.full((1, 1, 4, 4), 9.0))
     x, t = torch.randn(2, 1, 4, 4), torch.tensor([1.0, 0.9])
-    moved = guide(lambda x_t, t: model(x_t, t, None), x, t, process)
+    moved = guide.guide(lambda x_t, t: model(x_t, t, None), process)(x, t)
     plain = model(x, t, None)
     assert torch.equal(moved[0], plain[0])
     assert not torch.allclose(moved[1], plain[1])
@@ -126,33 +126,31 @@ def test_pure_noise_is_left_alone():
 
 
 def test_a_smaller_target_is_compared_with_means_of_blocks():
-    guide = Guide(decode, torch.ones(1, 1, 2, 2), factor=2)
+    guide = LossGuidance(decode, torch.ones(1, 1, 2, 2), factor=2)
     z = torch.zeros(3, 1, 4, 4)
     torch.testing.assert_close(guide.energy(z), torch.full((3,), 0.5 * 4))
     z[0, 0, :2, :2] = torch.tensor([[2.0, 0.0], [0.0, 0.0]])  # a block with mean 0.5, decoded 1
     torch.testing.assert_close(guide.energy(z), torch.tensor([1.5, 2.0, 2.0]))
-    with pytest.raises(LatelierError, match=r"target is \(1, 1, 2, 2\).* are \(3, 1, 4, 4\)"):
+    with pytest.raises(LatelierError, match=r"target of loss guidance is \(1, 1, 2, 2\).* are \(3, 1, 4, 4\)"):
         guide.energy(torch.zeros(3, 1, 8, 8))
 
 
-def test_through_a_codec_and_windows_with_a_condition():
-    """The real parts together: decoder, windows, classifier-free guidance; no weight gathers a gradient."""
+def test_through_a_codec_and_tiles_with_a_condition():
+    """The real parts together: decoder, tiles, classifier-free guidance; no weight gathers a gradient."""
     model = AutoencoderKL(
         block_out_channels=[8], down_block_types=["DownEncoderBlock2D"], up_block_types=["UpDecoderBlock2D"],
         layers_per_block=1, latent_channels=2, norm_num_groups=2, mid_block_add_attention=False,
     ).eval()  # fmt: skip
     codec, inner = Codec(model, torch.zeros(2), torch.full((2,), 3.0)), nn.Conv2d(2, 2, 3, padding=1)
 
-    class Told(nn.Module):
+    class Conditional(nn.Module):
         def forward(self, x_t, t, condition):
             return inner(x_t) + condition.vector[:, :, None, None]
 
-    told, null = Condition(torch.ones(2, 2)), Condition(torch.zeros(2, 2))
-    guide = Guide(codec.decode, torch.full((2, 3, 5, 6), 0.5), factor=2, scale=0.1)
+    cond, uncond = Condition(torch.ones(2, 2)), Condition(torch.zeros(2, 2))
+    guide = LossGuidance(codec.decode, torch.full((2, 3, 5, 6), 0.5), factor=2, scale=0.1)
     draw = [
-        sample_latents(
-            windowed(Told(), 8), Flow(), Sample(steps=10, guidance=2.0), (2, 10, 12), told, null, [0, 1], "cpu", guide=g
-        )
+        sampled(tiled(Conditional(), 8), Flow(), Sample(steps=10, guidance=2.0), (2, 10, 12), [0, 1], cond, uncond, g)
         for g in (None, guide)
     ]
     assert (guide.energy(draw[1]) < guide.energy(draw[0])).all()
@@ -171,15 +169,15 @@ def test_perceptual_energy(monkeypatch):
 
     monkeypatch.setattr("latelier.losses.perceptual.LPIPS", Distance)
     target = torch.rand(2, 1, 4, 4)
-    guide, process = Guide(decode, target, "lpips", scale=20.0), Flow()
-    arguments = (GaussianPrior(process), process, Sample(steps=20), (1, 4, 4), None, None, [0, 1], "cpu")
-    plain, guided = (sample_latents(*arguments, guide=g) for g in (None, guide))
+    guide, process = LossGuidance(decode, target, "lpips", scale=20.0), Flow()
+    arguments = (GaussianPrior(process), process, Sample(steps=20), (1, 4, 4), [0, 1])
+    plain, guided = (sampled(*arguments, loss_guidance=g) for g in (None, guide))
     assert (guide.energy(guided) < 0.3 * guide.energy(plain)).all()
 
 
 def test_what_means_nothing_is_refused():
     target = torch.zeros(1, 1, 2, 2)
     with pytest.raises(LatelierError, match="factor = 0"):
-        Guide(decode, target, factor=0)
+        LossGuidance(decode, target, factor=0)
     with pytest.raises(LatelierError, match=r"scale = -1.0"):
-        Guide(decode, target, scale=-1.0)
+        LossGuidance(decode, target, scale=-1.0)
