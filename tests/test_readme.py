@@ -90,7 +90,7 @@ def test_readme_python(workshop, monkeypatch):
     namespace = {}
     for i, code in enumerate(blocks("README.md", "python")):
         exec(compile(code, f"README.md, python block {i}", "exec"), namespace)
-    assert len(namespace["images"]) == 2
+    assert len(namespace["samples"]) == 2
     assert namespace["distance"].shape == (2,)
 
 
