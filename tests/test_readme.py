@@ -1,4 +1,4 @@
-"""What README and CONTRIBUTING say is run: commands with small settings, Python as it stands."""
+"""README and docs are executed: commands with small settings, Python code as written. Recipes and links are checked."""
 
 import re
 import shlex
@@ -27,8 +27,8 @@ SMALL = [
     "denoiser.images=32", "denoiser.batch=16", "denoiser.model={dim: 32, depth: 1, heads: 2}",
     "sample.count=4", "sample.steps=2", "evaluate.samples=16",
 ]  # fmt: skip
-JUDGED, JUDGES = ["evaluate.metrics=[psnr,spectrum,posterior]"], {"inspect", "compare"}
-WITH_OVERRIDES = {"run", "train", "encode", "check", "evaluate"}  # commands that take changes of the recipe
+FEW_METRICS, INSPECTIONS = ["evaluate.metrics=[psnr,spectrum,posterior]"], {"inspect", "compare"}
+WITH_OVERRIDES = {"run", "train", "encode", "check", "evaluate"}  # commands that take overrides of the recipe
 
 
 def blocks(file: str, language: str) -> list[str]:
@@ -53,8 +53,8 @@ def parse(words: list[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory):
-    """A folder with images in class folders and the README's recipe, and then all that its commands leave there."""
+def workspace(tmp_path_factory):
+    """A folder with images in class folders and the README's recipe, after all commands of the README ran in it."""
     folder = tmp_path_factory.mktemp("readme")
     noise = np.random.default_rng(0)
     for name in ("cat", "dog"):
@@ -71,27 +71,34 @@ def workshop(tmp_path_factory):
         patch.setattr(perceptual, "load_lpips", cache(perceptual.load_lpips))  # read and hashed once, for speed
         for words in commands("README.md"):
             if words[0] == "latelier":
-                small = SMALL if words[1] in WITH_OVERRIDES else JUDGED if words[1] in JUDGES else []
+                small = SMALL if words[1] in WITH_OVERRIDES else FEW_METRICS if words[1] in INSPECTIONS else []
                 app([*words[1:], *small], standalone_mode=False)
     return folder
 
 
-def test_readme_commands(workshop):
+def test_readme_commands(workspace):
     for run in ("quickstart", "photos"):
         for made in ("recipe.yaml", "tokenizer", "pipeline", "log.jsonl", "metrics.json", "samples", "report.html"):
-            assert (workshop / "runs" / run / made).exists()
-    drawn = {path.stem for path in (workshop / "runs" / "quickstart" / "samples").glob("0*.png")}
+            assert (workspace / "runs" / run / made).exists()
+    drawn = {path.stem for path in (workspace / "runs" / "quickstart" / "samples").glob("0*.png")}
     assert {f"{7 + i:06d}" for i in range(16)} <= drawn
-    assert (workshop / "pairs.png").is_file()
+    assert (workspace / "pairs.png").is_file()
 
 
-def test_readme_python(workshop, monkeypatch):
-    monkeypatch.chdir(workshop)
+def test_readme_python(workspace, monkeypatch):
+    monkeypatch.chdir(workspace)
     namespace = {}
     for i, code in enumerate(blocks("README.md", "python")):
         exec(compile(code, f"README.md, python block {i}", "exec"), namespace)
-    assert len(namespace["images"]) == 2
+    assert len(namespace["samples"]) == 2
     assert namespace["distance"].shape == (2,)
+
+
+def test_readme_reading_lists_are_short():
+    section = (ROOT / "README.md").read_text().split("## For readers of the code")[1].split("\n## ")[0]
+    to_loss, to_image = (re.findall(r"^\d+\. \[", part, re.MULTILINE) for part in section.split("From noise"))
+    assert 1 <= len(to_loss) <= 10
+    assert 1 <= len(to_image) <= 8
 
 
 def test_contributing_python(tmp_path, monkeypatch):
