@@ -141,7 +141,7 @@ def _bars(axes: Axes, shown: Sequence[RunSummary], name: str) -> None:
 
 def _lines(
     shown: Sequence[RunSummary],
-    curves: Mapping[str, Mapping[int, Sequence[tuple]]],
+    curves: Mapping[str, Mapping[int, Sequence[Any]]],
     dress: Callable[[Axes, str, list[tuple]], None],
     most: int = 2,
     height: float = 3.2,
@@ -160,8 +160,9 @@ def _lines(
             axes.plot([x for x, *_ in points], [y for _, y, *_ in points], zorder=3, clip_on=False, **looks[i])
             for x, y, *notes in points:
                 for note in notes:
-                    offset = {"xytext": (0, 5), "textcoords": "offset points"}
-                    axes.annotate(str(note), (x, y), ha="center", fontsize=7, color=SOFT, **offset)
+                    axes.annotate(
+                        str(note), (x, y), (0, 5), textcoords="offset points", ha="center", fontsize=7, color=SOFT
+                    )
         axes.set_title(heading(name))
         quiet(axes)
         axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")

@@ -119,7 +119,8 @@ def detail(m: Measures) -> Finding | None:
     error = f"{psnr:.1f} dB, a root mean square error of {share:.0f} % of the range from black to white"
     if psnr >= GOOD_PSNR:
         return Finding("good", f"Reconstructions are close: {error}.", {"psnr": psnr})
-    kind, words = ("fair", "Fine detail is lost") if psnr >= BAD_PSNR else ("bad", "Reconstructions are rough")
+    words = "Fine detail is lost" if psnr >= BAD_PSNR else "Reconstructions are rough"
+    kind: Kind = "fair" if psnr >= BAD_PSNR else "bad"
     return Finding(kind, f"{words}: {error}. No denoiser brings it back.", {"psnr": psnr})
 
 
