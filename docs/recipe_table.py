@@ -10,8 +10,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from latelier import recipe
+from latelier.conditioning import condition, layout, spatial, text
 from latelier.denoisers import dit, objective, unet, uvit
-from latelier.recipe import condition
 from latelier.tokenizers import conv, dcae, maetok, maetok_targets, pretrained, vmae
 
 MARK = "<!-- recipe tables -->"
@@ -125,24 +125,24 @@ MEANINGS: dict[type[BaseModel], dict[str, str]] = {
         "classes": "names or indices, used in turn; null: all classes",
         "seed": "image i is generated from seed + i",
     },
-    condition.TextCondition: {
+    text.TextCondition: {
         "dim": "token width; this and the next three are for `encoder: trained`",
         "layers": "layers of the transformer",
         "heads": "attention heads",
         "head_dim": "width of a head",
     },
-    condition.LayoutCondition: {
+    layout.LayoutCondition: {
         "dim": "token width",
         "layers": "layers of the transformer",
         "heads": "attention heads",
         "head_dim": "width of a head",
     },
-    condition.LowResolutionCondition: {
+    spatial.LowResolutionCondition: {
         "degradation": "how small images are made in training, see "
         "[conditions](conditions.md#semantic-synthesis-maps-and-super-resolution)",
         "dropout": "share of images without a small image",
     },
-    condition.InpaintingCondition: {"dropout": "share of images that are masked completely"},
+    spatial.InpaintingCondition: {"dropout": "share of images that are masked completely"},
     recipe.Evaluate: {
         "metrics": "see [evaluation](evaluation.md#metrics)",
         "features": "feature extractors; see [FID and rFID](evaluation.md#compute-fid-and-rfid)",
@@ -169,12 +169,12 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "denoiser": objective.DenoiserSection,
     "denoiser.process": recipe.Process,
     "denoiser.condition, kind: class": condition.ClassCondition,
-    "denoiser.condition, kind: text": condition.TextCondition,
-    "denoiser.condition, kind: layout": condition.LayoutCondition,
-    "denoiser.condition, kind: segmentation": condition.SegmentationCondition,
-    "denoiser.condition, kind: low-resolution": condition.LowResolutionCondition,
-    "denoiser.condition, kind: inpainting": condition.InpaintingCondition,
-    "denoiser.condition, kind: map": condition.MapCondition,
+    "denoiser.condition, kind: text": text.TextCondition,
+    "denoiser.condition, kind: layout": layout.LayoutCondition,
+    "denoiser.condition, kind: segmentation": spatial.SegmentationCondition,
+    "denoiser.condition, kind: low-resolution": spatial.LowResolutionCondition,
+    "denoiser.condition, kind: inpainting": spatial.InpaintingCondition,
+    "denoiser.condition, kind: map": spatial.MapCondition,
     "sample": recipe.Sample,
     "evaluate": recipe.Evaluate,
 }

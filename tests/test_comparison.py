@@ -12,10 +12,19 @@ from latelier.errors import LatelierError
 from latelier.evaluation.metrics import better, plain
 from latelier.images import make_grid, make_pairs, save_png
 from latelier.report.comparison import write_comparison
-from latelier.report.figures import _mixtures, _trade_offs, _trained
-from latelier.report.orderings import TRAINING_SPEED, Published, RunSummary, at_steps, best, orderings, steps_of
+from latelier.report.figures import _trade_offs, _trained
+from latelier.report.orderings import (
+    MIXTURE,
+    TRAINING_SPEED,
+    Published,
+    RunSummary,
+    at_steps,
+    best,
+    orderings,
+    steps_of,
+)
 from latelier.report.page import column_texts
-from latelier.report.tables import how_to_read, measured, printed, receipts, sampling, verdicts
+from latelier.report.tables import how_to_read, measured, printed, read_curves, receipts, sampling, verdicts
 
 
 def run(name, images=None, facts=None, **values):
@@ -366,7 +375,7 @@ def test_mixtures_and_maps_on_the_page(tmp_path):
     shown = [run("VAE"), run("none"), run("AE")]
     for one, values in zip(shown, [{10: 1.2, 1: 1.4}, {}, {10: 1.1, 100: 1.0}]):
         one.metrics |= {f"gmm-nll@{k}": {"value": y, "interval": None, "receipt": {}} for k, y in values.items()}
-    assert _mixtures(shown) == {0: [(1.0, 1.4), (10.0, 1.2)], 2: [(10.0, 1.1), (100.0, 1.0)]}
+    assert read_curves(shown, MIXTURE) == {MIXTURE: {0: [(1, 1.4), (10, 1.2)], 2: [(10, 1.1), (100, 1.0)]}}
     tall = save_png(Image.new("RGB", (1120, 1000), "#0072b2"), tmp_path / "run" / "latent-map.png")
     shown[0].images["latent-map"] = tall
     page = write_comparison(tmp_path, "t", "", shown, {"Latents": ["gmm-nll@10"]}, None)

@@ -23,7 +23,7 @@ from latelier.report.orderings import (
     value,
 )
 from latelier.report.page import INK, LINE, LOG_RATIO, SOFT, column_texts, number, short, write
-from latelier.report.tables import Curves
+from latelier.report.tables import Curves, read_curves
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,9 +68,9 @@ def draw_figures(folder: Path, shown: Sequence[RunSummary], columns: Sequence[st
             figure.supxlabel("noise level, standard deviations of each latent channel", fontsize=8.5, color=SOFT)
             words = f"Quality of images decoded from noisy latents; the shaded levels, up to {FLAT}, make the mean"
             parts.append(save_figure(folder, "smoothness", figure, words))
-        if mixtures := _mixtures(shown):  # MAETok (Chen et al. 2025), section 3
+        if mixtures := read_curves(shown, MIXTURE):  # MAETok (Chen et al. 2025), section 3
             words = "GMM negative log-likelihood of held-out latents against the number of modes"
-            parts.append(save_figure(folder, "modes", _lines(shown, {MIXTURE: mixtures}, _dress_modes), words))
+            parts.append(save_figure(folder, "modes", _lines(shown, mixtures, _dress_modes), words))
         if lines := _trade_offs(shown):  # Rombach et al. 2022, figure 7
             words = "Quality against the speed of sampling; at each point stands the number of sampling steps"
             figure = _lines(shown, lines, _dress_speed("samples"), height=3.6, across=6)
@@ -141,7 +141,7 @@ def _bars(axes: Axes, shown: Sequence[RunSummary], name: str) -> None:
 
 def _lines(
     shown: Sequence[RunSummary],
-    curves: Mapping[str, Mapping[int, Sequence[tuple]]],
+    curves: Mapping[str, Mapping[int, Sequence[Any]]],
     dress: Callable[[Axes, str, list[tuple]], None],
     most: int = 2,
     height: float = 3.2,
@@ -234,16 +234,6 @@ def _noise_curves(shown: Sequence[RunSummary]) -> dict[str, dict[int, list[tuple
             if points:
                 found.setdefault(name, {})[i] = points
     return found
-
-
-def _mixtures(shown: Sequence[RunSummary]) -> dict[int, list[tuple[float, float]]]:
-    """(number of modes, negative log-likelihood), ascending, by the run's position; without runs that have none."""
-    found: dict[int, list[tuple[float, float]]] = {}
-    for name in at_steps(shown, MIXTURE):
-        for i, run in enumerate(shown):
-            if (height := value(run, name)) is not None:
-                found.setdefault(i, []).append((float(name.partition("@")[2]), height))
-    return dict(sorted(found.items()))
 
 
 def _trade_offs(shown: Sequence[RunSummary]) -> dict[str, dict[int, list[tuple[float, float, int]]]]:

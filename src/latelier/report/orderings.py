@@ -161,16 +161,10 @@ def _judge(a: RunSummary, b: RunSummary, metric: str, theirs: Mapping[str, float
         return Pair(a.name, b.name, "undecided", "equal in the paper")
     if ours[a.name] == ours[b.name]:
         return Pair(a.name, b.name, "undecided", "equal as measured")
-    (low_a, high_a), (low_b, high_b) = _range(a, metric), _range(b, metric)
+    (low_a, high_a), (low_b, high_b) = (interval(run, metric) or (run.metrics[metric]["value"],) * 2 for run in (a, b))
     if max(low_a, low_b) <= min(high_a, high_b):
         return Pair(a.name, b.name, "undecided", "intervals overlap")
     return Pair(a.name, b.name, "reproduced" if ours[a.name] < ours[b.name] else "reversed")
-
-
-def _range(run: RunSummary, metric: str) -> tuple[float, float]:
-    single = value(run, metric)
-    assert single is not None
-    return interval(run, metric) or (single, single)
 
 
 def _ranks(values: Mapping[str, float]) -> list[list[str]]:

@@ -143,17 +143,11 @@ def _evidence(numbers: Mapping[str, float]) -> str:
 
 def _samples(folder: Path) -> Row:
     """The grid (or single images), what was asked for, and the nearest training images."""
-    grid, nearest, asked, captions = (folder / name for name in ("grid.png", "nearest.png", "asked.png", "asked.txt"))
-    singles = [] if grid.is_file() else [path for path in sorted(folder.glob("*.png")) if path not in (nearest, asked)]
-    if not (grid.is_file() or nearest.is_file() or asked.is_file() or singles):
-        return {}
-    return {
-        "grid": grid if grid.is_file() else None,
-        "nearest": nearest if nearest.is_file() else None,
-        "asked": asked if asked.is_file() else None,
-        "captions": captions.read_text().replace("\n", " · ") if captions.is_file() else "",
-        "singles": singles[:MOST_THUMBS],
-    }
+    files = {name: folder / f"{name}.png" for name in ("grid", "nearest", "asked")}
+    found: Row = {name: path if path.is_file() else None for name, path in files.items()}
+    singles = [] if found["grid"] else [path for path in sorted(folder.glob("*.png")) if path not in files.values()]
+    captions = text.read_text().replace("\n", " · ") if (text := folder / "asked.txt").is_file() else ""
+    return {**found, "singles": singles[:MOST_THUMBS], "captions": captions} if singles or any(found.values()) else {}
 
 
 def _reconstructions(folder: Path) -> list[tuple[Path, str]]:

@@ -221,15 +221,15 @@ def convergence(shown: Sequence[RunSummary], curves: Curves, baseline: str | Non
     return [speed_table(shown, curves, position), how, about]
 
 
-def read_curves(shown: Sequence[RunSummary]) -> dict[str, dict[int, Curve]]:
-    """Curves of quality over images seen: distances first, then the loss."""
+def read_curves(shown: Sequence[RunSummary], begin: str = CONVERGENCE) -> dict[str, dict[int, Curve]]:
+    """What was measured @ images seen, or @ anything else, by metric and the run's position: the loss comes last."""
     found: dict[str, dict[int, Curve]] = {}
-    measured = [(name.startswith(LOSS), int(name.partition("@")[2]), name) for name in at_steps(shown, CONVERGENCE)]
-    for _, images, name in sorted(measured):
+    measured = [(name.startswith(LOSS), int(name.partition("@")[2]), name) for name in at_steps(shown, begin)]
+    for _, step, name in sorted(measured):
         for i, run in enumerate(shown):
             if (height := value(run, name)) is not None:
-                found.setdefault(name.partition("@")[0], {}).setdefault(i, []).append((images, height))
-    return found
+                found.setdefault(name.partition("@")[0], {}).setdefault(i, []).append((step, height))
+    return {name: dict(sorted(runs.items())) for name, runs in found.items()}
 
 
 def comparable(shown: Sequence[RunSummary], curves: Curves, baseline: str | None) -> Curves:

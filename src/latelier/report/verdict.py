@@ -120,9 +120,8 @@ def detail(m: Measures) -> Finding | None:
     if psnr >= GOOD_PSNR:
         return Finding("good", f"Reconstructions are close: {error}.", {"psnr": psnr})
     words = "Fine detail is lost" if psnr >= BAD_PSNR else "Reconstructions are rough"
-    return Finding(
-        "fair" if psnr >= BAD_PSNR else "bad", f"{words}: {error}. No denoiser brings it back.", {"psnr": psnr}
-    )
+    kind: Kind = "fair" if psnr >= BAD_PSNR else "bad"
+    return Finding(kind, f"{words}: {error}. No denoiser brings it back.", {"psnr": psnr})
 
 
 def limit(m: Measures) -> Finding | None:

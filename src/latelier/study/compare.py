@@ -15,14 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from latelier import __version__
 from latelier.errors import LatelierError
+from latelier.opening import open_images, open_pretrained
 from latelier.recipe import Recipe
+from latelier.report.comparison import write_comparison
 from latelier.report.figures import ERRORS, MAP
 from latelier.report.orderings import RunSummary, read_metrics
 from latelier.report.overview import BITS, NUMBERS
 from latelier.study.inspect import inspect, inspection_recipe
 from latelier.study.study import file_name
+from latelier.terminal import console
 from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.pretrained import PretrainedSection
 
@@ -45,23 +50,14 @@ WEIGHTS = ("tokenizer", "vae", "vqvae", "pipeline")  # names of folders that say
 
 @dataclass
 class Candidate:
-    """One tokenizer of a comparison.
+    """One tokenizer of a comparison."""
 
-    Attributes:
-        folder: of its inspection.
-        tokenizer: a run folder, a tokenizer folder or a Hub name.
-        settings: what its measures depend on.
-        facts: what it is, in words and numbers.
-        factor: what the sides of images must be multiples of.
-        only_size: of images, if it decodes no other one.
-    """
-
-    folder: Path
-    tokenizer: str
-    settings: dict[str, Any]
-    facts: dict[str, Any]
-    factor: int
-    only_size: tuple[int, int] | None
+    folder: Path  # of its inspection
+    tokenizer: str  # a run folder, a tokenizer folder or a Hub name
+    settings: dict[str, Any]  # what its measures depend on
+    facts: dict[str, Any]  # what it is, in words and numbers
+    factor: int  # what the sides of images must be multiples of
+    only_size: tuple[int, int] | None  # of images, if it decodes no other one
 
 
 def compare(
@@ -93,8 +89,6 @@ def compare(
         LatelierError: before anything is measured, for fewer than two tokenizers, wrong options, images that cannot
             be opened, and a size that does not fit all; afterwards, for tokenizers that failed.
     """
-    from latelier.terminal import console
-
     chosen = dict(zip(short_names(tokenizers, names), tokenizers))
     recipes = {
         name: inspection_recipe(tokenizer, source, size, samples, out / name, list(options))
@@ -125,11 +119,7 @@ def compare(
 
 
 def short_names(tokenizers: Sequence[str], names: Sequence[str] = ()) -> list[str]:
-    """A name for each tokenizer: what is given, or the last part of its path that says something; clashes get numbers.
-
-    Raises:
-        LatelierError: for fewer than two tokenizers, the same one twice, or names that are not one for each.
-    """
+    """A name for each tokenizer: what is given, or the last telling part of its path; clashes get numbers."""
     if len(tokenizers) < 2:
         raise LatelierError(
             f"A comparison needs two tokenizers or more, not {len(tokenizers)}; see `latelier inspect`."
@@ -156,11 +146,7 @@ def _short(tokenizer: str) -> str:
 
 
 def check_sizes(candidates: Mapping[str, Candidate], size: tuple[int, int]) -> None:
-    """Refuse a size that does not fit all, and name the nearest that does.
-
-    Raises:
-        LatelierError: if a factor does not divide the size, or a tokenizer decodes another one.
-    """
+    """Refuse a size that a factor does not divide or a tokenizer cannot decode, and name the nearest that fits."""
     wrong = [
         f"{name} needs {_pixels(one.only_size)}" if one.only_size else f"{name} multiples of {one.factor}"
         for name, one in candidates.items()
@@ -187,8 +173,6 @@ def _pixels(size: Sequence[int]) -> str:
 @contextmanager
 def _noting(failed: dict[str, str], name: str) -> Iterator[None]:
     """Note why a tokenizer failed and go on: what is wrong with one must not cost the others' hours of measuring."""
-    from latelier.terminal import console
-
     try:
         yield
     except LatelierError as error:
@@ -202,15 +186,11 @@ def _noting(failed: dict[str, str], name: str) -> Iterator[None]:
 
 def _fingerprint(recipe: Recipe) -> str:
     """What changes when other images would be seen."""
-    from latelier.opening import open_images
-
     return open_images(recipe, "val").fingerprint
 
 
 def _open(recipe: Recipe, tokenizer: str, data: str) -> Candidate:
     """Read a tokenizer's weights and config, without measuring anything."""
-    from latelier.opening import open_pretrained
-
     assert isinstance(recipe.tokenizer, PretrainedSection)
     codec = open_pretrained(recipe.tokenizer)
     size = recipe.data.image_size
@@ -235,12 +215,7 @@ def _only_size(codec: Codec) -> tuple[int, int] | None:
 
 
 def describe(codec: Codec, size: tuple[int, int]) -> dict[str, Any]:
-    """What a tokenizer is: class, factor, shape of its latents, and how much it compresses.
-
-    Args:
-        codec: the tokenizer.
-        size: `(h, w)` of the images, in pixels.
-    """
+    """What a tokenizer is: class, factor, shape of its latents, and how much it compresses `(h, w)` pixels."""
     shape, pixels = codec.latent_shape(*size), math.prod(size)
     numbers = math.prod(shape)
     facts: dict[str, Any] = {
@@ -259,10 +234,6 @@ def describe(codec: Codec, size: tuple[int, int]) -> dict[str, Any]:
 
 def _measure(candidate: Candidate, source: str, size: int, samples: int, options: list[str]) -> None:
     """Inspect a tokenizer, unless its numbers are there and were made by the same settings."""
-    from accelerate import PartialState
-
-    from latelier.terminal import console
-
     file, folder = candidate.folder / SETTINGS, candidate.folder
     there = all((folder / name).is_file() for name in (SETTINGS, "metrics.json", "report.html"))
     if there and json.loads(file.read_text()) == candidate.settings:
@@ -280,21 +251,7 @@ def _measure(candidate: Candidate, source: str, size: int, samples: int, options
 
 
 def show(candidates: Mapping[str, Candidate], where: str, out: Path, failed: Mapping[str, str]) -> Path:
-    """Write tables, figures and the page of what was measured.
-
-    Args:
-        candidates: by short name.
-        where: the images, in words.
-        out: folder of the page.
-        failed: names of those that are not there, and why.
-
-    Returns:
-        The path of `comparison.html`.
-    """
-    from accelerate import PartialState
-
-    from latelier.report.comparison import write_comparison
-
+    """Write tables, figures and the page of what was measured on the images `where`, and say what failed and why."""
     page = out / "comparison.html"
     if PartialState().is_main_process:
         shown = [_shown(name, candidate) for name, candidate in candidates.items()]

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from latelier import run
 from latelier.errors import LatelierError
 from latelier.evaluation.metrics import METRICS
 from latelier.recipe import Recipe, apply_overrides, build_recipe, load_recipe
@@ -39,14 +40,12 @@ def inspect(tokenizer: str, source: str, size: int, samples: int, out: Path, opt
     Raises:
         LatelierError: if `out` holds anything but an earlier inspection, or what is to be opened cannot be.
     """
-    from latelier.run import complete
-
     recipe = inspection_recipe(tokenizer, source, size, samples, out, options)
     _check_out(Path(tokenizer), recipe, out)
     shutil.rmtree(out / "tokenizer", ignore_errors=True)  # an inspection's copy, perhaps of another tokenizer
     for name in WRITTEN:
         (out / name).unlink(missing_ok=True)
-    report = complete(recipe)
+    report = run.complete(recipe)
     found = [asdict(finding) for finding in read_verdict(out)]
     (out / "verdict.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return report

@@ -14,13 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from accelerate import PartialState
 from pydantic import Field, ValidationError, model_validator
 
+from latelier import run
 from latelier.errors import LatelierError
 from latelier.recipe import Recipe, Section, apply_overrides, as_numbers, build_recipe, first_problem
+from latelier.report.comparison import write_comparison
 from latelier.report.figures import MAP
 from latelier.report.orderings import Published, RunSummary, read_metrics
+from latelier.report.run import read_log
 from latelier.study.budget import Budget, spend
+from latelier.terminal import console
 
 _FOLDERS = (Path(__file__).parents[1] / "studies", Path(__file__).parents[3] / "studies")
 PLAN = "plan.json"  # the settings of a run, what was planned from them, and whether it is done
@@ -132,10 +137,6 @@ def run_study(study: Study, only: list[str] | None = None) -> Path:
     Raises:
         LatelierError: for unknown runs and wrong recipes before anything is trained; afterwards for those that failed.
     """
-    from accelerate import PartialState
-
-    from latelier.terminal import console
-
     for name in only or ():
         if name not in study.runs:
             raise LatelierError(f"Study {study.name} has no run {name!r}; it has {', '.join(study.runs)}.")
@@ -159,9 +160,6 @@ def run_study(study: Study, only: list[str] | None = None) -> Path:
 
 def _do(study: Study, recipe: Recipe) -> None:
     """One run, unless its result is there and was made by the same recipe."""
-    from latelier.run import complete
-    from latelier.terminal import console
-
     file = recipe.folder / PLAN
     settings = {"recipe": recipe.model_dump(mode="json"), "budget": study.budget.model_dump(mode="json")}
     if not file.is_file():
@@ -178,14 +176,12 @@ def _do(study: Study, recipe: Recipe) -> None:
     planned = {**plan["recipe"], **{key: settings["recipe"][key] for key in ("sample", "evaluate")}}
     plan |= {"settings": settings, "recipe": planned}
     _write(file, {**plan, "done": False})
-    complete(build_recipe({**planned, "runs": str(recipe.folder.parent)}))
+    run.complete(build_recipe({**planned, "runs": str(recipe.folder.parent)}))
     _write(file, {**plan, "done": True})
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     """Write a file on the main process; all go on together."""
-    from accelerate import PartialState
-
     if PartialState().is_main_process:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=2))
@@ -201,8 +197,6 @@ def _training_part(settings: dict[str, Any]) -> dict[str, Any]:
 
 def show(study: Study) -> Path:
     """Write table, figures and page of all runs that have results."""
-    from latelier.report.comparison import write_comparison
-
     shown = []
     for name in study.runs:
         folder = study.root / file_name(name)
@@ -234,8 +228,6 @@ def _found(wanted: list[str], known: list[str]) -> list[str]:
 
 def _facts(folder: Path, planned: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What a run has cost."""
-    from latelier.report.run import read_log
-
     seconds = {stage: sum(row["seconds"] for row in rows) for stage, rows in read_log(folder / "log.jsonl").items()}
     denoiser = seconds.pop("denoiser", None)
     facts: dict[str, Any] = {}
