@@ -1,4 +1,4 @@
-"""What a denoiser is told: one model for each kind of condition."""
+"""What a denoiser is conditioned on: one model for each kind of condition."""
 
 from __future__ import annotations
 
