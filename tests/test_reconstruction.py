@@ -9,7 +9,8 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 
-from latelier import run as experiment, weights
+from latelier import run as experiment
+from latelier import weights
 from latelier.errors import LatelierError
 from latelier.evaluation.reconstruction import (
     NARROWEST,

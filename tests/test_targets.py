@@ -23,6 +23,7 @@ from latelier.tokenizers.maetok_targets import (
     CaptionTarget,
     FeatureTarget,
     HogTarget,
+    TargetSection,
     build_targets,
     image_numbers,
 )

@@ -192,7 +192,7 @@ def test_init_must_fit(tmp_path):
 
 
 def test_what_does_not_fit():
-    with pytest.raises(LatelierError, match="2-D grid, but the tokenizer's have 32 positions in a row"):
+    with pytest.raises(LatelierError, match="2-D grid, but the tokenizer's are 1-D \(32 positions\)"):
         build_denoiser(section(), (16, 32))
     with pytest.raises(LatelierError, match=r"sides that 4 divides, not 9 x 30; the nearest are 8 x 32"):
         build_denoiser(section(), (3, 9, 30))

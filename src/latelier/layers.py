@@ -254,8 +254,8 @@ def resize_positions(
     """
     if tuple(old) == tuple(new):
         return table
-    before, places = table.tensor_split([table.shape[1] - math.prod(old)], dim=1)
-    image = places.transpose(1, 2).unflatten(2, old)  # (1, d, *old)
+    before, inner = table.tensor_split([table.shape[1] - math.prod(old)], dim=1)
+    image = inner.transpose(1, 2).unflatten(2, old)  # (1, d, *old)
     mode = "bilinear" if len(old) == 2 else "linear"
     image = F.interpolate(image, size=tuple(new), mode=mode, align_corners=False)  # (1, d, *new)
     return torch.cat([before, image.flatten(2).transpose(1, 2)], dim=1)

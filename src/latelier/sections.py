@@ -18,7 +18,7 @@ from pydantic_core import PydanticCustomError, core_schema
 from latelier.errors import LatelierError
 
 _UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
-# What keys were called before, so that old recipes are told the new name.
+# Old names of keys, for the hint in the error message.
 RENAMED = {
     "places": "coord_channels", "grounds": "backgrounds", "painted": "layout_map_channels", "window": "tile",
     "stride": "tile_stride",
@@ -220,7 +220,7 @@ class Adversarial(Section):
     loss: Literal["hinge", "non-saturating"] = "hinge"
     lr: float | None = Field(None, gt=0, description="the discriminator's; by default the tokenizer's")
     betas: tuple[Unit, Unit] = (0.5, 0.9)
-    layers: int = Field(3, ge=1, description="strided convolutions: each doubles the patch that is judged")
+    layers: int = Field(3, ge=1, description="strided convolutions: each doubles the patch that a logit sees")
     channels: int = Field(64, ge=1, description="of the first layer")
     norm: Literal["group", "batch"] = Field("group", description="batch as in LDM; group does not mix images")
     lecam: Weight = Field(0.0, description="LeCAM regularisation, for little data")

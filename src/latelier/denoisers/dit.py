@@ -223,18 +223,7 @@ def build(
     spatial_channels: int = 0,
     vector: bool = False,
 ) -> DiT:
-    """A DiT for latents `(c, *grid)`, fresh or from `init`.
-
-    Args:
-        section: kind, size, patch and overrides.
-        latent_shape: of one image.
-        token_width: of a condition's tokens; 0 for none.
-        spatial_channels: that a condition concatenates.
-        vector: whether a condition has a vector, which every DiT takes.
-
-    Raises:
-        LatelierError: if the recipe's denoiser does not fit the tokenizer's latents or the condition.
-    """
+    """A DiT for latents `(c, *grid)`, fresh or from `init`; see `build_denoiser`. Every DiT takes a vector."""
     channels, *grid = latent_shape
     wanted = {"in_channels": channels, "context_dim": token_width, "spatial_channels": spatial_channels}
     if section.init:

@@ -230,16 +230,7 @@ class CrossAttentionUNet(_Denoiser, UNet2DConditionModel):
     def forward(  # type: ignore[override]
         self, x_t: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], condition: Condition | None = None
     ) -> Float[Tensor, "b c h w"]:
-        """Predict the process's target.
-
-        Args:
-            x_t: noisy normalised latents.
-            t: noise level in [0, 1], 0 data, 1 noise; diffusers' timestep is 1000 t.
-            condition: as `UNet`'s, and `tokens` to attend to where `mask` is true.
-
-        Raises:
-            LatelierError: if the grid cannot be halved as often as there are levels, or the condition does not fit.
-        """
+        """As `UNet`'s; the condition also has `tokens` to attend to where `mask` is true."""
         width = self.config["cross_attention_dim"]
         if condition is None or condition.tokens is None or condition.tokens.shape[2] != width:
             raise LatelierError(f"This U-Net has cross-attention: its condition must have tokens of width {width}.")
@@ -259,17 +250,10 @@ def build(
     spatial_channels: int = 0,
     vector: bool = False,
 ) -> ModelMixin:
-    """A U-Net for latents `(c, h, w)`, fresh or from `init`.
-
-    Args:
-        section: size and overrides; `model` has arguments of the class.
-        latent_shape: of one image.
-        token_width: of a condition's tokens; 0 makes a `UNet`, others a `CrossAttentionUNet`.
-        spatial_channels: that a condition concatenates.
-        vector: whether a condition has a vector.
+    """A U-Net for latents `(c, h, w)`, fresh or from `init`; see `build_denoiser`. Tokens make a `CrossAttentionUNet`.
 
     Raises:
-        LatelierError: if the recipe's denoiser does not fit the tokenizer's latents or the condition.
+        LatelierError: if the section's U-Net does not fit the tokenizer's latents or the condition.
     """
     channels, *grid = latent_shape
     if len(grid) != 2:

@@ -189,7 +189,7 @@ def build(
     spatial_channels: int = 0,
     vector: bool = False,
 ) -> UViT:
-    """A U-ViT for latents `(c, *grid)`, fresh or from `init`; see `denoisers.dit.build`."""
+    """A U-ViT for latents `(c, *grid)`, fresh or from `init`; see `build_denoiser`."""
     channels, *grid = latent_shape
     wanted = {
         "in_channels": channels, "context_dim": token_width, "spatial_channels": spatial_channels,

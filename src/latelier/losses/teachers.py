@@ -60,9 +60,9 @@ class Teacher:
         config = self.model.config
         self.dim, self.patch, self._native = _sizes(name, config)
         self.mean, self.std = (torch.tensor(numbers).view(3, 1, 1) for numbers in read_statistics(name, config))
-        asked = "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters
-        self._options = {"interpolate_pos_encoding": True} if asked else {}
-        self._flexible = asked or any(
+        resizes = "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters
+        self._options = {"interpolate_pos_encoding": True} if resizes else {}
+        self._flexible = resizes or any(
             hasattr(m, "interpolate_pos_encoding") or "Rope" in type(m).__name__ for m in self.model.modules()
         )
         self.to(device)

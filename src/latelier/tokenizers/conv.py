@@ -136,7 +136,7 @@ class ConvSection(TrainedTokenizer):
     codebook_window: int = Field(
         10_000, ge=1, description="images over which `codebook_usage` counts the codes that were used"
     )
-    codebook_restart: Count = Field(0, description="images without use after which a code is born again; 0: never")
+    codebook_restart: Count = Field(0, description="images without use after which a code restarts; 0: never")
     input_noise: Weight = Field(0.0, description="standard deviation of noise on the encoder's input (DAE)")
 
     @property

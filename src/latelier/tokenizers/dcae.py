@@ -167,7 +167,7 @@ class DCAEObjective(nn.Module):
     def forward(self, batch: dict[str, Any]) -> LossTerms:
         """Terms of `batch["image"]` `(b, c, h, w)`; `seen` addresses the prefixes.
 
-        The adversarial loss judges the first reconstruction.
+        An adversarial loss sees the first reconstruction.
         """
         z = self.tokenizer.encode(batch["image"]).latent  # (b, k, h/f, w/f)
         lengths = [z.shape[1]] if self.prefixes is None else self.prefixes.draw(self.seed, batch["seen"])

@@ -208,7 +208,7 @@ class MAETok(ModelMixin, ConfigMixin):
             mask: true where a patch, in raster order, is replaced by the mask token.
 
         Raises:
-            LatelierError: if the mask has not one entry for each patch.
+            LatelierError: if the mask does not have one entry for each patch.
         """
         p = self.config["patch_size"]
         grid = (images.shape[2] // p, images.shape[3] // p)

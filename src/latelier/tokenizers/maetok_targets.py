@@ -145,7 +145,7 @@ class Target:
     """Something to predict.
 
     Args:
-        name: of the term in the log; two targets of a kind are told apart by a number.
+        name: of the term in the log; a second target of a kind gets a number.
         dim: width of one prediction.
         weight: of its error in the loss.
         loss: `mse`, or `cosine`: minus the cosine.
@@ -193,7 +193,7 @@ class FeatureTarget(Target):
     Args:
         name, settings: see `Target`.
         teacher: the model.
-        shown: the number of each image that a batch shows, or None where it cannot be told; equal numbers mean equal
+        shown: the number of each image that a batch shows, or None where it is not known; equal numbers mean equal
             images. None: nothing is kept.
 
     Attributes:
@@ -314,8 +314,7 @@ def image_numbers(dataset: ImageDataset) -> Callable[[Mapping[str, Any]], list[i
 
     Returns:
         None where an image looks different each time (random crops or backgrounds, streamed data); else a function
-        that gives a number for each image of a batch, or None for a batch without draws, of which mirroring is not
-        known.
+        that gives a number for each image of a batch, or None for a batch without `sample_id`.
     """
     transform = dataset.transform
     if transform.crop == "random" or transform.deep > transform.channels or isinstance(dataset.source, StreamSource):

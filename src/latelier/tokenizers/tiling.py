@@ -29,7 +29,7 @@ def decode_tiled(
         latents: normalised latents of any size.
         tile: side of a tile in latent positions; best that of training, or more.
         overlap: latent positions that neighbours share at least.
-        channels: decode only the first so many, see `Codec.decode`.
+        channels: decode only the first k, see `Codec.decode`.
 
     Raises:
         LatelierError: for latents without a plane, and an overlap that leaves a tile nothing of its own.
@@ -41,13 +41,13 @@ def decode_tiled(
 def decode_within(
     codec: Codec, latents: Float[Tensor, "b k *grid"], window: int | None, channels: int | None = None
 ) -> Float[Tensor, "b c h w"]:
-    """Images of normalised latents: at once if they fit a window of so many positions, else in tiles.
+    """Images of normalised latents: at once if they fit into one tile, else in tiles.
 
     Args:
         codec: a tokenizer.
         latents: normalised latents of any size.
         window: side of the tiles, which overlap by half; None decodes all at once.
-        channels: decode only the first so many, see `Codec.decode`.
+        channels: decode only the first k, see `Codec.decode`.
     """
     if window is None or max(latents.shape[2:]) <= window:
         return codec.decode(latents, channels)
