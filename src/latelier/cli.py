@@ -195,7 +195,7 @@ def inpaint(
 @app.command(epilog="Example:  latelier evaluate runs/quickstart evaluate.samples=1000")
 def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Measure reconstruction and generation of a trained run, with receipts, and rewrite its report."""
-    from latelier.evaluation.measuring import evaluate as evaluate_run
+    from latelier.evaluate import evaluate as evaluate_run
     from latelier.experiment import show_measurements
 
     show_measurements(evaluate_run(_load(recipe, overrides)))

@@ -67,8 +67,8 @@ def complete(recipe: Recipe) -> Path:
     """
     from accelerate import PartialState
 
+    from latelier.evaluate import evaluate
     from latelier.evaluation.features import check_features
-    from latelier.evaluation.measuring import evaluate
     from latelier.terminal import console
     from latelier.training.denoiser_loop import train_denoiser
     from latelier.training.tokenizer_loop import train_tokenizer
@@ -195,7 +195,7 @@ def show_measurements(measured: list[Measurement]) -> None:
     """A table of numbers for the terminal, of the main process; the receipts are in metrics.json."""
     from rich.table import Table
 
-    from latelier.evaluation.sharing import is_main
+    from latelier.evaluation.processes import is_main
     from latelier.terminal import console
 
     if not is_main(shared=True):

@@ -27,10 +27,10 @@ from latelier.evaluation.features import (
     inception_of,
     load_extractors,
 )
+from latelier.evaluation.processes import is_main
 from latelier.evaluation.reconstruction import FRECHET_INTERVAL, read_images
 from latelier.evaluation.references import FeatureCollector, FeatureSet, Key, collect, reference_sets
 from latelier.evaluation.results import Measurement, mean_with_interval, size_warning
-from latelier.evaluation.sharing import is_main
 from latelier.receipt import make_receipt
 from latelier.recipe import Evaluate
 
@@ -62,7 +62,7 @@ def evaluate_generation(
         receipt: how the samples came about: reference, sampler, steps, guidance, ema, seed, tokenizer.
         device: where features are computed.
         key: what the references depend on, see `references.reference_key`: what is kept of them is cached.
-        shared: whether all processes take part, each with its own batches, see `sharing.in_turn`.
+        shared: whether all processes take part, each with its own batches, see `processes.gather_in_order`.
 
     Returns:
         As far as asked for: `gfd-<features>` and `kid-<features>` for each of the features, `cmmd-<features>` for

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from latelier.errors import LatelierError
 from latelier.evaluation.features import load_extractors
+from latelier.evaluation.processes import gather_in_order, is_main
 from latelier.evaluation.references import FeatureCollector, FeatureSet, Key, open_sets, store_sets
 from latelier.evaluation.results import (
     MS_SSIM_SCALES,
@@ -21,7 +22,6 @@ from latelier.evaluation.results import (
     size_warning,
     ssim,
 )
-from latelier.evaluation.sharing import gather_in_order, is_main
 from latelier.receipt import make_receipt
 from latelier.recipe import Evaluate
 from latelier.tokenizers.codec import Codec
@@ -55,7 +55,7 @@ def evaluate_reconstruction(
         reference: the name of the images, for the receipts: `emoji/validation`.
         extra: fields for the receipts beyond those gathered here.
         key: what the images depend on, see `references.reference_key`: their features are cached; None caches none.
-        shared: whether all processes take part, each with its own batches, see `sharing.in_turn`.
+        shared: whether all processes take part, each with its own batches, see `processes.gather_in_order`.
 
     Returns:
         l1, psnr, ssim, ms-ssim, lpips and, for each of the features, `rfd-<features>`, as far as asked for, with

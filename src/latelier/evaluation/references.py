@@ -23,7 +23,7 @@ from latelier.data.loader import ImageDataset
 from latelier.errors import LatelierError
 from latelier.evaluation.distributions import GROUPS, GroupedStatistics, InceptionScore
 from latelier.evaluation.features import FeatureExtractor
-from latelier.evaluation.sharing import agreed, gather_in_order, is_main
+from latelier.evaluation.processes import agreed, gather_in_order, is_main
 
 ENVIRONMENT = "LATELIER_CACHE"
 MOST_VECTORS = 50_000  # 0.4 GB of 2,048 numbers each
@@ -127,7 +127,7 @@ def collect(
     Args:
         watchers: extractors.
         batches: of images in [-1, 1].
-        shared: whether all processes take part, each with its own batches, see `sharing.in_turn`.
+        shared: whether all processes take part, each with its own batches, see `processes.gather_in_order`.
 
     Returns:
         A set for the name of each extractor; they are empty on all processes but the main one.

@@ -1,23 +1,30 @@
-"""How tightly vectors lie within clusters and how far clusters lie apart, and which regions of images they are of.
+"""Perceptual compression: whether images, parts and patterns that look alike lie together in the latent space.
 
-The clusters are given, and found elsewhere than in the vectors themselves. Both numbers compare variances, summed over
-dimensions, so neither changes when the space is scaled or rotated; both are free of the bias that small clusters bring.
+The second of the three properties that "Latent Diffusion Models with Masked AutoEncoders" (ICCV 2025) asks of a latent
+space (its figure 7): how tightly latents lie within clusters, and how far clusters lie apart. Clusters are found in
+VGG16's features of the images, never in the latents. Both numbers compare variances, summed over dimensions, so neither
+changes when the space is scaled or rotated; both are free of the bias that small clusters bring.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from latelier.analysis.quality import original_maps, vgg16
+from latelier.analysis.sample import PIXELS, LatentSample
 from latelier.errors import LatelierError
+from latelier.evaluation.results import Result
 from latelier.keyed_random import KeyedRandom
+from latelier.weights import LPIPS_WEIGHTS
 
 RESAMPLES = 200
+LEAST_IMAGES, LEAST_SIDE = 16, 16  # pixels a side: VGG16 sees nothing smaller
 REGIONS_PER_CLUSTER = 8  # k-means makes no more clusters than one for so many regions
 MOST_REGIONS = 20_000
 MOST_NUMBERS = 2**27  # latent numbers kept at each granularity, half a GiB
@@ -25,6 +32,85 @@ TAPS = {"object": 4, "part": 3, "pattern": 1}  # of the five that LPIPS's VGG16 
 LAYERS = {"object": "relu5_3", "part": "relu4_3", "pattern": "relu2_2"}
 
 Interval = tuple[float, float]
+
+
+# -- the measure ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def perceptual_compression(sample: LatentSample, clusters: int = 64, seed: int = 0) -> dict[str, Result]:
+    """Within and separation of clusters that are the same for every codec with the same latent grid.
+
+    Args:
+        sample: images and latents; 1-D latents have no place in the image, so they have classes and objects only.
+        clusters: at each granularity, never more than an eighth of the regions.
+        seed: of the choice of regions, of k-means and of the resamples.
+
+    Returns:
+        `within-<granularity>` (lower is better) and `separation-<granularity>` (higher is better) for class (if two
+        classes have two images each), object, part and pattern.
+
+    Raises:
+        LatelierError: if there are too few images, or VGG16 has no features for them.
+    """
+    _check_images(sample)
+    network, kept = vgg16(sample), dict[str, Regions]()
+    for rows in sample.parts(PIXELS):
+        taps = original_maps(sample, network, rows)  # 5 x (b, k, i, j)
+        z = sample.latents(rows).to(sample.device)  # (b, c, *grid)
+        for name, (latents, looks, window) in regions(z, taps).items():
+            kept.setdefault(name, Regions(name, window, seed)).add(latents, looks, sample.labels[rows], rows.start)
+    about = {
+        "latents": "posterior mean, normalised", "latent_scale": sample.scale.origin, "seed": seed,
+        "resamples": RESAMPLES,
+    }  # fmt: skip
+    if len(kept) == 1:
+        about["note"] = "1-D latents have no place in the image: classes and objects only"
+    result = _by_class(kept["object"], about)
+    for name, found in kept.items():
+        groups = perceptual_clusters(found.looks, clusters, seed)  # (n,)
+        layer = f"{LAYERS[name]} of LPIPS's VGG16, mean over the region, unit length"
+        how = {"clustering": f"k-means of {layer}", "weights_sha256": LPIPS_WEIGHTS["vgg"].digest}
+        result |= _spread(name, found, groups, torch.ones(len(groups)).bool(), {**about, **how})
+    return result
+
+
+def _check_images(sample: LatentSample) -> None:
+    """Refuse images that VGG16 cannot see, and too few of them."""
+    assert sample.images is not None
+    channels, (height, width) = sample.images.shape[1], sample.image_size
+    if channels not in (1, 3) or min(height, width) < LEAST_SIDE:
+        raise LatelierError(
+            f"VGG16 finds clusters in images of 1 or 3 channels and at least {LEAST_SIDE} pixels a side, not of "
+            f"{channels} channels, {height} x {width}; take compression out of evaluate.metrics."
+        )
+    if len(sample) < LEAST_IMAGES:
+        raise LatelierError(f"Compression needs at least {LEAST_IMAGES} images, but there are only {len(sample)}.")
+
+
+def _by_class(objects: Regions, about: dict[str, Any]) -> dict[str, Result]:
+    """The data set's classes as clusters of whole images; nothing where there are no two classes."""
+    labels, counts = objects.labels[objects.labels >= 0].unique(return_counts=True)
+    usable = torch.isin(objects.labels, labels[counts >= 2])  # (n,)
+    if (counts >= 2).sum() < 2:
+        return {}
+    return _spread("class", objects, objects.labels, usable, {**about, "clustering": "labels of the data"})
+
+
+def _spread(
+    name: str, found: Regions, clusters: Int[Tensor, " n"], chosen: Tensor, about: dict[str, Any]
+) -> dict[str, Result]:
+    latents = found.latents if chosen.all() else found.latents[chosen]  # (n, d)
+    clusters, images = clusters[chosen], found.images[chosen]
+    spread = measure_spread(latents, clusters, images, found.seed)
+    details = {
+        **about, "granularity": name, "window": list(found.window), "regions": len(latents),
+        "dims": latents.shape[1], "clusters": len(clusters.unique()), "images": len(images.unique()),
+    }  # fmt: skip
+    return {
+        f"within-{name}": Result(spread.within, spread.within_interval, details),
+        f"separation-{name}": Result(spread.separation, spread.separation_interval, details),
+    }
 
 
 # -- estimators -------------------------------------------------------------------------------------------------------

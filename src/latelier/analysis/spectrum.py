@@ -10,22 +10,15 @@ It is d where d directions are used alike, 1 where all variance lies in one, and
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
-
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from latelier.analysis.sample import LatentSample
 from latelier.errors import LatelierError
 from latelier.evaluation.distributions import FeatureStatistics
-from latelier.evaluation.latent_matrix import collect
-from latelier.evaluation.latent_space import read
-from latelier.evaluation.results import Measurement
-from latelier.receipt import make_receipt
-from latelier.recipe import Evaluate
-from latelier.tokenizers.codec import Codec
+from latelier.evaluation.results import Result
 
 MOST_IMAGES = 8192  # the Gram matrix of so many takes half a GiB, and its eigenvalues a minute
 ENOUGH = 10  # images for each dimension: the effective rank of white noise is then 5 % too small, with fewer more
@@ -34,52 +27,39 @@ MOST_ENTRIES = 64  # of a list in a receipt
 
 
 @torch.no_grad()
-def measure_spectrum(
-    codec: Codec,
-    batches: Iterable[Mapping[str, Any]],
-    evaluate: Evaluate,
-    reference: str,
-    extra: Mapping[str, Any] | None = None,
-) -> list[Measurement]:
-    """Effective ranks of whole latents and of channels.
-
-    Args:
-        codec: the tokenizer.
-        batches: dicts with `image`, `(b, c, h, w)` in [-1, 1]; at most `evaluate.samples` images, and 8192, are read.
-        evaluate: `samples`.
-        reference: the name of the images, for the receipts.
-        extra: fields for the receipts beyond those gathered here.
+def spectrum(sample: LatentSample) -> dict[str, Result]:
+    """Effective ranks of whole latents and of channels, of at most 8192 images.
 
     Returns:
         `effective-rank` of the covariance of flattened latents over images, at most n - 1 and too small where
         images are few, so that only values of equal n compare; and `channel-rank` of the `(c, c)` covariance of
-        channels over images and positions. Spectra, as shares of the variance, and standard deviations of the
-        channels are in the receipts.
+        channels over images and positions. Details have the spectra, as shares of the variance, and standard
+        deviations of the channels.
 
     Raises:
         LatelierError: for fewer than two images, or latents that do not vary.
     """
-    latents = collect(codec, read(batches, min(evaluate.samples, MOST_IMAGES)))
-    if latents is None or len(latents) < 2:
-        raise LatelierError(f"A spectrum needs at least 2 images; {reference} has fewer.")
-    n, dims = len(latents), latents.values[0].numel()
-    receipt = make_receipt(
-        n=n, reference=reference, **latents.about(), measure="effective rank (Roy & Vetterli 2007)",
-        tokenizer=codec.hash(), **(extra or {}),
-    )  # fmt: skip
-    whole = covariance_eigenvalues(latents.values.flatten(1))  # (min(n, d),)
-    covariance = channel_covariance(latents.values)  # (c, c)
+    sample = sample.first(MOST_IMAGES)
+    n = len(sample)
+    if n < 2:
+        raise LatelierError(f"A spectrum needs at least 2 images, not {n}.")
+    whole = covariance_eigenvalues(sample.z.flatten(1))  # (min(n, d),)
+    covariance = channel_covariance(sample.z)  # (c, c)
     channels = torch.linalg.eigvalsh(covariance).flip(0).clamp(min=0)  # (c,)
-    deviations = subsample(covariance.diag().sqrt())
-    about = {"dims": dims, "spectrum": subsample(whole / whole.sum())}
+    common = {"n": n, **sample.about(), "measure": "effective rank (Roy & Vetterli 2007)"}
+    dims = sample.z[0].numel()
+    about = {**common, "dims": dims, "spectrum": subsample(whole / whole.sum())}
     if n < ENOUGH * dims:
         about["warning"] = f"n = {n} images show at most {min(n - 1, dims)} of {dims} dimensions, and those unevenly"
         about["warning"] += "; compare only at equal n"
-    of_channels = {"dims": len(channels), "spectrum": subsample(channels / channels.sum()), "channel_std": deviations}
-    return [
-        Measurement("effective-rank", effective_rank(whole), {**receipt, **about}),
-        Measurement("channel-rank", effective_rank(channels), {**receipt, **of_channels}),
-    ]
+    of_channels = {
+        **common, "dims": len(channels), "spectrum": subsample(channels / channels.sum()),
+        "channel_std": subsample(covariance.diag().sqrt()),
+    }  # fmt: skip
+    return {
+        "effective-rank": Result(effective_rank(whole), details=about),
+        "channel-rank": Result(effective_rank(channels), details=of_channels),
+    }
 
 
 def covariance_eigenvalues(x: Float[Tensor, "n d"]) -> Float[Tensor, " r"]:
