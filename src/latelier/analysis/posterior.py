@@ -158,7 +158,8 @@ def _scale(
     kurtosis = torch.where(second > 0, fourth / second.square().clamp(min=1e-24) - 3, 0.0)  # (c,)
     scale = {
         **about, "scaling_factor": 1 / overall, "shift_factor": mean.mean().item(),
-        "by_channel": variance.sqrt().tolist(), "mean_by_channel": mean.tolist(), "excess_kurtosis_by_channel": kurtosis.tolist(),
+        "by_channel": variance.sqrt().tolist(), "mean_by_channel": mean.tolist(),
+        "excess_kurtosis_by_channel": kurtosis.tolist(),
     }  # fmt: skip
     if configured is not None:
         scale["configured_scaling_factor"] = configured
