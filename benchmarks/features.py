@@ -3,12 +3,12 @@
 import time
 
 import numpy as np
+from latelier.evaluation.mixture import fit_mixture, principal_space
 
 from benchmarks.timing import default_device, seconds
 from latelier.data.loader import ImageDataset
 from latelier.data.sources import open_source
 from latelier.evaluation.features import load_extractor
-from latelier.evaluation.mixture import fit_mixture, principal_space
 from latelier.evaluation.reconstruction import read_images
 from latelier.evaluation.references import FeatureCollector, collect
 from latelier.recipe import Data

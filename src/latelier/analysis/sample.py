@@ -293,7 +293,8 @@ def _array(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if math.prod(shape) * dtype.itemsize <= IN_MEMORY:
         return torch.empty(shape, dtype=dtype)
     numpy_type = torch.empty(0, dtype=dtype).numpy().dtype
-    return torch.from_numpy(np.memmap(tempfile.TemporaryFile(), numpy_type, "w+", shape=shape))
+    with tempfile.TemporaryFile() as file:  # the mapping outlives the handle
+        return torch.from_numpy(np.memmap(file, numpy_type, "w+", shape=shape))
 
 
 def measured_scale(mean: Tensor, logvar: Tensor | None, sizes: tuple[int, ...]) -> Scale:
