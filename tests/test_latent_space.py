@@ -17,9 +17,8 @@ from latelier.analysis.clustering import (
     regions,
     within_and_separation,
 )
-from latelier.analysis.prefixes import prefix_quality
 from latelier.analysis.sample import collect
-from latelier.analysis.smoothness import area_weights, noisy_latents, smoothness
+from latelier.analysis.smoothness import area_weights, noisy_latents, prefix_quality, smoothness
 from latelier.errors import LatelierError
 from latelier.losses.perceptual import LPIPS
 from latelier.tokenizers.codec import Codec

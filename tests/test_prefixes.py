@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from latelier.analysis.channels import channel_statistics, draw_channel_maps, hoyer
-from latelier.analysis.prefixes import lengths_of, prefix_quality
 from latelier.analysis.sample import collect
+from latelier.analysis.smoothness import lengths_of, prefix_quality
+from latelier.analysis.spectrum import channel_statistics, draw_channel_maps, hoyer
 from latelier.diffusion.process import Flow
 from latelier.errors import LatelierError
 from latelier.objectives.denoising import DenoisingObjective

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from latelier import evaluate, experiment
-from latelier.analysis import quality
+from latelier.analysis import smoothness
 from latelier.evaluation import generation, reconstruction
 from tiny import colour_extractor, tiny_recipe
 
@@ -25,7 +25,7 @@ def sections(tmp_path_factory):
         for module in (generation, reconstruction):
             patch.setattr(module, "load_extractors", lambda names, device: [colour_extractor()] if names else [])
         patch.setattr(evaluate, "load_extractor", lambda name: colour_extractor())
-        patch.setattr(quality, "load_extractor", lambda name, device: colour_extractor())
+        patch.setattr(smoothness, "load_extractor", lambda name, device: colour_extractor())
         section = {"metrics": METRICS, "samples": 40, "batch": 16, "modes": [1, 2], "probe_samples": 48}
         experiment.complete(tiny_recipe(folder, evaluate=section))
         return json.loads((folder / "tiny" / "metrics.json").read_text())

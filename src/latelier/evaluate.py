@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latelier.analysis.channels import draw_channel_maps
 from latelier.analysis.latent_map import draw_latent_map
 from latelier.analysis.sample import LatentSample, collect
+from latelier.analysis.spectrum import draw_channel_maps
 from latelier.conditioning import parts
 from latelier.data.loader import ImageDataset
 from latelier.data.sources import open_source

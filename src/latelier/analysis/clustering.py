@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from latelier.analysis.quality import original_maps, vgg16
 from latelier.analysis.sample import PIXELS, LatentSample
+from latelier.analysis.smoothness import original_maps, vgg16
 from latelier.errors import LatelierError
 from latelier.evaluation.results import Result
 from latelier.keyed_random import KeyedRandom

@@ -80,12 +80,12 @@ METRICS: dict[str, Metric] = {
         headline=("effective-rank", "channel-rank"), inspect=True,
     ),
     "prefixes": Metric(
-        "latents", f"{_ANALYSIS}.prefixes:prefix_quality", ("sample", "codec"),
+        "latents", f"{_ANALYSIS}.smoothness:prefix_quality", ("sample", "codec"),
         ("prefix_lengths", "metrics", "features"),
         better={"prefix-psnr": "higher", "prefix-lpips": "lower", "prefix-rfd": "lower"}, inspect=True,
         features=("prefix-rfd",),
     ),
-    "channels": Metric("latents", f"{_ANALYSIS}.channels:channel_statistics", inspect=True),
+    "channels": Metric("latents", f"{_ANALYSIS}.spectrum:channel_statistics", inspect=True),
     "posterior": Metric(
         "latents", f"{_ANALYSIS}.posterior:posterior_statistics",
         better={"active": "higher", "outlier-channels": "lower", "largest-variance-ratio": "lower"},
@@ -96,7 +96,7 @@ METRICS: dict[str, Metric] = {
         better={"equivariance": "lower"}, units={"equivariance": "share of the latents' variance"}, inspect=True,
     ),
     "codebook": Metric(
-        "latents", f"{_ANALYSIS}.codebook:codebook_usage", ("sample", "codec"),
+        "latents", f"{_ANALYSIS}.spectrum:codebook_usage", ("sample", "codec"),
         better={"codebook": "higher", "dead-codes": "lower"}, headline=("codebook-usage",), inspect=True,
     ),
     "gmm": Metric(
