@@ -52,10 +52,8 @@ RECONSTRUCTIONS_SHOWN = 16
 def evaluate(recipe: Recipe) -> list[Measurement]:
     """Measure a trained run; numbers and receipts go to metrics.json, images and plots to report.html.
 
-    All processes take part in what is measured of many images; the numbers are those of one process.
-
-    Returns:
-        All measurements; nothing on processes that only take part.
+    All processes take part in what is measured of many images; the numbers are those of one process, which alone
+    returns them.
     """
     codec, held_out, pipeline = open_codec(recipe).to(best_device()), open_images(recipe, "val"), _pipeline(recipe)
     measured = _write(recipe, "reconstruction", _reconstruction(recipe, codec, held_out))
@@ -81,15 +79,7 @@ def evaluate(recipe: Recipe) -> list[Measurement]:
 
 
 def evaluate_latents(recipe: Recipe, codec: Codec, held_out: ImageDataset) -> list[Measurement]:
-    """The measures of the latent space that the recipe asks for.
-
-    Numbers go into the section `latent space` of metrics.json, each as soon as it is there, the map into its PNG.
-
-    Args:
-        recipe: of the run; its `evaluate` says what is measured.
-        codec: the run's tokenizer.
-        held_out: the images to measure on.
-    """
+    """The measures of the latent space that the recipe asks for, each written as soon as it is there."""
     settings, found = recipe.evaluate, []
     _write(recipe, "latent space", [])
     asked = [name for name, metric in METRICS.items() if metric.group == "latents" and name in settings.metrics]
@@ -126,13 +116,8 @@ def two_sides(
     """Latents to learn from, latents to measure on, and what receipts say of them.
 
     Those to learn from are of training images, without augmentation. Where training and held-out images are the same
-    ones, as in `latelier inspect`, a coin that is thrown for each image's number in its source divides them.
-
-    Args:
-        recipe: of the run.
-        codec: its tokenizer.
-        held_out: the images to measure on.
-        sample: those of them that are encoded already.
+    ones, as in `latelier inspect`, a coin that is thrown for each image's number in its source divides them; `sample`
+    has those that are encoded already.
     """
     settings = recipe.evaluate
     if not same_images(recipe, held_out):
@@ -198,13 +183,7 @@ def _reconstruction(recipe: Recipe, codec: Codec, held_out: ImageDataset) -> lis
 
 
 def _generation(recipe: Recipe, pipeline: LatentDiffusionPipeline, shown: list[Tensor]) -> list[Measurement]:
-    """Compare fresh samples with the training images, which are spread over the classes, should they be sorted.
-
-    Args:
-        recipe: of the run.
-        pipeline: what draws.
-        shown: the first samples of this process are appended.
-    """
+    """Compare fresh samples with training images; the first samples of this process are appended to `shown`."""
     settings, training = recipe.evaluate, open_images(recipe)
     process, processes = rank()
 
@@ -234,12 +213,12 @@ def _samples(
 ) -> Iterator[Tensor]:
     """This process's batches of samples of the recipe's settings; image i has the seed `sample.seed + i`.
 
-    A model that is told more than classes draws what the held-out images say, in turn.
+    A model with more conditions than classes draws what the held-out images say, in turn.
     """
     records = held_out_records(recipe, pipeline)
     for settings in list(batches(recipe.sample, count))[process::processes]:
-        told = records(settings.seed - recipe.sample.seed, settings.count)
-        yield pipeline(sample=settings, records=told, output_type="pt", progress=False).images
+        inputs = records(settings.seed - recipe.sample.seed, settings.count)
+        yield pipeline(sample=settings, records=inputs, output_type="pt", progress=False).images
 
 
 # -- on the main process ----------------------------------------------------------------------------------------------
@@ -262,7 +241,7 @@ def _speed(recipe: Recipe, pipeline: LatentDiffusionPipeline) -> list[Measuremen
 
 
 def _tasks(recipe: Recipe, pipeline: LatentDiffusionPipeline, held_out: ImageDataset) -> list[Measurement]:
-    """Whether the denoiser does what it is told, when it is told more than a class; images to look at."""
+    """Whether the denoiser follows its conditions, where they are more than a class; images to look at."""
     if set(parts(pipeline.conditioner)) <= {"classes"}:
         return []
     settings, training = recipe.evaluate, open_images(recipe)

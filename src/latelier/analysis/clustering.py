@@ -118,12 +118,10 @@ def _spread(
 
 @dataclass
 class Spread:
-    """Two estimates with 95 % confidence intervals.
+    """Two estimates with 95 % confidence intervals, None where some resample has no finite value.
 
-    Attributes:
-        within: share of the variance that lies inside clusters: 0 for points, 1 where the space knows no clusters.
-        separation: half the mean squared distance of two cluster means over the variance inside clusters.
-        within_interval, separation_interval: None where some resample has no finite value.
+    `within` is the share of the variance that lies inside clusters: 0 for points, 1 where the space knows no clusters;
+    `separation` half the mean squared distance of two cluster means over the variance inside clusters.
     """
 
     within: float
@@ -140,12 +138,6 @@ def measure_spread(
     Regions of one image are not independent, so whole images are drawn with replacement (cluster-robust). A
     resample holds doubles, which makes its clusters seem tighter and farther apart; hence the percentiles are shifted
     until the resamples' mean is the estimate. The clusters are taken as fixed.
-
-    Args:
-        x: one vector per region.
-        clusters: the region's cluster, any integers.
-        images: the region's image, any integers.
-        seed: of the resamples.
 
     Raises:
         LatelierError: for fewer than two clusters, clusters of single regions only, or equal vectors.
@@ -259,14 +251,8 @@ class Region(NamedTuple):
 
 
 def regions(z: Float[Tensor, "b c *grid"], taps: list[Tensor]) -> dict[str, Region]:
-    """Latents and VGG16 features of the same regions: the whole image, windows of it, single latent positions.
-
-    Args:
-        z: normalised latents.
-        taps: VGG16's feature maps `(b, k, i, j)`, finest first.
-
-    Returns:
-        object, and for 2-D latents part and pattern.
+    """Latents and VGG16 features (`taps`, finest first) of the same regions: the whole image (object), and of 2-D
+    latents windows of it (part) and single positions (pattern).
     """
     grid = tuple(z.shape[2:])
     windows = {"object": grid}
@@ -289,13 +275,8 @@ def part_side(side: int) -> int:
 class Regions:
     """At most so many regions out of a stream of images, each equally likely to stay.
 
-    Every region has a random number that belongs to its image; those with the smallest are kept.
-
-    Args:
-        name: `object`, `part` or `pattern`.
-        window: its size in latent positions.
-        seed: of the choice.
-        most: how many stay; fewer where their latents would not fit into `MOST_NUMBERS`.
+    Every region has a random number that belongs to its image; those with the smallest are kept, fewer than `most`
+    where their latents would not fit into `MOST_NUMBERS`. The window is a region's size in latent positions.
     """
 
     def __init__(self, name: str, window: tuple[int, ...], seed: int, most: int = MOST_REGIONS):
@@ -317,25 +298,10 @@ class Regions:
         if self._count > 1.25 * self.most:
             self._prune()
 
-    @property
-    def latents(self) -> Float[Tensor, "n d"]:
-        """Flattened latents of the regions that stayed."""
-        return self._column(1)
-
-    @property
-    def looks(self) -> Float[Tensor, "n k"]:
-        """Their VGG16 features."""
-        return self._column(2)
-
-    @property
-    def images(self) -> Int[Tensor, " n"]:
-        """Numbers of their images."""
-        return self._column(3)
-
-    @property
-    def labels(self) -> Int[Tensor, " n"]:
-        """Labels of their images."""
-        return self._column(4)
+    latents = property(lambda self: self._column(1), doc="Flattened latents of the regions that stayed, `(n, d)`.")
+    looks = property(lambda self: self._column(2), doc="Their VGG16 features, `(n, k)`.")
+    images = property(lambda self: self._column(3), doc="Numbers of their images, `(n,)`.")
+    labels = property(lambda self: self._column(4), doc="Labels of their images, `(n,)`.")
 
     def _column(self, index: int) -> Tensor:
         if len(self._parts) > 1 or self._count > self.most:
@@ -349,13 +315,7 @@ class Regions:
 
 
 def perceptual_clusters(looks: Float[Tensor, "n k"], count: int, seed: int) -> Int[Tensor, " n"]:
-    """k-means of unit-normalised feature vectors.
-
-    Args:
-        looks: one feature vector per region.
-        count: how many clusters; never more than n / 8, nor than there are different vectors.
-        seed: of the starting points.
-    """
+    """k-means of unit-normalised feature vectors; never more than n / 8 clusters, nor than different vectors."""
     import numpy as np
     from sklearn.cluster import KMeans
 

@@ -145,17 +145,10 @@ def times() -> Float[Tensor, " t"]:
 def flow_losses(
     model: DiT, z: Float[Tensor, "n c *grid"], mean: Float[Tensor, " c *grid"], seed: int, codec: Codec
 ) -> tuple[Float[Tensor, "n t"], Float[Tensor, "n t"]]:
-    """Squared error of the velocity at each of `times()`, mean over a latent's numbers.
+    """Squared error of the velocity at each of `times()`, mean over a latent's numbers: the denoiser's, and that of
+    the constant prediction, minus the training latents' mean, which is the best that does not look at its input.
 
-    Args:
-        model: the trained denoiser.
-        z: held-out latents; the noise of latent i at the k-th time is the same for every codec of equal latent shape.
-        mean: of the training latents; `-mean` is the best prediction that does not look at its input.
-        seed: of the noise.
-        codec: whose device and precision are used.
-
-    Returns:
-        The denoiser's errors, and those of the constant prediction.
+    The noise of latent i at the k-th time is the same for every codec of equal latent shape.
     """
     rows, constants = [], []
     for number in torch.arange(len(z)).split(BATCH):

@@ -32,19 +32,12 @@ MOST_IMAGES = 256  # each is encoded and decoded about eight times
 
 @dataclass(frozen=True)
 class Move:
-    """The same thing done to an image and to its latents.
-
-    Attributes:
-        name: of the measure; several moves may share one.
-        words: what it does, for the receipt.
-        image: of `(b, c, h, w)`.
-        latent: of `(b, k, h / f, w / f)`.
-    """
+    """The same thing done to an image and to its latents; several moves may share the name of a measure."""
 
     name: str
-    words: str
-    image: Callable[[Tensor], Tensor]
-    latent: Callable[[Tensor], Tensor]
+    words: str  # what it does, for the receipt
+    image: Callable[[Tensor], Tensor]  # of (b, c, h, w)
+    latent: Callable[[Tensor], Tensor]  # of (b, k, h / f, w / f)
 
 
 @torch.no_grad()
@@ -82,10 +75,6 @@ def moves(size: tuple[int, int], grid: tuple[int, int]) -> dict[str, list[Move]]
     `shift`: round by one position downwards, by one to the right, and by half of the grid both ways. `half-shift`: by
     half a position; latents are means of two neighbours. `flip`: left to right. `scale`: to half the size, means of
     2 x 2 pixels or positions. A side of one position cannot be shifted; half positions and half sizes must be whole.
-
-    Args:
-        size: of the images, pixels.
-        grid: of the latents, positions.
     """
     steps = (size[0] // grid[0], size[1] // grid[1])  # pixels of a position
     found: dict[str, list[Move]] = {}
@@ -121,11 +110,7 @@ def _half_shift(axis: int, step: int) -> Move:
 
 
 class Tally:
-    """Errors of the moves of one name.
-
-    Args:
-        group: the moves; their errors are averaged.
-    """
+    """Errors of the moves of one name, averaged."""
 
     def __init__(self, group: list[Move]):
         self.group = group

@@ -36,17 +36,11 @@ SLACK = 0.05  # of the likelihood gained by the best number of modes
 
 @dataclass
 class PrincipalSpace:
-    """The leading principal components of some images, each with mean 0 and variance 1 over others.
+    """The leading principal components of some images, each with mean 0 and variance 1 over others."""
 
-    Attributes:
-        mean: `(d,)`.
-        axes: `(p, d)`, each divided by the standard deviation along it.
-        explained: share of the others' variance that lies in these p components.
-    """
-
-    mean: np.ndarray
-    axes: np.ndarray
-    explained: float
+    mean: np.ndarray  # (d,)
+    axes: np.ndarray  # (p, d), each divided by the standard deviation along it
+    explained: float  # share of the others' variance that lies in these p components
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """Project `(n, d)` to `(n, p)`, float64."""
@@ -124,13 +118,8 @@ def affordable_modes(modes: Sequence[int], n: int) -> tuple[list[int], list[int]
 
 
 def principal_space(x: np.ndarray, others: np.ndarray, seed: int, explained: float = EXPLAINED) -> PrincipalSpace:
-    """The fewest components that explain more than a share of the variance, or as many as the limits allow.
-
-    Args:
-        x: `(n, d)` whose principal components they are.
-        others: `(m, d)` over which they are standardised, and whose variance they explain.
-        seed: of randomised PCA.
-        explained: the share.
+    """The fewest components of `x` `(n, d)` that explain more than a share of the variance of `others` `(m, d)`, over
+    which they are standardised, or as many as the limits allow.
 
     Raises:
         LatelierError: if the vectors are equal, or not finite.
@@ -150,14 +139,7 @@ def principal_space(x: np.ndarray, others: np.ndarray, seed: int, explained: flo
 
 
 def fit_mixture(x: np.ndarray, held_out: np.ndarray, modes: int, seed: int) -> Fit:
-    """Expectation maximisation from a k-means start.
-
-    Args:
-        x: `(n, p)` to fit to, standardised.
-        held_out: `(m, p)` to judge by.
-        modes: number of Gaussians.
-        seed: of k-means.
-    """
+    """Expectation maximisation from a k-means start on standardised `x` `(n, p)`, judged by `held_out` `(m, p)`."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
 

@@ -180,16 +180,10 @@ def _scale(
 
 
 def outlier_channels(variance: Float[Tensor, " c"]) -> tuple[list[int], list[int]]:
-    """Channels whose variance is not like the others'.
+    """Numbers, from 0, of channels whose variance is too large and too small among the others'.
 
     The modified z-score of Iglewicz & Hoaglin (1993), of logarithms: far from the median, in units of the median
     distance from it. Where most channels are alike that unit is nearly 0, hence the factor that is always allowed.
-
-    Args:
-        variance: of each channel, some above 0.
-
-    Returns:
-        Numbers of channels that are too large, and of those that are too small, counted from 0.
     """
     logs = variance.double().clamp(min=1e-12 * variance.max().item()).log()
     distance = logs - logs.quantile(0.5)  # (c,)

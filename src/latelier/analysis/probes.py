@@ -60,16 +60,8 @@ def linear_probe(
 ) -> tuple[Int[Tensor, " m"], dict[str, Any]]:
     """Multinomial logistic regression on standardised features, the penalty chosen on a fifth of the images.
 
-    More than 512 features are standardised and then turned into 512 principal components, for speed.
-
-    Args:
-        x: `(n, d)` to learn from.
-        held_out: `(m, d)` to guess.
-        labels: of `x`.
-        seed: of the choice of that fifth, and of randomised PCA.
-
-    Returns:
-        Guessed labels, and fields for the receipt.
+    More than 512 features are standardised and then turned into 512 principal components, for speed. Returns the
+    guessed labels of `held_out` `(m, d)`, and fields for the receipt.
     """
     import sklearn
 
@@ -91,17 +83,7 @@ def linear_probe(
 def nearest_neighbours(
     x: np.ndarray, held_out: np.ndarray, labels: Int[Tensor, " n"], k: int = NEIGHBOURS
 ) -> tuple[Int[Tensor, " m"], dict[str, Any]]:
-    """The k nearest by cosine vote, each with weight exp(cosine / 0.07).
-
-    Args:
-        x: `(n, d)` to learn from.
-        held_out: `(m, d)` to guess.
-        labels: of `x`.
-        k: all where there are fewer.
-
-    Returns:
-        Guessed labels, and fields for the receipt.
-    """
+    """The k nearest by cosine vote (all where there are fewer), each with weight exp(cosine / 0.07)."""
     import sklearn
     from sklearn.neighbors import KNeighborsClassifier
 

@@ -254,11 +254,7 @@ def _levels(images: Tensor) -> Tensor:
 
 
 class _Store:
-    """Columns that grow batch by batch; large ones lie in temporary files that go with the process.
-
-    Args:
-        limit: rows at most.
-    """
+    """Columns of at most `limit` rows that grow batch by batch; large ones lie in files that go with the process."""
 
     def __init__(self, limit: int):
         self.limit, self.rows = limit, 0

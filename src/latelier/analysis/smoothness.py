@@ -48,8 +48,7 @@ def smoothness(
     """PSNR, LPIPS and Fréchet distance of images decoded from noisy latents.
 
     Args:
-        sample: images and latents.
-        codec: what decodes.
+        sample, codec: images and latents, and what decodes.
         noise_levels: in standard deviations of each channel; 0 is always measured.
         metrics: of these psnr, lpips and rfd count.
         features: extractors; the first is rfd's.
@@ -185,13 +184,10 @@ def lengths_of(wanted: Sequence[int] | None, channels: int) -> list[int]:
 
 
 class Quality:
-    """How close several versions of a sample's images are to the originals.
+    """How close several versions of a sample's images are to the originals, in as few passes of networks as possible.
 
-    Args:
-        sample: the originals.
-        metrics: of these psnr, lpips and rfd count.
-        features: extractors; the first is rfd's.
-        versions: how many there are of each image.
+    Maps of the originals, where memory holds them, and the quality of plain reconstructions stay in the sample's cache,
+    so that no measure computes them again.
     """
 
     def __init__(self, sample: LatentSample, metrics: Sequence[str], features: Sequence[str], versions: int):
@@ -205,13 +201,7 @@ class Quality:
         self.theirs, self.ours = FeatureStatistics(dims), [FeatureStatistics(dims) for _ in range(versions)]
 
     def add(self, rows: slice, versions: Sequence[Callable[[], Tensor]], plain: int | None = None) -> None:
-        """Count some of the images in.
-
-        Args:
-            rows: which.
-            versions: what makes each version, `(b, c, h, w)` in [-1, 1].
-            plain: which of them is the reconstruction, unless none is.
-        """
+        """Count some of the images in: what makes each version, `(b, c, h, w)`, and which is the reconstruction."""
         found = []
         for number, make in enumerate(versions):
             if number == plain:
