@@ -3,9 +3,9 @@
 import time
 
 import numpy as np
-from latelier.evaluation.mixture import fit_mixture, principal_space
 
 from benchmarks.timing import default_device, seconds
+from latelier.analysis.mixture import fit_mixture, principal_space
 from latelier.data.loader import ImageDataset
 from latelier.data.sources import open_source
 from latelier.evaluation.features import load_extractor

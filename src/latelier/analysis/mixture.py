@@ -158,10 +158,7 @@ def modes_needed(nll: Float[Tensor, "n k"]) -> int:
 
     As good: of what the best gains over the first column, which is the single Gaussian, it has at least 95 %; or
     what it lacks is no more than a standard error of their difference over the images (one-standard-error rule,
-    Breiman et al. 1984).
-
-    Args:
-        nll: of each held-out image under mixtures of more and more modes.
+    Breiman et al. 1984). The columns are mixtures of more and more modes.
     """
     nll = nll.double()
     mean = nll.mean(0)  # (k,)

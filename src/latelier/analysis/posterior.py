@@ -55,23 +55,13 @@ def posterior_statistics(sample: LatentSample) -> dict[str, Result]:
 
 
 class Spread:
-    """Sums over images, from which all the measures follow; float64.
-
-    Attributes:
-        n: images.
-        mean, std: of the scale, `(c,)`.
-        powers: `(4, c, l)` sums of the first to fourth powers of normalised posterior means.
-        widths: `(2, c, l)` sums of normalised posterior standard deviations and their squares.
-        kl: of each image, nats of each channel to N(0, 1), `(n, c)`.
-        own_kl: the same, to a normal distribution of the channel's own mean and standard deviation.
-        std_of_images: the mean normalised posterior standard deviation of each image, `(n,)`.
-        variational: whether any posterior has a spread.
-    """
+    """Sums over images, from which all the measures follow; float64."""
 
     def __init__(self, sample: LatentSample):
         self.n, self.mean, self.std = len(sample), sample.scale.mean.double(), sample.scale.std.double()
         self.variational = sample.logvar is not None and bool((sample.logvar > NO_SPREAD).any())
-        self.powers = self.widths = torch.zeros(())
+        self.powers = torch.zeros(())  # (4, c, l): sums of the first to fourth powers of normalised means
+        self.widths = torch.zeros(())  # (2, c, l): sums of normalised standard deviations and their squares
         kl: list[Tensor] = []
         own_kl: list[Tensor] = []
         std_of_images: list[Tensor] = []
@@ -88,7 +78,8 @@ class Spread:
                 own_kl.append(gaussian_kl(z, logvar - 2 * std.log()).sum(2))
                 std_of_images.append(width.mean((1, 2)))
         if self.variational:
-            self.kl, self.own_kl, self.std_of_images = (torch.cat(x) for x in (kl, own_kl, std_of_images))
+            self.kl, self.own_kl = torch.cat(kl), torch.cat(own_kl)  # (n, c): nats to N(0, 1), and to its own scale's
+            self.std_of_images = torch.cat(std_of_images)  # (n,)
 
     def variance_of_numbers(self) -> Float[Tensor, "c l"]:
         """Variance over images of each number's normalised posterior mean, unbiased."""

@@ -42,35 +42,20 @@ class Scale:
 
 @dataclass
 class LatentSample:
-    """Images of one size and the posteriors of their latents, on the CPU.
+    """Images of one size and the posteriors of their latents, on the CPU."""
 
-    Attributes:
-        mean: posterior means, raw.
-        logvar: log-variances of the posteriors; None where they are points.
-        labels: -1 for none.
-        index: numbers of the images in their source.
-        sizes: of the batches in which the images came.
-        scale: of normalised latents.
-        image_size: height and width.
-        images: 8-bit levels, or float32 in [-1, 1] where levels are not enough; None if they were not kept.
-        scaling_factor: what the tokenizer's configuration says of its scale.
-        device: where networks run.
-        cut: whether images were left out for want of memory.
-        cache: what one measure leaves for the others: networks, their features, the quality of reconstructions.
-    """
-
-    mean: Float[Tensor, "n c *grid"]
-    logvar: Float[Tensor, "n c *grid"] | None
-    labels: Int[Tensor, " n"]
-    index: Int[Tensor, " n"]
-    sizes: tuple[int, ...]
-    scale: Scale
-    image_size: tuple[int, int]
-    images: Tensor | None = None
-    scaling_factor: float | None = None
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    cut: bool = False
-    cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+    mean: Float[Tensor, "n c *grid"]  # of posteriors, raw
+    logvar: Float[Tensor, "n c *grid"] | None  # None where posteriors are points
+    labels: Int[Tensor, " n"]  # -1 for none
+    index: Int[Tensor, " n"]  # numbers of the images in their source
+    sizes: tuple[int, ...]  # of the batches in which the images came
+    scale: Scale  # of normalised latents
+    image_size: tuple[int, int]  # height and width
+    images: Tensor | None = None  # 8-bit levels, or float32 in [-1, 1] where levels are not enough; None if not kept
+    scaling_factor: float | None = None  # what the tokenizer's configuration says of its scale
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # where networks run
+    cut: bool = False  # whether images were left out for want of memory
+    cache: dict[Any, Any] = field(default_factory=dict, repr=False)  # what one measure leaves for the others
 
     def __len__(self) -> int:
         return len(self.mean)

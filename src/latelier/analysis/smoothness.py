@@ -97,11 +97,8 @@ def noisy_latents(
 
 
 def area_weights(levels: list[float], end: float = AREA_END) -> Float[Tensor, " l"]:
-    """Weights whose product with a curve is its mean over [first level, end], piecewise linear between levels.
-
-    Args:
-        levels: ascending, at least two.
-        end: upper end, interpolated where it is no level; the last level where that is smaller.
+    """Weights whose product with a curve is its mean over [first level, end], piecewise linear between levels;
+    `end` is interpolated where it is no level, and no farther than the last one.
     """
     from scipy.integrate import trapezoid
 
