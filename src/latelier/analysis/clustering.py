@@ -171,8 +171,8 @@ def within_and_separation(
         separation = mean over pairs of (|m_i - m_j|^2 - MSW (1/n_i + 1/n_j)) / (2 MSW)
 
     A mean over pairs of |m_i - m_j|^2 is twice the sample variance of the means, so no pair is ever formed. Clusters
-    are 0 ... K - 1; weights say how often each vector, or with `images` each image, is counted, and clusters of weight 0
-    do not exist.
+    are 0 ... K - 1; weights say how often each vector, or with `images` each image, counts, and clusters of weight 0 do
+    not exist.
     """
     rows, count = len(weights), int(clusters.max()) + 1
     weights = weights.double()
