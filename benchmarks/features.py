@@ -5,10 +5,10 @@ import time
 import numpy as np
 
 from benchmarks.timing import default_device, seconds
+from latelier.analysis.mixture import fit_mixture, principal_space
 from latelier.data.loader import ImageDataset
 from latelier.data.sources import open_source
 from latelier.evaluation.features import load_extractor
-from latelier.evaluation.mixture import fit_mixture, principal_space
 from latelier.evaluation.reconstruction import read_images
 from latelier.evaluation.references import FeatureCollector, collect
 from latelier.recipe import Data

@@ -4,11 +4,10 @@ import pytest
 import torch
 from diffusers import VQModel
 
-from latelier.errors import LatelierError
-from latelier.evaluation.codebook import measure_codebook
-from latelier.recipe import Evaluate
+from latelier.analysis.sample import collect
+from latelier.analysis.spectrum import codebook_usage
 from latelier.tokenizers.codec import Codec
-from test_mixture import batches, by_name
+from test_mixture import batches
 from test_mixture import codec as plain
 
 
@@ -37,17 +36,17 @@ def make_images(values, count=1):
 
 
 def measure(codec, images, size=100):
-    return by_name(measure_codebook(codec, batches(images, size), Evaluate(samples=5000), "toy/val", {"run": 7}))
+    return codebook_usage(collect(codec, batches(images, size), 5000), codec)
 
 
 def test_codes_that_are_used_alike():
     found = measure(pixels(), make_images([0, 1, 2, 3], 40))
     assert list(found) == ["codebook-usage", "codebook-perplexity", "dead-codes"]
     assert [m.value for m in found.values()] == pytest.approx([0.5, 4, 4])
-    receipt = found["codebook-perplexity"].receipt
-    assert (receipt["n"], receipt["codes"], receipt["vectors"], receipt["run"]) == (40, 8, 160, 7)
-    assert [share for _, share in receipt["shares_by_rank"]] == [0.25] * 4 + [0] * 4
-    assert "warning" not in receipt
+    about = found["codebook-perplexity"].details
+    assert (about["codes"], about["vectors"]) == (8, 160)
+    assert [share for _, share in about["shares_by_rank"]] == [0.25] * 4 + [0] * 4
+    assert "warning" not in about
 
 
 def test_codes_of_unequal_use():
@@ -60,7 +59,7 @@ def test_few_vectors_warn_and_batches_change_nothing():
     images = make_images([0, 1, 2, 2, 3, 3, 3, 3])
     found, parts = measure(pixels(64), images), measure(pixels(64), images, 1)
     assert {n: m.value for n, m in found.items()} == {n: m.value for n, m in parts.items()}
-    assert found["dead-codes"].receipt["warning"].startswith("8 latent vectors cannot show all of 64 codes")
+    assert found["dead-codes"].details["warning"].startswith("8 latent vectors cannot show all of 64 codes")
 
 
 def test_the_codes_are_those_that_the_tokenizer_takes():
@@ -76,7 +75,5 @@ def test_the_codes_are_those_that_the_tokenizer_takes():
     assert found["dead-codes"].value == 16 - len(used)
 
 
-def test_no_codebook_no_numbers_and_no_images_an_error():
+def test_no_codebook_no_numbers():
     assert measure(plain(), torch.zeros(3, 2, 2, 2)) == {}
-    with pytest.raises(LatelierError, match="no images in toy"):
-        measure_codebook(pixels(), [], Evaluate(), "toy")

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
+from latelier.analysis import difficulty
+from latelier.analysis.difficulty import build_denoiser, choose_patch, diffusion_difficulty, predict, times
+from latelier.analysis.sample import collect
 from latelier.errors import LatelierError
-from latelier.evaluation import difficulty
-from latelier.evaluation.difficulty import build_denoiser, choose_patch, encode, measure_difficulty, predict, times
-from latelier.recipe import Evaluate
 from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.conv import IdentityTokenizer
 
@@ -38,12 +38,12 @@ def normal(count, seed=0, size=(4, 2)):
     return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(seed))
 
 
-def measure(train, held_out, codec=None, **settings):
+def measure(train, held_out, codec=None, seed=0):
     codec = codec or Codec(Given(), torch.zeros(3), torch.ones(3))
-    batches = [[{"image": part} for part in side.split(50)] for side in (train, held_out)]
-    (measured,) = measure_difficulty(codec, *batches, Evaluate(**settings), "toy", {"run": 7})
-    assert measured.name == "diffusion-loss"
-    return measured
+    samples = [collect(codec, [{"image": part} for part in side.split(50)], 10_000) for side in (train, held_out)]
+    (found,) = diffusion_difficulty(*samples, codec, seed).items()
+    assert found[0] == "diffusion-loss"
+    return found[1]
 
 
 def test_noise_costs_what_independent_numbers_cost(short, monkeypatch):
@@ -52,20 +52,20 @@ def test_noise_costs_what_independent_numbers_cost(short, monkeypatch):
     t = times()
     bound = (1 / (t**2 + (1 - t) ** 2)).mean().item()  # variance of eps - z, given x_t, where both are normal
     assert measured.value == pytest.approx(bound, rel=0.03)
-    assert measured.receipt["independent"] == pytest.approx(bound, rel=0.03)
-    assert measured.receipt["constant"] == pytest.approx(2, rel=0.05)
+    assert measured.details["independent"] == pytest.approx(bound, rel=0.03)
+    assert measured.details["constant"] == pytest.approx(2, rel=0.05)
     low, high = measured.interval
     assert low < measured.value < high
-    assert [at for at, _ in measured.receipt["by_time"]] == t.tolist()
-    assert sum(y for _, y in measured.receipt["by_time"]) / 8 == pytest.approx(measured.value)
+    assert [at for at, _ in measured.details["by_time"]] == t.tolist()
+    assert sum(y for _, y in measured.details["by_time"]) / 8 == pytest.approx(measured.value)
 
 
 def test_a_single_point_is_easy_and_few_points_are_easier_than_noise(short):
     point, few = normal(1), normal(3)
     easy = measure(point.expand(100, -1, -1, -1), point.expand(32, -1, -1, -1))
-    assert easy.receipt["constant"] == pytest.approx(1, rel=0.05)  # the noise alone; the point is known
-    assert easy.receipt["independent"] == pytest.approx(0, abs=1e-6)
-    assert easy.value < 0.5 * easy.receipt["constant"]
+    assert easy.details["constant"] == pytest.approx(1, rel=0.05)  # the noise alone; the point is known
+    assert easy.details["independent"] == pytest.approx(0, abs=1e-6)
+    assert easy.value < 0.5 * easy.details["constant"]
     middle = measure(few[torch.arange(99) % 3], few[torch.arange(32) % 3])
     assert easy.value < middle.value < 0.9 * 1.749  # what noise costs, see above
 
@@ -73,12 +73,12 @@ def test_a_single_point_is_easy_and_few_points_are_easier_than_noise(short):
 def test_the_receipt_and_one_dimensional_latents(short, monkeypatch):
     monkeypatch.setattr(difficulty, "STEPS", 2)
     codec = Codec(Given(flat=True), torch.zeros(3), torch.ones(3))
-    about = measure(normal(40), normal(30), codec, samples=20, probe_samples=25).receipt
-    facts = {key: about[key] for key in ("n", "n_train", "dims", "tokens", "patch", "steps", "batch", "run")}
-    assert facts == {"n": 20, "n_train": 25, "dims": 24, "tokens": 8, "patch": 1, "steps": 2, "batch": 16, "run": 7}
+    about = measure(normal(40), normal(30), codec).details
+    facts = {key: about[key] for key in ("n", "n_train", "dims", "tokens", "patch", "steps", "batch")}
+    assert facts == {"n": 30, "n_train": 32, "dims": 24, "tokens": 8, "patch": 1, "steps": 2, "batch": 16}
     assert about["parameters"] > 500_000
-    assert (about["tokenizer"], about["latent_scale"]) == (codec.hash(), "the codec's statistics")
-    unscaled = measure(5 + 3 * normal(40), 5 + 3 * normal(30, seed=1), Codec(Given())).receipt
+    assert about["latent_scale"] == "the codec's statistics"
+    unscaled = measure(5 + 3 * normal(40), 5 + 3 * normal(30, seed=1), Codec(Given())).details
     assert unscaled["latent_scale"] == "measured on the first 40 images"
     assert unscaled["constant"] == pytest.approx(2, rel=0.1)  # held-out latents are put on the same scale
 
@@ -122,14 +122,14 @@ def test_at_most_64_tokens_where_a_patch_allows_it(grid, patch):
     assert math.prod(side // patch for side in grid) <= 64 or grid == [13, 17]
 
 
-def test_latents_that_do_not_fit_are_left_out(monkeypatch):
-    codec, images = Codec(IdentityTokenizer()), normal(10)
-    image_batches = [(images[:4], torch.zeros(4)), (images[4:], torch.zeros(6))]
-    assert torch.equal(encode(codec, image_batches, 7), images[:7])
+def test_latents_that_do_not_fit_are_left_out(short, monkeypatch):
+    monkeypatch.setattr(difficulty, "STEPS", 2)
     monkeypatch.setattr(difficulty, "BYTES", 4 * 24 * 5)
-    assert torch.equal(encode(codec, image_batches, 7), images[:5])
+    about = measure(normal(10), normal(7)).details
+    assert (about["n_train"], about["n"]) == (5, 5)
 
 
 def test_both_sides_need_images():
-    with pytest.raises(LatelierError, match=r"of toy there are 0 to learn from and 4"):
-        measure_difficulty(Codec(IdentityTokenizer()), [], [{"image": normal(4)}], Evaluate(), "toy")
+    sample = collect(Codec(IdentityTokenizer()), [{"image": normal(4)}], 4)
+    with pytest.raises(LatelierError, match="there are 0 to learn from and 4"):
+        diffusion_difficulty(sample[:0], sample, Codec(IdentityTokenizer()))

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from latelier.evaluation import generation, measuring, reconstruction
+from latelier import evaluate
+from latelier.evaluation import generation, reconstruction
 from latelier.training.denoiser_loop import train_denoiser
 from latelier.training.tokenizer_loop import train_tokenizer
 from tiny import colour_extractor, tiny_recipe
@@ -53,9 +54,9 @@ def assert_judged_as_by_one(folder, monkeypatch):
     file.unlink()
     for module in (generation, reconstruction):
         monkeypatch.setattr(module, "load_extractors", lambda names, device: [colour_extractor()])
-    monkeypatch.setattr(measuring, "load_extractor", lambda name: colour_extractor())
+    monkeypatch.setattr(evaluate, "load_extractor", lambda name: colour_extractor())
     monkeypatch.setenv("LATELIER_CACHE", str(folder / "another"))
-    measuring.evaluate(tiny_recipe(folder, tokenizer=TOKENIZER, denoiser={"ema": 0}, evaluate=EVALUATE))
+    evaluate.evaluate(tiny_recipe(folder, tokenizer=TOKENIZER, denoiser={"ema": 0}, evaluate=EVALUATE))
     by_one = json.loads(file.read_text())
     for section in ("reconstruction", "generation"):
         assert list(by_one[section]) == list(by_two[section])

@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
+from latelier.analysis.equivariance import equivariance, moves
+from latelier.analysis.sample import collect
 from latelier.errors import LatelierError
-from latelier.evaluation.equivariance import measure_equivariance, moves
-from latelier.recipe import Evaluate
 from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.conv import IdentityTokenizer
-from test_mixture import batches, by_name
+from test_mixture import batches
 from test_mixture import codec as same
 from test_one_dimensional import make_codec
 
@@ -46,7 +46,7 @@ def noise(n=200, size=8):
 
 
 def measure(codec, images, size=100):
-    return by_name(measure_equivariance(codec, batches(images, size), Evaluate(samples=5000), "toy/val", {"run": 7}))
+    return equivariance(collect(codec, batches(images, size), 5000), codec)
 
 
 def test_means_of_pixels_move_with_the_image():
@@ -55,12 +55,12 @@ def test_means_of_pixels_move_with_the_image():
     for move in ("shift", "flip", "scale"):
         assert found[f"equivariance-{move}"].value == pytest.approx(0, abs=1e-10)
     shift = found["equivariance-shift"]
-    assert (shift.receipt["n"], shift.receipt["run"]) == (200, 7)
-    assert shift.receipt["latent_scale"] == "measured on the first 200 images"
-    assert shift.receipt["moves"][0] == "round by 2 pixels down, 0 right"
+    assert shift.details["n"] == 200
+    assert shift.details["latent_scale"] == "measured on the first 200 images"
+    assert shift.details["moves"][0] == "round by 2 pixels down, 0 right"
     for move in ("shift", "flip"):  # the decoder enlarges pixels: it moves with them too
         after = found[f"psnr-after-{move}"]
-        assert after.value == pytest.approx(after.receipt["reconstruction_psnr"], abs=1e-4)
+        assert after.value == pytest.approx(after.details["reconstruction_psnr"], abs=1e-4)
         assert after.interval[0] < after.value < after.interval[1]
 
 
@@ -141,14 +141,12 @@ def test_autoencoders_straight_from_diffusers_and_latents_in_a_row():
     found = measure(Codec(model.eval()), noise(6, 16))
     assert list(found) == [name for move in F2 for name in (f"equivariance-{move}", f"psnr-after-{move}")]
     assert 0 < found["equivariance-shift"].value < 4
-    assert len(found["equivariance-shift"].receipt["by_channel"]) == 4
+    assert len(found["equivariance-shift"].details["by_channel"]) == 4
     images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert measure(make_codec(), images) == {}
     assert measure(same(flat=True), images[:, :2]) == {}
 
 
-def test_no_images_and_latents_that_do_not_vary():
-    with pytest.raises(LatelierError, match="no images in toy"):
-        measure_equivariance(Codec(Pool()), [], Evaluate(), "toy")
+def test_latents_that_do_not_vary():
     with pytest.raises(LatelierError, match="are all equal"):
         measure(Codec(Pool()), torch.zeros(3, 1, 8, 8))

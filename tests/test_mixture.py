@@ -5,17 +5,16 @@ import math
 import pytest
 import torch
 
-from latelier.errors import LatelierError
-from latelier.evaluation.latent_matrix import collect, labelled, random_share
-from latelier.evaluation.latent_space import read
-from latelier.evaluation.mixture import (
+from latelier.analysis import sample as sampling
+from latelier.analysis.mixture import (
     affordable_modes,
     fit_mixture,
-    measure_mixture,
+    gaussian_mixtures,
     modes_needed,
     principal_space,
 )
-from latelier.recipe import Evaluate
+from latelier.analysis.sample import collect, random_share
+from latelier.errors import LatelierError
 from latelier.tokenizers.codec import Codec
 
 GAUSSIAN = 0.5 * math.log(2 * math.pi * math.e)  # nats in one standard normal number
@@ -51,23 +50,21 @@ def batches(images, batch=100):
     return [{"image": part} for part in images.split(batch)]
 
 
-def by_name(measured):
-    return {m.name: m for m in measured}
+def sample(images, flat=False, batch=100):
+    return collect(codec(flat), batches(images, batch), 5000)
 
 
 def test_one_gaussian_has_its_entropy_at_one_mode_and_needs_no_more():
-    evaluate = Evaluate(samples=2000, probe_samples=2000, modes=[1, 2, 5])
-    measured = measure_mixture(codec(), batches(noise(2000)), batches(noise(2000, 1)), evaluate, "toy/val", {"run": 7})
-    found = by_name(measured)
+    found = gaussian_mixtures(sample(noise(2000)), sample(noise(2000, 1)), [1, 2, 5])
     assert list(found) == ["gmm-nll@1", "gmm-nll@2", "gmm-nll@5", "gmm-modes"]
     one = found["gmm-nll@1"]
     assert one.value == pytest.approx(GAUSSIAN, abs=0.02)
     assert one.interval[0] < one.value < one.interval[1]
     assert found["gmm-nll@5"].value >= one.value - 0.01
-    assert found["gmm-nll@5"].receipt["fitted"] < one.receipt["fitted"]  # where more modes always win
+    assert found["gmm-nll@5"].details["fitted"] < one.details["fitted"]  # where more modes always win
     assert found["gmm-modes"].value == 1
-    about = one.receipt
-    assert (about["n"], about["n_fitted"], about["n_axes"], about["run"]) == (2000, 1000, 1000, 7)
+    about = one.details
+    assert (about["n"], about["n_fitted"], about["n_axes"]) == (2000, 1000, 1000)
     assert about["dims"] == 8  # 7 of 8 equal directions explain less than 90 %
     assert about["explained_variance"] == pytest.approx(1)
     assert about["per_image"] == pytest.approx(8 * one.value)
@@ -75,21 +72,20 @@ def test_one_gaussian_has_its_entropy_at_one_mode_and_needs_no_more():
 
 
 def test_separate_modes_have_the_entropy_of_the_mixture():
-    evaluate = Evaluate(samples=400, probe_samples=800, modes=[2, 4, 8])
     learnt = modal(800)
-    found = by_name(measure_mixture(codec(), batches(learnt), batches(modal(400, seed=1)), evaluate, "toy"))
+    found = gaussian_mixtures(sample(learnt), sample(modal(400, seed=1)), [2, 4, 8])
     four = found["gmm-nll@4"]
     away = random_share(800, 0.5, 0, "gmm-axes")
     other = learnt[~away].flatten(1).numpy()
     space = principal_space(learnt[away].flatten(1).numpy(), other, 0)
     shrink = math.log(0.2) * len(space.axes) + torch.linalg.slogdet(torch.tensor(space.axes @ space.axes.T))[1] / 2
     expected = GAUSSIAN + (math.log(4) + shrink.item()) / len(space.axes)  # of standardised components
-    assert four.receipt["dims"] == len(space.axes) < 4  # four corners span three directions
+    assert four.details["dims"] == len(space.axes) < 4  # four corners span three directions
     assert four.value == pytest.approx(expected, abs=0.08)
     assert found["gmm-nll@2"].value > four.value + 0.2
     assert found["gmm-modes"].value == 4
     assert found["gmm-modes"].interval == (4.0, 4.0)
-    curve = found["gmm-modes"].receipt["curve"]
+    curve = found["gmm-modes"].details["curve"]
     assert [k for k, _, _ in curve] == [1, 2, 4, 8]  # one Gaussian is always there to compare with
     assert "gmm-nll@1" not in found
 
@@ -112,33 +108,30 @@ def test_axes_do_not_flatter_the_images_that_chose_them():
 
 def test_scale_rotation_and_shape_of_latents_change_nothing():
     learnt, held_out = modal(400, sigma=0.3), modal(200, sigma=0.3, seed=1)
-    evaluate = Evaluate(samples=200, probe_samples=400, modes=[1, 4])
     turn = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(5)))[0]
-    plain = measure_mixture(codec(), batches(learnt), batches(held_out), evaluate, "toy")
+    plain = gaussian_mixtures(sample(learnt), sample(held_out), [1, 4])
     moved = [(7 * x.flatten(1) @ turn + 3).unflatten(1, (2, 2, 2)) for x in (learnt, held_out)]
-    turned = measure_mixture(codec(flat=True), batches(moved[0]), batches(moved[1]), evaluate, "toy")
-    assert [m.value for m in turned] == pytest.approx([m.value for m in plain], rel=1e-3)
-    assert turned[0].receipt["latent_positions"] == 4
+    turned = gaussian_mixtures(*(sample(x, flat=True) for x in moved), [1, 4])
+    assert [m.value for m in turned.values()] == pytest.approx([m.value for m in plain.values()], rel=1e-3)
+    assert turned["gmm-modes"].details["latent_positions"] == 4
 
 
 def test_without_training_images_a_quarter_is_held_out():
-    evaluate = Evaluate(samples=300, modes=[1, 4, 50])
+    images = modal(300)
     (first, *_, last), (again, *_) = (
-        measure_mixture(codec(), None, batches(modal(400), size), evaluate, "toy") for size in (100, 64)
+        gaussian_mixtures(None, sample(images, batch=size), [1, 4, 50]).values() for size in (100, 64)
     )
     assert first.value == again.value
-    assert (first.receipt["n"], first.receipt["n_fitted"], first.receipt["fitted_to"][:3]) == (75, 112, "75%")
+    assert (first.details["n"], first.details["n_fitted"], first.details["fitted_to"][:3]) == (75, 112, "75%")
     assert last.value == 4
-    assert first.receipt["skipped"] == "[50] modes: fewer than 10 of 112 images each"
-    other = measure_mixture(codec(), None, batches(modal(400)), evaluate.model_copy(update={"seed": 1}), "toy")
-    assert other[0].value != first.value
+    assert first.details["skipped"] == "[50] modes: fewer than 10 of 112 images each"
+    assert gaussian_mixtures(None, sample(images), [1, 4, 50], seed=1)["gmm-nll@1"].value != first.value
 
 
 def test_what_components_leave_out_is_said():
-    evaluate = Evaluate(samples=60, probe_samples=60, modes=[1])
-    (measured, _) = measure_mixture(codec(), batches(noise(60)), batches(noise(60, 1)), evaluate, "toy")
-    assert measured.receipt["dims"] == 3  # a tenth of 30 images
-    assert "3 components explain only" in measured.receipt["warning"]
+    measured, _ = gaussian_mixtures(sample(noise(60)), sample(noise(60, 1)), [1]).values()
+    assert measured.details["dims"] == 3  # a tenth of 30 images
+    assert "3 components explain only" in measured.details["warning"]
 
 
 def test_as_many_modes_as_pay():
@@ -158,44 +151,76 @@ def test_modes_that_images_carry():
 
 
 def test_nothing_to_fit():
-    evaluate = Evaluate(modes=[1])
-    with pytest.raises(LatelierError, match="toy left 0 and 0"):
-        measure_mixture(codec(), None, [], evaluate, "toy")
-    with pytest.raises(LatelierError, match="toy left 40 and 0"):
-        measure_mixture(codec(), batches(noise(40)), [], evaluate, "toy")
+    few = sample(noise(40))
+    with pytest.raises(LatelierError, match="there are 40 and 0"):
+        gaussian_mixtures(few, few[:0], [1])
     with pytest.raises(LatelierError, match="equal, or not finite"):
-        measure_mixture(codec(), None, batches(torch.ones(80, 2, 2, 2)), evaluate, "toy")
+        gaussian_mixtures(None, sample(torch.ones(80, 2, 2, 2)), [1])
 
 
-# -- latents in one array ---------------------------------------------------------------------------------------------
+# -- samples ----------------------------------------------------------------------------------------------------------
 
 
 def test_latents_are_collected_on_the_scale_of_the_statistics():
     images = 3 * noise(30) + 5
     parts = [{"image": images[:20], "label": torch.arange(20) % 3 - 1}, {"image": images[20:]}]
-    plain = collect(Codec(Same()), read(parts, 25))
-    assert plain.values.shape == (25, 2, 4)
-    assert plain.values.mean((0, 2)) == pytest.approx(0, abs=1e-5)
-    assert plain.scale == "measured on the first 25 images"
+    plain = collect(Codec(Same()), parts, 25)
+    assert plain.z.shape == (25, 2, 4)
+    assert plain.z.mean((0, 2)) == pytest.approx(0, abs=1e-5)
+    assert (plain.scale.origin, plain.sizes) == ("measured on the first 25 images", (20, 5))
     assert (plain.labels[20:] == -1).all()
-    with_labels = collect(plain.codec, labelled(read(parts, 25)))
-    assert torch.equal(with_labels.values, plain[plain.labels >= 0].values)
-    assert with_labels.flat().shape == (13, 8)
-    assert collect(Codec(Same()), []) is None
+    assert torch.equal(plain.pixels(slice(0, 25)), images[:25])
+    labelled = plain[plain.labels >= 0]
+    assert labelled.sizes == (13,)
+    assert torch.equal(labelled.z, plain.z[plain.labels >= 0])
+    own = labelled.on_own_scale()
+    assert own.z.mean((0, 2)) == pytest.approx(0, abs=1e-5)
+    assert own.flat().shape == (13, 8)
+    assert torch.equal(plain.on_scale_of(own)[:13].mean, plain.mean[:13])
+    with pytest.raises(LatelierError, match="no images"):
+        collect(Codec(Same()), [], 5)
 
 
-def test_latents_beyond_memory_are_not_read():
-    def endless():
-        for seed in range(4):
-            yield noise(10, seed), torch.zeros(10).long()
-        raise AssertionError("read too far")
+def test_images_of_8_bit_are_kept_as_such_and_come_back_as_they_were(monkeypatch):
+    levels = torch.randint(0, 256, (12, 2, 2, 2), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = levels.float() / 127.5 - 1
+    for in_memory in (sampling.IN_MEMORY, 16):  # and in a temporary file
+        monkeypatch.setattr(sampling, "IN_MEMORY", in_memory)
+        kept = sample(images, batch=5)
+        assert torch.equal(kept.images, levels)
+        assert torch.equal(kept.pixels(slice(3, 9)), images[3:9])
+        assert torch.equal(kept.mean, images)
+    mixed = sample(torch.cat([images, noise(4)]), batch=5)
+    assert torch.equal(mixed.pixels(slice(0, 16)), torch.cat([images, noise(4)]))
+    assert [(rows.start, rows.stop) for rows in kept.parts(3 * 4, images=7)] == [(0, 3), (3, 5), (5, 7)]
 
-    few = collect(codec(), endless(), most=8 * 25)
+
+def test_what_is_encoded_already_is_not_encoded_again():
+    class Counting(Same):
+        seen = 0
+
+        def encode(self, images):
+            self.seen += len(images)
+            return super().encode(images)
+
+    images = noise(20)
+    counting = Codec(Counting())
+    every = [{"image": images[rows], "index": rows} for rows in torch.arange(20).split(7)]
+    even = collect(counting, [{"image": images[::2], "index": torch.arange(0, 20, 2)}], 10)
+    union = collect(counting, every, 20, known=even)
+    assert counting.tokenizer.seen == 20
+    assert torch.equal(union.mean, collect(Codec(Same()), every, 20).mean)
+    assert torch.equal(union.index, torch.arange(20))
+
+
+def test_whole_latents_are_cut_where_memory_ends(monkeypatch):
+    monkeypatch.setattr(sampling, "MOST_NUMBERS", 8 * 25)
+    few = sample(noise(40)).first()
     assert len(few) == 25
     assert "more than 25 images of 8 numbers" in few.about()["note"]
-    assert torch.equal(few.values[20:], noise(10, 2)[:5].flatten(2))
-    exact = collect(codec(), iter([(noise(10), torch.zeros(10).long())]), most=8 * 10)
-    assert not exact.cut
+    assert torch.equal(few.z, noise(40)[:25].flatten(2))
+    assert not sample(noise(25)).first().cut
+    assert not sample(noise(40)).first(20).cut
 
 
 def test_shares_are_drawn_by_number():

@@ -8,12 +8,12 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
+from latelier.analysis.posterior import outlier_channels, posterior_statistics
+from latelier.analysis.sample import collect
 from latelier.errors import LatelierError
-from latelier.evaluation.posterior import measure_posterior, outlier_channels
-from latelier.recipe import Evaluate
 from latelier.tokenizers import remove_spread
 from latelier.tokenizers.codec import Codec
-from test_mixture import Same, batches, by_name
+from test_mixture import Same, batches
 from test_mixture import codec as plain
 from test_one_dimensional import make_codec
 
@@ -43,7 +43,7 @@ def noise(n, channels=2, seed=0):
 
 
 def measure(codec, images, size=100):
-    return by_name(measure_posterior(codec, batches(images, size), Evaluate(samples=5000), "toy/val", {"run": 7}))
+    return posterior_statistics(collect(codec, batches(images, size), 5000))
 
 
 def test_rate_and_width_of_a_posterior_of_known_spread():
@@ -53,14 +53,14 @@ def test_rate_and_width_of_a_posterior_of_known_spread():
     nats = 0.5 * (1 + 0.25 - 1 - math.log(0.25))  # of a number; a pixel has two of them
     assert kl.value == pytest.approx(2 * nats / math.log(2), rel=1e-5)
     assert kl.interval[0] < kl.value < kl.interval[1]
-    assert kl.receipt["nats_per_number"] == pytest.approx(nats, rel=1e-5)
-    assert kl.receipt["by_channel"] == pytest.approx([nats, nats], rel=1e-5)
+    assert kl.details["nats_per_number"] == pytest.approx(nats, rel=1e-5)
+    assert kl.details["by_channel"] == pytest.approx([nats, nats], rel=1e-5)
     scaled = 0.5 * (0.25 + 0.0625 - 1 - math.log(0.0625))
-    assert kl.receipt["bits_per_pixel_at_own_scale"] == pytest.approx(2 * scaled / math.log(2), rel=1e-5)
+    assert kl.details["bits_per_pixel_at_own_scale"] == pytest.approx(2 * scaled / math.log(2), rel=1e-5)
     assert width.value == pytest.approx(0.25)
-    assert width.receipt["by_channel"] == pytest.approx([0.25, 0.25])
-    assert (kl.receipt["n"], kl.receipt["run"], kl.receipt["variational"]) == (400, 7, True)
-    json.dumps([m.receipt for m in found.values()])
+    assert width.details["by_channel"] == pytest.approx([0.25, 0.25])
+    assert kl.details["variational"]
+    json.dumps([result.details for result in found.values()])
 
 
 def test_scale_is_that_of_sampled_latents_and_does_not_hang_on_stored_statistics():
@@ -70,21 +70,21 @@ def test_scale_is_that_of_sampled_latents_and_does_not_hang_on_stored_statistics
     first, second = 9.25, 1.25  # variances of the channels
     overall = math.sqrt((first + second) / 2 + 4)  # their means, 4 and 0, have variance 4
     assert about.value == pytest.approx(overall, rel=1e-5)
-    assert about.receipt["scaling_factor"] == pytest.approx(1 / overall, rel=1e-5)
-    assert about.receipt["shift_factor"] == pytest.approx(2, rel=1e-5)
-    assert about.receipt["by_channel"] == pytest.approx([first**0.5, second**0.5], rel=1e-5)
-    assert about.receipt["mean_by_channel"] == pytest.approx([4, 0], abs=1e-4)
-    assert about.receipt["latent_scale"] == "measured on the first 300 images"
+    assert about.details["scaling_factor"] == pytest.approx(1 / overall, rel=1e-5)
+    assert about.details["shift_factor"] == pytest.approx(2, rel=1e-5)
+    assert about.details["by_channel"] == pytest.approx([first**0.5, second**0.5], rel=1e-5)
+    assert about.details["mean_by_channel"] == pytest.approx([4, 0], abs=1e-4)
+    assert about.details["latent_scale"] == "measured on the first 300 images"
     other = measure(Codec(tokenizer, torch.tensor([1.0, -1.0]), torch.tensor([5.0, 0.1])), images)["latent-std"]
     assert other.value == pytest.approx(overall, rel=1e-5)
-    assert other.receipt["latent_scale"] == "the codec's statistics"
+    assert other.details["latent_scale"] == "the codec's statistics"
 
 
 def test_a_plain_tokenizer_has_no_rate():
     found = measure(plain(), noise(300))
     assert set(found) == SCALE
     assert found["latent-std"].value == pytest.approx(1, rel=1e-5)
-    assert not found["latent-std"].receipt["variational"]
+    assert not found["latent-std"].details["variational"]
     assert (found["active-channels"].value, found["active-numbers"].value) == (1, 1)
     assert (found["outlier-channels"].value, found["largest-variance-ratio"].value) == (0, pytest.approx(1, rel=1e-5))
 
@@ -97,10 +97,10 @@ def test_collapsed_channels_and_numbers_are_not_active():
     found = measure(Codec(Spread(channels=4, std=1.0)), images)
     channels, numbers = found["active-channels"], found["active-numbers"]
     assert channels.value == 0.5
-    assert channels.receipt["by_channel"][:3] == pytest.approx([0.5, 0.01 / 1.01, 0], abs=1e-5)
+    assert channels.details["by_channel"][:3] == pytest.approx([0.5, 0.01 / 1.01, 0], abs=1e-5)
     assert numbers.value == pytest.approx(6 / 16)
-    assert numbers.receipt["by_channel"] == [1, 0, 0, 0.5]
-    assert (numbers.receipt["threshold"], numbers.receipt["latent_positions"]) == (0.01, 4)
+    assert numbers.details["by_channel"] == [1, 0, 0, 0.5]
+    assert (numbers.details["threshold"], numbers.details["latent_positions"]) == (0.01, 4)
 
 
 def test_rounding_of_a_dead_channel_is_not_activity():
@@ -115,9 +115,9 @@ def test_one_loud_and_one_silent_channel_are_outliers():
     gain[7], gain[2] = 40**0.5, 0.1
     found = measure(Codec(Spread(channels=8, std=1e-4, gain=gain)), noise(300, channels=8))
     ratio, outliers = found["largest-variance-ratio"], found["outlier-channels"]
-    assert (ratio.value, ratio.receipt["channel"]) == (pytest.approx(40, rel=1e-4), 7)
+    assert (ratio.value, ratio.details["channel"]) == (pytest.approx(40, rel=1e-4), 7)
     assert outliers.value == 2
-    assert (outliers.receipt["large"], outliers.receipt["small"]) == ([7], [2])
+    assert (outliers.details["large"], outliers.details["small"]) == ([7], [2])
 
 
 def test_outliers_are_far_from_the_median_in_units_of_the_others_distance():
@@ -133,7 +133,7 @@ def test_heavy_tails_have_an_excess_of_kurtosis():
     rare = torch.zeros(100, 1, 2, 2)
     rare[:10], rare[10:20] = 1, -1
     found = measure(Codec(Same()), torch.cat([signs, rare], 1))
-    assert found["latent-std"].receipt["excess_kurtosis_by_channel"] == pytest.approx([-2, 5 - 3])
+    assert found["latent-std"].details["excess_kurtosis_by_channel"] == pytest.approx([-2, 5 - 3])
 
 
 def test_batches_and_1d_latents_change_nothing():
@@ -152,7 +152,7 @@ def test_autoencoders_straight_from_diffusers_grey_images_and_1d_latents():
     images = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
     found = measure(Codec(autoencoder()), images)
     assert set(found) == RATE | SCALE
-    assert found["latent-std"].receipt["configured_scaling_factor"] == 0.18215
+    assert found["latent-std"].details["configured_scaling_factor"] == 0.18215
     assert set(measure(Codec(autoencoder(in_channels=1, out_channels=1)), images[:, :1])) == RATE | SCALE
     assert set(measure(make_codec(statistics=False), images)) >= SCALE
     deterministic = autoencoder()
@@ -161,10 +161,8 @@ def test_autoencoders_straight_from_diffusers_grey_images_and_1d_latents():
 
 
 def test_too_few_images_and_latents_that_do_not_vary():
-    with pytest.raises(LatelierError, match="at least 2 images; toy/val has 1"):
+    with pytest.raises(LatelierError, match="at least 2 images, not 1"):
         measure(plain(), noise(300)[:1])
-    with pytest.raises(LatelierError, match="has 0"):
-        measure_posterior(Codec(Same()), [], Evaluate(), "toy")
     with pytest.raises(LatelierError, match="are equal, or not finite"):
         measure(Codec(Same()), torch.ones(5, 2, 2, 2))
     with pytest.raises(LatelierError, match="are equal, or not finite"):

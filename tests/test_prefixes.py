@@ -3,14 +3,15 @@
 import pytest
 import torch
 
+from latelier.analysis.sample import collect
+from latelier.analysis.smoothness import lengths_of, prefix_quality
+from latelier.analysis.spectrum import channel_statistics, draw_channel_maps, hoyer
 from latelier.denoisers.objective import DenoisingObjective
 from latelier.diffusion.process import Flow
 from latelier.errors import LatelierError
-from latelier.evaluation.channels import draw_channel_maps, hoyer, measure_channels
-from latelier.evaluation.prefixes import measure_prefixes, prefix_lengths
 from latelier.prefixes import random_prefixes
 from latelier.preflight import try_denoiser
-from latelier.recipe import Evaluate, Prefixes
+from latelier.recipe import Prefixes
 from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.conv import IdentityTokenizer
 from latelier.training.denoiser_loop import train_denoiser
@@ -121,10 +122,7 @@ def make_images():
 
 
 def test_quality_against_length_is_that_of_the_missing_channels():
-    found = {
-        m.name: m
-        for m in measure_prefixes(pixels(), make_images(), Evaluate(metrics=["psnr"], prefix_lengths=[1, 2]), "noise")
-    }
+    found = prefix_quality(collect(pixels(), make_images(), 8), pixels(), [1, 2], ["psnr"], ["vgg16"])
     assert list(found) == ["prefix-psnr@1", "prefix-psnr@2", "prefix-psnr@3"]
     images = next(make_images())["image"]
     for length in (1, 2):
@@ -135,11 +133,11 @@ def test_quality_against_length_is_that_of_the_missing_channels():
 
 
 def test_default_lengths_are_quarters():
-    assert prefix_lengths(None, 32) == [8, 16, 24, 32]
-    assert prefix_lengths(None, 3) == [1, 2, 3]
-    assert prefix_lengths([4], 16) == [4, 16]
+    assert lengths_of(None, 32) == [8, 16, 24, 32]
+    assert lengths_of(None, 3) == [1, 2, 3]
+    assert lengths_of([4], 16) == [4, 16]
     with pytest.raises(LatelierError, match="prefix_lengths has 20, but the latents have only 16"):
-        prefix_lengths([20], 16)
+        lengths_of([20], 16)
 
 
 def test_hoyers_sparsity():
@@ -153,15 +151,18 @@ def test_hoyers_sparsity():
 def test_variance_of_channels():
     scale = torch.tensor([3.0, 1.0, 1.0]).view(1, 3, 1, 1)
     noise = torch.randn(64, 3, 16, 16) * scale / 4
-    found = {m.name: m for m in measure_channels(pixels(), [{"image": noise}], Evaluate(samples=64), "noise")}
+    found = channel_statistics(collect(pixels(), [{"image": noise}], 64))
     assert found["variance-first-quarter"].value == pytest.approx(9 / 11, abs=0.01)
-    shares = torch.tensor(found["variance-first-quarter"].receipt["by_channel"])
+    shares = torch.tensor(found["variance-first-quarter"].details["by_channel"])
     torch.testing.assert_close(shares, torch.tensor([9.0, 1, 1]) / 16, atol=0.02, rtol=0)
 
 
-def test_maps_are_written(tmp_path):
-    draw_channel_maps(pixels(), make_images(), tmp_path / "channels.png")
-    assert (tmp_path / "channels.png").stat().st_size > 1000
+def test_maps_stand_below_their_images():
+    images = next(make_images())["image"]
+    found = draw_channel_maps(images, images)
+    assert found.size == (8 * 18 - 2, 4 * 18 - 2)  # three channels
+    with pytest.raises(LatelierError, match="1-D latents have no place"):
+        draw_channel_maps(images, images.flatten(2))
 
 
 def test_training_previews_show_a_row_for_each_length(trained):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from latelier.evaluation import probes
-from latelier.evaluation.probes import linear_probe, measure_probes, nearest_neighbours
-from latelier.recipe import Evaluate
+from latelier.analysis import probes
+from latelier.analysis.probes import class_probes, linear_probe, nearest_neighbours
+from latelier.analysis.sample import collect
 from test_mixture import codec, noise
 
 
@@ -21,28 +21,25 @@ def make_images(n, kind, seed=0):
 
 
 def measure(kind, learnt=200, judged=150, flat=False):
-    found = measure_probes(
-        codec(flat),
-        make_images(learnt, kind),
-        make_images(judged, kind, 1),
-        Evaluate(samples=judged),
-        "toy/val",
-        {"run": 7},
-    )
-    assert [m.name for m in found] == ["probe-accuracy", "probe-pooled-accuracy", "knn-accuracy"]
-    return found
+    found = class_probes(*samples(make_images(learnt, kind), make_images(judged, kind, 1), flat=flat))
+    assert list(found) == ["probe-accuracy", "probe-pooled-accuracy", "knn-accuracy"]
+    return list(found.values())
+
+
+def samples(*sides, flat=False):
+    return [collect(codec(flat), side, 10_000) for side in sides]
 
 
 def test_classes_in_the_mean_are_found_by_all():
     found = measure("mean")
     assert all(m.value > 0.95 for m in found)
     assert all(m.interval[0] <= m.value <= m.interval[1] for m in found)
-    about = found[0].receipt
-    assert (about["n"], about["n_learnt"], about["classes"], about["run"]) == (150, 200, 3, 7)
+    about = found[0].details
+    assert (about["n"], about["n_learnt"], about["classes"]) == (150, 200, 3)
     assert about["chance"] == pytest.approx(1 / 3)
     assert about["majority"] == pytest.approx(1 / 3)
     assert about["converged"]
-    assert [probe.receipt["features"] for probe in found] == [8, 2, 8]
+    assert [probe.details["features"] for probe in found] == [8, 2, 8]
     assert [strength for strength, _ in about["validation"]] == list(probes.STRENGTHS)
 
 
@@ -80,11 +77,11 @@ def test_near_neighbours_outvote_many_far_ones():
 def test_long_features_are_reduced_and_it_is_said(monkeypatch):
     monkeypatch.setattr(probes, "MOST_DIMS", 4)
     whole, pooled, neighbours = measure("mean")
-    assert whole.receipt["preprocessing"] == "standardised, PCA to 4 components"
-    assert 0 < whole.receipt["explained_variance"] < 1
+    assert whole.details["preprocessing"] == "standardised, PCA to 4 components"
+    assert 0 < whole.details["explained_variance"] < 1
     assert whole.value > 0.95
-    assert pooled.receipt["preprocessing"] == "standardised"
-    assert neighbours.receipt["features"] == 8
+    assert pooled.details["preprocessing"] == "standardised"
+    assert neighbours.details["features"] == 8
 
 
 def test_the_penalty_is_chosen_where_it_helps():
@@ -103,9 +100,9 @@ def test_unlabelled_images_are_left_out():
     train, judged = make_images(120, "mean"), make_images(90, "mean", 1)
     train[0]["label"][:30] = -1
     judged[0]["label"] = torch.where(judged[0]["label"] == 2, 7, judged[0]["label"])  # never seen
-    whole, *_ = measure_probes(codec(), train, judged, Evaluate(), "toy")
-    assert (whole.receipt["n"], whole.receipt["n_learnt"]) == (90, 90)
-    assert whole.receipt["unseen"].startswith("30 images")
+    whole, *_ = class_probes(*samples(train, judged)).values()
+    assert (whole.details["n"], whole.details["n_learnt"]) == (90, 90)
+    assert whole.details["unseen"].startswith("30 images")
     assert whole.value == pytest.approx(2 / 3, abs=0.03)
 
 
@@ -118,7 +115,7 @@ def test_classes_of_single_images():
 
 def test_a_probe_that_stopped_early_says_so(monkeypatch):
     monkeypatch.setattr(probes, "ITERATIONS", 1)
-    assert measure("mean")[0].receipt["converged"] is False
+    assert measure("mean")[0].details["converged"] is False
 
 
 def test_nothing_without_two_classes_or_labels():
@@ -128,4 +125,4 @@ def test_nothing_without_two_classes_or_labels():
     bare = [{"image": noise(40)}]
     both = make_images(40, "mean")
     for train, judged in ((one("mean"), both), (bare, both), (both, bare)):
-        assert measure_probes(codec(), train, judged, Evaluate(), "toy") == []
+        assert class_probes(*samples(train, judged)) == {}

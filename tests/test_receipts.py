@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from latelier import run
-from latelier.evaluation import generation, latent_space, measuring, reconstruction
+from latelier import evaluate
+from latelier.analysis import smoothness
+from latelier.evaluation import generation, reconstruction
 from tiny import colour_extractor, tiny_recipe
 
 METRICS = ["l1", "psnr", "ssim", "rfd", "gfd", "kid", "precision", "recall", "smoothness", "spectrum", "prefixes",
@@ -23,10 +24,10 @@ def sections(tmp_path_factory):
         patch.setenv("LATELIER_CACHE", str(folder / "cache"))
         for module in (generation, reconstruction):
             patch.setattr(module, "load_extractors", lambda names, device: [colour_extractor()] if names else [])
-        patch.setattr(measuring, "load_extractor", lambda name: colour_extractor())
-        patch.setattr(latent_space, "load_extractor", lambda name, device: colour_extractor())
-        evaluate = {"metrics": METRICS, "samples": 40, "batch": 16, "modes": [1, 2], "probe_samples": 48}
-        run.complete(tiny_recipe(folder, evaluate=evaluate))
+        patch.setattr(evaluate, "load_extractor", lambda name: colour_extractor())
+        patch.setattr(smoothness, "load_extractor", lambda name, device: colour_extractor())
+        section = {"metrics": METRICS, "samples": 40, "batch": 16, "modes": [1, 2], "probe_samples": 48}
+        experiment.complete(tiny_recipe(folder, evaluate=section))
         return json.loads((folder / "tiny" / "metrics.json").read_text())
 
 

@@ -3,32 +3,37 @@
 import pytest
 import torch
 
-from latelier.errors import LatelierError
-from latelier.evaluation.spectrum import (
+from latelier.analysis.sample import collect
+from latelier.analysis.spectrum import (
     channel_covariance,
     covariance_eigenvalues,
     effective_rank,
-    measure_spectrum,
+    spectrum,
     subsample,
 )
-from latelier.recipe import Evaluate
+from latelier.errors import LatelierError
 from test_mixture import batches, codec, noise
 
 
+def measure(images, flat=False):
+    found = spectrum(collect(codec(flat), batches(images), 5000))
+    assert list(found) == ["effective-rank", "channel-rank"]
+    return list(found.values())
+
+
 def rank(images, flat=False):
-    return [m.value for m in measure_spectrum(codec(flat), batches(images), Evaluate(samples=5000), "toy")]
+    return [result.value for result in measure(images, flat)]
 
 
 def test_white_noise_uses_all_directions():
-    whole, channels = measure_spectrum(codec(), batches(noise(4000)), Evaluate(samples=4000), "toy/val", {"run": 7})
-    assert (whole.name, channels.name) == ("effective-rank", "channel-rank")
+    whole, channels = measure(noise(4000))
     assert whole.value == pytest.approx(8, abs=0.05)
     assert channels.value == pytest.approx(2, abs=0.01)
-    assert (whole.receipt["n"], whole.receipt["dims"], whole.receipt["run"]) == (4000, 8, 7)
-    assert channels.receipt["channel_std"] == [(1, pytest.approx(1, abs=0.05)), (2, pytest.approx(1, abs=0.05))]
-    assert [number for number, _ in whole.receipt["spectrum"]] == list(range(1, 9))
-    assert sum(share for _, share in whole.receipt["spectrum"]) == pytest.approx(1)
-    assert "warning" not in whole.receipt
+    assert (whole.details["n"], whole.details["dims"]) == (4000, 8)
+    assert channels.details["channel_std"] == [(1, pytest.approx(1, abs=0.05)), (2, pytest.approx(1, abs=0.05))]
+    assert [number for number, _ in whole.details["spectrum"]] == list(range(1, 9))
+    assert sum(share for _, share in whole.details["spectrum"]) == pytest.approx(1)
+    assert "warning" not in whole.details
 
 
 def test_one_direction_is_rank_one():
@@ -62,10 +67,10 @@ def test_more_dimensions_than_images():
     assert values.shape == (30,)
     assert values == pytest.approx(torch.linalg.eigvalsh(x.double().T.cov()).flip(0)[:30], abs=1e-6)
     images = torch.randn(5, 2, 4, 4, generator=torch.Generator().manual_seed(0))
-    whole, channels = measure_spectrum(codec(), batches(images), Evaluate(), "toy")
+    whole, channels = measure(images)
     assert 3 < whole.value <= 4
-    assert "n = 5 images show at most 4 of 32" in whole.receipt["warning"]
-    assert "warning" not in channels.receipt
+    assert "n = 5 images show at most 4 of 32" in whole.details["warning"]
+    assert "warning" not in channels.details
 
 
 def test_channels_are_counted_over_positions_of_all_images():
@@ -84,6 +89,6 @@ def test_long_spectra_are_thinned():
 
 def test_nothing_to_see():
     with pytest.raises(LatelierError, match="at least 2 images"):
-        measure_spectrum(codec(), batches(noise(1)), Evaluate(), "toy")
+        measure(noise(1))
     with pytest.raises(LatelierError, match="equal, or not finite"):
-        measure_spectrum(codec(), batches(torch.ones(9, 2, 2, 2)), Evaluate(), "toy")
+        measure(torch.ones(9, 2, 2, 2))

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from latelier.evaluation import generation, measuring, reconstruction
+from latelier import evaluate
+from latelier.evaluation import generation, reconstruction
 from latelier.training import denoiser_loop, tokenizer_loop
 from latelier.training.runtime import Stage, make_accelerator
 from tiny import colour_extractor, tiny_recipe
@@ -40,7 +41,7 @@ def see_colours() -> None:
     """Features that are mean colours, instead of a network's."""
     for module in (generation, reconstruction):
         module.load_extractors = lambda names, device: [colour_extractor()]
-    measuring.load_extractor = lambda name: colour_extractor()
+    evaluate.load_extractor = lambda name: colour_extractor()
 
 
 def main(folder: Path) -> None:
@@ -59,7 +60,7 @@ def main(folder: Path) -> None:
         TRAINED.clear()
         accelerator.wait_for_everyone()
     see_colours()
-    measured = measuring.evaluate(recipe)
+    measured = evaluate.evaluate(recipe)
     (folder / f"measured-{accelerator.process_index}.txt").write_text(" ".join(m.name for m in measured))
 
 

@@ -214,7 +214,7 @@ def inpaint(
 @app.command(epilog="Example:  latelier evaluate runs/quickstart evaluate.samples=1000")
 def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Evaluate a trained run: reconstruction, latents, generation. Writes metrics.json and the report."""
-    from latelier.evaluation.measuring import evaluate as evaluate_run
+    from latelier.evaluate import evaluate as evaluate_run
     from latelier.run import show_measurements
 
     show_measurements(evaluate_run(_load(recipe, overrides)))

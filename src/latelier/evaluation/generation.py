@@ -21,10 +21,10 @@ from latelier.evaluation.distributions import (
     subset_mmd,
 )
 from latelier.evaluation.features import NEEDS, FeatureExtractor, check_features, inception_of, load_extractors
+from latelier.evaluation.processes import is_main
 from latelier.evaluation.reconstruction import FRECHET_INTERVAL, read_images
 from latelier.evaluation.references import FeatureCollector, FeatureSet, Key, collect, reference_sets
 from latelier.evaluation.results import Measurement, mean_with_interval, size_warning
-from latelier.evaluation.sharing import is_main
 from latelier.opening import held_out_records
 from latelier.pipeline import LatentDiffusionPipeline
 from latelier.receipt import make_receipt

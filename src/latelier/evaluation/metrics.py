@@ -26,7 +26,7 @@ class Metric:
 
     Attributes:
         group: what it measures; the section of reports and of `metrics.json` follows from it.
-        function: `module:function`; empty for what `reconstruction.py` and `generation.py` measure in one pass.
+        function: `module:function`; empty for the map, and for what is measured in one pass over images.
         takes: positional arguments of a latent metric, of `sample`, `train` and `codec`.
         settings: keys of `evaluate` that are passed by name.
         better: the better direction of results, by the beginning of their names; the longest that fits counts.
@@ -80,23 +80,23 @@ METRICS: dict[str, Metric] = {
         headline=("effective-rank", "channel-rank"), inspect=True,
     ),
     "prefixes": Metric(
-        "latents", f"{_ANALYSIS}.prefixes:prefix_quality", ("sample", "codec"),
+        "latents", f"{_ANALYSIS}.smoothness:prefix_quality", ("sample", "codec"),
         ("prefix_lengths", "metrics", "features"),
         better={"prefix-psnr": "higher", "prefix-lpips": "lower", "prefix-rfd": "lower"}, inspect=True,
         features=("prefix-rfd",),
     ),
-    "channels": Metric("latents", f"{_ANALYSIS}.channels:channel_statistics", ("sample", "codec"), inspect=True),
+    "channels": Metric("latents", f"{_ANALYSIS}.spectrum:channel_statistics", inspect=True),
     "posterior": Metric(
         "latents", f"{_ANALYSIS}.posterior:posterior_statistics",
         better={"active": "higher", "outlier-channels": "lower", "largest-variance-ratio": "lower"},
         units={"latent-std": "of raw latents"}, headline=("latent-std", "active-channels"), inspect=True,
     ),
     "equivariance": Metric(
-        "latents", f"{_ANALYSIS}.equivariance:equivariance", ("sample", "codec"), ("seed",),
+        "latents", f"{_ANALYSIS}.equivariance:equivariance", ("sample", "codec"),
         better={"equivariance": "lower"}, units={"equivariance": "share of the latents' variance"}, inspect=True,
     ),
     "codebook": Metric(
-        "latents", f"{_ANALYSIS}.codebook:codebook_usage", ("sample", "codec"),
+        "latents", f"{_ANALYSIS}.spectrum:codebook_usage", ("sample", "codec"),
         better={"codebook": "higher", "dead-codes": "lower"}, headline=("codebook-usage",), inspect=True,
     ),
     "gmm": Metric(
@@ -110,11 +110,11 @@ METRICS: dict[str, Metric] = {
         headline=("probe-accuracy",), inspect=True,
     ),
     "difficulty": Metric(
-        "latents", f"{_ANALYSIS}.difficulty:diffusion_difficulty", ("train", "sample"), ("seed",),
+        "latents", f"{_ANALYSIS}.difficulty:diffusion_difficulty", ("train", "sample", "codec"), ("seed",),
         better={"diffusion": "lower"}, units={"diffusion-loss": "squared error of the velocity"},
         headline=("diffusion-loss",), inspect=True,
     ),
-    "map": Metric("latents", f"{_ANALYSIS}.latent_map:draw_latent_map", inspect=True),  # a figure, no number
+    "map": Metric("latents", inspect=True),  # a figure, no number: `analysis.latent_map`
     # of samples
     "gfd": Metric("generation", better={"gfd": "lower"}, features=("gfd",)),
     "fid50k": Metric("generation", better={"fid50k": "lower"}),

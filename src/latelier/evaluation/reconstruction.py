@@ -16,9 +16,9 @@ from torch import Tensor
 
 from latelier.errors import LatelierError
 from latelier.evaluation.features import load_extractors
+from latelier.evaluation.processes import gather_in_order, is_main
 from latelier.evaluation.references import FeatureCollector, FeatureSet, Key, open_sets, store_sets
 from latelier.evaluation.results import Measurement, mean_with_interval, size_warning
-from latelier.evaluation.sharing import gather_in_order, is_main
 from latelier.images import make_columns, round_to_8_bit, save_png, to_uint8
 from latelier.losses.perceptual import LPIPS
 from latelier.receipt import make_receipt

@@ -7,7 +7,7 @@ diffusion models. Probes learn from training images and are judged by others.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,20 +16,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from latelier.evaluation.latent_matrix import MOST_DIMS, Latents, collect, labelled, random_share
-from latelier.evaluation.latent_space import read
-from latelier.evaluation.results import Measurement
-from latelier.receipt import make_receipt
-from latelier.recipe import Evaluate
-from latelier.tokenizers.codec import Codec
+from latelier.analysis.sample import MOST_DIMS, LatentSample, random_share
+from latelier.evaluation.results import Result
 
-STRENGTHS = (
-    1e-4,
-    1e-3,
-    1e-2,
-    1e-1,
-    1.0,
-)  # scikit-learn's C: 1 / C is the weight of |w|^2 / 2 against a sum over images
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # scikit-learn's C: 1 / C weighs |w|^2 / 2 against a sum over images
 VALIDATION = 0.2  # of the training images choose among them
 ITERATIONS = 200  # of L-BFGS
 NEIGHBOURS = 20  # with the temperature, as DINO measures (Caron et al. 2021, section 4.1 and appendix)
@@ -37,24 +27,8 @@ TEMPERATURE = 0.07
 
 
 @torch.no_grad()
-def measure_probes(
-    codec: Codec,
-    train: Iterable[Mapping[str, Any]],
-    batches: Iterable[Mapping[str, Any]],
-    evaluate: Evaluate,
-    reference: str,
-    extra: Mapping[str, Any] | None = None,
-) -> list[Measurement]:
-    """How often the class of an image is told from its latents.
-
-    Args:
-        codec: the tokenizer.
-        train: dicts with `image` and `label` to learn from; at most `evaluate.probe_samples` images are read, and
-            those labelled -1 left out.
-        batches: the same to be judged by; at most `evaluate.samples`.
-        evaluate: `samples`, `probe_samples`, `seed`.
-        reference: the name of the images, for the receipts.
-        extra: fields for the receipts beyond those gathered here.
+def class_probes(train: LatentSample, sample: LatentSample, seed: int = 0) -> dict[str, Result]:
+    """How often the class of an image is told from its latents; images labelled -1 are left out.
 
     Returns:
         `probe-accuracy` (logistic regression on all numbers), `probe-pooled-accuracy` (the same on the mean over
@@ -62,24 +36,23 @@ def measure_probes(
         A class never seen in training counts as missed. Nothing where there are no two classes, or no labels to judge
         by.
     """
-    learnt = collect(codec, labelled(read(train, evaluate.probe_samples)))
-    if learnt is None or len(learnt.labels.unique()) < 2:
-        return []
-    judged = collect(learnt.codec, labelled(read(batches, evaluate.samples)))
-    if judged is None:
-        return []
-    receipt = make_receipt(
-        n=len(judged), n_learnt=len(learnt), reference=reference, **learnt.about(), **_baselines(learnt, judged),
-        seed=evaluate.seed, tokenizer=codec.hash(), **(extra or {}),
-    )  # fmt: skip
-    pooled = (learnt.values.mean(2).numpy(), judged.values.mean(2).numpy())  # (n, c), (m, c)
-    flat, seed = (learnt.flat(), judged.flat()), evaluate.seed
+    train = train[train.labels >= 0].on_own_scale().first()
+    if len(train.labels.unique()) < 2:
+        return {}
+    sample = sample[sample.labels >= 0].on_scale_of(train).first()
+    if not len(sample):
+        return {}
+    about = {
+        "n": len(sample), "n_learnt": len(train), **train.about(), **_baselines(train.labels, sample.labels),
+        "seed": seed,
+    }  # fmt: skip
+    flat, pooled = (train.flat(), sample.flat()), (train.z.mean(2).numpy(), sample.z.mean(2).numpy())
     found = {
-        "probe-accuracy": linear_probe(*flat, learnt.labels, seed),
-        "probe-pooled-accuracy": linear_probe(*pooled, learnt.labels, seed),
-        "knn-accuracy": nearest_neighbours(*flat, learnt.labels),
+        "probe-accuracy": linear_probe(*flat, train.labels, seed),
+        "probe-pooled-accuracy": linear_probe(*pooled, train.labels, seed),
+        "knn-accuracy": nearest_neighbours(*flat, train.labels),
     }
-    return [_accuracy(name, guesses == judged.labels, {**receipt, **about}) for name, (guesses, about) in found.items()]
+    return {name: _accuracy(guesses == sample.labels, {**about, **how}) for name, (guesses, how) in found.items()}
 
 
 def linear_probe(
@@ -87,16 +60,8 @@ def linear_probe(
 ) -> tuple[Int[Tensor, " m"], dict[str, Any]]:
     """Multinomial logistic regression on standardised features, the penalty chosen on a fifth of the images.
 
-    More than 512 features are standardised and then turned into 512 principal components, for speed.
-
-    Args:
-        x: `(n, d)` to learn from.
-        held_out: `(m, d)` to guess.
-        labels: of `x`.
-        seed: of the choice of that fifth, and of randomised PCA.
-
-    Returns:
-        Guessed labels, and fields for the receipt.
+    More than 512 features are standardised and then turned into 512 principal components, for speed. Returns the
+    guessed labels of `held_out` `(m, d)`, and fields for the receipt.
     """
     import sklearn
 
@@ -118,17 +83,7 @@ def linear_probe(
 def nearest_neighbours(
     x: np.ndarray, held_out: np.ndarray, labels: Int[Tensor, " n"], k: int = NEIGHBOURS
 ) -> tuple[Int[Tensor, " m"], dict[str, Any]]:
-    """The k nearest by cosine vote, each with weight exp(cosine / 0.07).
-
-    Args:
-        x: `(n, d)` to learn from.
-        held_out: `(m, d)` to guess.
-        labels: of `x`.
-        k: all where there are fewer.
-
-    Returns:
-        Guessed labels, and fields for the receipt.
-    """
+    """The k nearest by cosine vote (all where there are fewer), each with weight exp(cosine / 0.07)."""
     import sklearn
     from sklearn.neighbors import KNeighborsClassifier
 
@@ -190,21 +145,21 @@ def _few_per_class() -> Iterator[None]:
         yield
 
 
-def _baselines(learnt: Latents, judged: Latents) -> dict[str, Any]:
+def _baselines(learnt: Int[Tensor, " n"], judged: Int[Tensor, " m"]) -> dict[str, Any]:
     """How accurate one is without looking."""
-    classes, counts = learnt.labels.unique(return_counts=True)  # (k,)
-    unseen = int((~torch.isin(judged.labels, classes)).sum())
-    share = (judged.labels == classes[counts.argmax()]).float().mean().item()
+    classes, counts = learnt.unique(return_counts=True)  # (k,)
+    unseen = int((~torch.isin(judged, classes)).sum())
+    share = (judged == classes[counts.argmax()]).float().mean().item()
     about: dict[str, Any] = {"classes": len(classes), "chance": 1 / len(classes), "majority": share}
     if unseen:
         about["unseen"] = f"{unseen} images are of classes without training images, and count as missed"
     return about
 
 
-def _accuracy(name: str, right: Bool[Tensor, " n"], receipt: dict[str, Any]) -> Measurement:
+def _accuracy(right: Bool[Tensor, " n"], details: dict[str, Any]) -> Result:
     """A share with its Wilson interval."""
     from scipy.stats import binomtest
 
     hits = int(right.sum())
     interval = binomtest(hits, len(right)).proportion_ci(0.95, method="wilson")
-    return Measurement(name, hits / len(right), receipt, (float(interval.low), float(interval.high)))
+    return Result(hits / len(right), (float(interval.low), float(interval.high)), details)

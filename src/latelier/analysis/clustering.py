@@ -1,23 +1,30 @@
-"""How tightly vectors lie within clusters and how far clusters lie apart, and which regions of images they are of.
+"""Perceptual compression: whether images, parts and patterns that look alike lie together in the latent space.
 
-The clusters are given, and found elsewhere than in the vectors themselves. Both numbers compare variances, summed over
-dimensions, so neither changes when the space is scaled or rotated; both are free of the bias that small clusters bring.
+The second of the three properties that "Latent Diffusion Models with Masked AutoEncoders" (ICCV 2025) asks of a latent
+space (its figure 7): how tightly latents lie within clusters, and how far clusters lie apart. Clusters are found in
+VGG16's features of the images, never in the latents. Both numbers compare variances, summed over dimensions, so neither
+changes when the space is scaled or rotated; both are free of the bias that small clusters bring.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from latelier.analysis.sample import PIXELS, LatentSample
+from latelier.analysis.smoothness import original_maps, vgg16
 from latelier.errors import LatelierError
+from latelier.evaluation.results import Result
 from latelier.keyed_random import KeyedRandom
+from latelier.weights import LPIPS_WEIGHTS
 
 RESAMPLES = 200
+LEAST_IMAGES, LEAST_SIDE = 16, 16  # pixels a side: VGG16 sees nothing smaller
 REGIONS_PER_CLUSTER = 8  # k-means makes no more clusters than one for so many regions
 MOST_REGIONS = 20_000
 MOST_NUMBERS = 2**27  # latent numbers kept at each granularity, half a GiB
@@ -27,17 +34,94 @@ LAYERS = {"object": "relu5_3", "part": "relu4_3", "pattern": "relu2_2"}
 Interval = tuple[float, float]
 
 
+# -- the measure ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def perceptual_compression(sample: LatentSample, clusters: int = 64, seed: int = 0) -> dict[str, Result]:
+    """Within and separation of clusters that are the same for every codec with the same latent grid.
+
+    Args:
+        sample: images and latents; 1-D latents have no place in the image, so they have classes and objects only.
+        clusters: at each granularity, never more than an eighth of the regions.
+        seed: of the choice of regions, of k-means and of the resamples.
+
+    Returns:
+        `within-<granularity>` (lower is better) and `separation-<granularity>` (higher is better) for class (if two
+        classes have two images each), object, part and pattern.
+
+    Raises:
+        LatelierError: if there are too few images, or VGG16 has no features for them.
+    """
+    _check_images(sample)
+    network, kept = vgg16(sample), dict[str, Regions]()
+    for rows in sample.parts(PIXELS):
+        taps = original_maps(sample, network, rows)  # 5 x (b, k, i, j)
+        z = sample.latents(rows).to(sample.device)  # (b, c, *grid)
+        for name, (latents, looks, window) in regions(z, taps).items():
+            kept.setdefault(name, Regions(name, window, seed)).add(latents, looks, sample.labels[rows], rows.start)
+    about = {
+        "latents": "posterior mean, normalised", "latent_scale": sample.scale.origin, "seed": seed,
+        "resamples": RESAMPLES,
+    }  # fmt: skip
+    if len(kept) == 1:
+        about["note"] = "1-D latents have no place in the image: classes and objects only"
+    result = _by_class(kept["object"], about)
+    for name, found in kept.items():
+        groups = perceptual_clusters(found.looks, clusters, seed)  # (n,)
+        layer = f"{LAYERS[name]} of LPIPS's VGG16, mean over the region, unit length"
+        how = {"clustering": f"k-means of {layer}", "weights_sha256": LPIPS_WEIGHTS["vgg"].digest}
+        result |= _spread(name, found, groups, torch.ones(len(groups)).bool(), {**about, **how})
+    return result
+
+
+def _check_images(sample: LatentSample) -> None:
+    """Refuse images that VGG16 cannot see, and too few of them."""
+    assert sample.images is not None
+    channels, (height, width) = sample.images.shape[1], sample.image_size
+    if channels not in (1, 3) or min(height, width) < LEAST_SIDE:
+        raise LatelierError(
+            f"VGG16 finds clusters in images of 1 or 3 channels and at least {LEAST_SIDE} pixels a side, not of "
+            f"{channels} channels, {height} x {width}; take compression out of evaluate.metrics."
+        )
+    if len(sample) < LEAST_IMAGES:
+        raise LatelierError(f"Compression needs at least {LEAST_IMAGES} images, but there are only {len(sample)}.")
+
+
+def _by_class(objects: Regions, about: dict[str, Any]) -> dict[str, Result]:
+    """The data set's classes as clusters of whole images; nothing where there are no two classes."""
+    labels, counts = objects.labels[objects.labels >= 0].unique(return_counts=True)
+    usable = torch.isin(objects.labels, labels[counts >= 2])  # (n,)
+    if (counts >= 2).sum() < 2:
+        return {}
+    return _spread("class", objects, objects.labels, usable, {**about, "clustering": "labels of the data"})
+
+
+def _spread(
+    name: str, found: Regions, clusters: Int[Tensor, " n"], chosen: Tensor, about: dict[str, Any]
+) -> dict[str, Result]:
+    latents = found.latents if chosen.all() else found.latents[chosen]  # (n, d)
+    clusters, images = clusters[chosen], found.images[chosen]
+    spread = measure_spread(latents, clusters, images, found.seed)
+    details = {
+        **about, "granularity": name, "window": list(found.window), "regions": len(latents),
+        "dims": latents.shape[1], "clusters": len(clusters.unique()), "images": len(images.unique()),
+    }  # fmt: skip
+    return {
+        f"within-{name}": Result(spread.within, spread.within_interval, details),
+        f"separation-{name}": Result(spread.separation, spread.separation_interval, details),
+    }
+
+
 # -- estimators -------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Spread:
-    """Two estimates with 95 % confidence intervals.
+    """Two estimates with 95 % confidence intervals, None where some resample has no finite value.
 
-    Attributes:
-        within: share of the variance that lies inside clusters: 0 for points, 1 where the space knows no clusters.
-        separation: half the mean squared distance of two cluster means over the variance inside clusters.
-        within_interval, separation_interval: None where some resample has no finite value.
+    `within` is the share of the variance that lies inside clusters: 0 for points, 1 where the space knows no clusters;
+    `separation` half the mean squared distance of two cluster means over the variance inside clusters.
     """
 
     within: float
@@ -54,12 +138,6 @@ def measure_spread(
     Regions of one image are not independent, so whole images are drawn with replacement (cluster-robust). A
     resample holds doubles, which makes its clusters seem tighter and farther apart; hence the percentiles are shifted
     until the resamples' mean is the estimate. The clusters are taken as fixed.
-
-    Args:
-        x: one vector per region.
-        clusters: the region's cluster, any integers.
-        images: the region's image, any integers.
-        seed: of the resamples.
 
     Raises:
         LatelierError: for fewer than two clusters, clusters of single regions only, or equal vectors.
@@ -92,13 +170,9 @@ def within_and_separation(
         within = s_w^2 / (s_w^2 + s_b^2)
         separation = mean over pairs of (|m_i - m_j|^2 - MSW (1/n_i + 1/n_j)) / (2 MSW)
 
-    A mean over pairs of |m_i - m_j|^2 is twice the sample variance of the means, so no pair is ever formed.
-
-    Args:
-        x: the vectors.
-        clusters: 0 ... K - 1.
-        weights: how often each vector, or with `images` each image, is counted; clusters of weight 0 do not exist.
-        images: column of `weights` that each vector takes; by default its own.
+    A mean over pairs of |m_i - m_j|^2 is twice the sample variance of the means, so no pair is ever formed. Clusters
+    are 0 ... K - 1; weights say how often each vector, or with `images` each image, counts, and clusters of weight 0 do
+    not exist.
     """
     rows, count = len(weights), int(clusters.max()) + 1
     weights = weights.double()
@@ -173,14 +247,8 @@ class Region(NamedTuple):
 
 
 def regions(z: Float[Tensor, "b c *grid"], taps: list[Tensor]) -> dict[str, Region]:
-    """Latents and VGG16 features of the same regions: the whole image, windows of it, single latent positions.
-
-    Args:
-        z: normalised latents.
-        taps: VGG16's feature maps `(b, k, i, j)`, finest first.
-
-    Returns:
-        object, and for 2-D latents part and pattern.
+    """Latents and VGG16 features (`taps`, finest first) of the same regions: the whole image (object), and of 2-D
+    latents windows of it (part) and single positions (pattern).
     """
     grid = tuple(z.shape[2:])
     windows = {"object": grid}
@@ -203,13 +271,8 @@ def part_side(side: int) -> int:
 class Regions:
     """At most so many regions out of a stream of images, each equally likely to stay.
 
-    Every region has a random number that belongs to its image; those with the smallest are kept.
-
-    Args:
-        name: `object`, `part` or `pattern`.
-        window: its size in latent positions.
-        seed: of the choice.
-        most: how many stay; fewer where their latents would not fit into `MOST_NUMBERS`.
+    Every region has a random number that belongs to its image; those with the smallest are kept, fewer than `most`
+    where their latents would not fit into `MOST_NUMBERS`. The window is a region's size in latent positions.
     """
 
     def __init__(self, name: str, window: tuple[int, ...], seed: int, most: int = MOST_REGIONS):
@@ -231,25 +294,10 @@ class Regions:
         if self._count > 1.25 * self.most:
             self._prune()
 
-    @property
-    def latents(self) -> Float[Tensor, "n d"]:
-        """Flattened latents of the regions that stayed."""
-        return self._column(1)
-
-    @property
-    def looks(self) -> Float[Tensor, "n k"]:
-        """Their VGG16 features."""
-        return self._column(2)
-
-    @property
-    def images(self) -> Int[Tensor, " n"]:
-        """Numbers of their images."""
-        return self._column(3)
-
-    @property
-    def labels(self) -> Int[Tensor, " n"]:
-        """Labels of their images."""
-        return self._column(4)
+    latents = property(lambda self: self._column(1), doc="Flattened latents of the regions that stayed, `(n, d)`.")
+    looks = property(lambda self: self._column(2), doc="Their VGG16 features, `(n, k)`.")
+    images = property(lambda self: self._column(3), doc="Numbers of their images, `(n,)`.")
+    labels = property(lambda self: self._column(4), doc="Labels of their images, `(n,)`.")
 
     def _column(self, index: int) -> Tensor:
         if len(self._parts) > 1 or self._count > self.most:
@@ -263,13 +311,7 @@ class Regions:
 
 
 def perceptual_clusters(looks: Float[Tensor, "n k"], count: int, seed: int) -> Int[Tensor, " n"]:
-    """k-means of unit-normalised feature vectors.
-
-    Args:
-        looks: one feature vector per region.
-        count: how many clusters; never more than n / 8, nor than there are different vectors.
-        seed: of the starting points.
-    """
+    """k-means of unit-normalised feature vectors; never more than n / 8 clusters, nor than different vectors."""
     import numpy as np
     from sklearn.cluster import KMeans
 

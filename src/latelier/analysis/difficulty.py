@@ -9,22 +9,19 @@ makes the loss smaller.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from latelier.analysis.sample import LatentSample
 from latelier.data.order import permuted_index
 from latelier.denoisers.dit import DiT
 from latelier.diffusion.process import Flow
 from latelier.errors import LatelierError
-from latelier.evaluation.latent_space import Images, read, with_statistics
-from latelier.evaluation.results import Measurement, mean_with_interval
+from latelier.evaluation.results import Result, mean_with_interval
 from latelier.keyed_random import KeyedRandom, fold_in
-from latelier.receipt import make_receipt
-from latelier.recipe import Evaluate
 from latelier.tokenizers.codec import Codec
 
 NETWORK: dict[str, Any] = {
@@ -38,66 +35,43 @@ BYTES = 2**29  # of latents that are held at once
 FLOW = Flow("logit-normal")
 
 
-def measure_difficulty(
-    codec: Codec,
-    train: Iterable[Mapping[str, Any]],
-    batches: Iterable[Mapping[str, Any]],
-    evaluate: Evaluate,
-    reference: str,
-    extra: Mapping[str, Any] | None = None,
-) -> list[Measurement]:
+def diffusion_difficulty(train: LatentSample, sample: LatentSample, codec: Codec, seed: int = 0) -> dict[str, Result]:
     """Train the small denoiser on some latents, and measure the flow loss on others.
 
     Args:
-        codec: the tokenizer; its `precision` is the denoiser's too.
-        train: dicts with `image`, `(b, c, h, w)` in [-1, 1]; at most `evaluate.probe_samples` are learnt from, never
-            more than training draws (9,600) or half a GiB of latents.
-        batches: the same of held-out images; at most `evaluate.samples` and 512 are measured on.
-        evaluate: how many images, and the `seed` of weights, order, times and noise.
-        reference: the name of the held-out images, for the receipt.
-        extra: fields for the receipt beyond those gathered here.
+        train: what is learnt from, never more than training draws (9,600) or half a GiB of latents.
+        sample: held-out images, of which at most 512 are measured on.
+        codec: whose device and precision are the denoiser's too.
+        seed: of weights, order, times and noise.
 
     Returns:
         `diffusion-loss`: mean squared error of the velocity for each number of a latent, lower is easier, with a 95 %
-        interval over images. In the receipt stand `constant` and `independent`, to read it against, and `by_time`.
+        interval over images. Details have `constant` and `independent`, to read it against, and `by_time`.
 
     Raises:
         LatelierError: if there are no images on one of the sides.
     """
-    scaled, images, scale = with_statistics(codec, read(train, evaluate.probe_samples))
-    z = encode(scaled, images, STEPS * BATCH)  # (m, c, *grid)
-    held_out = encode(scaled, read(batches, evaluate.samples), HELD_OUT)  # (n, c, *grid)
-    if not len(z) or not len(held_out):
+    if not len(train) or not len(sample):
         raise LatelierError(
-            f"difficulty learns from some images and is measured on others, but of {reference} there are {len(z)} "
-            f"to learn from and {len(held_out)} to measure on."
+            f"difficulty learns from some images and is measured on others, but there are {len(train)} to learn from "
+            f"and {len(sample)} to measure on."
         )
-    model = build_denoiser(tuple(z.shape[1:]), evaluate.seed).to(scaled.device)
-    train_denoiser(model, z, evaluate.seed, scaled)
-    losses, constant = flow_losses(model, held_out, z.mean(0), evaluate.seed, scaled)  # (n, t), (n, t)
+    room = max(1, BYTES // (4 * train.mean[0].numel()))
+    z = train.latents(slice(0, min(STEPS * BATCH, room)))  # (m, c, *grid)
+    held_out = sample.on_scale_of(train).latents(slice(0, min(HELD_OUT, room)))  # (n, c, *grid)
+    model = build_denoiser(tuple(z.shape[1:]), seed).to(codec.device)
+    train_denoiser(model, z, seed, codec)
+    losses, constant = flow_losses(model, held_out, z.mean(0), seed, codec)  # (n, t), (n, t)
     mean, interval = mean_with_interval(losses.mean(1))
-    receipt = make_receipt(
-        n=len(held_out), n_train=len(z), reference=reference, latents="posterior mean, normalised", latent_scale=scale,
-        tokenizer=codec.hash(), dims=z[0].numel(), tokens=math.prod(model.grid), patch=model.config["patch_size"],
-        parameters=sum(p.numel() for p in model.parameters()), network=NETWORK, steps=STEPS, batch=BATCH,
-        lr=LEARNING_RATE, seed=evaluate.seed, precision=codec.precision, constant=constant.mean().item(),
-        independent=independent_loss(z), by_time=[[t, y] for t, y in zip(times().tolist(), losses.mean(0).tolist())],
-        **(extra or {}),
-    )  # fmt: skip
-    return [Measurement("diffusion-loss", mean, receipt, interval)]
-
-
-@torch.no_grad()
-def encode(codec: Codec, image_batches: Images, count: int) -> Float[Tensor, "n ..."]:
-    """Normalised latents of the first images, on the CPU; fewer than asked for where they would not fit `BYTES`."""
-    parts: list[Tensor] = []
-    for images, _ in image_batches:
-        z = codec.encode(images.to(codec.device)).cpu()  # (b, c, *grid)
-        count = min(count, max(1, BYTES // (4 * z[0].numel())))
-        parts.append(z[: count - sum(map(len, parts))])
-        if sum(map(len, parts)) >= count:
-            break
-    return torch.cat(parts) if parts else torch.empty(0)
+    details = {
+        "n": len(held_out), "n_train": len(z), "latents": "posterior mean, normalised",
+        "latent_scale": train.scale.origin, "dims": z[0].numel(), "tokens": math.prod(model.grid),
+        "patch": model.config["patch_size"], "parameters": sum(p.numel() for p in model.parameters()),
+        "network": NETWORK, "steps": STEPS, "batch": BATCH, "lr": LEARNING_RATE, "seed": seed,
+        "precision": codec.precision, "constant": constant.mean().item(), "independent": independent_loss(z),
+        "by_time": [[t, y] for t, y in zip(times().tolist(), losses.mean(0).tolist())],
+    }  # fmt: skip
+    return {"diffusion-loss": Result(mean, interval, details)}
 
 
 # -- the network ------------------------------------------------------------------------------------------------------
@@ -140,9 +114,9 @@ def train_denoiser(model: DiT, z: Float[Tensor, "n c *grid"], seed: int, codec: 
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * learning_rate_share(step)
         numbers = torch.arange(step * BATCH, (step + 1) * BATCH)  # (b,)
-        draws = KeyedRandom(seed, numbers, codec.device)
+        rng = KeyedRandom(seed, numbers, codec.device)
         clean = z[permuted_index(numbers, len(z), seed)].to(codec.device)  # (b, c, *grid)
-        eps, t = draws.normal("difficulty noise", *z.shape[1:]), FLOW.sample_t(draws.uniform("difficulty time"))
+        eps, t = rng.normal("difficulty noise", *z.shape[1:]), FLOW.sample_t(rng.uniform("difficulty time"))
         with codec._autocast():
             prediction = predict(model, FLOW.noise(clean, t, eps), t)
         loss = (prediction - FLOW.target(clean, t, eps)).square().mean()
@@ -171,25 +145,18 @@ def times() -> Float[Tensor, " t"]:
 def flow_losses(
     model: DiT, z: Float[Tensor, "n c *grid"], mean: Float[Tensor, " c *grid"], seed: int, codec: Codec
 ) -> tuple[Float[Tensor, "n t"], Float[Tensor, "n t"]]:
-    """Squared error of the velocity at each of `times()`, mean over a latent's numbers.
+    """Squared error of the velocity at each of `times()`, mean over a latent's numbers: the denoiser's, and that of
+    the constant prediction, minus the training latents' mean, which is the best that does not look at its input.
 
-    Args:
-        model: the trained denoiser.
-        z: held-out latents; the noise of latent i at the k-th time is the same for every codec of equal latent shape.
-        mean: of the training latents; `-mean` is the best prediction that does not look at its input.
-        seed: of the noise.
-        codec: whose device and precision are used.
-
-    Returns:
-        The denoiser's errors, and those of the constant prediction.
+    The noise of latent i at the k-th time is the same for every codec of equal latent shape.
     """
     rows, constants = [], []
     for number in torch.arange(len(z)).split(BATCH):
-        clean, draws = z[number].to(codec.device), KeyedRandom(seed, number, codec.device)
+        clean, rng = z[number].to(codec.device), KeyedRandom(seed, number, codec.device)
         here: list[Tensor] = []
         blind: list[Tensor] = []
         for k, at in enumerate(times().tolist()):
-            eps, t = draws.normal(f"difficulty held out {k}", *z.shape[1:]), torch.full((len(clean),), at).to(clean)
+            eps, t = rng.normal(f"difficulty held out {k}", *z.shape[1:]), torch.full((len(clean),), at).to(clean)
             target = FLOW.target(clean, t, eps)
             with codec._autocast():
                 prediction = predict(model, FLOW.noise(clean, t, eps), t)

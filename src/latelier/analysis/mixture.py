@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,15 +19,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from latelier.analysis.clustering import RESAMPLES
+from latelier.analysis.sample import MOST_DIMS, LatentSample, random_share
 from latelier.errors import LatelierError
-from latelier.evaluation.clusters import RESAMPLES
-from latelier.evaluation.latent_matrix import MOST_DIMS, Latents, collect, random_share
-from latelier.evaluation.latent_space import read
-from latelier.evaluation.results import Measurement, mean_with_interval
+from latelier.evaluation.results import Result, mean_with_interval
 from latelier.keyed_random import KeyedRandom
-from latelier.receipt import make_receipt
-from latelier.recipe import Evaluate
-from latelier.tokenizers.codec import Codec
 
 EXPLAINED = 0.9  # the paper's: components are kept until they explain more of the variance than this
 IMAGES_PER_DIM = 10  # fewer, and the components are those of the fitted images only
@@ -40,17 +36,11 @@ SLACK = 0.05  # of the likelihood gained by the best number of modes
 
 @dataclass
 class PrincipalSpace:
-    """The leading principal components of some images, each with mean 0 and variance 1 over others.
+    """The leading principal components of some images, each with mean 0 and variance 1 over others."""
 
-    Attributes:
-        mean: `(d,)`.
-        axes: `(p, d)`, each divided by the standard deviation along it.
-        explained: share of the others' variance that lies in these p components.
-    """
-
-    mean: np.ndarray
-    axes: np.ndarray
-    explained: float
+    mean: np.ndarray  # (d,)
+    axes: np.ndarray  # (p, d), each divided by the standard deviation along it
+    explained: float  # share of the others' variance that lies in these p components
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """Project `(n, d)` to `(n, p)`, float64."""
@@ -69,14 +59,9 @@ class Fit:
 
 
 @torch.no_grad()
-def measure_mixture(
-    codec: Codec,
-    train: Iterable[Mapping[str, Any]] | None,
-    batches: Iterable[Mapping[str, Any]],
-    evaluate: Evaluate,
-    reference: str,
-    extra: Mapping[str, Any] | None = None,
-) -> list[Measurement]:
+def gaussian_mixtures(
+    train: LatentSample | None, sample: LatentSample, modes: Sequence[int], seed: int = 0
+) -> dict[str, Result]:
     """Fit mixtures of more and more Gaussians, and see how likely they find images they have not seen.
 
     Latents are flattened, reduced to the principal components that explain more than 90 % of the variance (at most
@@ -86,12 +71,10 @@ def measure_mixture(
     each mode, more than thousands of images can tell; the components are uncorrelated over the whole already.
 
     Args:
-        codec: the tokenizer.
-        train: dicts with `image` to fit to, at most `evaluate.probe_samples`; None holds a quarter of `batches` out.
-        batches: dicts with `image`, `(b, c, h, w)` in [-1, 1]; at most `evaluate.samples` images are read.
-        evaluate: `modes`, of which those are left out that would have fewer than ten images each; `seed`.
-        reference: the name of the images, for the receipts.
-        extra: fields for the receipts beyond those gathered here.
+        train: what mixtures are fitted to; None holds a quarter of `sample` out and takes the rest.
+        sample: what they are judged by.
+        modes: numbers of Gaussians; those are left out that would have fewer than ten images each.
+        seed: of all choices.
 
     Returns:
         `gmm-nll@<k>` for each number of modes, nats per principal component, with an interval over held-out images.
@@ -101,23 +84,25 @@ def measure_mixture(
     Raises:
         LatelierError: if there are too few images, or latents do not vary.
     """
-    learnt, held_out, how = _two_sides(codec, train, batches, evaluate, reference)
-    for_axes = random_share(len(learnt), 0.5, evaluate.seed, "gmm-axes")  # (n,)
-    fitted = learnt[~for_axes].flat()  # (n / 2, d)
-    modes, skipped = affordable_modes(evaluate.modes, len(fitted))
-    space = principal_space(learnt[for_axes].flat(), fitted, evaluate.seed)
-    ours, theirs = space(fitted), space(held_out.flat())  # (n / 2, p), (m, p)
-    fits = [fit_mixture(ours, theirs, k, evaluate.seed) for k in modes]
-    receipt = make_receipt(
-        n=len(held_out), n_fitted=len(fitted), n_axes=int(for_axes.sum()), reference=reference, fitted_to=how,
-        **learnt.about(), **_protocol(space), seed=evaluate.seed, tokenizer=codec.hash(), **(extra or {}),
-    )  # fmt: skip
+    train, sample, how = _two_sides(train, sample, seed)
+    for_axes = random_share(len(train), 0.5, seed, "gmm-axes")  # (n,)
+    whole = train.flat()  # (n, d)
+    fitted = whole[~for_axes.numpy()]  # (n / 2, d)
+    chosen, skipped = affordable_modes(modes, len(fitted))
+    space = principal_space(whole[for_axes.numpy()], fitted, seed)
+    ours, theirs = space(fitted), space(sample.flat())  # (n / 2, p), (m, p)
+    fits = [fit_mixture(ours, theirs, k, seed) for k in chosen]
+    about = {
+        "n": len(sample), "n_fitted": len(fitted), "n_axes": int(for_axes.sum()), "fitted_to": how,
+        **train.about(), **_protocol(space), "seed": seed,
+    }  # fmt: skip
     if skipped:
-        receipt["skipped"] = f"{skipped} modes: fewer than {IMAGES_PER_MODE} of {len(fitted)} images each"
-    return [_likelihood(fit, space, receipt) for fit in fits if fit.modes in evaluate.modes] + [_needed(fits, receipt)]
+        about["skipped"] = f"{skipped} modes: fewer than {IMAGES_PER_MODE} of {len(fitted)} images each"
+    found = {f"gmm-nll@{fit.modes}": _likelihood(fit, space, about) for fit in fits if fit.modes in modes}
+    return {**found, "gmm-modes": _needed(fits, about)}
 
 
-def affordable_modes(modes: list[int], n: int) -> tuple[list[int], list[int]]:
+def affordable_modes(modes: Sequence[int], n: int) -> tuple[list[int], list[int]]:
     """Numbers of modes that n images carry, ascending and always with 1, and those that they do not.
 
     Raises:
@@ -133,13 +118,8 @@ def affordable_modes(modes: list[int], n: int) -> tuple[list[int], list[int]]:
 
 
 def principal_space(x: np.ndarray, others: np.ndarray, seed: int, explained: float = EXPLAINED) -> PrincipalSpace:
-    """The fewest components that explain more than a share of the variance, or as many as the limits allow.
-
-    Args:
-        x: `(n, d)` whose principal components they are.
-        others: `(m, d)` over which they are standardised, and whose variance they explain.
-        seed: of randomised PCA.
-        explained: the share.
+    """The fewest components of `x` `(n, d)` that explain more than a share of the variance of `others` `(m, d)`, over
+    which they are standardised, or as many as the limits allow.
 
     Raises:
         LatelierError: if the vectors are equal, or not finite.
@@ -159,14 +139,7 @@ def principal_space(x: np.ndarray, others: np.ndarray, seed: int, explained: flo
 
 
 def fit_mixture(x: np.ndarray, held_out: np.ndarray, modes: int, seed: int) -> Fit:
-    """Expectation maximisation from a k-means start.
-
-    Args:
-        x: `(n, p)` to fit to, standardised.
-        held_out: `(m, p)` to judge by.
-        modes: number of Gaussians.
-        seed: of k-means.
-    """
+    """Expectation maximisation from a k-means start on standardised `x` `(n, p)`, judged by `held_out` `(m, p)`."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
 
@@ -185,10 +158,7 @@ def modes_needed(nll: Float[Tensor, "n k"]) -> int:
 
     As good: of what the best gains over the first column, which is the single Gaussian, it has at least 95 %; or
     what it lacks is no more than a standard error of their difference over the images (one-standard-error rule,
-    Breiman et al. 1984).
-
-    Args:
-        nll: of each held-out image under mixtures of more and more modes.
+    Breiman et al. 1984). The columns are mixtures of more and more modes.
     """
     nll = nll.double()
     mean = nll.mean(0)  # (k,)
@@ -201,28 +171,21 @@ def modes_needed(nll: Float[Tensor, "n k"]) -> int:
 # -- inside -----------------------------------------------------------------------------------------------------------
 
 
-def _two_sides(
-    codec: Codec, train: Iterable[Mapping[str, Any]] | None, batches: Iterable[Mapping[str, Any]],
-    evaluate: Evaluate, reference: str,
-) -> tuple[Latents, Latents, str]:  # fmt: skip
-    """Latents to fit to, latents to judge by, and where the first are from."""
+def _two_sides(train: LatentSample | None, sample: LatentSample, seed: int) -> tuple[LatentSample, LatentSample, str]:
+    """Latents to fit to, latents to judge by on the same scale, and where the first are from."""
     if train is not None:
-        learnt = collect(codec, read(train, evaluate.probe_samples))
-        held_out = collect(learnt.codec, read(batches, evaluate.samples)) if learnt else None
-        how = "training images"
-    elif given := collect(codec, read(batches, evaluate.samples)):
-        away = random_share(len(given), HELD_OUT, evaluate.seed, "gmm-held-out")  # (n,)
-        learnt, held_out, how = given[~away], given[away], f"{1 - HELD_OUT:.0%} of the same images, by chance"
+        train, how = train.first(), "training images"
+        sample = sample.on_scale_of(train).first()
     else:
-        learnt = held_out = None
-        how = "nothing"
-    sizes = [len(side) if side else 0 for side in (learnt, held_out)]
-    if learnt is None or held_out is None or min(sizes) < 2:
+        sample = sample.first()
+        away = random_share(len(sample), HELD_OUT, seed, "gmm-held-out")  # (n,)
+        train, sample, how = sample[~away], sample[away], f"{1 - HELD_OUT:.0%} of the same images, by chance"
+    if min(len(train), len(sample)) < 2:
         raise LatelierError(
-            f"Mixtures are fitted to images and judged by others, but {reference} left {sizes[0]} and {sizes[1]}; "
+            f"Mixtures are fitted to images and judged by others, but there are {len(train)} and {len(sample)}; "
             "give at least 2 on each side."
         )
-    return learnt, held_out, how
+    return train, sample, how
 
 
 def _protocol(space: PrincipalSpace) -> dict[str, Any]:
@@ -240,26 +203,27 @@ def _protocol(space: PrincipalSpace) -> dict[str, Any]:
     return about
 
 
-def _likelihood(fit: Fit, space: PrincipalSpace, receipt: dict[str, Any]) -> Measurement:
+def _likelihood(fit: Fit, space: PrincipalSpace, about: dict[str, Any]) -> Result:
     mean, interval = mean_with_interval(fit.held_out)
-    about = {
-        "modes": fit.modes, "fitted": fit.fitted, "per_image": mean * len(space.axes),
+    details = {
+        **about, "modes": fit.modes, "fitted": fit.fitted, "per_image": mean * len(space.axes),
         "fitted_per_image": fit.fitted * len(space.axes), "iterations": fit.iterations, "converged": fit.converged,
     }  # fmt: skip
-    return Measurement(f"gmm-nll@{fit.modes}", mean, {**receipt, **about}, interval)
+    return Result(mean, interval, details)
 
 
-def _needed(fits: list[Fit], receipt: dict[str, Any]) -> Measurement:
+def _needed(fits: list[Fit], about: dict[str, Any]) -> Result:
     """How many modes are enough, with an interval from resampled held-out images."""
     nll = torch.stack([fit.held_out for fit in fits], 1)  # (n, k)
-    picks = KeyedRandom(receipt["seed"], torch.arange(RESAMPLES)).uniform("gmm-bootstrap", len(nll))  # (r, n)
+    picks = KeyedRandom(about["seed"], torch.arange(RESAMPLES)).uniform("gmm-bootstrap", len(nll))  # (r, n)
     picks = (picks * len(nll)).long().clamp(max=len(nll) - 1)  # rounding may reach the end
     found = sorted(fits[modes_needed(nll[rows])].modes for rows in picks)
     interval = float(found[int(0.025 * RESAMPLES)]), float(found[math.ceil(0.975 * RESAMPLES) - 1])
-    about = {
+    details = {
+        **about,
         "curve": [[fit.modes, fit.held_out.mean().item(), fit.fitted] for fit in fits],
         "curve_of": "modes, held-out and fitted negative log-likelihood in nats per dimension",
         "rule": f"fewest modes with {1 - SLACK:.0%} of the best's gain over one, or within a standard error of it",
         "resamples": RESAMPLES,
     }
-    return Measurement("gmm-modes", float(fits[modes_needed(nll)].modes), {**receipt, **about}, interval)
+    return Result(float(fits[modes_needed(nll)].modes), interval, details)

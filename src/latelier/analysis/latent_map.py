@@ -6,24 +6,22 @@ UMAP (McInnes et al. 2018), where it is installed, shows who is whose neighbour,
 
 from __future__ import annotations
 
+import io
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from itertools import cycle
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Int
+from PIL import Image
 
+from latelier.analysis.sample import LatentSample
 from latelier.errors import LatelierError
-from latelier.evaluation.latent_matrix import collect
-from latelier.evaluation.latent_space import read
-from latelier.images import save_png
-from latelier.recipe import Evaluate
 from latelier.report.figures import COLOURS, STYLE, make_panels
 from latelier.report.page import INK
-from latelier.tokenizers.codec import Codec
+from latelier.terminal import console
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,40 +34,29 @@ NEIGHBOURS = 15  # UMAP's own default
 NO_LABEL = "#b9bcc2"
 
 
-def draw_latent_map(
-    codec: Codec,
-    batches: Iterable[Mapping[str, Any]],
-    evaluate: Evaluate,
-    class_names: Sequence[str] | None,
-    path: Path,
-) -> None:
-    """Write the map of some images as a PNG: principal components, and UMAP beside them if it is installed.
+def draw_latent_map(sample: LatentSample, class_names: Sequence[str] | None = None, seed: int = 0) -> Image.Image:
+    """The map of at most 3,000 images: principal components, and UMAP beside them if it is installed.
 
     Args:
-        codec: the tokenizer.
-        batches: dicts with `image`, `(b, c, h, w)` in [-1, 1], and optionally `label` `(b,)`, -1 for none; at most
-            `evaluate.samples` and 3,000 images are shown.
-        evaluate: how many images, and the `seed` of both projections.
+        sample: latents and labels.
         class_names: by label; None if the images have no classes. Up to 12 classes are named in a legend.
-        path: of the PNG.
+        seed: of both projections.
 
     Raises:
         LatelierError: if there are fewer than three images, or their latents are not finite.
     """
-    latents = collect(codec, read(batches, min(evaluate.samples, MOST_POINTS)))
-    if latents is None or len(latents) < 3:
-        raise LatelierError(f"A map needs at least 3 images, not {0 if latents is None else len(latents)}.")
-    x, labels = latents.flat(), latents.labels.numpy()  # (n, d), (n,)
+    sample = sample.first(MOST_POINTS)
+    if len(sample) < 3:
+        raise LatelierError(f"A map needs at least 3 images, not {len(sample)}.")
+    x, labels = sample.flat(), sample.labels.numpy()  # (n, d), (n,)
     if not np.isfinite(x).all():
         raise LatelierError("The latents of some images are not finite, so that no map of them can be drawn.")
-    maps = {"Principal components": principal_map(x, evaluate.seed)}
+    maps = {"Principal components": principal_map(x, seed)}
     if find_spec("umap"):
-        maps["UMAP"] = neighbour_map(x, evaluate.seed)
+        maps["UMAP"] = neighbour_map(x, seed)
     else:
-        from latelier.terminal import console
-
         console.print("The map shows principal components only; for UMAP: pip install 'latelier[umap]'", markup=False)
-    save_png(_image(maps, labels, class_names), path)
+    return _image(maps, labels, class_names)
 
 
 def principal_map(x: Float[np.ndarray, "n d"], seed: int) -> Float[np.ndarray, "n 2"]:
@@ -104,12 +91,9 @@ def class_colours(labels: Int[np.ndarray, " n"]) -> dict[int, str]:
     return {label: to_hex(colormaps["turbo"](i / (len(known) - 1))) for i, label in enumerate(known)}
 
 
-def _image(maps: Mapping[str, np.ndarray], labels: np.ndarray, class_names: Sequence[str] | None) -> Any:
-    """The maps side by side as a PIL image."""
-    import io
-
+def _image(maps: Mapping[str, np.ndarray], labels: np.ndarray, class_names: Sequence[str] | None) -> Image.Image:
+    """The maps side by side."""
     from matplotlib import rc_context
-    from PIL import Image
 
     colours = class_colours(labels)
     with rc_context(STYLE):

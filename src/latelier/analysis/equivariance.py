@@ -12,7 +12,7 @@ nothing to do with each other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +21,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from latelier.analysis.sample import PIXELS, LatentSample
 from latelier.errors import LatelierError
-from latelier.evaluation.latent_space import PIXELS, read, with_statistics
 from latelier.evaluation.reconstruction import SETTINGS, psnr
-from latelier.evaluation.results import Measurement, mean_with_interval
-from latelier.receipt import make_receipt
-from latelier.recipe import Evaluate
+from latelier.evaluation.results import Result, mean_with_interval
 from latelier.tokenizers.codec import Codec
 
 MOST_IMAGES = 256  # each is encoded and decoded about eight times
@@ -34,66 +32,41 @@ MOST_IMAGES = 256  # each is encoded and decoded about eight times
 
 @dataclass(frozen=True)
 class Move:
-    """The same thing done to an image and to its latents.
-
-    Attributes:
-        name: of the measure; several moves may share one.
-        words: what it does, for the receipt.
-        image: of `(b, c, h, w)`.
-        latent: of `(b, k, h / f, w / f)`.
-    """
+    """The same thing done to an image and to its latents; several moves may share the name of a measure."""
 
     name: str
-    words: str
-    image: Callable[[Tensor], Tensor]
-    latent: Callable[[Tensor], Tensor]
+    words: str  # what it does, for the receipt
+    image: Callable[[Tensor], Tensor]  # of (b, c, h, w)
+    latent: Callable[[Tensor], Tensor]  # of (b, k, h / f, w / f)
 
 
 @torch.no_grad()
-def measure_equivariance(
-    codec: Codec,
-    batches: Iterable[Mapping[str, Any]],
-    evaluate: Evaluate,
-    reference: str,
-    extra: Mapping[str, Any] | None = None,
-) -> list[Measurement]:
-    """How far encoding and moving are from being exchangeable, in latents and in images.
-
-    Args:
-        codec: the tokenizer.
-        batches: dicts with `image`, `(b, c, h, w)` in [-1, 1]; at most `evaluate.samples` images, and 256, are read.
-        evaluate: `samples`.
-        reference: the name of the images, for the receipts.
-        extra: fields for the receipts beyond those gathered here.
+def equivariance(sample: LatentSample, codec: Codec) -> dict[str, Result]:
+    """How far encoding and moving are from being exchangeable, in latents and in images, of at most 256 images.
 
     Returns:
         `equivariance-<move>`, the error above, and `psnr-after-<move>`: moved latents, decoded, against the moved
         image, dB. Moves are those of `moves`. Nothing for 1-D latents, which have no place in the image.
 
     Raises:
-        LatelierError: if there are no images, or latents do not vary.
+        LatelierError: if latents do not vary.
     """
-    scaled, image_batches, scale = with_statistics(codec, read(batches, min(evaluate.samples, MOST_IMAGES)))
-    tallies: dict[str, Tally] = {}
+    if sample.mean.ndim != 4:
+        return {}
+    scaled, grid = sample.scaled(codec), (sample.mean.shape[2], sample.mean.shape[3])
+    tallies = {name: Tally(group) for name, group in moves(sample.image_size, grid).items()}
     plain: list[Tensor] = []
-    size = (0, 0)
-    for images, _ in image_batches:
-        size = (images.shape[2], images.shape[3])
-        for part in images.to(codec.device).split(max(1, PIXELS // (size[0] * size[1]))):
-            z = scaled.encode(part)  # (b, k, *grid)
-            if z.ndim != 4:
-                return []
-            plain.append(psnr(scaled.decode(z).clamp(-1, 1), part).cpu())
-            for name, group in moves(size, (z.shape[2], z.shape[3])).items():
-                tallies.setdefault(name, Tally(group)).add(scaled, part, z)
-    if not plain:
-        raise LatelierError(f"There are no images in {reference} to measure equivariance on.")
+    for rows in sample.parts(PIXELS, MOST_IMAGES):
+        images, z = sample.pixels(rows), sample.latents(rows).to(sample.device)  # (b, c, h, w), (b, k, i, j)
+        plain.append(psnr(scaled.decode(z).clamp(-1, 1), images).cpu())
+        for tally in tallies.values():
+            tally.add(scaled, images, z)
     values = torch.cat(plain)  # (n,)
-    receipt = make_receipt(
-        n=len(values), reference=reference, image_size=size, latents="posterior mean, normalised", latent_scale=scale,
-        tokenizer=codec.hash(), reconstruction_psnr=values.mean().item(), **(extra or {}),
-    )  # fmt: skip
-    return [measured for name, tally in tallies.items() for measured in tally.measure(name, receipt)]
+    about = {
+        "n": len(values), "latents": "posterior mean, normalised", "latent_scale": sample.scale.origin,
+        "reconstruction_psnr": values.mean().item(),
+    }  # fmt: skip
+    return {key: result for name, tally in tallies.items() for key, result in tally.measure(name, about).items()}
 
 
 def moves(size: tuple[int, int], grid: tuple[int, int]) -> dict[str, list[Move]]:
@@ -102,10 +75,6 @@ def moves(size: tuple[int, int], grid: tuple[int, int]) -> dict[str, list[Move]]
     `shift`: round by one position downwards, by one to the right, and by half of the grid both ways. `half-shift`: by
     half a position; latents are means of two neighbours. `flip`: left to right. `scale`: to half the size, means of
     2 x 2 pixels or positions. A side of one position cannot be shifted; half positions and half sizes must be whole.
-
-    Args:
-        size: of the images, pixels.
-        grid: of the latents, positions.
     """
     steps = (size[0] // grid[0], size[1] // grid[1])  # pixels of a position
     found: dict[str, list[Move]] = {}
@@ -141,11 +110,7 @@ def _half_shift(axis: int, step: int) -> Move:
 
 
 class Tally:
-    """Errors of the moves of one name.
-
-    Args:
-        group: the moves; their errors are averaged.
-    """
+    """Errors of the moves of one name, averaged."""
 
     def __init__(self, group: list[Move]):
         self.group = group
@@ -166,19 +131,19 @@ class Tally:
         self.errors.append(torch.stack(errors).mean(0))
         self.psnr.append(torch.stack(ratios).mean(0))
 
-    def measure(self, name: str, receipt: dict[str, Any]) -> list[Measurement]:
+    def measure(self, name: str, about: dict[str, Any]) -> dict[str, Result]:
         """The error, whose interval takes the variances as known, and the PSNR; both are means over images."""
         errors, unit = torch.cat(self.errors), self._unit()  # (n, k), (k,)
         if not unit.sum() > 0:
             raise LatelierError(f"The latents of {len(errors)} images are all equal, or not finite: nothing moves.")
         value, interval = mean_with_interval(errors.sum(1) / unit.sum())
-        about = {**receipt, "moves": [move.words for move in self.group]}
+        about = {**about, "moves": [move.words for move in self.group]}
         by_channel = (errors.mean(0) / unit.clamp(min=1e-12)).tolist()
         ratio, ratio_interval = mean_with_interval(torch.cat(self.psnr))
-        return [
-            Measurement(f"equivariance-{name}", value, {**about, "by_channel": by_channel}, interval),
-            Measurement(f"psnr-after-{name}", ratio, {**about, "settings": SETTINGS["psnr"]}, ratio_interval),
-        ]
+        return {
+            f"equivariance-{name}": Result(value, interval, {**about, "by_channel": by_channel}),
+            f"psnr-after-{name}": Result(ratio, ratio_interval, {**about, "settings": SETTINGS["psnr"]}),
+        }
 
     def _spread(self, side: str, z: Float[Tensor, "b k i j"]) -> None:
         values = z.transpose(0, 1).flatten(1).cpu().double()  # (k, b i j)

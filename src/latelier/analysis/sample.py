@@ -1,0 +1,307 @@
+"""Images and their latents, encoded once: what every measure of a latent space starts from.
+
+Posteriors are kept in raw units, float32, as the tokenizer gave them; `z` puts them on the scale of the codec's
+statistics, where each channel has variance 1, so that any two tokenizers compare.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from latelier.errors import LatelierError
+from latelier.images import round_to_8_bit, to_uint8
+from latelier.keyed_random import KeyedRandom
+from latelier.tokenizers.codec import Codec, Point
+
+PIXELS = 2**20  # of images that are decoded, and looked at by a network, at once
+IN_MEMORY = 2**30  # bytes of one array; larger ones lie in a temporary file
+MOST_NUMBERS = 2**28  # latent numbers that the analyses of whole latents hold at once, 1 GiB
+MOST_DIMS = 512  # principal components that a mixture or a probe is given
+STATISTICS_IMAGES = 256  # what the scale of a codec without statistics is measured on
+OF_CODEC = "the codec's statistics"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Mean and standard deviation of each latent channel, `(c,)`, and where they are from."""
+
+    mean: Float[Tensor, " c"]
+    std: Float[Tensor, " c"]
+    origin: str
+
+
+@dataclass
+class LatentSample:
+    """Images of one size and the posteriors of their latents, on the CPU."""
+
+    mean: Float[Tensor, "n c *grid"]  # of posteriors, raw
+    logvar: Float[Tensor, "n c *grid"] | None  # None where posteriors are points
+    labels: Int[Tensor, " n"]  # -1 for none
+    index: Int[Tensor, " n"]  # numbers of the images in their source
+    sizes: tuple[int, ...]  # of the batches in which the images came
+    scale: Scale  # of normalised latents
+    image_size: tuple[int, int]  # height and width
+    images: Tensor | None = None  # 8-bit levels, or float32 in [-1, 1] where levels are not enough; None if not kept
+    scaling_factor: float | None = None  # what the tokenizer's configuration says of its scale
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # where networks run
+    cut: bool = False  # whether images were left out for want of memory
+    cache: dict[Any, Any] = field(default_factory=dict, repr=False)  # what one measure leaves for the others
+
+    def __len__(self) -> int:
+        return len(self.mean)
+
+    # -- latents ------------------------------------------------------------------------------------------------------
+
+    def latents(self, rows: slice = slice(None)) -> Float[Tensor, "b c *grid"]:
+        """Normalised posterior means."""
+        like = (-1, *[1] * (self.mean.ndim - 2))
+        return (self.mean[rows] - self.scale.mean.view(like)) / self.scale.std.view(like)
+
+    def std(self, rows: slice) -> Float[Tensor, "b c *grid"]:
+        """Standard deviations of the posteriors, raw; 0 of points."""
+        return torch.zeros_like(self.mean[rows]) if self.logvar is None else torch.exp(0.5 * self.logvar[rows])
+
+    @property
+    def z(self) -> Float[Tensor, "n c l"]:
+        """Normalised posterior means, positions in raster order."""
+        return self.recall("z", lambda: self.latents().flatten(2))
+
+    def flat(self) -> np.ndarray:
+        """All numbers of an image in one row, `(n, c l)`, float32."""
+        return self.z.flatten(1).numpy()
+
+    def scaled(self, codec: Codec) -> Codec:
+        """The codec, with this sample's scale where it has no statistics."""
+        if codec.std is not None:
+            return codec
+        return Codec(codec.tokenizer, self.scale.mean, self.scale.std, precision=codec.precision)
+
+    def about(self) -> dict[str, Any]:
+        """What receipts say of whole latents."""
+        channels, positions = self.mean.shape[1], math.prod(self.mean.shape[2:])
+        about = {
+            "latents": "posterior mean, normalised", "latent_scale": self.scale.origin,
+            "latent_channels": channels, "latent_positions": positions,
+        }  # fmt: skip
+        if self.cut:
+            about["note"] = f"more than {len(self)} images of {channels * positions} numbers do not fit into memory"
+        return about
+
+    # -- images -------------------------------------------------------------------------------------------------------
+
+    def pixels(self, rows: slice) -> Float[Tensor, "b c h w"]:
+        """Images in [-1, 1], where networks run."""
+        if self.images is None:
+            raise ValueError("This sample was collected without its images.")
+        images = self.images[rows].to(self.device)
+        return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
+
+    def parts(self, pixels: int | None = None, images: int | None = None) -> Iterator[slice]:
+        """Rows of one batch after the other, of the first images only, cut into pieces of at most so many pixels."""
+        step = max(1, len(self)) if pixels is None else max(1, pixels // math.prod(self.image_size))
+        start, end = 0, len(self) if images is None else min(images, len(self))
+        for size in self.sizes:
+            stop = min(start + size, end)
+            for first in range(start, stop, step):
+                yield slice(first, min(first + step, stop))
+            start = stop
+
+    # -- parts of it --------------------------------------------------------------------------------------------------
+
+    def __getitem__(self, rows: Tensor | slice) -> LatentSample:
+        """Latents of some of the images, by a mask or a slice, on the same scale; without the images."""
+        chosen = torch.arange(len(self))[rows]
+        batch = torch.repeat_interleave(torch.arange(len(self.sizes)), torch.tensor(self.sizes, dtype=torch.long))
+        counts = torch.bincount(batch[chosen], minlength=len(self.sizes))
+        return replace(
+            self, mean=self.mean[chosen], logvar=None if self.logvar is None else self.logvar[chosen],
+            labels=self.labels[chosen], index=self.index[chosen], sizes=tuple(counts[counts > 0].tolist()),
+            images=None, cache={},
+        )  # fmt: skip
+
+    def first(self, images: int | None = None) -> LatentSample:
+        """The first images, no more than memory holds of their latents."""
+        room = max(1, MOST_NUMBERS // max(1, math.prod(self.mean.shape[1:])))
+        least = min(len(self), room, len(self) if images is None else images)
+        if least == len(self):
+            return self
+        wanted = len(self) if images is None else min(images, len(self))
+        return replace(self[:least], cut=room < wanted)
+
+    def on_scale_of(self, other: LatentSample) -> LatentSample:
+        """The same images on another sample's scale."""
+        same = self.scale.origin == other.scale.origin == OF_CODEC
+        return self if same else replace(self, scale=other.scale, cache={})
+
+    def on_own_scale(self) -> LatentSample:
+        """The same images on their own scale, unless it is the codec's."""
+        if self.scale.origin == OF_CODEC or not len(self):
+            return self
+        return replace(self, scale=measured_scale(self.mean, self.logvar, self.sizes), cache={})
+
+    def recall(self, key: Any, compute: Callable[[], T]) -> T:
+        """What was computed before under this key, or is now."""
+        if key not in self.cache:
+            self.cache[key] = compute()
+        return self.cache[key]
+
+
+# -- collecting -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def collect(
+    codec: Codec,
+    batches: Iterable[Mapping[str, Any]],
+    limit: int,
+    images: bool = True,
+    known: LatentSample | None = None,
+) -> LatentSample:
+    """Encode images once.
+
+    Args:
+        codec: the tokenizer; statistics that it lacks are measured on the first images.
+        batches: dicts with `image` `(b, c, h, w)` in [-1, 1], of one size, perhaps `label` (-1 for none) and `index`.
+        limit: at most so many images are read.
+        images: whether they are kept.
+        known: images that are encoded already are found here by their index.
+
+    Raises:
+        LatelierError: if there are no images.
+    """
+    store = _Store(limit)
+    place = {} if known is None else {number: row for row, number in enumerate(known.index.tolist())}
+    sizes: list[int] = []
+    for batch in batches:
+        read = sum(sizes)
+        if read >= limit:
+            break
+        pixels = batch["image"][: limit - read]  # (b, c, h, w)
+        count = len(pixels)
+        index = torch.as_tensor(batch.get("index", torch.arange(read, read + count)))[:count].long().cpu()
+        labels = torch.as_tensor(batch.get("label", torch.full((count,), -1)))[:count].long().cpu()
+        rows = torch.tensor([place.get(number, -1) for number in index.tolist()], dtype=torch.long)  # (b,)
+        columns = _encode(codec, pixels, rows, known)
+        if images:
+            columns["images"] = _levels(pixels)
+        store.add({**columns, "labels": labels, "index": index})
+        size = (pixels.shape[2], pixels.shape[3])
+        sizes.append(count)
+    if not sizes:
+        raise LatelierError("There are no images to collect latents of.")
+    found = store.columns()
+    if codec.mean is not None and codec.std is not None:
+        scale = Scale(codec.mean.cpu(), codec.std.cpu(), OF_CODEC)
+    else:
+        scale = measured_scale(found["mean"], found.get("logvar"), tuple(sizes))
+    return LatentSample(
+        found["mean"], found.get("logvar"), found["labels"], found["index"], tuple(sizes), scale, size,
+        found.get("images"), codec.tokenizer.config.get("scaling_factor"), codec.device,
+    )  # fmt: skip
+
+
+def _encode(codec: Codec, images: Tensor, rows: Int[Tensor, " b"], known: LatentSample | None) -> dict[str, Tensor]:
+    """Posterior mean and log-variance of a batch, of images at `rows` >= 0 as they are known."""
+    fresh = rows < 0  # (b,)
+    found: dict[str, Tensor] = {}
+    if fresh.any():
+        posterior = codec.posterior(images[fresh].to(codec.device))
+        found["mean"] = posterior.mean.cpu()
+        if not isinstance(posterior, Point):
+            found["logvar"] = posterior.logvar.cpu()
+    if known is None or fresh.all():
+        return found
+    old = {"mean": known.mean[rows[~fresh]]}
+    if known.logvar is not None:
+        old["logvar"] = known.logvar[rows[~fresh]]
+    merged = {}
+    for name, values in old.items():
+        merged[name] = values.new_empty(len(images), *values.shape[1:])
+        merged[name][~fresh] = values
+        if fresh.any():
+            merged[name][fresh] = found[name]
+    return merged
+
+
+def _levels(images: Tensor) -> Tensor:
+    """8-bit levels, if that is what the images are made of."""
+    return to_uint8(images).cpu() if torch.equal(round_to_8_bit(images), images) else images.float().cpu()
+
+
+class _Store:
+    """Columns of at most `limit` rows that grow batch by batch; large ones lie in files that go with the process."""
+
+    def __init__(self, limit: int):
+        self.limit, self.rows = limit, 0
+        self.arrays: dict[str, Tensor] = {}
+
+    def add(self, columns: Mapping[str, Tensor]) -> None:
+        """Append rows to all columns."""
+        count = len(columns["index"])
+        for name, values in columns.items():
+            array = self.arrays.get(name)
+            dtype = values.dtype if array is None else torch.promote_types(array.dtype, values.dtype)
+            if array is None or array.dtype != dtype or len(array) < self.rows + count:
+                rows = min(self.limit, 2 * (self.rows + count))
+                self.arrays[name] = longer = _array((rows, *values.shape[1:]), dtype)
+                if array is not None:
+                    longer[: self.rows] = _as(array[: self.rows], dtype)
+            self.arrays[name][self.rows : self.rows + count] = _as(values, dtype)
+        self.rows += count
+
+    def columns(self) -> dict[str, Tensor]:
+        """All rows so far."""
+        return {name: array[: self.rows] for name, array in self.arrays.items()}
+
+
+def _as(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """8-bit levels as images in [-1, 1] where some images need more than levels."""
+    return values if values.dtype == dtype else values.float() / 127.5 - 1
+
+
+def _array(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An array in memory, or in a temporary file."""
+    if math.prod(shape) * dtype.itemsize <= IN_MEMORY:
+        return torch.empty(shape, dtype=dtype)
+    numpy_type = torch.empty(0, dtype=dtype).numpy().dtype
+    with tempfile.TemporaryFile() as file:  # the mapping outlives the handle
+        return torch.from_numpy(np.memmap(file, numpy_type, "w+", shape=shape))
+
+
+def measured_scale(mean: Tensor, logvar: Tensor | None, sizes: tuple[int, ...]) -> Scale:
+    """The scale of the first images, by the same definition as training's: of sampled latents, whose variance is that
+    of the posterior's mean plus the mean of its variance.
+    """
+    sums: list[Tensor] = []
+    first = count = 0
+    for size in sizes:
+        if first >= STATISTICS_IMAGES:
+            break
+        rows, first = slice(first, first + size), first + size
+        means = mean[rows].transpose(0, 1).flatten(1).double()  # (c, b l)
+        std = (
+            means.new_zeros(()) if logvar is None else torch.exp(0.5 * logvar[rows]).transpose(0, 1).flatten(1).double()
+        )
+        sums.append(torch.stack([means.sum(1), (means.square() + std.square()).sum(1)]))
+        count += means.shape[1]
+    centre, square = torch.stack(sums).sum(0) / count  # (c,)
+    spread = (square - centre.square()).clamp(min=1e-12).sqrt()  # a dead channel stays finite
+    return Scale(centre.float(), spread.float(), f"measured on the first {first} images")
+
+
+def random_share(n: int, share: float, seed: int, purpose: str) -> Tensor:
+    """A mask `(n,)` of `share` of n images, rounded up; whether image i is in it hangs on its random number."""
+    order = KeyedRandom(seed, torch.arange(n)).uniform(purpose).argsort(stable=True)  # (n,)
+    chosen = torch.zeros(n, dtype=torch.bool)
+    chosen[order[: math.ceil(n * share)]] = True
+    return chosen

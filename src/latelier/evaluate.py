@@ -1,0 +1,275 @@
+"""Evaluate a trained run: reconstruction and generation on all processes, then what only one has to do.
+
+Images are encoded once for all measures of the latent space, which are plain functions of that sample; here their
+results become measurements with receipts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latelier.analysis.latent_map import draw_latent_map
+from latelier.analysis.sample import LatentSample, collect
+from latelier.analysis.spectrum import draw_channel_maps
+from latelier.conditioning.condition import components
+from latelier.data.loader import ImageDataset
+from latelier.data.sources import open_source
+from latelier.evaluation.conditions import condition_grid, evaluate_conditions
+from latelier.evaluation.convergence import measure_convergence
+from latelier.evaluation.cost import measure_cost, measure_sampling
+from latelier.evaluation.features import load_extractor
+from latelier.evaluation.generation import evaluate_generation, generate_images, nearest
+from latelier.evaluation.metrics import METRICS
+from latelier.evaluation.processes import is_main, rank
+from latelier.evaluation.reconstruction import SHOWN, draw_errors, evaluate_reconstruction
+from latelier.evaluation.references import reference_key
+from latelier.evaluation.regions import MOST_TRAINING
+from latelier.evaluation.results import ERRORS, Measurement, Result, write_measurements
+from latelier.images import make_pairs, save_png
+from latelier.keyed_random import KeyedRandom
+from latelier.opening import best_device, open_codec, open_images, open_run
+from latelier.pipeline import LatentDiffusionPipeline
+from latelier.receipt import make_receipt
+from latelier.recipe import Recipe
+from latelier.report.figures import CHANNELS, MAP
+from latelier.report.run import write_report
+from latelier.tokenizers.codec import Codec
+
+CHANNEL_IMAGES = 8  # in the image of channels
+NEAREST_SHOWN = 16
+NEAREST_SEARCHED = 2_000
+RECONSTRUCTIONS_SHOWN = 16
+
+
+def evaluate(recipe: Recipe) -> list[Measurement]:
+    """Measure a trained run; numbers and receipts go to metrics.json, images and plots to report.html.
+
+    All processes take part in what is measured of many images; the numbers are those of one process, which alone
+    returns them.
+    """
+    codec, held_out, pipeline = open_codec(recipe).to(best_device()), open_images(recipe, "val"), _pipeline(recipe)
+    measured = _write(recipe, "reconstruction", _reconstruction(recipe, codec, held_out))
+    shown: list[Tensor] = []
+    if pipeline is not None:
+        measured += _write(recipe, "generation", _generation(recipe, pipeline, shown))
+    if not is_main(True):
+        return []
+    measured += evaluate_latents(recipe, codec, held_out)
+    draw_figures(recipe, codec, held_out)
+    if "cost" in recipe.evaluate.metrics:
+        measured += _write(recipe, "cost", measure_cost(codec, *recipe.data.image_size))
+    if pipeline is not None:
+        _save_nearest(recipe, shown[0])
+        measured += _write(recipe, "generation", _speed(recipe, pipeline))
+        measured += _write(recipe, "tasks", _tasks(recipe, pipeline, held_out))
+        measured += measure_convergence(recipe, codec, held_out)
+    write_report(recipe.folder)
+    return measured
+
+
+# -- the latent space -------------------------------------------------------------------------------------------------
+
+
+def evaluate_latents(recipe: Recipe, codec: Codec, held_out: ImageDataset) -> list[Measurement]:
+    """The measures of the latent space that the recipe asks for, each written as soon as it is there."""
+    settings, found = recipe.evaluate, []
+    _write(recipe, "latent space", [])
+    asked = [name for name, metric in METRICS.items() if metric.group == "latents" and name in settings.metrics]
+    if not asked:
+        return []
+    sample = collect(codec, held_out.once(settings.batch, limit=settings.samples), settings.samples)
+    reference = {"reference": f"{recipe.data.source}, held out", "image_size": sample.image_size}
+    common = {**reference, **make_receipt(tokenizer=codec.hash(), data=held_out.fingerprint)}
+    sides: tuple[LatentSample, LatentSample, dict[str, Any]] | None = None
+    for name in asked:
+        metric, given, about = METRICS[name], {"sample": sample, "codec": codec}, common
+        if name == "map":
+            save_png(draw_latent_map(sample, held_out.class_names, settings.seed), recipe.folder / MAP)
+            continue
+        if "train" in metric.takes:  # mixtures, probes and the small denoiser first learn from other images
+            sides = sides or two_sides(recipe, codec, held_out, sample)
+            given |= {"train": sides[0], "sample": sides[1]}
+            about = {**common, **sides[2]}
+        options = {key: getattr(settings, key) for key in metric.settings}
+        results = metric.load()(*(given[key] for key in metric.takes), **options)
+        found += wrap(results, {"n": len(given["sample"]), **about})
+        _write(recipe, "latent space", found)
+    return found
+
+
+def wrap(results: Mapping[str, Result], common: Mapping[str, Any]) -> list[Measurement]:
+    """Results with their receipts: what they have in common, and details."""
+    return [Measurement(name, r.value, {**common, **r.details}, r.interval) for name, r in results.items()]
+
+
+def two_sides(
+    recipe: Recipe, codec: Codec, held_out: ImageDataset, sample: LatentSample
+) -> tuple[LatentSample, LatentSample, dict[str, Any]]:
+    """Latents to learn from, latents to measure on, and what receipts say of them.
+
+    Those to learn from are of training images, without augmentation. Where training and held-out images are the same
+    ones, as in `latelier inspect`, a coin that is thrown for each image's number in its source divides them; `sample`
+    has those that are encoded already.
+    """
+    settings = recipe.evaluate
+    if not same_images(recipe, held_out):
+        training, count = open_images(recipe), settings.probe_samples
+        train = collect(codec, training.once(settings.batch, limit=count), count, images=False)
+        learnt_from = f"{recipe.data.source}, training images"
+        return train, sample, {"learnt_from": learnt_from, "training_data": training.fingerprint}
+    most = 2 * max(settings.probe_samples, settings.samples)
+    everything = collect(codec, held_out.once(settings.batch, limit=most), most, images=False, known=sample)
+    heads = KeyedRandom(settings.seed, everything.index).uniform("learnt from") < 0.5  # (n,)
+    train, rest = everything[heads][: settings.probe_samples], everything[~heads][: settings.samples]
+    return train.on_own_scale(), rest, {"learnt_from": "half of the same images, by chance; measured on the other half"}
+
+
+def same_images(recipe: Recipe, held_out: ImageDataset) -> bool:
+    """Whether the held-out images are the training images, which they are where `val_source` says so."""
+    data = recipe.data
+    if data.val_source is None:
+        return False
+    everything = open_source(data.model_copy(update={"length": None}))
+    return everything.fingerprint == held_out.source.fingerprint
+
+
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+
+def draw_figures(recipe: Recipe, codec: Codec, held_out: ImageDataset) -> None:
+    """Reconstructions, maps of latent channels, and errors of single pixels, of a few images."""
+    folder, metrics, count = recipe.folder, recipe.evaluate.metrics, recipe.evaluate.batch
+    save_reconstructions(codec, held_out, folder / "reconstructions.png")
+    if "channels" in metrics and len(codec.latent_shape(*recipe.data.image_size)) == 3:
+        images = next(held_out.once(count, limit=count))["image"][:CHANNEL_IMAGES]
+        with torch.no_grad():
+            z = codec.encode(images.to(codec.device)).cpu()
+        save_png(draw_channel_maps(images, z), folder / CHANNELS)
+    if {"l1", "psnr"} & {*metrics}:
+        draw_errors(codec, held_out.once(SHOWN, limit=SHOWN), folder / ERRORS)
+
+
+def save_reconstructions(codec: Codec, dataset: ImageDataset, out: Path) -> None:
+    """The first images above their reconstructions, for looking at."""
+    images = next(dataset.once(RECONSTRUCTIONS_SHOWN, limit=RECONSTRUCTIONS_SHOWN))["image"]
+    with torch.no_grad():
+        result = codec.decode(codec.encode(images.to(codec.device))).clamp(-1, 1).cpu()
+    save_png(make_pairs(images, result, columns=min(8, len(images))), out)
+
+
+# -- on all processes -------------------------------------------------------------------------------------------------
+
+
+def _reconstruction(recipe: Recipe, codec: Codec, held_out: ImageDataset) -> list[Measurement]:
+    """The held-out images through the tokenizer."""
+    settings = recipe.evaluate
+    return evaluate_reconstruction(
+        codec,
+        held_out.once(settings.batch, *rank(), limit=settings.samples, whole=True),
+        settings,
+        f"{recipe.data.source}, held out",
+        {"data": held_out.fingerprint},
+        key=reference_key(held_out, settings.samples),
+        shared=True,
+    )
+
+
+def _generation(recipe: Recipe, pipeline: LatentDiffusionPipeline, shown: list[Tensor]) -> list[Measurement]:
+    """Compare fresh samples with training images; the first samples of this process are appended to `shown`."""
+    settings, training = recipe.evaluate, open_images(recipe)
+    process, processes = rank()
+
+    def drawn() -> Iterator[Tensor]:
+        for images in generate_images(pipeline, recipe, min(settings.samples, len(training)), process, processes):
+            if not shown:
+                shown.append(images[:NEAREST_SHOWN].cpu())
+            yield images
+
+    samples = drawn()
+    measured = evaluate_generation(
+        samples,
+        training.once(settings.batch, process, processes, limit=settings.samples, whole=True),
+        settings,
+        _sampled(recipe, pipeline, training),
+        pipeline.device,
+        key=reference_key(training, settings.samples),
+        shared=True,
+    )
+    if not shown and process == 0:  # nothing was measured of them
+        next(samples, None)
+    return measured
+
+
+# -- on the main process ----------------------------------------------------------------------------------------------
+
+
+def _save_nearest(recipe: Recipe, shown: Tensor) -> None:
+    """The nearest training images below some samples."""
+    searched = max(NEAREST_SEARCHED, 5 * recipe.evaluate.samples)  # all of a small set, a part of a large one
+    training = open_images(recipe).once(recipe.evaluate.batch, limit=searched)
+    neighbours = nearest(shown, training, load_extractor("vgg16"))
+    pairs = make_pairs(shown, neighbours.images[:, 0], columns=min(8, len(shown)))
+    save_png(pairs, recipe.folder / "samples" / "nearest.png")
+
+
+def _speed(recipe: Recipe, pipeline: LatentDiffusionPipeline) -> list[Measurement]:
+    """Quality and speed at several numbers of steps."""
+    training, settings = open_images(recipe), recipe.evaluate
+    references = training.once(settings.batch, limit=settings.samples)
+    return measure_sampling(pipeline, references, recipe, _sampled(recipe, pipeline, training))
+
+
+def _tasks(recipe: Recipe, pipeline: LatentDiffusionPipeline, held_out: ImageDataset) -> list[Measurement]:
+    """Whether the denoiser follows its conditions, where they are more than a class; images to look at."""
+    if set(components(pipeline.conditioner)) <= {"classes"}:
+        return []
+    settings, training = recipe.evaluate, open_images(recipe)
+    grid = condition_grid(pipeline, held_out.once(8, limit=8), recipe.sample, settings.seed)
+    save_png(grid.image, recipe.folder / "samples" / "asked.png")
+    (recipe.folder / "samples" / "asked.txt").write_text("\n".join(grid.captions))
+    return evaluate_conditions(
+        pipeline,
+        held_out.once(settings.batch, limit=settings.samples),
+        lambda: training.once(settings.batch, limit=MOST_TRAINING),
+        recipe.sample,
+        settings,
+        _about(recipe, pipeline, f"{recipe.data.source}, held out", held_out),
+    )
+
+
+# -- inside -----------------------------------------------------------------------------------------------------------
+
+
+def _pipeline(recipe: Recipe) -> LatentDiffusionPipeline | None:
+    """The run's pipeline, if a denoiser was trained."""
+    trained = (recipe.folder / "pipeline" / "model_index.json").is_file()
+    return open_run(recipe.folder)[0] if trained else None
+
+
+def _sampled(recipe: Recipe, pipeline: LatentDiffusionPipeline, training: ImageDataset) -> dict[str, Any]:
+    """What receipts say of samples that are compared with training images."""
+    about = _about(recipe, pipeline, f"{recipe.data.source}, training images", training)
+    return {**about, **describe_sampling(recipe.sample)}
+
+
+def _about(recipe: Recipe, pipeline: LatentDiffusionPipeline, reference: str, data: ImageDataset) -> dict[str, Any]:
+    """What receipts of a pipeline's images say of it and of what they are compared with."""
+    return {
+        "reference": reference,
+        "data": data.fingerprint,
+        "tokenizer": pipeline.codec.hash(),
+        "ema": recipe.denoiser.ema if recipe.denoiser else None,
+        "images_trained": recipe.denoiser.images if recipe.denoiser else None,
+    }
+
+
+def _write(recipe: Recipe, section: str, measured: list[Measurement]) -> list[Measurement]:
+    """Measurements into a section of metrics.json."""
+    if is_main(True):
+        write_measurements(recipe.folder / "metrics.json", measured, section)
+    return measured
