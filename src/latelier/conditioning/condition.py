@@ -222,7 +222,7 @@ def merge(conditions: list[Condition]) -> Condition:
     )
 
 
-def components(conditioner: ModelMixin | None) -> dict[str, Any]:
+def components(conditioner: nn.Module | None) -> dict[str, Any]:
     """The components of a composite by `input_name`; any other conditioner is its only component."""
     if conditioner is None:
         return {}
