@@ -45,7 +45,7 @@ EQUAL = 0.02  # budgets that differ less are equal
 COSTS = ("parameters", "size-mib", "memory-gb", "gflop", "encode-", "decode-")  # not of the latent space
 DRAWN = ("sampler", "images_trained")  # receipts with these are of what a denoiser draws
 IMAGES, GFLOP = "denoiser: images", "denoiser: training GFLOP an image"  # facts of a run
-TOLD = ("n", "n_reference", "data", "extractor", "weights_sha256", "sampler", "steps", "guidance", "versions", "git")
+RECEIPT = ("n", "n_reference", "data", "extractor", "weights_sha256", "sampler", "steps", "guidance", "versions", "git")
 BEYOND = "rfd"  # what a measure should know more than
 
 
@@ -215,8 +215,8 @@ def verdict(predictors: Sequence[Predictor], target: str, n: int) -> str:
     """What the correlations of n runs allow to say, in words."""
     sure = [predictor for predictor in predictors if predictor.significant]
     if sure:
-        told = "; ".join(f"{one.metric} (ρ = {_signed(one.correlation.value)})" for one in sure)
-        return f"Of {len(predictors)} measures over {n} tokenizers, {target} goes with these beyond chance: {told}."
+        found = "; ".join(f"{one.metric} (ρ = {_signed(one.correlation.value)})" for one in sure)
+        return f"Of {len(predictors)} measures over {n} tokenizers, {target} goes with these beyond chance: {found}."
     least = needed(n, ALPHA / len(predictors))
     reach = f"only one of {least:.2f} or more would have been" if least else "not even equal orders would have been"
     return (
@@ -358,14 +358,14 @@ def _read(path: Path) -> tuple[str, str, list[RunSummary]]:
 
 
 def _study(title: str, shown: Sequence[RunSummary], target: str) -> dict[str, Any]:
-    """What is to be known of a study; receipts agree within one, so those of its first run are told."""
+    """What is to be known of a study; receipts agree within one, so those of its first run are given."""
     receipt = shown[0].metrics[target].get("receipt") or {}
     budgets = {fact: sorted({run.facts.get(fact, 0) for run in shown}) for fact in (IMAGES, GFLOP)}
     return {
         "title": title,
         "runs": [run.name for run in shown],
         **{fact: amounts[0] if len(amounts) == 1 else [amounts[0], amounts[-1]] for fact, amounts in budgets.items()},
-        "receipt": {key: receipt[key] for key in TOLD if key in receipt},
+        "receipt": {key: receipt[key] for key in RECEIPT if key in receipt},
     }
 
 

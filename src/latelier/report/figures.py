@@ -312,7 +312,7 @@ def legend(figure: Figure, shown: Sequence[RunSummary], there: Sequence[int], ac
 
 
 def make_panels(count: int, most: int, height: float, above: float = 0.0) -> tuple[Figure, list[Axes]]:
-    """A figure as wide as the page, or less for few panels, and its panels, row by row, so many in a row at most."""
+    """A figure as wide as the page, or less for few panels, and its panels, row by row, at most `most` in a row."""
     from matplotlib.figure import Figure
 
     across, down = min(most, count), -(-count // most)
@@ -328,5 +328,5 @@ def make_panels(count: int, most: int, height: float, above: float = 0.0) -> tup
 
 
 def fit(name: str, most: int = 22) -> str:
-    """A name of at most so many letters."""
+    """A name, cut to at most `most` letters."""
     return name if len(name) <= most else f"{name[: most - 1]}…"

@@ -147,13 +147,13 @@ def _ordering(shown: Sequence[RunSummary], published: Published, metric: str, na
         name,
         _ranks(theirs),
         _ranks(ours),
-        [_judge(a, b, metric, theirs, ours) for a, b in combinations(runs, 2)],
+        [_compare(a, b, metric, theirs, ours) for a, b in combinations(runs, 2)],
         _tau(list(theirs.values()), list(ours.values())),
         "all" if known == len(runs) else "some" if known else "none",
     )
 
 
-def _judge(a: RunSummary, b: RunSummary, metric: str, theirs: Mapping[str, float], ours: Mapping[str, float]) -> Pair:
+def _compare(a: RunSummary, b: RunSummary, metric: str, theirs: Mapping[str, float], ours: Mapping[str, float]) -> Pair:
     """One pair; a value without an interval is an interval of no width."""
     if theirs[b.name] < theirs[a.name]:
         a, b = b, a

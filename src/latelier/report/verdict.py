@@ -2,7 +2,7 @@
 
 Each rule looks at one question and either says something or is silent: where a number alone carries no judgement, none
 is made up. Thresholds stand above the rules, each with its reason; `docs/latent-space.md` has them in a table. All is
-read from the content of `metrics.json`, so that old numbers can be judged too.
+read from the content of `metrics.json`, so that a verdict on old numbers needs no new measurement.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from latelier.report.page import number
 EVIDENCE = Path(__file__).with_name("evidence.json")  # written by `python -m studies.analysis.predictors`
 
 Kind = Literal["good", "fair", "bad"]
-KINDS: tuple[Kind, ...] = ("bad", "fair", "good")  # in the order in which they are told
+KINDS: tuple[Kind, ...] = ("bad", "fair", "good")  # in the order of the page
 
 FEW_IMAGES = 500  # a share of 0.5 is known to 4 % then (95 %)
 GOOD_PSNR, BAD_PSNR = 26.0, 20.0  # dB: errors of a twentieth and a tenth of the range from black to white
@@ -236,7 +236,7 @@ def order(m: Measures) -> Finding | None:
         return Finding("good", f"{words}can begin with few.", evidence)
     if whole < MANY_CHANNELS:
         return None
-    words = f"{whole} channels without an order: half of them lose {lost:.1f} dB. Denoisers learn so many slowly; "
+    words = f"{whole} channels without an order: half of them lose {lost:.1f} dB. Denoisers learn that many slowly; "
     return Finding("fair", f"{words}structured latents (tokenizer.prefixes) learn faster.", evidence)
 
 
