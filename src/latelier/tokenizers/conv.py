@@ -219,11 +219,7 @@ def build(
 
 
 def objective(
-    section: ConvSection,
-    tokenizer: AutoencoderKL | VQModel,
-    perceptual: nn.Module | None,
-    seed: int,
-    dataset: Any = None,
+    section: ConvSection, tokenizer: ModelMixin, perceptual: nn.Module | None, seed: int, dataset: Any = None
 ) -> ConvObjective:
     """The objective of a recipe's section."""
     names = (
@@ -246,13 +242,7 @@ class ConvObjective(nn.Module):
         tokenizer: the model to train. A VQModel decodes the codes nearest to its latents.
         reconstruction_loss: of pixels and LPIPS.
         seed: of the noises, which are addressed by the images' numbers.
-        kl: form of the KL, see `gaussian_kl`.
-        kl_weight: of the KL, summed over a latent; 0: a plain autoencoder, whose latent is the posterior's mean.
-        kl_per_pixel: divide that weight by an image's c h w.
-        codebook_weight, codebook_beta, codebook_form: of the codebook's term, see `quantise`.
-        codebook_window: images over which the used codes are counted.
-        codebook_restart: images without use after which a code restarts at a latent of the batch; 0: never.
-        input_noise: standard deviation of noise on the encoder's input.
+        others: as in `ConvSection`; see `gaussian_kl` and `quantise`.
     """
 
     def __init__(

@@ -6,6 +6,7 @@ A new class of diffusers is an entry in `DIFFUSERS`: its configuration to a `Tok
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 from latelier.sections import Kind
@@ -40,16 +41,12 @@ def _kl(config: Mapping[str, Any]) -> TokenizerInfo:
 
 
 def _vq(config: Mapping[str, Any]) -> TokenizerInfo:
-    """VQModel: its latents are continuous, and its decoder begins with the nearest codes."""
-    return TokenizerInfo(
-        factor=2 ** (len(config["block_out_channels"]) - 1),
-        latent_channels=config["vq_embed_dim"] or config["latent_channels"],  # it may squeeze its latents
-        image_channels=config["in_channels"],
+    """VQModel: its latents, which it may squeeze, are continuous, and its decoder begins with the nearest codes."""
+    return replace(
+        _kl(config),
+        latent_channels=config["vq_embed_dim"] or config["latent_channels"],
         decoder_modules=("quantize", "decoder", "post_quant_conv"),
-        middle=("encoder.conv_out", "quant_conv", "post_quant_conv", "decoder.conv_in"),
-        head=("decoder.conv_norm_out", "decoder.conv_out"),
-        last_layer="decoder.conv_out.weight",
-        channels_last=True,
+        variance_layer=None,
     )
 
 

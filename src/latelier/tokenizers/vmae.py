@@ -254,14 +254,8 @@ class VMAEObjective(nn.Module):
     Args:
         tokenizer: the model to train.
         seed: of the masks and the posterior's noise, which are addressed by the images' numbers.
-        mask_ratio: share of patches that the encoder does not see.
-        visible_weight: v.
-        kl: form of the KL, see `gaussian_kl`.
-        kl_weight: w_kl; the KL is summed over the channels of a latent and averaged over latents.
-        fixed_std: s of the form `fixed-std`.
-        sample_posterior: decode a draw of the posterior; false: its mean.
         perceptual: LPIPS, or None.
-        perceptual_weight, perceptual_every: w_p, and n: LPIPS on every n-th image only.
+        others: as in `VMAESection`; see `gaussian_kl` and `ReconstructionLoss`.
     """
 
     def __init__(
