@@ -6,15 +6,14 @@ from torch import nn
 
 from latelier.errors import LatelierError
 from latelier.losses.adversarial import (
+    PatchGAN,
     adaptive_weight,
     consistency_loss,
     discriminator_loss,
     generator_loss,
     lecam_loss,
 )
-from latelier.losses.augment import CHANGES, augment
-from latelier.losses.discriminator import add_adversarial_loss, build_discriminator
-from latelier.losses.patchgan import PatchGAN
+from latelier.losses.discriminator import CHANGES, add_adversarial_loss, augment, build_discriminator
 from latelier.recipe import Adversarial, build_recipe
 from latelier.tokenizers import build_objective, build_tokenizer, last_layer
 from latelier.training import tokenizer_loop

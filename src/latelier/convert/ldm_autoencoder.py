@@ -13,7 +13,7 @@ from torch import Tensor
 
 from latelier.convert import Converted, below, count_blocks, load_exactly, need
 from latelier.errors import LatelierError
-from latelier.losses.patchgan import PatchGAN
+from latelier.losses.adversarial import PatchGAN
 
 NOT_OURS = ("loss.",)  # LPIPS, the discriminator and a log-variance were sub-modules of the training model
 RENAMED = (  # decoder.up counts from the images there, from the latents here: `_rename` turns it round first

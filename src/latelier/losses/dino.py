@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from latelier.errors import LatelierError
-from latelier.losses.patchgan import group_count
+from latelier.losses.adversarial import group_count
 from latelier.losses.teachers import Teacher
 
 CROP_SHARE = 0.5  # of the images that are cropped to the ViT's size; the others are shrunk to it
