@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from latelier.training.optimizer import average_batch_norms
 from latelier.training.runtime import make_accelerator
+from latelier.training.step import average_batch_norms
 from latelier.training.tokenizer_loop import train_tokenizer
 from tiny import DCAE, tiny_recipe
 

@@ -16,9 +16,8 @@ from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.vmae import VMAEObjective
 from latelier.training import checkpoint, runtime
 from latelier.training.denoiser_loop import train_denoiser
-from latelier.training.finite import FiniteCheck
-from latelier.training.optimizer import learning_rate
 from latelier.training.runtime import Stage
+from latelier.training.step import FiniteCheck, learning_rate
 from latelier.training.tokenizer_loop import train_tokenizer
 from tiny import tiny_recipe
 

@@ -26,8 +26,8 @@ from latelier.tokenizers import build_objective, build_perceptual, build_tokeniz
 from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.pretrained import PretrainedSection
 from latelier.training import checkpoint, denoiser_loop, tokenizer_loop
-from latelier.training.optimizer import adamw
 from latelier.training.runtime import make_accelerator, peak_memory, to_device
+from latelier.training.step import adamw
 
 TIMED_STEPS = 3
 

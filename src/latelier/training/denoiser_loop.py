@@ -31,22 +31,15 @@ from latelier.publish import manifest, publish
 from latelier.recipe import Recipe
 from latelier.tokenizers.codec import Codec
 from latelier.training import checkpoint
-from latelier.training.optimizer import adamw, average_batch_norms, step
 from latelier.training.runtime import Stage, compile_model, make_accelerator, to_device
+from latelier.training.step import adamw, average_batch_norms, step
 
 PREVIEW_SAMPLES, PREVIEW_COLUMNS = 16, 8
 PREVIEW_STEPS = 25
 
 
 def train_denoiser(recipe: Recipe, accelerator: Accelerator | None = None) -> Path:
-    """Train the recipe's denoiser on the run's tokenizer, or go on where a stopped run left it.
-
-    Returns:
-        The folder of the saved `LatentDiffusionPipeline`.
-
-    Raises:
-        LatelierError: if there is no tokenizer yet, or the denoiser does not fit its latents.
-    """
+    """Train the recipe's denoiser on the run's tokenizer, or resume; returns the saved pipeline's folder."""
     training = denoiser_section(recipe)
     accelerator = accelerator or make_accelerator(training)
     stage = Stage("denoiser", recipe, training, accelerator)
@@ -134,21 +127,15 @@ def build_objective(recipe: Recipe, codec: Codec, dataset: ImageDataset) -> Deno
     section = denoiser_section(recipe)
     shape = codec.latent_shape(*recipe.data.image_size)
     captions = cache(lambda: tuple(dataset.captions()))  # read at most once
-    captioned = any(condition.kind == "text" for condition in section.condition) and any(
-        True for _ in dataset.captions()
-    )
+    reads_text = any(condition.kind == "text" for condition in section.condition)
+    captioned = reads_text and next(dataset.captions(), None) is not None
     spec = DataSpec(
-        class_names=dataset.class_names,
-        box_names=dataset.box_names,
+        class_names=dataset.class_names, box_names=dataset.box_names,
         segmentation_classes=dataset.segmentation_classes,
         captions=(lambda: iter(captions())) if captioned else None,
-        latent_shape=shape,
-        factor=codec.factor,
-        image_channels=codec.image_channels,
-        vector_width=vector_width(section),
-        prefers_tokens=section.kind == "unet",
-        seed=recipe.seed,
-    )
+        latent_shape=shape, factor=codec.factor, image_channels=codec.image_channels,
+        vector_width=vector_width(section), prefers_tokens=section.kind == "unet", seed=recipe.seed,
+    )  # fmt: skip
     if recipe.sample.guidance != 1 and not any(condition.dropout for condition in section.condition):
         raise LatelierError(
             f"sample.guidance = {recipe.sample.guidance}, but this denoiser is trained without dropping its "
@@ -157,24 +144,17 @@ def build_objective(recipe: Recipe, codec: Codec, dataset: ImageDataset) -> Deno
     conditioner = build_conditioner(section.condition, spec)
     conditioners = components(conditioner).values()
     denoiser = build_denoiser(
-        section,
-        shape,
-        token_width=max((part.token_width for part in conditioners), default=0),
+        section, shape, token_width=max((part.token_width for part in conditioners), default=0),
         spatial_channels=sum(part.spatial_channels for part in conditioners),
         vector=any(not part.token_width and not part.spatial_channels for part in conditioners),
-    )
+    )  # fmt: skip
     _check_channels(recipe, shape[0], denoiser.config.get("prefix_channels", False))
     return DenoisingObjective(
-        denoiser,
-        conditioner,
-        build_process(**section.process.model_dump()),
-        seed=recipe.seed + 1,
-        dropout=[condition.dropout for condition in section.condition],
-        loss=section.loss,
-        cosine_weight=section.cosine_weight,
-        sample_posterior=section.sample_posterior,
+        denoiser, conditioner, build_process(**section.process.model_dump()), seed=recipe.seed + 1,
+        dropout=[condition.dropout for condition in section.condition], loss=section.loss,
+        cosine_weight=section.cosine_weight, sample_posterior=section.sample_posterior,
         prefixes=random_prefixes(section.prefixes, shape[0]),
-    )
+    )  # fmt: skip
 
 
 def _check_channels(recipe: Recipe, channels: int, allowed: bool) -> None:
@@ -190,7 +170,7 @@ def _check_channels(recipe: Recipe, channels: int, allowed: bool) -> None:
 
 
 def encode_latents(recipe: Recipe, accelerator: Accelerator | None = None, overwrite: bool = False) -> LatentCache:
-    """Encode the training images once; goes on where a stopped run left it, and refuses a stale cache."""
+    """Encode the training images once, or resume; a stale cache is refused."""
     accelerator = accelerator or Accelerator()
     codec = open_codec(recipe).to(accelerator.device)
     return open_cache(recipe, codec, open_images(recipe), accelerator, overwrite)

@@ -30,8 +30,7 @@ from latelier.signals import handled_by, stop_now
 from latelier.terminal import console
 from latelier.tokenizers.codec import fast_bf16
 from latelier.training import checkpoint
-from latelier.training.finite import FiniteCheck, NotFinite
-from latelier.training.optimizer import clip_gradients, learning_rate
+from latelier.training.step import FiniteCheck, NotFinite, clip_gradients, learning_rate
 
 
 def make_accelerator(training: Training) -> Accelerator:

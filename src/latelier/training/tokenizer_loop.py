@@ -31,19 +31,15 @@ from latelier.tokenizers import (
 from latelier.tokenizers.codec import Codec, check_size
 from latelier.tokenizers.pretrained import PretrainedSection
 from latelier.training import checkpoint
-from latelier.training.optimizer import adamw, average_batch_norms, step
 from latelier.training.runtime import Stage, compile_model, make_accelerator
+from latelier.training.step import adamw, average_batch_norms, step
 
 STATISTICS_IMAGES = 10_000
 PREVIEW_IMAGES = 16
 
 
 def train_tokenizer(recipe: Recipe, accelerator: Accelerator | None = None) -> Path:
-    """Train the recipe's tokenizer through all its phases, or go on where a stopped run left it.
-
-    Returns:
-        The folder with weights, configuration and latent statistics; `Codec.from_pretrained` opens it.
-    """
+    """Train the recipe's tokenizer through all its phases, or resume; `Codec.from_pretrained` opens the result."""
     if not isinstance(recipe.tokenizer, TrainedTokenizer):
         return import_tokenizer(recipe, open_images(recipe), recipe.folder / "tokenizer")
     before = 0
@@ -55,13 +51,9 @@ def train_tokenizer(recipe: Recipe, accelerator: Accelerator | None = None) -> P
 
 
 def train_phase(recipe: Recipe, number: int, before: int, accelerator: Accelerator) -> None:
-    """One phase: its own optimiser, averages, schedule and checkpoints, on the weights of the phase before.
+    """Phase `number`, 0 for the section itself: its own optimiser, averages, schedule and checkpoints.
 
-    Args:
-        recipe: the experiment; its tokenizer is one that is trained.
-        number: of the phase, 0 for the section itself.
-        before: images seen by the earlier phases.
-        accelerator: process group and device.
+    It begins with the weights of the phase before; `before` counts the images seen by all earlier phases.
     """
     name, training = recipe.tokenizer.phase(number)  # type: ignore[union-attr]
     folder = phase_folder(recipe, number)
@@ -256,27 +248,15 @@ def import_tokenizer(recipe: Recipe, dataset: ImageDataset, folder: Path) -> Pat
 def save_codec(
     codec: Codec, dataset: ImageDataset, recipe: Recipe, folder: Path, accelerator: Accelerator | None, images: int = 0
 ) -> None:
-    """Measure the latent statistics over the training set and publish the tokenizer with them.
-
-    Args:
-        codec: the tokenizer.
-        dataset: training images.
-        recipe: the experiment.
-        folder: where it goes.
-        accelerator: the process group; None is one process.
-        images: that it was trained on.
-    """
+    """Measure the latent statistics over the training set, and publish the tokenizer with them."""
     if codec.mean is None:
         mean, std = latent_statistics(codec, dataset, STATISTICS_IMAGES, recipe.seed, accelerator)
         about = {"images": min(STATISTICS_IMAGES, len(dataset)), "data": dataset.fingerprint, "sampled": True}
         codec = Codec(codec.tokenizer, mean, std, about, codec.precision)
-        deviation = f"; standard deviations of its latents: {std.min():.2f} to {std.max():.2f}"
-    else:
-        deviation = ""
     if accelerator is None or accelerator.is_main_process:
         with publish(folder, images=images) as temporary:
             codec.save_pretrained(temporary)
-        console.print(f"Tokenizer saved in {folder}{deviation}.")
+        console.print(f"Tokenizer saved in {folder}.")
     if accelerator is not None:
         accelerator.wait_for_everyone()
 
