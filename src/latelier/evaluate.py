@@ -23,7 +23,7 @@ from latelier.evaluation.conditions import condition_grid, evaluate_conditions
 from latelier.evaluation.convergence import measure_convergence
 from latelier.evaluation.cost import measure_cost, measure_sampling
 from latelier.evaluation.features import load_extractor
-from latelier.evaluation.generation import evaluate_generation, generate_images, nearest
+from latelier.evaluation.generation import describe_sampling, evaluate_generation, generate_images, nearest
 from latelier.evaluation.metrics import METRICS
 from latelier.evaluation.processes import is_main, rank
 from latelier.evaluation.reconstruction import SHOWN, draw_errors, evaluate_reconstruction
