@@ -11,7 +11,7 @@ from latelier.conditioning.layout import LayoutConditioner
 from latelier.data.latents import LatentCache, latent_statistics
 from latelier.denoisers import build_denoiser
 from latelier.denoisers.dit import SWITCHES, DiT
-from latelier.denoisers.objective import DenoiserSection
+from latelier.denoisers.objective import DenoiserSection, DenoisingObjective
 from latelier.diffusion.loss_guidance import LossGuidance
 from latelier.diffusion.process import Flow
 from latelier.errors import LatelierError

@@ -9,7 +9,7 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 
-from latelier import run as experiment
+from latelier import run
 from latelier import weights
 from latelier.errors import LatelierError
 from latelier.evaluation.reconstruction import (
@@ -240,7 +240,7 @@ def test_a_run_measures_its_posterior_and_draws_its_errors(tmp_path):
         "evaluate": {"metrics": ["psnr", "posterior", "equivariance", "codebook"], "samples": 6, "batch": 4},
     }  # fmt: skip
     recipe = build_recipe(tree)
-    experiment.complete(recipe)
+    run.complete(recipe)
     numbers = json.loads((recipe.folder / "metrics.json").read_text())["latent space"]
     assert {"latent-std", "active-channels", "equivariance-shift", "psnr-after-scale"} <= set(numbers)
     assert not {"kl-bits-per-pixel", "codebook-usage"} & set(numbers)  # it has neither a posterior nor codes
