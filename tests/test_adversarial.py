@@ -89,7 +89,7 @@ def test_both_sides_begin_when_the_recipe_says(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer_loop, "add_adversarial_loss", fool)
     train_tokenizer(recipe)
     assert [n for name, n in steps if name == "Discriminator"] == [16, 24]
-    assert [n for name, n in steps if name == "AutoencoderObjective"] == [0, 8, 16, 24]
+    assert [n for name, n in steps if name == "ConvObjective"] == [0, 8, 16, 24]
     assert fooled == [4]  # in the last step only, after two steps of the tokenizer and one of both
 
 

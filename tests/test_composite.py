@@ -22,6 +22,7 @@ from latelier.conditioning.inputs import Inputs
 from latelier.conditioning.spatial import LowResolutionConditioner
 from latelier.denoisers.objective import DenoiserSection
 from latelier.errors import LatelierError
+from latelier.recipe import build_recipe
 from latelier.sections import ByKind
 
 SPEC = DataSpec(["cat", "dog"], None, None, None, (4, 8, 8), 4, 3, 16, False, 0)
@@ -128,14 +129,15 @@ def test_the_table_of_conditions():
         assert section.kind == kind
         assert 0 <= section.dropout < 1
     assert DenoiserSection(condition="none").condition == []
+    tree = {"name": "x", "data": {"source": "emoji"}, "tokenizer": {"kind": "identity"}}
     for condition, message in (
-        ("depth", "kind = 'depth' is not known; allowed: class, text, layout"),
-        ({"kind": "text", "lenght": 9}, "Unknown key 'denoiser.condition.lenght' in the recipe; did you mean 'length'"),
-        ({"kind": "text", "length": 0}, "denoiser.condition.length = 0 is not allowed"),
-        ({"length": 9}, "or a section with a `kind`"),
+        ("depth", r"denoiser.condition.0.kind = 'depth' is not known; allowed: class, text, layout"),
+        ({"kind": "text", "lenght": 9}, r"Unknown key 'denoiser.condition.0.lenght' .*; did you mean 'length'"),
+        ({"kind": "text", "length": 0}, r"denoiser.condition.0.length = 0 is not allowed"),
+        ({"length": 9}, r"denoiser.condition.0.kind = None is not known"),
     ):
         with pytest.raises(LatelierError, match=message):
-            DenoiserSection(condition=condition)
+            build_recipe({**tree, "denoiser": {"condition": condition}})
 
 
 def test_inputs_that_a_model_does_not_take():

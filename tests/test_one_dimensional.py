@@ -226,7 +226,7 @@ def test_what_needs_a_plane_is_refused(kind):
 @pytest.mark.parametrize("size", ["T", "S"])
 def test_unets_are_refused(size):
     section = DenoiserSection(kind="unet", size=size)
-    with pytest.raises(LatelierError, match=r"kind = unet needs latents on a 2-D grid, .* 1-D .12 positions"):
+    with pytest.raises(LatelierError, match=r"kind = unet needs latents on a 2-D grid, .* are 1-D \(12 positions\)"):
         build_denoiser(section, (CHANNELS, LENGTH))
 
 

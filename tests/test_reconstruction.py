@@ -9,8 +9,7 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 
-from latelier import run
-from latelier import weights
+from latelier import run, weights
 from latelier.errors import LatelierError
 from latelier.evaluation.reconstruction import (
     NARROWEST,
