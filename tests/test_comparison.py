@@ -13,18 +13,24 @@ from latelier.evaluation.metrics import better, plain
 from latelier.images import make_grid, make_pairs, save_png
 from latelier.report.comparison import write_comparison
 from latelier.report.figures import _trade_offs, _trained
-from latelier.report.orderings import (
+from latelier.report.page import column_texts
+from latelier.report.tables import (
     MIXTURE,
     TRAINING_SPEED,
     Published,
     RunSummary,
     at_steps,
     best,
+    how_to_read,
+    measured,
     orderings,
+    printed,
+    read_curves,
+    receipts,
+    sampling,
     steps_of,
+    verdicts,
 )
-from latelier.report.page import column_texts
-from latelier.report.tables import how_to_read, measured, printed, read_curves, receipts, sampling, verdicts
 
 
 def run(name, images=None, facts=None, **values):
@@ -63,7 +69,7 @@ def opened(path):
      ("gfd-vgg16@50", "lower"), ("samples-per-second@50", "higher"), ("smoothness-colour", None), ("beauty", None),
      ("gmm-nll@5", "lower"), ("gmm-modes", "lower"), ("probe-accuracy", "higher"), ("probe-pooled-accuracy", "higher"),
      ("knn-accuracy", "higher"), ("diffusion-loss", "lower"), ("effective-rank", None), ("channel-rank", None),
-     ("inpainting-lpips", "lower"), ("inpainting-fd-vgg16", "lower"), ("box-match", "higher"),
+     ("inpainting-lpips", "lower"), ("inpainting-fd-vgg16", "lower"), ("layout-match", "higher"),
      ("clip-score", "higher")],
 )  # fmt: skip
 def test_direction(name, direction):

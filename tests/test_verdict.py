@@ -3,7 +3,7 @@
 import pytest
 
 from latelier.report.page import render
-from latelier.report.verdict import KINDS, RULES, Measures, experience, verdict
+from latelier.report.verdict import KINDS, RULES, Measures, apply, experience, verdict
 
 
 def made_up(**sections):
@@ -103,7 +103,7 @@ def test_every_rule_is_tried():
 
 
 def _fires(rule, numbers):
-    return rule(Measures(made_up(**numbers))) is not None
+    return apply(rule, Measures(made_up(**numbers))) is not None
 
 
 def test_bad_news_come_first():

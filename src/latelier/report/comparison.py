@@ -21,16 +21,19 @@ from latelier.errors import LatelierError
 from latelier.evaluation.metrics import better
 from latelier.images import GAP_COLOUR, save_png
 from latelier.report.figures import ERRORS, MAP, ImageFile, draw_convergence, draw_figures
-from latelier.report.orderings import Ordering, Published, RunSummary, orderings
 from latelier.report.overview import fronts, overview
 from latelier.report.page import INK, render, write
 from latelier.report.tables import (
+    Ordering,
+    Published,
+    RunSummary,
     Table,
     comparable,
     convergence,
     costs,
     how_to_read,
     measured,
+    orderings,
     printed,
     read_curves,
     receipts,

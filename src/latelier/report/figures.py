@@ -11,19 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from latelier.evaluation.metrics import heading, unit
-from latelier.report.orderings import (
+from latelier.report.page import INK, LINE, LOG_RATIO, SOFT, column_texts, number, short, write
+from latelier.report.tables import (
     CONVERGENCE,
     MIXTURE,
     SAMPLING_SPEED,
     TRAINING_SPEED,
+    Curves,
     RunSummary,
     at_steps,
     best,
     interval,
+    read_curves,
     value,
 )
-from latelier.report.page import INK, LINE, LOG_RATIO, SOFT, column_texts, number, short, write
-from latelier.report.tables import Curves, read_curves
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 from latelier.evaluation.metrics import ARROWS, Better, better, heading, plain
 from latelier.report.figures import STYLE, WIDTH, ImageFile, fit, legend, log_axes, make_panels, save_figure, styles
-from latelier.report.orderings import RunSummary, value
 from latelier.report.page import INK, MISSING, SOFT, column_texts, number
-from latelier.report.tables import Table
+from latelier.report.tables import RunSummary, Table, value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,14 +1,13 @@
 """What the numbers of a latent space mean for someone who is about to train a denoiser on it, in sentences.
 
-Each rule looks at one question and either says something or is silent: where a number alone carries no judgement, none
-is made up. Thresholds stand above the rules, each with its reason; `docs/latent-space.md` has them in a table. All is
-read from the content of `metrics.json`, so that a verdict on old numbers needs no new measurement.
+Each rule answers one question from the content of `metrics.json`, or is silent where the numbers do not decide it.
+Thresholds stand above the rules, each with its reason; `docs/latent-space.md` has them in a table.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -42,14 +41,15 @@ SLOW_HOURS = 24.0  # to encode a million images
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence about a latent space: `bad` (see to it before training), `fair` (know it) or `good`.
-
-    `evidence` are the numbers that it rests on, by the names of their metrics.
-    """
+    """One sentence about a latent space: `bad` (see to it before training), `fair` (know it) or `good`."""
 
     kind: Kind
     sentence: str
-    evidence: dict[str, float]
+    evidence: dict[str, float]  # the numbers that it rests on, by the names of their metrics
+
+
+class Missing(Exception):
+    """A rule needs a number that was not measured."""
 
 
 def read_entries(metrics: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -70,13 +70,17 @@ class Measures:
         self.values = {name: v for name, v in found.items() if v is not None}
         self.receipts: dict[str, dict[str, Any]] = {name: entry.get("receipt") or {} for name, entry in every.items()}
 
-    def get(self, name: str) -> float | None:
-        """The value of a metric, None if it is missing."""
-        return self.values.get(name)
+    def __getitem__(self, name: str) -> float:
+        """The value of a metric; raises `Missing`."""
+        return _needed(self.values.get(name))
 
     def about(self, name: str, key: str) -> Any:
         """A field of a metric's receipt, None if it is missing."""
         return self.receipts.get(name, {}).get(key)
+
+    def number(self, name: str, key: str) -> float:
+        """A number of a metric's receipt; raises `Missing`."""
+        return _needed(number(self.about(name, key)))
 
     def begin(self, start: str) -> dict[str, float]:
         """The metrics whose names begin so."""
@@ -89,16 +93,27 @@ Rule = Callable[[Measures], Finding | None]
 def verdict(metrics: Mapping[str, Any]) -> list[Finding]:
     """What the content of a metrics.json says of a latent space; bad findings first."""
     measures = Measures(metrics)
-    found = [finding for rule in RULES if (finding := rule(measures)) is not None]
+    found = [finding for rule in RULES if (finding := apply(rule, measures)) is not None]
     return sorted(found, key=lambda finding: KINDS.index(finding.kind))
+
+
+def apply(rule: Rule, measures: Measures) -> Finding | None:
+    """What a rule finds; nothing where a number that it needs is missing."""
+    try:
+        return rule(measures)
+    except Missing:
+        return None
+
+
+def _needed(value: float | None) -> float:
+    if value is None:
+        raise Missing
+    return value
 
 
 def _near(value: float) -> str:
     """Three significant digits, which are enough for a sentence."""
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-
-
-# -- reconstruction ---------------------------------------------------------------------------------------------------
 
 
 def images(m: Measures) -> Finding | None:
@@ -111,10 +126,9 @@ def images(m: Measures) -> Finding | None:
     return Finding("fair", words, {"n": float(n)})
 
 
-def detail(m: Measures) -> Finding | None:
+def detail(m: Measures) -> Finding:
     """How exact reconstructions are. 20 dB is an error of 10 % of the range: `10^(-20 / 20)`."""
-    if (psnr := m.get("psnr")) is None:
-        return None
+    psnr = m["psnr"]
     share = 100 * 10 ** (-psnr / 20)
     error = f"{psnr:.1f} dB, a root mean square error of {share:.0f} % of the range from black to white"
     if psnr >= GOOD_PSNR:
@@ -128,7 +142,7 @@ def limit(m: Measures) -> Finding | None:
     """What reconstruction leaves to samples: their Fréchet distance is hardly below that of reconstructions."""
     for name, rfd in m.begin("rfd-").items():
         samples = name.replace("rfd", "gfd", 1)
-        if (gfd := m.get(samples)) is None:
+        if (gfd := m.values.get(samples)) is None:
             words = f"A denoiser that generates latents perfectly would still have a {samples} near {_near(rfd)}: so "
             return Finding("fair", f"{words}far from the originals are their reconstructions.", {name: rfd})
         share, evidence = rfd / max(gfd, 1e-12), {name: rfd, samples: gfd}
@@ -140,30 +154,28 @@ def limit(m: Measures) -> Finding | None:
     return None
 
 
-# -- scale and channels -----------------------------------------------------------------------------------------------
-
-
 def scale(m: Measures) -> Finding | None:
     """Whether raw latents have the scale of the noise, and a configured factor is theirs (LDM, section 4.3.2)."""
-    if (std := m.get("latent-std")) is None or std <= 0:
+    if (std := m["latent-std"]) <= 0:
         return None
     words = f"Raw latents have a standard deviation of {_near(std)}, where noise has 1: diffusers' scaling_factor "
     words += f"should be {_near(1 / std)}"
-    configured = m.about("latent-std", "configured_scaling_factor")
-    if isinstance(configured, int | float) and configured > 0:
+    evidence = {"latent-std": std}
+    configured = number(m.about("latent-std", "configured_scaling_factor")) or 0.0
+    if configured > 0:
         if 1 / OFF_SCALE <= configured * std <= OFF_SCALE:
             return None
-        words += f", but is {_near(configured)} here. latelier normalises by itself."
-        return Finding("fair", words, {"latent-std": std, "scaling_factor": float(configured)})
-    if 1 / LARGE_SCALE <= std <= LARGE_SCALE:
+        words += f", but is {_near(configured)} here"
+        evidence["scaling_factor"] = configured
+    elif 1 / LARGE_SCALE <= std <= LARGE_SCALE:
         return None
-    return Finding("fair", f"{words}. latelier normalises by itself.", {"latent-std": std})
+    return Finding("fair", f"{words}. latelier normalises by itself.", evidence)
 
 
 def outliers(m: Measures) -> Finding | None:
     """Whether a channel is far larger than the others, which one factor for all channels does not mend."""
     name = "largest-variance-ratio"
-    if (ratio := m.get(name)) is None or ratio < UNEVEN:
+    if (ratio := m[name]) < UNEVEN:
         return None
     channel = m.about(name, "channel")
     which = "One channel" if channel is None else f"Channel {channel}"
@@ -174,24 +186,19 @@ def outliers(m: Measures) -> Finding | None:
 
 def silent(m: Measures) -> Finding | None:
     """Whether channels are far smaller than the others: normalised, they are as loud as those."""
-    small = m.about("outlier-channels", "small")
-    if not small or (count := m.get("outlier-channels")) is None:
+    count, small = m["outlier-channels"], m.about("outlier-channels", "small")
+    if not small:
         return None
-    words = f"Nearly silent next to the others: {_channels(small)}. Normalising makes the silent as loud as the rest, "
-    return Finding("fair", f"{words}and a denoiser learns them as if they mattered.", {"outlier-channels": count})
-
-
-def _channels(numbers: Sequence[int]) -> str:
-    """`channel 3`, `channels 3, 5 and 8`, `12 channels`."""
-    if len(numbers) > 4:
-        return f"{len(numbers)} channels"
-    first, last = ", ".join(map(str, numbers[:-1])), str(numbers[-1])
-    return f"channels {first} and {last}" if first else f"channel {last}"
+    *first, last = map(str, small)
+    few = f"channels {', '.join(first)} and {last}" if first else f"channel {last}"
+    words = f"Nearly silent next to the others: {few if len(small) <= 4 else f'{len(small)} channels'}. Normalising "
+    words += "makes the silent as loud as the rest, and a denoiser learns them as if they mattered."
+    return Finding("fair", words, {"outlier-channels": count})
 
 
 def active(m: Measures) -> Finding | None:
     """How many channels carry anything: the posterior's mean varies by more than 0.01 (Burda et al. 2016)."""
-    if (share := m.get("active-channels")) is None or share >= ACTIVE:
+    if (share := m["active-channels"]) >= ACTIVE:
         return None
     words = f"Only {100 * share:.0f} % of the channels say anything about the image; the denoiser learns noise in the "
     words += "others. Take fewer channels, or less KL."
@@ -200,18 +207,18 @@ def active(m: Measures) -> Finding | None:
 
 def redundancy(m: Measures) -> Finding | None:
     """Whether channels repeat each other."""
-    channels, rank = m.about("channel-rank", "dims"), m.get("channel-rank")
-    if rank is None or not channels or rank >= REDUNDANT * channels:
+    rank, channels = m["channel-rank"], m.number("channel-rank", "dims")
+    if rank >= REDUNDANT * channels:
         return None
-    words = f"The {channels} channels vary in no more than {rank:.1f} directions: fewer channels would hold as much."
+    words = (
+        f"The {channels:.0f} channels vary in no more than {rank:.1f} directions: fewer channels would hold as much."
+    )
     return Finding("fair", words, {"channel-rank": rank})
 
 
 def noise(m: Measures) -> Finding | None:
     """How much of what the denoiser sees is the posterior's own noise: the square of its share of the deviation."""
-    if (std := m.get("posterior-std")) is None:
-        return None
-    share, evidence = std**2, {"posterior-std": std}
+    share, evidence = m["posterior-std"] ** 2, {"posterior-std": m["posterior-std"]}
     if share >= STRONG_KL:
         words = f"{100 * share:.0f} % of the latents' variance is the posterior's noise: the KL term is too strong."
         return Finding("bad", words, evidence)
@@ -240,10 +247,9 @@ def order(m: Measures) -> Finding | None:
     return Finding("fair", f"{words}structured latents (tokenizer.prefixes) learn faster.", evidence)
 
 
-def codes(m: Measures) -> Finding | None:
+def codes(m: Measures) -> Finding:
     """Whether the codebook is used."""
-    if (usage := m.get("codebook-usage")) is None:
-        return None
+    usage = m["codebook-usage"]
     evidence = {"codebook-usage": usage}
     if usage >= USED:
         return Finding("good", f"{100 * usage:.0f} % of the codes are in use.", evidence)
@@ -251,20 +257,15 @@ def codes(m: Measures) -> Finding | None:
     return Finding("bad" if usage < HALF_USED else "fair", f"{words}codebook, or restart dead codes.", evidence)
 
 
-# -- geometry ---------------------------------------------------------------------------------------------------------
-
-
 def smoothness(m: Measures) -> Finding | None:
     """What small errors of a denoiser will do to images (LDMAE, Lee et al. 2025, figure 6)."""
-    drop, psnr = m.about("smoothness-psnr", "drop"), m.get("smoothness-psnr")
-    if not isinstance(drop, int | float) or psnr is None:
-        return None
+    psnr, lost = m["smoothness-psnr"], -m.number("smoothness-psnr", "drop")
     clean = psnr if (curve := m.about("smoothness-psnr", "curve")) is None else curve[0][1]
-    evidence = {"smoothness-psnr": psnr, "drop in dB": float(drop)}
-    cost = f"noise of 0.3 standard deviations in the latents costs {-drop:.1f} dB"
-    if -drop >= STEEP:
+    evidence = {"smoothness-psnr": psnr, "drop in dB": -lost}
+    cost = f"noise of 0.3 standard deviations in the latents costs {lost:.1f} dB"
+    if lost >= STEEP:
         return Finding("bad", f"The space is steep: {cost}, so small errors of a denoiser will be seen.", evidence)
-    if -drop > FLAT:
+    if lost > FLAT:
         words = f"The space is not very smooth: {cost}; small errors of a denoiser will be seen."
         return Finding("fair", words, evidence)
     if clean < BAD_PSNR:
@@ -275,7 +276,7 @@ def smoothness(m: Measures) -> Finding | None:
 def likeness(m: Measures) -> Finding | None:
     """Whether what looks alike lies together at all (LDMAE's perceptual compression)."""
     name = "separation-object"
-    if (separation := m.get(name)) is None or separation > 0:
+    if (separation := m[name]) > 0:
         return None
     words = "Images that look alike do not lie closer together than any others: distances in this space mean little."
     return Finding("bad", words, {name: separation})
@@ -295,18 +296,14 @@ def equivariance(m: Measures) -> Finding | None:
     return Finding("fair", f"{words}images have 2. A denoiser must learn every place anew.", {name: worst})
 
 
-# -- distribution -----------------------------------------------------------------------------------------------------
-
-
 def modes(m: Measures) -> Finding | None:
     """How far latents are from one Gaussian (MAETok, Chen et al. 2025, section 3: fewer modes are learnt faster)."""
     points = sorted((k, name) for name in m.begin("gmm-nll@") if isinstance(k := m.about(name, "modes"), int))
-    needed = m.get("gmm-modes")
-    if not points or points[0][0] != 1 or points[-1][0] < ENOUGH_MODES or needed is None:
+    if not points or points[0][0] != 1 or points[-1][0] < ENOUGH_MODES:
         return None
-    single = m.values[points[0][1]]
+    needed, single = m["gmm-modes"], m[points[0][1]]
     evidence = {"gmm-modes": needed, points[0][1]: single}
-    if single - min(m.values[name] for _, name in points) <= GAUSSIAN:
+    if single - min(m[name] for _, name in points) <= GAUSSIAN:
         return Finding("good", "Latents are nearly one Gaussian, which is the easiest thing to diffuse from.", evidence)
     if needed < points[-1][0]:
         return None
@@ -316,10 +313,10 @@ def modes(m: Measures) -> Finding | None:
 
 def classes(m: Measures) -> Finding | None:
     """Whether classes can be told from latents (MAETok, section 3: discriminative spaces generate better)."""
-    guess, right = m.about("probe-accuracy", "majority"), m.get("probe-accuracy")
-    if right is None or not isinstance(guess, int | float) or guess >= 1:
+    right, guess = m["probe-accuracy"], m.number("probe-accuracy", "majority")
+    if guess >= 1:
         return None
-    skill, evidence = (right - guess) / (1 - guess), {"probe-accuracy": right, "by guessing": float(guess)}
+    skill, evidence = (right - guess) / (1 - guess), {"probe-accuracy": right, "by guessing": guess}
     numbers = f"a linear probe is right in {100 * right:.0f} % of the images, guessing in {100 * guess:.0f} %"
     if skill >= TOLD_APART:
         return Finding("good", f"Classes lie apart: {numbers}.", evidence)
@@ -330,11 +327,10 @@ def classes(m: Measures) -> Finding | None:
 
 def difficulty(m: Measures) -> Finding | None:
     """Whether a small denoiser learns soon how numbers of a latent belong together."""
-    independent, loss = m.about("diffusion-loss", "independent"), m.get("diffusion-loss")
-    if loss is None or not isinstance(independent, int | float) or independent <= 0:
+    loss, independent = m["diffusion-loss"], m.number("diffusion-loss", "independent")
+    if independent <= 0:
         return None
-    share = 1 - loss / independent
-    evidence = {"diffusion-loss": loss, "independent Gaussians": float(independent)}
+    share, evidence = 1 - loss / independent, {"diffusion-loss": loss, "independent Gaussians": independent}
     if share >= LEARNT:
         words = f"Easily learnt: a small denoiser is {100 * share:.0f} % below the loss of independent Gaussians after "
         return Finding("good", f"{words}a minute.", evidence)
@@ -347,7 +343,7 @@ def difficulty(m: Measures) -> Finding | None:
 def cost(m: Measures) -> Finding | None:
     """Whether encoding a data set is a matter of days."""
     name = "encode-images-per-second"
-    if (speed := m.get(name)) is None or speed <= 0 or (hours := 1e6 / speed / 3600) <= SLOW_HOURS:
+    if (speed := m[name]) <= 0 or (hours := 1e6 / speed / 3600) <= SLOW_HOURS:
         return None
     words = f"Encoding a million images takes {hours:.0f} hours on this device. Encode once, into a latent cache."
     return Finding("fair", words, {name: speed})
@@ -357,9 +353,6 @@ RULES: tuple[Rule, ...] = (
     detail, limit, smoothness, scale, outliers, silent, active, redundancy, noise, order, codes, likeness, equivariance,
     modes, classes, difficulty, cost, images,
 )  # fmt: skip
-
-
-# -- experience -------------------------------------------------------------------------------------------------------
 
 
 def experience(metrics: Mapping[str, Any], evidence: Mapping[str, Any] | None = None) -> str:
@@ -381,5 +374,6 @@ def experience(metrics: Mapping[str, Any], evidence: Mapping[str, Any] | None = 
     )
     if not sure:
         return f"{words}none went along with generation beyond chance."
-    words += f"beyond chance went along with generation (below 0: against it): {sure}"
-    return f"{words}. Of the others it is not known."
+    return (
+        f"{words}beyond chance went along with generation (below 0: against it): {sure}. Of the others it is not known."
+    )

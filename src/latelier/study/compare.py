@@ -23,8 +23,8 @@ from latelier.opening import open_images, open_pretrained
 from latelier.recipe import Recipe
 from latelier.report.comparison import write_comparison
 from latelier.report.figures import ERRORS, MAP
-from latelier.report.orderings import RunSummary, read_metrics
 from latelier.report.overview import BITS, NUMBERS
+from latelier.report.tables import RunSummary, read_metrics
 from latelier.study.inspect import inspect, inspection_recipe
 from latelier.study.study import file_name
 from latelier.terminal import console
