@@ -371,9 +371,9 @@ def test_figures_of_speed_need_their_numbers(tmp_path):
 
 def test_training_speed_takes_the_recipes_own_steps():
     mixed = sampler("A", [(20, 9.0, 2.0), (100, 8.0, 0.4)], 10.0)
-    assert _trained([mixed]) == {"gfd-vgg16@100": {0: (10.0, 8.0)}}
+    assert _trained([mixed]) == {"gfd-vgg16@100": {0: [(10.0, 8.0, "A")]}}
     mixed.metrics["gfd-vgg16"] = {"value": 8.5}
-    assert _trained([mixed]) == {"gfd-vgg16": {0: (10.0, 8.5)}}
+    assert _trained([mixed]) == {"gfd-vgg16": {0: [(10.0, 8.5, "A")]}}
     assert _trade_offs([run("none"), mixed]) == {"gfd-vgg16": {1: [(2.0, 9.0, 20), (0.4, 8.0, 100)]}}
 
 

@@ -22,12 +22,9 @@ MACHINE = {"grad_norm": "gradient norm", "lr": "learning rate", "images_per_seco
 NOT_CURVES = ("stage", "images", "seconds")
 MOST_PREVIEWS, MOST_THUMBS, MOST_SKIPPED = 12, 32, 20
 LONG = ("latent space", "cost")  # sections with dozens of numbers, of which headlines stand in front
-BARS = {
-    "latent-std": "std of raw latents",
-    "posterior-std": "std of the posterior",
-    "kl-bits-per-pixel": "KL, nats per number",
-    "channel-sparsity": "sparsity (Hoyer)",
-}  # metrics whose receipts have a value for each channel
+BARS = {"latent-std": "std of raw latents", "posterior-std": "std of the posterior",
+        "kl-bits-per-pixel": "KL, nats per number", "channel-sparsity": "sparsity (Hoyer)",
+}  # metrics whose receipts have a value for each channel  # fmt: skip
 SPECTRA = {"effective-rank": "spectrum of whole latents", "channel-rank": "spectrum of channels"}
 ROUNDING = 1e-8  # shares of the variance below it are none
 
@@ -36,11 +33,7 @@ Charts = list[tuple[str, list[Chart]]]  # charts side by side below a sentence
 
 
 def write_report(folder: Path) -> Path:
-    """Write `report.html` into a run folder and return its path.
-
-    Args:
-        folder: the run folder; reads recipe.yaml, log.jsonl, previews/, samples/, metrics.json, skipped.jsonl and the
-            images, as far as they exist.
+    """Write `report.html` into a run folder from the files that it has, and return its path.
 
     Raises:
         LatelierError: if the folder does not exist.
@@ -48,8 +41,8 @@ def write_report(folder: Path) -> Path:
     folder = Path(folder)
     if not folder.is_dir():
         raise LatelierError(f"There is no run folder {folder} to report on.")
-    recipe_file = folder / "recipe.yaml"
-    text = recipe_file.read_text(encoding="utf-8", errors="replace") if recipe_file.is_file() else ""
+    file = folder / "recipe.yaml"
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     recipe = _dict(yaml.safe_load(text))
     log = read_log(folder / "log.jsonl")
     metrics = _dict(json.loads(path.read_text())) if (path := folder / "metrics.json").is_file() else {}
@@ -67,7 +60,9 @@ def write_report(folder: Path) -> Path:
         "Recipe": text,
     }
     findings = [
-        {"kind": one.kind, "sentence": one.sentence, "numbers": _evidence(one.evidence)} for one in verdict(metrics)
+        {"kind": one.kind, "sentence": one.sentence, "numbers": evidence}
+        for one in verdict(metrics)
+        for evidence in [", ".join(f"{name} {at_a_glance(value)}" for name, value in one.evidence.items())]
     ]
     page = render(
         "run.html.j2",
@@ -82,11 +77,7 @@ def write_report(folder: Path) -> Path:
 
 
 def read_log(path: Path) -> dict[str, list[Row]]:
-    """Log lines by stage in the order in which they began, ascending in images seen.
-
-    A resumed run writes again what it had logged after its checkpoint; the later line counts. Half-written lines are
-    left out.
-    """
+    """Log lines by stage, ascending in images seen; a resumed run logs some steps again, whose later line counts."""
     stages: dict[str, list[Row]] = {}
     for row in _read_lines(path):
         if not isinstance(row.get("images"), int | float):
@@ -96,9 +87,6 @@ def read_log(path: Path) -> dict[str, list[Row]]:
             rows.pop()
         rows.append(row)
     return stages
-
-
-# -- the head ---------------------------------------------------------------------------------------------------------
 
 
 def _sentence(recipe: Row) -> str:
@@ -132,13 +120,6 @@ def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} h"
-
-
-def _evidence(numbers: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {at_a_glance(value)}" for name, value in numbers.items())
-
-
-# -- images -----------------------------------------------------------------------------------------------------------
 
 
 def _samples(folder: Path) -> Row:
@@ -180,9 +161,6 @@ def _preview_files(folder: Path, stage: str) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
-# -- latents ----------------------------------------------------------------------------------------------------------
-
-
 def _noise(measures: Measures) -> Charts:
     """What noise on the latents does, for each metric that has a curve."""
     charts = [
@@ -200,21 +178,16 @@ def _prefixes(measures: Measures) -> Charts:
     for name, value in measures.begin("prefix-").items():
         if (length := measures.about(name, "prefix")) is not None:
             curves.setdefault(name.removeprefix("prefix-").partition("@")[0], []).append((length, value))
-    charts = [
-        line_chart(f"{metric} of prefixes", sorted(points), False, "channels that are decoded")
-        for metric, points in curves.items()
-    ]
+    over = "channels that are decoded"
+    charts = [line_chart(f"{metric} of prefixes", sorted(points), False, over) for metric, points in curves.items()]
     words = "Images decoded from the first channels alone, more of them from left to right. Where channels are in "
     return _group(f"{words}order, a few show most of the image.", charts)
 
 
 def _channels(measures: Measures) -> Charts:
     """A bar for each channel: scale, noise of the posterior, sparsity."""
-    charts = [
-        bar_chart(words, [float(y) for y in by_channel], "channel")
-        for name, words in BARS.items()
-        if (by_channel := measures.about(name, "by_channel"))
-    ]
+    found = ((words, measures.about(name, "by_channel")) for name, words in BARS.items())
+    charts = [bar_chart(words, [float(y) for y in channels], "channel") for words, channels in found if channels]
     return _group("One bar for each channel; the line is their median, outliers have another colour.", charts)
 
 
@@ -247,9 +220,6 @@ def _group(words: str, charts: Iterable[Chart | None]) -> Charts:
     return [(words, drawn)] if drawn else []
 
 
-# -- numbers and training ---------------------------------------------------------------------------------------------
-
-
 def _metrics(metrics: Row) -> dict[str, list[Row]]:
     """A row for each number of each section; it opens to its receipt."""
     tables = {title: [_row(*item) for item in entries.items()] for title, entries in read_entries(metrics).items()}
@@ -273,7 +243,7 @@ def _row(name: str, entry: Row) -> Row:
 
 def _training(stage: str, rows: list[Row]) -> tuple[str, list[Chart], list[Chart]]:
     """Curves of loss terms, the whole loss first, then of the machine."""
-    names = list(dict.fromkeys(key for row in rows for key in row if key not in NOT_CURVES))
+    names = dict.fromkeys(key for row in rows for key in row if key not in NOT_CURVES)
     terms = sorted((name for name in names if name not in MACHINE), key=lambda name: (name != "loss", name))
     curves = [_curve(rows, name) for name in terms]
     machine = [_curve(rows, name) for name in MACHINE if name in names]

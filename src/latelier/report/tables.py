@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, combinations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from latelier.evaluation.metrics import better, heading, plain
 from latelier.report.page import MISSING, column_texts, in_words, number, short
 
 Verdict = Literal["reproduced", "reversed", "undecided"]
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 SAMPLING_SPEED = "samples-per-second"  # this and gfd-<features> are measured @ numbers of sampling steps
 MIXTURE = "gmm-nll"  # is measured @ numbers of modes
 CONVERGENCE = "convergence-"  # begins the names of what is measured @ images seen
@@ -36,11 +37,12 @@ SAMPLING_RECEIPT = {
 }  # fmt: skip
 Curve = list[tuple[int, float]]  # (images seen, value), ascending
 Curves = Mapping[str, Mapping[int, Curve]]  # by metric and the run's position
+Parts = list["str | Table"]  # paragraphs and tables
 
 
 @dataclass
 class RunSummary:
-    """One run of a study."""
+    """One run of a study or one tokenizer of a comparison."""
 
     name: str
     metrics: dict[str, dict[str, Any]]  # by name: `{value, interval, receipt}`, the sections of `metrics.json` merged
@@ -101,6 +103,18 @@ def at_steps(shown: Iterable[RunSummary], begin: str) -> list[str]:
     names = dict.fromkeys(name for run in shown for name in run.metrics if name.startswith(begin))
     found = [(name.partition("@")[0], steps, name) for name in names if (steps := steps_of(name)) is not None]
     return [name for *_, name in sorted(found)]
+
+
+def by_run(
+    shown: Sequence[RunSummary], names: Mapping[str, str], points: Callable[[RunSummary, str], list[Any]]
+) -> dict[str, dict[int, list[Any]]]:
+    """What `points` gives for metrics, joined by the curves that they belong to and the run's position."""
+    found: dict[str, dict[int, list[Any]]] = {}
+    for name, curve in names.items():
+        for i, run in enumerate(shown):
+            if new := points(run, name):
+                found.setdefault(curve, {}).setdefault(i, []).extend(new)
+    return found
 
 
 def value(run: RunSummary, name: str) -> float | None:
@@ -210,21 +224,21 @@ def how_to_read(shown: Sequence[RunSummary], columns: Sequence[str]) -> str:
     return words
 
 
-def sampling(shown: Sequence[RunSummary]) -> list[str | Table]:
+def sampling(shown: Sequence[RunSummary]) -> Parts:
     """Quality and speed of sampling, a column for each number of steps; nothing if nobody has measured them."""
     speeds = at_steps(shown, SAMPLING_SPEED)
     if not speeds:
         return []
     names = [*at_steps(shown, "gfd"), *speeds]
     table = measured(shown, names)
-    table.head = [cell.replace(f"{SAMPLING_SPEED}@", "samples/s @").replace("@", " @") for cell in table.head]
-    table.head = [" ".join(cell.split()) for cell in table.head]
+    heads = [cell.replace(f"{SAMPLING_SPEED}@", "samples/s @").replace("@", " @") for cell in table.head]
+    table.head = [" ".join(cell.split()) for cell in heads]
     words = "The number of sampling steps follows the @. samples/s is measured by the wall clock, for the denoiser and "
     words += "the tokenizer's decoder together, after a warm-up batch that does not count."
     return [table, words, *receipts(shown, names, SAMPLING_RECEIPT)]
 
 
-def printed(shown: Sequence[RunSummary], published: Published) -> list[str | Table]:
+def printed(shown: Sequence[RunSummary], published: Published) -> Parts:
     """The paper's values, as exact as it printed them; runs that we have come first, in our order."""
     metrics = list(dict.fromkeys(name for values in published.values.values() for name in values))
     runs = [run.name for run in shown if run.name in published.values]
@@ -240,7 +254,7 @@ def printed(shown: Sequence[RunSummary], published: Published) -> list[str | Tab
     return [f"{published.source}.", table]
 
 
-def costs(shown: Sequence[RunSummary]) -> list[str | Table]:
+def costs(shown: Sequence[RunSummary]) -> Parts:
     """What each run is or took; nothing if nothing is known of any."""
     fullest = sorted(shown, key=lambda run: -len(run.facts))  # its order, should others have trained one stage only
     facts = list(dict.fromkeys(fact for run in fullest for fact in run.facts))
@@ -248,12 +262,10 @@ def costs(shown: Sequence[RunSummary]) -> list[str | Table]:
     return [Table(["Run", *facts], rows, links=[run.link for run in shown])] if facts else []
 
 
-def receipts(
-    shown: Sequence[RunSummary], columns: Sequence[str], keys: Mapping[str, str] = RECEIPT
-) -> list[str | Table]:
+def receipts(shown: Sequence[RunSummary], columns: Sequence[str], keys: Mapping[str, str] = RECEIPT) -> Parts:
     """What was equal in all runs, and what was not, which should make one wary; `keys` of receipts have words."""
     found = {name: [run.metrics.get(name, {}).get("receipt") or {} for run in shown] for name in columns}
-    equal, unequal = [], []
+    facts: dict[str, list[str]] = {"Equal": [], "Not equal": []}
     for key, word in keys.items():
         metrics: dict[tuple[str, ...], list[str]] = {}  # what the runs say, to the metrics of which they say it
         for name, entries in found.items():
@@ -262,15 +274,12 @@ def receipts(
                 metrics.setdefault(said, []).append(name)
         for said, names in metrics.items():
             where = f" ({', '.join(names)})" if len(metrics) > 1 else ""
-            (equal if len(said) == 1 else unequal).append(f"{word} {' or '.join(said)}{where}")
+            facts["Equal" if len(said) == 1 else "Not equal"].append(f"{word} {' or '.join(said)}{where}")
     warnings: dict[str, dict[str, None]] = {}
-    for name, entries in found.items():
-        for entry in entries:
-            if "warning" in entry:
-                warnings.setdefault(str(entry["warning"]), {})[name] = None
-    words: list[str | Table] = [f"Equal in all runs: {'; '.join(equal)}."] if equal else []
-    words += [f"Not equal in all runs: {'; '.join(unequal)}."] if unequal else []
-    return words + [f"Warning on {', '.join(names)}: {warning}." for warning, names in warnings.items()]
+    for name, warning in ((name, e["warning"]) for name, entries in found.items() for e in entries if "warning" in e):
+        warnings.setdefault(str(warning), {})[name] = None
+    words = [f"{start} in all runs: {'; '.join(listed)}." for start, listed in facts.items() if listed]
+    return [*words, *(f"Warning on {', '.join(names)}: {warning}." for warning, names in warnings.items())]
 
 
 def _fact(content: Any) -> str:
@@ -280,7 +289,7 @@ def _fact(content: Any) -> str:
     return f"{single / 1e12:.4g}T" if abs(single) >= 1e12 else short(single)
 
 
-def verdicts(orders: Sequence[Ordering], published: Published) -> list[str | Table]:
+def verdicts(orders: Sequence[Ordering], published: Published) -> Parts:
     """One row for each metric, how pairs were decided, and which metrics have no order to compare."""
     names = dict.fromkeys(name for values in published.values.values() for name in values)
     left_out = ", ".join(name for name in names if name not in {o.published for o in orders})
@@ -291,8 +300,8 @@ def verdicts(orders: Sequence[Ordering], published: Published) -> list[str | Tab
     head = ["Metric", "Published, best first", "Measured, best first", "Reproduced", "Reversed", "Undecided",
             "Kendall's tau", "Reversed pairs, in the published order"]  # fmt: skip
     rows = [
-        [o.metric, _chain(o.paper), _chain(o.measured), *(str(len(o.of(v))) for v in ("reproduced", "reversed")),
-         str(len(o.of("undecided"))), MISSING if o.tau is None else f"{o.tau:.2f}",
+        [o.metric, *(" > ".join(map(" = ".join, ranks)) for ranks in (o.paper, o.measured)),
+         *(str(len(o.of(verdict))) for verdict in VERDICTS), MISSING if o.tau is None else f"{o.tau:.2f}",
          ", ".join(f"{pair.better} > {pair.worse}" for pair in o.of("reversed")) or MISSING]
         for o in orders
     ]  # fmt: skip
@@ -301,7 +310,7 @@ def verdicts(orders: Sequence[Ordering], published: Published) -> list[str | Tab
 
 def _how_decided(orders: Sequence[Ordering]) -> str:
     """How many pairs came out how, and what the reader must know of those decided without an interval."""
-    counts = {verdict: sum(len(o.of(verdict)) for o in orders) for verdict in ("reproduced", "reversed", "undecided")}
+    counts = {verdict: sum(len(o.of(verdict)) for o in orders) for verdict in VERDICTS}
     summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
     words = f"Of {sum(counts.values())} pairs of runs, {summary}. A pair is undecided where our 95 % intervals overlap "
     words += "or where two values are equal. "
@@ -314,10 +323,6 @@ def _how_decided(orders: Sequence[Ordering]) -> str:
     return words.strip()
 
 
-def _chain(ranks: Sequence[Sequence[str]]) -> str:
-    return " > ".join(" = ".join(equal) for equal in ranks)
-
-
 @dataclass
 class Reached:
     """When a curve is where another one ends, in images seen."""
@@ -326,42 +331,42 @@ class Reached:
     at_most: bool = False  # the first snapshot was there already, so that it may have been sooner
 
 
-def convergence(shown: Sequence[RunSummary], curves: Curves, baseline: str | None) -> list[str | Table]:
+def convergence(shown: Sequence[RunSummary], curves: Curves, baseline: str | None) -> Parts:
     """With a baseline, who is sooner where it ends; and how to read the curves, as `comparable` gives them."""
     about = (
-        "A loss is that of the denoiser on its own tokenizer's latents, all channels, with the same noise and times at "
-        "every snapshot. Losses compare only between runs of equal latent shape, kind of tokenizer and objective; "
+        "A loss is that of the denoiser on its own tokenizer's latents, all channels, with the same noise and times "
+    )
+    about += (
+        "at every snapshot. Losses compare only between runs of equal latent shape, kind of tokenizer and objective; "
     )
     if baseline is None:
         return [f"{about}gfd compares between all."]
-    left_out = [run.name for i, run in enumerate(shown) if _has_loss(run) and i not in curves.get(LOSS, {})]
+    left_out = [run.name for i, run in enumerate(shown) if _kind(run) and i not in curves.get(LOSS, {})]
     about += f"they are left out of {', '.join(left_out)}. " if left_out else "as all are here. "
     about += "Even then, latents of two tokenizers need not be equally hard; gfd compares between all."
     position = next((i for i, run in enumerate(shown) if run.name == baseline), None)
     if position is None or not any(position in runs for runs in curves.values()):
         return [f"The baseline, {baseline}, has not been measured yet.", about]
-    how = (
-        f"Images seen until a run is where {baseline} ends, and how many times fewer they are than {baseline} itself "
-        "needs: linear between snapshots, on the lowest value so far. At most: the first snapshot is there already. "
-        "How sure the values are is not considered: factors near 1 may be chance."
-    )
+    how = f"Images seen until a run is where {baseline} ends, and how many times fewer they are than {baseline} itself "
+    how += "needs: linear between snapshots, on the lowest value so far. At most: the first snapshot is there already. "
+    how += "How sure the values are is not considered: factors near 1 may be chance."
     return [speed_table(shown, curves, position), how, about]
 
 
 def read_curves(shown: Sequence[RunSummary], begin: str = CONVERGENCE) -> dict[str, dict[int, Curve]]:
     """What was measured @ images seen, or @ anything else, by metric and the run's position: the loss comes last."""
-    found: dict[str, dict[int, Curve]] = {}
-    measured = [(name.startswith(LOSS), int(name.partition("@")[2]), name) for name in at_steps(shown, begin)]
-    for _, step, name in sorted(measured):
-        for i, run in enumerate(shown):
-            if (height := value(run, name)) is not None:
-                found.setdefault(name.partition("@")[0], {}).setdefault(i, []).append((step, height))
+
+    def points(run: RunSummary, name: str) -> Curve:
+        return [] if (height := value(run, name)) is None else [(int(name.partition("@")[2]), height)]
+
+    ordered = sorted(at_steps(shown, begin), key=lambda name: (name.startswith(LOSS), steps_of(name), name))
+    found = by_run(shown, {name: name.partition("@")[0] for name in ordered}, points)
     return {name: dict(sorted(runs.items())) for name, runs in found.items()}
 
 
 def comparable(shown: Sequence[RunSummary], curves: Curves, baseline: str | None) -> Curves:
     """The same without losses that do not compare with the baseline's, see `COMPARABLE`."""
-    reference = next((run for run in shown if run.name == baseline and _has_loss(run)), None)
+    reference = next((run for run in shown if run.name == baseline and _kind(run)), None)
     if LOSS not in curves or reference is None:
         return curves
     return {**curves, LOSS: {i: curve for i, curve in curves[LOSS].items() if _kind(shown[i]) == _kind(reference)}}
@@ -397,20 +402,14 @@ def speed_table(shown: Sequence[RunSummary], curves: Curves, baseline: int) -> T
     return table
 
 
-def _has_loss(run: RunSummary) -> bool:
-    return any(name.startswith(f"{LOSS}@") for name in run.metrics)
-
-
-def _kind(run: RunSummary) -> list[Any]:
-    """What two runs must share for their losses to compare."""
-    receipt = next(entry.get("receipt") or {} for name, entry in run.metrics.items() if name.startswith(f"{LOSS}@"))
-    return [receipt.get(key) for key in COMPARABLE]
+def _kind(run: RunSummary) -> list[Any] | None:
+    """What two runs must share for their losses to compare; None without a loss."""
+    found = [entry.get("receipt") or {} for name, entry in run.metrics.items() if name.startswith(f"{LOSS}@")]
+    return [found[0].get(key) for key in COMPARABLE] if found else None
 
 
 def _when(reached: Reached | None) -> str:
-    if reached is None:
-        return "not reached"
-    return f"{'at most ' * reached.at_most}{round(reached.images):,}"
+    return f"{'at most ' * reached.at_most}{round(reached.images):,}" if reached else "not reached"
 
 
 def _factor(reached: Reached | None, baseline: Reached) -> str:
