@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -216,8 +217,8 @@ def _angles(axes: Sequence[Axis]) -> list[float]:
 
 def _ends(axis: Axis) -> str:
     """A measure's name, and below it its worst and its best value."""
-    by_share = sorted(zip(axis.shares, column_texts(axis.values)))
-    return f"{axis.words}\n{by_share[0][1]} to {by_share[-1][1]}"
+    (_, worst), *_, (_, most) = sorted(zip(axis.shares, column_texts(axis.values)))
+    return f"{axis.words}\n{worst} to {most}"
 
 
 def _pareto(shown: Sequence[RunSummary], planes: Sequence[Front]) -> Figure:
@@ -225,8 +226,7 @@ def _pareto(shown: Sequence[RunSummary], planes: Sequence[Front]) -> Figure:
     costs = list(dict.fromkeys(plane.cost for plane in planes))
     qualities = list(dict.fromkeys(plane.quality for plane in planes))
     figure, panels = make_panels(len(costs) * len(qualities), len(costs), height=2.4, above=0.5)
-    places = {(quality, cost): panels[i * len(costs) + j]
-              for i, quality in enumerate(qualities) for j, cost in enumerate(costs)}  # fmt: skip
+    places = dict(zip(product(qualities, costs), panels))
     for plane in planes:
         axes = places.pop((plane.quality, plane.cost))
         _plane(axes, shown, plane)

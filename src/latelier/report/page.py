@@ -55,7 +55,8 @@ def _environment() -> Environment:
 
     options: Any = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=PackageLoader("latelier.report"), autoescape=True, **options)
-    environment.filters |= {"data_uri": _data_uri, "literal": _literal, "in_words": in_words, "short": short}
+    environment.filters |= {"data_uri": _data_uri, "literal": _literal}
+    environment.filters |= {"at_a_glance": at_a_glance, "in_words": in_words, "short": short}
     environment.filters["anchor"] = lambda title: re.sub(r"[^a-z]+", "-", title.lower())  # where links to headings lead
     return environment
 

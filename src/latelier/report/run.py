@@ -59,21 +59,12 @@ def write_report(folder: Path) -> Path:
         "Skipped files": _skipped(folder / "skipped.jsonl"),
         "Recipe": text,
     }
-    findings = [
-        {"kind": one.kind, "sentence": one.sentence, "numbers": evidence}
-        for one in verdict(metrics)
-        for evidence in [", ".join(f"{name} {at_a_glance(value)}" for name, value in one.evidence.items())]
-    ]
-    page = render(
-        "run.html.j2",
-        title=str(recipe.get("name", folder.resolve().name)),
-        sentence=_sentence(recipe),
-        findings=findings,
-        experience=experience(metrics),
-        tiles=_tiles(log, metrics),
-        sections={heading: content for heading, content in sections.items() if content},
-    )
-    return write(folder / "report.html", page)
+    head = {
+        "title": str(recipe.get("name", folder.resolve().name)), "sentence": _sentence(recipe),
+        "findings": verdict(metrics), "experience": experience(metrics), "tiles": _tiles(log, metrics),
+    }  # fmt: skip
+    filled = {heading: content for heading, content in sections.items() if content}
+    return write(folder / "report.html", render("run.html.j2", **head, sections=filled))
 
 
 def read_log(path: Path) -> dict[str, list[Row]]:

@@ -333,12 +333,9 @@ class Reached:
 
 def convergence(shown: Sequence[RunSummary], curves: Curves, baseline: str | None) -> Parts:
     """With a baseline, who is sooner where it ends; and how to read the curves, as `comparable` gives them."""
-    about = (
-        "A loss is that of the denoiser on its own tokenizer's latents, all channels, with the same noise and times "
-    )
-    about += (
-        "at every snapshot. Losses compare only between runs of equal latent shape, kind of tokenizer and objective; "
-    )
+    about = "A loss is that of the denoiser on its own tokenizer's latents, all channels, with the same noise and times"
+    about += " at every snapshot. Losses compare only between runs of equal latent shape, kind of tokenizer and "
+    about += "objective; "
     if baseline is None:
         return [f"{about}gfd compares between all."]
     left_out = [run.name for i, run in enumerate(shown) if _kind(run) and i not in curves.get(LOSS, {})]

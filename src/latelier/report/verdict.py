@@ -180,10 +180,8 @@ def silent(m: Measures) -> Findings:
     if small:
         *first, last = map(str, small)
         few = f"channels {', '.join(first)} and {last}" if first else f"channel {last}"
-        words = (
-            f"Nearly silent next to the others: {few if len(small) <= 4 else f'{len(small)} channels'}. Normalising "
-        )
-        words += "makes the silent as loud as the rest, and a denoiser learns them as if they mattered."
+        words = f"Nearly silent next to the others: {few if len(small) <= 4 else f'{len(small)} channels'}. "
+        words += "Normalising makes the silent as loud as the rest, and a denoiser learns them as if they mattered."
         yield Finding("fair", words, {"outlier-channels": count})
 
 
@@ -228,10 +226,8 @@ def order(m: Measures) -> Findings:
         words = f"Channels are in order: the first {half} of {whole} lose only {max(0, lost):.1f} dB, so a denoiser "
         yield Finding("good", f"{words}can begin with few.", evidence)
     elif whole >= MANY_CHANNELS:
-        words = (
-            f"{whole} channels without an order: half of them lose {lost:.1f} dB. Denoisers learn that many slowly; "
-        )
-        yield Finding("fair", f"{words}structured latents (tokenizer.prefixes) learn faster.", evidence)
+        words = f"{whole} channels without an order: half of them lose {lost:.1f} dB. Denoisers learn that many "
+        yield Finding("fair", f"{words}slowly; structured latents (tokenizer.prefixes) learn faster.", evidence)
 
 
 def codes(m: Measures) -> Findings:
@@ -261,10 +257,8 @@ def smoothness(m: Measures) -> Findings:
 def likeness(m: Measures) -> Findings:
     """Whether what looks alike lies together at all (LDMAE's perceptual compression)."""
     if (separation := m["separation-object"]) <= 0:
-        words = (
-            "Images that look alike do not lie closer together than any others: distances in this space mean little."
-        )
-        yield Finding("bad", words, {"separation-object": separation})
+        words = "Images that look alike do not lie closer together than any others: distances in this space mean "
+        yield Finding("bad", f"{words}little.", {"separation-object": separation})
 
 
 def equivariance(m: Measures) -> Findings:
@@ -275,10 +269,8 @@ def equivariance(m: Measures) -> Findings:
         yield Finding("good", "Latents move with the image: shifts, flips and scales change little else.", errors)
     elif worst >= UNRELATED:
         what = name.removeprefix("equivariance-").replace("-", " ")
-        words = (
-            f"Latents do not follow the image ({what}): the error is {worst:.1f} of their variance, where unrelated "
-        )
-        yield Finding("fair", f"{words}images have 2. A denoiser must learn every place anew.", {name: worst})
+        words = f"Latents do not follow the image ({what}): the error is {worst:.1f} of their variance, where "
+        yield Finding("fair", f"{words}unrelated images have 2. A denoiser must learn every place anew.", {name: worst})
 
 
 def modes(m: Measures) -> Findings:
