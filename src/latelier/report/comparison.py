@@ -24,7 +24,7 @@ from latelier.report import tables
 from latelier.report.figures import ERRORS, MAP, ImageFile, draw_convergence, draw_figures
 from latelier.report.overview import fronts, overview
 from latelier.report.page import INK, render, write
-from latelier.report.tables import Ordering, Published, RunSummary, Table
+from latelier.report.tables import Published, RunSummary, Table
 
 IMAGE_HEIGHT, IMAGE_WIDTH, MAP_WIDTH, NAME_HEIGHT = 300, 1100, 900, 26
 
@@ -79,7 +79,17 @@ def write_comparison(
         Section("Images", _images(folder, shown)),
         Section("Receipt", tables.receipts(shown, every)),
     ]
-    write(folder / "comparison.json", _json(title, about, shown, every, published, orders))
+    content = {
+        "title": title,
+        "about": about,
+        "columns": {name: better(name) for name in every},
+        "runs": [{"name": run.name, "metrics": run.metrics, "facts": run.facts} for run in shown],
+        "published": dataclasses.asdict(published) if published else None,
+        "orderings": [dataclasses.asdict(ordering) for ordering in orders],
+        "fronts": [{**dataclasses.asdict(plane), "front": plane.front} for plane in fronts(shown)],
+    }
+    text = json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False, default=str)
+    write(folder / "comparison.json", text)
     return write_sections(folder / "comparison.html", folder / "table.md", title, about, sections)
 
 
@@ -147,22 +157,6 @@ def _row_height(grid: Image.Image) -> int | None:
             if all(found == gap for found in gaps):
                 return row
     return None
-
-
-def _json(
-    title: str, about: str, shown: Sequence[RunSummary], columns: Sequence[str], published: Published | None,
-    orders: Sequence[Ordering],
-) -> str:  # fmt: skip
-    content = {
-        "title": title,
-        "about": about,
-        "columns": {name: better(name) for name in columns},
-        "runs": [{"name": run.name, "metrics": run.metrics, "facts": run.facts} for run in shown],
-        "published": dataclasses.asdict(published) if published else None,
-        "orderings": [dataclasses.asdict(ordering) for ordering in orders],
-        "fronts": [{**dataclasses.asdict(plane), "front": plane.front} for plane in fronts(shown)],
-    }
-    return json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False, default=str)
 
 
 def _finite(content: Any) -> Any:

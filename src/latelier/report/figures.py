@@ -49,27 +49,27 @@ def draw_figures(folder: Path, shown: Sequence[RunSummary], columns: Sequence[st
     from matplotlib import rc_context
 
     there = [name for name in columns if any(value(run, name) is not None for run in shown)]
-    parts: list[ImageFile] = []
+    parts, save = [], partial(save_figure, folder)
     with rc_context(STYLE):
         if there:
             words = "Every metric of every run; lines are 95 % intervals"
-            parts.append(save_figure(folder, "overview", _overview(shown, there), words))
+            parts.append(save("overview", _overview(shown, there), words))
         if curves := _noise_curves(shown):
             figure = _lines(shown, curves, _dress_noise, most=3, height=2.7, across=2 * max(2, min(3, len(curves))))
             figure.supxlabel("noise level, standard deviations of each latent channel", fontsize=8.5, color=SOFT)
             words = f"Quality of images decoded from noisy latents; the shaded levels, up to {FLAT}, make the mean"
-            parts.append(save_figure(folder, "smoothness", figure, words))
+            parts.append(save("smoothness", figure, words))
         if mixtures := tables.read_curves(shown, tables.MIXTURE):  # MAETok (Chen et al. 2025), section 3
             words = "GMM negative log-likelihood of held-out latents against the number of modes"
-            parts.append(save_figure(folder, "modes", _lines(shown, mixtures, _dress_modes), words))
+            parts.append(save("modes", _lines(shown, mixtures, _dress_modes), words))
         if lines := _trade_offs(shown):  # Rombach et al. 2022, figure 7
             words = "Quality against the speed of sampling; at each point stands the number of sampling steps"
             figure = _lines(shown, lines, partial(_dress_speed, words="samples"), height=3.6, across=6)
-            parts.append(save_figure(folder, "sampling", figure, words))
+            parts.append(save("sampling", figure, words))
         if speeds := _trained(shown):  # Rombach et al. 2022, figures 5 and 6, at one length of training
             words = "Quality against the speed of the denoiser's training"
             figure = _lines(shown, speeds, partial(_dress_speed, words="training images"), height=3.0, across=0)
-            parts.append(save_figure(folder, "training", figure, words))
+            parts.append(save("training", figure, words))
     return parts
 
 
@@ -160,7 +160,17 @@ def _dress_noise(axes: Axes, name: str, points: list[tuple]) -> None:
     axes.yaxis.set_minor_formatter("")
     axes.set_title(f"{heading(name.removeprefix('smoothness-'))}{' · log' if logarithmic else ''}")
     axes.grid(visible=False, axis="x")
-    _level_axis(axes, [x for x, _ in points])
+    levels = sorted({x for x, _ in points})
+    last = max(levels[-1], 1e-6)
+    kept: list[float] = []  # ticks, as far as their numbers do not touch; these three come first
+    for level in sorted(levels, key=lambda x: (x not in (0, FLAT, last), x)):
+        if all(abs(math.sqrt(level / last) - math.sqrt(other / last)) > 0.11 for other in kept):
+            kept.append(level)
+    axes.set_xscale("function", functions=(lambda x: abs(x) ** 0.5, lambda x: x**2))
+    axes.set_xlim(0, last)
+    axes.set_xticks(kept, [f"{level:g}" for level in kept])
+    axes.minorticks_off()
+    axes.axvspan(0, min(FLAT, last), color="#f1f1ee", zorder=0)
 
 
 def _dress_modes(axes: Axes, name: str, points: list[tuple]) -> None:
@@ -183,20 +193,6 @@ def _dress_convergence(axes: Axes, name: str, points: list[tuple]) -> None:
     axes.xaxis.set_major_formatter(lambda images, _: short(images))
     axes.set_title(heading(name).removeprefix(tables.CONVERGENCE))
     axes.set_xlabel("images seen")
-
-
-def _level_axis(axes: Axes, levels: Sequence[float]) -> None:
-    """Square roots of levels; ticks at the levels themselves, as far as their numbers do not touch."""
-    last = max(max(levels), 1e-6)
-    kept: list[float] = []
-    for level in sorted(set(levels), key=lambda x: (x not in (0, FLAT, last), x)):  # these three come first
-        if all(abs(math.sqrt(level / last) - math.sqrt(other / last)) > 0.11 for other in kept):
-            kept.append(level)
-    axes.set_xscale("function", functions=(lambda x: abs(x) ** 0.5, lambda x: x**2))
-    axes.set_xlim(0, last)
-    axes.set_xticks(kept, [f"{level:g}" for level in kept])
-    axes.minorticks_off()
-    axes.axvspan(0, min(FLAT, last), color="#f1f1ee", zorder=0)
 
 
 def _noise_curves(shown: Sequence[RunSummary]) -> dict[str, dict[int, list[Any]]]:

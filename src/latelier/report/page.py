@@ -195,14 +195,13 @@ def _small_ticks(axes: Axes, xs: tuple[Number, Number], ys: tuple[Number, Number
     """About five round numbers on each side, a line for those of the left one; limits that hold them and the data."""
     from matplotlib.ticker import MaxNLocator
 
+    heights = [float(tick) for tick in MaxNLocator(4, steps=ROUND).tick_values(*ys)]
     if logarithmic:
         axes.set_yscale("log")
         first, last = math.floor(math.log10(ys[0])), math.ceil(math.log10(ys[1]))
         heights = [10.0**power for power in range(first, last + 1, max(1, round((last - first) / 5)))]
-    else:
-        heights = [float(tick) for tick in MaxNLocator(4, steps=ROUND).tick_values(*ys)]
-    places = [float(tick) for tick in MaxNLocator(4, steps=ROUND, integer=xs[1] > 3).tick_values(*xs)]
-    places = [tick for tick in places if xs[0] <= tick <= xs[1] * 1.001]
+    ticks = MaxNLocator(4, steps=ROUND, integer=xs[1] > 3).tick_values(*xs)
+    places = [float(tick) for tick in ticks if xs[0] <= tick <= xs[1] * 1.001]
     axes.set_xlim(0, max(xs[1], 1e-9))
     axes.set_ylim(min(ys[0], *heights), max(ys[1], *heights))
     axes.minorticks_off()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,7 @@ def write_report(folder: Path) -> Path:
 def read_log(path: Path) -> dict[str, list[Row]]:
     """Log lines by stage, ascending in images seen; a resumed run logs some steps again, whose later line counts."""
     stages: dict[str, list[Row]] = {}
-    for row in _read_lines(path):
-        if not isinstance(row.get("images"), int | float):
-            continue
+    for row in (row for row in _read_lines(path) if isinstance(row.get("images"), int | float)):
         rows = stages.setdefault(str(row.get("stage", "training")), [])
         while rows and rows[-1]["images"] >= row["images"]:
             rows.pop()
@@ -183,16 +182,10 @@ def _channels(measures: Measures) -> Charts:
 
 
 def _latent_space(folder: Path, measures: Measures) -> Row:
-    """Images of latents, and how they are distributed."""
+    """Images of latents; mixtures over their number of modes, a small denoiser's loss over time, spectra."""
     map_words = "One point for each held-out image: its latents, in two dimensions."
     channel_words = "Images, and below each how large its latents are: means over groups of neighbouring channels."
     images = [(folder / MAP, map_words, "figure map"), (folder / CHANNELS, channel_words, "big")]
-    found = {"images": [image for image in images if image[0].is_file()], "charts": _distribution(measures)}
-    return found if any(found.values()) else {}
-
-
-def _distribution(measures: Measures) -> Charts:
-    """Mixtures over their number of modes, a small denoiser's loss over time, spectra."""
     modes = sorted((measures.about(name, "modes"), y) for name, y in measures.begin("gmm-nll@").items())
     losses = [(t, y) for t, y in measures.about("diffusion-loss", "by_time") or ()]
     charts = [
@@ -202,7 +195,9 @@ def _distribution(measures: Measures) -> Charts:
     for name, words in SPECTRA.items():
         points = [(i, share) for i, share in measures.about(name, "spectrum") or () if share > ROUNDING]
         charts.append(line_chart(words, points, False, "directions, the largest first"))
-    return _group("Left to right: more modes of the mixture; more noise; smaller directions.", charts)
+    words = "Left to right: more modes of the mixture; more noise; smaller directions."
+    found = {"images": [image for image in images if image[0].is_file()], "charts": _group(words, charts)}
+    return found if any(found.values()) else {}
 
 
 def _group(words: str, charts: Iterable[Chart | None]) -> Charts:
@@ -222,28 +217,24 @@ def _row(name: str, entry: Row) -> Row:
     n = f"n = {receipt['n']:,}" if isinstance(receipt.get("n"), int) else ""
     summary = ", ".join([n] * ("n" in receipt) + [str(receipt.get("reference"))] * ("reference" in receipt))
     return {
-        "name": name,
+        "name": name, "value": digits(entry.get("value")), "summary": summary or "receipt", "receipt": receipt,
         "about": "; ".join(filter(None, [f"{side} is better" if side else "", unit(name)])),
-        "value": digits(entry.get("value")),
-        "interval": f"{digits(interval[0])} to {digits(interval[1])}" if interval else "",
-        "warning": str(receipt.get("warning", "")),
-        "summary": summary or "receipt",
-        "receipt": receipt,
-    }
+        "interval": " to ".join(map(digits, interval or ())), "warning": str(receipt.get("warning", "")),
+    }  # fmt: skip
 
 
 def _training(stage: str, rows: list[Row]) -> tuple[str, list[Chart], list[Chart]]:
     """Curves of loss terms, the whole loss first, then of the machine."""
     names = dict.fromkeys(key for row in rows for key in row if key not in NOT_CURVES)
     terms = sorted((name for name in names if name not in MACHINE), key=lambda name: (name != "loss", name))
-    curves = [_curve(rows, name) for name in terms]
-    machine = [_curve(rows, name) for name in MACHINE if name in names]
-    return stage, [chart for chart in curves if chart], [chart for chart in machine if chart]
 
+    def curves(names: Iterable[str]) -> Iterator[Chart | None]:
+        for name in names:
+            points = [(float(r["images"]), float(r[name])) for r in rows if isinstance(r.get(name), int | float)]
+            yield line_chart(MACHINE.get(name, name), points, smooth=name != "lr")
 
-def _curve(rows: list[Row], name: str) -> Chart | None:
-    points = [(float(r["images"]), float(r[name])) for r in rows if isinstance(r.get(name), int | float)]
-    return line_chart(MACHINE.get(name, name), points, smooth=name != "lr")
+    machine = [name for name in MACHINE if name in names]
+    return stage, [chart for chart in curves(terms) if chart], [chart for chart in curves(machine) if chart]
 
 
 def _skipped(path: Path) -> Row:
@@ -256,13 +247,9 @@ def _read_lines(path: Path) -> list[Row]:
     """Dicts of a JSON-lines file, without lines that a killed process left half written."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
+        with suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def _dict(content: Any) -> Row:

@@ -148,6 +148,8 @@ def orderings(shown: Sequence[RunSummary], published: Published, first: Iterable
 
 
 def _ordering(shown: Sequence[RunSummary], published: Published, metric: str, name: str) -> Ordering | None:
+    from scipy.stats import kendalltau
+
     paper = {run.name: number(published.values.get(run.name, {}).get(name)) for run in shown}
     runs = [run for run in shown if value(run, metric) is not None and paper[run.name] is not None]
     if len(runs) < 2:
@@ -158,7 +160,8 @@ def _ordering(shown: Sequence[RunSummary], published: Published, metric: str, na
     known = sum(interval(run, metric) is not None for run in runs)
     intervals: Literal["all", "some", "none"] = "all" if known == len(runs) else "some" if known else "none"
     pairs = [_compare(a, b, metric, theirs, ours) for a, b in combinations(runs, 2)]
-    tau = _tau(list(theirs.values()), list(ours.values()))
+    some = len(set(theirs.values())) > 1 and len(set(ours.values())) > 1
+    tau = float(kendalltau(list(theirs.values()), list(ours.values())).statistic) if some else None
     return Ordering(metric, name, _ranks(theirs), _ranks(ours), pairs, tau, intervals)
 
 
@@ -179,15 +182,6 @@ def _compare(a: RunSummary, b: RunSummary, metric: str, theirs: Mapping[str, flo
 def _ranks(values: Mapping[str, float]) -> list[list[str]]:
     """Names by value, smallest first, equal ones together."""
     return [[name for name, v in values.items() if v == level] for level in sorted(set(values.values()))]
-
-
-def _tau(theirs: list[float], ours: list[float]) -> float | None:
-    """Kendall's tau-b, None if a side has no order at all."""
-    from scipy.stats import kendalltau
-
-    if len(set(theirs)) < 2 or len(set(ours)) < 2:
-        return None
-    return float(kendalltau(theirs, ours).statistic)
 
 
 @dataclass

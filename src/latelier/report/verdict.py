@@ -49,10 +49,6 @@ class Finding:
     evidence: dict[str, float]  # the numbers that it rests on, by the names of their metrics
 
 
-class Missing(Exception):
-    """A rule needs a number that was not measured."""
-
-
 def read_entries(metrics: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
     """Sections of metrics.json and their entries, as far as they are what they should be."""
     sections = {title: entries for title, entries in metrics.items() if isinstance(entries, dict)}
@@ -60,7 +56,7 @@ def read_entries(metrics: Mapping[str, Any]) -> dict[str, dict[str, dict[str, An
 
 
 class Measures:
-    """Finite numbers and receipts of metrics.json by name, whatever their section."""
+    """Finite numbers and receipts of metrics.json by name; NaN is what is missing, and no comparison with it holds."""
 
     def __init__(self, metrics: Mapping[str, Any]):
         every = {name: entry for entries in read_entries(metrics).values() for name, entry in entries.items()}
@@ -69,16 +65,17 @@ class Measures:
         self.receipts: dict[str, dict[str, Any]] = {name: entry.get("receipt") or {} for name, entry in every.items()}
 
     def __getitem__(self, name: str) -> float:
-        """The value of a metric; raises `Missing`."""
-        return _needed(self.values.get(name))
+        """The value of a metric."""
+        return self.values.get(name, math.nan)
 
     def about(self, name: str, key: str) -> Any:
         """A field of a metric's receipt, None if it is missing."""
         return self.receipts.get(name, {}).get(key)
 
     def number(self, name: str, key: str) -> float:
-        """A number of a metric's receipt; raises `Missing`."""
-        return _needed(number(self.about(name, key)))
+        """A number of a metric's receipt, if the metric itself is a number."""
+        found = number(self.about(name, key)) if name in self.values else None
+        return math.nan if found is None else found
 
     def begin(self, start: str) -> dict[str, float]:
         """The metrics whose names begin so."""
@@ -92,22 +89,8 @@ Rule = Callable[[Measures], Findings]
 def verdict(metrics: Mapping[str, Any]) -> list[Finding]:
     """What the content of a metrics.json says of a latent space; bad findings first."""
     measures = Measures(metrics)
-    found = [finding for rule in RULES if (finding := apply(rule, measures)) is not None]
+    found = [finding for rule in RULES if (finding := next(rule(measures), None)) is not None]
     return sorted(found, key=lambda finding: KINDS.index(finding.kind))
-
-
-def apply(rule: Rule, measures: Measures) -> Finding | None:
-    """What a rule finds first; nothing where a number that it needs is missing."""
-    try:
-        return next(rule(measures), None)
-    except Missing:
-        return None
-
-
-def _needed(value: float | None) -> float:
-    if value is None:
-        raise Missing
-    return value
 
 
 def _near(value: float) -> str:
@@ -129,9 +112,10 @@ def detail(m: Measures) -> Findings:
     error = f"{psnr:.1f} dB, a root mean square error of {share:.0f} % of the range from black to white"
     if psnr >= GOOD_PSNR:
         yield Finding("good", f"Reconstructions are close: {error}.", {"psnr": psnr})
-    words = "Fine detail is lost" if psnr >= BAD_PSNR else "Reconstructions are rough"
-    kind: Kind = "fair" if psnr >= BAD_PSNR else "bad"
-    yield Finding(kind, f"{words}: {error}. No denoiser brings it back.", {"psnr": psnr})
+    elif psnr >= BAD_PSNR:
+        yield Finding("fair", f"Fine detail is lost: {error}. No denoiser brings it back.", {"psnr": psnr})
+    elif psnr < BAD_PSNR:
+        yield Finding("bad", f"Reconstructions are rough: {error}. No denoiser brings it back.", {"psnr": psnr})
 
 
 def limit(m: Measures) -> Findings:
@@ -177,7 +161,7 @@ def outliers(m: Measures) -> Findings:
 def silent(m: Measures) -> Findings:
     """Whether channels are far smaller than the others: normalised, they are as loud as those."""
     count, small = m["outlier-channels"], m.about("outlier-channels", "small")
-    if small:
+    if small and count > 0:
         *first, last = map(str, small)
         few = f"channels {', '.join(first)} and {last}" if first else f"channel {last}"
         words = f"Nearly silent next to the others: {few if len(small) <= 4 else f'{len(small)} channels'}. "
@@ -235,8 +219,10 @@ def codes(m: Measures) -> Findings:
     usage, evidence = m["codebook-usage"], {"codebook-usage": m["codebook-usage"]}
     if usage >= USED:
         yield Finding("good", f"{100 * usage:.0f} % of the codes are in use.", evidence)
-    words = f"Only {100 * usage:.0f} % of the codes are in use. Measure on more images; if it stays so, take a smaller "
-    yield Finding("bad" if usage < HALF_USED else "fair", f"{words}codebook, or restart dead codes.", evidence)
+    elif usage < USED:
+        words = f"Only {100 * usage:.0f} % of the codes are in use. Measure on more images; if it stays so, take a "
+        words += "smaller codebook, or restart dead codes."
+        yield Finding("bad" if usage < HALF_USED else "fair", words, evidence)
 
 
 def smoothness(m: Measures) -> Findings:
@@ -250,7 +236,7 @@ def smoothness(m: Measures) -> Findings:
     elif lost > FLAT:
         words = f"The space is not very smooth: {cost}; small errors of a denoiser will be seen."
         yield Finding("fair", words, evidence)
-    elif clean >= BAD_PSNR:  # else it is flat because it decodes badly at any level
+    elif lost <= FLAT and clean >= BAD_PSNR:  # else it is flat because it decodes badly at any level
         yield Finding("good", f"The space is smooth: {cost}.", evidence)
 
 
@@ -276,9 +262,10 @@ def equivariance(m: Measures) -> Findings:
 def modes(m: Measures) -> Findings:
     """How far latents are from one Gaussian (MAETok, Chen et al. 2025, section 3: fewer modes are learnt faster)."""
     points = sorted((k, name) for name in m.begin("gmm-nll@") if isinstance(k := m.about(name, "modes"), int))
-    if not points or points[0][0] != 1 or points[-1][0] < ENOUGH_MODES:
+    needed = m["gmm-modes"]
+    if not points or points[0][0] != 1 or points[-1][0] < ENOUGH_MODES or math.isnan(needed):
         return
-    needed, single = m["gmm-modes"], m[points[0][1]]
+    single = m[points[0][1]]
     evidence = {"gmm-modes": needed, points[0][1]: single}
     if single - min(m[name] for _, name in points) <= GAUSSIAN:
         words = "Latents are nearly one Gaussian, which is the easiest thing to diffuse from."
