@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from latelier.evaluation.metrics import heading, unit
 from latelier.report import tables
@@ -36,12 +36,12 @@ STYLE: Any = {
 
 @dataclass
 class ImageFile:
-    """A PNG for the page, and the file that Markdown links to; figures may change colours with the page's scheme."""
+    """An image below a heading."""
 
-    png: Path
-    link: str
+    png: Path  # on the page
+    link: str  # of Markdown
     words: str
-    figure: bool
+    figure: bool  # whether it may change colours with the page's scheme
 
 
 def draw_figures(folder: Path, shown: Sequence[RunSummary], columns: Sequence[str]) -> list[ImageFile]:
@@ -238,21 +238,20 @@ def log_axes(axes: Axes, speeds: Sequence[float], heights: Sequence[float]) -> N
     from matplotlib.ticker import LogLocator
 
     axes.set_xscale("log")
-    steps = (1.0,) if max(speeds) / min(speeds) > 1000 else (1.0, 2.0, 5.0)
-    axes.xaxis.set_major_locator(LogLocator(subs=steps))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if max(speeds) / min(speeds) > 1000 else (1.0, 2.0, 5.0)))
     axes.set_xlim(min(speeds) / 1.25, max(speeds) * 1.25)
     if min(heights) > 0 and max(heights) / min(heights) > LOG_RATIO:
         axes.set_yscale("log")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda number, _: f"{number:g}")
-        axis.set_minor_formatter(lambda number, _: "")
+        axis.set_minor_formatter("")
     axes.margins(y=0.12)
     quiet(axes)
 
 
-def quiet(axes: Axes, lines: Literal["both", "x", "y"] = "both") -> None:
+def quiet(axes: Axes) -> None:
     """A grid without ticks."""
-    axes.grid(axis=lines)
+    axes.grid()
     axes.tick_params(which="both", length=0)
     axes.tick_params(axis="y", labelcolor=SOFT)
 

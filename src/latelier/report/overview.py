@@ -40,11 +40,11 @@ Points = dict[str, tuple[float, float]]  # (cost, quality) by the run's name
 
 
 class Axis(NamedTuple):
-    """One measure of all runs as a radar shows it: shares are 0 for the worst, 1 for the best."""
+    """One measure of all runs as a radar shows it."""
 
     words: str
     values: list[float]
-    shares: list[float]
+    shares: list[float]  # 0 for the worst, 1 for the best
 
 
 class Cost(NamedTuple):
@@ -117,12 +117,11 @@ def scaled(values: Sequence[float], direction: Better | None) -> list[float]:
 def fronts(shown: Sequence[RunSummary]) -> list[Front]:
     """Every quality against every cost that at least two runs have."""
     found = []
-    for name in _measured(shown, QUALITIES):
-        for cost in COSTS:
-            points = {run.name: (c, q) for run in shown if (c := cost.of(run)) and (q := value(run, name)) is not None}
-            if len(points) > 1:
-                words = f"{cost.words}{ARROWS[cost.better]}"
-                found.append(Front(name, words, points, dominated(points, cost.better, better(name))))
+    for name, cost in product(_measured(shown, QUALITIES), COSTS):
+        points = {run.name: (c, q) for run in shown if (c := cost.of(run)) and (q := value(run, name)) is not None}
+        if len(points) > 1:
+            beaten = dominated(points, cost.better, better(name))
+            found.append(Front(name, f"{cost.words}{ARROWS[cost.better]}", points, beaten))
     return found
 
 
@@ -130,11 +129,11 @@ def dominated(points: Points, cost: Better | None, quality: Better | None) -> di
     """Who of these `(cost, quality)` is dominated, and by whom; `cost` and `quality` are the better directions."""
     signs = [1 if direction == "lower" else -1 for direction in (cost, quality)]
     costs = {name: (signs[0] * c, signs[1] * q) for name, (c, q) in points.items()}  # the smaller the better, both
-    found = {
-        name: [other for other, (x, y) in costs.items() if (x, y) != (c, q) and x <= c and y <= q]
-        for name, (c, q) in costs.items()
-    }
-    return {name: by for name, by in found.items() if by}
+    found: dict[str, list[str]] = {}
+    for (name, (c, q)), (other, (x, y)) in product(costs.items(), repeat=2):
+        if (x, y) != (c, q) and x <= c and y <= q:
+            found.setdefault(name, []).append(other)
+    return found
 
 
 def _measured(shown: Sequence[RunSummary], wanted: Sequence[str]) -> list[str]:
@@ -229,7 +228,14 @@ def _pareto(shown: Sequence[RunSummary], planes: Sequence[Front]) -> Figure:
     places = dict(zip(product(qualities, costs), panels))
     for plane in planes:
         axes = places.pop((plane.quality, plane.cost))
-        _plane(axes, shown, plane)
+        axes.plot(
+            *zip(*sorted(plane.points[name] for name in plane.front)), color=SOFT, linewidth=1, linestyle=":", zorder=2
+        )
+        for run, look in zip(shown, styles(shown)):
+            if run.name in plane.points:
+                hollow = {"markerfacecolor": "white"} if run.name in plane.dominated else {"markeredgecolor": INK}
+                axes.plot(*([x] for x in plane.points[run.name]), zorder=3, **{**look, "markersize": 7, **hollow})
+        log_axes(axes, *zip(*plane.points.values()))
         axes.set_title(heading(plane.quality))
         if plane.quality == qualities[-1]:
             axes.set_xlabel(f"{plane.cost}\nlog")
@@ -238,14 +244,3 @@ def _pareto(shown: Sequence[RunSummary], planes: Sequence[Front]) -> Figure:
     there = [i for i, run in enumerate(shown) if any(run.name in plane.points for plane in planes)]
     legend(figure, shown, there, 4)
     return figure
-
-
-def _plane(axes: Axes, shown: Sequence[RunSummary], plane: Front) -> None:
-    """The points of one panel."""
-    front = sorted(plane.points[name] for name in plane.front)
-    axes.plot(*zip(*front), color=SOFT, linewidth=1, linestyle=":", zorder=2)
-    for run, look in zip(shown, styles(shown)):
-        if run.name in plane.points:
-            hollow = {"markerfacecolor": "white"} if run.name in plane.dominated else {"markeredgecolor": INK}
-            axes.plot(*([x] for x in plane.points[run.name]), zorder=3, **{**look, "markersize": 7, **hollow})
-    log_axes(axes, *zip(*plane.points.values()))

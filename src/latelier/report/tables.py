@@ -130,12 +130,9 @@ def interval(run: RunSummary, name: str) -> tuple[float, float] | None:
 
 def best(values: Sequence[float | None], name: str) -> set[int]:
     """Positions of the best value, several if they share it; none where there is nothing to choose."""
-    present = [v for v in values if v is not None]
-    direction = better(name)
-    if direction is None or len(set(present)) < 2:
-        return set()
-    winner = min(present) if direction == "lower" else max(present)
-    return {i for i, v in enumerate(values) if v == winner}
+    present, direction = [v for v in values if v is not None], better(name)
+    winner = (min if direction == "lower" else max)(present, default=None)
+    return {i for i, v in enumerate(values) if v == winner} if direction and len(set(present)) > 1 else set()
 
 
 def orderings(shown: Sequence[RunSummary], published: Published, first: Iterable[str] = ()) -> list[Ordering]:
@@ -212,10 +209,9 @@ def measured(shown: Sequence[RunSummary], columns: Sequence[str]) -> Table:
 
 def how_to_read(shown: Sequence[RunSummary], columns: Sequence[str]) -> str:
     """What arrows, bold numbers and ± in the tables of these columns mean."""
+    sure = any(interval(run, name) for run in shown for name in columns)
     words = "↓ lower is better, ↑ higher is better; the best value of a column is bold."
-    if any(interval(run, name) for run in shown for name in columns):
-        words += " ± is half of the 95 % confidence interval."
-    return words
+    return f"{words}{' ± is half of the 95 % confidence interval.' if sure else ''}"
 
 
 def sampling(shown: Sequence[RunSummary]) -> Parts:
@@ -288,9 +284,9 @@ def verdicts(orders: Sequence[Ordering], published: Published) -> Parts:
     names = dict.fromkeys(name for values in published.values.values() for name in values)
     left_out = ", ".join(name for name in names if name not in {o.published for o in orders})
     reason = "fewer than two runs have it both there and here, or its better direction is not known"
-    note = [f"Without an order to compare: {left_out}; {reason}."] if left_out else []
+    note: Parts = [f"Without an order to compare: {left_out}; {reason}."] if left_out else []
     if not orders:
-        return [*note]
+        return note
     head = ["Metric", "Published, best first", "Measured, best first", "Reproduced", "Reversed", "Undecided",
             "Kendall's tau", "Reversed pairs, in the published order"]  # fmt: skip
     rows = [
@@ -389,7 +385,9 @@ def speed_table(shown: Sequence[RunSummary], curves: Curves, baseline: int) -> T
         assert reference is not None  # a curve reaches its own end
         last = column_texts([runs[i][-1][1] if i in runs else None for i in range(len(shown))])
         for i, (row, end) in enumerate(zip(table.rows, last)):
-            row += [end, _when(reached[i]) if i in runs else MISSING, _factor(reached.get(i), reference)]
+            sooner = reached.get(i)
+            when = f"{'at most ' * sooner.at_most}{round(sooner.images):,}" if sooner else "not reached"
+            row += [end, when if i in runs else MISSING, _factor(sooner, reference)]
     return table
 
 
@@ -397,10 +395,6 @@ def _kind(run: RunSummary) -> list[Any] | None:
     """What two runs must share for their losses to compare; None without a loss."""
     found = [entry.get("receipt") or {} for name, entry in run.metrics.items() if name.startswith(f"{LOSS}@")]
     return [found[0].get(key) for key in COMPARABLE] if found else None
-
-
-def _when(reached: Reached | None) -> str:
-    return f"{'at most ' * reached.at_most}{round(reached.images):,}" if reached else "not reached"
 
 
 def _factor(reached: Reached | None, baseline: Reached) -> str:

@@ -155,7 +155,7 @@ def _pixels(size: Sequence[int]) -> str:
 
 @contextmanager
 def _noting(failed: dict[str, str], name: str) -> Iterator[None]:
-    """Note why a tokenizer failed and go on: what is wrong with one must not cost the others' hours of measuring."""
+    """Note why a tokenizer failed and go on: one must not cost the others' hours of measuring."""
     try:
         yield
     except LatelierError as error:
@@ -190,16 +190,12 @@ def describe(codec: Codec, size: tuple[int, int]) -> dict[str, Any]:
     shape, pixels = codec.latent_shape(*size), math.prod(size)
     numbers = math.prod(shape)
     facts: dict[str, Any] = {
-        "class": type(codec.tokenizer).__name__,
-        "factor": codec.factor,
-        "latent": " x ".join(map(str, shape)),
-        "numbers in a latent": numbers,
-        NUMBERS: round(numbers / pixels, 5),
+        "class": type(codec.tokenizer).__name__, "factor": codec.factor, "latent": " x ".join(map(str, shape)),
+        "numbers in a latent": numbers, NUMBERS: round(numbers / pixels, 5),
         "image numbers per latent number": round(codec.image_channels * pixels / numbers, 3),
-    }
+    }  # fmt: skip
     if codes := codec.tokenizer.config.get("num_vq_embeddings"):
-        positions = math.prod(shape[1:])
-        facts |= {"codes": codes, BITS: round(positions * math.log2(codes) / pixels, 5)}
+        facts |= {"codes": codes, BITS: round(math.prod(shape[1:]) * math.log2(codes) / pixels, 5)}
     return facts
 
 

@@ -223,11 +223,10 @@ def show(study: Study) -> Path:
     shown = []
     for name in study.runs:
         folder = study.root / file_name(name)
-        if not (folder / PLAN).is_file() or not (plan := json.loads((folder / PLAN).read_text()))["done"]:
-            continue
-        files = {"reconstructions": "reconstructions.png", "samples": "samples/grid.png", "latent-map": MAP}
-        images = {kind: folder / file for kind, file in files.items()}
-        shown.append(RunSummary(name, read_metrics(folder), _facts(folder, plan["facts"]), images))
+        if (folder / PLAN).is_file() and (plan := json.loads((folder / PLAN).read_text()))["done"]:
+            files = {"reconstructions": "reconstructions.png", "samples": "samples/grid.png", "latent-map": MAP}
+            images = {kind: folder / file for kind, file in files.items()}
+            shown.append(RunSummary(name, read_metrics(folder), _facts(folder, plan["facts"]), images))
     if not shown:
         raise LatelierError(f"No run of study {study.name} has a result yet.")
     known = dict.fromkeys(name for run in shown for name in run.metrics)
@@ -273,15 +272,10 @@ def _vary(study: Study, name: str) -> Study:
     if known := set(variant.more) & set(study.runs):
         twice = f"that the study has already: {', '.join(sorted(known))}; put them under `runs`"
         raise LatelierError(f"Variant {name!r} of study {study.name} has runs in `more` {twice}.")
-    return study.model_copy(
-        update={
-            "name": f"{study.name}-{name}",
-            "about": variant.about or study.about,
-            "base": merge(study.base, variant.base),
-            "runs": {run: merge(tree, variant.runs.get(run, {})) for run, tree in study.runs.items()} | variant.more,
-            "budget": variant.budget or study.budget,
-        }
-    )
+    runs = {run: merge(tree, variant.runs.get(run, {})) for run, tree in study.runs.items()} | variant.more
+    changes = {"name": f"{study.name}-{name}", "base": merge(study.base, variant.base), "runs": runs}
+    about, budget = variant.about or study.about, variant.budget or study.budget
+    return study.model_copy(update={**changes, "about": about, "budget": budget})
 
 
 def merge(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -303,7 +297,7 @@ def spend(recipe: Recipe, budget: Budget) -> tuple[Recipe, dict[str, Any]]:
 
     The facts of a stage are `images`, `flops`, `flops_per_image` and `seconds_per_image`.
     """
-    tree, facts = recipe.model_dump(), {}
+    tree, facts = recipe.model_dump(), dict[str, dict[str, Any]]()
     stages = {"tokenizer": (budget.tokenizer, try_tokenizer), "denoiser": (budget.denoiser, try_denoiser)}
     for name, (spending, trials) in stages.items():
         section = getattr(recipe, name)
@@ -312,7 +306,9 @@ def spend(recipe: Recipe, budget: Budget) -> tuple[Recipe, dict[str, Any]]:
         rows = list(trials(recipe, count=True))
         if spending is not None:
             _scale(tree[name], section, getattr(spending, spending.unit) / _price(rows, spending.unit))
-        facts[name] = {what: _mean(rows, what) for what in ("flops_per_image", "seconds_per_image")}
+        images = sum(row.images for row in rows)
+        for what in ("flops_per_image", "seconds_per_image"):
+            facts.setdefault(name, {})[what] = sum(row.images * getattr(row, what) for row in rows) / images
     spent = build_recipe(tree)
     for name, fact in facts.items():
         fact["images"] = length(getattr(spent, name))
@@ -328,12 +324,8 @@ def length(section: Training) -> int:
 
 def _price(rows: list[Trial], unit: str) -> float:
     """What the recipe's own length costs."""
-    price = {"images": lambda row: 1.0, "minutes": lambda row: row.seconds_per_image / 60}
-    return sum(row.images * price.get(unit, lambda row: row.flops_per_image)(row) for row in rows)
-
-
-def _mean(rows: list[Trial], what: str) -> float:
-    return sum(row.images * getattr(row, what) for row in rows) / sum(row.images for row in rows)
+    prices = ({"images": 1.0, "minutes": row.seconds_per_image / 60, "flops": row.flops_per_image} for row in rows)
+    return sum(row.images * price[unit] for row, price in zip(rows, prices))
 
 
 def _scale(tree: dict[str, Any], section: Training, factor: float) -> None:
