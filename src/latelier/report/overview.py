@@ -177,7 +177,9 @@ def _radar(shown: Sequence[RunSummary], axes: Sequence[Axis]) -> Figure:
     for i, look in enumerate(looks):
         _shape(large, axes, i, look["color"], look["marker"])
     large.tick_params(axis="x", pad=4)
-    for angle, label in zip(_angles(axes), large.set_xticklabels([_ends(axis) for axis in axes], fontsize=7.5)):
+    ends = [(axis.words, *sorted(zip(axis.shares, column_texts(axis.values)))) for axis in axes]  # worst to best
+    names = [f"{words}\n{worst} to {most}" for words, (_, worst), *_, (_, most) in ends]
+    for angle, label in zip(_angles(axes), large.set_xticklabels(names, fontsize=7.5)):
         side = math.sin(angle)  # words begin at the ring on the right, and end there on the left
         label.set_horizontalalignment("center" if abs(side) < 0.3 else "left" if side > 0 else "right")
     for i, run in enumerate(shown):
@@ -214,12 +216,6 @@ def _angles(axes: Sequence[Axis]) -> list[float]:
     return [2 * math.pi * i / len(axes) for i in range(len(axes))]
 
 
-def _ends(axis: Axis) -> str:
-    """A measure's name, and below it its worst and its best value."""
-    (_, worst), *_, (_, most) = sorted(zip(axis.shares, column_texts(axis.values)))
-    return f"{axis.words}\n{worst} to {most}"
-
-
 def _pareto(shown: Sequence[RunSummary], planes: Sequence[Front]) -> Figure:
     """A row of panels for each quality, a column for each cost."""
     costs = list(dict.fromkeys(plane.cost for plane in planes))
@@ -228,9 +224,8 @@ def _pareto(shown: Sequence[RunSummary], planes: Sequence[Front]) -> Figure:
     places = dict(zip(product(qualities, costs), panels))
     for plane in planes:
         axes = places.pop((plane.quality, plane.cost))
-        axes.plot(
-            *zip(*sorted(plane.points[name] for name in plane.front)), color=SOFT, linewidth=1, linestyle=":", zorder=2
-        )
+        front = zip(*sorted(plane.points[name] for name in plane.front))
+        axes.plot(*front, color=SOFT, linewidth=1, linestyle=":", zorder=2)
         for run, look in zip(shown, styles(shown)):
             if run.name in plane.points:
                 hollow = {"markerfacecolor": "white"} if run.name in plane.dominated else {"markeredgecolor": INK}

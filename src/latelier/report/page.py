@@ -55,8 +55,8 @@ def _environment() -> Environment:
 
     options: Any = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=PackageLoader("latelier.report"), autoescape=True, **options)
-    environment.filters |= {"data_uri": _data_uri, "literal": _literal}
-    environment.filters |= {"at_a_glance": at_a_glance, "in_words": in_words, "short": short}
+    environment.filters |= {"at_a_glance": at_a_glance, "in_words": in_words, "literal": _literal, "short": short}
+    environment.filters["data_uri"] = lambda png: f"data:image/png;base64,{base64.b64encode(png.read_bytes()).decode()}"
     environment.filters["anchor"] = lambda title: re.sub(r"[^a-z]+", "-", title.lower())  # where links to headings lead
     return environment
 
@@ -66,10 +66,6 @@ def _literal(text: str) -> Markup:
     from markupsafe import Markup
 
     return Markup(re.sub(r"([\\`*_\[\]|])", r"\\\1", escape(" ".join(text.split()), quote=False)))
-
-
-def _data_uri(png: Path) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png.read_bytes()).decode()}"
 
 
 def number(content: Any) -> float | None:

@@ -47,7 +47,9 @@ def write_report(folder: Path) -> Path:
     recipe = _dict(yaml.safe_load(text))
     log = read_log(folder / "log.jsonl")
     metrics = _dict(json.loads(path.read_text())) if (path := folder / "metrics.json").is_file() else {}
-    measures = Measures(metrics)
+    measures, skipped = Measures(metrics), _read_lines(folder / "skipped.jsonl")
+    rows = skipped[:MOST_SKIPPED]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
     sections = {
         "Samples": _samples(folder / "samples"),
         "Reconstructions": _reconstructions(folder),
@@ -57,7 +59,7 @@ def write_report(folder: Path) -> Path:
         "Metrics": _metrics(metrics),
         "Training": [_training(stage, rows) for stage, rows in log.items()],
         "Previews": _previews(folder / "previews"),
-        "Skipped files": _skipped(folder / "skipped.jsonl"),
+        "Skipped files": {"count": len(skipped), "rows": rows, "columns": columns} if skipped else {},
         "Recipe": text,
     }
     head = {
@@ -96,7 +98,8 @@ def _tiles(log: Mapping[str, list[Row]], metrics: Row) -> list[tuple[str, str]]:
     """(number, words): what was seen in training and, of what was measured, the headlines; no points of curves."""
     tiles = [(short(rows[-1]["images"]), f"images seen, {stage}") for stage, rows in log.items() if rows]
     if seconds := sum(number(row.get("seconds")) or 0.0 for rows in log.values() for row in rows):
-        tiles.append((_duration(seconds), "training time"))
+        long = f"{seconds / 60:.0f} min" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} h"
+        tiles.append((f"{seconds:.0f} s" if seconds < 120 else long, "training time"))
     headlines = {name for metric in METRICS.values() for name in metric.headline}
     for title, entries in read_entries(metrics).items():
         for name, entry in entries.items():
@@ -104,12 +107,6 @@ def _tiles(log: Mapping[str, list[Row]], metrics: Row) -> list[tuple[str, str]]:
             if value is not None and "@" not in name and (title not in LONG or name in headlines):
                 tiles.append((at_a_glance(value), name))
     return tiles
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} h"
 
 
 def _samples(folder: Path) -> Row:
@@ -235,12 +232,6 @@ def _training(stage: str, rows: list[Row]) -> tuple[str, list[Chart], list[Chart
 
     machine = [name for name in MACHINE if name in names]
     return stage, [chart for chart in curves(terms) if chart], [chart for chart in curves(machine) if chart]
-
-
-def _skipped(path: Path) -> Row:
-    rows = _read_lines(path)
-    columns = list(dict.fromkeys(key for row in rows[:MOST_SKIPPED] for key in row))
-    return {"count": len(rows), "rows": rows[:MOST_SKIPPED], "columns": columns} if rows else {}
 
 
 def _read_lines(path: Path) -> list[Row]:
