@@ -13,8 +13,8 @@ from PIL import Image
 
 from latelier import cli
 from latelier.errors import LatelierError
-from latelier.report.orderings import RunSummary
 from latelier.report.overview import AXES, BITS, NUMBERS, axes_of, dominated, fronts, gflop, overview, scaled, speed
+from latelier.report.tables import RunSummary
 from latelier.study import compare
 from latelier.study.compare import Candidate, check_sizes, describe, divide_words, short_names
 from latelier.tokenizers.codec import Codec

@@ -13,18 +13,24 @@ from latelier.evaluation.metrics import better, plain
 from latelier.images import make_grid, make_pairs, save_png
 from latelier.report.comparison import write_comparison
 from latelier.report.figures import _trade_offs, _trained
-from latelier.report.orderings import (
+from latelier.report.page import column_texts
+from latelier.report.tables import (
     MIXTURE,
     TRAINING_SPEED,
     Published,
     RunSummary,
     at_steps,
     best,
+    how_to_read,
+    measured,
     orderings,
+    printed,
+    read_curves,
+    receipts,
+    sampling,
     steps_of,
+    verdicts,
 )
-from latelier.report.page import column_texts
-from latelier.report.tables import how_to_read, measured, printed, read_curves, receipts, sampling, verdicts
 
 
 def run(name, images=None, facts=None, **values):
@@ -63,7 +69,7 @@ def opened(path):
      ("gfd-vgg16@50", "lower"), ("samples-per-second@50", "higher"), ("smoothness-colour", None), ("beauty", None),
      ("gmm-nll@5", "lower"), ("gmm-modes", "lower"), ("probe-accuracy", "higher"), ("probe-pooled-accuracy", "higher"),
      ("knn-accuracy", "higher"), ("diffusion-loss", "lower"), ("effective-rank", None), ("channel-rank", None),
-     ("inpainting-lpips", "lower"), ("inpainting-fd-vgg16", "lower"), ("box-match", "higher"),
+     ("inpainting-lpips", "lower"), ("inpainting-fd-vgg16", "lower"), ("layout-match", "higher"),
      ("clip-score", "higher")],
 )  # fmt: skip
 def test_direction(name, direction):
@@ -365,9 +371,9 @@ def test_figures_of_speed_need_their_numbers(tmp_path):
 
 def test_training_speed_takes_the_recipes_own_steps():
     mixed = sampler("A", [(20, 9.0, 2.0), (100, 8.0, 0.4)], 10.0)
-    assert _trained([mixed]) == {"gfd-vgg16@100": {0: (10.0, 8.0)}}
+    assert _trained([mixed]) == {"gfd-vgg16@100": {0: [(10.0, 8.0, "A")]}}
     mixed.metrics["gfd-vgg16"] = {"value": 8.5}
-    assert _trained([mixed]) == {"gfd-vgg16": {0: (10.0, 8.5)}}
+    assert _trained([mixed]) == {"gfd-vgg16": {0: [(10.0, 8.5, "A")]}}
     assert _trade_offs([run("none"), mixed]) == {"gfd-vgg16": {1: [(2.0, 9.0, 20), (0.4, 8.0, 100)]}}
 
 

@@ -15,8 +15,7 @@ from latelier.evaluation import features
 from latelier.evaluation.convergence import PASSES, held_out_loss, load_snapshot, measure_convergence
 from latelier.opening import open_codec, open_images, open_run, snapshot_folder
 from latelier.report.comparison import write_comparison
-from latelier.report.orderings import RunSummary
-from latelier.report.tables import LOSS, comparable, convergence, reach, read_curves, speed_table
+from latelier.report.tables import LOSS, RunSummary, comparable, convergence, reach, read_curves, speed_table
 from latelier.study.study import load_study
 from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.conv import IdentityTokenizer

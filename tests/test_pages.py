@@ -14,8 +14,8 @@ from latelier.evaluation.results import Measurement, write_measurements
 from latelier.images import make_grid, save_png
 from latelier.recipe import build_recipe
 from latelier.report.comparison import write_comparison
-from latelier.report.orderings import RunSummary
 from latelier.report.run import write_report
+from latelier.report.tables import RunSummary
 from latelier.study import inspect as inspection
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")

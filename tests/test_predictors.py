@@ -22,7 +22,7 @@ from studies.analysis.predictors import (
 from latelier.denoisers import build_denoiser
 from latelier.errors import LatelierError
 from latelier.report.comparison import write_comparison
-from latelier.report.orderings import RunSummary
+from latelier.report.tables import RunSummary
 from latelier.report.verdict import EVIDENCE
 from latelier.study.study import build_run, load_study
 from latelier.tokenizers import build_tokenizer

@@ -10,8 +10,7 @@ from latelier.denoisers import build_denoiser
 from latelier.errors import LatelierError
 from latelier.recipe import build_recipe
 from latelier.study import study as studies
-from latelier.study.budget import Budget, length, spend
-from latelier.study.study import build_run, load_study, merge, run_study
+from latelier.study.study import Budget, build_run, length, load_study, merge, run_study, spend
 from latelier.tokenizers import build_tokenizer
 from latelier.tokenizers.codec import Codec
 from test_adversarial import CONV

@@ -28,9 +28,8 @@ from latelier.errors import LatelierError
 from latelier.evaluation.metrics import Better, better, heading
 from latelier.report.comparison import Section, write_sections
 from latelier.report.figures import COLOURS, STYLE, ImageFile, legend, make_panels, quiet, save_figure, styles
-from latelier.report.orderings import MIXTURE, RunSummary, at_steps, value
 from latelier.report.page import MISSING, SOFT, number, write
-from latelier.report.tables import Table
+from latelier.report.tables import MIXTURE, RunSummary, Table, at_steps, value
 from latelier.report.verdict import EVIDENCE
 
 from .correlation import FEWEST as STUDY_FEWEST

@@ -1,7 +1,7 @@
 """Several runs side by side: tables, orderings, figures and images, as Markdown for docs and as one HTML page.
 
-Both texts are written from the same sections, so they cannot say different things. Nothing is chosen for effect: every
-column asked for is shown, and the orderings say where a paper's order came out otherwise.
+Both are written from the same sections. Every requested column is shown, and the orderings say where a paper's order
+came out otherwise.
 """
 
 from __future__ import annotations
@@ -20,23 +20,11 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from latelier.errors import LatelierError
 from latelier.evaluation.metrics import better
 from latelier.images import GAP_COLOUR, save_png
+from latelier.report import tables
 from latelier.report.figures import ERRORS, MAP, ImageFile, draw_convergence, draw_figures
-from latelier.report.orderings import Ordering, Published, RunSummary, orderings
 from latelier.report.overview import fronts, overview
 from latelier.report.page import INK, render, write
-from latelier.report.tables import (
-    Table,
-    comparable,
-    convergence,
-    costs,
-    how_to_read,
-    measured,
-    printed,
-    read_curves,
-    receipts,
-    sampling,
-    verdicts,
-)
+from latelier.report.tables import Published, RunSummary, Table
 
 IMAGE_HEIGHT, IMAGE_WIDTH, MAP_WIDTH, NAME_HEIGHT = 300, 1100, 900, 26
 
@@ -50,30 +38,20 @@ class Section:
 
 
 def write_comparison(
-    folder: Path,
-    title: str,
-    about: str,
-    shown: list[RunSummary],
-    columns: Mapping[str, Sequence[str]],
-    published: Published | None,
-    *,
-    facts: str = "",
-    baseline: str | None = None,
-) -> Path:
+    folder: Path, title: str, about: str, shown: list[RunSummary], columns: Mapping[str, Sequence[str]],
+    published: Published | None, *, facts: str = "", baseline: str | None = None,
+) -> Path:  # fmt: skip
     """Write `table.md`, `comparison.html`, `comparison.json`, figures and images into a folder.
 
     Args:
         folder: made if missing.
-        title: a heading.
+        title: of the page.
         about: what was compared, plain text; blank lines divide paragraphs.
         shown: the runs, in the order in which they are shown everywhere.
         columns: metric names of each table, by its title; the overview has all of them, in this order.
         published: what a paper printed, to compare orders with.
-        facts: heading of the table of facts if that shall come first; otherwise it says, further down, what each took.
-        baseline: the run whose end the others' convergence is measured against.
-
-    Returns:
-        The path of `comparison.html`.
+        facts: heading of the table of facts if that comes first; otherwise it says, further down, what each took.
+        baseline: the run against whose end the others' convergence is measured.
 
     Raises:
         LatelierError: if there is no run, or two of the same name.
@@ -84,24 +62,34 @@ def write_comparison(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     every = list(dict.fromkeys(name for names in columns.values() for name in names))
-    orders = orderings(shown, published, every) if published else []
-    curves = comparable(shown, read_curves(shown), baseline)
+    orders = tables.orderings(shown, published, every) if published else []
+    curves = tables.comparable(shown, tables.read_curves(shown), baseline)
     drawn = [draw_convergence(folder, shown, curves)] if curves else []
     sections = [
-        Section(facts, costs(shown) if facts else []),
+        Section(facts, tables.costs(shown) if facts else []),
         Section("At a glance", overview(folder, shown)),
-        *(Section(name, [measured(shown, names)]) for name, names in columns.items() if names),
-        Section("Sampling", sampling(shown)),
-        Section("How to read the tables", [how_to_read(shown, every)]),
-        Section("Published", printed(shown, published) if published else []),
-        Section("Orderings", verdicts(orders, published) if published else []),
-        Section("Convergence", [*drawn, *convergence(shown, curves, baseline)] if curves else []),
-        Section("What each run took", [] if facts else costs(shown)),
+        *(Section(name, [tables.measured(shown, names)]) for name, names in columns.items() if names),
+        Section("Sampling", tables.sampling(shown)),
+        Section("How to read the tables", [tables.how_to_read(shown, every)]),
+        Section("Published", tables.printed(shown, published) if published else []),
+        Section("Orderings", tables.verdicts(orders, published) if published else []),
+        Section("Convergence", [*drawn, *tables.convergence(shown, curves, baseline)] if curves else []),
+        Section("What each run took", [] if facts else tables.costs(shown)),
         Section("Figures", draw_figures(folder, shown, every)),
         Section("Images", _images(folder, shown)),
-        Section("Receipt", receipts(shown, every)),
+        Section("Receipt", tables.receipts(shown, every)),
     ]
-    write(folder / "comparison.json", _json(title, about, shown, every, published, orders))
+    content = {
+        "title": title,
+        "about": about,
+        "columns": {name: better(name) for name in every},
+        "runs": [{"name": run.name, "metrics": run.metrics, "facts": run.facts} for run in shown],
+        "published": dataclasses.asdict(published) if published else None,
+        "orderings": [dataclasses.asdict(ordering) for ordering in orders],
+        "fronts": [{**dataclasses.asdict(plane), "front": plane.front} for plane in fronts(shown)],
+    }
+    text = json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False, default=str)
+    write(folder / "comparison.json", text)
     return write_sections(folder / "comparison.html", folder / "table.md", title, about, sections)
 
 
@@ -113,12 +101,9 @@ def write_sections(page: Path, text: Path, title: str, about: str, sections: Seq
     return write(page, render("comparison.html.j2", **content))
 
 
-# -- images ---------------------------------------------------------------------------------------------------------
-
-
 def _images(folder: Path, shown: Sequence[RunSummary]) -> list[ImageFile]:
     """One PNG for each kind: the runs' grids below each other."""
-    parts: list[ImageFile] = []
+    parts = []
     for kind in dict.fromkeys(kind for run in shown for kind in run.images):
         there = [(run.name, path) for run in shown if (path := run.images.get(kind)) and path.is_file()]
         if there:
@@ -172,25 +157,6 @@ def _row_height(grid: Image.Image) -> int | None:
             if all(found == gap for found in gaps):
                 return row
     return None
-
-
-# -- files ------------------------------------------------------------------------------------------------------------
-
-
-def _json(
-    title: str, about: str, shown: Sequence[RunSummary], columns: Sequence[str], published: Published | None,
-    orders: Sequence[Ordering],
-) -> str:  # fmt: skip
-    content = {
-        "title": title,
-        "about": about,
-        "columns": {name: better(name) for name in columns},
-        "runs": [{"name": run.name, "metrics": run.metrics, "facts": run.facts} for run in shown],
-        "published": dataclasses.asdict(published) if published else None,
-        "orderings": [dataclasses.asdict(ordering) for ordering in orders],
-        "fronts": [{**dataclasses.asdict(plane), "front": plane.front} for plane in fronts(shown)],
-    }
-    return json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False, default=str)
 
 
 def _finite(content: Any) -> Any:

@@ -6,24 +6,15 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from latelier.evaluation.metrics import heading, unit
-from latelier.report.orderings import (
-    CONVERGENCE,
-    MIXTURE,
-    SAMPLING_SPEED,
-    TRAINING_SPEED,
-    RunSummary,
-    at_steps,
-    best,
-    interval,
-    value,
-)
+from latelier.report import tables
 from latelier.report.page import INK, LINE, LOG_RATIO, SOFT, column_texts, number, short, write
-from latelier.report.tables import Curves, read_curves
+from latelier.report.tables import Curves, RunSummary, best, interval, value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,12 +36,12 @@ STYLE: Any = {
 
 @dataclass
 class ImageFile:
-    """A PNG for the page, and the file that Markdown links to; figures may change colours with the page's scheme."""
+    """An image below a heading."""
 
-    png: Path
-    link: str
+    png: Path  # on the page
+    link: str  # of Markdown
     words: str
-    figure: bool
+    figure: bool  # whether it may change colours with the page's scheme
 
 
 def draw_figures(folder: Path, shown: Sequence[RunSummary], columns: Sequence[str]) -> list[ImageFile]:
@@ -58,29 +49,27 @@ def draw_figures(folder: Path, shown: Sequence[RunSummary], columns: Sequence[st
     from matplotlib import rc_context
 
     there = [name for name in columns if any(value(run, name) is not None for run in shown)]
-    parts: list[ImageFile] = []
+    parts, save = [], partial(save_figure, folder)
     with rc_context(STYLE):
         if there:
             words = "Every metric of every run; lines are 95 % intervals"
-            parts.append(save_figure(folder, "overview", _overview(shown, there), words))
+            parts.append(save("overview", _overview(shown, there), words))
         if curves := _noise_curves(shown):
             figure = _lines(shown, curves, _dress_noise, most=3, height=2.7, across=2 * max(2, min(3, len(curves))))
             figure.supxlabel("noise level, standard deviations of each latent channel", fontsize=8.5, color=SOFT)
             words = f"Quality of images decoded from noisy latents; the shaded levels, up to {FLAT}, make the mean"
-            parts.append(save_figure(folder, "smoothness", figure, words))
-        if mixtures := read_curves(shown, MIXTURE):  # MAETok (Chen et al. 2025), section 3
+            parts.append(save("smoothness", figure, words))
+        if mixtures := tables.read_curves(shown, tables.MIXTURE):  # MAETok (Chen et al. 2025), section 3
             words = "GMM negative log-likelihood of held-out latents against the number of modes"
-            parts.append(save_figure(folder, "modes", _lines(shown, mixtures, _dress_modes), words))
+            parts.append(save("modes", _lines(shown, mixtures, _dress_modes), words))
         if lines := _trade_offs(shown):  # Rombach et al. 2022, figure 7
             words = "Quality against the speed of sampling; at each point stands the number of sampling steps"
-            figure = _lines(shown, lines, _dress_speed("samples"), height=3.6, across=6)
-            parts.append(save_figure(folder, "sampling", figure, words))
+            figure = _lines(shown, lines, partial(_dress_speed, words="samples"), height=3.6, across=6)
+            parts.append(save("sampling", figure, words))
         if speeds := _trained(shown):  # Rombach et al. 2022, figures 5 and 6, at one length of training
             words = "Quality against the speed of the denoiser's training"
-            notes = [fit(run.name) for run in shown]
-            points = {name: {i: [(*point, notes[i])] for i, point in runs.items()} for name, runs in speeds.items()}
-            figure = _lines(shown, points, _dress_speed("training images"), height=3.0, across=0)
-            parts.append(save_figure(folder, "training", figure, words))
+            figure = _lines(shown, speeds, partial(_dress_speed, words="training images"), height=3.0, across=0)
+            parts.append(save("training", figure, words))
     return parts
 
 
@@ -136,22 +125,14 @@ def _bars(axes: Axes, shown: Sequence[RunSummary], name: str) -> None:
     axes.axvline(0, color=LINE, linewidth=0.8)
 
 
-# -- lines ------------------------------------------------------------------------------------------------------------
-
-
 def _lines(
-    shown: Sequence[RunSummary],
-    curves: Mapping[str, Mapping[int, Sequence[Any]]],
-    dress: Callable[[Axes, str, list[tuple]], None],
-    most: int = 2,
-    height: float = 3.2,
-    above: float = 0.4,
+    shown: Sequence[RunSummary], curves: Mapping[str, Mapping[int, Sequence[Any]]],
+    dress: Callable[[Axes, str, list[tuple]], None], most: int = 2, height: float = 3.2, above: float = 0.4,
     across: int = 4,
-) -> Figure:
+) -> Figure:  # fmt: skip
     """One panel for each metric, one line for each run; a third entry of a point is a note above it.
 
-    `dress(axes, metric, points)` gives axes their scales and words; `above` inches are left for the legend, which has
-    `across` columns, or is not there for 0.
+    `dress(axes, metric, points)` sets scales and words; `above` inches are for the legend of `across` columns, 0: none.
     """
     figure, panels = make_panels(len(curves), most, height, above * bool(across))
     looks = styles(shown)
@@ -159,10 +140,8 @@ def _lines(
         for i, points in runs.items():
             axes.plot([x for x, *_ in points], [y for _, y, *_ in points], zorder=3, clip_on=False, **looks[i])
             for x, y, *notes in points:
-                for note in notes:
-                    axes.annotate(
-                        str(note), (x, y), (0, 5), textcoords="offset points", ha="center", fontsize=7, color=SOFT
-                    )
+                for note in map(str, notes):
+                    axes.annotate(note, (x, y), (0, 5), textcoords="offset points", ha="center", fontsize=7, color=SOFT)
         axes.set_title(heading(name))
         quiet(axes)
         axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
@@ -178,10 +157,20 @@ def _dress_noise(axes: Axes, name: str, points: list[tuple]) -> None:
     logarithmic = min(heights) > 0 and max(heights) / min(heights) > LOG_RATIO
     axes.set_yscale("log" if logarithmic else "linear")
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
-    axes.yaxis.set_minor_formatter(lambda y, _: "")
+    axes.yaxis.set_minor_formatter("")
     axes.set_title(f"{heading(name.removeprefix('smoothness-'))}{' · log' if logarithmic else ''}")
     axes.grid(visible=False, axis="x")
-    _level_axis(axes, [x for x, _ in points])
+    levels = sorted({x for x, _ in points})
+    last = max(levels[-1], 1e-6)
+    kept: list[float] = []  # ticks, as far as their numbers do not touch; these three come first
+    for level in sorted(levels, key=lambda x: (x not in (0, FLAT, last), x)):
+        if all(abs(math.sqrt(level / last) - math.sqrt(other / last)) > 0.11 for other in kept):
+            kept.append(level)
+    axes.set_xscale("function", functions=(lambda x: abs(x) ** 0.5, lambda x: x**2))
+    axes.set_xlim(0, last)
+    axes.set_xticks(kept, [f"{level:g}" for level in kept])
+    axes.minorticks_off()
+    axes.axvspan(0, min(FLAT, last), color="#f1f1ee", zorder=0)
 
 
 def _dress_modes(axes: Axes, name: str, points: list[tuple]) -> None:
@@ -194,78 +183,54 @@ def _dress_modes(axes: Axes, name: str, points: list[tuple]) -> None:
     axes.set_ylabel(unit(name) or "")
 
 
-def _dress_speed(words: str) -> Callable[[Axes, str, list[tuple]], None]:
-    def dress(axes: Axes, name: str, points: list[tuple]) -> None:
-        log_axes(axes, [x for x, *_ in points], [y for _, y, *_ in points])
-        axes.set_xlabel(f"{words} per second · log")
-
-    return dress
+def _dress_speed(axes: Axes, name: str, points: list[tuple], words: str) -> None:
+    log_axes(axes, [x for x, *_ in points], [y for _, y, *_ in points])
+    axes.set_xlabel(f"{words} per second · log")
 
 
 def _dress_convergence(axes: Axes, name: str, points: list[tuple]) -> None:
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(lambda images, _: short(images))
-    axes.set_title(heading(name).removeprefix(CONVERGENCE))
+    axes.set_title(heading(name).removeprefix(tables.CONVERGENCE))
     axes.set_xlabel("images seen")
 
 
-def _level_axis(axes: Axes, levels: Sequence[float]) -> None:
-    """Square roots of levels; ticks at the levels themselves, as far as their numbers do not touch."""
-    last = max(max(levels), 1e-6)
-    kept: list[float] = []
-    for level in sorted(set(levels), key=lambda x: (x not in (0, FLAT, last), x)):  # these three come first
-        if all(abs(math.sqrt(level / last) - math.sqrt(other / last)) > 0.11 for other in kept):
-            kept.append(level)
-    axes.set_xscale("function", functions=(lambda x: abs(x) ** 0.5, lambda x: x**2))
-    axes.set_xlim(0, last)
-    axes.set_xticks(kept, [f"{level:g}" for level in kept])
-    axes.minorticks_off()
-    axes.axvspan(0, min(FLAT, last), color="#f1f1ee", zorder=0)
-
-
-def _noise_curves(shown: Sequence[RunSummary]) -> dict[str, dict[int, list[tuple[float, float]]]]:
+def _noise_curves(shown: Sequence[RunSummary]) -> dict[str, dict[int, list[Any]]]:
     """(noise level, value), ascending, by metric and the run's position; without those that have none."""
+
+    def points(run: RunSummary, name: str) -> list[tuple[float, float]]:
+        curve = (run.metrics.get(name, {}).get("receipt") or {}).get("curve") or []
+        return sorted((float(x), float(y)) for x, y in curve if number(x) is not None and number(y) is not None)
+
     names = dict.fromkeys(name for run in shown for name in run.metrics if name.startswith("smoothness-"))
-    found: dict[str, dict[int, list[tuple[float, float]]]] = {}
-    for name in names:
-        for i, run in enumerate(shown):
-            curve = (run.metrics.get(name, {}).get("receipt") or {}).get("curve") or []
-            points = sorted((float(x), float(y)) for x, y in curve if number(x) is not None and number(y) is not None)
-            if points:
-                found.setdefault(name, {})[i] = points
-    return found
+    return tables.by_run(shown, {name: name for name in names}, points)
 
 
-def _trade_offs(shown: Sequence[RunSummary]) -> dict[str, dict[int, list[tuple[float, float, int]]]]:
+def _trade_offs(shown: Sequence[RunSummary]) -> dict[str, dict[int, list[Any]]]:
     """(samples per second, Fréchet distance, steps), ascending in steps, by distance and the run's position."""
-    found: dict[str, dict[int, list[tuple[float, float, int]]]] = {}
-    for name in at_steps(shown, "gfd"):
-        distance, _, steps = name.partition("@")
-        for i, run in enumerate(shown):
-            speed, quality = value(run, f"{SAMPLING_SPEED}@{steps}"), value(run, name)
-            if speed is not None and speed > 0 and quality is not None:
-                found.setdefault(distance, {}).setdefault(i, []).append((speed, quality, int(steps)))
-    return found
+
+    def points(run: RunSummary, name: str) -> list[tuple[float, float, int]]:
+        steps = name.partition("@")[2]
+        speed, quality = value(run, f"{tables.SAMPLING_SPEED}@{steps}"), value(run, name)
+        return [(speed, quality, int(steps))] if speed and speed > 0 and quality is not None else []
+
+    return tables.by_run(shown, {name: name.partition("@")[0] for name in tables.at_steps(shown, "gfd")}, points)
 
 
-def _trained(shown: Sequence[RunSummary]) -> dict[str, dict[int, tuple[float, float]]]:
-    """(training images per second, Fréchet distance) by distance and the run's position.
+def _trained(shown: Sequence[RunSummary]) -> dict[str, dict[int, list[Any]]]:
+    """(training images per second, Fréchet distance, run) by distance and the run's position.
 
     The distance is that of the recipe's own sampling steps; where no run has it, that of the most steps measured.
     """
+
+    def points(run: RunSummary, name: str) -> list[tuple[float, float, str]]:
+        speed, quality = number(run.facts.get(tables.TRAINING_SPEED)), value(run, name)
+        return [(speed, quality, fit(run.name))] if speed and speed > 0 and quality is not None else []
+
     names = dict.fromkeys(name for run in shown for name in run.metrics if name.startswith("gfd"))
-    chosen = {name.partition("@")[0]: name for name in at_steps(shown, "gfd")}  # the last has the most steps
+    chosen = {name.partition("@")[0]: name for name in tables.at_steps(shown, "gfd")}  # the last has the most steps
     chosen |= {name: name for name in names if "@" not in name}
-    found: dict[str, dict[int, tuple[float, float]]] = {}
-    for name in chosen.values():
-        for i, run in enumerate(shown):
-            speed, quality = number(run.facts.get(TRAINING_SPEED)), value(run, name)
-            if speed is not None and speed > 0 and quality is not None:
-                found.setdefault(name, {})[i] = (speed, quality)
-    return found
-
-
-# -- what all share ---------------------------------------------------------------------------------------------------
+    return tables.by_run(shown, {name: name for name in chosen.values()}, points)
 
 
 def log_axes(axes: Axes, speeds: Sequence[float], heights: Sequence[float]) -> None:
@@ -273,42 +238,37 @@ def log_axes(axes: Axes, speeds: Sequence[float], heights: Sequence[float]) -> N
     from matplotlib.ticker import LogLocator
 
     axes.set_xscale("log")
-    steps = (1.0,) if max(speeds) / min(speeds) > 1000 else (1.0, 2.0, 5.0)
-    axes.xaxis.set_major_locator(LogLocator(subs=steps))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if max(speeds) / min(speeds) > 1000 else (1.0, 2.0, 5.0)))
     axes.set_xlim(min(speeds) / 1.25, max(speeds) * 1.25)
     if min(heights) > 0 and max(heights) / min(heights) > LOG_RATIO:
         axes.set_yscale("log")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda number, _: f"{number:g}")
-        axis.set_minor_formatter(lambda number, _: "")
+        axis.set_minor_formatter("")
     axes.margins(y=0.12)
     quiet(axes)
 
 
-def quiet(axes: Axes, lines: Literal["both", "x", "y"] = "both") -> None:
+def quiet(axes: Axes) -> None:
     """A grid without ticks."""
-    axes.grid(axis=lines)
+    axes.grid()
     axes.tick_params(which="both", length=0)
     axes.tick_params(axis="y", labelcolor=SOFT)
 
 
 def styles(shown: Sequence[RunSummary]) -> list[dict[str, Any]]:
     """Colour and marker of each run."""
-    return [
-        {"color": colour, "marker": marker, "linewidth": 1.6, "markersize": 4}
-        for _, colour, marker in zip(shown, cycle(COLOURS), cycle(MARKERS))
-    ]
+    looks = zip(shown, cycle(COLOURS), cycle(MARKERS))
+    return [{"color": colour, "marker": mark, "linewidth": 1.6, "markersize": 4} for _, colour, mark in looks]
 
 
 def legend(figure: Figure, shown: Sequence[RunSummary], there: Sequence[int], across: int) -> None:
     """Names of the runs at these positions, above all panels."""
     from matplotlib.lines import Line2D
 
-    looks = styles(shown)
-    figure.legend(
-        [Line2D([], [], **looks[i]) for i in there], [fit(shown[i].name) for i in there],
-        loc="outside upper left", ncols=across, frameon=False, fontsize=8.5,
-    )  # fmt: skip
+    lines, looks = [Line2D([], [], **look) for look in styles(shown)], {"frameon": False, "fontsize": 8.5}
+    names = [fit(shown[i].name) for i in there]
+    figure.legend([lines[i] for i in there], names, loc="outside upper left", ncols=across, **looks)
 
 
 def make_panels(count: int, most: int, height: float, above: float = 0.0) -> tuple[Figure, list[Axes]]:
@@ -316,11 +276,8 @@ def make_panels(count: int, most: int, height: float, above: float = 0.0) -> tup
     from matplotlib.figure import Figure
 
     across, down = min(most, count), -(-count // most)
-    figure = Figure(
-        figsize=(WIDTH * min(max(across, 2), most) / most, down * height + above),
-        layout="constrained",
-        facecolor="white",
-    )
+    size = (WIDTH * min(max(across, 2), most) / most, down * height + above)
+    figure = Figure(figsize=size, layout="constrained", facecolor="white")
     panels = list(figure.subplots(down, across, squeeze=False).flat)
     for spare in panels[count:]:
         spare.set_axis_off()

@@ -1,8 +1,7 @@
 """Tokenizers at a glance: a radar of what is good about each, and quality against cost with the ones nobody beats.
 
-A radar's axis is a measure with a known better direction, scaled between the worst and the best of those compared, so
-a shape says nothing about a tokenizer alone. In a plane of one quality and one cost a tokenizer is dominated if another
-one is at least as good in both and better in one; the others are the Pareto front.
+A radar's axis is a measure with a known better direction, scaled between the worst and the best of those compared. In a
+plane of one quality and one cost a tokenizer is dominated if another one is at least as good in both and better in one.
 """
 
 from __future__ import annotations
@@ -10,14 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from latelier.evaluation.metrics import ARROWS, Better, better, heading, plain
 from latelier.report.figures import STYLE, WIDTH, ImageFile, fit, legend, log_axes, make_panels, save_figure, styles
-from latelier.report.orderings import RunSummary, value
 from latelier.report.page import INK, MISSING, SOFT, column_texts, number
-from latelier.report.tables import Table
+from latelier.report.tables import RunSummary, Table, value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,13 +36,15 @@ FEWEST_AXES = 3
 INNER = 0.25  # radius of the worst, so that a shape never shrinks to a point
 ACROSS = 2  # small radars in a row, beside the large one
 
+Points = dict[str, tuple[float, float]]  # (cost, quality) by the run's name
+
 
 class Axis(NamedTuple):
-    """One measure of all runs as a radar shows it: shares are 0 for the worst, 1 for the best."""
+    """One measure of all runs as a radar shows it."""
 
     words: str
     values: list[float]
-    shares: list[float]
+    shares: list[float]  # 0 for the worst, 1 for the best
 
 
 class Cost(NamedTuple):
@@ -60,7 +61,7 @@ class Front:
 
     quality: str
     cost: str
-    points: dict[str, tuple[float, float]]  # (cost, quality) by the run's name, of those that have both
+    points: Points  # of those that have both
     dominated: dict[str, list[str]]  # names of dominated runs, and of those that dominate them
 
     @property
@@ -69,13 +70,10 @@ class Front:
         return [name for name in self.points if name not in self.dominated]
 
 
-# -- costs ------------------------------------------------------------------------------------------------------------
-
-
 def gflop(run: RunSummary) -> float | None:
     """GFLOP to encode an image and to decode it."""
-    parts = [value(run, name) for name in ("gflop-encode", "gflop-decode")]
-    return None if None in parts else sum(part for part in parts if part is not None)
+    encode, decode = value(run, "gflop-encode"), value(run, "gflop-decode")
+    return None if encode is None or decode is None else encode + decode
 
 
 def speed(run: RunSummary) -> float | None:
@@ -98,21 +96,15 @@ COSTS = (
 )
 
 
-# -- what is best -----------------------------------------------------------------------------------------------------
-
-
 def axes_of(shown: Sequence[RunSummary]) -> tuple[list[Axis], list[str]]:
     """Those of `AXES` that all runs have and in which they differ; and names of measured ones that some run lacks."""
-    found: list[Axis] = []
-    lacking: list[str] = []
-    for name in _measured(shown, AXES):
-        values = [gflop(run) if name == GFLOP else value(run, name) for run in shown]
-        there = [v for v in values if v is not None]
-        if len(there) < len(shown):
-            lacking.append(name)
-        elif len(set(there)) > 1:
-            found.append(Axis(heading(name), there, scaled(there, better(name))))
-    return found, lacking
+    values = {
+        name: [v for run in shown if (v := gflop(run) if name == GFLOP else value(run, name)) is not None]
+        for name in _measured(shown, AXES)
+    }
+    whole = {name: there for name, there in values.items() if len(there) == len(shown) and len(set(there)) > 1}
+    axes = [Axis(heading(name), there, scaled(there, better(name))) for name, there in whole.items()]
+    return axes, [name for name, there in values.items() if len(there) < len(shown)]
 
 
 def scaled(values: Sequence[float], direction: Better | None) -> list[float]:
@@ -125,27 +117,23 @@ def scaled(values: Sequence[float], direction: Better | None) -> list[float]:
 def fronts(shown: Sequence[RunSummary]) -> list[Front]:
     """Every quality against every cost that at least two runs have."""
     found = []
-    for name in _measured(shown, QUALITIES):
-        for cost in COSTS:
-            points = {run.name: (c, q) for run in shown if (c := cost.of(run)) and (q := value(run, name)) is not None}
-            if len(points) > 1:
-                words = f"{cost.words}{ARROWS[cost.better]}"
-                found.append(Front(name, words, points, dominated(points, cost.better, better(name))))
+    for name, cost in product(_measured(shown, QUALITIES), COSTS):
+        points = {run.name: (c, q) for run in shown if (c := cost.of(run)) and (q := value(run, name)) is not None}
+        if len(points) > 1:
+            beaten = dominated(points, cost.better, better(name))
+            found.append(Front(name, f"{cost.words}{ARROWS[cost.better]}", points, beaten))
     return found
 
 
-def dominated(
-    points: dict[str, tuple[float, float]], cost: Better | None, quality: Better | None
-) -> dict[str, list[str]]:
+def dominated(points: Points, cost: Better | None, quality: Better | None) -> dict[str, list[str]]:
     """Who of these `(cost, quality)` is dominated, and by whom; `cost` and `quality` are the better directions."""
     signs = [1 if direction == "lower" else -1 for direction in (cost, quality)]
     costs = {name: (signs[0] * c, signs[1] * q) for name, (c, q) in points.items()}  # the smaller the better, both
-
-    def beats(a: str, b: str) -> bool:
-        return costs[a] != costs[b] and all(x <= y for x, y in zip(costs[a], costs[b]))
-
-    found = {b: [a for a in points if beats(a, b)] for b in points}
-    return {name: by for name, by in found.items() if by}
+    found: dict[str, list[str]] = {}
+    for (name, (c, q)), (other, (x, y)) in product(costs.items(), repeat=2):
+        if (x, y) != (c, q) and x <= c and y <= q:
+            found.setdefault(name, []).append(other)
+    return found
 
 
 def _measured(shown: Sequence[RunSummary], wanted: Sequence[str]) -> list[str]:
@@ -153,9 +141,6 @@ def _measured(shown: Sequence[RunSummary], wanted: Sequence[str]) -> list[str]:
     known = dict.fromkeys(name for run in shown for name in run.metrics if "@" not in name)
     found = [name for begin in wanted for name in known if plain(name) == begin]
     return [*found, GFLOP] if GFLOP in wanted and any(gflop(run) is not None for run in shown) else found
-
-
-# -- tables and figures -----------------------------------------------------------------------------------------------
 
 
 def overview(folder: Path, shown: Sequence[RunSummary]) -> list[str | Table | ImageFile]:
@@ -167,17 +152,15 @@ def overview(folder: Path, shown: Sequence[RunSummary]) -> list[str | Table | Im
     planes = fronts(shown)
     with rc_context(STYLE):
         if len(axes) >= FEWEST_AXES:
-            words = "Each axis from the worst (inner ring) to the best (outer ring) of those compared, linear; "
-            words += "the numbers are these two. A shape says nothing about a tokenizer alone"
+            words = "Each axis from the worst (inner ring) to the best (outer ring) of those compared, linear; the "
+            words += "numbers are these two. A shape says nothing about a tokenizer alone"
             words += f". Without an axis, as not all have it: {', '.join(lacking)}" if lacking else ""
             parts.append(save_figure(folder, "radar", _radar(shown, axes), words))
         if planes:
             words = "Quality against cost. Filled: on the Pareto front, the dotted line; hollow: dominated, another is "
             words += "at least as good in both and better in one. By the values alone, without their intervals"
-            rows = [
-                [heading(plane.quality), plane.cost, ", ".join(plane.front), ", ".join(plane.dominated) or MISSING]
-                for plane in planes
-            ]
+            sides = [(", ".join(plane.front), ", ".join(plane.dominated) or MISSING) for plane in planes]
+            rows = [[heading(plane.quality), plane.cost, *side] for plane, side in zip(planes, sides)]
             table = Table(["Quality", "Cost", "On the Pareto front", "Dominated"], rows)
             parts += [save_figure(folder, "pareto", _pareto(shown, planes), words), table]
     return parts
@@ -194,7 +177,9 @@ def _radar(shown: Sequence[RunSummary], axes: Sequence[Axis]) -> Figure:
     for i, look in enumerate(looks):
         _shape(large, axes, i, look["color"], look["marker"])
     large.tick_params(axis="x", pad=4)
-    for angle, label in zip(_angles(axes), large.set_xticklabels([_ends(axis) for axis in axes], fontsize=7.5)):
+    ends = [(axis.words, *sorted(zip(axis.shares, column_texts(axis.values)))) for axis in axes]  # worst to best
+    names = [f"{words}\n{worst} to {most}" for words, (_, worst), *_, (_, most) in ends]
+    for angle, label in zip(_angles(axes), large.set_xticklabels(names, fontsize=7.5)):
         side = math.sin(angle)  # words begin at the ring on the right, and end there on the left
         label.set_horizontalalignment("center" if abs(side) < 0.3 else "left" if side > 0 else "right")
     for i, run in enumerate(shown):
@@ -221,9 +206,8 @@ def _shape(polar: Axes, axes: Sequence[Axis], run: int, colour: str, marker: str
     """A run's closed line with markers; without, the area inside it."""
     angles = _angles(axes)
     radii = [INNER + (1 - INNER) * axis.shares[run] for axis in axes]
-    width = 1.6 if marker else 1.4
-    polar.plot([*angles, angles[0]], [*radii, radii[0]], color=colour, linewidth=width, marker=marker, markersize=4,
-               clip_on=False, zorder=3)  # fmt: skip
+    look: Any = {"color": colour, "linewidth": 1.6 if marker else 1.4, "marker": marker, "markersize": 4}
+    polar.plot([*angles, angles[0]], [*radii, radii[0]], clip_on=False, zorder=3, **look)
     if not marker:
         polar.fill(angles, radii, color=colour, alpha=0.25, zorder=2.5)
 
@@ -232,22 +216,21 @@ def _angles(axes: Sequence[Axis]) -> list[float]:
     return [2 * math.pi * i / len(axes) for i in range(len(axes))]
 
 
-def _ends(axis: Axis) -> str:
-    """A measure's name, and below it its worst and its best value."""
-    by_share = sorted(zip(axis.shares, column_texts(axis.values)))
-    return f"{axis.words}\n{by_share[0][1]} to {by_share[-1][1]}"
-
-
 def _pareto(shown: Sequence[RunSummary], planes: Sequence[Front]) -> Figure:
     """A row of panels for each quality, a column for each cost."""
     costs = list(dict.fromkeys(plane.cost for plane in planes))
     qualities = list(dict.fromkeys(plane.quality for plane in planes))
     figure, panels = make_panels(len(costs) * len(qualities), len(costs), height=2.4, above=0.5)
-    places = {(quality, cost): panels[i * len(costs) + j]
-              for i, quality in enumerate(qualities) for j, cost in enumerate(costs)}  # fmt: skip
+    places = dict(zip(product(qualities, costs), panels))
     for plane in planes:
         axes = places.pop((plane.quality, plane.cost))
-        _plane(axes, shown, plane)
+        front = zip(*sorted(plane.points[name] for name in plane.front))
+        axes.plot(*front, color=SOFT, linewidth=1, linestyle=":", zorder=2)
+        for run, look in zip(shown, styles(shown)):
+            if run.name in plane.points:
+                hollow = {"markerfacecolor": "white"} if run.name in plane.dominated else {"markeredgecolor": INK}
+                axes.plot(*([x] for x in plane.points[run.name]), zorder=3, **{**look, "markersize": 7, **hollow})
+        log_axes(axes, *zip(*plane.points.values()))
         axes.set_title(heading(plane.quality))
         if plane.quality == qualities[-1]:
             axes.set_xlabel(f"{plane.cost}\nlog")
@@ -256,14 +239,3 @@ def _pareto(shown: Sequence[RunSummary], planes: Sequence[Front]) -> Figure:
     there = [i for i, run in enumerate(shown) if any(run.name in plane.points for plane in planes)]
     legend(figure, shown, there, 4)
     return figure
-
-
-def _plane(axes: Axes, shown: Sequence[RunSummary], plane: Front) -> None:
-    """The points of one panel."""
-    front = sorted(plane.points[name] for name in plane.front)
-    axes.plot(*zip(*front), color=SOFT, linewidth=1, linestyle=":", zorder=2)
-    for run, look in zip(shown, styles(shown)):
-        if run.name in plane.points:
-            hollow = {"markerfacecolor": "white"} if run.name in plane.dominated else {"markeredgecolor": INK}
-            axes.plot(*([x] for x in plane.points[run.name]), zorder=3, **{**look, "markersize": 7, **hollow})
-    log_axes(axes, *zip(*plane.points.values()))

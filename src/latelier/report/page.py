@@ -1,7 +1,6 @@
 """What every page is made of: Jinja2 templates, numbers in words, small charts.
 
-A page is one HTML file with its style, script and images inside: nothing is fetched. Templates escape all that is put
-into them.
+A page is one HTML file with everything inside: nothing is fetched. Templates escape all that is put into them.
 """
 
 from __future__ import annotations
@@ -54,36 +53,19 @@ def write(path: Path, content: str | bytes) -> Path:
 def _environment() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(
-        loader=PackageLoader("latelier.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"anchor": _anchor, "data_uri": _data_uri, "literal": _literal}
-    environment.filters |= {"in_words": in_words, "short": short}
+    options: Any = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(loader=PackageLoader("latelier.report"), autoescape=True, **options)
+    environment.filters |= {"at_a_glance": at_a_glance, "in_words": in_words, "literal": _literal, "short": short}
+    environment.filters["data_uri"] = lambda png: f"data:image/png;base64,{base64.b64encode(png.read_bytes()).decode()}"
+    environment.filters["anchor"] = lambda title: re.sub(r"[^a-z]+", "-", title.lower())  # where links to headings lead
     return environment
-
-
-def _anchor(title: str) -> str:
-    """What links to a heading point to."""
-    return re.sub(r"[^a-z]+", "-", title.lower())
 
 
 def _literal(text: str) -> Markup:
     """Words in which nothing is Markdown or HTML, in one line."""
     from markupsafe import Markup
 
-    escaped = re.sub(r"([\\`*_\[\]|])", r"\\\1", escape(" ".join(text.split()), quote=False))
-    return Markup(escaped)
-
-
-def _data_uri(png: Path) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png.read_bytes()).decode()}"
-
-
-# -- in words ---------------------------------------------------------------------------------------------------------
+    return Markup(re.sub(r"([\\`*_\[\]|])", r"\\\1", escape(" ".join(text.split()), quote=False)))
 
 
 def number(content: Any) -> float | None:
@@ -127,10 +109,7 @@ def in_words(value: Any) -> str:
 
 
 def column_texts(values: Sequence[float | None], like: Sequence[float | None] | None = None) -> list[str]:
-    """A column of numbers with equally many decimals: four digits of the largest, five if others are far smaller.
-
-    `like` are the numbers that decide how many decimals; by default the values themselves. None is a dash.
-    """
+    """Numbers with equally many decimals: four digits of the largest of `like`, five if others are far smaller."""
     sizes = [abs(v) for v in (values if like is None else like) if v]
     if sizes and not 1e-3 <= max(sizes) < 1e4:
         return [MISSING if v is None else short(v) for v in values]
@@ -139,15 +118,12 @@ def column_texts(values: Sequence[float | None], like: Sequence[float | None] | 
     return [MISSING if v is None else f"{v:.{decimals}f}" for v in values]
 
 
-# -- small charts -----------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Chart:
-    """A small chart inside a page, in the colours of its style sheet; `note` is the number that counts, in words."""
+    """A small chart inside a page, in the colours of its style sheet."""
 
     title: str
-    note: str
+    note: str  # the number that counts, in words
     svg: str
 
 
@@ -183,8 +159,7 @@ def bar_chart(title: str, values: Sequence[Number], over: str) -> Chart | None:
     axes.axhline(middle, color=SOFT, linewidth=0.8, linestyle=(0, (3, 3)), clip_on=False)
     _small_ticks(axes, (0, len(values) - 1), (0, max(*finite.values(), 1e-12)), False)
     axes.set_xlim(-0.5, len(values) - 0.5)
-    most = short(max(finite.values()))
-    words = f"{title} of {len(values)} {over}s, median {short(middle)}, largest {most}"
+    words = f"{title} of {len(values)} {over}s, median {short(middle)}, largest {short(max(finite.values()))}"
     return Chart(title, f"median {short(middle)}", _inline(figure, words))
 
 
@@ -216,14 +191,13 @@ def _small_ticks(axes: Axes, xs: tuple[Number, Number], ys: tuple[Number, Number
     """About five round numbers on each side, a line for those of the left one; limits that hold them and the data."""
     from matplotlib.ticker import MaxNLocator
 
+    heights = [float(tick) for tick in MaxNLocator(4, steps=ROUND).tick_values(*ys)]
     if logarithmic:
         axes.set_yscale("log")
         first, last = math.floor(math.log10(ys[0])), math.ceil(math.log10(ys[1]))
         heights = [10.0**power for power in range(first, last + 1, max(1, round((last - first) / 5)))]
-    else:
-        heights = [float(tick) for tick in MaxNLocator(4, steps=ROUND).tick_values(*ys)]
-    places = [float(tick) for tick in MaxNLocator(4, steps=ROUND, integer=xs[1] > 3).tick_values(*xs)]
-    places = [tick for tick in places if xs[0] <= tick <= xs[1] * 1.001]
+    ticks = MaxNLocator(4, steps=ROUND, integer=xs[1] > 3).tick_values(*xs)
+    places = [float(tick) for tick in ticks if xs[0] <= tick <= xs[1] * 1.001]
     axes.set_xlim(0, max(xs[1], 1e-9))
     axes.set_ylim(min(ys[0], *heights), max(ys[1], *heights))
     axes.minorticks_off()
@@ -249,6 +223,5 @@ def _inline(figure: Figure, words: str) -> str:
     svg = re.sub(r'<g id="[^"]*">', "<g>", svg[svg.index("<svg") :])
     for colour, variable in PAGE_COLOURS.items():
         svg = svg.replace(colour, f"var({variable})")
-    view = re.search(r'viewBox="[^"]*"', svg)
-    assert view is not None
-    return f'<svg {view[0]} role="img" aria-label="{escape(words)}">{svg[svg.index(">") + 1 :]}'
+    view = re.findall(r'viewBox="[^"]*"', svg)[0]
+    return f'<svg {view} role="img" aria-label="{escape(words)}">{svg[svg.index(">") + 1 :]}'

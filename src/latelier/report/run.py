@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,9 @@ MACHINE = {"grad_norm": "gradient norm", "lr": "learning rate", "images_per_seco
 NOT_CURVES = ("stage", "images", "seconds")
 MOST_PREVIEWS, MOST_THUMBS, MOST_SKIPPED = 12, 32, 20
 LONG = ("latent space", "cost")  # sections with dozens of numbers, of which headlines stand in front
-BARS = {
-    "latent-std": "std of raw latents",
-    "posterior-std": "std of the posterior",
-    "kl-bits-per-pixel": "KL, nats per number",
-    "channel-sparsity": "sparsity (Hoyer)",
-}  # metrics whose receipts have a value for each channel
+BARS = {"latent-std": "std of raw latents", "posterior-std": "std of the posterior",
+        "kl-bits-per-pixel": "KL, nats per number", "channel-sparsity": "sparsity (Hoyer)",
+}  # metrics whose receipts have a value for each channel  # fmt: skip
 SPECTRA = {"effective-rank": "spectrum of whole latents", "channel-rank": "spectrum of channels"}
 ROUNDING = 1e-8  # shares of the variance below it are none
 
@@ -36,11 +34,7 @@ Charts = list[tuple[str, list[Chart]]]  # charts side by side below a sentence
 
 
 def write_report(folder: Path) -> Path:
-    """Write `report.html` into a run folder and return its path.
-
-    Args:
-        folder: the run folder; reads recipe.yaml, log.jsonl, previews/, samples/, metrics.json, skipped.jsonl and the
-            images, as far as they exist.
+    """Write `report.html` into a run folder from the files that it has, and return its path.
 
     Raises:
         LatelierError: if the folder does not exist.
@@ -48,12 +42,14 @@ def write_report(folder: Path) -> Path:
     folder = Path(folder)
     if not folder.is_dir():
         raise LatelierError(f"There is no run folder {folder} to report on.")
-    recipe_file = folder / "recipe.yaml"
-    text = recipe_file.read_text(encoding="utf-8", errors="replace") if recipe_file.is_file() else ""
+    file = folder / "recipe.yaml"
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     recipe = _dict(yaml.safe_load(text))
     log = read_log(folder / "log.jsonl")
     metrics = _dict(json.loads(path.read_text())) if (path := folder / "metrics.json").is_file() else {}
-    measures = Measures(metrics)
+    measures, skipped = Measures(metrics), _read_lines(folder / "skipped.jsonl")
+    rows = skipped[:MOST_SKIPPED]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
     sections = {
         "Samples": _samples(folder / "samples"),
         "Reconstructions": _reconstructions(folder),
@@ -63,42 +59,26 @@ def write_report(folder: Path) -> Path:
         "Metrics": _metrics(metrics),
         "Training": [_training(stage, rows) for stage, rows in log.items()],
         "Previews": _previews(folder / "previews"),
-        "Skipped files": _skipped(folder / "skipped.jsonl"),
+        "Skipped files": {"count": len(skipped), "rows": rows, "columns": columns} if skipped else {},
         "Recipe": text,
     }
-    findings = [
-        {"kind": one.kind, "sentence": one.sentence, "numbers": _evidence(one.evidence)} for one in verdict(metrics)
-    ]
-    page = render(
-        "run.html.j2",
-        title=str(recipe.get("name", folder.resolve().name)),
-        sentence=_sentence(recipe),
-        findings=findings,
-        experience=experience(metrics),
-        tiles=_tiles(log, metrics),
-        sections={heading: content for heading, content in sections.items() if content},
-    )
-    return write(folder / "report.html", page)
+    head = {
+        "title": str(recipe.get("name", folder.resolve().name)), "sentence": _sentence(recipe),
+        "findings": verdict(metrics), "experience": experience(metrics), "tiles": _tiles(log, metrics),
+    }  # fmt: skip
+    filled = {heading: content for heading, content in sections.items() if content}
+    return write(folder / "report.html", render("run.html.j2", **head, sections=filled))
 
 
 def read_log(path: Path) -> dict[str, list[Row]]:
-    """Log lines by stage in the order in which they began, ascending in images seen.
-
-    A resumed run writes again what it had logged after its checkpoint; the later line counts. Half-written lines are
-    left out.
-    """
+    """Log lines by stage, ascending in images seen; a resumed run logs some steps again, whose later line counts."""
     stages: dict[str, list[Row]] = {}
-    for row in _read_lines(path):
-        if not isinstance(row.get("images"), int | float):
-            continue
+    for row in (row for row in _read_lines(path) if isinstance(row.get("images"), int | float)):
         rows = stages.setdefault(str(row.get("stage", "training")), [])
         while rows and rows[-1]["images"] >= row["images"]:
             rows.pop()
         rows.append(row)
     return stages
-
-
-# -- the head ---------------------------------------------------------------------------------------------------------
 
 
 def _sentence(recipe: Row) -> str:
@@ -118,7 +98,8 @@ def _tiles(log: Mapping[str, list[Row]], metrics: Row) -> list[tuple[str, str]]:
     """(number, words): what was seen in training and, of what was measured, the headlines; no points of curves."""
     tiles = [(short(rows[-1]["images"]), f"images seen, {stage}") for stage, rows in log.items() if rows]
     if seconds := sum(number(row.get("seconds")) or 0.0 for rows in log.values() for row in rows):
-        tiles.append((_duration(seconds), "training time"))
+        long = f"{seconds / 60:.0f} min" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} h"
+        tiles.append((f"{seconds:.0f} s" if seconds < 120 else long, "training time"))
     headlines = {name for metric in METRICS.values() for name in metric.headline}
     for title, entries in read_entries(metrics).items():
         for name, entry in entries.items():
@@ -126,19 +107,6 @@ def _tiles(log: Mapping[str, list[Row]], metrics: Row) -> list[tuple[str, str]]:
             if value is not None and "@" not in name and (title not in LONG or name in headlines):
                 tiles.append((at_a_glance(value), name))
     return tiles
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} h"
-
-
-def _evidence(numbers: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {at_a_glance(value)}" for name, value in numbers.items())
-
-
-# -- images -----------------------------------------------------------------------------------------------------------
 
 
 def _samples(folder: Path) -> Row:
@@ -180,9 +148,6 @@ def _preview_files(folder: Path, stage: str) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
-# -- latents ----------------------------------------------------------------------------------------------------------
-
-
 def _noise(measures: Measures) -> Charts:
     """What noise on the latents does, for each metric that has a curve."""
     charts = [
@@ -200,35 +165,24 @@ def _prefixes(measures: Measures) -> Charts:
     for name, value in measures.begin("prefix-").items():
         if (length := measures.about(name, "prefix")) is not None:
             curves.setdefault(name.removeprefix("prefix-").partition("@")[0], []).append((length, value))
-    charts = [
-        line_chart(f"{metric} of prefixes", sorted(points), False, "channels that are decoded")
-        for metric, points in curves.items()
-    ]
+    over = "channels that are decoded"
+    charts = [line_chart(f"{metric} of prefixes", sorted(points), False, over) for metric, points in curves.items()]
     words = "Images decoded from the first channels alone, more of them from left to right. Where channels are in "
     return _group(f"{words}order, a few show most of the image.", charts)
 
 
 def _channels(measures: Measures) -> Charts:
     """A bar for each channel: scale, noise of the posterior, sparsity."""
-    charts = [
-        bar_chart(words, [float(y) for y in by_channel], "channel")
-        for name, words in BARS.items()
-        if (by_channel := measures.about(name, "by_channel"))
-    ]
+    found = ((words, measures.about(name, "by_channel")) for name, words in BARS.items())
+    charts = [bar_chart(words, [float(y) for y in channels], "channel") for words, channels in found if channels]
     return _group("One bar for each channel; the line is their median, outliers have another colour.", charts)
 
 
 def _latent_space(folder: Path, measures: Measures) -> Row:
-    """Images of latents, and how they are distributed."""
+    """Images of latents; mixtures over their number of modes, a small denoiser's loss over time, spectra."""
     map_words = "One point for each held-out image: its latents, in two dimensions."
     channel_words = "Images, and below each how large its latents are: means over groups of neighbouring channels."
     images = [(folder / MAP, map_words, "figure map"), (folder / CHANNELS, channel_words, "big")]
-    found = {"images": [image for image in images if image[0].is_file()], "charts": _distribution(measures)}
-    return found if any(found.values()) else {}
-
-
-def _distribution(measures: Measures) -> Charts:
-    """Mixtures over their number of modes, a small denoiser's loss over time, spectra."""
     modes = sorted((measures.about(name, "modes"), y) for name, y in measures.begin("gmm-nll@").items())
     losses = [(t, y) for t, y in measures.about("diffusion-loss", "by_time") or ()]
     charts = [
@@ -238,16 +192,15 @@ def _distribution(measures: Measures) -> Charts:
     for name, words in SPECTRA.items():
         points = [(i, share) for i, share in measures.about(name, "spectrum") or () if share > ROUNDING]
         charts.append(line_chart(words, points, False, "directions, the largest first"))
-    return _group("Left to right: more modes of the mixture; more noise; smaller directions.", charts)
+    words = "Left to right: more modes of the mixture; more noise; smaller directions."
+    found = {"images": [image for image in images if image[0].is_file()], "charts": _group(words, charts)}
+    return found if any(found.values()) else {}
 
 
 def _group(words: str, charts: Iterable[Chart | None]) -> Charts:
     """Charts below a sentence; nothing where there is none."""
     drawn = [chart for chart in charts if chart is not None]
     return [(words, drawn)] if drawn else []
-
-
-# -- numbers and training ---------------------------------------------------------------------------------------------
 
 
 def _metrics(metrics: Row) -> dict[str, list[Row]]:
@@ -261,47 +214,33 @@ def _row(name: str, entry: Row) -> Row:
     n = f"n = {receipt['n']:,}" if isinstance(receipt.get("n"), int) else ""
     summary = ", ".join([n] * ("n" in receipt) + [str(receipt.get("reference"))] * ("reference" in receipt))
     return {
-        "name": name,
+        "name": name, "value": digits(entry.get("value")), "summary": summary or "receipt", "receipt": receipt,
         "about": "; ".join(filter(None, [f"{side} is better" if side else "", unit(name)])),
-        "value": digits(entry.get("value")),
-        "interval": f"{digits(interval[0])} to {digits(interval[1])}" if interval else "",
-        "warning": str(receipt.get("warning", "")),
-        "summary": summary or "receipt",
-        "receipt": receipt,
-    }
+        "interval": " to ".join(map(digits, interval or ())), "warning": str(receipt.get("warning", "")),
+    }  # fmt: skip
 
 
 def _training(stage: str, rows: list[Row]) -> tuple[str, list[Chart], list[Chart]]:
     """Curves of loss terms, the whole loss first, then of the machine."""
-    names = list(dict.fromkeys(key for row in rows for key in row if key not in NOT_CURVES))
+    names = dict.fromkeys(key for row in rows for key in row if key not in NOT_CURVES)
     terms = sorted((name for name in names if name not in MACHINE), key=lambda name: (name != "loss", name))
-    curves = [_curve(rows, name) for name in terms]
-    machine = [_curve(rows, name) for name in MACHINE if name in names]
-    return stage, [chart for chart in curves if chart], [chart for chart in machine if chart]
 
+    def curves(names: Iterable[str]) -> Iterator[Chart | None]:
+        for name in names:
+            points = [(float(r["images"]), float(r[name])) for r in rows if isinstance(r.get(name), int | float)]
+            yield line_chart(MACHINE.get(name, name), points, smooth=name != "lr")
 
-def _curve(rows: list[Row], name: str) -> Chart | None:
-    points = [(float(r["images"]), float(r[name])) for r in rows if isinstance(r.get(name), int | float)]
-    return line_chart(MACHINE.get(name, name), points, smooth=name != "lr")
-
-
-def _skipped(path: Path) -> Row:
-    rows = _read_lines(path)
-    columns = list(dict.fromkeys(key for row in rows[:MOST_SKIPPED] for key in row))
-    return {"count": len(rows), "rows": rows[:MOST_SKIPPED], "columns": columns} if rows else {}
+    machine = [name for name in MACHINE if name in names]
+    return stage, [chart for chart in curves(terms) if chart], [chart for chart in curves(machine) if chart]
 
 
 def _read_lines(path: Path) -> list[Row]:
     """Dicts of a JSON-lines file, without lines that a killed process left half written."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
+        with suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def _dict(content: Any) -> Row:

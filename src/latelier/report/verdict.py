@@ -1,14 +1,14 @@
 """What the numbers of a latent space mean for someone who is about to train a denoiser on it, in sentences.
 
-Each rule looks at one question and either says something or is silent: where a number alone carries no judgement, none
-is made up. Thresholds stand above the rules, each with its reason; `docs/latent-space.md` has them in a table. All is
-read from the content of `metrics.json`, so that a verdict on old numbers needs no new measurement.
+Each rule answers one question from the content of `metrics.json`, or is silent where the numbers do not decide it.
+Thresholds stand above the rules, each with its reason; `docs/latent-space.md` has them in a table.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -42,27 +42,21 @@ SLOW_HOURS = 24.0  # to encode a million images
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence about a latent space: `bad` (see to it before training), `fair` (know it) or `good`.
-
-    `evidence` are the numbers that it rests on, by the names of their metrics.
-    """
+    """One sentence about a latent space: `bad` (see to it before training), `fair` (know it) or `good`."""
 
     kind: Kind
     sentence: str
-    evidence: dict[str, float]
+    evidence: dict[str, float]  # the numbers that it rests on, by the names of their metrics
 
 
 def read_entries(metrics: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
     """Sections of metrics.json and their entries, as far as they are what they should be."""
-    return {
-        title: {name: entry for name, entry in entries.items() if isinstance(entry, dict)}
-        for title, entries in metrics.items()
-        if isinstance(entries, dict)
-    }
+    sections = {title: entries for title, entries in metrics.items() if isinstance(entries, dict)}
+    return {title: {k: v for k, v in entries.items() if isinstance(v, dict)} for title, entries in sections.items()}
 
 
 class Measures:
-    """Finite numbers and receipts of metrics.json by name, whatever their section."""
+    """Finite numbers and receipts of metrics.json by name; NaN is what is missing, and no comparison with it holds."""
 
     def __init__(self, metrics: Mapping[str, Any]):
         every = {name: entry for entries in read_entries(metrics).values() for name, entry in entries.items()}
@@ -70,26 +64,32 @@ class Measures:
         self.values = {name: v for name, v in found.items() if v is not None}
         self.receipts: dict[str, dict[str, Any]] = {name: entry.get("receipt") or {} for name, entry in every.items()}
 
-    def get(self, name: str) -> float | None:
-        """The value of a metric, None if it is missing."""
-        return self.values.get(name)
+    def __getitem__(self, name: str) -> float:
+        """The value of a metric."""
+        return self.values.get(name, math.nan)
 
     def about(self, name: str, key: str) -> Any:
         """A field of a metric's receipt, None if it is missing."""
         return self.receipts.get(name, {}).get(key)
+
+    def number(self, name: str, key: str) -> float:
+        """A number of a metric's receipt, if the metric itself is a number."""
+        found = number(self.about(name, key)) if name in self.values else None
+        return math.nan if found is None else found
 
     def begin(self, start: str) -> dict[str, float]:
         """The metrics whose names begin so."""
         return {name: v for name, v in self.values.items() if name.startswith(start)}
 
 
-Rule = Callable[[Measures], Finding | None]
+Findings = Iterator[Finding]  # of a rule: the first one counts, if there is any
+Rule = Callable[[Measures], Findings]
 
 
 def verdict(metrics: Mapping[str, Any]) -> list[Finding]:
     """What the content of a metrics.json says of a latent space; bad findings first."""
     measures = Measures(metrics)
-    found = [finding for rule in RULES if (finding := rule(measures)) is not None]
+    found = [finding for rule in RULES if (finding := next(rule(measures), None)) is not None]
     return sorted(found, key=lambda finding: KINDS.index(finding.kind))
 
 
@@ -98,268 +98,220 @@ def _near(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-# -- reconstruction ---------------------------------------------------------------------------------------------------
-
-
-def images(m: Measures) -> Finding | None:
+def images(m: Measures) -> Findings:
     """Whether there were enough images to judge by."""
-    counts = [m.about(name, "n") for name in m.values]
-    n = max((n for n in counts if isinstance(n, int)), default=FEW_IMAGES)
-    if n >= FEW_IMAGES:
-        return None
-    words = f"All this was measured on {n} images: small differences are chance. Measure on more before choosing."
-    return Finding("fair", words, {"n": float(n)})
+    n = max((n for name in m.values if isinstance(n := m.about(name, "n"), int)), default=FEW_IMAGES)
+    if n < FEW_IMAGES:
+        words = f"All this was measured on {n} images: small differences are chance. Measure on more before choosing."
+        yield Finding("fair", words, {"n": float(n)})
 
 
-def detail(m: Measures) -> Finding | None:
+def detail(m: Measures) -> Findings:
     """How exact reconstructions are. 20 dB is an error of 10 % of the range: `10^(-20 / 20)`."""
-    if (psnr := m.get("psnr")) is None:
-        return None
-    share = 100 * 10 ** (-psnr / 20)
+    share = 100 * 10 ** (-(psnr := m["psnr"]) / 20)
     error = f"{psnr:.1f} dB, a root mean square error of {share:.0f} % of the range from black to white"
     if psnr >= GOOD_PSNR:
-        return Finding("good", f"Reconstructions are close: {error}.", {"psnr": psnr})
-    words = "Fine detail is lost" if psnr >= BAD_PSNR else "Reconstructions are rough"
-    kind: Kind = "fair" if psnr >= BAD_PSNR else "bad"
-    return Finding(kind, f"{words}: {error}. No denoiser brings it back.", {"psnr": psnr})
+        yield Finding("good", f"Reconstructions are close: {error}.", {"psnr": psnr})
+    elif psnr >= BAD_PSNR:
+        yield Finding("fair", f"Fine detail is lost: {error}. No denoiser brings it back.", {"psnr": psnr})
+    elif psnr < BAD_PSNR:
+        yield Finding("bad", f"Reconstructions are rough: {error}. No denoiser brings it back.", {"psnr": psnr})
 
 
-def limit(m: Measures) -> Finding | None:
+def limit(m: Measures) -> Findings:
     """What reconstruction leaves to samples: their Fréchet distance is hardly below that of reconstructions."""
     for name, rfd in m.begin("rfd-").items():
         samples = name.replace("rfd", "gfd", 1)
-        if (gfd := m.get(samples)) is None:
+        if (gfd := m.values.get(samples)) is None:
             words = f"A denoiser that generates latents perfectly would still have a {samples} near {_near(rfd)}: so "
-            return Finding("fair", f"{words}far from the originals are their reconstructions.", {name: rfd})
+            yield Finding("fair", f"{words}far from the originals are their reconstructions.", {name: rfd})
+            return
         share, evidence = rfd / max(gfd, 1e-12), {name: rfd, samples: gfd}
         words = f"reconstructions alone have {_near(rfd)} of the Fréchet distance {_near(gfd)} of samples"
         if share >= TOKENIZER_BOUND:
-            return Finding("bad", f"The tokenizer is the bottleneck: {words}. Improve it first.", evidence)
-        if share <= DENOISER_BOUND:
-            return Finding("good", f"The tokenizer is not the bottleneck: {words}.", evidence)
-    return None
+            yield Finding("bad", f"The tokenizer is the bottleneck: {words}. Improve it first.", evidence)
+        elif share <= DENOISER_BOUND:
+            yield Finding("good", f"The tokenizer is not the bottleneck: {words}.", evidence)
 
 
-# -- scale and channels -----------------------------------------------------------------------------------------------
-
-
-def scale(m: Measures) -> Finding | None:
+def scale(m: Measures) -> Findings:
     """Whether raw latents have the scale of the noise, and a configured factor is theirs (LDM, section 4.3.2)."""
-    if (std := m.get("latent-std")) is None or std <= 0:
-        return None
-    words = f"Raw latents have a standard deviation of {_near(std)}, where noise has 1: diffusers' scaling_factor "
-    words += f"should be {_near(1 / std)}"
-    configured = m.about("latent-std", "configured_scaling_factor")
-    if isinstance(configured, int | float) and configured > 0:
-        if 1 / OFF_SCALE <= configured * std <= OFF_SCALE:
-            return None
-        words += f", but is {_near(configured)} here. latelier normalises by itself."
-        return Finding("fair", words, {"latent-std": std, "scaling_factor": float(configured)})
-    if 1 / LARGE_SCALE <= std <= LARGE_SCALE:
-        return None
-    return Finding("fair", f"{words}. latelier normalises by itself.", {"latent-std": std})
+    std, configured = m["latent-std"], number(m.about("latent-std", "configured_scaling_factor")) or 0.0
+    least, found, most = 1 / LARGE_SCALE, std, LARGE_SCALE
+    if configured > 0:
+        least, found, most = 1 / OFF_SCALE, configured * std, OFF_SCALE
+    if std > 0 and not least <= found <= most:
+        words = f"Raw latents have a standard deviation of {_near(std)}, where noise has 1: diffusers' scaling_factor "
+        words += f"should be {_near(1 / std)}{f', but is {_near(configured)} here' if configured > 0 else ''}"
+        evidence = {"latent-std": std} | ({"scaling_factor": configured} if configured > 0 else {})
+        yield Finding("fair", f"{words}. latelier normalises by itself.", evidence)
 
 
-def outliers(m: Measures) -> Finding | None:
+def outliers(m: Measures) -> Findings:
     """Whether a channel is far larger than the others, which one factor for all channels does not mend."""
     name = "largest-variance-ratio"
-    if (ratio := m.get(name)) is None or ratio < UNEVEN:
-        return None
-    channel = m.about(name, "channel")
-    which = "One channel" if channel is None else f"Channel {channel}"
-    words = f"{which} has {ratio:.0f} times the variance of the median channel: under a single scaling factor noise "
-    words += "has covered the others long before it. Normalise each channel, as latelier does."
-    return Finding("bad" if ratio >= OUTLIER else "fair", words, {name: ratio})
+    ratio, channel = m[name], m.about(name, "channel")
+    if ratio >= UNEVEN:
+        words = f"{'One channel' if channel is None else f'Channel {channel}'} has {ratio:.0f} times the variance of "
+        words += "the median channel: under a single scaling factor noise has covered the others long before it. "
+        words += "Normalise each channel, as latelier does."
+        yield Finding("bad" if ratio >= OUTLIER else "fair", words, {name: ratio})
 
 
-def silent(m: Measures) -> Finding | None:
+def silent(m: Measures) -> Findings:
     """Whether channels are far smaller than the others: normalised, they are as loud as those."""
-    small = m.about("outlier-channels", "small")
-    if not small or (count := m.get("outlier-channels")) is None:
-        return None
-    words = f"Nearly silent next to the others: {_channels(small)}. Normalising makes the silent as loud as the rest, "
-    return Finding("fair", f"{words}and a denoiser learns them as if they mattered.", {"outlier-channels": count})
+    count, small = m["outlier-channels"], m.about("outlier-channels", "small")
+    if small and count > 0:
+        *first, last = map(str, small)
+        few = f"channels {', '.join(first)} and {last}" if first else f"channel {last}"
+        words = f"Nearly silent next to the others: {few if len(small) <= 4 else f'{len(small)} channels'}. "
+        words += "Normalising makes the silent as loud as the rest, and a denoiser learns them as if they mattered."
+        yield Finding("fair", words, {"outlier-channels": count})
 
 
-def _channels(numbers: Sequence[int]) -> str:
-    """`channel 3`, `channels 3, 5 and 8`, `12 channels`."""
-    if len(numbers) > 4:
-        return f"{len(numbers)} channels"
-    first, last = ", ".join(map(str, numbers[:-1])), str(numbers[-1])
-    return f"channels {first} and {last}" if first else f"channel {last}"
-
-
-def active(m: Measures) -> Finding | None:
+def active(m: Measures) -> Findings:
     """How many channels carry anything: the posterior's mean varies by more than 0.01 (Burda et al. 2016)."""
-    if (share := m.get("active-channels")) is None or share >= ACTIVE:
-        return None
-    words = f"Only {100 * share:.0f} % of the channels say anything about the image; the denoiser learns noise in the "
-    words += "others. Take fewer channels, or less KL."
-    return Finding("bad" if share < FEW_ACTIVE else "fair", words, {"active-channels": share})
+    if (share := m["active-channels"]) < ACTIVE:
+        words = f"Only {100 * share:.0f} % of the channels say anything about the image; the denoiser learns noise in "
+        words += "the others. Take fewer channels, or less KL."
+        yield Finding("bad" if share < FEW_ACTIVE else "fair", words, {"active-channels": share})
 
 
-def redundancy(m: Measures) -> Finding | None:
+def redundancy(m: Measures) -> Findings:
     """Whether channels repeat each other."""
-    channels, rank = m.about("channel-rank", "dims"), m.get("channel-rank")
-    if rank is None or not channels or rank >= REDUNDANT * channels:
-        return None
-    words = f"The {channels} channels vary in no more than {rank:.1f} directions: fewer channels would hold as much."
-    return Finding("fair", words, {"channel-rank": rank})
+    rank, channels = m["channel-rank"], m.number("channel-rank", "dims")
+    if rank < REDUNDANT * channels:
+        words = f"The {channels:.0f} channels vary in no more than {rank:.1f} directions: fewer channels would hold as "
+        yield Finding("fair", f"{words}much.", {"channel-rank": rank})
 
 
-def noise(m: Measures) -> Finding | None:
+def noise(m: Measures) -> Findings:
     """How much of what the denoiser sees is the posterior's own noise: the square of its share of the deviation."""
-    if (std := m.get("posterior-std")) is None:
-        return None
-    share, evidence = std**2, {"posterior-std": std}
+    share, evidence = m["posterior-std"] ** 2, {"posterior-std": m["posterior-std"]}
     if share >= STRONG_KL:
         words = f"{100 * share:.0f} % of the latents' variance is the posterior's noise: the KL term is too strong."
-        return Finding("bad", words, evidence)
-    if share <= WEAK_KL:
+        yield Finding("bad", words, evidence)
+    elif share <= WEAK_KL:
         words = "The posterior is a point: the KL term does nothing, and nothing but the architecture keeps latents "
-        return Finding("fair", f"{words}that are near each other alike. Look at the smoothness.", evidence)
-    return None
+        yield Finding("fair", f"{words}that are near each other alike. Look at the smoothness.", evidence)
 
 
-def order(m: Measures) -> Finding | None:
+def order(m: Measures) -> Findings:
     """Whether the first channels hold most of the image (DC-AE 1.5, Chen et al. 2025, section 3.2)."""
     names = {length: name for name in m.begin("prefix-psnr@") if isinstance(length := m.about(name, "prefix"), int)}
     whole = max(names, default=0)
     halves = [length for length in names if 0.4 * whole <= length <= 0.6 * whole]
     if not halves:
-        return None
+        return
     half = min(halves, key=lambda length: abs(2 * length - whole))
-    evidence = {names[length]: m.values[names[length]] for length in (half, whole)}
-    lost = evidence[names[whole]] - evidence[names[half]]
+    evidence = {names[length]: m[names[length]] for length in (half, whole)}
+    lost = m[names[whole]] - m[names[half]]
     if lost <= ORDERED:
         words = f"Channels are in order: the first {half} of {whole} lose only {max(0, lost):.1f} dB, so a denoiser "
-        return Finding("good", f"{words}can begin with few.", evidence)
-    if whole < MANY_CHANNELS:
-        return None
-    words = f"{whole} channels without an order: half of them lose {lost:.1f} dB. Denoisers learn that many slowly; "
-    return Finding("fair", f"{words}structured latents (tokenizer.prefixes) learn faster.", evidence)
+        yield Finding("good", f"{words}can begin with few.", evidence)
+    elif whole >= MANY_CHANNELS:
+        words = f"{whole} channels without an order: half of them lose {lost:.1f} dB. Denoisers learn that many "
+        yield Finding("fair", f"{words}slowly; structured latents (tokenizer.prefixes) learn faster.", evidence)
 
 
-def codes(m: Measures) -> Finding | None:
+def codes(m: Measures) -> Findings:
     """Whether the codebook is used."""
-    if (usage := m.get("codebook-usage")) is None:
-        return None
-    evidence = {"codebook-usage": usage}
+    usage, evidence = m["codebook-usage"], {"codebook-usage": m["codebook-usage"]}
     if usage >= USED:
-        return Finding("good", f"{100 * usage:.0f} % of the codes are in use.", evidence)
-    words = f"Only {100 * usage:.0f} % of the codes are in use. Measure on more images; if it stays so, take a smaller "
-    return Finding("bad" if usage < HALF_USED else "fair", f"{words}codebook, or restart dead codes.", evidence)
+        yield Finding("good", f"{100 * usage:.0f} % of the codes are in use.", evidence)
+    elif usage < USED:
+        words = f"Only {100 * usage:.0f} % of the codes are in use. Measure on more images; if it stays so, take a "
+        words += "smaller codebook, or restart dead codes."
+        yield Finding("bad" if usage < HALF_USED else "fair", words, evidence)
 
 
-# -- geometry ---------------------------------------------------------------------------------------------------------
-
-
-def smoothness(m: Measures) -> Finding | None:
+def smoothness(m: Measures) -> Findings:
     """What small errors of a denoiser will do to images (LDMAE, Lee et al. 2025, figure 6)."""
-    drop, psnr = m.about("smoothness-psnr", "drop"), m.get("smoothness-psnr")
-    if not isinstance(drop, int | float) or psnr is None:
-        return None
+    psnr, lost = m["smoothness-psnr"], -m.number("smoothness-psnr", "drop")
     clean = psnr if (curve := m.about("smoothness-psnr", "curve")) is None else curve[0][1]
-    evidence = {"smoothness-psnr": psnr, "drop in dB": float(drop)}
-    cost = f"noise of 0.3 standard deviations in the latents costs {-drop:.1f} dB"
-    if -drop >= STEEP:
-        return Finding("bad", f"The space is steep: {cost}, so small errors of a denoiser will be seen.", evidence)
-    if -drop > FLAT:
+    evidence = {"smoothness-psnr": psnr, "drop in dB": -lost}
+    cost = f"noise of 0.3 standard deviations in the latents costs {lost:.1f} dB"
+    if lost >= STEEP:
+        yield Finding("bad", f"The space is steep: {cost}, so small errors of a denoiser will be seen.", evidence)
+    elif lost > FLAT:
         words = f"The space is not very smooth: {cost}; small errors of a denoiser will be seen."
-        return Finding("fair", words, evidence)
-    if clean < BAD_PSNR:
-        return None  # flat because it decodes badly at any level
-    return Finding("good", f"The space is smooth: {cost}.", evidence)
+        yield Finding("fair", words, evidence)
+    elif lost <= FLAT and clean >= BAD_PSNR:  # else it is flat because it decodes badly at any level
+        yield Finding("good", f"The space is smooth: {cost}.", evidence)
 
 
-def likeness(m: Measures) -> Finding | None:
+def likeness(m: Measures) -> Findings:
     """Whether what looks alike lies together at all (LDMAE's perceptual compression)."""
-    name = "separation-object"
-    if (separation := m.get(name)) is None or separation > 0:
-        return None
-    words = "Images that look alike do not lie closer together than any others: distances in this space mean little."
-    return Finding("bad", words, {name: separation})
+    if (separation := m["separation-object"]) <= 0:
+        words = "Images that look alike do not lie closer together than any others: distances in this space mean "
+        yield Finding("bad", f"{words}little.", {"separation-object": separation})
 
 
-def equivariance(m: Measures) -> Finding | None:
+def equivariance(m: Measures) -> Findings:
     """Whether moved and scaled images have moved and scaled latents (EQ-VAE, Kouzelis et al. 2025)."""
-    if not (errors := m.begin("equivariance-")):
-        return None
-    name, worst = max(errors.items(), key=lambda item: item[1])
+    errors = m.begin("equivariance-")
+    name, worst = max(errors.items(), key=lambda item: item[1], default=("", math.nan))
     if worst <= EQUIVARIANT:
-        return Finding("good", "Latents move with the image: shifts, flips and scales change little else.", errors)
-    if worst < UNRELATED:
-        return None
-    what = name.removeprefix("equivariance-").replace("-", " ")
-    words = f"Latents do not follow the image ({what}): the error is {worst:.1f} of their variance, where unrelated "
-    return Finding("fair", f"{words}images have 2. A denoiser must learn every place anew.", {name: worst})
+        yield Finding("good", "Latents move with the image: shifts, flips and scales change little else.", errors)
+    elif worst >= UNRELATED:
+        what = name.removeprefix("equivariance-").replace("-", " ")
+        words = f"Latents do not follow the image ({what}): the error is {worst:.1f} of their variance, where "
+        yield Finding("fair", f"{words}unrelated images have 2. A denoiser must learn every place anew.", {name: worst})
 
 
-# -- distribution -----------------------------------------------------------------------------------------------------
-
-
-def modes(m: Measures) -> Finding | None:
+def modes(m: Measures) -> Findings:
     """How far latents are from one Gaussian (MAETok, Chen et al. 2025, section 3: fewer modes are learnt faster)."""
     points = sorted((k, name) for name in m.begin("gmm-nll@") if isinstance(k := m.about(name, "modes"), int))
-    needed = m.get("gmm-modes")
-    if not points or points[0][0] != 1 or points[-1][0] < ENOUGH_MODES or needed is None:
-        return None
-    single = m.values[points[0][1]]
+    needed = m["gmm-modes"]
+    if not points or points[0][0] != 1 or points[-1][0] < ENOUGH_MODES or math.isnan(needed):
+        return
+    single = m[points[0][1]]
     evidence = {"gmm-modes": needed, points[0][1]: single}
-    if single - min(m.values[name] for _, name in points) <= GAUSSIAN:
-        return Finding("good", "Latents are nearly one Gaussian, which is the easiest thing to diffuse from.", evidence)
-    if needed < points[-1][0]:
-        return None
-    words = f"Latents fall into many clusters: {needed:.0f} Gaussians, the most that were tried, still fit better than "
-    return Finding("fair", f"{words}fewer. Spaces of few modes are learnt faster.", evidence)
+    if single - min(m[name] for _, name in points) <= GAUSSIAN:
+        words = "Latents are nearly one Gaussian, which is the easiest thing to diffuse from."
+        yield Finding("good", words, evidence)
+    elif needed >= points[-1][0]:
+        words = f"Latents fall into many clusters: {needed:.0f} Gaussians, the most that were tried, still fit better "
+        yield Finding("fair", f"{words}than fewer. Spaces of few modes are learnt faster.", evidence)
 
 
-def classes(m: Measures) -> Finding | None:
+def classes(m: Measures) -> Findings:
     """Whether classes can be told from latents (MAETok, section 3: discriminative spaces generate better)."""
-    guess, right = m.about("probe-accuracy", "majority"), m.get("probe-accuracy")
-    if right is None or not isinstance(guess, int | float) or guess >= 1:
-        return None
-    skill, evidence = (right - guess) / (1 - guess), {"probe-accuracy": right, "by guessing": float(guess)}
+    right, guess = m["probe-accuracy"], m.number("probe-accuracy", "majority")
+    skill = (right - guess) / (1 - guess) if guess < 1 else math.nan
+    evidence = {"probe-accuracy": right, "by guessing": guess}
     numbers = f"a linear probe is right in {100 * right:.0f} % of the images, guessing in {100 * guess:.0f} %"
     if skill >= TOLD_APART:
-        return Finding("good", f"Classes lie apart: {numbers}.", evidence)
-    if skill < NOT_TOLD_APART:
-        return Finding("bad", f"Classes cannot be told apart in this space: {numbers}.", evidence)
-    return None
+        yield Finding("good", f"Classes lie apart: {numbers}.", evidence)
+    elif skill < NOT_TOLD_APART:
+        yield Finding("bad", f"Classes cannot be told apart in this space: {numbers}.", evidence)
 
 
-def difficulty(m: Measures) -> Finding | None:
+def difficulty(m: Measures) -> Findings:
     """Whether a small denoiser learns soon how numbers of a latent belong together."""
-    independent, loss = m.about("diffusion-loss", "independent"), m.get("diffusion-loss")
-    if loss is None or not isinstance(independent, int | float) or independent <= 0:
-        return None
-    share = 1 - loss / independent
-    evidence = {"diffusion-loss": loss, "independent Gaussians": float(independent)}
+    loss, independent = m["diffusion-loss"], m.number("diffusion-loss", "independent")
+    share = 1 - loss / independent if independent > 0 else math.nan
+    evidence = {"diffusion-loss": loss, "independent Gaussians": independent}
     if share >= LEARNT:
         words = f"Easily learnt: a small denoiser is {100 * share:.0f} % below the loss of independent Gaussians after "
-        return Finding("good", f"{words}a minute.", evidence)
-    if share <= NOT_LEARNT:
+        yield Finding("good", f"{words}a minute.", evidence)
+    elif share <= NOT_LEARNT:
         words = "Hardly learnt: after its short training a small denoiser knows no more than if all numbers of a latent"
-        return Finding("bad", f"{words} were independent.", evidence)
-    return None
+        yield Finding("bad", f"{words} were independent.", evidence)
 
 
-def cost(m: Measures) -> Finding | None:
+def cost(m: Measures) -> Findings:
     """Whether encoding a data set is a matter of days."""
-    name = "encode-images-per-second"
-    if (speed := m.get(name)) is None or speed <= 0 or (hours := 1e6 / speed / 3600) <= SLOW_HOURS:
-        return None
-    words = f"Encoding a million images takes {hours:.0f} hours on this device. Encode once, into a latent cache."
-    return Finding("fair", words, {name: speed})
+    speed = m["encode-images-per-second"]
+    if speed > 0 and (hours := 1e6 / speed / 3600) > SLOW_HOURS:
+        words = f"Encoding a million images takes {hours:.0f} hours on this device. Encode once, into a latent cache."
+        yield Finding("fair", words, {"encode-images-per-second": speed})
 
 
 RULES: tuple[Rule, ...] = (
     detail, limit, smoothness, scale, outliers, silent, active, redundancy, noise, order, codes, likeness, equivariance,
     modes, classes, difficulty, cost, images,
 )  # fmt: skip
-
-
-# -- experience -------------------------------------------------------------------------------------------------------
 
 
 def experience(metrics: Mapping[str, Any], evidence: Mapping[str, Any] | None = None) -> str:
@@ -373,13 +325,12 @@ def experience(metrics: Mapping[str, Any], evidence: Mapping[str, Any] | None = 
     if not rows:
         return ""
     words = f"Our own experiments: {evidence['about']}. Of the measures here, "
-    sure = "; ".join(
-        f"{row['metric']} {row['spearman']:.2f} ({row['interval'][0]:.2f} to {row['interval'][1]:.2f}, "
-        f"{row['n']} tokenizers)"
-        for row in rows
-        if row["significant"]
-    )
+    sure = []
+    for row in rows:
+        low, high = row["interval"]
+        if row["significant"]:
+            sure.append(f"{row['metric']} {row['spearman']:.2f} ({low:.2f} to {high:.2f}, {row['n']} tokenizers)")
     if not sure:
         return f"{words}none went along with generation beyond chance."
-    words += f"beyond chance went along with generation (below 0: against it): {sure}"
+    words += f"beyond chance went along with generation (below 0: against it): {'; '.join(sure)}"
     return f"{words}. Of the others it is not known."

@@ -1,7 +1,7 @@
 """Several trained tokenizers side by side: each is inspected on the same images, then all stand on one page.
 
-They may have any factors and any shapes of latents: grids, sequences, codes. What was measured with the same settings,
-on the same images, with the same weights, is not measured again.
+They may have any factors and latents: grids, sequences, codes. What was measured with the same settings, images and
+weights is not measured again.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from latelier.opening import open_images, open_pretrained
 from latelier.recipe import Recipe
 from latelier.report.comparison import write_comparison
 from latelier.report.figures import ERRORS, MAP
-from latelier.report.orderings import RunSummary, read_metrics
 from latelier.report.overview import BITS, NUMBERS
+from latelier.report.tables import RunSummary, read_metrics
 from latelier.study.inspect import inspect, inspection_recipe
 from latelier.study.study import file_name
 from latelier.terminal import console
@@ -61,25 +61,17 @@ class Candidate:
 
 
 def compare(
-    tokenizers: Sequence[str],
-    source: str,
-    size: int,
-    samples: int,
-    out: Path,
-    options: Sequence[str] = (),
+    tokenizers: Sequence[str], source: str, size: int, samples: int, out: Path, options: Sequence[str] = (),
     names: Sequence[str] = (),
-) -> Path:
+) -> Path:  # fmt: skip
     """Inspect tokenizers on the same images and write the comparison of all that could be measured.
 
     One that fails does not stop the others; it is named at the end.
 
     Args:
         tokenizers: run folders, tokenizer folders, or diffusers Hub names; at least two.
-        source: images, as in `data.source`.
-        size: side in pixels.
-        samples: how many images are measured, and how many more are learnt from.
+        source, size, samples, options: as in `inspect`, for every tokenizer.
         out: gets a folder for each tokenizer, and `comparison.html`, `table.md`, `comparison.json` and figures.
-        options: `a.b=c` changes for every inspection, such as `evaluate.metrics=[psnr,lpips]`.
         names: short names, in the order of the tokenizers; by default from their paths.
 
     Returns:
@@ -90,40 +82,34 @@ def compare(
             be opened, and a size that does not fit all; afterwards, for tokenizers that failed.
     """
     chosen = dict(zip(short_names(tokenizers, names), tokenizers))
-    recipes = {
-        name: inspection_recipe(tokenizer, source, size, samples, out / name, list(options))
-        for name, tokenizer in chosen.items()
-    }
-    data = _fingerprint(next(iter(recipes.values())))
+    rest = (source, size, samples)
+    recipes = {name: inspection_recipe(one, *rest, out / name, list(options)) for name, one in chosen.items()}
+    first = next(iter(recipes.values()))
+    data = open_images(first, "val").fingerprint  # changes when other images would be seen
     failed: dict[str, str] = {}
     opened: dict[str, Candidate] = {}
     for name, recipe in recipes.items():
         with _noting(failed, name):
             opened[name] = _open(recipe, chosen[name], data)
-    check_sizes(opened, next(iter(recipes.values())).data.image_size)
+    check_sizes(opened, first.data.image_size)
     for number, (name, candidate) in enumerate(opened.items(), 1):
         console.rule(f"{name} ({number} of {len(opened)})")
         with _noting(failed, name):
-            _measure(candidate, source, size, samples, list(options))
+            _measure(candidate, *rest, list(options))
     reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
     measured = {name: candidate for name, candidate in opened.items() if name not in failed}
     if not measured:
         raise LatelierError(f"No tokenizer could be measured ({reasons}).")
-    page = show(measured, f"{source} at {_pixels(recipes[next(iter(measured))].data.image_size)}", out, failed)
+    page = show(measured, f"{source} at {_pixels(first.data.image_size)}", out, failed)
     if failed:
         raise LatelierError(f"{len(failed)} of {len(chosen)} tokenizers failed ({reasons}). The others are in {page}.")
     return page
 
 
-# -- names and sizes --------------------------------------------------------------------------------------------------
-
-
 def short_names(tokenizers: Sequence[str], names: Sequence[str] = ()) -> list[str]:
     """A name for each tokenizer: what is given, or the last telling part of its path; clashes get numbers."""
-    if len(tokenizers) < 2:
-        raise LatelierError(
-            f"A comparison needs two tokenizers or more, not {len(tokenizers)}; see `latelier inspect`."
-        )
+    if (count := len(tokenizers)) < 2:
+        raise LatelierError(f"A comparison needs two tokenizers or more, not {count}; see `latelier inspect`.")
     if twice := {tokenizer for tokenizer in tokenizers if list(tokenizers).count(tokenizer) > 1}:
         raise LatelierError(f"{', '.join(sorted(twice))} is to be compared with itself; name each tokenizer once.")
     if names and (len(names) != len(tokenizers) or len(set(map(file_name, names))) < len(names)):
@@ -167,12 +153,9 @@ def _pixels(size: Sequence[int]) -> str:
     return " x ".join(map(str, size)) + " px"
 
 
-# -- opening and measuring --------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def _noting(failed: dict[str, str], name: str) -> Iterator[None]:
-    """Note why a tokenizer failed and go on: what is wrong with one must not cost the others' hours of measuring."""
+    """Note why a tokenizer failed and go on: one must not cost the others' hours of measuring."""
     try:
         yield
     except LatelierError as error:
@@ -184,23 +167,13 @@ def _noting(failed: dict[str, str], name: str) -> Iterator[None]:
         console.print(f"{name} failed: {failed[name]}", style="bold red", highlight=False, markup=False)
 
 
-def _fingerprint(recipe: Recipe) -> str:
-    """What changes when other images would be seen."""
-    return open_images(recipe, "val").fingerprint
-
-
 def _open(recipe: Recipe, tokenizer: str, data: str) -> Candidate:
     """Read a tokenizer's weights and config, without measuring anything."""
     assert isinstance(recipe.tokenizer, PretrainedSection)
-    codec = open_pretrained(recipe.tokenizer)
-    size = recipe.data.image_size
+    codec, size = open_pretrained(recipe.tokenizer), recipe.data.image_size
     only_size = _only_size(codec)
-    settings = {
-        "tokenizer": codec.hash(),
-        "data": data,
-        "settings": json.loads(recipe.model_dump_json(include={"seed", "data", "evaluate"})),
-        "latelier": __version__,
-    }
+    chosen = json.loads(recipe.model_dump_json(include={"seed", "data", "evaluate"}))
+    settings = {"tokenizer": codec.hash(), "data": data, "settings": chosen, "latelier": __version__}
     fits = only_size in (None, size) and not any(side % codec.factor for side in size)
     facts = describe(codec, size) if fits else {}
     return Candidate(recipe.folder, tokenizer, settings, facts, codec.factor, only_size)
@@ -209,9 +182,7 @@ def _open(recipe: Recipe, tokenizer: str, data: str) -> Candidate:
 def _only_size(codec: Codec) -> tuple[int, int] | None:
     """The only size of images, if latents are a sequence, which does not tell a size."""
     size = codec.tokenizer.config.get("image_size")
-    if size is None or len(codec.latent_shape(*size)) == 3:
-        return None
-    return (size[0], size[1])
+    return None if size is None or len(codec.latent_shape(*size)) == 3 else (size[0], size[1])
 
 
 def describe(codec: Codec, size: tuple[int, int]) -> dict[str, Any]:
@@ -219,22 +190,18 @@ def describe(codec: Codec, size: tuple[int, int]) -> dict[str, Any]:
     shape, pixels = codec.latent_shape(*size), math.prod(size)
     numbers = math.prod(shape)
     facts: dict[str, Any] = {
-        "class": type(codec.tokenizer).__name__,
-        "factor": codec.factor,
-        "latent": " x ".join(map(str, shape)),
-        "numbers in a latent": numbers,
-        NUMBERS: round(numbers / pixels, 5),
+        "class": type(codec.tokenizer).__name__, "factor": codec.factor, "latent": " x ".join(map(str, shape)),
+        "numbers in a latent": numbers, NUMBERS: round(numbers / pixels, 5),
         "image numbers per latent number": round(codec.image_channels * pixels / numbers, 3),
-    }
+    }  # fmt: skip
     if codes := codec.tokenizer.config.get("num_vq_embeddings"):
-        positions = math.prod(shape[1:])
-        facts |= {"codes": codes, BITS: round(positions * math.log2(codes) / pixels, 5)}
+        facts |= {"codes": codes, BITS: round(math.prod(shape[1:]) * math.log2(codes) / pixels, 5)}
     return facts
 
 
 def _measure(candidate: Candidate, source: str, size: int, samples: int, options: list[str]) -> None:
     """Inspect a tokenizer, unless its numbers are there and were made by the same settings."""
-    file, folder = candidate.folder / SETTINGS, candidate.folder
+    folder, file = candidate.folder, candidate.folder / SETTINGS
     there = all((folder / name).is_file() for name in (SETTINGS, "metrics.json", "report.html"))
     if there and json.loads(file.read_text()) == candidate.settings:
         console.print(f"{folder} is measured.")
@@ -245,9 +212,6 @@ def _measure(candidate: Candidate, source: str, size: int, samples: int, options
     if PartialState().is_main_process:
         file.write_text(json.dumps(candidate.settings, indent=2))
     PartialState().wait_for_everyone()
-
-
-# -- the page ---------------------------------------------------------------------------------------------------------
 
 
 def show(candidates: Mapping[str, Candidate], where: str, out: Path, failed: Mapping[str, str]) -> Path:
@@ -275,7 +239,7 @@ def _shown(name: str, candidate: Candidate) -> RunSummary:
 
 def _columns(shown: Sequence[RunSummary]) -> dict[str, list[str]]:
     """Metrics of each table, as they were measured; the points of curves, `gmm-nll@5`, are in figures."""
-    known = [name for name in dict.fromkeys(name for run in shown for name in run.metrics) if "@" not in name]
+    known = dict.fromkeys(name for run in shown for name in run.metrics if "@" not in name)
     columns: dict[str, list[str]] = {title: [] for title in (*COLUMNS, REST)}
     for name in sorted(known, key=lambda name: _place(name)[1]):
         columns[_place(name)[0]].append(name)
@@ -285,9 +249,7 @@ def _columns(shown: Sequence[RunSummary]) -> dict[str, list[str]]:
 def _place(name: str) -> tuple[str, int]:
     """The table of a metric and its rank in there: where its longest beginning is listed."""
     listed = [(begin, title, rank) for title, names in COLUMNS.items() for rank, begin in enumerate(names)]
-    fitting = [
-        (len(begin), title, rank) for begin, title, rank in listed if name == begin or name.startswith(begin + "-")
-    ]
+    fitting = [(len(begin), title, rank) for begin, title, rank in listed if f"{name}-".startswith(f"{begin}-")]
     return max(fitting)[1:] if fitting else (REST, 0)
 
 

@@ -1,4 +1,4 @@
-"""Judge a trained tokenizer on any images: every measure of its latent space, a page, and a verdict in words."""
+"""Evaluate a trained tokenizer on any images: every measure of its latent space, a page, and a verdict in words."""
 
 from __future__ import annotations
 
@@ -26,16 +26,15 @@ def inspect(tokenizer: str, source: str, size: int, samples: int, out: Path, opt
 
     Args:
         tokenizer: a run folder, a tokenizer folder, or a diffusers Hub name.
-        source: images, as in `data.source`; they are all held out, since no tokenizer is trained. What learns from
-            latents (gmm, probe, difficulty) learns from half of them, if the source has no validation split.
+        source: images, as in `data.source`, all held out. What learns from latents (gmm, probe, difficulty) learns from
+            half of them, if the source has no validation split.
         size: side in pixels.
         samples: how many images are measured, and how many more are learnt from.
-        out: folder of metrics.json, verdict.json, report.html and images.
+        out: folder of metrics.json, verdict.json (the findings: `{kind, sentence, evidence}`), report.html and images.
         options: `a.b=c` changes, such as `data.label_key=class`.
 
     Returns:
-        The report's path. Beside it lie `metrics.json`, every number with its receipt, and `verdict.json`, the
-        findings of `verdict` as a list of `{kind, sentence, evidence}`.
+        The report's path.
 
     Raises:
         LatelierError: if `out` holds anything but an earlier inspection, or what is to be opened cannot be.
@@ -65,9 +64,7 @@ def _check_out(tokenizer: Path, recipe: Recipe, out: Path) -> None:
         raise LatelierError(f"{out} has files that no inspection wrote ({', '.join(found)}); choose another --out.")
 
 
-def inspection_recipe(
-    tokenizer: str, source: str, size: int, samples: int, out: Path, options: Sequence[str]
-) -> Recipe:
+def inspection_recipe(tokenizer: str, source: str, size: int, samples: int, out: Path, options: list[str]) -> Recipe:
     """The recipe of an inspection; arguments and errors are those of `inspect`."""
     folder = Path(tokenizer) / "tokenizer"
     tree: dict[str, Any] = {
@@ -77,7 +74,7 @@ def inspection_recipe(
         "tokenizer": {"kind": "pretrained", "path": str(folder) if folder.is_dir() else tokenizer},
         "evaluate": {"samples": samples, "probe_samples": samples},
     }
-    tree = apply_overrides(tree, list(options))
+    tree = apply_overrides(tree, options)
     tree["evaluate"].setdefault("metrics", suited(tree["data"]["image_size"]))
     return build_recipe(tree)
 
@@ -85,8 +82,7 @@ def inspection_recipe(
 def suited(size: Any) -> list[str]:
     """The measures of an inspection that images of this size (a side, or height and width) allow."""
     side = min(size) if isinstance(size, Sequence) else size
-    inspected = [name for name, metric in METRICS.items() if metric.inspect]
-    return [name for name in inspected if name != "ms-ssim" or side >= MS_SSIM_SIDE]
+    return [name for name, m in METRICS.items() if m.inspect and (name != "ms-ssim" or side >= MS_SSIM_SIDE)]
 
 
 def read_verdict(out: Path) -> list[Finding]:

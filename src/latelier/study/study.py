@@ -1,8 +1,8 @@
 """A study: a comparison as data. Which runs, at which budget, and which table comes out.
 
 Every run is an ordinary recipe: the study's `base`, changed by the run's own keys. A study goes on where it was
-stopped, skips what is done, and ends in a page, figures and Markdown. Variants are the same comparison on other data or
-at another scale.
+stopped, skips what is done, and ends in a page, figures and Markdown. A budget scales all counts of a stage together;
+operations are counted on real training steps, with backward pass, loss networks and discriminator.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,50 @@ from pydantic import Field, ValidationError, model_validator
 
 from latelier import run
 from latelier.errors import LatelierError
-from latelier.recipe import Recipe, Section, apply_overrides, as_numbers, build_recipe, first_problem
+from latelier.preflight import Trial, try_denoiser, try_tokenizer
+from latelier.recipe import Recipe, apply_overrides, as_numbers, build_recipe
 from latelier.report.comparison import write_comparison
 from latelier.report.figures import MAP
-from latelier.report.orderings import Published, RunSummary, read_metrics
 from latelier.report.run import read_log
-from latelier.study.budget import Budget, spend
+from latelier.report.tables import Published, RunSummary, read_metrics
+from latelier.sections import Count, Section, TrainedTokenizer, Training, first_problem
 from latelier.terminal import console
 
 _FOLDERS = (Path(__file__).parents[1] / "studies", Path(__file__).parents[3] / "studies")
 PLAN = "plan.json"  # the settings of a run, what was planned from them, and whether it is done
+UNITS = ("images", "minutes", "flops")  # of a budget
+COUNTS = ("images", "warmup")  # of a stage, which a budget scales
 OWN = ("name", "folder", "budget", "columns", "baseline")  # overrides of these are the study's, not its runs'
+
+
+class Spending(Section):
+    """What one stage of every run may cost: exactly one of the three."""
+
+    images: Count | None = Field(None, description="images seen")
+    minutes: float | None = Field(None, gt=0, description="of training on this machine, from a few timed steps")
+    flops: float | None = Field(None, gt=0, description="operations of training, 2 for a multiply-add")
+
+    @model_validator(mode="after")
+    def _one(self) -> Spending:
+        if len([name for name in UNITS if getattr(self, name)]) != 1:
+            raise ValueError("one of images, minutes or flops")
+        return self
+
+    @property
+    def unit(self) -> str:
+        """Which of the three is given."""
+        return next(name for name in UNITS if getattr(self, name))
+
+    def __str__(self) -> str:
+        value = getattr(self, self.unit)
+        return f"{value:,} images" if self.unit == "images" else f"{value:.3g} {self.unit}"
+
+
+class Budget(Section):
+    """What each stage of every run may cost; a stage without an entry keeps its recipe's length."""
+
+    tokenizer: Spending | None = None
+    denoiser: Spending | None = None
 
 
 class Variant(Section):
@@ -71,10 +105,7 @@ class Study(Section):
 
 
 def load_study(path: str | Path, variant: str | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Study:
-    """Read a study file, and apply a variant and `a.b=c` overrides.
-
-    Overrides of `name`, `folder`, `budget`, `columns` and `baseline` are the study's; all others go to the recipe of
-    every run.
+    """Read a study file, and apply a variant and `a.b=c` overrides: of the study (`OWN`) or of every run's recipe.
 
     Raises:
         LatelierError: naming the file, key or value that is wrong.
@@ -123,16 +154,9 @@ def build_run(study: Study, name: str) -> Recipe:
 
 
 def run_study(study: Study, only: list[str] | None = None) -> Path:
-    """Do what is not done yet, then write the comparison of all that is.
+    """Do what is not done yet of all runs or `only` some, write the comparison of what is done, and return its page.
 
     A run that fails does not stop the others; it is named at the end.
-
-    Args:
-        study: what to compare.
-        only: names of the runs to do now; by default all.
-
-    Returns:
-        The page.
 
     Raises:
         LatelierError: for unknown runs and wrong recipes before anything is trained; afterwards for those that failed.
@@ -167,9 +191,8 @@ def _do(study: Study, recipe: Recipe) -> None:
         _write(file, {"settings": settings, "recipe": spent.model_dump(mode="json"), "facts": facts, "done": False})
     plan = json.loads(file.read_text())  # the main process's, should another have measured other times
     if _training_part(plan["settings"]) != _training_part(settings):
-        raise LatelierError(
-            f"{recipe.folder} was made by another recipe or budget; delete it, or give the study another name."
-        )
+        advice = "delete it, or give the study another name"
+        raise LatelierError(f"{recipe.folder} was made by another recipe or budget; {advice}.")
     if plan["done"] and plan["settings"] == settings:
         console.print(f"{recipe.folder} is done.")
         return
@@ -200,28 +223,25 @@ def show(study: Study) -> Path:
     shown = []
     for name in study.runs:
         folder = study.root / file_name(name)
-        if not (folder / PLAN).is_file() or not (plan := json.loads((folder / PLAN).read_text()))["done"]:
-            continue
-        files = {"reconstructions": "reconstructions.png", "samples": "samples/grid.png", "latent-map": MAP}
-        images = {kind: folder / file for kind, file in files.items()}
-        shown.append(RunSummary(name, read_metrics(folder), _facts(folder, plan["facts"]), images))
+        if (folder / PLAN).is_file() and (plan := json.loads((folder / PLAN).read_text()))["done"]:
+            files = {"reconstructions": "reconstructions.png", "samples": "samples/grid.png", "latent-map": MAP}
+            images = {kind: folder / file for kind, file in files.items()}
+            shown.append(RunSummary(name, read_metrics(folder), _facts(folder, plan["facts"]), images))
     if not shown:
         raise LatelierError(f"No run of study {study.name} has a result yet.")
-    known = list(dict.fromkeys(name for run in shown for name in run.metrics))
+    known = dict.fromkeys(name for run in shown for name in run.metrics)
     columns = {title: _found(wanted, known) for title, wanted in study.columns.items()}
     budget = ", ".join(f"{stage} {amount}" for stage, amount in study.budget if amount is not None)
     about = f"{study.about.strip()} Budget of each run: {budget or 'as its recipe says'}."
     return write_comparison(study.root, study.title, about, shown, columns, study.published, baseline=study.baseline)
 
 
-def _found(wanted: list[str], known: list[str]) -> list[str]:
+def _found(wanted: list[str], known: Iterable[str]) -> list[str]:
     """Measured names that are wanted, or begin like one that is; `gfd@50` means `gfd-vgg16@50`, `gfd@*` all steps."""
 
     def means(column: str, name: str) -> bool:
-        begin, _, steps = column.partition("@")
-        whole, _, measured = name.partition("@")
-        fits = steps == measured or (steps == "*" and measured != "")
-        return fits and (whole == begin or whole.startswith(f"{begin}-"))
+        (begin, _, steps), (whole, _, measured) = column.partition("@"), name.partition("@")
+        return f"{whole}-".startswith(f"{begin}-") and (steps == measured or (steps == "*" and measured != ""))
 
     return list(dict.fromkeys(name for column in wanted for name in known if means(column, name)))
 
@@ -243,28 +263,19 @@ def _facts(folder: Path, planned: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def _vary(study: Study, name: str) -> Study:
     if name not in study.variants:
-        near = ", ".join(study.variants) or "none"
-        raise LatelierError(f"Study {study.name} has no variant {name!r}; it has {near}.")
+        raise LatelierError(
+            f"Study {study.name} has no variant {name!r}; it has {', '.join(study.variants) or 'none'}."
+        )
     variant = study.variants[name]
     if unknown := set(variant.runs) - set(study.runs):
         raise LatelierError(f"Variant {name!r} of study {study.name} names unknown runs: {', '.join(sorted(unknown))}.")
     if known := set(variant.more) & set(study.runs):
-        raise LatelierError(
-            f"Variant {name!r} of study {study.name} has runs in `more` that the study has already: "
-            f"{', '.join(sorted(known))}; put them under `runs`."
-        )
-    return study.model_copy(
-        update={
-            "name": f"{study.name}-{name}",
-            "about": variant.about or study.about,
-            "base": merge(study.base, variant.base),
-            "runs": {
-                **{run: merge(tree, variant.runs.get(run, {})) for run, tree in study.runs.items()},
-                **variant.more,
-            },
-            "budget": variant.budget or study.budget,
-        }
-    )
+        twice = f"that the study has already: {', '.join(sorted(known))}; put them under `runs`"
+        raise LatelierError(f"Variant {name!r} of study {study.name} has runs in `more` {twice}.")
+    runs = {run: merge(tree, variant.runs.get(run, {})) for run, tree in study.runs.items()} | variant.more
+    changes = {"name": f"{study.name}-{name}", "base": merge(study.base, variant.base), "runs": runs}
+    about, budget = variant.about or study.about, variant.budget or study.budget
+    return study.model_copy(update={**changes, "about": about, "budget": budget})
 
 
 def merge(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -279,3 +290,57 @@ def merge(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 def file_name(run: str) -> str:
     """A run's name as that of a folder: `+ masking` becomes `masking`."""
     return "-".join("".join(c if c.isalnum() or c in "._-" else " " for c in run).split()) or "run"
+
+
+def spend(recipe: Recipe, budget: Budget) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe, lengthened or shortened to the budget, and what each of its stages costs over all phases.
+
+    The facts of a stage are `images`, `flops`, `flops_per_image` and `seconds_per_image`.
+    """
+    tree, facts = recipe.model_dump(), dict[str, dict[str, Any]]()
+    stages = {"tokenizer": (budget.tokenizer, try_tokenizer), "denoiser": (budget.denoiser, try_denoiser)}
+    for name, (spending, trials) in stages.items():
+        section = getattr(recipe, name)
+        if not isinstance(section, Training):
+            continue
+        rows = list(trials(recipe, count=True))
+        if spending is not None:
+            _scale(tree[name], section, getattr(spending, spending.unit) / _price(rows, spending.unit))
+        images = sum(row.images for row in rows)
+        for what in ("flops_per_image", "seconds_per_image"):
+            facts.setdefault(name, {})[what] = sum(row.images * getattr(row, what) for row in rows) / images
+    spent = build_recipe(tree)
+    for name, fact in facts.items():
+        fact["images"] = length(getattr(spent, name))
+        fact["flops"] = fact["images"] * fact["flops_per_image"]
+    return spent, facts
+
+
+def length(section: Training) -> int:
+    """Images seen over all phases."""
+    phases = section.phases if isinstance(section, TrainedTokenizer) else []
+    return section.images + sum(section.phase(i + 1)[1].images for i in range(len(phases)))  # type: ignore[attr-defined]
+
+
+def _price(rows: list[Trial], unit: str) -> float:
+    """What the recipe's own length costs."""
+    prices = ({"images": 1.0, "minutes": row.seconds_per_image / 60, "flops": row.flops_per_image} for row in rows)
+    return sum(row.images * price[unit] for row, price in zip(rows, prices))
+
+
+def _scale(tree: dict[str, Any], section: Training, factor: float) -> None:
+    """Scale every count of a stage; cadences are derived anew."""
+    for key in ("log_every", "preview_every", "checkpoint_every"):
+        tree.pop(key, None)
+    parts = [tree]
+    for number, phase in enumerate(tree.get("phases", ())):
+        whole = section.phase(number + 1)[1].model_dump()  # type: ignore[attr-defined]
+        phase.update({key: whole[key] for key in (*COUNTS, "adversarial") if whole.get(key)})
+        parts.append(phase)
+    for part in parts:
+        for key in COUNTS:
+            if part.get(key):
+                part[key] = max(1, round(part[key] * factor))
+        if part.get("adversarial"):
+            for key in ("start", "ahead"):
+                part["adversarial"] = {**part["adversarial"], key: round(part["adversarial"][key] * factor)}
