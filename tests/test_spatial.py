@@ -16,7 +16,6 @@ from latelier.conditioning.spatial import (
     MapConditioner,
     SegmentationConditioner,
     class_shares,
-    compose,
 )
 from latelier.data.corruptions import SETTINGS, bicubic, draw_masks
 from latelier.errors import LatelierError
@@ -309,10 +308,6 @@ def test_given_holes_in_pixel_space():
     expected[..., :2] = -1
     expected[:, 3] = hole[:, 0] * 2 - 1
     assert torch.equal(spatial, expected)
-    drawn = torch.full((1, 3, 4, 4), -0.25)
-    composed = compose(drawn, done["image"], hole)
-    assert (composed[..., :2] == -0.25).all()
-    assert (composed[..., 2:] == 0.5).all()
 
 
 def test_latents_are_as_exact_as_the_codec(codec):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -35,13 +36,11 @@ Data = Annotated[str, typer.Option(help="Images to evaluate on: a folder, a data
 Size = Annotated[int, typer.Option(help="Images are cropped to squares of this side, in pixels.")]
 Samples = Annotated[int, typer.Option(help="How many images to evaluate on; probes are fitted on as many.")]
 Steps = Annotated[int | None, typer.Option(help="Sampling steps; default: the recipe's.")]
-Tile = Annotated[
-    int | None,
-    typer.Option(help="Tiled sampling, for large images: the tiles' side, in latent positions."),
-]
+Tile = Annotated[int | None, typer.Option(help="Tiled sampling, for large images: a tile's side in latent positions.")]
 Prompt = Annotated[str | None, typer.Option(help="A caption, for models that are conditioned on text too.")]
 Guidance = Annotated[float, typer.Option(help="Scale of classifier-free guidance; 1 is none.")]
 Seed = Annotated[int, typer.Option(help="Another seed gives another image.")]
+Strings = list[str] | None
 
 
 def _load(recipe: str, overrides: list[str] | None):
@@ -99,41 +98,35 @@ def reconstruct(
     ),
     size: Size = 256,
     channels: Annotated[
-        str | None,
-        typer.Option(help="Decode only the first channels of the latents, such as 4,8,16,32: a row each."),
+        str | None, typer.Option(help="Decode only the first channels of the latents, such as 4,8,16,32: a row each.")
     ] = None,
 ) -> None:
     """Encode and decode images with a tokenizer, to compare originals and reconstructions."""
-    from latelier.tasks import reconstruct as reconstruct_images
+    from latelier.run import reconstruct as reconstruct_images
 
-    lengths = _read_numbers(channels, "--channels") if channels else []
+    try:
+        lengths = [int(part) for part in channels.split(",")] if channels else []
+    except ValueError:
+        raise LatelierError(f"--channels = {channels!r} is no list of numbers; write 4,8,16.") from None
     found = reconstruct_images(tokenizer, images, out, size, lengths)
     names = [f" with {length} channels" for length in lengths] or [""]
     console.print(f"{out}: mean PSNR " + ", ".join(f"{value:.2f} dB{name}" for value, name in zip(found, names)))
 
 
-def _read_numbers(text: str, option: str) -> list[int]:
-    """`4,8,16` as numbers."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise LatelierError(f"{option} = {text!r} is no list of numbers; write 4,8,16.") from None
-
-
 @app.command(epilog="Example:  latelier sample runs/quickstart --classes 'Animals & Nature' --count 16 --seed 7")
 def sample(
     run: Annotated[Path, typer.Argument(help="A run folder or a saved pipeline.")],
-    classes: Annotated[list[str] | None, typer.Option(help="Class name or index; repeat for several.")] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="Caption; repeat for several.")] = None,
+    classes: Annotated[Strings, typer.Option(help="Class name or index; repeat for several.")] = None,
+    prompt: Annotated[Strings, typer.Option(help="Caption; repeat for several.")] = None,
     negative: Annotated[str | None, typer.Option(help="Negative prompt: what guidance leads away from.")] = None,
     layout: Annotated[
-        list[str] | None,
+        Strings,
         typer.Option(help="Boxes 'owl 0.1 0.2 0.5 0.9; apple 0.6 0.5 0.9 0.8' (x0 y0 x1 y1), or a JSON file of them."),
     ] = None,
-    segmentation: Annotated[list[str] | None, typer.Option(help="PNG label map of class ids.")] = None,
-    map: Annotated[list[str] | None, typer.Option(help="Any other map, such as depth: an image file.")] = None,
+    segmentation: Annotated[Strings, typer.Option(help="PNG label map of class ids.")] = None,
+    map: Annotated[Strings, typer.Option(help="Any other map, such as depth: an image file.")] = None,
     input: Annotated[
-        list[str] | None, typer.Option(help="NAME=VALUE for any other condition, such as low_resolution=small.png.")
+        Strings, typer.Option(help="NAME=VALUE for any other condition, such as low_resolution=small.png.")
     ] = None,
     count: Annotated[int, typer.Option(help="How many images.")] = 16,
     steps: Steps = None,
@@ -244,8 +237,7 @@ def convert(
     checkpoint: Annotated[Path, typer.Argument(help="The official checkpoint: .safetensors, .ckpt, .pth, ...")],
     out: Annotated[Path, typer.Argument(help="Folder of the converted model.")],
     options: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="What shapes do not show, such as heads=12 or image=256."),
+        Strings, typer.Option("--set", help="What shapes do not show, such as heads=12 or image=256.")
     ] = None,
 ) -> None:
     """Convert an official checkpoint to a folder that diffusers-style `from_pretrained` opens."""
@@ -269,9 +261,7 @@ def inspect(
     overrides: Overrides = None,
     size: Size = 256,
     samples: Samples = 2000,
-    out: Annotated[Path, typer.Option(help="Folder of report.html, metrics.json and verdict.json.")] = Path(
-        "inspection"
-    ),
+    out: Annotated[Path, typer.Option(help="Folder of report.html, metrics.json, verdict.json.")] = Path("inspection"),
 ) -> None:
     """Evaluate a trained tokenizer: reconstruction, latent space, cost, and a verdict in words."""
     from latelier.study.inspect import inspect as inspect_tokenizer
@@ -297,7 +287,7 @@ def compare(
         "comparison"
     ),
     name: Annotated[
-        list[str] | None, typer.Option(help="Short name; repeat for each tokenizer. Default: from their paths.")
+        Strings, typer.Option(help="Short name; repeat for each tokenizer. Default: from their paths.")
     ] = None,
 ) -> None:
     """Evaluate tokenizers on the same images, side by side. Resumes where it was stopped."""
@@ -313,7 +303,7 @@ def study(
     file: Annotated[str, typer.Argument(help="A study file, or the name of an included one.")],
     overrides: Overrides = None,
     variant: Annotated[str | None, typer.Option(help="The same comparison on other data or at another scale.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Train only this run now; repeat for several.")] = None,
+    only: Annotated[Strings, typer.Option(help="Train only this run now; repeat for several.")] = None,
 ) -> None:
     """Train and evaluate several recipes at equal budget, and compare them. Resumes where it was stopped."""
     from latelier.study.study import load_study, run_study
@@ -352,6 +342,10 @@ def main() -> None:
     """Entry point: user errors become one sentence and exit code 2, a signal one sentence and exit code 0."""
     try:
         with handled_by(stop_now):
+            if os.environ.keys() & {"LOCAL_RANK", "ACCELERATE_USE_CPU"}:
+                from accelerate import Accelerator
+
+                Accelerator()  # first: a bare PartialState, of which devices are read, ignores ACCELERATE_USE_CPU
             app()
     except LatelierError as error:
         _say(f"[bold red]Error:[/] {escape(str(error))}")
