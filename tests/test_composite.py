@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from latelier.conditioning.spatial import LowResolutionConditioner
 from latelier.denoisers.objective import DenoiserSection
 from latelier.errors import LatelierError
 from latelier.sections import ByKind
+from tiny import tiny_recipe
 
 SPEC = DataSpec(["cat", "dog"], None, None, None, (4, 8, 8), 4, 3, 16, False, 0)
 
@@ -130,12 +132,15 @@ def test_the_table_of_conditions():
     assert DenoiserSection(condition="none").condition == []
     for condition, message in (
         ("depth", "kind = 'depth' is not known; allowed: class, text, layout"),
-        ({"kind": "text", "lenght": 9}, "Unknown key 'denoiser.condition.lenght' in the recipe; did you mean 'length'"),
-        ({"kind": "text", "length": 0}, "denoiser.condition.length = 0 is not allowed"),
-        ({"length": 9}, "or a section with a `kind`"),
+        (
+            {"kind": "text", "lenght": 9},
+            "Unknown key 'denoiser.condition.0.lenght' in the recipe; did you mean 'length'",
+        ),
+        ({"kind": "text", "length": 0}, "denoiser.condition.0.length = 0 is not allowed"),
+        ({"length": 9}, "kind = None is not known; allowed: class, text, layout"),
     ):
         with pytest.raises(LatelierError, match=message):
-            DenoiserSection(condition=condition)
+            tiny_recipe(Path("runs"), denoiser={"condition": condition})
 
 
 def test_inputs_that_a_model_does_not_take():
