@@ -201,7 +201,7 @@ def test_label_maps_that_are_none(codec, tmp_path):
     }
     for message, entry in cases.items():
         with pytest.raises(LatelierError, match=message):
-            conditioner.inputs([entry], (8, 8))
+            conditioner.prepare(conditioner.inputs([entry], (8, 8)), codec)
     with pytest.raises(LatelierError, match="id 255"):
         conditioner.prepare({"segmentation": torch.full((1, 8, 8), 255)}, codec)
     with pytest.raises(LatelierError, match="do not say how many classes"):

@@ -93,9 +93,7 @@ def encode(
 def reconstruct(
     tokenizer: Tokenizer,
     images: Annotated[list[Path], typer.Argument(help="Image files or folders.")],
-    out: Annotated[Path, typer.Option(help="The image to write: originals above reconstructions.")] = Path(
-        "reconstructions.png"
-    ),
+    out: Annotated[Path, typer.Option(help="Image of originals above reconstructions.")] = Path("reconstructions.png"),
     size: Size = 256,
     channels: Annotated[
         str | None, typer.Option(help="Decode only the first channels of the latents, such as 4,8,16,32: a row each.")
@@ -125,9 +123,7 @@ def sample(
     ] = None,
     segmentation: Annotated[Strings, typer.Option(help="PNG label map of class ids.")] = None,
     map: Annotated[Strings, typer.Option(help="Any other map, such as depth: an image file.")] = None,
-    input: Annotated[
-        Strings, typer.Option(help="NAME=VALUE for any other condition, such as low_resolution=small.png.")
-    ] = None,
+    input: Annotated[Strings, typer.Option(help="NAME=VALUE of any other input: low_resolution=small.png.")] = None,
     count: Annotated[int, typer.Option(help="How many images.")] = 16,
     steps: Steps = None,
     guidance: Annotated[float | None, typer.Option(help="Scale of classifier-free guidance; 1 is none.")] = None,
@@ -137,9 +133,7 @@ def sample(
     tile: Tile = None,
     tile_stride: Annotated[int | None, typer.Option(help="From one tile to the next; default half a tile.")] = None,
     seed: Annotated[int, typer.Option(help="Image i is drawn from seed + i.")] = 0,
-    preview: Annotated[
-        int | None, typer.Option(help="Steps from one preview to the next, which show the first images in previews/.")
-    ] = None,
+    preview: Annotated[int | None, typer.Option(help="Steps from one preview of the first images to the next.")] = None,
     preview_channels: Annotated[
         int | None, typer.Option(help="Previews decode only the first channels; default a quarter if structured.")
     ] = None,
@@ -157,10 +151,8 @@ def sample(
         if not equals:
             raise LatelierError(f"--input {text!r} is not NAME=VALUE, such as low_resolution=small.png.")
         inputs.setdefault(name, []).append(value)
-    settings = {
-        "count": count, "steps": steps, "guidance": guidance, "sampler": sampler, "channels": channels,
-        "tile": tile, "tile_stride": tile_stride, "seed": seed,
-    }  # fmt: skip
+    settings = {"count": count, "steps": steps, "guidance": guidance, "sampler": sampler, "channels": channels}
+    settings |= {"tile": tile, "tile_stride": tile_stride, "seed": seed}
     console.print(f"Grid: {sample_to_folder(run, inputs, settings, size, out, preview, preview_channels)}")
 
 
@@ -236,9 +228,7 @@ def convert(
     kind: Annotated[str, typer.Argument(help="ldm, ldm-kl, ldm-vq, ldm-unet, vmae, maetok, sit, lightning-dit, ...")],
     checkpoint: Annotated[Path, typer.Argument(help="The official checkpoint: .safetensors, .ckpt, .pth, ...")],
     out: Annotated[Path, typer.Argument(help="Folder of the converted model.")],
-    options: Annotated[
-        Strings, typer.Option("--set", help="What shapes do not show, such as heads=12 or image=256.")
-    ] = None,
+    options: Annotated[Strings, typer.Option("--set", help="What shapes do not show: heads=12, image=256.")] = None,
 ) -> None:
     """Convert an official checkpoint to a folder that diffusers-style `from_pretrained` opens."""
     import yaml
@@ -283,12 +273,8 @@ def compare(
     data: Data,
     size: Size = 256,
     samples: Samples = 2000,
-    out: Annotated[Path, typer.Option(help="Folder of the comparison, and of each tokenizer's report.")] = Path(
-        "comparison"
-    ),
-    name: Annotated[
-        Strings, typer.Option(help="Short name; repeat for each tokenizer. Default: from their paths.")
-    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the comparison and of all reports.")] = Path("comparison"),
+    name: Annotated[Strings, typer.Option(help="Short name; repeat for each tokenizer. Default: their paths.")] = None,
 ) -> None:
     """Evaluate tokenizers on the same images, side by side. Resumes where it was stopped."""
     from latelier.study.compare import compare as compare_tokenizers

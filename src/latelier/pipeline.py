@@ -84,10 +84,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
         `image_size` is the height and width in pixels that `__call__` draws by default.
         """
-        statistics = {}
-        if codec.mean is not None and codec.std is not None:
-            statistics = {"mean": codec.mean.tolist(), "std": codec.std.tolist()}
-        about = describe_process(process)
+        mean, std, about = codec.mean, codec.std, describe_process(process)
+        statistics = {} if mean is None or std is None else {"mean": mean.tolist(), "std": std.tolist()}
         return cls(codec.tokenizer, denoiser, conditioner, process.scheduler(), about, statistics, *image_size, dropped)
 
     @property
@@ -121,24 +119,15 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             low_resolution: images to enlarge.
             inpainting: pairs of an image and its mask, whose holes are white.
 
-        Settings are those of a recipe's `sample`:
+        Settings are those of a recipe's `sample`: `steps` (50), `guidance` (1 is none), `guidance_interval`,
+        `guidance_channels`, `channels`, `shift`, `eta`, `last_step`, `seed`, `tile_stride`, see `recipe.Sample`, and
 
             count: how many images; default the length of the longest list.
-            steps: sampling steps, default 50.
-            guidance: scale of classifier-free guidance; 1, the default, is none.
-            guidance_interval: noise levels at which guidance acts.
-            guidance_channels: guide only the first k latent channels.
-            channels: draw and decode only the first k latent channels, with a denoiser trained on prefixes of them.
             sampler: `euler`, `heun`, `dpm++`, `unipc` for any process; `ddim`, `ddpm`, `plms` for a ddpm process;
                 `sde`, `dopri5` for a flow; or `auto`, which is `self.scheduler`.
-            shift: flow: above 1 spends more steps near noise.
-            eta: ddim: 0 is deterministic, 1 ancestral.
-            last_step: sde: the time from which one step without noise follows.
-            seed: of the first image.
             batch: images, or tiles of them, per forward pass.
             tile: side in latent positions: denoiser and decoder see overlapping tiles of this size, so that their
                 memory does not grow with the image; for images beyond the size of training.
-            tile_stride: from one tile to the next; by default half a tile.
 
         Args:
             negative_prompts: what guidance leads away from, instead of the empty caption.
@@ -153,10 +142,6 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             callback: called after each evaluation of the denoiser, as diffusers' `callback_on_step_end`, with the seeds
                 of the images that are being drawn, how many evaluations they have seen, and the present estimate of
                 their normalised latents `(b, c, *grid)`; see `latelier.pipeline.Previews`.
-
-        Raises:
-            LatelierError: for an unknown class, a size that the tokenizer's factor does not divide, or settings that
-                this model cannot follow.
         """
         if output_type not in OUTPUTS:
             raise LatelierError(f"output_type = {output_type!r} is not known; allowed: {', '.join(OUTPUTS)}.")

@@ -163,17 +163,10 @@ def show_measurements(measured: list[Measurement]) -> None:
 
 
 def upscale(pipeline: LatentDiffusionPipeline, image: Any, **settings: Any) -> Float[Tensor, "c h w"]:
-    """Enlarge an image of any size by the factor that the model was trained for.
+    """Enlarge an image of any size by the factor of the model, which was trained with `condition: low-resolution`.
 
-    Images whose sides do not fit the networks are continued at the right and at the bottom, and cut back.
-
-    Args:
-        pipeline: trained with `condition: low-resolution`.
-        image: a PIL image, a file, or a tensor `(c, h, w)` in [-1, 1].
-        settings: of the pipeline's call: `steps`, `seed`, ...
-
-    Returns:
-        The image in [-1, 1], `(c, factor h, factor w)`.
+    `image` is a PIL image, a file, or a tensor `(c, h, w)` in [-1, 1]; the result is `(c, factor h, factor w)`. Sides
+    that do not fit the networks are continued and cut back. `settings` are those of the pipeline's call.
     """
     factor = _component(pipeline, "low_resolution", "enlarge images").config["factor"]
     source = read_image(image, pipeline.codec.image_channels, "image")
@@ -187,11 +180,8 @@ def upscale(pipeline: LatentDiffusionPipeline, image: Any, **settings: Any) -> F
 def inpaint(pipeline: LatentDiffusionPipeline, image: Any, mask: Any, **settings: Any) -> Float[Tensor, "c h w"]:
     """Fill the holes of an image of any size; everything outside of them comes back untouched.
 
-    Args:
-        pipeline: trained with `condition: inpainting`.
-        image: a PIL image, a file, or a tensor `(c, h, w)` in [-1, 1].
-        mask: a PIL image, a file, or a tensor `(h, w)` of the image's size, bright where the holes are.
-        settings: of the pipeline's call: `steps`, `seed`, ...
+    The model was trained with `condition: inpainting`. `image` and `settings` are as for `upscale`; `mask` is a PIL
+    image, a file, or a tensor `(h, w)`, bright where the holes are.
     """
     _component(pipeline, "inpainting", "fill holes")
     source, hole = read_image(image, pipeline.codec.image_channels, "image"), read_mask(mask, "mask")
@@ -234,14 +224,12 @@ def _continued(image: Float[Tensor, "c h w"], step: int) -> Float[Tensor, "c k l
 def reconstruct(tokenizer: str, images: list[Path], out: Path, size: int, channels: Sequence[int] = ()) -> list[float]:
     """Pass image files through a tokenizer; the PNG file `out` has the originals above the reconstructions.
 
+    Returns the mean PSNR in dB of each row of images.
+
     Args:
         tokenizer: a run folder, a tokenizer folder, or a diffusers Hub name.
-        images: files and folders.
-        size: side in pixels to which images are cropped.
+        images: files and folders, of which images are cropped to squares of side `size`.
         channels: decode only the first k latent channels, a row of images for each k; nothing decodes all.
-
-    Returns:
-        Mean PSNR in dB of each row.
     """
     inside = Path(tokenizer) / "tokenizer"
     codec = Codec.from_pretrained(inside if inside.is_dir() else tokenizer, precision="auto").to(best_device())

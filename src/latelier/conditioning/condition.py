@@ -73,8 +73,7 @@ class ClassConditioner(ModelMixin, ConfigMixin):
         inject: `vector` is added to the time embedding (DiT), `tokens` is the one token of cross-attention (LDM).
     """
 
-    input_name = "classes"
-    spatial_channels = 0
+    input_name, spatial_channels = "classes", 0
 
     @register_to_config
     def __init__(

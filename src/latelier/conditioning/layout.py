@@ -180,11 +180,10 @@ class LayoutConditioner(ModelMixin, ConfigMixin):
         """Class, box and flags of one object."""
         try:
             if isinstance(item, Mapping):
-                kind, box, flags = item["class"], [float(side) for side in item["box"]], int(item.get("flags", 0))
+                kind, sides, flags = item["class"], item["box"], int(item.get("flags", 0))
             else:
-                kind, *rest = item
-                box, flags = [float(side) for side in rest], 0
-            x0, y0, x1, y1 = box
+                (kind, *sides), flags = item, 0
+            box = x0, y0, x1, y1 = [float(side) for side in sides]
         except (KeyError, TypeError, ValueError):
             raise LatelierError(
                 f"layouts has the object {item!r}; give (class, x0, y0, x1, y1) or {{'class': ..., 'box': [...]}}."
@@ -269,9 +268,9 @@ def read_layout(text: str) -> list[Any]:
             raise LatelierError(f"The layout {text} cannot be read ({error}).") from None
     objects = []
     for part in filter(None, (part.strip() for part in text.split(";"))):
-        *name, x0, y0, x1, y1 = ["", "", "", "", *part.split()]
         try:
-            objects.append((" ".join(filter(None, name)), *map(float, (x0, y0, x1, y1))))
+            *name, x0, y0, x1, y1 = part.split()
+            objects.append((" ".join(name), *map(float, (x0, y0, x1, y1))))
         except ValueError:
             raise LatelierError(f"Layout {part!r} is not a class and four numbers, such as 'owl 0 0 0.5 1'.") from None
     return objects

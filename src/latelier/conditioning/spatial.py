@@ -76,8 +76,7 @@ class SegmentationConditioner(ModelMixin, ConfigMixin):
         latent_factor: pixels along a side of a latent position.
     """
 
-    input_name = "segmentations"
-    token_width = 0
+    input_name, token_width = "segmentations", 0
 
     @register_to_config
     def __init__(self, classes: int, channels: int = 3, latent_factor: int = 4):
@@ -87,7 +86,13 @@ class SegmentationConditioner(ModelMixin, ConfigMixin):
 
     def prepare(self, batch: Mapping[str, Any], codec: Any) -> dict[str, Tensor]:
         """Check the ids of `batch["segmentation"]` `(b, h, w)`."""
-        self._check(needed(batch, "segmentation", "segmentation").long())
+        low, high = (int(v) for v in needed(batch, "segmentation", "segmentation").long().aminmax())
+        most = self.config["classes"] - 1
+        if low < 0 or high > most:
+            raise LatelierError(
+                f"A label map has the id {low if low < 0 else high}, but ids go from 0 to {most}; "
+                "give unlabelled pixels an id of their own, or set the condition's `classes`."
+            )
         return {}
 
     def forward(self, batch: Mapping[str, Any], drop: Bool[Tensor, " b"] | None = None) -> Condition:
@@ -102,9 +107,7 @@ class SegmentationConditioner(ModelMixin, ConfigMixin):
         They are `(h, w)` arrays or tensors of integers, PIL images whose pixels are ids (modes P, L, I), or PNG files.
         """
         maps = [nearest(self._read(entry), (0.0, 0.0, 1.0, 1.0), size) for entry in wanted]
-        ids = torch.from_numpy(np.stack(maps).astype(np.int64))  # (b, h, w)
-        self._check(ids)
-        return {"segmentation": ids}
+        return {"segmentation": torch.from_numpy(np.stack(maps).astype(np.int64))}  # (b, h, w)
 
     def _read(self, entry: Any) -> np.ndarray:
         if isinstance(entry, Tensor):
@@ -121,14 +124,6 @@ class SegmentationConditioner(ModelMixin, ConfigMixin):
                 f"{self.input_name}: label maps are (h, w) arrays of integers, not {by(entry.shape)} of {entry.dtype}."
             )
         return entry
-
-    def _check(self, ids: Int[Tensor, "b h w"]) -> None:
-        (low, high), most = (int(v) for v in ids.aminmax()), self.config["classes"] - 1
-        if low < 0 or high > most:
-            raise LatelierError(
-                f"A label map has the id {low if low < 0 else high}, but ids go from 0 to {most}; "
-                "give unlabelled pixels an id of their own, or set the condition's `classes`."
-            )
 
 
 def class_shares(ids: Int[Tensor, "b h w"], classes: int, factor: int) -> Float[Tensor, "b k i j"]:
@@ -167,8 +162,7 @@ class LowResolutionConditioner(ModelMixin, ConfigMixin):
         seed: of random degradations, keyed by `batch["sample_id"]`.
     """
 
-    input_name = "low_resolution"
-    token_width = 0
+    input_name, token_width = "low_resolution", 0
 
     @register_to_config
     def __init__(
@@ -236,8 +230,7 @@ class InpaintingConditioner(ModelMixin, ConfigMixin):
         seed: of the holes, keyed by `batch["sample_id"]`.
     """
 
-    input_name = "inpainting"
-    token_width = 0
+    input_name, token_width = "inpainting", 0
 
     @register_to_config
     def __init__(self, masks: str = "train", latent_channels: int = 4, image_channels: int = 3, seed: int = 0):
@@ -311,8 +304,7 @@ class MapConditioner(ModelMixin, ConfigMixin):
         latent_factor: pixels along a side of a latent position.
     """
 
-    input_name = "maps"
-    token_width = 0
+    input_name, token_width = "maps", 0
 
     @register_to_config
     def __init__(self, map_channels: int = 1, channels: int | None = None, latent_factor: int = 8):
@@ -341,9 +333,7 @@ class MapConditioner(ModelMixin, ConfigMixin):
     def inputs(self, wanted: list[Any], size: tuple[int, int]) -> dict[str, Any]:
         """Maps (see `read_image`), resized to `size` (height, width), to `map`."""
         maps = [read_image(entry, self.config["map_channels"], self.input_name)[None] for entry in wanted]
-        for i, m in enumerate(maps):
-            if m.shape[2:] != size:
-                maps[i] = F.interpolate(m, size=size, mode="bilinear", antialias=True)
+        maps = [m if m.shape[2:] == size else F.interpolate(m, size, mode="bilinear", antialias=True) for m in maps]
         return {"map": torch.cat(maps)}  # (b, c, h, w)
 
 

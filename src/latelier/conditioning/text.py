@@ -2,9 +2,6 @@
 
 trained   word pieces -> `TokenTransformer` -> tokens; padding is not masked (Rombach et al. 2022)
 frozen    any text encoder of `transformers`, computed once for a batch and without gradients; padding is masked
-
-The conditioner carries all that it needs in its own weights and config, the frozen encoder and the word pieces too: it
-opens where neither the encoder's folder nor the Hub is at hand. Dropped captions become the empty caption.
 """
 
 from __future__ import annotations
@@ -58,7 +55,9 @@ class TextCondition(Section):
 
 
 class TextConditioner(ModelMixin, ConfigMixin):
-    """Tokens of captions. `TextConditioner.trained` and `TextConditioner.frozen` make one.
+    """Tokens of captions; dropped ones become the empty caption. `trained` and `frozen` make one.
+
+    It holds all that it needs, the frozen encoder and the word pieces too: it opens without the encoder's folder.
 
     Args:
         vocabulary_bytes: length of the tokenizer's JSON, which is the buffer `vocabulary`.
@@ -66,8 +65,7 @@ class TextConditioner(ModelMixin, ConfigMixin):
         encoder_class, encoder_config: the frozen encoder's class in `transformers`; None for the trained transformer.
     """
 
-    input_name = "prompts"
-    spatial_channels = 0
+    input_name, spatial_channels = "prompts", 0
     _supports_gradient_checkpointing = True
 
     @register_to_config
@@ -180,10 +178,7 @@ class TextConditioner(ModelMixin, ConfigMixin):
 
 
 class TokenTransformer(ModelMixin, ConfigMixin):
-    """The transformer of latent diffusion's conditioners (Rombach et al. 2022), trained along with the denoiser.
-
-    Token and position embeddings, pre-norm blocks, a last norm; `heads * head_dim` need not be `dim`.
-    """
+    """Token and position embeddings, pre-norm blocks, a last norm (Rombach et al. 2022, for captions and layouts)."""
 
     _supports_gradient_checkpointing = True
     _repeated_blocks = ["TokenBlock"]  # noqa: RUF012
@@ -229,7 +224,7 @@ class TokenBlock(nn.Module):
 
 
 class TokenAttention(nn.Module):
-    """Multi-head self-attention of an inner width of its own; queries, keys and values have no bias."""
+    """Multi-head self-attention whose inner width need not be `dim`; queries, keys and values have no bias."""
 
     def __init__(self, dim: int, heads: int, head_dim: int):
         super().__init__()

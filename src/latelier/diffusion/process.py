@@ -137,13 +137,10 @@ class DDPM:
         return _like(a.sqrt(), like), _like((1 - a).sqrt(), like)
 
     def _scheduler_arguments(self) -> dict[str, Any]:
-        return {
-            "num_train_timesteps": self.num_train_timesteps,
-            "beta_schedule": "squaredcos_cap_v2" if self.beta_schedule == "cosine" else self.beta_schedule,
-            "beta_start": self.beta_start,
-            "beta_end": self.beta_end,
-            "prediction_type": "v_prediction" if self.prediction == "v" else self.prediction,
-        }
+        schedule = "squaredcos_cap_v2" if self.beta_schedule == "cosine" else self.beta_schedule
+        prediction = "v_prediction" if self.prediction == "v" else self.prediction
+        betas = {"beta_schedule": schedule, "beta_start": self.beta_start, "beta_end": self.beta_end}
+        return {"num_train_timesteps": self.num_train_timesteps, **betas, "prediction_type": prediction}
 
 
 def build_process(
@@ -174,7 +171,6 @@ def describe_process(process: Flow | DDPM) -> dict[str, Any]:
 
 @lru_cache(maxsize=16)
 def _alphas_cumprod(process: DDPM, device: torch.device) -> Tensor:
-    """diffusers' table, `(k,)`, on a device."""
     return DDPMScheduler(**process._scheduler_arguments()).alphas_cumprod.to(device)
 
 
