@@ -1,7 +1,14 @@
 """What tests of samplers share: latents of a denoiser by the settings of a recipe's `sample`."""
 
+import torch
+
 from latelier.diffusion.cfg import guided
 from latelier.diffusion.sampling import sample_latents, watched
+
+
+def initial_noise(shape, seeds):
+    """Standard normal latents of the first draw of each image's seed."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
 def scheduler(process, sample):

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,8 +23,8 @@ from latelier.conditioning.inputs import Inputs
 from latelier.conditioning.spatial import LowResolutionConditioner
 from latelier.denoisers.objective import DenoiserSection
 from latelier.errors import LatelierError
-from latelier.recipe import build_recipe
 from latelier.sections import ByKind
+from tiny import tiny_recipe
 
 SPEC = DataSpec(["cat", "dog"], None, None, None, (4, 8, 8), 4, 3, 16, False, 0)
 
@@ -129,15 +130,17 @@ def test_the_table_of_conditions():
         assert section.kind == kind
         assert 0 <= section.dropout < 1
     assert DenoiserSection(condition="none").condition == []
-    tree = {"name": "x", "data": {"source": "emoji"}, "tokenizer": {"kind": "identity"}}
     for condition, message in (
-        ("depth", r"denoiser.condition.0.kind = 'depth' is not known; allowed: class, text, layout"),
-        ({"kind": "text", "lenght": 9}, r"Unknown key 'denoiser.condition.0.lenght' .*; did you mean 'length'"),
-        ({"kind": "text", "length": 0}, r"denoiser.condition.0.length = 0 is not allowed"),
-        ({"length": 9}, r"denoiser.condition.0.kind = None is not known"),
+        ("depth", "kind = 'depth' is not known; allowed: class, text, layout"),
+        (
+            {"kind": "text", "lenght": 9},
+            "Unknown key 'denoiser.condition.0.lenght' in the recipe; did you mean 'length'",
+        ),
+        ({"kind": "text", "length": 0}, "denoiser.condition.0.length = 0 is not allowed"),
+        ({"length": 9}, "kind = None is not known; allowed: class, text, layout"),
     ):
         with pytest.raises(LatelierError, match=message):
-            build_recipe({**tree, "denoiser": {"condition": condition}})
+            tiny_recipe(Path("runs"), denoiser={"condition": condition})
 
 
 def test_inputs_that_a_model_does_not_take():

@@ -100,7 +100,7 @@ def test_class_conditioner():
     assert torch.equal(both[1], conditioner.null(1).vector[0])
     assert conditioner.inputs(["owl", 0, "1"])["label"].tolist() == [2, 0, 1]
     with pytest.raises(LatelierError, match="Unknown class 'cow'; this model knows: cat, dog, owl"):
-        conditioner.index("cow")
+        conditioner.inputs(["cow"])
     with pytest.raises(LatelierError, match="no null class"):
         ClassConditioner(3, 8, null=False).null(1)
 

@@ -7,8 +7,7 @@ from PIL import Image
 from latelier.diffusion.process import DDPM, Flow
 from latelier.errors import LatelierError
 from latelier.images import to_uint8
-from latelier.pipeline import LatentDiffusionPipeline
-from latelier.previews import Previews, make_previews, short_prefix, shown_lengths
+from latelier.pipeline import LatentDiffusionPipeline, Previews, make_previews, short_prefix, shown_lengths
 from latelier.recipe import Prefixes, Sample
 from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.conv import IdentityTokenizer

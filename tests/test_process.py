@@ -7,7 +7,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from latelier import recipe
-from latelier.diffusion.process import DDPM, Flow, build_process, describe_process, flow_sigmas
+from latelier.diffusion.process import DDPM, Flow, build_process, describe_process
+from latelier.diffusion.schedulers import flow_sigmas
 from latelier.errors import LatelierError
 
 PROCESSES = [

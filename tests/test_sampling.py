@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from latelier.conditioning.condition import Condition
-from latelier.diffusion.process import DDPM, Flow, flow_sigmas
-from latelier.diffusion.sampling import initial_noise
+from latelier.diffusion.process import DDPM, Flow
+from latelier.diffusion.schedulers import flow_sigmas
 from latelier.recipe import Sample
-from sampled import sampled, scheduler
+from sampled import initial_noise, sampled, scheduler
 
 MEAN, STD = 1.5, 0.4
 

@@ -11,7 +11,7 @@ from latelier.conditioning.condition import ClassConditioner, Condition
 from latelier.denoisers.dit import DiT
 from latelier.diffusion.loss_guidance import LossGuidance
 from latelier.diffusion.process import DDPM, Flow
-from latelier.diffusion.sde import ReverseSDE
+from latelier.diffusion.schedulers import ReverseSDE
 from latelier.diffusion.tiled import tiled
 from latelier.errors import LatelierError
 from latelier.pipeline import LatentDiffusionPipeline
@@ -185,7 +185,7 @@ def test_pipeline_with_this_scheduler_is_saved_whole(tmp_path):
     pipeline.scheduler = ReverseSDE(last_step=0.1)
     pipeline.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
-    assert index["scheduler"] == ["latelier.diffusion.sde", "ReverseSDE"]
+    assert index["scheduler"] == ["latelier.diffusion.schedulers", "ReverseSDE"]
     again = LatentDiffusionPipeline.from_pretrained(tmp_path)
     assert isinstance(again.scheduler, ReverseSDE)
     settings = {"steps": 4, "count": 2, "guidance": 2.0, "output_type": "latent", "progress": False, "shift": 2.0}

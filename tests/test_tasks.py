@@ -5,7 +5,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from latelier import tasks
+from latelier import run
 from latelier.conditioning.layout import read_layout
 from latelier.conditioning.spatial import InpaintingConditioner, LowResolutionConditioner
 from latelier.denoisers.dit import DiT
@@ -43,9 +43,9 @@ def settings(**more):
 @pytest.mark.parametrize("size", [(4, 4), (5, 7)])
 def test_any_size_is_enlarged(enlarger, size):
     small = torch.rand(3, *size) * 2 - 1
-    large = tasks.upscale(enlarger, small, **settings())
+    large = run.upscale(enlarger, small, **settings())
     assert large.shape == (3, 4 * size[0], 4 * size[1])
-    other = tasks.upscale(enlarger, -small, **settings())
+    other = run.upscale(enlarger, -small, **settings())
     assert not torch.allclose(large, other)  # the small image is seen
 
 
@@ -54,11 +54,11 @@ def test_outside_of_the_mask_nothing_changes(filler, size):
     image = torch.rand(3, *size) * 2 - 1
     mask = torch.zeros(size, dtype=torch.bool)
     mask[3:9, 2:11] = True
-    filled = tasks.inpaint(filler, image, mask, **settings())
+    filled = run.inpaint(filler, image, mask, **settings())
     assert torch.equal(filled[:, ~mask], image[:, ~mask])
     assert not torch.allclose(filled[:, mask], image[:, mask])
     hidden = torch.where(mask, 0.3, image)  # what is under the mask is not seen
-    assert torch.equal(tasks.inpaint(filler, hidden, mask, **settings())[:, mask], filled[:, mask])
+    assert torch.equal(run.inpaint(filler, hidden, mask, **settings())[:, mask], filled[:, mask])
 
 
 def test_files(filler, tmp_path):
@@ -66,22 +66,22 @@ def test_files(filler, tmp_path):
     mask = Image.new("L", (16, 16))
     mask.paste(255, (4, 4, 8, 8))
     mask.save(tmp_path / "mask.png")
-    filled = tasks.inpaint(filler, tmp_path / "image.png", tmp_path / "mask.png", **settings())
+    filled = run.inpaint(filler, tmp_path / "image.png", tmp_path / "mask.png", **settings())
     assert torch.allclose(filled[:, 0, 0], torch.tensor([10, 200, 30]) / 127.5 - 1)
 
 
 def test_what_cannot_be_done(enlarger, filler, tmp_path):
     image = torch.zeros(3, 16, 16)
     with pytest.raises(LatelierError, match="not trained to fill holes: it is conditioned on low_resolution"):
-        tasks.inpaint(enlarger, image, torch.ones(16, 16), **settings())
+        run.inpaint(enlarger, image, torch.ones(16, 16), **settings())
     with pytest.raises(LatelierError, match="not trained to enlarge images: it is conditioned on inpainting"):
-        tasks.upscale(filler, image, **settings())
+        run.upscale(filler, image, **settings())
     with pytest.raises(LatelierError, match=r"The mask is 8 x 16 .* but the image 16 x 16"):
-        tasks.inpaint(filler, image, torch.ones(8, 16), **settings())
+        run.inpaint(filler, image, torch.ones(8, 16), **settings())
     with pytest.raises(LatelierError, match="has no hole"):
-        tasks.inpaint(filler, image, torch.zeros(16, 16), **settings())
+        run.inpaint(filler, image, torch.zeros(16, 16), **settings())
     with pytest.raises(LatelierError, match="there is no file"):
-        tasks.upscale(enlarger, tmp_path / "nowhere.png", **settings())
+        run.upscale(enlarger, tmp_path / "nowhere.png", **settings())
 
 
 def test_layouts_in_words_and_files(tmp_path):

@@ -9,7 +9,7 @@ import synth
 import torch
 import torch.nn.functional as F
 
-from latelier.conditioning.transformer import TokenTransformer
+from latelier.conditioning.text import TokenTransformer
 from latelier.convert import from_official
 from latelier.convert.ldm_text import layout_conditioner
 from latelier.errors import LatelierError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -35,13 +36,11 @@ Data = Annotated[str, typer.Option(help="Images to evaluate on: a folder, a data
 Size = Annotated[int, typer.Option(help="Images are cropped to squares of this side, in pixels.")]
 Samples = Annotated[int, typer.Option(help="How many images to evaluate on; probes are fitted on as many.")]
 Steps = Annotated[int | None, typer.Option(help="Sampling steps; default: the recipe's.")]
-Tile = Annotated[
-    int | None,
-    typer.Option(help="Tiled sampling, for large images: the tiles' side, in latent positions."),
-]
+Tile = Annotated[int | None, typer.Option(help="Tiled sampling, for large images: a tile's side in latent positions.")]
 Prompt = Annotated[str | None, typer.Option(help="A caption, for models that are conditioned on text too.")]
 Guidance = Annotated[float, typer.Option(help="Scale of classifier-free guidance; 1 is none.")]
 Seed = Annotated[int, typer.Option(help="Another seed gives another image.")]
+Strings = list[str] | None
 
 
 def _load(recipe: str, overrides: list[str] | None):
@@ -94,47 +93,37 @@ def encode(
 def reconstruct(
     tokenizer: Tokenizer,
     images: Annotated[list[Path], typer.Argument(help="Image files or folders.")],
-    out: Annotated[Path, typer.Option(help="The image to write: originals above reconstructions.")] = Path(
-        "reconstructions.png"
-    ),
+    out: Annotated[Path, typer.Option(help="Image of originals above reconstructions.")] = Path("reconstructions.png"),
     size: Size = 256,
     channels: Annotated[
-        str | None,
-        typer.Option(help="Decode only the first channels of the latents, such as 4,8,16,32: a row each."),
+        str | None, typer.Option(help="Decode only the first channels of the latents, such as 4,8,16,32: a row each.")
     ] = None,
 ) -> None:
     """Encode and decode images with a tokenizer, to compare originals and reconstructions."""
-    from latelier.tasks import reconstruct as reconstruct_images
+    from latelier.run import reconstruct as reconstruct_images
 
-    lengths = _read_numbers(channels, "--channels") if channels else []
+    try:
+        lengths = [int(part) for part in channels.split(",")] if channels else []
+    except ValueError:
+        raise LatelierError(f"--channels = {channels!r} is no list of numbers; write 4,8,16.") from None
     found = reconstruct_images(tokenizer, images, out, size, lengths)
     names = [f" with {length} channels" for length in lengths] or [""]
     console.print(f"{out}: mean PSNR " + ", ".join(f"{value:.2f} dB{name}" for value, name in zip(found, names)))
 
 
-def _read_numbers(text: str, option: str) -> list[int]:
-    """`4,8,16` as numbers."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise LatelierError(f"{option} = {text!r} is no list of numbers; write 4,8,16.") from None
-
-
 @app.command(epilog="Example:  latelier sample runs/quickstart --classes 'Animals & Nature' --count 16 --seed 7")
 def sample(
     run: Annotated[Path, typer.Argument(help="A run folder or a saved pipeline.")],
-    classes: Annotated[list[str] | None, typer.Option(help="Class name or index; repeat for several.")] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="Caption; repeat for several.")] = None,
+    classes: Annotated[Strings, typer.Option(help="Class name or index; repeat for several.")] = None,
+    prompt: Annotated[Strings, typer.Option(help="Caption; repeat for several.")] = None,
     negative: Annotated[str | None, typer.Option(help="Negative prompt: what guidance leads away from.")] = None,
     layout: Annotated[
-        list[str] | None,
+        Strings,
         typer.Option(help="Boxes 'owl 0.1 0.2 0.5 0.9; apple 0.6 0.5 0.9 0.8' (x0 y0 x1 y1), or a JSON file of them."),
     ] = None,
-    segmentation: Annotated[list[str] | None, typer.Option(help="PNG label map of class ids.")] = None,
-    map: Annotated[list[str] | None, typer.Option(help="Any other map, such as depth: an image file.")] = None,
-    input: Annotated[
-        list[str] | None, typer.Option(help="NAME=VALUE for any other condition, such as low_resolution=small.png.")
-    ] = None,
+    segmentation: Annotated[Strings, typer.Option(help="PNG label map of class ids.")] = None,
+    map: Annotated[Strings, typer.Option(help="Any other map, such as depth: an image file.")] = None,
+    input: Annotated[Strings, typer.Option(help="NAME=VALUE of any other input: low_resolution=small.png.")] = None,
     count: Annotated[int, typer.Option(help="How many images.")] = 16,
     steps: Steps = None,
     guidance: Annotated[float | None, typer.Option(help="Scale of classifier-free guidance; 1 is none.")] = None,
@@ -144,9 +133,7 @@ def sample(
     tile: Tile = None,
     tile_stride: Annotated[int | None, typer.Option(help="From one tile to the next; default half a tile.")] = None,
     seed: Annotated[int, typer.Option(help="Image i is drawn from seed + i.")] = 0,
-    preview: Annotated[
-        int | None, typer.Option(help="Steps from one preview to the next, which show the first images in previews/.")
-    ] = None,
+    preview: Annotated[int | None, typer.Option(help="Steps from one preview of the first images to the next.")] = None,
     preview_channels: Annotated[
         int | None, typer.Option(help="Previews decode only the first channels; default a quarter if structured.")
     ] = None,
@@ -164,10 +151,8 @@ def sample(
         if not equals:
             raise LatelierError(f"--input {text!r} is not NAME=VALUE, such as low_resolution=small.png.")
         inputs.setdefault(name, []).append(value)
-    settings = {
-        "count": count, "steps": steps, "guidance": guidance, "sampler": sampler, "channels": channels,
-        "tile": tile, "tile_stride": tile_stride, "seed": seed,
-    }  # fmt: skip
+    settings = {"count": count, "steps": steps, "guidance": guidance, "sampler": sampler, "channels": channels}
+    settings |= {"tile": tile, "tile_stride": tile_stride, "seed": seed}
     console.print(f"Grid: {sample_to_folder(run, inputs, settings, size, out, preview, preview_channels)}")
 
 
@@ -243,10 +228,7 @@ def convert(
     kind: Annotated[str, typer.Argument(help="ldm, ldm-kl, ldm-vq, ldm-unet, vmae, maetok, sit, lightning-dit, ...")],
     checkpoint: Annotated[Path, typer.Argument(help="The official checkpoint: .safetensors, .ckpt, .pth, ...")],
     out: Annotated[Path, typer.Argument(help="Folder of the converted model.")],
-    options: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="What shapes do not show, such as heads=12 or image=256."),
-    ] = None,
+    options: Annotated[Strings, typer.Option("--set", help="What shapes do not show: heads=12, image=256.")] = None,
 ) -> None:
     """Convert an official checkpoint to a folder that diffusers-style `from_pretrained` opens."""
     import yaml
@@ -269,9 +251,7 @@ def inspect(
     overrides: Overrides = None,
     size: Size = 256,
     samples: Samples = 2000,
-    out: Annotated[Path, typer.Option(help="Folder of report.html, metrics.json and verdict.json.")] = Path(
-        "inspection"
-    ),
+    out: Annotated[Path, typer.Option(help="Folder of report.html, metrics.json, verdict.json.")] = Path("inspection"),
 ) -> None:
     """Evaluate a trained tokenizer: reconstruction, latent space, cost, and a verdict in words."""
     from latelier.study.inspect import inspect as inspect_tokenizer
@@ -293,12 +273,8 @@ def compare(
     data: Data,
     size: Size = 256,
     samples: Samples = 2000,
-    out: Annotated[Path, typer.Option(help="Folder of the comparison, and of each tokenizer's report.")] = Path(
-        "comparison"
-    ),
-    name: Annotated[
-        list[str] | None, typer.Option(help="Short name; repeat for each tokenizer. Default: from their paths.")
-    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the comparison and of all reports.")] = Path("comparison"),
+    name: Annotated[Strings, typer.Option(help="Short name; repeat for each tokenizer. Default: their paths.")] = None,
 ) -> None:
     """Evaluate tokenizers on the same images, side by side. Resumes where it was stopped."""
     from latelier.study.compare import compare as compare_tokenizers
@@ -313,7 +289,7 @@ def study(
     file: Annotated[str, typer.Argument(help="A study file, or the name of an included one.")],
     overrides: Overrides = None,
     variant: Annotated[str | None, typer.Option(help="The same comparison on other data or at another scale.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Train only this run now; repeat for several.")] = None,
+    only: Annotated[Strings, typer.Option(help="Train only this run now; repeat for several.")] = None,
 ) -> None:
     """Train and evaluate several recipes at equal budget, and compare them. Resumes where it was stopped."""
     from latelier.study.study import load_study, run_study
@@ -352,6 +328,10 @@ def main() -> None:
     """Entry point: user errors become one sentence and exit code 2, a signal one sentence and exit code 0."""
     try:
         with handled_by(stop_now):
+            if os.environ.keys() & {"LOCAL_RANK", "ACCELERATE_USE_CPU"}:
+                from accelerate import Accelerator
+
+                Accelerator()  # first: a bare PartialState, of which devices are read, ignores ACCELERATE_USE_CPU
             app()
     except LatelierError as error:
         _say(f"[bold red]Error:[/] {escape(str(error))}")

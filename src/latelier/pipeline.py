@@ -1,4 +1,4 @@
-"""Tokenizer, denoiser and conditioner in one `DiffusionPipeline`, which draws images and saves and loads whole.
+"""Tokenizer, denoiser and conditioner in one `DiffusionPipeline` that draws images; previews while they are drawn.
 
 From noise to a PNG one reads this file, `diffusion/sampling.py`, `cfg.py`, `process.py` and `schedulers.py`, a file of
 `denoisers/`, `tokenizers/codec.py` and `images.py`.
@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -20,24 +21,27 @@ from torch import Tensor
 
 from latelier.conditioning import CONDITIONERS
 from latelier.conditioning.inputs import Inputs
-from latelier.conditioning.spatial import compose
 from latelier.denoisers import DENOISERS
 from latelier.diffusion.cfg import guided
 from latelier.diffusion.loss_guidance import LossGuidance
-from latelier.diffusion.process import DDPM, Flow, Scheduler, build_process, describe_process
+from latelier.diffusion.process import DDPM, Flow, build_process, describe_process
 from latelier.diffusion.sampling import sample_latents, watched
+from latelier.diffusion.schedulers import ADAPTIVE, Scheduler
 from latelier.diffusion.tiled import tiled
 from latelier.errors import LatelierError
-from latelier.recipe import Sample, first_problem
+from latelier.images import make_grid, save_png
+from latelier.recipe import Prefixes, Recipe, Sample, first_problem
 from latelier.tokenizers import TOKENIZERS
 from latelier.tokenizers.codec import Codec, fast_bf16
 from latelier.tokenizers.tiling import decode_within
 
 # diffusers opens a saved pipeline's components only from modules that are imported already.
-for _place in (*TOKENIZERS.values(), *DENOISERS.values(), *CONDITIONERS.values()):
-    importlib.import_module(_place.split(":")[0])
+for _module in (*TOKENIZERS.values(), *DENOISERS.values(), *CONDITIONERS.values()):
+    importlib.import_module(_module.split(":")[0])
 
 OUTPUTS = ("pil", "pt", "np", "latent")
+SHOWN = 8  # images in a strip of previews: decoding is what they cost
+LEAST = 4  # channels of a short prefix
 Watch: TypeAlias = Callable[[list[int], int, Tensor], None]  # seeds, evaluations done, estimate of the latents
 
 
@@ -54,58 +58,34 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         process: the diffusion process, arguments of `build_process`.
         statistics: `mean` and `std` of the latents, one number per channel; empty leaves latents as they are.
         height, width: default size of the images, in pixels.
-        dropped: inputs that were dropped at times in training, so that guidance can leave them out; by default
-            `classes`.
+        dropped: inputs that training dropped at times, so that guidance can leave them out; by default `classes`.
     """
 
     _optional_components = ["conditioner"]  # noqa: RUF012
     model_cpu_offload_seq = "conditioner->denoiser->tokenizer"
 
     def __init__(
-        self,
-        tokenizer: ModelMixin,
-        denoiser: ModelMixin,
-        conditioner: ModelMixin | None,
-        scheduler: Scheduler,
-        process: dict[str, Any] | None = None,
-        statistics: dict[str, list[float]] | None = None,
-        height: int = 64,
-        width: int = 64,
-        dropped: list[str] | None = None,
-    ):
+        self, tokenizer: ModelMixin, denoiser: ModelMixin, conditioner: ModelMixin | None, scheduler: Scheduler,
+        process: dict[str, Any] | None = None, statistics: dict[str, list[float]] | None = None, height: int = 64,
+        width: int = 64, dropped: list[str] | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.register_modules(tokenizer=tokenizer, denoiser=denoiser, conditioner=conditioner, scheduler=scheduler)
-        self.register_to_config(
-            process=process or {},
-            statistics=statistics or {},
-            height=height,
-            width=width,
-            dropped=["classes"] if dropped is None else dropped,
-        )
+        dropped = ["classes"] if dropped is None else dropped
+        about = {"process": process or {}, "statistics": statistics or {}, "dropped": dropped}
+        self.register_to_config(**about, height=height, width=width)
 
     @classmethod
     def build(
-        cls,
-        codec: Codec,
-        denoiser: ModelMixin,
-        conditioner: ModelMixin | None,
-        process: Flow | DDPM,
-        image_size: tuple[int, int],
-        dropped: list[str] | None = None,
-    ) -> LatentDiffusionPipeline:
-        """A pipeline of trained components.
+        cls, codec: Codec, denoiser: ModelMixin, conditioner: ModelMixin | None, process: Flow | DDPM,
+        image_size: tuple[int, int], dropped: list[str] | None = None,
+    ) -> LatentDiffusionPipeline:  # fmt: skip
+        """A pipeline of a codec, with its statistics, and what was trained with `process` on its latents.
 
-        Args:
-            codec: the tokenizer with its statistics.
-            denoiser, conditioner: trained with `process` on the codec's latents.
-            process: the diffusion process.
-            image_size: height and width in pixels that `__call__` draws by default.
-            dropped: what was dropped in training, see the class.
+        `image_size` is the height and width in pixels that `__call__` draws by default.
         """
-        statistics = {}
-        if codec.mean is not None and codec.std is not None:
-            statistics = {"mean": codec.mean.tolist(), "std": codec.std.tolist()}
-        about = describe_process(process)
+        mean, std, about = codec.mean, codec.std, describe_process(process)
+        statistics = {} if mean is None or std is None else {"mean": mean.tolist(), "std": std.tolist()}
         return cls(codec.tokenizer, denoiser, conditioner, process.scheduler(), about, statistics, *image_size, dropped)
 
     @property
@@ -122,20 +102,11 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def __call__(
-        self,
-        *,
-        negative_prompts: list[str] | None = None,
-        records: Mapping[str, Any] | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        loss_guidance: LossGuidance | None = None,
-        precision: Literal["auto", "bf16", "fp32"] = "auto",
-        output_type: str = "pil",
-        progress: bool = True,
-        sample: Sample | None = None,
-        callback: Watch | None = None,
-        **inputs_and_settings: Any,
-    ) -> ImagePipelineOutput:
+        self, *, negative_prompts: list[str] | None = None, records: Mapping[str, Any] | None = None,
+        height: int | None = None, width: int | None = None, loss_guidance: LossGuidance | None = None,
+        precision: Literal["auto", "bf16", "fp32"] = "auto", output_type: str = "pil", progress: bool = True,
+        sample: Sample | None = None, callback: Watch | None = None, **inputs_and_settings: Any,
+    ) -> ImagePipelineOutput:  # fmt: skip
         """Draw images. Image i is drawn from `seed + i`, whatever the batch.
 
         Inputs are those that the model was conditioned on in training; image i gets entry `i % len` of each list:
@@ -148,24 +119,15 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             low_resolution: images to enlarge.
             inpainting: pairs of an image and its mask, whose holes are white.
 
-        Settings are those of a recipe's `sample`:
+        Settings are those of a recipe's `sample`: `steps` (50), `guidance` (1 is none), `guidance_interval`,
+        `guidance_channels`, `channels`, `shift`, `eta`, `last_step`, `seed`, `tile_stride`, see `recipe.Sample`, and
 
             count: how many images; default the length of the longest list.
-            steps: sampling steps, default 50.
-            guidance: scale of classifier-free guidance; 1, the default, is none.
-            guidance_interval: noise levels at which guidance acts.
-            guidance_channels: guide only the first k latent channels.
-            channels: draw and decode only the first k latent channels, with a denoiser trained on prefixes of them.
             sampler: `euler`, `heun`, `dpm++`, `unipc` for any process; `ddim`, `ddpm`, `plms` for a ddpm process;
                 `sde`, `dopri5` for a flow; or `auto`, which is `self.scheduler`.
-            shift: flow: above 1 spends more steps near noise.
-            eta: ddim: 0 is deterministic, 1 ancestral.
-            last_step: sde: the time from which one step without noise follows.
-            seed: of the first image.
             batch: images, or tiles of them, per forward pass.
             tile: side in latent positions: denoiser and decoder see overlapping tiles of this size, so that their
                 memory does not grow with the image; for images beyond the size of training.
-            tile_stride: from one tile to the next; by default half a tile.
 
         Args:
             negative_prompts: what guidance leads away from, instead of the empty caption.
@@ -179,14 +141,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             sample: a recipe's `sample` section; settings that are given beside it win.
             callback: called after each evaluation of the denoiser, as diffusers' `callback_on_step_end`, with the seeds
                 of the images that are being drawn, how many evaluations they have seen, and the present estimate of
-                their normalised latents `(b, c, *grid)`; see `latelier.previews.Previews`.
-
-        Returns:
-            The images, as `images`.
-
-        Raises:
-            LatelierError: for an unknown class, a size that the tokenizer's factor does not divide, or settings that
-                this model cannot follow.
+                their normalised latents `(b, c, *grid)`; see `latelier.pipeline.Previews`.
         """
         if output_type not in OUTPUTS:
             raise LatelierError(f"output_type = {output_type!r} is not known; allowed: {', '.join(OUTPUTS)}.")
@@ -290,7 +245,7 @@ def _divide(
 def _decode(codec: Codec, latents: Tensor, record: Mapping[str, Any], settings: Sample) -> Float[Tensor, "b c h w"]:
     """Images of latents; where a record has holes, everything outside of them is the image that was given."""
     images = decode_within(codec, latents, settings.tile, settings.channels).clamp(-1, 1)  # (b, c, h, w)
-    return compose(images, record["image"].to(images), record["hole"]) if "hole" in record else images
+    return torch.where(record["hole"] > 0.5, images, record["image"].to(images)) if "hole" in record else images
 
 
 def _convert(images: Float[Tensor, "b c *grid"], output_type: str) -> Any:
@@ -302,3 +257,76 @@ def _convert(images: Float[Tensor, "b c *grid"], output_type: str) -> Any:
     if array.shape[-1] not in (1, 3):
         raise LatelierError(f"Images with {array.shape[-1]} channels are no PIL images; use output_type='np'.")
     return DiffusionPipeline.numpy_to_pil(array)
+
+
+class Previews:
+    """The `callback` of a pipeline that writes strips of images while they are drawn.
+
+    After each evaluation a prediction means an estimate of z, such as x_t - t v for a flow's velocity v. Of the first
+    images of the first batch, `step-005.png` shows what five evaluations of the denoiser say they will be. Where
+    latents are structured (DC-AE 1.5) the first channels hold the large shapes, which are settled first, and any
+    prefix of the channels decodes; so a preview takes a short one.
+
+    Args:
+        codec: of the pipeline.
+        folder: where the strips go; strips of earlier calls there are removed.
+        every: evaluations from one strip to the next.
+        channels: decode only the first k latent channels, or all.
+        tile: decode in tiles of this side, in latent positions, see `decode_within`.
+    """
+
+    def __init__(self, codec: Codec, folder: Path, every: int, channels: int | None = None, tile: int | None = None):
+        self.codec, self.folder, self.every, self.channels, self.tile = codec, folder, every, channels, tile
+        self._seeds: list[int] | None = None
+        self._strips: list[Tensor] = []
+        for old in (*folder.glob("step-*.png"), folder / "strip.png"):
+            old.unlink(missing_ok=True)
+
+    def __call__(self, seeds: list[int], done: int, estimate: Float[Tensor, "b c *grid"]) -> None:
+        """Write a strip if it is due."""
+        self._seeds = self._seeds or seeds
+        if seeds != self._seeds or done % self.every:
+            return
+        length = min(self.channels or estimate.shape[1], estimate.shape[1])
+        shown = None if length == self.codec.channels else length  # None decodes all
+        images = decode_within(self.codec, estimate[:SHOWN], self.tile, shown).clamp(-1, 1)
+        self._strips.append(images.cpu())  # (b, c, h, w)
+        save_png(make_grid(images, columns=SHOWN), self.folder / f"step-{done:03d}.png")
+
+    def save_strips(self) -> Path:
+        """All strips below each other, the earliest on top, as `strip.png`; an error if the sampler ended before."""
+        if not self._strips:
+            raise LatelierError(f"There is no preview: the images took fewer than {self.every} evaluations.")
+        return save_png(make_grid(torch.cat(self._strips), len(self._strips[0])), self.folder / "strip.png")
+
+
+def short_prefix(prefixes: Prefixes, channels: int) -> int:
+    """How many channels a preview of structured latents decodes: a quarter, at least four, and no untrained prefix."""
+    return min(channels, max(LEAST, channels // 4, prefixes.of(channels)[0]))
+
+
+def shown_lengths(prefixes: Prefixes, channels: int) -> list[int]:
+    """Lengths that are shown while a denoiser learns prefixes: the shortest, a quarter, a half and all channels."""
+    shortest = prefixes.of(channels)[0]
+    return sorted({max(shortest, length) for length in (shortest, channels // 4, channels // 2, channels)})
+
+
+def make_previews(
+    pipeline: LatentDiffusionPipeline, recipe: Recipe | None, sample: Sample, folder: Path, every: int,
+    channels: int | None = None,
+) -> Previews:  # fmt: skip
+    """Previews for one call of a run's pipeline; for the arguments see `Previews`.
+
+    `recipe`, of the run, says whether the tokenizer was trained on prefixes of its channels: of such latents,
+    `short_prefix` is decoded by default, all channels of others.
+    """
+    if every < 1 or (every > sample.steps and sample.sampler != ADAPTIVE):
+        raise LatelierError(
+            f"A preview every {every} steps does not go with {sample.steps} steps; choose 1 to {sample.steps}."
+        )
+    codec, prefixes = pipeline.codec, getattr(recipe and recipe.tokenizer, "prefixes", None)
+    if channels is not None and not 0 < channels <= codec.channels:
+        raise LatelierError(f"Previews of {channels} channels: choose 1 to {codec.channels}, which the latents have.")
+    if channels is None and prefixes is not None:
+        channels = short_prefix(prefixes, codec.channels)
+    return Previews(codec, folder, every, channels, sample.tile)

@@ -1,8 +1,4 @@
-"""The `Condition` of a denoiser, the conditioner of classes, and several conditioners at once.
-
-Every task reduces to three injections: a vector (added to the time embedding), tokens (cross-attention or prefix),
-and spatial channels (concatenated to `x_t`).
-"""
+"""The `Condition` of a denoiser, the conditioner of classes, and several conditioners at once."""
 
 from __future__ import annotations
 
@@ -26,7 +22,7 @@ from latelier.sections import Section, Unit
 
 @dataclass
 class Condition:
-    """Three optional injections into a denoiser."""
+    """The three ways into a denoiser, to which every task reduces; each is optional."""
 
     vector: Float[Tensor, "b d"] | None = None  # added to the time embedding (adaLN)
     tokens: Float[Tensor, "b n k"] | None = None  # for cross-attention or as prefix tokens
@@ -56,9 +52,6 @@ class DataSpec:
     seed: int  # the run's
 
 
-# -- classes -----------------------------------------------------------------------------------------------------------
-
-
 class ClassCondition(Section):
     """The image's class."""
 
@@ -74,14 +67,13 @@ class ClassConditioner(ModelMixin, ConfigMixin):
     """A learned vector for each class, and one more, the null class, for label dropout and guidance.
 
     Args:
-        num_classes, names: how many, and their names for users, index = label.
-        dim: width of the vector: the denoiser's, or that of its cross-attention.
+        num_classes, names: names are for users, index = label.
+        dim: width of the vector.
         null: whether the table has a row for "no class" (DiT: only if labels are dropped in training).
         inject: `vector` is added to the time embedding (DiT), `tokens` is the one token of cross-attention (LDM).
     """
 
-    input_name = "classes"
-    spatial_channels = 0
+    input_name, spatial_channels = "classes", 0
 
     @register_to_config
     def __init__(
@@ -110,11 +102,8 @@ class ClassConditioner(ModelMixin, ConfigMixin):
 
     def inputs(self, wanted: list[Any], size: tuple[int, int] | None = None) -> dict[str, Tensor]:
         """Class names or indices to `label`."""
-        return {"label": torch.tensor([self.index(w) for w in wanted])}
-
-    def index(self, wanted: int | str) -> int:
-        """A class's index from its index, its name, or its index in a string."""
-        return class_index(wanted, self.config["names"] or [], self.config["num_classes"], "class")
+        names, count = self.config["names"] or [], self.config["num_classes"]
+        return {"label": torch.tensor([class_index(w, names, count, "class") for w in wanted])}
 
     def _null_index(self) -> int:
         if not self.config["null"]:
@@ -123,7 +112,7 @@ class ClassConditioner(ModelMixin, ConfigMixin):
 
 
 def class_index(wanted: Any, names: Sequence[str], count: int, what: str) -> int:
-    """A class's index from its index, its name, or its index in a string; `what` it is, for the message."""
+    """A class's index from its index, its name, or its index in a string; an error that says `what` is unknown."""
     if wanted in names:
         return list(names).index(wanted)
     if str(wanted).isdigit() and int(wanted) < count:
@@ -134,7 +123,7 @@ def class_index(wanted: Any, names: Sequence[str], count: int, what: str) -> int
 
 
 def build(section: ClassCondition, spec: DataSpec) -> ClassConditioner:
-    """A conditioner for the data's classes; an error if the images have none."""
+    """The conditioner of a recipe's section; an error if the images have no classes."""
     if not spec.class_names:
         raise LatelierError(
             "denoiser.condition = 'class', but the data has no classes; put images into one folder per class, "
@@ -145,14 +134,10 @@ def build(section: ClassCondition, spec: DataSpec) -> ClassConditioner:
     return ClassConditioner(len(spec.class_names), width, section.dropout > 0, list(spec.class_names), inject)
 
 
-# -- several conditions ------------------------------------------------------------------------------------------------
-
-
 class CompositeConditioner(ModelMixin, ConfigMixin):
     """Several conditioners: vectors are added, tokens follow one another, spatial channels are stacked.
 
-    Args:
-        about: the components by `input_name`: `{"module": ..., "class": ..., "config": {...}}`, as `of` writes them.
+    `about` has the components by `input_name`: `{"module": ..., "class": ..., "config": {...}}`, as `of` writes them.
     """
 
     input_name = None
@@ -161,44 +146,26 @@ class CompositeConditioner(ModelMixin, ConfigMixin):
     def __init__(self, about: dict[str, dict[str, Any]]):
         super().__init__()
         self.components = nn.ModuleDict({name: _build_component(entry) for name, entry in about.items()})
+        self.token_width = max(component.token_width for component in self.components.values())
+        self.spatial_channels = sum(component.spatial_channels for component in self.components.values())
 
     @classmethod
     def of(cls, conditioners: list[Any]) -> CompositeConditioner:
         """The composite of conditioners that are built already."""
-        about = {
-            c.input_name: {
-                "module": type(c).__module__,
-                "class": type(c).__name__,
-                "config": {k: v for k, v in c.config.items() if not k.startswith("_")},
-            }
-            for c in conditioners
-        }
+        about = {}
+        for c in conditioners:
+            config = {k: v for k, v in c.config.items() if not k.startswith("_")}
+            about[c.input_name] = {"module": type(c).__module__, "class": type(c).__name__, "config": config}
         with torch.device("meta"):  # the components are here already, with their weights and whatever they froze
             composite = cls(about)
-        for conditioner in conditioners:
-            composite.components[conditioner.input_name] = conditioner
+        composite.components.update({c.input_name: c for c in conditioners})
         return composite
-
-    @property
-    def token_width(self) -> int:
-        """Width of all tokens; 0 if there are none."""
-        return max(component.token_width for component in self.components.values())
-
-    @property
-    def spatial_channels(self) -> int:
-        """Channels that are concatenated to `x_t`."""
-        return sum(component.spatial_channels for component in self.components.values())
 
     def prepare(self, batch: Mapping[str, Any], codec: Any) -> dict[str, Tensor]:
         """What all components prepare."""
-        merged: dict[str, Tensor] = {}
-        for component in self.components.values():
-            merged |= component.prepare(batch, codec)
-        return merged
+        return {k: v for one in self.components.values() for k, v in one.prepare(batch, codec).items()}
 
-    def forward(
-        self, batch: Mapping[str, Any], drop: Bool[Tensor, " b"] | Bool[Tensor, "b k"] | None = None
-    ) -> Condition:
+    def forward(self, batch: Mapping[str, Any], drop: Bool[Tensor, b * k] | None = None) -> Condition:
         """The merged condition; `drop` is `(b,)` for all components alike, or `(b, k)` with a column for each."""
         columns = [drop if drop is None or drop.ndim == 1 else drop[:, i] for i in range(len(self.components))]
         return merge([component(batch, column) for component, column in zip(self.components.values(), columns)])
@@ -212,8 +179,8 @@ def merge(conditions: list[Condition]) -> Condition:
     masks = [c.mask for c in conditions if c.tokens is not None]
     mask = None
     if any(m is not None for m in masks):
-        every = [torch.ones(t.shape[:2], dtype=torch.bool, device=t.device) for t in tokens]
-        mask = torch.cat([ones if m is None else m for m, ones in zip(masks, every)], dim=1)  # (b, n)
+        masks = [t.new_ones(t.shape[:2], dtype=torch.bool) if m is None else m for m, t in zip(masks, tokens)]
+        mask = torch.cat(masks, dim=1)  # (b, n)
     return Condition(
         vector=sum(vectors[1:], vectors[0]) if vectors else None,  # (b, d)
         tokens=torch.cat(tokens, dim=1) if tokens else None,  # (b, n, k)
@@ -224,15 +191,13 @@ def merge(conditions: list[Condition]) -> Condition:
 
 def components(conditioner: nn.Module | None) -> dict[str, Any]:
     """The components of a composite by `input_name`; any other conditioner is its only component."""
-    if conditioner is None:
-        return {}
     if isinstance(conditioner, CompositeConditioner):
         return dict(conditioner.components.items())
-    return {conditioner.input_name: conditioner}  # type: ignore[dict-item]
+    return {} if conditioner is None else {conditioner.input_name: conditioner}  # type: ignore[dict-item]
 
 
 def build_conditioner(sections: Sequence[Any], spec: DataSpec) -> ModelMixin | None:
-    """One conditioner for all sections of a recipe, None for none; an error if two sections do not go together."""
+    """One conditioner for all sections of a recipe, or None; an error if two sections do not go together."""
     kinds = [section.kind for section in sections]
     built = [importlib.import_module(CONDITIONERS[section.kind]).build(section, spec) for section in sections]
     if len(set(kinds)) < len(kinds):
@@ -252,8 +217,9 @@ def _build_component(about: dict[str, Any]) -> nn.Module:
         importlib.import_module(module)
     cls = getattr(sys.modules.get(about["module"]), about["class"], None)
     if not (isinstance(cls, type) and issubclass(cls, ModelMixin)):
-        name = f"{about['module']}.{about['class']}"
-        raise LatelierError(f"The conditioner {name} is not known; import its module first.")
+        raise LatelierError(
+            f"The conditioner {about['module']}.{about['class']} is not known; import its module first."
+        )
     return cls(**about["config"])
 
 

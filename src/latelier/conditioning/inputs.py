@@ -1,4 +1,4 @@
-"""From a user's inputs to conditions: with and without them for guidance; images, files and masks to tensors."""
+"""From a user's inputs to a `Condition` and the unconditional one for guidance; from images and masks to tensors."""
 
 from __future__ import annotations
 
@@ -22,27 +22,25 @@ from latelier.errors import LatelierError
 
 @dataclass
 class Inputs:
-    """What images are to show; image i gets entry `i % len` of each list."""
+    """What images are conditioned on; image i gets entry `i % len` of each list."""
 
     wanted: dict[str, list[Any]]  # by the conditioners' input names: `classes`, `prompts`, `layouts`, ...
     records: Mapping[str, Any] = field(default_factory=dict)  # as training's batches have them, instead of `wanted`
     negative_prompts: list[str] | None = None  # what guidance leads away from, instead of the empty caption
 
     def __len__(self) -> int:
-        """How many images are wanted: the longest list, at least one."""
+        """Length of the longest list, at least one."""
         return max([1, *map(len, self.wanted.values()), *map(len, self.records.values())])
 
     def check(self, conditioner: ModelMixin | None, guidance: float, dropped: Sequence[str]) -> Inputs:
-        """The inputs of this model, all classes in turn where none is named.
-
-        Raises:
-            LatelierError: if the model has no such inputs, needs more of them, or cannot be guided.
-        """
+        """The inputs of this model, all classes in turn where none is named; an error if it cannot follow them."""
         known = components(conditioner)
         about = f"is conditioned on {' and '.join(known)}" if known else "is unconditional"
         for name, values in self.wanted.items():
             if name not in known:
-                raise LatelierError(f"{name} = {_short(values)} is no input of this model, which {about}.")
+                first = repr(values[0]) if values else "[]"
+                first = first if len(first) < 60 else first[:57] + "..."
+                raise LatelierError(f"{name} = {first} is no input of this model, which {about}.")
         if self.negative_prompts and "prompts" not in known:
             raise LatelierError(f"negative_prompts is no input of this model, which {about}.")
         if guidance != 1 and not known:
@@ -63,18 +61,12 @@ class Inputs:
         return Inputs(wanted, self.records, self.negative_prompts)
 
     def conditions(
-        self,
-        conditioner: ModelMixin | None,
-        seeds: list[int],
-        first: int,
-        size: tuple[int, int],
-        codec: Any,
+        self, conditioner: ModelMixin | None, seeds: list[int], first: int, size: tuple[int, int], codec: Any,
         dropped: Sequence[str] | None,
-    ) -> tuple[Condition | None, Condition | None, Mapping[str, Any]]:
+    ) -> tuple[Condition | None, Condition | None, Mapping[str, Any]]:  # fmt: skip
         """The condition of some images, the unconditional one for guidance, and the record entries.
 
         Args:
-            conditioner, codec: of the model.
             seeds, first: of the images, and of the first of all; random masks and degradations are drawn from them.
             size: height and width in pixels.
             dropped: which components guidance leaves out; None makes no unconditional condition.
@@ -103,18 +95,9 @@ class Inputs:
 
 
 def cycle_rows(values: Any, numbers: Sequence[int]) -> Any:
-    """The entries of some images, begun anew where there are fewer entries than images."""
+    """The entries of some images; they start again where there are fewer entries than images."""
     rows = [n % len(values) for n in numbers]
     return values[rows] if isinstance(values, Tensor) else [values[row] for row in rows]
-
-
-def _short(values: list[Any]) -> str:
-    """The first value, for messages."""
-    text = repr(values[0]) if values else "[]"
-    return text if len(text) < 60 else text[:57] + "..."
-
-
-# -- images and masks --------------------------------------------------------------------------------------------------
 
 
 def open_image(entry: Any, input_name: str) -> Image.Image:
@@ -136,9 +119,6 @@ def open_image(entry: Any, input_name: str) -> Image.Image:
 def read_image(entry: Any, channels: int, input_name: str) -> Float[Tensor, "c h w"]:
     """An image of `channels` channels in [-1, 1] from a PIL image or a file, which become grey or RGB as needed, an
     array `(h, w)` or `(h, w, c)`, or a tensor `(c, h, w)`; uint8 means 0..255, floats are in [-1, 1] already.
-
-    Raises:
-        LatelierError: if it cannot be read, or has other channels, other numbers, or transparent pixels.
     """
     if isinstance(entry, Tensor):
         pixels = entry.detach().cpu()

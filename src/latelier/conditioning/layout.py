@@ -1,7 +1,7 @@
-"""Layouts: boxes with classes as a sequence of tokens, read by a transformer that is trained along.
+"""Layouts: boxes with classes as a sequence of tokens for a transformer (Rombach et al. 2022, after Esser et al. 2021).
 
 An object is three tokens: its class (with flags such as "a group of"), its top-left and its bottom-right corner on a
-grid. Two more tokens may say which part of the image is seen (Rombach et al. 2022, after Esser et al. 2021).
+grid. Two more tokens may say which part of the image is seen.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from latelier.conditioning.condition import Condition, DataSpec, class_index
 from latelier.conditioning.spatial import blank, grid_of, require_grid
-from latelier.conditioning.transformer import TokenTransformer
+from latelier.conditioning.text import TokenTransformer
 from latelier.errors import LatelierError
 from latelier.keyed_random import fold_in
 from latelier.layers import sincos_positions
@@ -33,7 +33,7 @@ WHOLE = (0.0, 0.0, 1.0, 1.0)
 
 
 class LayoutCondition(Section):
-    """Boxes with classes, as tokens, and drawn on the latents' grid if asked for."""
+    """Boxes with classes, as tokens, and as a map on the latents' grid if `layout_map_channels` is set."""
 
     kind: Literal["layout"]
     form: Literal["coco", "openimages"] = Field("coco", description="which flags of a box its class token may carry")
@@ -53,24 +53,19 @@ def layout_tokens(
     form: str = "openimages", tokens: int = 8192, objects: int = 30, with_crop: bool = True,
     crop: Sequence[float] = WHOLE, flip: bool = False, order: Sequence[int] | None = None,
 ) -> Int[Tensor, " m"]:  # fmt: skip
-    """The tokens of one image's layout.
+    """The `3 * objects` tokens of one image's layout, and two more for the crop.
 
     Objects outside of the crop are left out. When there are more than `objects`, the largest stay; the original leaves
     such images out of the training set.
 
     Args:
         boxes: x0 y0 x1 y1 relative to the whole image.
-        labels, flags: classes in [0, n_classes), and bits of `FLAG_BITS`; None for no flags.
-        form: which flags a class token carries: class + n_classes * flags.
+        labels, flags: classes in [0, n_classes), and bits of `FLAG_BITS`; a class token is class + n_classes * flags.
         tokens: size of the vocabulary; the last one stands for nothing.
-        objects: most objects.
         with_crop: boxes are relative to the whole image, and two more tokens give the crop; else relative to the crop.
         crop: x0 y0 x1 y1 of the part that is seen.
         flip: whether the image is mirrored, after it was cropped.
         order: permutation of the boxes; by default they keep their order.
-
-    Returns:
-        `3 * objects` tokens, and two more for the crop.
     """
     boxes, frame = boxes.double(), torch.tensor(crop, dtype=torch.float64)
     area = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)  # (n,)
@@ -120,11 +115,7 @@ class LayoutConditioner(ModelMixin, ConfigMixin):
 
     Args:
         names: of the classes of boxes, index = label.
-        form: `coco` or `openimages`, see `layout_tokens`.
-        objects: most objects of an image.
-        crop: whether two tokens say which part of the image is seen.
-        tokens: size of the vocabulary.
-        dim, layers, heads, head_dim: of the transformer.
+        form, objects, crop, tokens: see `layout_tokens`.
         seed: of the order of objects, which is another one each time an image is seen.
         layout_map_channels: of a map of the boxes on the latents' grid, concatenated to `x_t`; 0 is the paper's, tokens
             alone. With the map, the model need not learn which positions a box means, which takes long.
@@ -136,12 +127,9 @@ class LayoutConditioner(ModelMixin, ConfigMixin):
 
     @register_to_config
     def __init__(
-        self,
-        names: list[str],
-        form: str = "coco",
-        objects: int = 30, crop: bool = True, tokens: int = 8192,
-        dim: int = 512, layers: int = 16, heads: int = 8, head_dim: int = 64,
-        seed: int = 0, layout_map_channels: int = 0, latent_factor: int = 1,
+        self, names: list[str], form: str = "coco", objects: int = 30, crop: bool = True, tokens: int = 8192,
+        dim: int = 512, layers: int = 16, heads: int = 8, head_dim: int = 64, seed: int = 0,
+        layout_map_channels: int = 0, latent_factor: int = 1,
     ):  # fmt: skip
         super().__init__()
         self.token_width, self.spatial_channels = dim, layout_map_channels
@@ -152,14 +140,14 @@ class LayoutConditioner(ModelMixin, ConfigMixin):
             )
         self.length = 3 * objects + 2 * crop
         self.transformer = TokenTransformer(tokens, self.length, dim, layers, heads, head_dim)
-        self._begin(kinds)
+        self._init_tables(kinds)
         self.map_proj = nn.Conv2d(len(names), layout_map_channels, 1, bias=False) if layout_map_channels else None
 
-    def _begin(self, kinds: int) -> None:
-        """Corners begin as the sinusoids of their places, as images' do, so that neighbours are alike from the start.
+    def _init_tables(self, kinds: int) -> None:
+        """Corners begin as the sinusoids of their positions, so that neighbours are alike from the start.
 
-        Classes, nothing, and positions in the sequence begin as large as those: what a token is (class, first or second
-        corner, of which object) stands in its position alone, and is overheard if that is small.
+        Classes, nothing, and positions in the sequence begin as large as those: only the position says what a token is
+        (class, first or second corner, of which object), which is lost if it is small.
         """
         side, tokens = grid_side(self.config["tokens"]), self.transformer.token_embed.weight  # (tokens, d)
         with torch.no_grad():
@@ -179,10 +167,8 @@ class LayoutConditioner(ModelMixin, ConfigMixin):
             layout = read_layout(layout) if isinstance(layout, str) else layout
             if not isinstance(layout, Sequence):
                 raise LatelierError(f"layouts has {layout!r}; give a list of objects (class, x0, y0, x1, y1) for each.")
-            if len(layout) > self.config["objects"]:
-                raise LatelierError(
-                    f"A layout has {len(layout)} objects, but this model reads {self.config['objects']} at most."
-                )
+            if len(layout) > (most := self.config["objects"]):
+                raise LatelierError(f"A layout has {len(layout)} objects, but this model reads {most} at most.")
             objects = [self._object(item) for item in layout]
             entries["boxes"].append(torch.tensor([box for _, box, _ in objects]).view(-1, 4))  # (n, 4)
             entries["box_labels"].append(torch.tensor([label for label, _, _ in objects], dtype=torch.int64))
@@ -194,11 +180,10 @@ class LayoutConditioner(ModelMixin, ConfigMixin):
         """Class, box and flags of one object."""
         try:
             if isinstance(item, Mapping):
-                kind, box, flags = item["class"], [float(side) for side in item["box"]], int(item.get("flags", 0))
+                kind, sides, flags = item["class"], item["box"], int(item.get("flags", 0))
             else:
-                kind, *rest = item
-                box, flags = [float(side) for side in rest], 0
-            x0, y0, x1, y1 = box
+                (kind, *sides), flags = item, 0
+            box = x0, y0, x1, y1 = [float(side) for side in sides]
         except (KeyError, TypeError, ValueError):
             raise LatelierError(
                 f"layouts has the object {item!r}; give (class, x0, y0, x1, y1) or {{'class': ..., 'box': [...]}}."
@@ -208,19 +193,15 @@ class LayoutConditioner(ModelMixin, ConfigMixin):
         allowed = FLAG_BITS[self.config["form"]]
         if not 0 <= flags <= allowed:
             raise LatelierError(f"flags = {flags} of {kind!r} is not within 0..{allowed}.")
-        return self.index(kind), box, flags
-
-    def index(self, wanted: Any) -> int:
-        """A class's index from its index, its name, or its index in a string."""
-        return class_index(wanted, self.config["names"], len(self.config["names"]), "class of boxes")
+        names = self.config["names"]
+        return class_index(kind, names, len(names), "class of boxes"), box, flags
 
     @torch.no_grad()
     def prepare(self, batch: Mapping[str, Any], codec: Any = None) -> dict[str, Tensor]:
         """`layout_tokens (b, n)` int64 of a batch's boxes and, if there is a map, `layout_map (b, classes, *grid)`.
 
-        Boxes are relative to what is seen, so that what is seen is the whole image; unless the batch has `crop`,
-        `(b, 4)` x0 y0 x1 y1 of what is seen in the image that it was cut from. Objects are shuffled,
-        keyed by `batch["sample_id"]`; without it they keep their order.
+        Boxes are relative to what is seen. That is the whole image, unless the batch has `crop`, `(b, 4)` x0 y0 x1 y1
+        in the image it was cut from. Objects are shuffled, keyed by `batch["sample_id"]` if there is one.
         """
         rows = [self._row(batch, i) for i in range(len(batch["boxes"]))]
         entries = {"layout_tokens": torch.stack(rows).to(self.device)}  # (b, n)
@@ -232,13 +213,12 @@ class LayoutConditioner(ModelMixin, ConfigMixin):
             entries["layout_map"] = torch.stack(maps).to(self.device)  # (b, k, *grid)
         return entries
 
-    def _row(self, batch: Mapping[str, Any], i: int) -> Int[Tensor, " n"]:
+    def _row(self, batch: Mapping[str, Any], i: int) -> Int[Tensor, " m"]:
         boxes, labels = batch["boxes"][i].cpu().double(), batch["box_labels"][i].cpu()  # (n, 4), (n,)
         order, crop = None, WHOLE
         if "sample_id" in batch:
             seed = fold_in(self.config["seed"], "order of objects", int(batch["sample_id"][i]))
-            generator = torch.Generator().manual_seed(seed)
-            order = torch.randperm(len(boxes), generator=generator).tolist()
+            order = torch.randperm(len(boxes), generator=torch.Generator().manual_seed(seed)).tolist()
         if "crop" in batch and self.config["crop"]:
             corner, end = batch["crop"][i].cpu().double().split(2)  # (2,), (2,)
             boxes = corner.repeat(2) + boxes * (end - corner).repeat(2)  # (n, 4), in the whole image
@@ -263,7 +243,7 @@ def draw_layout_map(
 ) -> Float[Tensor, "k h w"]:
     """How much of each position's square the boxes of every class cover; where several do, the one that covers most.
 
-    Boxes are x0 y0 x1 y1 relative to what is seen, labels are in [0, kinds), `grid` is the latents' height and width.
+    Boxes are x0 y0 x1 y1 relative to what is seen, labels in [0, kinds), `grid` is height and width of the latents.
     """
     height, width = grid
     x0, y0, x1, y1 = (side[:, None] for side in boxes.float().cpu().unbind(dim=1))  # (n, 1)
@@ -288,16 +268,16 @@ def read_layout(text: str) -> list[Any]:
             raise LatelierError(f"The layout {text} cannot be read ({error}).") from None
     objects = []
     for part in filter(None, (part.strip() for part in text.split(";"))):
-        *name, x0, y0, x1, y1 = ["", "", "", "", *part.split()]
         try:
-            objects.append((" ".join(filter(None, name)), *map(float, (x0, y0, x1, y1))))
+            *name, x0, y0, x1, y1 = part.split()
+            objects.append((" ".join(name), *map(float, (x0, y0, x1, y1))))
         except ValueError:
             raise LatelierError(f"Layout {part!r} is not a class and four numbers, such as 'owl 0 0 0.5 1'.") from None
     return objects
 
 
 def build(section: LayoutCondition, spec: DataSpec) -> LayoutConditioner:
-    """The conditioner of a recipe's section, or an error if the data have no boxes, or too many classes."""
+    """The conditioner of a recipe's section; an error if the data have no boxes, or too many classes."""
     if spec.box_names is None:
         raise LatelierError(
             "denoiser.condition is layout, but the data have no boxes; give them by data.boxes or a column `objects`."

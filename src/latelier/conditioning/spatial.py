@@ -1,12 +1,6 @@
 """Conditions that are concatenated to `x_t` (LDM, section 3.3): maps, label maps, small images, images with holes.
 
-All of them end as channels on the latents' grid, whatever the size of the image. Dropped rows are zeros there, but for
-inpainting, where all of a dropped row is a hole.
-
-segmentation     a map of classes, one-hot, rescaled and projected (LDM, section 4.3.2 and appendix)
-low-resolution   the small image of super-resolution, not encoded (section 4.4)
-inpainting       the latents of the image with black holes, and the mask (section 4.5)
-map              any other image-like map: depth, edges, a sketch
+All of them end as channels on the latents' grid. Dropped rows are zeros there; for inpainting, all of one is a hole.
 """
 
 from __future__ import annotations
@@ -27,6 +21,7 @@ from latelier.conditioning.condition import Condition, DataSpec
 from latelier.conditioning.inputs import by, open_image, read_image, read_mask
 from latelier.data.corruptions import SETTINGS, degrade, draw_masks
 from latelier.data.transforms import nearest
+from latelier.diffusion import Latents
 from latelier.errors import LatelierError
 from latelier.sections import Section, Unit
 from latelier.tokenizers.codec import check_size
@@ -35,7 +30,7 @@ LABEL_MODES = ("1", "L", "P", "I")  # of PIL; and I;16 in its byte orders
 
 
 def require_grid(spec: DataSpec, kind: str) -> None:
-    """Refuse 1-D latents: there is no place to put an image's plane to."""
+    """Refuse 1-D latents, onto which no map can be laid."""
     if len(spec.latent_shape) != 3:
         raise LatelierError(
             f"denoiser.condition = {kind!r} is concatenated to latents on a 2-D grid, but the tokenizer makes "
@@ -56,16 +51,11 @@ def grid_of(size: tuple[int, int], factor: int) -> tuple[int, int]:
     return size[0] // factor, size[1] // factor
 
 
-def blank(
-    spatial: Float[Tensor, "b c *grid"], drop: Bool[Tensor, " b"] | None, value: float = 0.0
-) -> Float[Tensor, "b c *grid"]:
-    """The same with a constant in the rows that are dropped."""
+def blank(spatial: Latents, drop: Bool[Tensor, " b"] | None, value: float = 0.0) -> Latents:
+    """`spatial` with a constant in the rows that are dropped."""
     if drop is None:
         return spatial
     return spatial.masked_fill(drop.to(spatial.device).view(-1, *[1] * (spatial.ndim - 1)), value)
-
-
-# -- segmentation ------------------------------------------------------------------------------------------------------
 
 
 class SegmentationCondition(Section):
@@ -78,16 +68,15 @@ class SegmentationCondition(Section):
 
 
 class SegmentationConditioner(ModelMixin, ConfigMixin):
-    """One-hot classes, rescaled to the latents' grid, projected.
+    """One-hot classes, rescaled to the latents' grid, projected without bias (LDM, section 4.3.2 and appendix).
 
     Args:
         classes: how many ids there are, 0 <= id < classes.
-        channels: after the projection, which has no bias.
+        channels: after the projection.
         latent_factor: pixels along a side of a latent position.
     """
 
-    input_name = "segmentations"
-    token_width = 0
+    input_name, token_width = "segmentations", 0
 
     @register_to_config
     def __init__(self, classes: int, channels: int = 3, latent_factor: int = 4):
@@ -96,8 +85,14 @@ class SegmentationConditioner(ModelMixin, ConfigMixin):
         self.projection = nn.Conv2d(classes, channels, 1, bias=False)
 
     def prepare(self, batch: Mapping[str, Any], codec: Any) -> dict[str, Tensor]:
-        """Nothing is made; the ids of `batch["segmentation"]` `(b, h, w)` are checked."""
-        self._check(needed(batch, "segmentation", "segmentation").long())
+        """Check the ids of `batch["segmentation"]` `(b, h, w)`."""
+        low, high = (int(v) for v in needed(batch, "segmentation", "segmentation").long().aminmax())
+        most = self.config["classes"] - 1
+        if low < 0 or high > most:
+            raise LatelierError(
+                f"A label map has the id {low if low < 0 else high}, but ids go from 0 to {most}; "
+                "give unlabelled pixels an id of their own, or set the condition's `classes`."
+            )
         return {}
 
     def forward(self, batch: Mapping[str, Any], drop: Bool[Tensor, " b"] | None = None) -> Condition:
@@ -112,12 +107,9 @@ class SegmentationConditioner(ModelMixin, ConfigMixin):
         They are `(h, w)` arrays or tensors of integers, PIL images whose pixels are ids (modes P, L, I), or PNG files.
         """
         maps = [nearest(self._read(entry), (0.0, 0.0, 1.0, 1.0), size) for entry in wanted]
-        ids = torch.from_numpy(np.stack(maps).astype(np.int64))  # (b, h, w)
-        self._check(ids)
-        return {"segmentation": ids}
+        return {"segmentation": torch.from_numpy(np.stack(maps).astype(np.int64))}  # (b, h, w)
 
     def _read(self, entry: Any) -> np.ndarray:
-        """The ids of one map `(h, w)`."""
         if isinstance(entry, Tensor):
             entry = entry.detach().cpu().numpy()
         if not isinstance(entry, np.ndarray):
@@ -132,15 +124,6 @@ class SegmentationConditioner(ModelMixin, ConfigMixin):
                 f"{self.input_name}: label maps are (h, w) arrays of integers, not {by(entry.shape)} of {entry.dtype}."
             )
         return entry
-
-    def _check(self, ids: Int[Tensor, "b h w"]) -> None:
-        low, high = (int(v) for v in ids.aminmax())
-        if low < 0 or high >= self.config["classes"]:
-            raise LatelierError(
-                f"A label map has the id {low if low < 0 else high}, but ids go from 0 to "
-                f"{self.config['classes'] - 1}; give unlabelled pixels an id of their own, or set the condition's "
-                "`classes`."
-            )
 
 
 def class_shares(ids: Int[Tensor, "b h w"], classes: int, factor: int) -> Float[Tensor, "b k i j"]:
@@ -157,9 +140,6 @@ def class_shares(ids: Int[Tensor, "b h w"], classes: int, factor: int) -> Float[
     return (counts / factor**2).movedim(3, 1)
 
 
-# -- low resolution ----------------------------------------------------------------------------------------------------
-
-
 class LowResolutionCondition(Section):
     """A smaller image: super-resolution."""
 
@@ -170,21 +150,19 @@ class LowResolutionCondition(Section):
 
 
 class LowResolutionConditioner(ModelMixin, ConfigMixin):
-    """A smaller image on the latents' grid; nothing is learned.
+    """A smaller image on the latents' grid, for super-resolution (LDM, section 4.4); nothing is learned.
 
     One of the latents' size, as in the paper (64 x 64 for 256 x 256, f = 4), is concatenated as it is; larger ones are
     folded into channels without loss, smaller ones are enlarged.
 
     Args:
-        factor: how many times smaller a side is.
-        degradation: how small images are made in training, see `latelier.data.degradations`.
-        image_channels: of the images.
-        latent_factor: pixels along a side of a latent position; `factor` divides it, or is larger.
+        factor: how many times smaller a side is; divides `latent_factor`, or is larger.
+        degradation: how small images are made in training, see `latelier.data.corruptions.degrade`.
+        latent_factor: pixels along a side of a latent position.
         seed: of random degradations, keyed by `batch["sample_id"]`.
     """
 
-    input_name = "low_resolution"
-    token_width = 0
+    input_name, token_width = "low_resolution", 0
 
     @register_to_config
     def __init__(
@@ -201,7 +179,7 @@ class LowResolutionConditioner(ModelMixin, ConfigMixin):
         self.register_buffer("one", torch.ones(1))  # gives the module a device and its weights file a content
 
     def prepare(self, batch: Mapping[str, Any], codec: Any) -> dict[str, Tensor]:
-        """`low` `(b, c, h / factor, w / factor)` of `image`, unless it is there already."""
+        """`low` `(b, c, h / factor, w / factor)` of `image`, unless the batch has it already."""
         if "low" in batch:
             return {}
         image, config = needed(batch, "image", "low-resolution"), self.config
@@ -220,24 +198,17 @@ class LowResolutionConditioner(ModelMixin, ConfigMixin):
     def inputs(self, wanted: list[Any], size: tuple[int, int]) -> dict[str, Any]:
         """Small images (see `read_image`), smaller than `size` by the factor, to `low`."""
         images = [read_image(entry, self.config["image_channels"], self.input_name) for entry in wanted]
-        for image in images:
-            self._check(image.shape[1], image.shape[2], size)
-        return {"low": torch.stack(images)}  # (b, c, h / s, w / s)
-
-    def _check(self, height: int, width: int, size: tuple[int, int]) -> None:
         factor = self.config["factor"]
-        if (height * factor, width * factor) == size:
-            return
-        fits = f"from {size[0] // factor} x {size[1] // factor} ones"
-        if size[0] % factor or size[1] % factor:
-            fits = f"from none, as {factor} does not divide it"
-        raise LatelierError(
-            f"{self.input_name}: a model of factor {factor} draws images of {size[0]} x {size[1]} pixels {fits}; "
-            f"this one is {height} x {width}: resize it, or ask for height={height * factor}, width={width * factor}."
-        )
-
-
-# -- inpainting --------------------------------------------------------------------------------------------------------
+        for height, width in (image.shape[1:] for image in images):
+            if (height * factor, width * factor) != size:
+                fits = f"from {by([side // factor for side in size])} ones"
+                if any(side % factor for side in size):
+                    fits = f"from none, as {factor} does not divide it"
+                raise LatelierError(
+                    f"{self.input_name}: a model of factor {factor} draws images of {by(size)} pixels {fits}; this one "
+                    f"is {height} x {width}: resize it, or ask for height={height * factor}, width={width * factor}."
+                )
+        return {"low": torch.stack(images)}  # (b, c, h / s, w / s)
 
 
 class InpaintingCondition(Section):
@@ -251,17 +222,15 @@ class InpaintingCondition(Section):
 
 
 class InpaintingConditioner(ModelMixin, ConfigMixin):
-    """Latents of the masked image, and the mask, -1 in what is known and +1 in holes; nothing is learned.
+    """Latents of the masked image, and the mask, -1 in what is known and +1 in holes (LDM, section 4.5).
 
     Args:
-        masks: how holes are drawn in training, one of `latelier.data.masks.SETTINGS`.
-        latent_channels: of the tokenizer.
-        image_channels: of the images.
+        masks: how holes are drawn in training, one of `latelier.data.corruptions.SETTINGS`.
+        latent_channels, image_channels: of the tokenizer.
         seed: of the holes, keyed by `batch["sample_id"]`.
     """
 
-    input_name = "inpainting"
-    token_width = 0
+    input_name, token_width = "inpainting", 0
 
     @register_to_config
     def __init__(self, masks: str = "train", latent_channels: int = 4, image_channels: int = 3, seed: int = 0):
@@ -283,7 +252,7 @@ class InpaintingConditioner(ModelMixin, ConfigMixin):
             size = (image.shape[2], image.shape[3])
             hole = draw_masks(SETTINGS[self.config["masks"]], size, self.config["seed"], batch["sample_id"]).to(image)
         black = image.masked_fill(hole > 0.5, -1.0)  # (1 - m) x in [0, 1], then to [-1, 1]
-        with torch.autocast(codec.device.type, enabled=False):  # as exact as the latents that are drawn
+        with torch.autocast(codec.device.type, enabled=False):  # as exact as the latents of training
             masked = codec.encode(black.to(codec.device)).to(image.device)  # (b, k, *grid)
         hole_grid = F.interpolate(hole, size=masked.shape[2:], mode="nearest") * 2 - 1  # (b, 1, *grid)
         return {"hole": hole, "masked": masked, "hole_grid": hole_grid}
@@ -295,10 +264,7 @@ class InpaintingConditioner(ModelMixin, ConfigMixin):
         return Condition(spatial=torch.cat([blank(masked, drop), blank(hole, drop, 1.0)], dim=1))
 
     def inputs(self, wanted: list[Any], size: tuple[int, int]) -> dict[str, Any]:
-        """Pairs of an image (see `read_image`) and its mask (see `read_mask`), both of `size`, to `image` and `hole`.
-
-        On the command line a pair is `image.png,mask.png`.
-        """
+        """Pairs of an image and its mask, or strings `image.png,mask.png`, both of `size`, to `image` and `hole`."""
         images, holes = [], []
         for entry in wanted:
             entry = entry.split(",") if isinstance(entry, str) else entry
@@ -321,16 +287,6 @@ class InpaintingConditioner(ModelMixin, ConfigMixin):
         return {"image": torch.stack(images), "hole": torch.stack(holes)}
 
 
-def compose(
-    drawn: Float[Tensor, "b c h w"], image: Float[Tensor, "b c h w"], hole: Float[Tensor, "b 1 h w"]
-) -> Float[Tensor, "b c h w"]:
-    """What was drawn in the holes, and the image itself elsewhere."""
-    return torch.where(hole > 0.5, drawn, image)
-
-
-# -- any other map -----------------------------------------------------------------------------------------------------
-
-
 class MapCondition(Section):
     """Any other image-like map, such as depth or edges."""
 
@@ -344,13 +300,11 @@ class MapConditioner(ModelMixin, ConfigMixin):
     """An image-like map (depth, edges, a sketch), averaged down to the latents' grid.
 
     Args:
-        map_channels: of the map.
         channels: after a learned projection without bias; None leaves the map as it is.
         latent_factor: pixels along a side of a latent position.
     """
 
-    input_name = "maps"
-    token_width = 0
+    input_name, token_width = "maps", 0
 
     @register_to_config
     def __init__(self, map_channels: int = 1, channels: int | None = None, latent_factor: int = 8):
@@ -360,7 +314,7 @@ class MapConditioner(ModelMixin, ConfigMixin):
         self.projection = nn.Conv2d(map_channels, channels, 1, bias=False) if channels else nn.Identity()
 
     def prepare(self, batch: Mapping[str, Any], codec: Any) -> dict[str, Tensor]:
-        """Nothing is made; `batch["map"]` `(b, c, h, w)` is checked."""
+        """Check the channels of `batch["map"]` `(b, c, h, w)`."""
         found = needed(batch, "map", "map").shape[1]
         if found != self.config["map_channels"]:
             raise LatelierError(
@@ -379,9 +333,7 @@ class MapConditioner(ModelMixin, ConfigMixin):
     def inputs(self, wanted: list[Any], size: tuple[int, int]) -> dict[str, Any]:
         """Maps (see `read_image`), resized to `size` (height, width), to `map`."""
         maps = [read_image(entry, self.config["map_channels"], self.input_name)[None] for entry in wanted]
-        for i, m in enumerate(maps):
-            if m.shape[2:] != size:
-                maps[i] = F.interpolate(m, size=size, mode="bilinear", antialias=True)
+        maps = [m if m.shape[2:] == size else F.interpolate(m, size, mode="bilinear", antialias=True) for m in maps]
         return {"map": torch.cat(maps)}  # (b, c, h, w)
 
 
@@ -389,9 +341,8 @@ def build(section: Any, spec: DataSpec) -> ModelMixin:
     """The conditioner of a recipe's section; an error for 1-D latents, and if the classes of label maps are unknown."""
     require_grid(spec, section.kind)
     if isinstance(section, LowResolutionCondition):
-        return LowResolutionConditioner(
-            section.factor, section.degradation, spec.image_channels, spec.factor, spec.seed
-        )
+        degradation, channels = section.degradation, spec.image_channels
+        return LowResolutionConditioner(section.factor, degradation, channels, spec.factor, spec.seed)
     if isinstance(section, InpaintingCondition):
         return InpaintingConditioner(section.masks, spec.latent_shape[0], spec.image_channels, spec.seed)
     if isinstance(section, MapCondition):
@@ -405,9 +356,4 @@ def build(section: Any, spec: DataSpec) -> ModelMixin:
     return SegmentationConditioner(classes, section.channels, spec.factor)
 
 
-SECTIONS = (
-    SegmentationCondition,
-    LowResolutionCondition,
-    InpaintingCondition,
-    MapCondition,
-)
+SECTIONS = (SegmentationCondition, LowResolutionCondition, InpaintingCondition, MapCondition)

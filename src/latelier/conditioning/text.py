@@ -2,9 +2,6 @@
 
 trained   word pieces -> `TokenTransformer` -> tokens; padding is not masked (Rombach et al. 2022)
 frozen    any text encoder of `transformers`, computed once for a batch and without gradients; padding is masked
-
-The conditioner carries all that it needs in its own weights and config, the frozen encoder and the word pieces too: it
-opens where neither the encoder's folder nor the Hub is at hand. Dropped captions become the empty caption.
 """
 
 from __future__ import annotations
@@ -16,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.nn.functional as F
 from accelerate import init_empty_weights
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -24,8 +22,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from latelier.conditioning.condition import Condition, DataSpec
-from latelier.conditioning.transformer import TokenTransformer
 from latelier.errors import LatelierError
+from latelier.layers import MLP, attention
 from latelier.sections import Section, Unit
 from latelier.weights import quiet
 
@@ -34,8 +32,7 @@ if TYPE_CHECKING:
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 CHARACTERS = 1000  # that word pieces are made of, the most frequent ones
-# Classes that hold only the text half of a model; other kinds are opened by AutoModel.
-TEXT_HALF = {
+TEXT_HALF = {  # classes that hold only the text half of a model; other kinds are opened by AutoModel
     "clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel", "t5": "T5EncoderModel", "mt5": "MT5EncoderModel",
     "umt5": "UMT5EncoderModel",
 }  # fmt: skip
@@ -43,7 +40,7 @@ NOT_THE_ENCODER = ("_name_or_path", "architectures", "dtype", "torch_dtype", "tr
 
 
 class TextCondition(Section):
-    """The image's caption: a transformer that is trained along, or a frozen one."""
+    """The image's caption, through a transformer that is trained with the denoiser, or a frozen one."""
 
     kind: Literal["text"]
     encoder: str = Field("trained", description="`trained`, or a text encoder's Hub name or folder, which stays frozen")
@@ -58,29 +55,24 @@ class TextCondition(Section):
 
 
 class TextConditioner(ModelMixin, ConfigMixin):
-    """Tokens of captions. `TextConditioner.trained` and `TextConditioner.frozen` make one.
+    """Tokens of captions; dropped ones become the empty caption. `trained` and `frozen` make one.
+
+    It holds all that it needs, the frozen encoder and the word pieces too: it opens without the encoder's folder.
 
     Args:
         vocabulary_bytes: length of the tokenizer's JSON, which is the buffer `vocabulary`.
-        vocabulary_size: number of different tokens.
         length: tokens of a caption; longer ones are cut, shorter ones are padded.
-        dim: width of the tokens that come out.
-        layers, heads, head_dim: of the trained transformer.
-        encoder_class: name of the frozen encoder's class in `transformers`; None for the trained transformer.
-        encoder_config: its config.
+        encoder_class, encoder_config: the frozen encoder's class in `transformers`; None for the trained transformer.
     """
 
-    input_name = "prompts"
-    spatial_channels = 0
+    input_name, spatial_channels = "prompts", 0
     _supports_gradient_checkpointing = True
 
     @register_to_config
     def __init__(
-        self,
-        vocabulary_bytes: int,
-        vocabulary_size: int,
-        length: int = 77, dim: int = 640, layers: int = 32, heads: int = 8, head_dim: int = 64,
-        encoder_class: str | None = None, encoder_config: dict[str, Any] | None = None,
+        self, vocabulary_bytes: int, vocabulary_size: int, length: int = 77, dim: int = 640, layers: int = 32,
+        heads: int = 8, head_dim: int = 64, encoder_class: str | None = None,
+        encoder_config: dict[str, Any] | None = None,
     ):  # fmt: skip
         super().__init__()
         self.token_width = dim
@@ -99,18 +91,13 @@ class TextConditioner(ModelMixin, ConfigMixin):
     def trained(cls, words: Tokenizer, length: int = 77, **sizes: int) -> TextConditioner:
         """A transformer with fresh weights over the tokens of `words`; `sizes` are dim, layers, heads, head_dim."""
         words = _framed(words, length)
-        text = words.to_str().encode()
-        conditioner = cls(len(text), vocabulary_size(words), length, **sizes)
-        conditioner._remember(text, words)
+        conditioner = cls(len(words.to_str().encode()), vocabulary_size(words), length, **sizes)
+        conditioner._store(words)
         return conditioner
 
     @classmethod
     def frozen(cls, name: str, length: int = 77) -> TextConditioner:
-        """A frozen text encoder of `transformers` with its tokenizer, by its Hub name or folder.
-
-        Raises:
-            LatelierError: if it cannot be loaded, encodes no text, or has no room for `length` tokens.
-        """
+        """A frozen text encoder of `transformers` with its tokenizer, by its Hub name or folder."""
         encoder, class_name, config = read_encoder(name)
         room = config.get("max_position_embeddings")
         if room is not None and length > room:
@@ -121,7 +108,6 @@ class TextConditioner(ModelMixin, ConfigMixin):
                 f"The tokenizer of {name} has {vocabulary_size(words)} tokens, its encoder {config['vocab_size']}; "
                 "put the encoder's own tokenizer into the folder."
             )
-        text = words.to_str().encode()
         try:
             features = _features(encoder, *_encode(words, [""]))  # (1, n, d)
         except (TypeError, ValueError, AttributeError) as error:
@@ -130,16 +116,16 @@ class TextConditioner(ModelMixin, ConfigMixin):
                 "give a text encoder, such as the folder of a CLIP text model, a T5 or a BERT."
             ) from None
         with init_empty_weights():  # of the encoder, whose weights are here already
-            about = {"encoder_class": class_name, "encoder_config": config}
-            conditioner = cls(len(text), vocabulary_size(words), length, features.shape[-1], **about)
+            about = {"encoder_class": class_name, "encoder_config": config, "dim": features.shape[-1]}
+            conditioner = cls(len(words.to_str().encode()), vocabulary_size(words), length, **about)
         conditioner.encoder = encoder
-        conditioner._remember(text, words)
+        conditioner._store(words)
         conditioner.null_features.copy_(features[0])
         return conditioner
 
-    def _remember(self, text: bytes, words: Tokenizer) -> None:
+    def _store(self, words: Tokenizer) -> None:
         """Put the tokenizer and the empty caption into the buffers."""
-        self.vocabulary.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+        self.vocabulary.copy_(torch.frombuffer(bytearray(words.to_str().encode()), dtype=torch.uint8))
         tokens, mask = _encode(words, [""])  # (1, n)
         self.null_tokens.copy_(tokens[0])
         self.null_mask.copy_(mask[0])
@@ -148,8 +134,7 @@ class TextConditioner(ModelMixin, ConfigMixin):
     def words(self) -> Tokenizer:
         """The tokenizer in the buffer `vocabulary`."""
         if self._words is None:
-            text = self.vocabulary.cpu().numpy().tobytes().decode()
-            self._words = _library("tokenizers").Tokenizer.from_str(text)
+            self._words = _library("tokenizers").Tokenizer.from_buffer(self.vocabulary.cpu().numpy().tobytes())
         return self._words
 
     def inputs(self, wanted: list[Any], size: tuple[int, int]) -> dict[str, list[str]]:
@@ -181,7 +166,7 @@ class TextConditioner(ModelMixin, ConfigMixin):
         return Condition(tokens=features, mask=torch.where(drop, self.null_mask, mask))
 
     def train(self, mode: bool = True) -> TextConditioner:
-        """Training mode; a frozen encoder has no part in it."""
+        """Training mode; a frozen encoder stays in evaluation mode."""
         super().train(mode)
         if self.encoder is not None:
             self.encoder.eval()
@@ -192,7 +177,69 @@ class TextConditioner(ModelMixin, ConfigMixin):
         self._words = None  # the vocabulary may be another
 
 
-# -- tokenizers -------------------------------------------------------------------------------------------------------
+class TokenTransformer(ModelMixin, ConfigMixin):
+    """Token and position embeddings, pre-norm blocks, a last norm (Rombach et al. 2022, for captions and layouts)."""
+
+    _supports_gradient_checkpointing = True
+    _repeated_blocks = ["TokenBlock"]  # noqa: RUF012
+
+    @register_to_config
+    def __init__(
+        self, vocabulary: int = 30522, length: int = 77, dim: int = 640, layers: int = 32, heads: int = 8,
+        head_dim: int = 64,
+    ):  # fmt: skip
+        super().__init__()
+        self.token_embed = nn.Embedding(vocabulary, dim)
+        self.pos_embed = nn.Embedding(length, dim)
+        self.blocks = nn.ModuleList(TokenBlock(dim, heads, head_dim) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim)
+        self.gradient_checkpointing = False
+        for table in (self.token_embed, self.pos_embed):
+            nn.init.normal_(table.weight, std=0.02)
+
+    def forward(self, tokens: Int[Tensor, "b n"], mask: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n d"]:
+        """Embeddings of all positions; `mask` is true where a token may be attended to: at least one in each row."""
+        x = self.token_embed(tokens) + self.pos_embed.weight[: tokens.shape[1]]  # (b, n, d)
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = self._gradient_checkpointing_func(block, x, mask)
+            else:
+                x = block(x, mask)
+        return self.norm(x)
+
+
+class TokenBlock(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)), with an MLP four times as wide."""
+
+    def __init__(self, dim: int, heads: int, head_dim: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = TokenAttention(dim, heads, head_dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = MLP(dim, 4 * dim)
+
+    def forward(self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n d"]:
+        x = x + self.attn(self.norm1(x), mask)
+        return x + self.mlp(self.norm2(x))
+
+
+class TokenAttention(nn.Module):
+    """Multi-head self-attention whose inner width need not be `dim`; queries, keys and values have no bias."""
+
+    def __init__(self, dim: int, heads: int, head_dim: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * heads * head_dim, bias=False)
+        self.out = nn.Linear(heads * head_dim, dim)
+
+    def forward(self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n d"]:
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x (b, h, n, k)
+        q, k, v = qkv.unbind(0)
+        if mask is None:
+            x = attention(q, k, v)  # (b, h, n, k)
+        else:
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])  # (b, h, n, k)
+        return self.out(x.transpose(1, 2).flatten(2))  # (b, n, d)
 
 
 def train_words(captions: Callable[[], Iterator[str]], size: int) -> Tokenizer:
@@ -272,20 +319,13 @@ def _encode(words: Tokenizer, captions: list[str]) -> tuple[Int[Tensor, "b n"], 
     return tokens, mask
 
 
-# -- frozen encoders --------------------------------------------------------------------------------------------------
-
-
 def read_encoder(name: str) -> tuple[nn.Module, str, dict[str, Any]]:
-    """A text encoder by its Hub name or folder, frozen, float32; the name of its class in `transformers`; its config.
-
-    Raises:
-        LatelierError: if it cannot be loaded, lacks weights, or has a decoder too.
-    """
+    """A text encoder by its Hub name or folder, frozen, float32; its class in `transformers`; its config."""
     library = _library("transformers")
     try:
         kind = library.AutoConfig.from_pretrained(name).model_type
         cls = getattr(library, TEXT_HALF.get(kind, "AutoModel"))
-        with quiet(library):  # of the other half's weights, which are left aside
+        with quiet(library):  # about the other half's weights, which are left out
             model, report = cls.from_pretrained(name, output_loading_info=True)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         raise LatelierError(_not_loaded("encoder", name, error, "`encoder: trained`")) from None
@@ -340,7 +380,7 @@ def _first(error: Exception) -> str:
 
 
 def build(section: TextCondition, spec: DataSpec) -> TextConditioner:
-    """The conditioner of a recipe's section; an error if the data have no captions, or a name cannot be loaded."""
+    """The conditioner of a recipe's section; an error if the data have no captions."""
     if spec.captions is None:
         raise LatelierError(
             "denoiser.condition is text, but the data have no captions; name their column by data.caption_key."

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from latelier.conditioning.layout import LayoutConditioner
-from latelier.conditioning.text import TextConditioner, read_tokenizer
-from latelier.conditioning.transformer import TokenTransformer
+from latelier.conditioning.text import TextConditioner, TokenTransformer, read_tokenizer
 from latelier.convert import Converted, below, count_blocks, load_exactly, need, rename
 from latelier.errors import LatelierError
 

@@ -11,13 +11,9 @@ from latelier.errors import LatelierError
 
 
 def guided(
-    denoiser: nn.Module,
-    cond: Condition | None,
-    uncond: Condition | None,
-    scale: float = 1.0,
-    interval: tuple[float, float] = (0.0, 1.0),
-    channels: int | None = None,
-) -> Predict:
+    denoiser: nn.Module, cond: Condition | None, uncond: Condition | None, scale: float = 1.0,
+    interval: tuple[float, float] = (0.0, 1.0), channels: int | None = None,
+) -> Predict:  # fmt: skip
     """`(x_t, t) -> u + w (c - u)`, with c and u the predictions with `cond` and `uncond`, from one doubled batch.
 
     Args:
@@ -27,9 +23,6 @@ def guided(
         scale: w; 1 is no guidance and costs one forward pass, not two.
         interval: noise levels at which guidance acts, ends included (Kynkäänniemi et al. 2024).
         channels: guide only the first k channels, as the code of DiT and LightningDiT does; default all.
-
-    Raises:
-        LatelierError: when it is called with fewer channels than `channels`.
     """
 
     def predict(x_t: Latents, t: Levels) -> Latents:

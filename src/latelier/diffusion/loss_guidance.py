@@ -43,13 +43,9 @@ class LossGuidance:
     """
 
     def __init__(
-        self,
-        decode: Callable[[Tensor], Tensor],
-        target: Float[Tensor, "b c h w"],
-        kind: Literal["l2", "lpips"] = "l2",
-        factor: int = 1,
-        scale: float = 1.0,
-    ):
+        self, decode: Callable[[Tensor], Tensor], target: Float[Tensor, "b c h w"],
+        kind: Literal["l2", "lpips"] = "l2", factor: int = 1, scale: float = 1.0,
+    ):  # fmt: skip
         if kind not in ("l2", "lpips"):
             raise LatelierError(f"loss guidance: kind = {kind!r} is not known; allowed: l2, lpips.")
         if factor < 1 or scale < 0:
@@ -57,7 +53,7 @@ class LossGuidance:
                 f"loss guidance: factor = {factor}, scale = {scale} are not allowed; use 1 or more, and 0 or more."
             )
         self.decode, self.target, self.kind, self.factor, self.scale = decode, target, kind, factor, scale
-        self._distance = _half_square
+        self._distance = lambda images, target: 0.5 * (images - target).square().flatten(1).sum(1)  # (b,)
         if kind == "lpips":
             from latelier.losses.perceptual import LPIPS
 
@@ -71,7 +67,7 @@ class LossGuidance:
         return chosen
 
     def energy(self, z: Latents) -> Levels:
-        """How far the images of some latents are from the target; refuses another shape than the target's."""
+        """E of some latents `(b,)`; an error if their images are not of the target's shape."""
         images = self.decode(z)  # (b, c, h, w)
         if self.factor > 1:
             images = F.avg_pool2d(images, self.factor)  # (b, c, h / factor, w / factor)
@@ -103,7 +99,3 @@ class LossGuidance:
             return prediction.detach() + process.target(z_shift, t, sigma * gradient)
 
         return guided_predict
-
-
-def _half_square(images: Tensor, target: Tensor) -> Tensor:
-    return 0.5 * (images - target).square().flatten(1).sum(1)  # (b,)

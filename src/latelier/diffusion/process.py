@@ -16,22 +16,9 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from latelier.diffusion import Latents, Levels
-from latelier.diffusion.schedulers import (
-    LAST_STEP,
-    TIMESTEPS,
-    Scheduler,
-    choose_sampler,
-    ddpm_scheduler,
-    flow_scheduler,
-    flow_sigmas,
-    place_ddpm,
-    place_flow,
-    shifted,
-)
+from latelier.diffusion import Latents, Levels, schedulers
+from latelier.diffusion.schedulers import LAST_STEP, TIMESTEPS, Scheduler
 from latelier.errors import LatelierError
-
-__all__ = ["DDPM", "TIMESTEPS", "Flow", "Scheduler", "build_process", "flow_sigmas", "shifted"]
 
 
 @dataclass(frozen=True)
@@ -61,23 +48,20 @@ class Flow:
     def sample_t(self, uniform: Levels) -> Levels:
         """Training times of uniform numbers in [0, 1), by the inverse of the distribution function."""
         t = torch.sigmoid(torch.special.ndtri(uniform)) if self.t_distribution == "logit-normal" else uniform
-        return shifted(t, self.shift)
+        return schedulers.shifted(t, self.shift)
 
     def scheduler(
         self, steps: int = 50, sampler: str = "auto", shift: float = 1.0, eta: float = 0.0, last_step: float = LAST_STEP
     ) -> Scheduler:
         """A diffusers scheduler with its timesteps set, which are 1000 t; refuses what does not go with a flow."""
-        kind = choose_sampler(sampler, "flow", shift, eta, last_step)
-        scheduler = flow_scheduler(kind, last_step)
+        kind = schedulers.choose_sampler(sampler, "flow", shift, eta, last_step)
+        scheduler = schedulers.flow_scheduler(kind, last_step)
         self.set_timesteps(scheduler, steps, shift)
         return scheduler
 
     def set_timesteps(self, scheduler: Scheduler, steps: int, shift: float = 1.0) -> None:
-        """Put a scheduler onto the grid of `flow_sigmas`; a foreign one gets its own grid of as many steps.
-
-        `ReverseSDE` goes evenly from 1 to its `last_step` instead, and from there to 0.
-        """
-        place_flow(scheduler, steps, shift)
+        """Put a scheduler onto its grid, see `place_flow`."""
+        schedulers.place_flow(scheduler, steps, shift)
 
     def alpha_sigma(self, t: Levels, like: Tensor) -> tuple[Tensor, Tensor]:
         """The shares of z and eps in x_t, 1 - t and t, `(b, 1, ...)`."""
@@ -137,14 +121,14 @@ class DDPM:
         self, steps: int = 50, sampler: str = "auto", shift: float = 1.0, eta: float = 0.0, last_step: float = LAST_STEP
     ) -> Scheduler:
         """As `Flow.scheduler`; `shift` and `last_step` are refused, since they act in flows only."""
-        kind = choose_sampler(sampler, "ddpm", shift, eta, last_step)
-        scheduler = ddpm_scheduler(kind, self._scheduler_arguments())
+        kind = schedulers.choose_sampler(sampler, "ddpm", shift, eta, last_step)
+        scheduler = schedulers.ddpm_scheduler(kind, self._scheduler_arguments())
         self.set_timesteps(scheduler, steps)
         return scheduler
 
     def set_timesteps(self, scheduler: Scheduler, steps: int, shift: float = 1.0) -> None:
-        """Spread a scheduler's steps over the noise levels, or refuse steps with which some would be missed."""
-        place_ddpm(scheduler, steps)
+        """Put a scheduler onto its grid, see `place_ddpm`."""
+        schedulers.place_ddpm(scheduler, steps)
 
     def alpha_sigma(self, t: Levels, like: Tensor) -> tuple[Tensor, Tensor]:
         """The shares of z and eps in x_t, sqrt(a) and sqrt(1 - a), `(b, 1, ...)`."""
@@ -153,24 +137,16 @@ class DDPM:
         return _like(a.sqrt(), like), _like((1 - a).sqrt(), like)
 
     def _scheduler_arguments(self) -> dict[str, Any]:
-        return {
-            "num_train_timesteps": self.num_train_timesteps,
-            "beta_schedule": "squaredcos_cap_v2" if self.beta_schedule == "cosine" else self.beta_schedule,
-            "beta_start": self.beta_start,
-            "beta_end": self.beta_end,
-            "prediction_type": "v_prediction" if self.prediction == "v" else self.prediction,
-        }
+        schedule = "squaredcos_cap_v2" if self.beta_schedule == "cosine" else self.beta_schedule
+        prediction = "v_prediction" if self.prediction == "v" else self.prediction
+        betas = {"beta_schedule": schedule, "beta_start": self.beta_start, "beta_end": self.beta_end}
+        return {"num_train_timesteps": self.num_train_timesteps, **betas, "prediction_type": prediction}
 
 
 def build_process(
-    kind: str = "flow",
-    t_distribution: Any = "logit-normal",
-    shift: float = 1.0,
-    prediction: str | None = None,
-    beta_schedule: Any = "scaled_linear",
-    beta_start: float = 0.0015,
-    beta_end: float = 0.0195,
-) -> Flow | DDPM:
+    kind: str = "flow", t_distribution: Any = "logit-normal", shift: float = 1.0, prediction: str | None = None,
+    beta_schedule: Any = "scaled_linear", beta_start: float = 0.0015, beta_end: float = 0.0195,
+) -> Flow | DDPM:  # fmt: skip
     """The process of a recipe's `denoiser.process`, or of a saved pipeline's config."""
     if kind == "flow":
         if prediction not in (None, "velocity"):
@@ -195,7 +171,6 @@ def describe_process(process: Flow | DDPM) -> dict[str, Any]:
 
 @lru_cache(maxsize=16)
 def _alphas_cumprod(process: DDPM, device: torch.device) -> Tensor:
-    """diffusers' table, `(k,)`, on a device."""
     return DDPMScheduler(**process._scheduler_arguments()).alphas_cumprod.to(device)
 
 

@@ -18,48 +18,38 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from itertools import count
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from latelier.diffusion import Latents, Predict
-from latelier.diffusion.process import DDPM, TIMESTEPS, Flow, Scheduler
-from latelier.diffusion.schedulers import DormandPrince
-
-
-def initial_noise(shape: tuple[int, ...], seeds: list[int]) -> Latents:
-    """Standard normal latents `(b, *shape)` on the CPU; image i depends on `seeds[i]` only."""
-    return _normal(shape, _generators(seeds))
+from latelier.diffusion.process import DDPM, Flow
+from latelier.diffusion.schedulers import TIMESTEPS, DormandPrince, Scheduler
 
 
 @torch.no_grad()
 def sample_latents(
-    predict: Predict,
-    scheduler: Scheduler,
-    shape: tuple[int, ...],
-    seeds: list[int],
-    device: torch.device | str = "cpu",
-    eta: float = 0.0,
-    progress: Callable[[int, int], None] | None = None,
-) -> Latents:
+    predict: Predict, scheduler: Scheduler, shape: tuple[int, ...], seeds: list[int],
+    device: torch.device | str = "cpu", eta: float = 0.0, progress: Callable[[int, int], None] | None = None,
+) -> Latents:  # fmt: skip
     """Normalised latents, one for each seed.
 
-    The state stays float32, or what the scheduler makes of it between its steps; the precision of the denoiser is the
-    caller's, who may open an autocast around this.
+    The state stays float32, or what the scheduler makes of it between its steps; for the precision of the denoiser,
+    open an autocast around this.
 
     Args:
         predict: `(x_t, t) -> prediction`, `t` in [0, 1] `(b,)`.
         scheduler: with its timesteps set, as `process.scheduler` makes it.
         shape: `(c, *grid)` of one image's latents.
-        seeds: one for each image. An image's initial noise, and all noise of stochastic samplers, is drawn from
-            its own seed, on the CPU, so that it depends neither on the batch nor on the device.
+        seeds: an image's initial noise, and all noise of stochastic samplers, is drawn from its own seed, on the CPU,
+            so that it depends neither on the batch nor on the device.
         device: where the denoiser is.
         eta: of the ddim sampler.
         progress: called after each evaluation with how many are done and how many there are.
     """
-    generators = _generators(seeds)
-    x = _normal(shape, generators).to(device) * getattr(scheduler, "init_noise_sigma", 1.0)  # (b, c, *grid)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
+    x = noise * getattr(scheduler, "init_noise_sigma", 1.0)  # (b, c, *grid)
 
     def predict_at(x_t: Tensor, time: float) -> Tensor:
         return predict(x_t, torch.full((len(seeds),), time, device=device)).float()
@@ -67,8 +57,7 @@ def sample_latents(
     if isinstance(scheduler, DormandPrince):
         return scheduler.integrate(predict_at, x, progress)
     known = inspect.signature(scheduler.step).parameters
-    options: dict[str, Any] = {"generator": generators, "eta": eta}
-    options = {name: value for name, value in options.items() if name in known}
+    options = {name: value for name, value in {"generator": generators, "eta": eta}.items() if name in known}
     # Schedulers of sigma space (Karras et al. 2022) keep x = z + sigma eps; the denoiser wants alpha z + sigma' eps.
     scale_input = getattr(scheduler, "scale_model_input", lambda x, timestep: x)
     for done, timestep in enumerate(scheduler.timesteps, 1):
@@ -89,11 +78,3 @@ def watched(predict: Predict, process: Flow | DDPM, watch: Callable[[int, Tensor
         return prediction
 
     return watched_predict
-
-
-def _generators(seeds: list[int]) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-def _normal(shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor:
-    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])

@@ -1,8 +1,7 @@
-"""The samplers of a process: diffusers' schedulers put onto our grids, LDM's DDIM and PLMS, and dopri5.
+"""The samplers of a process: diffusers' schedulers on our grids, LDM's DDIM and PLMS, dopri5, and a flow's reverse SDE.
 
 diffusers' own DDIM and PNDM go down by one fixed stride, so that 300 or 400 steps over 1000 noise levels miss the
-noisiest ones. `DDIM` and `PLMS` here know each step's two ends instead; where LDM has a grid they are on it. A flow's
-reverse SDE has a file of its own, `sde.py`.
+noisiest ones. `DDIM` and `PLMS` here know each step's two ends instead; where LDM has a grid they are on it.
 """
 
 from __future__ import annotations
@@ -13,13 +12,13 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, SchedulerMixin  # noqa: F401  (saved pipelines look for the mixin here)
+from diffusers import ConfigMixin, DDIMScheduler, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from latelier.diffusion import Latents
-from latelier.diffusion.sde import ReverseSDE
 from latelier.errors import LatelierError
 
 Scheduler = Any  # a diffusers scheduler; they share `set_timesteps`, `timesteps` and `step` by custom, not by a base
@@ -28,7 +27,7 @@ ADAPTIVE = "dopri5"
 LAST_STEP = 0.04  # of the sde sampler
 FLOW_SAMPLERS = ("euler", "heun", "dpm++", "unipc", "sde", ADAPTIVE)
 DDPM_SAMPLERS = ("ddim", "ddpm", "plms", "dpm++", "unipc", "euler", "heun")
-
+MULTISTEP = {"dpm++": diffusers.DPMSolverMultistepScheduler, "unipc": diffusers.UniPCMultistepScheduler}
 RELATIVE, ABSOLUTE = 1e-3, 1e-6  # tolerances of dopri5 in SiT and DC-AE
 LEAST_LOG_SNR = -5.1  # log(alpha / sigma) where fast solvers begin on a cosine schedule, as diffusers advises for it
 BELOW_ONE = 1e-6  # multistep solvers step in log(alpha / sigma), which is infinite at pure noise
@@ -39,7 +38,7 @@ class DDIM(DDIMScheduler):
     """DDIM (Song et al. 2021, equation 12) as LDM samples: levels 1, 1 + r, 1 + 2 r, ..., and a_0, not 1, at the end.
 
     Where r = levels / steps is no whole number, levels are rounded down, so that all steps are equally long to within
-    one level. Clipping and thresholding, which are for pixels, are not done. Arguments are those of diffusers.
+    one level. Clipping and thresholding, which are for pixels, are not done.
     """
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
@@ -50,21 +49,17 @@ class DDIM(DDIMScheduler):
         self.below = dict(zip(grid.tolist(), [*grid[1:].tolist(), 0]))  # the level that each level's step ends at
 
     def step(  # type: ignore[override]
-        self,
-        model_output: Latents,
-        timestep: int | Tensor,
-        sample: Latents,
-        eta: float = 0.0,
-        generator: Any = None,
+        self, model_output: Latents, timestep: int | Tensor, sample: Latents, eta: float = 0.0, generator: Any = None,
         variance_noise: Latents | None = None,
-    ) -> DDIMSchedulerOutput:
+    ) -> DDIMSchedulerOutput:  # fmt: skip
         """From one level to the next below; `eta` 0 is deterministic, 1 as random as ancestral sampling."""
         level = int(timestep)
-        eps = self._epsilon(model_output, level, sample)
-        return self._down(sample, eps, level, self.below[level], eta, generator, variance_noise)
+        return self._down(sample, self._epsilon(model_output, level, sample), level, eta, generator, variance_noise)
 
-    def _down(self, x: Tensor, eps: Tensor, level: int, below: int, eta: float, generator: Any, noise: Any) -> Any:
-        a, a_below = self.alphas_cumprod[level].item(), self.alphas_cumprod[below].item()
+    def _down(
+        self, x: Tensor, eps: Tensor, level: int, eta: float = 0.0, generator: Any = None, noise: Tensor | None = None
+    ) -> DDIMSchedulerOutput:
+        a, a_below = self.alphas_cumprod[level].item(), self.alphas_cumprod[self.below[level]].item()
         z = (x - (1 - a) ** 0.5 * eps) / a**0.5  # (b, c, *grid)
         sigma = eta * ((1 - a_below) / (1 - a) * (1 - a / a_below)) ** 0.5  # equation 16
         x = a_below**0.5 * z + (1 - a_below - sigma**2) ** 0.5 * eps  # (b, c, *grid)
@@ -100,19 +95,17 @@ class PLMS(DDIM):
         self.trial: tuple[int, Tensor] | None = None  # level and x where the first step began
         self.started = False
 
-    def step(  # type: ignore[override]
-        self, model_output: Latents, timestep: int | Tensor, sample: Latents
-    ) -> DDIMSchedulerOutput:
+    def step(self, model_output: Latents, timestep: int | Tensor, sample: Latents) -> DDIMSchedulerOutput:  # type: ignore
         """From one level to the next below, or a second time over the first step."""
         level = int(timestep)
         eps = self._epsilon(model_output, level, sample)
         if self.trial is not None:
             (level, sample), self.trial = self.trial, None
-            return self._down(sample, (self.past[-1] + eps) / 2, level, self.below[level], 0.0, None, None)
+            return self._down(sample, (self.past[-1] + eps) / 2, level)
         self.past = [*self.past[-3:], eps]
         if not self.started:
             self.started, self.trial = True, (level, sample)
-        return self._down(sample, adams_bashforth(self.past), level, self.below[level], 0.0, None, None)
+        return self._down(sample, adams_bashforth(self.past), level)
 
 
 def adams_bashforth(slopes: list[Tensor]) -> Tensor:
@@ -129,11 +122,9 @@ class DormandPrince:
     """
 
     def integrate(
-        self,
-        velocity: Callable[[Tensor, float], Tensor],
-        noise: Latents,
+        self, velocity: Callable[[Tensor, float], Tensor], noise: Latents,
         progress: Callable[[int, int], None] | None = None,
-    ) -> Latents:
+    ) -> Latents:  # fmt: skip
         """Latents of noise, the state at t = 1, float32; `velocity` is `(x_t, t) -> dx/dt`.
 
         `progress` is called with the evaluations so far, twice, since the total is not known.
@@ -160,6 +151,81 @@ class DormandPrince:
         if not solution.success:
             raise LatelierError(f"sample.sampler = {ADAPTIVE} did not arrive ({solution.message}); use euler or heun.")
         return torch.from_numpy(solution.y[:, -1]).to(noise.device, torch.float32).view_as(noise)
+
+
+class ReverseSDE(SchedulerMixin, ConfigMixin):
+    """The reverse SDE of a linear flow, by Euler and Maruyama: the sampler of SiT and MAETok.
+
+    The path x_t = (1 - t) z + t eps has the velocity v = E[eps - z | x_t], whose ODE carries the densities p_t along.
+    Its other half, the noise, follows from it, and so does the score s, the gradient of log p_t:
+
+        eps(x_t) = E[eps | x_t] = x_t + (1 - t) v        s = -eps(x_t) / t = -(x_t + (1 - t) v) / t
+
+    Since s p_t is the gradient of p_t, the continuity equation of the ODE may be written with any noise w(t) >= 0,
+
+        -dp_t/dt = div((v - w s / 2) p_t) + w / 2 laplace(p_t),
+
+    which is the Fokker-Planck equation of an SDE that runs backwards, from t to t - h, with the same densities
+    (Anderson 1982; Ma et al. 2024, "SiT", section 2):
+
+        x_(t-h) = x_t - h (v - w s / 2) + sqrt(w h) n,        n ~ N(0, 1)
+
+    The noise is w = 2 t here, so that the drift, v - t s = v + eps(x_t), is finite everywhere. From `last_step`, a
+    time between 0 and 1, one last step goes to 0 without noise. The state is float64 between the steps, where the
+    device has it; `scale_model_input` makes float32 of it for the denoiser.
+    """
+
+    order = 1
+    init_noise_sigma = 1.0
+
+    @register_to_config
+    def __init__(self, last_step: float = 0.04, num_train_timesteps: int = 1000):
+        if not 0 < last_step < 1:
+            raise LatelierError(
+                f"sample.last_step = {last_step} leaves the sde sampler no steps with noise and one without; "
+                "choose a time between 0 and 1, such as 0.04."
+            )
+        self.set_timesteps(2)
+
+    def set_timesteps(
+        self, num_inference_steps: int, device: torch.device | str | None = None, shift: float = 1.0
+    ) -> None:
+        """Place the evaluations at even times from 1 to `last_step`, both included; the last one leads to 0.
+
+        `shift`: times become `shift t / (1 + (shift - 1) t)`, of even ones from 1 to where `last_step` comes from, so
+        that both ends stay.
+        """
+        if num_inference_steps < 2:
+            raise LatelierError(
+                f"sample.steps = {num_inference_steps} is too few for the sde sampler, whose last step has no noise; "
+                "use 2 or more."
+            )
+        end = self.config["last_step"]
+        even = np.linspace(1.0, end / (shift + (1 - shift) * end), num_inference_steps)  # the inverse of the shift
+        times = shift * even / (1 + (shift - 1) * even)  # (steps,)
+        self.num_inference_steps = num_inference_steps
+        timesteps = torch.from_numpy(times * self.config["num_train_timesteps"]).float()  # (steps,)
+        visited, self.timesteps = timesteps.tolist(), timesteps.to(device)
+        self.below = dict(zip(visited, [*visited[1:], 0.0]))  # the timestep that each one's step ends at
+
+    def scale_model_input(self, sample: Latents, timestep: float | Tensor | None = None) -> Latents:
+        """The state as a denoiser takes it: the same, in float32."""
+        return sample.float() if sample.dtype == torch.float64 else sample
+
+    def step(
+        self, model_output: Latents, timestep: float | Tensor, sample: Latents, generator: Any = None
+    ) -> DDIMSchedulerOutput:
+        """From one time to the next below; from the last to 0 without noise. `model_output` is the velocity."""
+        scale, now = self.config["num_train_timesteps"], float(timestep)
+        t, h = now / scale, (now - self.below[now]) / scale
+        dtype = torch.float32 if sample.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        x, v = sample.to(dtype), model_output.to(dtype)  # (b, c, *grid)
+        z, eps = x - t * v, x + (1 - t) * v
+        x = x - h * (v + eps)
+        if self.below[now] == 0:
+            return DDIMSchedulerOutput(prev_sample=x.float(), pred_original_sample=z)
+        noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=torch.float32)
+        return DDIMSchedulerOutput(prev_sample=x + (2 * t * h) ** 0.5 * noise, pred_original_sample=z)
 
 
 def ldm_levels(steps: int, levels: int = TIMESTEPS) -> np.ndarray:
@@ -210,35 +276,35 @@ def choose_sampler(sampler: str, process: str, shift: float, eta: float, last_st
 
 
 def flow_scheduler(kind: str, last_step: float = LAST_STEP) -> Scheduler:
-    """A scheduler of one of `FLOW_SAMPLERS`, not yet on its grid; `last_step` is where the noisy steps of `sde` end."""
+    """A scheduler of one of `FLOW_SAMPLERS`, without timesteps; `last_step` is where the noisy steps of `sde` end."""
     if kind == "sde":
         return ReverseSDE(last_step, TIMESTEPS)
     if kind == ADAPTIVE:
         return DormandPrince()
     if kind in ("euler", "heun"):
-        name = f"FlowMatch{'Heun' if kind == 'heun' else 'Euler'}DiscreteScheduler"
+        name = f"FlowMatch{kind.capitalize()}DiscreteScheduler"
         return getattr(diffusers, name)(num_train_timesteps=TIMESTEPS, shift=1.0)
-    name = {"dpm++": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}[kind]
-    return getattr(diffusers, name)(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0)
+    return MULTISTEP[kind](prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0)
 
 
 def ddpm_scheduler(kind: str, arguments: dict[str, Any]) -> Scheduler:
     """A scheduler of one of `DDPM_SAMPLERS`, without timesteps; `arguments` are diffusers' names of the process."""
-    if kind in ("ddim", "plms"):
-        ends = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}  # for diffusers' own of this config
-        return {"ddim": DDIM, "plms": PLMS}[kind](**arguments, **ends)
+    if kind in ("ddim", "plms"):  # `set_alpha_to_one`, `steps_offset`: for diffusers' own schedulers of this config
+        cls = {"ddim": DDIM, "plms": PLMS}[kind]
+        return cls(**arguments, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     if kind == "ddpm":
         return diffusers.DDPMScheduler(**arguments, clip_sample=False)
     if kind in ("euler", "heun"):
-        name = {"euler": "EulerDiscreteScheduler", "heun": "HeunDiscreteScheduler"}[kind]
         # "leading": initial noise of sqrt(sigma^2 + 1), which is N(0, 1) once the input is scaled, as in training.
-        return getattr(diffusers, name)(**arguments, timestep_spacing="leading")
-    name = {"dpm++": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}[kind]
-    return getattr(diffusers, name)(**arguments)
+        return getattr(diffusers, f"{kind.capitalize()}DiscreteScheduler")(**arguments, timestep_spacing="leading")
+    return MULTISTEP[kind](**arguments)
 
 
 def place_flow(scheduler: Scheduler, steps: int, shift: float) -> None:
-    """Put a scheduler onto `flow_sigmas`; one with another shift, or of a kind unknown here, gets its own grid."""
+    """Put a scheduler onto `flow_sigmas`; one with another shift, or of a kind unknown here, gets its own grid.
+
+    `ReverseSDE` goes evenly from 1 to its `last_step` instead, and from there to 0; dopri5 chooses its steps itself.
+    """
     if isinstance(scheduler, DormandPrince):
         return
     if isinstance(scheduler, ReverseSDE):
@@ -282,7 +348,7 @@ def place_ddpm(scheduler: Scheduler, steps: int) -> None:
         scheduler.set_timesteps(timesteps=visited.tolist())
         return
     scheduler.set_timesteps(steps)
-    multistep = isinstance(scheduler, diffusers.DPMSolverMultistepScheduler | diffusers.UniPCMultistepScheduler)
+    multistep = isinstance(scheduler, tuple(MULTISTEP.values()))
     if plain and multistep and config["timestep_spacing"] == "linspace" and config["final_sigmas_type"] == "zero":
         a = scheduler.alphas_cumprod[torch.from_numpy(visited)]  # (steps,)
         scheduler.sigmas = torch.cat([((1 - a) / a).sqrt(), torch.zeros(1)])  # (steps + 1,)

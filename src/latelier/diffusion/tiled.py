@@ -28,7 +28,7 @@ def tiled(denoiser: nn.Module, tile: int | None, stride: int | None = None, batc
     Args:
         denoiser: `forward(x_t, t, condition) -> prediction`.
         tile: side of a tile in latent positions, the side of training's latents; None is the denoiser itself.
-        stride: from one tile to the next; default half a tile. Tiles at the far ends are flush with them.
+        stride: from one tile to the next; default half a tile. The last tiles end with the latents.
         batch: tiles per forward pass.
     """
     if tile is None:

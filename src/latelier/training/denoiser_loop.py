@@ -24,9 +24,8 @@ from latelier.diffusion.process import build_process
 from latelier.errors import LatelierError
 from latelier.images import make_grid, save_png
 from latelier.opening import held_out_records, open_codec, open_images, snapshot_folder
-from latelier.pipeline import LatentDiffusionPipeline
+from latelier.pipeline import LatentDiffusionPipeline, shown_lengths
 from latelier.prefixes import random_prefixes
-from latelier.previews import shown_lengths
 from latelier.publish import manifest, publish
 from latelier.recipe import Recipe
 from latelier.tokenizers.codec import Codec
