@@ -15,7 +15,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from latelier.data.latents import LatentCache, latent_statistics, sample_posterior
 from latelier.data.loader import ImageDataset
-from latelier.data.order import permuted_index, share
+from latelier.data.records import permuted_index, share
 from latelier.data.sources import open_source
 from latelier.errors import LatelierError
 from latelier.keyed_random import KeyedRandom

@@ -43,7 +43,7 @@ KINDS = {
     "ldm-vq": "latelier.convert.ldm_autoencoder:convert_vq",
     "patchgan": "latelier.convert.ldm_autoencoder:convert_patchgan",
     "ldm-unet": "latelier.convert.ldm_unet:convert",
-    "ldm-text": "latelier.convert.ldm_text:convert",
+    "ldm-text": "latelier.convert.ldm:convert_text",
 }
 WHOLE = ("ldm",)  # kinds whose components are told apart by prefixes
 PREFIXES = ("module.", "_orig_mod.", "model.diffusion_model.", "diffusion_model.", "first_stage_model.")

@@ -21,8 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from latelier.data.order import mirrored, permuted_index, share
-from latelier.data.records import Images
+from latelier.data.records import Images, mirrored, permuted_index, share
 from latelier.errors import LatelierError
 from latelier.keyed_random import KeyedRandom
 from latelier.terminal import images_bar

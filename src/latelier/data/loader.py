@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from latelier.data.order import permuted_index, share
 from latelier.data.reading import Failures, Job, Memory, Reader, RowReader, pack, unpack
-from latelier.data.records import Source, digest
+from latelier.data.records import Source, digest, permuted_index, share
 from latelier.data.sources import captions_of
 from latelier.data.tables import StreamSource
 from latelier.data.transforms import Transform

@@ -14,8 +14,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from latelier.data.order import mirrored
-from latelier.data.records import digest, orientation
+from latelier.data.records import digest, mirrored, orientation
 from latelier.errors import LatelierError
 from latelier.keyed_random import fold_in
 
