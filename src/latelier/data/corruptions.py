@@ -1,8 +1,7 @@
 """What inpainting and super-resolution start from: images with holes, and small images.
 
-Holes are LaMa's (Suvorov et al. 2022, section 2.3): a mask is made either of thick strokes or of boxes. A stroke is a
-walk of a few segments that turns this way and that (Yu et al. 2019, free-form masks). Small images are `bicubic`, the
-task of the literature, or `bsrgan-light`, what the LDM paper trains its blind model on: a weak form of BSRGAN's random
+Holes are LaMa's (Suvorov et al. 2022, section 2.3): thick strokes (Yu et al. 2019, free-form masks), or boxes. Small
+images are `bicubic`, or `bsrgan-light`, what the LDM paper trains its blind model on: a weak form of BSRGAN's random
 degradation (Zhang et al. 2021, section 3), a shuffled chain of blur, resizing, noise and JPEG.
 """
 
@@ -104,11 +103,7 @@ def _draw_boxes(canvas: Image.Image, setting: MaskSetting, scale: float, rng: np
 def degrade(
     images: Float[Tensor, "b c h w"], factor: int, kind: str, seed: int, sample_ids: Int[Tensor, " b"]
 ) -> Float[Tensor, "b c i j"]:
-    """Images in [-1, 1] made `factor` times smaller; row i depends on `(seed, sample_ids[i])` only.
-
-    Raises:
-        LatelierError: if the kind is unknown, the factor does not divide the size, or JPEG does not know the channels.
-    """
+    """Images in [-1, 1] made `factor` times smaller; row i depends on `(seed, sample_ids[i])` only."""
     if kind not in KINDS:
         raise LatelierError(f"Unknown degradation {kind!r}; there are: {', '.join(KINDS)}.")
     return bicubic(images, factor) if kind == "bicubic" else bsrgan_light(images, factor, seed, sample_ids)
@@ -123,7 +118,7 @@ def bicubic(images: Float[Tensor, "b c h w"], factor: int) -> Float[Tensor, "b c
 def bsrgan_light(
     images: Float[Tensor, "b c h w"], factor: int, seed: int, sample_ids: Int[Tensor, " b"]
 ) -> Float[Tensor, "b c i j"]:
-    """Blur, random resizing, noise and JPEG in random order, then JPEG once more; see `degrade`."""
+    """Blur, random resizing, noise and JPEG in random order, then JPEG once more."""
     size, channels = smaller(images, factor), images.shape[1]
     if channels not in (1, 3):
         raise LatelierError(
@@ -170,7 +165,7 @@ def _bsrgan_light(
 
 
 def blur(x: Float[Tensor, "1 c h w"], scale: int, rng: np.random.Generator) -> Float[Tensor, "1 c h w"]:
-    """A Gaussian, round or elongated with equal odds; its widths are a quarter of BSRGAN's."""
+    """Round or elongated Gaussian, with a quarter of BSRGAN's widths."""
     size = 2 * int(rng.integers(2, 6, endpoint=True)) + 1  # 5..13
     if rng.random() < 0.5:
         variances, angle = rng.uniform(0, (4 + scale) / 4, size=2), rng.uniform(0, np.pi)

@@ -27,9 +27,8 @@ from latelier.errors import LatelierError
 from latelier.keyed_random import fold_in
 
 VAL_NAMES = ("val", "valid", "validation", "test")  # names of validation splits, looked for in this order
-ORIENTATION = 0x0112  # EXIF: cameras store how they were held
-# What PIL and numpy raise for files that are damaged, cut off, or so large that they must be an attack.
-UNREADABLE = (
+ORIENTATION = 0x0112  # in EXIF
+UNREADABLE = (  # what PIL and numpy raise for files that are damaged, cut off, or so large that they must be an attack
     OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError, struct.error,
     zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning,
 )  # fmt: skip
@@ -80,9 +79,8 @@ class Batch(TypedDict, total=False):
 class Source(Protocol):
     """A finite sequence of records.
 
-    A source may also have `box_names` (index = box label), `segmentation_classes` (how many ids its label maps have),
-    `captions(indices)`, which yields captions without opening images, and `mirrored_captions`: true if the caption of a
-    mirror image is another one, `caption_mirrored`.
+    It may also have `box_names` (index = box label), `segmentation_classes` (how many ids label maps have),
+    `captions(indices)`, which opens no image, and `mirrored_captions`: whether records have `caption_mirrored`.
     """
 
     class_names: list[str] | None  # index = label; None without labels
@@ -113,17 +111,12 @@ class Images(Protocol):
     def once(self, batch: int, process: int, processes: int) -> Iterator[dict[str, Any]]:
         """One pass over every `processes`-th image from the `process`-th on: `image`, `index`, `label`, `caption`."""
 
-    def stream(
-        self, batch: int, start: int, process: int, processes: int, accumulation: int
-    ) -> Iterator[dict[str, Any]]:
+    def stream(self, batch: int, start: int, process: int, processes: int, accumulation: int) -> Iterator[dict]:
         """Training batches without end: `image`, `sample_id`."""
 
 
 def permuted_index(sample_ids: Int[Tensor, " b"], size: int, seed: int) -> Int[Tensor, " b"]:
-    """Which of `size` images each sample shows.
-
-    Sample n belongs to epoch `n // size`; every epoch shows every image once, in its own order.
-    """
+    """Which of `size` images each sample shows: epoch `n // size` shows every image once, in its own order."""
     epochs = torch.div(sample_ids, size, rounding_mode="floor")
     index = torch.empty_like(sample_ids)
     for epoch in epochs.unique().tolist():
@@ -138,11 +131,7 @@ def mirrored(sample_ids: Int[Tensor, " b"], seed: int) -> Bool[Tensor, " b"]:
 
 
 def share(batch: int, process: int, processes: int, accumulation: int) -> list[range]:
-    """This process's micro-batches as ranges of offsets within an optimiser step of `batch` samples.
-
-    Raises:
-        LatelierError: if the batch cannot be split evenly.
-    """
+    """This process's micro-batches as ranges of offsets within an optimiser step of `batch` samples."""
     size, rest = divmod(batch, processes * accumulation)
     if rest or not size:
         raise LatelierError(
@@ -165,8 +154,7 @@ def digest(*parts: Any) -> str:
 
 def file_facts(paths: Sequence[Path], root: Path) -> list[tuple[str, int, int]]:
     """Name, size and time of change of files, for fingerprints."""
-    stats = [(path, path.stat()) for path in paths]
-    return [(os.path.relpath(path, root), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+    return [(os.path.relpath(path, root), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in paths]
 
 
 def name_hash(name: str) -> float:
@@ -175,15 +163,23 @@ def name_hash(name: str) -> float:
 
 
 def check_classes(classes: list[str], known: list[str] | None) -> None:
-    """Refuse classes that are not known: an error names the first of them and the nearest known one."""
+    """Refuse classes that are not known."""
     if known is None:
         raise LatelierError("data.classes is set, but the images have no labels; set data.label_key or remove it.")
     for name in classes:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1, 0.5)
-            everything = f"known: {', '.join(known[:20])}; data.classes=null takes all."
-            hint = f"did you mean {near[0]!r}?" if near else everything
+            all_names = f"known: {', '.join(known[:20])}; data.classes=null takes all."
+            hint = f"did you mean {near[0]!r}?" if near else all_names
             raise LatelierError(f"Unknown class {name!r}; {hint}")
+
+
+def number_classes(named: list[str], class_names: list[str] | None) -> tuple[list[str], list[int]]:
+    """Class names, by default all that are found, sorted, and the images' labels: positions in them."""
+    found = sorted(set(named))
+    check_classes(found, class_names or found)
+    number = {name: i for i, name in enumerate(class_names or found)}
+    return class_names or found, [number[name] for name in named]
 
 
 def open_bytes(content: bytes) -> Image.Image:
@@ -192,5 +188,5 @@ def open_bytes(content: bytes) -> Image.Image:
 
 
 def orientation(image: Image.Image) -> int:
-    """EXIF orientation: 1 is upright, from 5 on width and height are exchanged."""
+    """EXIF orientation (how the camera was held): 1 is upright, from 5 on width and height are exchanged."""
     return image.getexif().get(ORIENTATION, 1) if image.format in ("JPEG", "MPO", "TIFF", "WEBP") else 1
