@@ -175,7 +175,9 @@ def test_missing_damaged_and_empty(tmp_path, codec):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(LatelierError, match=r"shard-00001\.safetensors is damaged; delete it and run `latelier encode`"):
+    with pytest.raises(
+        LatelierError, match=r"shard-00001\.safetensors is damaged; delete it and run `latelier encode`"
+    ):
         LatentCache.open(tmp_path, KEY)
     path.write_bytes(content[:-9])
     with pytest.raises(LatelierError, match=r"shard-00001\.safetensors cannot be read"):

@@ -15,7 +15,7 @@ from latelier.convert import Converted, below, count_blocks, load_exactly, need
 from latelier.errors import LatelierError
 from latelier.losses.adversarial import PatchGAN
 
-NOT_OURS = ("loss.",)  # LPIPS, the discriminator and a log-variance were sub-modules of the training model
+NOT_OURS = "loss."  # LPIPS, the discriminator and a log-variance were sub-modules of the training model
 RENAMED = (  # decoder.up counts from the images there, from the latents here: `_rename` turns it round first
     (r"\.(down|up)\.(\d+)\.block\.", r".\1_blocks.\2.resnets."),
     (r"\.(down|up)\.(\d+)\.attn\.", r".\1_blocks.\2.attentions."),
@@ -53,12 +53,8 @@ def convert_kl(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
             f"AutoencoderKL has as many channels before as after quant_conv, {latent} here (z_channels of "
             "decoder.conv_in), and twice as many at encoder.conv_out; this checkpoint does not."
         )
-    model = AutoencoderKL(
-        **arguments,
-        use_quant_conv="quant_conv.weight" in weights,
-        use_post_quant_conv="post_quant_conv.weight" in weights,
-    )
-    return _filled(model, weights)
+    arguments |= {f"use_{name}": f"{name}.weight" in weights for name in ("quant_conv", "post_quant_conv")}
+    return _filled(AutoencoderKL(**arguments), weights)
 
 
 def convert_vq(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
@@ -91,13 +87,10 @@ def _architecture(weights: dict[str, Tensor], config: dict[str, Any], kind: str)
     levels = count_blocks(weights, "encoder.down.")
     widths = [need(weights, f"encoder.down.{level}.block.0.conv1.weight", kind).shape[0] for level in range(levels)]
     halves = (("encoder", "down", "Down", range(levels)), ("decoder", "up", "Up", reversed(range(levels))))
-    types = {
-        f"{way}_block_types": tuple(
-            f"{'Attn' * (f'{half}.{way}.{level}.attn.0.norm.weight' in weights)}{title}{half.title()}Block2D"
-            for level in order
-        )
-        for half, way, title, order in halves
-    }
+    types = {}
+    for half, way, title, order in halves:
+        attentive = [f"{half}.{way}.{level}.attn.0.norm.weight" in weights for level in order]
+        types[f"{way}_block_types"] = tuple(f"{'Attn' * a}{title}{half.title()}Block2D" for a in attentive)
     return {
         "in_channels": need(weights, "encoder.conv_in.weight", kind).shape[1],
         "out_channels": need(weights, "decoder.conv_out.weight", kind).shape[0],
