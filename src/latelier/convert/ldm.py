@@ -25,6 +25,7 @@ from latelier.conditioning.transformer import TokenTransformer
 from latelier.convert import Converted, below, count_blocks, load_exactly, need, rename
 from latelier.convert.ldm_autoencoder import convert_kl, convert_vq
 from latelier.convert.ldm_unet import convert as convert_unet
+from latelier.diffusion.process import DDPM
 from latelier.errors import LatelierError
 from latelier.pipeline import LatentDiffusionPipeline
 from latelier.tokenizers.codec import Codec
@@ -48,8 +49,6 @@ def convert(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
     or Hub name of the text tokenizer; `box_names`, the classes of layouts; `betas`, a pair of the schedule's ends, and
     `scale_factor`, if the checkpoint lacks them.
     """
-    from latelier.diffusion.process import DDPM
-
     unet = convert_unet(weights, config)
     first = below(weights, FIRST)
     if not first:
@@ -59,9 +58,12 @@ def convert(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
         )
     tokenizer = (convert_vq if "quantize.embedding.weight" in first else convert_kl)(first, config).model
     conditioner = unet.conditioner or _conditioner(weights, config, Codec(tokenizer).factor)
-    if conditioner is None:
-        conditioner = _concatenated(unet.model, tokenizer)
-    process = DDPM("scaled_linear", *_betas(weights, config))
+    conditioner = _concatenated(unet.model, tokenizer) if conditioner is None else conditioner
+    if "betas" in config:
+        start, end = map(float, config["betas"])
+    else:
+        start, end = (round(float(need(weights, "betas", "latent diffusion")[i]), 6) for i in (0, -1))
+    process = DDPM("scaled_linear", start, end)
     codec = _codec(tokenizer, weights, config)
     size = (config.get("image_size", 64) * codec.factor,) * 2
     pipeline = LatentDiffusionPipeline.build(codec, unet.model, conditioner, process, size, _dropped(conditioner))
@@ -74,13 +76,6 @@ def _codec(tokenizer: ModelMixin, weights: dict[str, Tensor], config: dict[str, 
     factor = float(stored) if stored is not None else config.get("scale_factor", 1.0)
     channels = tokenizer.config["latent_channels"]  # type: ignore[index]
     return Codec(tokenizer, torch.zeros(channels), torch.full((channels,), 1 / factor))
-
-
-def _betas(weights: dict[str, Tensor], config: dict[str, Any]) -> tuple[float, float]:
-    if "betas" in config:
-        return float(config["betas"][0]), float(config["betas"][1])
-    betas = need(weights, "betas", "latent diffusion")
-    return round(float(betas[0]), 6), round(float(betas[-1]), 6)
 
 
 def _conditioner(weights: dict[str, Tensor], config: dict[str, Any], factor: int) -> ModelMixin | None:
@@ -172,7 +167,7 @@ def layout_conditioner(
 
 
 def _renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Ours: names, and queries, keys and values in one matrix."""
+    """Our names, and queries, keys and values in one matrix."""
     ours: dict[str, Tensor] = {}
     packed: dict[str, dict[str, Tensor]] = {}
     for name, tensor in weights.items():

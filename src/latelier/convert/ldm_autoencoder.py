@@ -39,7 +39,7 @@ EXPECTED = (
 def convert_kl(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
     """Build and fill an AutoencoderKL, also one without 1 x 1 convolutions around the latents (Stable Diffusion 3).
 
-    Names under `loss.` are left out; `config` may have `resolution`, the side of the images it was trained on.
+    `config` may have `resolution`, the side of the images it was trained on.
     """
     weights = {name: tensor for name, tensor in weights.items() if not name.startswith(NOT_OURS)}
     if "quantize.embedding.weight" in weights:
@@ -58,7 +58,7 @@ def convert_kl(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
 
 
 def convert_vq(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
-    """Build and fill a VQModel; arguments as for `convert_kl`."""
+    """Build and fill a VQModel; see `convert_kl`."""
     weights = {name: tensor for name, tensor in weights.items() if not name.startswith(NOT_OURS)}
     codes, width = need(weights, "quantize.embedding.weight", "ldm-vq").shape
     arguments = _architecture(weights, config, "ldm-vq")
@@ -108,8 +108,7 @@ def _filled(model: AutoencoderKL | VQModel, weights: dict[str, Tensor]) -> Conve
     levels, known = len(model.config["block_out_channels"]), model.state_dict().keys()
     ours = {}
     for name, tensor in weights.items():
-        new = _rename(name, levels)
-        if new not in known:
+        if (new := _rename(name, levels)) not in known:
             raise LatelierError(f"{name!r} has no place in {type(model).__name__}; expected are {EXPECTED}.")
         # What is a matrix here may be a 1 x 1 convolution there.
         ours[new] = tensor.flatten(1) if re.search(r"\.to_(q|k|v|out\.0)\.weight$", new) else tensor

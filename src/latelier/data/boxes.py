@@ -17,13 +17,12 @@ from PIL import Image
 from latelier.data.records import VAL_NAMES, orientation
 from latelier.errors import LatelierError
 
-# The attributes of a box in COCO (`iscrowd`) and in Open Images (the others), and their bits.
+# Bits of a box's attributes, of COCO (`iscrowd`) and Open Images (the others).
 FLAGS = {"iscrowd": 1, "isgroupof": 1, "isoccluded": 2, "isdepiction": 4, "isinside": 8}
 OWN = ("boxes", "box_labels", "box_flags")
 CATEGORY_KEYS = ("category", "categories", "label", "labels", "category_id")
 NAME_FILES = ("data.yaml", "dataset.yaml", "classes.txt", "obj.names")
 SPLIT = "{split}"  # in `data.boxes`: the name of the split
-
 Entries = dict[str, np.ndarray]
 
 
@@ -41,12 +40,6 @@ class Numbering(NamedTuple):
             if name not in names:
                 raise LatelierError(f"{where} has boxes of the class {name!r}, which the training images do not have.")
         return cls(names, {value: names.index(name) for value, name in zip(values, own)})
-
-    @classmethod
-    def of_values(cls, values: Iterable[Any], like: list[str] | None, where: Any) -> Numbering:
-        """Number classes that are known by their values alone, sorted."""
-        distinct = sorted(set(values), key=lambda value: (isinstance(value, str), value))
-        return cls.of(distinct, [str(value) for value in distinct], like, where)
 
     def number(self, values: Iterable[Any], where: Any) -> list[int]:
         values = list(values)
@@ -100,21 +93,20 @@ class CocoBoxes(Boxes):
         for path, image in matches.items():
             if (other := first.setdefault(image["id"], path)) != path:
                 raise LatelierError(f"data.boxes: {file}'s {image['file_name']} may be {other} or {path}.")
-        self._entries = {path: self._read(image, found[image["id"]]) for path, image in matches.items()}
+        self._entries = {}
+        for path, image in matches.items():
+            where, annotations = f"{file}, image {image['file_name']}", found[image["id"]]
+            if not image.get("width") or not image.get("height"):
+                raise LatelierError(f"{where} has no width and height, so its boxes are not known.")
+            labels = self._numbering.number([a.get("category_id") for a in annotations], where)
+            boxes, size = [a.get("bbox") for a in annotations], (image["width"], image["height"])
+            self._entries[path] = pixel_entries(boxes, labels, list(map(_bits, annotations)), size, where)
 
     def knows(self, path: Path) -> bool:
         return path in self._entries
 
     def entries(self, path: Path, image: Image.Image | np.ndarray) -> Entries:
         return self._entries[path]
-
-    def _read(self, image: dict[str, Any], annotations: list[dict[str, Any]]) -> Entries:
-        where = f"{self.files[0]}, image {image['file_name']}"
-        if not image.get("width") or not image.get("height"):
-            raise LatelierError(f"{where} has no width and height, so its boxes are not known.")
-        labels = self._numbering.number([a.get("category_id") for a in annotations], where)
-        boxes, size = [a.get("bbox") for a in annotations], (image["width"], image["height"])
-        return pixel_entries(boxes, labels, list(map(_bits, annotations)), size, where)
 
 
 class YoloBoxes(Boxes):
@@ -135,9 +127,8 @@ class YoloBoxes(Boxes):
         names_files = (folder / name for folder in folders for name in NAME_FILES)
         names_file = next((file for file in names_files if file.is_file()), None)
         if names_file is None:
-            raise LatelierError(
-                f"data.boxes = yolo needs the classes' names: write {root / 'classes.txt'}, one a line."
-            )
+            file = root / "classes.txt"
+            raise LatelierError(f"data.boxes = yolo needs the classes' names: write {file}, one a line.")
         own = _yolo_names(names_file)
         self._numbering = Numbering.of(range(len(own)), own, like, names_file)
         self.names = self._numbering.names
@@ -179,8 +170,7 @@ class TableBoxes:
             self._numbering = _number_objects(((row, self._where) for row in table["objects"]), like, self._where)
         elif "box_labels" in self.columns:
             count = 1 + max((max(row, default=-1) for row in table["box_labels"]), default=-1)
-            own = [str(i) for i in range(count)]
-            self._numbering = Numbering.of(range(count), own, like, self._where)
+            self._numbering = Numbering.of(range(count), list(map(str, range(count))), like, self._where)
         self.names = self._numbering.names if self._numbering else None
 
     def entries(self, row: dict[str, Any], image: Image.Image) -> Entries:
@@ -208,31 +198,10 @@ class ObjectBoxes(Boxes):
         return object_entries(objects, self._numbering, upright_size(image), self._form, path)
 
 
-def folder_boxes(
-    boxes: str | None, form: str, file: Path | None, root: Path, paths: list[Path],
-    metadata: dict[Path, dict[str, Any]], like: list[str] | None,
-) -> Boxes | None:  # fmt: skip
-    """The boxes of a folder's images, if there are any.
-
-    `boxes` and `form` are `data.boxes` and `data.box_format`, `file` the split's COCO file, `metadata` the rows of the
-    folder's tables, and `like` a numbering of the classes.
-    """
-    if file is not None:
-        return CocoBoxes(file, root, paths, like)
-    if boxes is not None:
-        return YoloBoxes(root, paths, like)
-    if any(row.get("objects") is not None for row in metadata.values()):
-        return ObjectBoxes(metadata, form, like)
-    return None
-
-
 def annotation_file(
     boxes: str | None, split: str, train_name: str, val_name: str | None, folder: str | None = None
 ) -> Path | None:
-    """The COCO file of a split (`train`, `val`); None if `boxes` names none.
-
-    `{split}` in `boxes` is the name of the split's folder, or else `data.split` and `data.val_split`.
-    """
+    """The COCO file of a split; `{split}` in `boxes` is its folder's name, or else `data.split` or `data.val_split`."""
     if boxes is None or boxes == "yolo":
         return None
     names: tuple[str, ...] = (train_name,) if split == "train" else VAL_NAMES
@@ -243,8 +212,10 @@ def annotation_file(
 
 
 def _number_objects(rows: Iterable[tuple[Any, Any]], like: list[str] | None, where: Any) -> Numbering:
-    values = (value for objects, name in rows for value in object_columns(objects, name)[1])
-    return Numbering.of_values(values, like, where)
+    """Classes that are known by their values alone, sorted."""
+    distinct = {value for objects, name in rows for value in object_columns(objects, name)[1]}
+    values = sorted(distinct, key=lambda value: (isinstance(value, str), value))
+    return Numbering.of(values, list(map(str, values)), like, where)
 
 
 def object_columns(objects: Any, where: Any) -> tuple[list[Any], list[Any], list[int]]:
@@ -324,8 +295,7 @@ def _flag(name: str) -> int:
 def _longest_end(path: Path, root: Path, names: dict[str, Any]) -> str | None:
     """The longest end of a path, from its root's name on, that is one of the names."""
     parts = path.relative_to(root.parent).parts if path.is_relative_to(root.parent) else path.parts
-    ends = ("/".join(parts[i:]) for i in range(len(parts)))
-    return next((end for end in ends if end in names), None)
+    return next((end for i in range(len(parts)) if (end := "/".join(parts[i:])) in names), None)
 
 
 def _labels_file(path: Path) -> Path | None:

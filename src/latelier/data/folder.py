@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from latelier.data.boxes import annotation_file, folder_boxes
+from latelier.data.boxes import Boxes, CocoBoxes, ObjectBoxes, YoloBoxes, annotation_file
 from latelier.data.records import VAL_NAMES, digest, file_facts, number_classes, open_bytes
 from latelier.errors import LatelierError
 from latelier.recipe import Data
@@ -37,10 +37,8 @@ class FolderSource:
     may be `.npy` files of `(h, w, c)` uint8. With `data.boxes: yolo` text files hold boxes instead, and folders such as
     `images` are no classes. With a COCO file only the images that it lists are used.
 
-    Args:
-        class_names, box_names: numbering of the classes, and of those of boxes; by default all that are found, sorted.
-        split: `train` or `val`, for COCO files that have the split in their name.
-        top: folder of the splits, to which the names of label maps and maps may be relative; by default `root`.
+    `class_names` and `box_names` number the classes, by default all that are found, sorted. The names of label maps and
+    maps may be relative to `top`, the folder of the splits.
     """
 
     def __init__(
@@ -54,7 +52,11 @@ class FolderSource:
             raise LatelierError(f"There are no images in {root}; it needs files such as .jpg, .png or .webp.")
         metadata, metadata_files = _read_metadata(root)
         file = annotation_file(data.boxes, split, data.split, data.val_split, root.name if root != top else None)
-        self._boxes = folder_boxes(data.boxes, data.box_format, file, root, paths, metadata, box_names)
+        self._boxes: Boxes | None = None
+        if data.boxes is not None:
+            self._boxes = CocoBoxes(file, root, paths, box_names) if file else YoloBoxes(root, paths, box_names)
+        elif any(row.get("objects") is not None for row in metadata.values()):
+            self._boxes = ObjectBoxes(metadata, data.box_format, box_names)
         self.box_names = self._boxes.names if self._boxes else None
         self.paths = [path for path in paths if self._boxes is None or self._boxes.knows(path)]
         self._sidecars = data.boxes != "yolo"  # else text files hold boxes
@@ -132,11 +134,11 @@ class FolderSource:
     def _class_of_each(self, metadata: Metadata, label_key: str | None) -> list[str] | None:
         """The class name of every image, from the metadata's label column or else from its folder."""
         key = label_key or "label"
-        if any(row.get(key) not in (None, "") for row in metadata.values()):
-            for path in self.paths:
-                if metadata.get(path, {}).get(key) in (None, ""):
-                    raise LatelierError(f"{path} has no {key!r} in the metadata of {self.root}; every image needs one.")
-            return [str(metadata[path][key]) for path in self.paths]
+        known = {path: str(row[key]) for path, row in metadata.items() if row.get(key) not in (None, "")}
+        if known:
+            if (path := next((path for path in self.paths if path not in known), None)) is not None:
+                raise LatelierError(f"{path} has no {key!r} in the metadata of {self.root}; every image needs one.")
+            return [known[path] for path in self.paths]
         if label_key:
             raise LatelierError(f"data.label_key = {key!r}, but no metadata file in {self.root} has that column.")
         names = [path.parent.relative_to(self.root).as_posix() for path in self.paths]
@@ -167,10 +169,9 @@ class LabelMaps:
         ignored = np.zeros(ids.shape, bool) if self._ignored is None else ids == self._ignored
         wrong = ((ids < 0) | (ids >= self._classes)) & ~ignored
         if wrong.any():
-            raise LatelierError(
-                f"The label map of {name} has the id {ids[wrong][0]}, but data.segmentation_classes = {self._classes} "
-                f"allows 0..{self._classes - 1}; raise it, or set data.ignore_id."
-            )
+            allows = f"data.segmentation_classes = {self._classes} allows 0..{self._classes - 1}"
+            hint = f"but {allows}; raise it, or set data.ignore_id."
+            raise LatelierError(f"The label map of {name} has the id {ids[wrong][0]}, {hint}")
         ids = ids.astype(np.int32)
         ids[ignored] = self._classes
         return ids.astype(np.uint8) if self.count <= 256 else ids

@@ -44,9 +44,7 @@ class LatentCache:
         self.folder, self.about, self.latent_shape = folder, about, tuple(about["latent_shape"])
         self.class_names: list[str] | None = about["class_names"]
         self.flip: bool = about["key"]["flip"]
-        self._shards = [
-            _open_shard(folder / shard["file"], shard["sha256"]) for shard in about["shards"] if shard["rows"]
-        ]
+        self._shards = [_open_shard(folder / s["file"], s["sha256"]) for s in about["shards"] if s["rows"]]
         rows = [len(shard["index"]) for shard in self._shards]
         index = torch.cat([shard["index"] for shard in self._shards])  # (n,)
         order = index.argsort()
@@ -62,9 +60,6 @@ class LatentCache:
         """Open a complete cache that was made from `key`, see `write`; None takes any.
 
         Every shard is compared with its checksum, once per process.
-
-        Raises:
-            LatelierError: if there is none, it is unfinished, damaged, or made from something else.
         """
         folder = Path(folder)
         about = _read_about(folder)
@@ -92,9 +87,6 @@ class LatentCache:
                 else is refused.
             flip: encode the mirror images too.
             batch, shard_size: images per forward pass, and per file.
-
-        Raises:
-            LatelierError: if an existing cache was made from something else, or the disk is full.
         """
         folder = Path(folder)
         process, processes = _rank(accelerator)
@@ -141,7 +133,7 @@ class LatentCache:
             start += batch
 
     def gather(self, positions: Int[Tensor, " b"], flipped: Bool[Tensor, " b"] | None = None) -> dict[str, Any]:
-        """The records at positions 0 .. len - 1, or their mirror images; see `stream` for what they hold."""
+        """The records at positions 0 .. len - 1, or their mirror images; see `stream`."""
         shard, row = self._shard[positions], self._row[positions]  # (b,)
         side = torch.zeros_like(row) if flipped is None else flipped.long()  # (b,)
         b, known = len(positions), self._shards[0]
@@ -197,9 +189,7 @@ def latent_statistics(
     return mean.float(), (squares / count - mean**2).clamp(min=1e-12).sqrt().float()
 
 
-def _start(
-    folder: Path, codec: Codec, dataset: Images, key: dict[str, Any], shards: int, is_main: bool
-) -> dict[str, Any]:
+def _start(folder: Path, codec: Codec, dataset: Images, key: dict, shards: int, is_main: bool) -> dict[str, Any]:
     """The content of a new `cache.json`; the main process writes it and deletes what was there."""
     about = {
         "complete": False, "key": key, "latent_shape": list(codec.latent_shape(*dataset.shape[1:])),
@@ -214,7 +204,7 @@ def _start(
 
 
 def _finish(folder: Path, about: dict[str, Any]) -> None:
-    """Note the rows and the checksum of every shard; from now on the cache is complete."""
+    """Write the rows and the checksum of every shard; from now on the cache is complete."""
     for shard in about["shards"]:
         with safe_open(folder / shard["file"], "pt") as file:
             shard["sha256"] = file.metadata()["sha256"]
@@ -252,7 +242,7 @@ def _encode(
 
 
 def _save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write to a temporary file, then rename it, so that a shard is never half there."""
+    """A shard is never half there."""
     temporary = path.with_suffix(".tmp")
     try:
         save_file(tensors, temporary, metadata={"sha256": _digest(tensors)})

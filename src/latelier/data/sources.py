@@ -120,7 +120,7 @@ def captions_of(source: Source, indices: Iterable[int]) -> Iterator[str]:
 
 
 def select_classes(source: Source, classes: list[str] | None) -> Source:
-    """Only the records of these classes, labels numbered in this order; all for None."""
+    """Only the records of these classes, numbered in this order; all for None."""
     if classes is None:
         return source
     check_classes(classes, source.class_names)

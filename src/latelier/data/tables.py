@@ -30,60 +30,7 @@ ROW_NUMBER = "row number"
 
 
 class _RowSource:
-    """What `TableSource` and `StreamSource` share."""
-
-    def __init__(self, features: Any, data: Data, where: str):
-        self._columns, self._where = Columns(features, data, where), where
-        self.class_names: list[str] | None = None
-        self.box_names = self._columns.boxes.names
-        self.segmentation_classes = self._columns.segmentation_classes
-
-    def name(self, index: int) -> str:
-        return f"row {index} of {self._where}"
-
-
-class TableSource(_RowSource):
-    """Rows of a `datasets.Dataset`, identified by `facts`, and called `where` in messages.
-
-    `class_names` and `box_names` number the classes; by default the column's own names do, or its values, sorted.
-    """
-
-    def __init__(
-        self, table: Any, data: Data, facts: list[Any], where: str, class_names: list[str] | None = None,
-        box_names: list[str] | None = None,
-    ):  # fmt: skip
-        super().__init__(table.features, data, where)
-        self._table = self._columns.undecoded(table)
-        self.labels: list[int] | None = None
-        if self._columns.label is not None:
-            raw, names = table[self._columns.label][:], self._columns.label_names
-            own = names or [str(value) for value in sorted(set(raw))]
-            if any(value is None or (names and value < 0) for value in raw):
-                raise LatelierError("Some rows have no label; choose another data.split or data.label_key.")
-            named = [names[value] if names else str(value) for value in raw]
-            self.class_names, self.labels = number_classes(named, class_names or own)
-        self._columns.boxes.number(table, box_names)
-        self.box_names = self._columns.boxes.names
-        about, *more = self._columns.about()
-        self.fingerprint = digest(facts, len(table), about, self.class_names, *more)
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self._columns.record(self._table[index])
-        return record if self.labels is None else {**record, "label": self.labels[index]}
-
-    def captions(self, indices: Iterable[int]) -> Iterator[str]:
-        """Captions of these rows, whose images are not read."""
-        if (column := self._columns.caption) is not None:
-            texts, wanted = self._table.select_columns([column]), iter(indices)
-            while numbers := list(islice(wanted, CAPTIONS_AT_ONCE)):
-                yield from (text or "" for text in texts[numbers][column])
-
-
-class Columns:
-    """Which columns of a table hold what."""
+    """A table, called `where` in messages, and which of its columns hold what."""
 
     def __init__(self, features: Any, data: Data, where: str):
         from datasets import Image
@@ -91,13 +38,11 @@ class Columns:
         if data.boxes is not None:
             columns = "columns, `objects` or `boxes`"
             raise LatelierError(f"data.boxes is for folders; boxes of {where} are {columns}; remove it.")
-        for key in ("label_key", "caption_key", "segmentation", "maps"):
+        images = [name for name, feature in features.items() if isinstance(feature, Image)]
+        alone = data.image_key == "image" and len(images) == 1
+        for key in ("label_key", "caption_key", "segmentation", "maps", *(() if alone else ("image_key",))):
             if (name := getattr(data, key)) is not None and name not in features:
                 raise LatelierError(f"data.{key} = {name!r} is no column of {where}; it has: {', '.join(features)}.")
-        images = [name for name, feature in features.items() if isinstance(feature, Image)]
-        if data.image_key not in features and (data.image_key != "image" or len(images) != 1):
-            known = ", ".join(features)
-            raise LatelierError(f"data.image_key = {data.image_key!r} is no column of {where}; it has: {known}.")
         if data.maps is not None and data.maps not in images:
             raise LatelierError(f"data.maps = {data.maps!r} is no column of images.")
         self.image = data.image_key if data.image_key in features else images[0]
@@ -111,6 +56,11 @@ class Columns:
         self._label_maps = LabelMaps(data.segmentation_classes, data.ignore_id)
         self._where, self._form = where, data.box_format
         self.segmentation_classes = self._label_maps.count if self.segmentation else None
+        self.class_names: list[str] | None = None
+        self.box_names = self.boxes.names
+
+    def name(self, index: int) -> str:
+        return f"row {index} of {self._where}"
 
     def about(self) -> list[Any]:
         """What a fingerprint depends on."""
@@ -133,7 +83,7 @@ class Columns:
                 table = table.cast_column(name, Image(decode=False))
         return table
 
-    def record(self, row: dict[str, Any]) -> dict[str, Any]:
+    def _record(self, row: dict[str, Any]) -> dict[str, Any]:
         """A row as a record; its label is not numbered yet and left out."""
         image = _opened(row[self.image])
         record: dict[str, Any] = {"image": image}
@@ -152,6 +102,46 @@ class Columns:
         return record
 
 
+class TableSource(_RowSource):
+    """Rows of a `datasets.Dataset`, identified by `facts`, and called `where` in messages.
+
+    `class_names` and `box_names` number the classes; by default the column's own names do, or its values, sorted.
+    """
+
+    def __init__(
+        self, table: Any, data: Data, facts: list[Any], where: str, class_names: list[str] | None = None,
+        box_names: list[str] | None = None,
+    ):  # fmt: skip
+        super().__init__(table.features, data, where)
+        self._table = self.undecoded(table)
+        self.labels: list[int] | None = None
+        if self.label is not None:
+            raw, names = table[self.label][:], self.label_names
+            own = names or [str(value) for value in sorted(set(raw))]
+            if any(value is None or (names and value < 0) for value in raw):
+                raise LatelierError("Some rows have no label; choose another data.split or data.label_key.")
+            named = [names[value] if names else str(value) for value in raw]
+            self.class_names, self.labels = number_classes(named, class_names or own)
+        self.boxes.number(table, box_names)
+        self.box_names = self.boxes.names
+        about, *more = self.about()
+        self.fingerprint = digest(facts, len(table), about, self.class_names, *more)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self._record(self._table[index])
+        return record if self.labels is None else {**record, "label": self.labels[index]}
+
+    def captions(self, indices: Iterable[int]) -> Iterator[str]:
+        """Captions of these rows, whose images are not read."""
+        if (column := self.caption) is not None:
+            texts, wanted = self._table.select_columns([column]), iter(indices)
+            while numbers := list(islice(wanted, CAPTIONS_AT_ONCE)):
+                yield from (text or "" for text in texts[numbers][column])
+
+
 class StreamSource(_RowSource):
     """Rows of a `datasets.IterableDataset`, in an order that only depends on seed and epoch.
 
@@ -168,13 +158,13 @@ class StreamSource(_RowSource):
             raise LatelierError(f"The columns of {where} are not known before it is read; set data.streaming=false.")
         super().__init__(table.features, data, where)
         self._keep, self._length = keep, length
-        self.class_names = self._columns.label_names
+        self.class_names = self.label_names
         if data.classes is not None:
-            check_classes(data.classes, self._columns.label_names or (data.classes if self._columns.label else None))
+            check_classes(data.classes, self.label_names or (data.classes if self.label else None))
             self.class_names = data.classes
-        table = self._columns.undecoded(table if length is None else table.take(length))
+        table = self.undecoded(table if length is None else table.take(length))
         self._table = table.map(_with_number, with_indices=True)
-        about, *more = self._columns.about()
+        about, *more = self.about()
         self.fingerprint = digest("stream", facts, about, data.classes, length, *more)
 
     def __len__(self) -> int:
@@ -196,18 +186,18 @@ class StreamSource(_RowSource):
                 yield number, row
 
     def captions(self) -> Iterator[str]:
-        if self._columns.caption is not None:
-            yield from (row[self._columns.caption] or "" for _, row in self.rows())
+        if self.caption is not None:
+            yield from (row[self.caption] or "" for _, row in self.rows())
 
     def record(self, row: dict[str, Any]) -> dict[str, Any]:
-        record = self._columns.record(row)
+        record = self._record(row)
         if self.class_names is not None:
             record["label"] = self.class_names.index(self._class_of(row))
         return record
 
     def _class_of(self, row: dict[str, Any]) -> str:
-        value = row[str(self._columns.label)]
-        return self._columns.label_names[value] if self._columns.label_names else str(value)
+        value = row[str(self.label)]
+        return self.label_names[value] if self.label_names else str(value)
 
 
 def open_table(
@@ -242,7 +232,7 @@ def _opened(stored: dict[str, Any] | None) -> Image:
 
 
 def _load(data: Data, where: str, split: str, streaming: bool) -> tuple[Any, list[Any], bool]:
-    """The split's dataset, what identifies it, and whether the dataset has a validation split."""
+    """The split's dataset, what identifies it, and whether there is a validation split."""
     import datasets
 
     files = _files(where)
@@ -278,7 +268,7 @@ def _files(where: str) -> list[Path]:
 
 
 def _split_name(data: Data, where: str, split: str, names: list[str]) -> tuple[str, bool]:
-    """The dataset's name for `train` or `val`, and whether it has a name for `val`."""
+    """The dataset's name for `train` or `val`, and whether it has one for `val`."""
     val = next((name for name in VAL_NAMES if name in names and name != data.split), None)
     if data.val_split is not None and (not data.val_source or split == "val"):
         val = data.val_split

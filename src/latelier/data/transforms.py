@@ -46,12 +46,8 @@ class Transform:
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise LatelierError(f"data.crop_scale = {crop_scale} must be two shares of the area, 0 < low <= high <= 1.")
         self.deep = channels + (background == "random" and channels in (1, 3))  # alpha is kept as the last channel
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes when the same image would look different in evaluation."""
-        kind = "resize" if self.crop == "resize" else "center"
-        return digest("transform", 1, self.height, self.width, self.channels, kind, self.background)
+        kind = "resize" if crop == "resize" else "center"  # the fingerprint is that of evaluation
+        self.fingerprint = digest("transform", 1, self.height, self.width, channels, kind, background)
 
     def flipped(self, sample_ids: Int[Tensor, " b"]) -> list[bool]:
         """Which samples of the training stream are mirrored."""
