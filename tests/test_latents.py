@@ -13,9 +13,10 @@ import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
+from latelier.data import latents
 from latelier.data.latents import LatentCache, latent_statistics, sample_posterior
 from latelier.data.loader import ImageDataset
-from latelier.data.order import permuted_index, share
+from latelier.data.records import permuted_index, share
 from latelier.data.sources import open_source
 from latelier.errors import LatelierError
 from latelier.keyed_random import KeyedRandom
@@ -119,7 +120,6 @@ def test_round_trip(tmp_path, codec):
         "cache.json",
         *(f"shard-0000{i}.safetensors" for i in range(4)),
     ]
-    cache.verify()
 
 
 def test_half_precision_is_the_default(tmp_path, codec):
@@ -175,11 +175,19 @@ def test_missing_damaged_and_empty(tmp_path, codec):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(LatelierError, match=r"shard-00001\.safetensors is damaged"):
-        LatentCache.open(tmp_path, KEY).verify()
+    with pytest.raises(
+        LatelierError, match=r"shard-00001\.safetensors is damaged; delete it and run `latelier encode`"
+    ):
+        LatentCache.open(tmp_path, KEY)
     path.write_bytes(content[:-9])
     with pytest.raises(LatelierError, match=r"shard-00001\.safetensors cannot be read"):
         LatentCache.open(tmp_path, KEY)
+
+
+def test_a_shard_is_compared_with_its_checksum_once_a_process(tmp_path, codec, monkeypatch):
+    write(tmp_path, codec)
+    monkeypatch.setattr(latents, "_digest", lambda tensors: pytest.fail("was read again"))
+    assert len(LatentCache.open(tmp_path, KEY)) == 22
 
 
 def test_foreign_files_in_the_folder_stay(tmp_path, codec):

@@ -2,6 +2,9 @@
 
 import io
 import json
+import multiprocessing
+import os
+import signal
 from itertools import islice
 
 import datasets
@@ -108,6 +111,21 @@ def test_processes_and_accumulation_split_the_same_batches(folder, options):
 def test_workers_change_nothing(folder):
     options = {"in_memory": False, "crop": "random", "background": "random"}
     assert_same(take(opened(folder, **options), 5, 4), take(opened(folder, **options, workers=2), 5, 4))
+
+
+def test_workers_leave_signals_to_the_main_process(folder):
+    """Slurm, systemd and Ctrl-C signal the whole process group."""
+    options = {"in_memory": False, "crop": "random"}
+    batches = opened(folder, **options, workers=2).stream(4)
+    got = [next(batches)]
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker, number in zip(workers * 2, [signal.SIGTERM] * 2 + [signal.SIGINT] * 2):
+        os.kill(worker.pid, number)
+    got += islice(batches, 7)
+    assert_same(got, take(opened(folder, **options), 8, 4))
+    batches.close()
+    assert not any(worker.is_alive() for worker in workers)  # they still end with the loader
 
 
 @pytest.mark.parametrize("background", ["white", "random"])

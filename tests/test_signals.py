@@ -11,7 +11,7 @@ import pytest
 from latelier import cli
 from latelier.data.latents import LatentCache
 from latelier.recipe import dump
-from latelier.signals import Stopped, handled_by, stop_now
+from latelier.terminal import Stopped, handled_by, stop_now
 from latelier.training.runtime import Stage
 from tiny import tiny_recipe
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from latelier.conditioning.condition import DataSpec
 from latelier.conditioning.text import TextCondition, TextConditioner, build, read_encoder, read_tokenizer, train_words
-from latelier.convert.ldm_text import text_conditioner
+from latelier.convert.ldm import text_conditioner
 from latelier.errors import LatelierError
 from latelier.training.checkpoint import trained
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from latelier.conditioning.text import TokenTransformer
 from latelier.convert import from_official
-from latelier.convert.ldm_text import layout_conditioner
+from latelier.convert.ldm import layout_conditioner
 from latelier.errors import LatelierError
 
 GOLDEN = Path(__file__).parent / "golden"

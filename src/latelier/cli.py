@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from latelier.errors import LatelierError
-from latelier.signals import Stopped, handled_by, stop_now
+from latelier.terminal import Stopped, handled_by, stop_now
 
 console = Console()
 app = typer.Typer(

@@ -24,12 +24,9 @@ def round_to_8_bit(images: Float[Tensor, "*b c h w"]) -> Float[Tensor, "*b c h w
 
 
 def make_grid(images: Float[Tensor, "b c h w"], columns: int = 8, padding: int = 2) -> Image.Image:
-    """Images side by side, row by row, an RGB image.
+    """Images in [-1, 1], row by row, with `padding` grey pixels between them, as RGB.
 
-    Args:
-        images: `(b, c, h, w)` in [-1, 1]; one or two channels are shown as grey (the first), more as their first three.
-        columns: images in a row.
-        padding: pixels of grey between images.
+    One or two channels are shown as grey (the first), more as their first three.
     """
     pixels = to_uint8(images).cpu()  # (b, c, h, w)
     pixels = pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)

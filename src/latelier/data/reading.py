@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -36,10 +36,7 @@ class Job(NamedTuple):
 
 
 class Reader(Dataset):
-    """A source whose items are the batches of jobs; a batch also lists the images that could not be read (`failures`).
-
-    The search for a replacement is given up when `tries` images in a row are unreadable.
-    """
+    """A source whose items are the batches of jobs, with the `failures`; `tries` unreadable images in a row end one."""
 
     def __init__(self, source: Source, transform: Transform, tries: int):
         self.source, self.transform, self.tries = source, transform, tries
@@ -51,13 +48,13 @@ class Reader(Dataset):
 
 
 class RowReader:
-    """Batches of a dataset that is read in order."""
+    """Batches of a dataset that is read in order; see `ImageDataset`."""
 
     def __init__(self, source: StreamSource, transform: Transform):
         self.source, self.transform = source, transform
 
     def stream(self, batch: int, start: int, parts: list[range]) -> Iterator[dict[str, Any]]:
-        """See `ImageDataset.stream`; a row that cannot be read is replaced by the next readable one of its step."""
+        """Without end; a row that cannot be read is replaced by the next readable one of its step."""
         rows = self._endless()
         next(itertools.islice(rows, start, start), None)  # skip
         while True:
@@ -69,14 +66,12 @@ class RowReader:
             start += batch
 
     def once(self, batch: int, process: int, processes: int, flip: bool, limit: int | None) -> Iterator[dict[str, Any]]:
-        """See `ImageDataset.once`."""
         mine = itertools.islice(self.source.rows(), process, limit, processes)
         while rows := list(itertools.islice(mine, batch)):
             index = torch.tensor([number for number, _ in rows])
             yield self._batch(Job(index, index, False, [flip] * len(rows)), [[row] for row in rows])
 
     def _endless(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Epoch after epoch."""
         for epoch in itertools.count():
             empty = True
             for row in self.source.rows(epoch, self.transform.seed):
@@ -88,17 +83,13 @@ class RowReader:
     def _batch(self, job: Job, candidates: list[list[tuple[int, dict[str, Any]]]]) -> dict[str, Any]:
         """One micro-batch; of each slot's candidates, the first that can be read."""
         rows = {index: row for slot in candidates for index, row in slot}
-        numbers = [[index for index, _ in slot] for slot in candidates]
+        numbers, opened = [[index for index, _ in slot] for slot in candidates], lambda i: self.source.record(rows[i])
         with ThreadPoolExecutor(DECODING_THREADS) as pool:
-            opened = lambda index: self.source.record(rows[index])  # noqa: E731
             return _assemble(job, numbers, opened, self.transform, self.source.name, pool.map)
 
 
 class Memory:
-    """Pixels and records of a whole source, decoded once, with the deterministic crop.
-
-    `failures` lists the images that cannot be read; with `progress` a bar is shown if decoding takes long.
-    """
+    """Pixels and records of a whole source, decoded once, with the deterministic crop; `failures` cannot be read."""
 
     def __init__(self, source: Source, transform: Transform, progress: bool = True):
         self.source, self.transform = source, transform
@@ -114,7 +105,12 @@ class Memory:
                     advance(CHUNK)
         self.failures.sort()
         self._readable = torch.tensor([row is not None for row in self._rows])
-        self._next = _next_readable(self._readable)
+        if not self._readable.any():
+            raise LatelierError(f"None of the {size} images can be read; check data.source.")
+        index = torch.arange(2 * size)
+        index[~self._readable.repeat(2)] = 2 * size
+        following = index.flip(0).cummin(0).values.flip(0)  # (2 n,)
+        self._next = following[:size] % size  # of each index the next one, itself included, that is readable
 
     def batch(self, job: Job) -> dict[str, Any] | None:
         """The batch of a job; None if none of its images can be read."""
@@ -142,17 +138,13 @@ class Memory:
 
 
 def _assemble(
-    job: Job,
-    candidates: list[list[int]],
-    opened: Callable[[int], dict[str, Any]],
-    transform: Transform,
-    name: Callable[[int], str],
-    over: Callable[..., Iterable[Any]],
-) -> dict[str, Any]:
+    job: Job, candidates: list[list[int]], opened: Callable[[int], dict[str, Any]], transform: Transform,
+    name: Callable[[int], str], over: Callable[..., Iterable[Any]],
+) -> dict[str, Any]:  # fmt: skip
     """A job's batch with its `failures`, or its `error`.
 
-    Each row has the indices of its candidates; the first that can be read is taken. `opened` gives the record of an
-    index, `name` what to call it, and `over` is `map`, or that of a pool.
+    Of each row's candidates the first that can be read is taken. `opened` gives the record of an index, `name` what to
+    call it, and `over` is `map`, or that of a pool.
     """
 
     def first(indices: list[int], sample_id: int | None) -> tuple[dict[str, Any] | None, Failures]:
@@ -170,10 +162,10 @@ def _assemble(
         found = list(over(first, candidates, job.sample_ids.tolist() if job.training else [None] * len(candidates)))
         slots = [slot for slot, (row, _) in enumerate(found) if row is not None]
         rows = [row for row, _ in found if row is not None]
-        failures = [failure for _, failed in found for failure in failed]
-        pixels = torch.stack([row["image"] for row in rows]) if rows else None  # (b, d, h, w)
-        batch = {} if pixels is None else _finish(pixels, rows, slots, job, transform)
-        return {**batch, "failures": failures}
+        batch: dict[str, Any] = {"failures": [failure for _, failed in found for failure in failed]}
+        if rows:
+            batch |= _finish(torch.stack([row["image"] for row in rows]), rows, slots, job, transform)
+        return batch
     except LatelierError as error:  # a worker's exception would arrive with its traceback as its message
         return {"error": str(error)}
 
@@ -186,49 +178,37 @@ def _finish(
     batch: dict[str, Any] = {"image": transform.finish(pixels, flipped, sample_ids)}  # (b, c, h, w)
     if job.training:
         batch["sample_id"] = sample_ids
-    return {**batch, **_columns([mirror(row) if flip else row for row, flip in zip(rows, flipped)])}
-
-
-def _columns(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Everything in a batch but its images."""
-    batch: dict[str, Any] = {"index": torch.tensor([row["index"] for row in rows])}
-    if "label" in rows[0]:
-        batch["label"] = torch.tensor([row["label"] for row in rows])
+    rows = [mirror(row) if flip else row for row, flip in zip(rows, flipped)]
+    batch |= {key: torch.tensor([row[key] for row in rows]) for key in ("index", "label") if key in rows[0]}
     batch |= {key: [row[key] for row in rows] for key in ("caption", *BOXES) if key in rows[0]}
     batch |= {key: torch.stack([row[key] for row in rows]) for key in PLANES if key in rows[0]}
     if "map" in rows[0]:
-        batch["map"] = _stack_maps([row["map"] for row in rows])  # (b, c, h, w)
+        maps = [row["map"] for row in rows]  # 8 bits (uint8) or 16 bits (int32)
+        depths = sorted(set(map(len, maps)))
+        if len(depths) > 1:
+            few, many = depths[0], depths[-1]
+            raise LatelierError(f"data.maps: some maps have {few} channels, others {many}; make them alike.")
+        batch["map"] = torch.stack([m.float() / (127.5 if m.dtype == torch.uint8 else 32767.5) - 1 for m in maps])
     return batch
 
 
-def _stack_maps(maps: list[Tensor]) -> Float[Tensor, "b c h w"]:
-    """Maps of 8 bits (uint8) and 16 bits (int32), to [-1, 1]."""
-    depths = sorted({len(m) for m in maps})
-    if len(depths) > 1:
-        raise LatelierError(f"data.maps: some maps have {depths[0]} channels, others {depths[-1]}; make them alike.")
-    return torch.stack([m.float() / (127.5 if m.dtype == torch.uint8 else 32767.5) - 1 for m in maps])
-
-
 class Ragged(NamedTuple):
-    """Tensors of different lengths as one, so that a worker process hands over one piece of shared memory."""
+    """Tensors of different lengths as one (`pack`), so that a worker hands over one piece of shared memory."""
 
     values: Tensor
     lengths: list[int]
 
 
 def pack(batch: dict[str, Any]) -> dict[str, Any]:
-    """A batch whose lists of tensors are `Ragged`."""
     ragged = {key: Ragged(torch.cat(batch[key]), list(map(len, batch[key]))) for key in BOXES if key in batch}
     return {**batch, **ragged}
 
 
 def unpack(batch: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `pack`."""
     return {k: list(v.values.split(v.lengths)) if isinstance(v, Ragged) else v for k, v in batch.items()}
 
 
 def reason(error: BaseException) -> str:
-    """Why an image cannot be read, on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
@@ -236,14 +216,3 @@ def _lost(name: str, why: str) -> LatelierError:
     return LatelierError(
         f"{name} could be read when the latents were made and now it cannot ({why}); put it back or encode again."
     )
-
-
-def _next_readable(readable: Tensor) -> Tensor:
-    """For each index the next one, itself included, that is readable, going round at the end."""
-    size = len(readable)
-    if not readable.any():
-        raise LatelierError(f"None of the {size} images can be read; check data.source.")
-    index = torch.arange(2 * size)
-    index[~readable.repeat(2)] = 2 * size
-    following = index.flip(0).cummin(0).values.flip(0)  # (2 n,)
-    return following[:size] % size

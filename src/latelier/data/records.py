@@ -1,4 +1,7 @@
-"""What sources, loaders and caches hand to each other: records, batches, and what a source and a dataset must offer."""
+"""What sources, loaders and caches agree on: records, batches, and the training stream.
+
+The stream is endless; its samples are numbered 0, 1, 2, ... (`sample_id`).
+"""
 
 from __future__ import annotations
 
@@ -10,20 +13,22 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
 from latelier.errors import LatelierError
+from latelier.keyed_random import fold_in
 
 VAL_NAMES = ("val", "valid", "validation", "test")  # names of validation splits, looked for in this order
-ORIENTATION = 0x0112  # EXIF: cameras store how they were held
-# What PIL and numpy raise for files that are damaged, cut off, or so large that they must be an attack.
-UNREADABLE = (
+ORIENTATION = 0x0112  # in EXIF
+UNREADABLE = (  # what PIL and numpy raise for files that are damaged, cut off, or so large that they must be an attack
     OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError, struct.error,
     zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning,
 )  # fmt: skip
@@ -74,9 +79,8 @@ class Batch(TypedDict, total=False):
 class Source(Protocol):
     """A finite sequence of records.
 
-    A source may also have `box_names` (index = box label), `segmentation_classes` (how many ids its label maps have),
-    `captions(indices)`, which yields captions without opening images, and `mirrored_captions`: true if the caption of a
-    mirror image is another one, `caption_mirrored`.
+    It may also have `box_names` (index = box label), `segmentation_classes` (how many ids label maps have),
+    `captions(indices)`, which opens no image, and `mirrored_captions`: whether records have `caption_mirrored`.
     """
 
     class_names: list[str] | None  # index = label; None without labels
@@ -107,10 +111,40 @@ class Images(Protocol):
     def once(self, batch: int, process: int, processes: int) -> Iterator[dict[str, Any]]:
         """One pass over every `processes`-th image from the `process`-th on: `image`, `index`, `label`, `caption`."""
 
-    def stream(
-        self, batch: int, start: int, process: int, processes: int, accumulation: int
-    ) -> Iterator[dict[str, Any]]:
+    def stream(self, batch: int, start: int, process: int, processes: int, accumulation: int) -> Iterator[dict]:
         """Training batches without end: `image`, `sample_id`."""
+
+
+def permuted_index(sample_ids: Int[Tensor, " b"], size: int, seed: int) -> Int[Tensor, " b"]:
+    """Which of `size` images each sample shows: epoch `n // size` shows every image once, in its own order."""
+    epochs = torch.div(sample_ids, size, rounding_mode="floor")
+    index = torch.empty_like(sample_ids)
+    for epoch in epochs.unique().tolist():
+        inside = epochs == epoch
+        index[inside] = _permutation(size, seed, epoch)[sample_ids[inside] - epoch * size]
+    return index
+
+
+def mirrored(sample_ids: Int[Tensor, " b"], seed: int) -> Bool[Tensor, " b"]:
+    """Which samples are mirrored, each with probability 1/2; image stream and latent cache agree by this function."""
+    return torch.tensor([bool(fold_in(seed, "flip", n) & 1) for n in sample_ids.tolist()], dtype=torch.bool)
+
+
+def share(batch: int, process: int, processes: int, accumulation: int) -> list[range]:
+    """This process's micro-batches as ranges of offsets within an optimiser step of `batch` samples."""
+    size, rest = divmod(batch, processes * accumulation)
+    if rest or not size:
+        raise LatelierError(
+            f"batch = {batch} cannot be split into {processes} processes x {accumulation} micro-batches; "
+            f"use a multiple of {processes * accumulation}."
+        )
+    starts = [(micro * processes + process) * size for micro in range(accumulation)]
+    return [range(start, start + size) for start in starts]
+
+
+@lru_cache(maxsize=4)
+def _permutation(size: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(size, generator=torch.Generator().manual_seed(fold_in(seed, "order", epoch)))
 
 
 def digest(*parts: Any) -> str:
@@ -120,8 +154,7 @@ def digest(*parts: Any) -> str:
 
 def file_facts(paths: Sequence[Path], root: Path) -> list[tuple[str, int, int]]:
     """Name, size and time of change of files, for fingerprints."""
-    stats = [(path, path.stat()) for path in paths]
-    return [(os.path.relpath(path, root), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+    return [(os.path.relpath(path, root), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in paths]
 
 
 def name_hash(name: str) -> float:
@@ -130,15 +163,23 @@ def name_hash(name: str) -> float:
 
 
 def check_classes(classes: list[str], known: list[str] | None) -> None:
-    """Refuse classes that are not known: an error names the first of them and the nearest known one."""
+    """Refuse classes that are not known."""
     if known is None:
         raise LatelierError("data.classes is set, but the images have no labels; set data.label_key or remove it.")
     for name in classes:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1, 0.5)
-            everything = f"known: {', '.join(known[:20])}; data.classes=null takes all."
-            hint = f"did you mean {near[0]!r}?" if near else everything
+            all_names = f"known: {', '.join(known[:20])}; data.classes=null takes all."
+            hint = f"did you mean {near[0]!r}?" if near else all_names
             raise LatelierError(f"Unknown class {name!r}; {hint}")
+
+
+def number_classes(named: list[str], class_names: list[str] | None) -> tuple[list[str], list[int]]:
+    """Class names, by default all that are found, sorted, and the images' labels: positions in them."""
+    found = sorted(set(named))
+    check_classes(found, class_names or found)
+    number = {name: i for i, name in enumerate(class_names or found)}
+    return class_names or found, [number[name] for name in named]
 
 
 def open_bytes(content: bytes) -> Image.Image:
@@ -147,5 +188,5 @@ def open_bytes(content: bytes) -> Image.Image:
 
 
 def orientation(image: Image.Image) -> int:
-    """EXIF orientation: 1 is upright, from 5 on width and height are exchanged."""
+    """EXIF orientation (how the camera was held): 1 is upright, from 5 on width and height are exchanged."""
     return image.getexif().get(ORIENTATION, 1) if image.format in ("JPEG", "MPO", "TIFF", "WEBP") else 1

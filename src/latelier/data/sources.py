@@ -52,16 +52,15 @@ class Selection:
 def open_source(data: Data, split: str = "train") -> Source | StreamSource:
     """The images of a recipe's `data` section; a `StreamSource` with `data.streaming`.
 
-    Args:
-        data: the section.
-        split: `train`, or `val`: the source's own validation split, `val_source`, or what is held out.
-
-    Raises:
-        LatelierError: if there is no such source, it has no images, or a class is unknown.
+    The split is `train`, or `val`: the source's own validation split, `val_source`, or what is held out.
     """
     if split not in ("train", "val"):
         raise ValueError(f"split must be 'train' or 'val', not {split!r}.")
-    _check_annotations(data)
+    if data.backgrounds is not None and data.source != "scenes":
+        raise LatelierError(f"data.backgrounds is for the source scenes; remove it for the source {data.source!r}.")
+    for key in ("boxes", "segmentation", "maps"):
+        if getattr(data, key) is not None and data.source in BUILT_IN:
+            raise LatelierError(f"data.{key} is for folders and datasets; remove it for the source {data.source!r}.")
     if data.streaming:
         if data.source in BUILT_IN:
             raise LatelierError(f"data.streaming is for datasets; set it to false for the source {data.source!r}.")
@@ -112,17 +111,8 @@ def _open(data: Data, where: str, split: str, like: Source | None = None) -> tup
     return FolderSource(folders[split] or path, data, class_names, split, path, box_names), has_val
 
 
-def _check_annotations(data: Data) -> None:
-    """Refuse options that the source has no use for."""
-    if data.backgrounds is not None and data.source != "scenes":
-        raise LatelierError(f"data.backgrounds is for the source scenes; remove it for the source {data.source!r}.")
-    for key in ("boxes", "segmentation", "maps"):
-        if getattr(data, key) is not None and data.source in BUILT_IN:
-            raise LatelierError(f"data.{key} is for folders and datasets; remove it for the source {data.source!r}.")
-
-
 def captions_of(source: Source, indices: Iterable[int]) -> Iterator[str]:
-    """Captions of some records, without opening images where the source can; none if there are none."""
+    """Captions of some records, without opening images where the source can."""
     if hasattr(source, "captions"):
         yield from source.captions(indices)
     else:
@@ -130,7 +120,7 @@ def captions_of(source: Source, indices: Iterable[int]) -> Iterator[str]:
 
 
 def select_classes(source: Source, classes: list[str] | None) -> Source:
-    """Only the records of these classes, labels numbered in this order; all for None."""
+    """Only the records of these classes, numbered in this order; all for None."""
     if classes is None:
         return source
     check_classes(classes, source.class_names)
@@ -145,9 +135,9 @@ def subsample(source: Source, length: int) -> Source:
 
 
 def hold_out(source: Source, fraction: float, split: str) -> Source:
-    """`train` or `val` of a source without splits, by a hash of names, so that added images do not move others.
+    """`train` or `val` (a `fraction`, at least one image if it is above 0) of a source without splits.
 
-    A `fraction` of the images belongs to `val`, at least one if it is above 0.
+    Images are held out by a hash of their names, so that added ones do not move others.
     """
     if not fraction:
         return source

@@ -15,7 +15,7 @@ from PIL.Image import Image
 
 from latelier.data.boxes import TableBoxes
 from latelier.data.folder import CAPTION_NAMES, LabelMaps, read_map
-from latelier.data.records import VAL_NAMES, check_classes, digest, file_facts, name_hash, open_bytes
+from latelier.data.records import VAL_NAMES, check_classes, digest, file_facts, name_hash, number_classes, open_bytes
 from latelier.errors import LatelierError
 from latelier.keyed_random import fold_in
 from latelier.recipe import Data
@@ -30,80 +30,40 @@ ROW_NUMBER = "row number"
 
 
 class _RowSource:
-    """What `TableSource` and `StreamSource` share."""
+    """A table, called `where` in messages, and which of its columns hold what."""
 
     def __init__(self, features: Any, data: Data, where: str):
-        self._columns, self._where = Columns(features, data, where), where
-        self.class_names: list[str] | None = None
-        self.box_names = self._columns.boxes.names
-        self.segmentation_classes = self._columns.segmentation_classes
+        from datasets import Image
 
-    def name(self, index: int) -> str:
-        return f"row {index} of {self._where}"
-
-
-class TableSource(_RowSource):
-    """Rows of a `datasets.Dataset`, identified by `facts`, and called `where` in messages.
-
-    Classes, also of boxes, are numbered as in `class_names` and `box_names`; by default by the column's own names, or
-    its values, sorted.
-    """
-
-    def __init__(
-        self, table: Any, data: Data, facts: list[Any], where: str, class_names: list[str] | None = None,
-        box_names: list[str] | None = None,
-    ):  # fmt: skip
-        super().__init__(table.features, data, where)
-        self._table = self._columns.undecoded(table)
-        self.labels: list[int] | None = None
-        if self._columns.label is not None:
-            raw = table[self._columns.label][:]
-            own = self._columns.label_names or [str(value) for value in sorted(set(raw))]
-            self.class_names = class_names or own
-            self.labels = _number(raw, self._columns.label_names, self.class_names)
-        self._columns.boxes.number(table, box_names)
-        self.box_names = self._columns.boxes.names
-        about, *more = self._columns.about()
-        self.fingerprint = digest(facts, len(table), about, self.class_names, *more)
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self._columns.record(self._table[index])
-        return record if self.labels is None else {**record, "label": self.labels[index]}
-
-    def captions(self, indices: Iterable[int]) -> Iterator[str]:
-        """Captions of these rows, whose images are not read; none if there is no such column."""
-        if (column := self._columns.caption) is not None:
-            texts, wanted = self._table.select_columns([column]), iter(indices)
-            while numbers := list(islice(wanted, CAPTIONS_AT_ONCE)):
-                yield from (text or "" for text in texts[numbers][column])
-
-
-class Columns:
-    """Which columns of a table hold what; an error if there are no images, or not a column that the recipe names."""
-
-    def __init__(self, features: Any, data: Data, where: str):
         if data.boxes is not None:
             columns = "columns, `objects` or `boxes`"
             raise LatelierError(f"data.boxes is for folders; boxes of {where} are {columns}; remove it.")
-        for key in ("label_key", "caption_key", "segmentation", "maps"):
+        images = [name for name, feature in features.items() if isinstance(feature, Image)]
+        alone = data.image_key == "image" and len(images) == 1
+        for key in ("label_key", "caption_key", "segmentation", "maps", *(() if alone else ("image_key",))):
             if (name := getattr(data, key)) is not None and name not in features:
                 raise LatelierError(f"data.{key} = {name!r} is no column of {where}; it has: {', '.join(features)}.")
-        self.image = _image_column(features, data, where)
+        if data.maps is not None and data.maps not in images:
+            raise LatelierError(f"data.maps = {data.maps!r} is no column of images.")
+        self.image = data.image_key if data.image_key in features else images[0]
         self.label = data.label_key or next((name for name in LABEL_NAMES if name in features), None)
         self.caption = data.caption_key or next((n for n in (*CAPTION_NAMES, "txt") if n in features), None)
         self.others = [name for name in KNOWN if name in features]
         self.label_names: list[str] | None = getattr(features[self.label], "names", None) if self.label else None
         self.boxes = TableBoxes(features, data.box_format, where)
-        self.segmentation, self.map = _plane_columns(features, data)
+        label_maps = ["segmentation"] if "segmentation" in features else [n for n in LABEL_MAPS if n in images]
+        self.segmentation, self.map = data.segmentation or next(iter(label_maps), None), data.maps
         self._label_maps = LabelMaps(data.segmentation_classes, data.ignore_id)
         self._where, self._form = where, data.box_format
         self.segmentation_classes = self._label_maps.count if self.segmentation else None
+        self.class_names: list[str] | None = None
+        self.box_names = self.boxes.names
+
+    def name(self, index: int) -> str:
+        return f"row {index} of {self._where}"
 
     def about(self) -> list[Any]:
-        """What a fingerprint depends on; columns that older versions did not know come last, if there are any."""
+        """What a fingerprint depends on."""
         keys = ("image", "label", "caption", "others", "label_names")
         more: list[Any] = []
         if self.map or self.segmentation_classes or self.segmentation not in (None, "segmentation"):
@@ -123,7 +83,7 @@ class Columns:
                 table = table.cast_column(name, Image(decode=False))
         return table
 
-    def record(self, row: dict[str, Any]) -> dict[str, Any]:
+    def _record(self, row: dict[str, Any]) -> dict[str, Any]:
         """A row as a record; its label is not numbered yet and left out."""
         image = _opened(row[self.image])
         record: dict[str, Any] = {"image": image}
@@ -142,12 +102,52 @@ class Columns:
         return record
 
 
+class TableSource(_RowSource):
+    """Rows of a `datasets.Dataset`, identified by `facts`, and called `where` in messages.
+
+    `class_names` and `box_names` number the classes; by default the column's own names do, or its values, sorted.
+    """
+
+    def __init__(
+        self, table: Any, data: Data, facts: list[Any], where: str, class_names: list[str] | None = None,
+        box_names: list[str] | None = None,
+    ):  # fmt: skip
+        super().__init__(table.features, data, where)
+        self._table = self.undecoded(table)
+        self.labels: list[int] | None = None
+        if self.label is not None:
+            raw, names = table[self.label][:], self.label_names
+            own = names or [str(value) for value in sorted(set(raw))]
+            if any(value is None or (names and value < 0) for value in raw):
+                raise LatelierError("Some rows have no label; choose another data.split or data.label_key.")
+            named = [names[value] if names else str(value) for value in raw]
+            self.class_names, self.labels = number_classes(named, class_names or own)
+        self.boxes.number(table, box_names)
+        self.box_names = self.boxes.names
+        about, *more = self.about()
+        self.fingerprint = digest(facts, len(table), about, self.class_names, *more)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self._record(self._table[index])
+        return record if self.labels is None else {**record, "label": self.labels[index]}
+
+    def captions(self, indices: Iterable[int]) -> Iterator[str]:
+        """Captions of these rows, whose images are not read."""
+        if (column := self.caption) is not None:
+            texts, wanted = self._table.select_columns([column]), iter(indices)
+            while numbers := list(islice(wanted, CAPTIONS_AT_ONCE)):
+                yield from (text or "" for text in texts[numbers][column])
+
+
 class StreamSource(_RowSource):
     """Rows of a `datasets.IterableDataset`, in an order that only depends on seed and epoch.
 
-    Its attributes are those of a `Source`, as far as columns and recipe tell them without reading rows: integers and
-    strings are labels only if `data.classes` says which there are. `length` is how many rows there are, or how many of
-    the first are used, None if that is not known; `keep` tells which row numbers belong to the split.
+    Attributes are those of a `Source`, as far as known before rows are read: integers and strings are labels only if
+    `data.classes` lists them. `length` is how many rows there are, or how many of the first are used, if that is known;
+    `keep` tells which row numbers belong to the split.
     """
 
     def __init__(
@@ -158,13 +158,13 @@ class StreamSource(_RowSource):
             raise LatelierError(f"The columns of {where} are not known before it is read; set data.streaming=false.")
         super().__init__(table.features, data, where)
         self._keep, self._length = keep, length
-        self.class_names = self._columns.label_names
+        self.class_names = self.label_names
         if data.classes is not None:
-            check_classes(data.classes, self._columns.label_names or (data.classes if self._columns.label else None))
+            check_classes(data.classes, self.label_names or (data.classes if self.label else None))
             self.class_names = data.classes
-        table = self._columns.undecoded(table if length is None else table.take(length))
+        table = self.undecoded(table if length is None else table.take(length))
         self._table = table.map(_with_number, with_indices=True)
-        about, *more = self._columns.about()
+        about, *more = self.about()
         self.fingerprint = digest("stream", facts, about, data.classes, length, *more)
 
     def __len__(self) -> int:
@@ -186,29 +186,24 @@ class StreamSource(_RowSource):
                 yield number, row
 
     def captions(self) -> Iterator[str]:
-        """Captions in one pass; none if there is no such column."""
-        if self._columns.caption is not None:
-            yield from (row[self._columns.caption] or "" for _, row in self.rows())
+        if self.caption is not None:
+            yield from (row[self.caption] or "" for _, row in self.rows())
 
     def record(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The record of a row; raises what PIL raises if the image cannot be read."""
-        record = self._columns.record(row)
+        record = self._record(row)
         if self.class_names is not None:
             record["label"] = self.class_names.index(self._class_of(row))
         return record
 
     def _class_of(self, row: dict[str, Any]) -> str:
-        value = row[str(self._columns.label)]
-        return self._columns.label_names[value] if self._columns.label_names else str(value)
+        value = row[str(self.label)]
+        return self.label_names[value] if self.label_names else str(value)
 
 
 def open_table(
     data: Data, where: str, split: str, class_names: list[str] | None = None, box_names: list[str] | None = None
 ) -> tuple[TableSource, bool]:
-    """One split (`train`, `val`) of a dataset, and whether it has a validation split of its own.
-
-    `where` is a Hub name, file or glob; `class_names` and `box_names` number the classes.
-    """
+    """One split (`train`, `val`) of a Hub name, file or glob, and whether it has a validation split of its own."""
     table, facts, has_val = _load(data, where, split, streaming=False)
     return TableSource(table, data, facts, where, class_names, box_names), has_val
 
@@ -230,26 +225,14 @@ def open_stream(data: Data, split: str) -> StreamSource:
     return StreamSource(table, data, [facts, split, fraction], where, length, keep)
 
 
-def _plane_columns(features: Any, data: Data) -> tuple[str | None, str | None]:
-    """Columns of label maps, named by the recipe or found, and of maps, named by the recipe."""
-    from datasets import Image
-
-    if data.maps is not None and not isinstance(features[data.maps], Image):
-        raise LatelierError(f"data.maps = {data.maps!r} is no column of images.")
-    images = [name for name in LABEL_MAPS if isinstance(features.get(name), Image)]
-    found = "segmentation" if "segmentation" in features else next(iter(images), None)
-    return data.segmentation or found, data.maps
-
-
 def _opened(stored: dict[str, Any] | None) -> Image:
-    """The image of a column that is not decoded."""
     if stored is None:
         raise ValueError("there is no image in this row")
     return open_bytes(Path(stored["path"]).read_bytes() if stored["bytes"] is None else stored["bytes"])
 
 
 def _load(data: Data, where: str, split: str, streaming: bool) -> tuple[Any, list[Any], bool]:
-    """The split's dataset, what identifies it, and whether the dataset has a validation split."""
+    """The split's dataset, what identifies it, and whether there is a validation split."""
     import datasets
 
     files = _files(where)
@@ -278,15 +261,14 @@ def _files(where: str) -> list[Path]:
     if Path(where).suffix in BUILDERS or paths:
         if not paths:
             raise LatelierError(f"data.source = {where!r}: there is no such file.")
-        kinds = {path.suffix for path in paths}
-        if len(kinds) > 1 or not kinds <= set(BUILDERS):
-            found = ", ".join(sorted(kinds))
-            raise LatelierError(f"data.source = {where!r} must be .parquet or .tar files, not {found}.")
+        kinds = sorted({path.suffix for path in paths})
+        if len(kinds) > 1 or not set(kinds) <= set(BUILDERS):
+            raise LatelierError(f"data.source = {where!r} must be .parquet or .tar files, not {', '.join(kinds)}.")
     return paths
 
 
 def _split_name(data: Data, where: str, split: str, names: list[str]) -> tuple[str, bool]:
-    """The dataset's name for `train` or `val`, and whether it has a name for `val`."""
+    """The dataset's name for `train` or `val`, and whether it has one for `val`."""
     val = next((name for name in VAL_NAMES if name in names and name != data.split), None)
     if data.val_split is not None and (not data.val_source or split == "val"):
         val = data.val_split
@@ -298,32 +280,8 @@ def _split_name(data: Data, where: str, split: str, names: list[str]) -> tuple[s
 
 
 def _belongs(fraction: float, val: bool, number: int) -> bool:  # at module level, as worker processes pickle it
-    """Whether a row belongs to a split, if rows are held out by a hash of their number."""
     return (name_hash(str(number)) < fraction) == val
 
 
 def _with_number(row: dict[str, Any], number: int) -> dict[str, Any]:
     return {**row, ROW_NUMBER: number}
-
-
-def _image_column(features: Any, data: Data, where: str) -> str:
-    """The recipe's column of images, or the only one that there is."""
-    from datasets import Image
-
-    if data.image_key in features:
-        return data.image_key
-    found = [name for name, feature in features.items() if isinstance(feature, Image)]
-    if data.image_key != "image" or len(found) != 1:
-        known = ", ".join(features)
-        raise LatelierError(f"data.image_key = {data.image_key!r} is no column of {where}; it has: {known}.")
-    return found[0]
-
-
-def _number(raw: list[Any], names: list[str] | None, class_names: list[str]) -> list[int]:
-    """Labels as positions in `class_names`."""
-    if any(value is None or (names and value < 0) for value in raw):
-        raise LatelierError("Some rows have no label; choose another data.split or data.label_key.")
-    values = [names[value] for value in raw] if names else [str(value) for value in raw]
-    check_classes(sorted(set(values)), class_names)
-    position = {name: i for i, name in enumerate(class_names)}
-    return [position[value] for value in values]

@@ -1,7 +1,6 @@
 """From an opened image to uint8 pixels of the wanted size, and to floats in [-1, 1].
 
-Everything random is a function of `(seed, sample_id)`, see `latelier.keyed_random`. Boxes, segmentation, mask and map
-of a record go through the same crop and flip.
+Everything random depends on `(seed, sample_id)` alone. Boxes, segmentation, mask and map get the same crop and flip.
 """
 
 from __future__ import annotations
@@ -14,8 +13,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from latelier.data.order import mirrored
-from latelier.data.records import digest, orientation
+from latelier.data.records import digest, mirrored, orientation
 from latelier.errors import LatelierError
 from latelier.keyed_random import fold_in
 
@@ -31,12 +29,10 @@ class Transform:
 
     Args:
         size: height and width in pixels.
-        channels: of the image.
         crop: `random` is for training; outside of it, it is `center`.
         crop_scale: least and largest share of the area that a random crop keeps.
         flip: mirror half of the training stream.
         background: behind transparent images; `random` is another colour for each sample.
-        seed: of the random choices.
     """
 
     def __init__(
@@ -50,22 +46,12 @@ class Transform:
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise LatelierError(f"data.crop_scale = {crop_scale} must be two shares of the area, 0 < low <= high <= 1.")
         self.deep = channels + (background == "random" and channels in (1, 3))  # alpha is kept as the last channel
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes when the same image would look different in evaluation."""
-        kind = "resize" if self.crop == "resize" else "center"
-        return digest("transform", 1, self.height, self.width, self.channels, kind, self.background)
+        kind = "resize" if crop == "resize" else "center"  # the fingerprint is that of evaluation
+        self.fingerprint = digest("transform", 1, self.height, self.width, channels, kind, background)
 
     def flipped(self, sample_ids: Int[Tensor, " b"]) -> list[bool]:
         """Which samples of the training stream are mirrored."""
         return mirrored(sample_ids, self.seed).tolist() if self.flip else [False] * len(sample_ids)
-
-    def colours(self, sample_ids: Int[Tensor, " b"]) -> UInt8[Tensor, "b c"]:
-        """Random background colours."""
-        channels = range(self.channels)
-        rows = [[fold_in(self.seed, f"background {c}", n) & 255 for c in channels] for n in sample_ids.tolist()]
-        return torch.tensor(rows, dtype=torch.uint8)
 
     def record(self, record: dict[str, Any], sample_id: int | None = None) -> dict[str, Any]:
         """Decode and crop a record, see `pixels` for its image; the record itself is not changed."""
@@ -77,27 +63,19 @@ class Transform:
     ) -> tuple[UInt8[Tensor, "d h w"], Box]:
         """Decoded, cropped pixels (alpha last if the background is random), and the region they show, relative.
 
-        Args:
-            image: opened.
-            sample_id: for a random crop; None gives the deterministic crop.
-
-        Raises:
-            LatelierError: if the image's channels are not those of the recipe.
-            OSError, ...: one of `latelier.data.records.UNREADABLE`.
+        Without a `sample_id` the crop is deterministic. An image that cannot be read raises one of `UNREADABLE`.
         """
         bands = self._open(image)
-        width, height = bands[0].size
-        size = (self.width, self.height)
+        (width, height), size = bands[0].size, (self.width, self.height)
         if self.crop == "random" and sample_id is not None:
             box = self._random_box(width, height, sample_id)
             done = [resize(band, box, size) for band in bands]
             region = (box[0] / width, box[1] / height, box[2] / width, box[3] / height)
         elif self.crop == "resize":
-            done = [resize(band, (0.0, 0.0, float(width), float(height)), size) for band in bands]
-            region = (0.0, 0.0, 1.0, 1.0)
+            whole, region = (0.0, 0.0, float(width), float(height)), (0.0, 0.0, 1.0, 1.0)
+            done = [resize(band, whole, size) for band in bands]
         else:
-            done = [center_crop(band, size) for band in bands]
-            region = _center_region(width, height, self.width, self.height)
+            done, region = [center_crop(band, size) for band in bands], _center_region(width, height, *size)
         array = np.concatenate([np.atleast_3d(np.asarray(band)) for band in done], axis=2)  # (h, w, k)
         return self._channels(torch.from_numpy(array.transpose(2, 0, 1).copy())), region  # (d, h, w)
 
@@ -106,10 +84,11 @@ class Transform:
     ) -> Float[Tensor, "b c h w"]:
         """Mirror, composite on the random background if there is one, and scale to [-1, 1]."""
         if any(flipped):
-            where = torch.tensor(flipped)
-            pixels = torch.where(where[:, None, None, None], pixels.flip(-1), pixels)
+            pixels = torch.where(torch.tensor(flipped)[:, None, None, None], pixels.flip(-1), pixels)
         if self.deep > self.channels:
-            pixels = composite(pixels, self.colours(sample_ids))
+            numbers, channels = sample_ids.tolist(), range(self.channels)
+            colours = [[fold_in(self.seed, f"background {c}", n) & 255 for c in channels] for n in numbers]
+            pixels = composite(pixels, torch.tensor(colours, dtype=torch.uint8))
         return to_float(pixels)
 
     def _open(self, image: Image.Image | np.ndarray) -> list[Image.Image]:
@@ -120,8 +99,10 @@ class Transform:
             self._check_channels(1 if image.ndim == 2 else image.shape[2])
             return [Image.fromarray(band) for band in np.atleast_3d(image).transpose(2, 0, 1)]
         turn = orientation(image)
-        if image.format in ("JPEG", "MPO"):
-            self._draft(image, turned=turn >= 5)
+        if image.format in ("JPEG", "MPO"):  # let the decoder shrink by 2, 4 or 8: it saves most of the work
+            share = self.crop_scale[0] ** 0.5 if self.crop == "random" else 1.0
+            wanted = int(np.ceil(self.width / share)), int(np.ceil(self.height / share))
+            image.draft("L" if self.channels == 1 else "RGB", wanted[::-1] if turn >= 5 else wanted)
         image.load()
         if turn != 1:
             image = ImageOps.exif_transpose(image)
@@ -134,15 +115,7 @@ class Transform:
         if self.channels not in (1, 3):
             self._check_channels(len(image.getbands()))
             return [image]
-        if image.has_transparency_data:
-            return [image.convert("RGBA")]
-        return [image.convert("L" if self.channels == 1 else "RGB")]
-
-    def _draft(self, image: Image.Image, turned: bool) -> None:
-        """Let the JPEG decoder shrink by 2, 4 or 8 where enough pixels remain; it saves most of the work."""
-        share = self.crop_scale[0] ** 0.5 if self.crop == "random" else 1.0
-        wanted = int(np.ceil(self.width / share)), int(np.ceil(self.height / share))
-        image.draft("L" if self.channels == 1 else "RGB", wanted[::-1] if turned else wanted)
+        return [image.convert("RGBA" if image.has_transparency_data else "L" if self.channels == 1 else "RGB")]
 
     def _check_channels(self, found: int) -> None:
         if (known := self.channels) != found:
@@ -172,7 +145,7 @@ class Transform:
         return composite(pixels[None], colour)[0]
 
     def _cropped(self, record: dict[str, Any], region: Box) -> dict[str, Any]:
-        """Boxes, segmentation, mask and map of the region; a map becomes `(c, h, w)`, uint8 or, for 16 bits, int32."""
+        """Boxes, segmentation, mask and map of the region."""
         done: dict[str, Any] = {}
         if "boxes" in record:
             boxes, kept = crop_boxes(np.asarray(record["boxes"], np.float32).reshape(-1, 4), region)
@@ -188,8 +161,7 @@ class Transform:
 def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """The centre of an image at a size (width, height), as ADM does it (Dhariwal and Nichol 2021), for any shape.
 
-    Halve with a box filter while the image is at least twice as large as the target, scale with bicubic so that it
-    just covers the target, cut out the middle.
+    Halve with a box filter while it is at least twice too large, cover the target with bicubic, cut out the middle.
     """
     width, height = size
     while image.width >= 2 * width and image.height >= 2 * height:
@@ -220,7 +192,7 @@ def to_float(pixels: UInt8[Tensor, "*b c h w"]) -> Float[Tensor, "*b c h w"]:
 
 
 def mirror(record: dict[str, Any]) -> dict[str, Any]:
-    """The record of the mirror image, apart from `image`: boxes, planes, and a caption that names left and right."""
+    """The record of the mirror image, apart from `image`."""
     done = dict(record)
     if "boxes" in record:
         x0, y0, x1, y1 = record["boxes"].unbind(-1)
@@ -234,8 +206,7 @@ def mirror(record: dict[str, Any]) -> dict[str, Any]:
 def crop_boxes(boxes: np.ndarray, region: Box) -> tuple[np.ndarray, np.ndarray]:
     """Relative boxes `(n, 4)` seen from a region of the image, cut at its edges, and which of them are in it."""
     x0, y0, x1, y1 = region
-    offset = np.array([x0, y0, x0, y0], np.float32)
-    scale = np.array([x1 - x0, y1 - y0] * 2, np.float32)
+    offset, scale = np.array([x0, y0, x0, y0], np.float32), np.array([x1 - x0, y1 - y0] * 2, np.float32)
     boxes = ((boxes - offset) / scale).clip(0, 1)
     kept = (boxes[:, 2:] - boxes[:, :2] > SLIVER).all(1)
     return boxes[kept], kept
@@ -250,10 +221,7 @@ def nearest(plane: np.ndarray, region: Box, size: tuple[int, int]) -> np.ndarray
 
 
 def smooth(plane: np.ndarray, region: Box, size: tuple[int, int]) -> np.ndarray:
-    """A region of a map, `(h, w)` or `(h, w, c)`, at a size (height, width), antialiased: `(c, height, width)`.
-
-    8 bits stay uint8, 16 bits become int32.
-    """
+    """A region of a map, `(h, w)` or `(h, w, c)`, antialiased: `(c, height, width)`, uint8 or, for 16 bits, int32."""
     h, w = plane.shape[:2]
     box = (region[0] * w, region[1] * h, min(region[2] * w, float(w)), min(region[3] * h, float(h)))
     small = plane.dtype == np.uint8

@@ -26,8 +26,7 @@ from latelier.errors import LatelierError
 from latelier.losses.terms import LossTerms
 from latelier.opening import best_device
 from latelier.recipe import Recipe, Training
-from latelier.signals import handled_by, stop_now
-from latelier.terminal import console
+from latelier.terminal import console, handled_by, stop_now
 from latelier.tokenizers.codec import fast_bf16
 from latelier.training import checkpoint
 from latelier.training.step import FiniteCheck, NotFinite, clip_gradients, learning_rate
