@@ -5,7 +5,7 @@ import torch
 from diffusers import VQModel
 
 from latelier.analysis.sample import collect
-from latelier.analysis.spectrum import codebook_usage
+from latelier.analysis.statistics import codebook_usage
 from latelier.tokenizers.codec import Codec
 from test_mixture import batches
 from test_mixture import codec as plain

@@ -15,21 +15,19 @@ from torch import Tensor
 
 from latelier.analysis.latent_map import draw_latent_map
 from latelier.analysis.sample import LatentSample, collect
-from latelier.analysis.spectrum import draw_channel_maps
+from latelier.analysis.statistics import draw_channel_maps
 from latelier.conditioning.condition import components
 from latelier.data.loader import ImageDataset
 from latelier.data.sources import open_source
 from latelier.evaluation.conditions import condition_grid, evaluate_conditions
-from latelier.evaluation.convergence import measure_convergence
 from latelier.evaluation.cost import measure_cost, measure_sampling
 from latelier.evaluation.features import load_extractor
-from latelier.evaluation.generation import evaluate_generation, generate_images, nearest
+from latelier.evaluation.generation import evaluate_generation, generate_images, measure_convergence, nearest
 from latelier.evaluation.metrics import METRICS
-from latelier.evaluation.processes import is_main, rank
 from latelier.evaluation.reconstruction import SHOWN, draw_errors, evaluate_reconstruction
 from latelier.evaluation.references import reference_key
 from latelier.evaluation.regions import MOST_TRAINING
-from latelier.evaluation.results import ERRORS, Measurement, Result, write_measurements
+from latelier.evaluation.results import ERRORS, Measurement, Result, is_main, rank, write_measurements
 from latelier.images import make_pairs, save_png
 from latelier.keyed_random import KeyedRandom
 from latelier.opening import best_device, open_codec, open_images, open_run
@@ -70,9 +68,6 @@ def evaluate(recipe: Recipe) -> list[Measurement]:
         measured += measure_convergence(recipe, codec, held_out)
     write_report(recipe.folder)
     return measured
-
-
-# -- the latent space -------------------------------------------------------------------------------------------------
 
 
 def evaluate_latents(recipe: Recipe, codec: Codec, held_out: ImageDataset) -> list[Measurement]:
@@ -138,9 +133,6 @@ def same_images(recipe: Recipe, held_out: ImageDataset) -> bool:
     return everything.fingerprint == held_out.source.fingerprint
 
 
-# -- figures ----------------------------------------------------------------------------------------------------------
-
-
 def draw_figures(recipe: Recipe, codec: Codec, held_out: ImageDataset) -> None:
     """Reconstructions, maps of latent channels, and errors of single pixels, of a few images."""
     folder, metrics, count = recipe.folder, recipe.evaluate.metrics, recipe.evaluate.batch
@@ -160,9 +152,6 @@ def save_reconstructions(codec: Codec, dataset: ImageDataset, out: Path) -> None
     with torch.no_grad():
         result = codec.decode(codec.encode(images.to(codec.device))).clamp(-1, 1).cpu()
     save_png(make_pairs(images, result, columns=min(8, len(images))), out)
-
-
-# -- on all processes -------------------------------------------------------------------------------------------------
 
 
 def _reconstruction(recipe: Recipe, codec: Codec, held_out: ImageDataset) -> list[Measurement]:
@@ -205,9 +194,6 @@ def _generation(recipe: Recipe, pipeline: LatentDiffusionPipeline, shown: list[T
     return measured
 
 
-# -- on the main process ----------------------------------------------------------------------------------------------
-
-
 def _save_nearest(recipe: Recipe, shown: Tensor) -> None:
     """The nearest training images below some samples."""
     searched = max(NEAREST_SEARCHED, 5 * recipe.evaluate.samples)  # all of a small set, a part of a large one
@@ -240,9 +226,6 @@ def _tasks(recipe: Recipe, pipeline: LatentDiffusionPipeline, held_out: ImageDat
         settings,
         _about(recipe, pipeline, f"{recipe.data.source}, held out", held_out),
     )
-
-
-# -- inside -----------------------------------------------------------------------------------------------------------
 
 
 def _pipeline(recipe: Recipe) -> LatentDiffusionPipeline | None:

@@ -11,8 +11,7 @@ from latelier.conditioning.condition import components
 from latelier.errors import LatelierError
 from latelier.evaluate import evaluate
 from latelier.evaluation.features import check_features
-from latelier.evaluation.processes import is_main
-from latelier.evaluation.results import Measurement
+from latelier.evaluation.results import Measurement, is_main
 from latelier.images import make_grid, save_png
 from latelier.opening import held_out_records, open_run
 from latelier.pipeline import choose_settings

@@ -34,9 +34,6 @@ LAYERS = {"object": "relu5_3", "part": "relu4_3", "pattern": "relu2_2"}
 Interval = tuple[float, float]
 
 
-# -- the measure ------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def perceptual_compression(sample: LatentSample, clusters: int = 64, seed: int = 0) -> dict[str, Result]:
     """Within and separation of clusters that are the same for every codec with the same latent grid.
@@ -111,9 +108,6 @@ def _spread(
         f"within-{name}": Result(spread.within, spread.within_interval, details),
         f"separation-{name}": Result(spread.separation, spread.separation_interval, details),
     }
-
-
-# -- estimators -------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -233,9 +227,6 @@ def _recentred(values: Float[Tensor, " r"], estimate: float) -> Interval | None:
         return None
     low, high = (values - values.mean()).quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
     return estimate + low, estimate + high
-
-
-# -- regions ----------------------------------------------------------------------------------------------------------
 
 
 class Region(NamedTuple):

@@ -74,9 +74,6 @@ def diffusion_difficulty(train: LatentSample, sample: LatentSample, codec: Codec
     return {"diffusion-loss": Result(mean, interval, details)}
 
 
-# -- the network ------------------------------------------------------------------------------------------------------
-
-
 def build_denoiser(shape: tuple[int, ...], seed: int) -> DiT:
     """The denoiser of latents `(c, *grid)`: one of two layers, on at most 64 tokens where a patch allows it.
 
@@ -131,9 +128,6 @@ def learning_rate_share(step: int) -> float:
     """Linear over the warm-up, then half a cosine down to 0."""
     done = (step + 1) / STEPS
     return min((step + 1) / WARMUP, 0.5 * (1 + math.cos(math.pi * done)))
-
-
-# -- the loss ---------------------------------------------------------------------------------------------------------
 
 
 def times() -> Float[Tensor, " t"]:

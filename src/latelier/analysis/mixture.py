@@ -168,9 +168,6 @@ def modes_needed(nll: Float[Tensor, "n k"]) -> int:
     return int((lack <= torch.maximum(error, SLACK * gain)).nonzero()[0])
 
 
-# -- inside -----------------------------------------------------------------------------------------------------------
-
-
 def _two_sides(train: LatentSample | None, sample: LatentSample, seed: int) -> tuple[LatentSample, LatentSample, str]:
     """Latents to fit to, latents to judge by on the same scale, and where the first are from."""
     if train is not None:

@@ -101,9 +101,6 @@ def nearest_neighbours(
     return torch.from_numpy(voters.predict(held_out)), about
 
 
-# -- inside -----------------------------------------------------------------------------------------------------------
-
-
 def _standardise(x: np.ndarray, held_out: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """Features of mean 0 and variance 1 over the training images, at most 512 components of them."""
     from sklearn.decomposition import PCA

@@ -60,8 +60,6 @@ class LatentSample:
     def __len__(self) -> int:
         return len(self.mean)
 
-    # -- latents ------------------------------------------------------------------------------------------------------
-
     def latents(self, rows: slice = slice(None)) -> Float[Tensor, "b c *grid"]:
         """Normalised posterior means."""
         like = (-1, *[1] * (self.mean.ndim - 2))
@@ -97,8 +95,6 @@ class LatentSample:
             about["note"] = f"more than {len(self)} images of {channels * positions} numbers do not fit into memory"
         return about
 
-    # -- images -------------------------------------------------------------------------------------------------------
-
     def pixels(self, rows: slice) -> Float[Tensor, "b c h w"]:
         """Images in [-1, 1], where networks run."""
         if self.images is None:
@@ -115,8 +111,6 @@ class LatentSample:
             for first in range(start, stop, step):
                 yield slice(first, min(first + step, stop))
             start = stop
-
-    # -- parts of it --------------------------------------------------------------------------------------------------
 
     def __getitem__(self, rows: Tensor | slice) -> LatentSample:
         """Latents of some of the images, by a mask or a slice, on the same scale; without the images."""
@@ -154,9 +148,6 @@ class LatentSample:
         if key not in self.cache:
             self.cache[key] = compute()
         return self.cache[key]
-
-
-# -- collecting -------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

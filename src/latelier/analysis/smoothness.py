@@ -33,9 +33,6 @@ METRICS = ("psnr", "lpips", "rfd")
 Rows = dict[str, Tensor]
 
 
-# -- with noise -------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def smoothness(
     sample: LatentSample,
@@ -124,9 +121,6 @@ def _area(levels: list[float], curves: Float[Tensor, "n l"], details: dict[str, 
     return Result(mean, interval, {**details, **about})
 
 
-# -- the first channels -----------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def prefix_quality(
     sample: LatentSample,
@@ -175,9 +169,6 @@ def lengths_of(wanted: Sequence[int] | None, channels: int) -> list[int]:
             f"evaluate.prefix_lengths has {max(lengths)}, but the latents have only {channels} channels."
         )
     return sorted(lengths)
-
-
-# -- how close to the originals ---------------------------------------------------------------------------------------
 
 
 class Quality:

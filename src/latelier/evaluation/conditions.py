@@ -112,9 +112,6 @@ def draw_records(
             return
 
 
-# -- what is measured -------------------------------------------------------------------------------------------------
-
-
 class ConditionMetric(Protocol):
     """Sees all drawn images in batches, then says its numbers."""
 
@@ -250,9 +247,6 @@ def fill_with_mean(batch: Mapping[str, Any], image: Float[Tensor, "b c h w"]) ->
     rest = (hole < 0.5).to(image)  # (b, 1, h, w)
     mean = (image * rest).sum((2, 3), keepdim=True) / rest.sum((2, 3), keepdim=True)  # (b, c, 1, 1)
     return torch.where(hole > 0.5, mean, image)
-
-
-# -- for looking at ---------------------------------------------------------------------------------------------------
 
 
 class ConditionGrid(NamedTuple):

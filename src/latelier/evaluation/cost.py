@@ -78,12 +78,7 @@ def count_cost(codec: Codec, height: int, width: int) -> Cost:
 
 @torch.no_grad()
 def measure_cost(
-    codec: Codec,
-    height: int,
-    width: int,
-    batch: int = 16,
-    seconds: float = 2.0,
-    extra: Mapping[str, Any] | None = None,
+    codec: Codec, height: int, width: int, batch: int = 16, seconds: float = 2.0, extra: Mapping[str, Any] | None = None
 ) -> list[Measurement]:
     """Count, then run.
 
@@ -178,9 +173,6 @@ def _speed(action: Callable[[], Any], batch: int, seconds: float, device: torch.
         wait()
         times.append(time.perf_counter() - begin)
     return batch / median(times), len(times)
-
-
-# -- of sampling ------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -28,9 +28,6 @@ Interval = tuple[float, float] | None
 Kernel = Callable[[Tensor, Tensor], Tensor]
 
 
-# -- Fréchet distances ------------------------------------------------------------------------------------------------
-
-
 class FeatureStatistics:
     """Mean and covariance of feature vectors of length `dims` that come in batches, in float64.
 
@@ -157,9 +154,6 @@ def group_of(numbers: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
     return order[numbers - drawn[0] * GROUPS]
 
 
-# -- maximum mean discrepancies ---------------------------------------------------------------------------------------
-
-
 def polynomial_kernel(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:
     """KID's: (x.y / d + 1)^3 (Bińkowski et al. 2018, equation 4)."""
     return (x @ y.T / x.shape[1] + 1) ** 3
@@ -215,9 +209,6 @@ def _shuffled(x: Tensor, seed: int, purpose: str) -> Tensor:
     return x[torch.randperm(len(x), generator=generator).to(x.device)]
 
 
-# -- Inception Score --------------------------------------------------------------------------------------------------
-
-
 class InceptionScore:
     """exp E KL(p(y|x) || p(y)) in ten splits (Salimans et al. 2016, section 4), from sums of class probabilities."""
 
@@ -248,9 +239,6 @@ class InceptionScore:
         return mean, student_interval(mean, error, GROUPS - 1)
 
 
-# -- precision and recall ---------------------------------------------------------------------------------------------
-
-
 def precision_recall(
     samples: Float[Tensor, "n d"], references: Float[Tensor, "m d"], k: int = 3, chunk: int = 1024
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " m"]]:
@@ -276,9 +264,6 @@ def _inside(points: Tensor, manifold: Tensor, k: int, chunk: int) -> Tensor:
 def _distances(x: Tensor, y: Tensor) -> Tensor:
     # The exact form: the faster matrix-product form is not zero between equal vectors.
     return torch.cdist(exact(x), exact(y), compute_mode="donot_use_mm_for_euclid_dist")  # (n, m)
-
-
-# -- how sure ---------------------------------------------------------------------------------------------------------
 
 
 def jackknife(value: float, left_out: list[float]) -> tuple[float, float]:

@@ -103,9 +103,6 @@ class FeatureExtractor:
         }  # fmt: skip
 
 
-# -- by name ----------------------------------------------------------------------------------------------------------
-
-
 def load_extractor(name: str, device: torch.device | str = "cpu") -> FeatureExtractor:
     """Open an extractor by its name in a recipe.
 
@@ -176,9 +173,6 @@ def _needs_inception(metric: str, names: Iterable[str]) -> str:
         f"evaluate.metrics has {metric}, which is defined in FID's Inception only, but evaluate.features is "
         f"{', '.join(names)}; add {OF_INCEPTION} to evaluate.features, or take {metric} out."
     )
-
-
-# -- the networks -----------------------------------------------------------------------------------------------------
 
 
 def _vgg16() -> FeatureExtractor:
@@ -327,9 +321,6 @@ def _open(name: str, kind: str, classes: Mapping[str, str], option: str, text: b
     if report["missing_keys"]:
         raise LatelierError(f"{option} lacks weights: {', '.join(sorted(report['missing_keys'])[:3])}.")
     return model.float().requires_grad_(False).eval(), tokenizer
-
-
-# -- what networks see ------------------------------------------------------------------------------------------------
 
 
 def to_inception(levels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 299 299"]:

@@ -1,15 +1,25 @@
-"""How good generated images are, as a set, and whether they are merely memorized."""
+"""How good generated images are, as a set, whether they are merely memorized, and how fast a denoiser learns.
+
+Convergence (DC-AE 1.5, figure 1): every snapshot of a training meets the same held-out latents at the same times, with
+the same noise, and samples from the same seeds, so that a curve shows what the weights have learnt. The loss is that of
+all channels, without dropped conditions: plain and augmented training are measured alike.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from latelier.data.latents import encode_batches
+from latelier.data.loader import ImageDataset
+from latelier.denoisers.objective import DenoisingObjective
 from latelier.errors import LatelierError
 from latelier.evaluation.distributions import (
     CMMD_SCALE,
@@ -21,17 +31,18 @@ from latelier.evaluation.distributions import (
     subset_mmd,
 )
 from latelier.evaluation.features import NEEDS, FeatureExtractor, check_features, inception_of, load_extractors
-from latelier.evaluation.processes import is_main
 from latelier.evaluation.reconstruction import FRECHET_INTERVAL, read_images
-from latelier.evaluation.references import FeatureCollector, FeatureSet, Key, collect, reference_sets
-from latelier.evaluation.results import Measurement, mean_with_interval, size_warning
-from latelier.opening import held_out_records
+from latelier.evaluation.references import FeatureCollector, FeatureSet, Key, collect, reference_key, reference_sets
+from latelier.evaluation.results import Measurement, is_main, mean_with_interval, size_warning, write_measurements
+from latelier.opening import held_out_records, open_images, snapshot_folder
 from latelier.pipeline import LatentDiffusionPipeline
 from latelier.receipt import make_receipt
 from latelier.recipe import Evaluate, Recipe, Sample
+from latelier.tokenizers.codec import Codec
 
 NEIGHBOURS = 3  # of precision and recall
 FID_SAMPLES = 50_000
+PASSES = 4  # times, each with noise of its own, at which convergence meets each held-out latent
 CLIP = "clip"  # how extractors' names begin that CMMD is defined in
 KEPT = {
     "gfd": "features", "fid50k": "features", "sfid": "spatial", "inception-score": "logits", "kid": "vectors",
@@ -53,21 +64,19 @@ def evaluate_generation(
     key: Key | None = None,
     shared: bool = False,
 ) -> list[Measurement]:
-    """Compare generated images with real ones as distributions of features.
+    """Compare generated images with real ones, at most `evaluate.samples` of each, as distributions of features.
 
     Args:
-        samples: batches of images in [-1, 1]; at most `evaluate.samples` are read.
-        references: dicts with `image`; at most `evaluate.samples` images are read.
-        evaluate: which metrics, in which features; those of reconstruction are skipped.
+        samples: batches of images in [-1, 1].
+        references: dicts with `image`.
         receipt: how the samples came about: reference, sampler, steps, guidance, ema, seed, tokenizer.
-        device: where features are computed.
         key: what the references depend on, see `references.reference_key`: what is kept of them is cached.
         shared: whether all processes take part, each with its own batches, see `gather_in_order`.
 
     Returns:
-        As far as asked for: `gfd-<features>` and `kid-<features>` for each of the features, `cmmd-<features>` for
-        each CLIP, `precision` and `recall` (k = 3) in the first; `sfid` and `inception-score` in the first that gives
-        what they need, `fid50k` in `inception`. Nothing on processes that only take part.
+        As far as `evaluate` names them: `gfd-<features>` and `kid-<features>` for each of the features,
+        `cmmd-<features>` for each CLIP, `precision` and `recall` (k = 3) in the first; `sfid` and `inception-score` in
+        the first that gives what they need, `fid50k` in `inception`. Nothing on processes that only take part.
     """
     wanted: set[str] = {name for name in evaluate.metrics if name in KEPT}
     if not wanted:
@@ -102,9 +111,8 @@ def batches(sample: Sample, count: int) -> Iterator[Sample]:
 def generate_images(
     pipeline: LatentDiffusionPipeline, recipe: Recipe, count: int, process: int = 0, processes: int = 1
 ) -> Iterator[Float[Tensor, "b c h w"]]:
-    """A process's batches of `count` samples with the recipe's settings; image i has the seed `sample.seed + i`.
-
-    A model that is conditioned on more than classes gets the held-out records in turn.
+    """A process's batches of `count` samples with the recipe's settings; image i has the seed `sample.seed + i`, and a
+    model that is conditioned on more than classes gets the held-out records in turn.
     """
     records = held_out_records(recipe, pipeline)
     for settings in list(batches(recipe.sample, count))[process::processes]:
@@ -115,9 +123,6 @@ def generate_images(
 def describe_sampling(sample: Sample) -> dict[str, Any]:
     """What receipts say of how images were sampled."""
     return {name: value for name, value in sample.model_dump().items() if name not in ("count", "batch")}
-
-
-# -- what is measured in which features -------------------------------------------------------------------------------
 
 
 @dataclass
@@ -159,9 +164,6 @@ def _spaces(wanted: set[str], extractors: Sequence[FeatureExtractor]) -> list[Sp
         chosen[inception_of(extractors, metric).name].add(metric)
     found = [Space(FeatureCollector(e, sorted({KEPT[m] for m in chosen[e.name]})), chosen[e.name]) for e in extractors]
     return [space for space in found if space.metrics]
-
-
-# -- the measurements -------------------------------------------------------------------------------------------------
 
 
 def _measure(
@@ -208,9 +210,6 @@ def _measure(
     return result
 
 
-# -- memorization -----------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Neighbours:
     """The nearest training images of some samples."""
@@ -222,20 +221,15 @@ class Neighbours:
 
 @torch.no_grad()
 def nearest(
-    samples: Float[Tensor, "n c h w"],
-    references: Iterable[Mapping[str, Any]],
-    extractor: FeatureExtractor,
-    k: int = 1,
+    samples: Float[Tensor, "n c h w"], references: Iterable[Mapping[str, Any]], extractor: FeatureExtractor, k: int = 1
 ) -> Neighbours:
-    """Find each sample's k nearest training images in an extractor's features, reading the training set once.
+    """Each sample's k nearest training images in an extractor's features, reading the training set once.
 
-    References are dicts with `image` of the samples' size, in [-1, 1]; an error if there are fewer than k.
+    References are dicts with `image` of the samples' size; an error if there are fewer than k.
     """
     own = extractor(samples).cpu()  # (n, d)
     n, seen = len(samples), 0
-    best = Neighbours(
-        torch.zeros(n, 0, dtype=torch.long), torch.zeros(n, 0), samples.cpu().float()[:, None][:, :0]
-    )  # nothing yet
+    best = Neighbours(torch.zeros(n, 0).long(), torch.zeros(n, 0), samples.cpu().float()[:, None][:, :0])  # none yet
     for batch in references:
         images = batch["image"].cpu().float()  # (b, c, h, w)
         distances = torch.cdist(own, extractor(images).cpu(), compute_mode="donot_use_mm_for_euclid_dist")  # (n, b)
@@ -257,3 +251,95 @@ def _closest(a: Neighbours, b: Neighbours, k: int) -> Neighbours:
         distances[rows, order],
         torch.cat([a.images, b.images], 1)[rows, order],
     )
+
+
+def measure_convergence(recipe: Recipe, codec: Codec, held_out: ImageDataset) -> list[Measurement]:
+    """Measure every snapshot of the run's denoiser, if the recipe asks for `convergence`.
+
+    For each, by images seen, `convergence-loss@<images>` on at most `evaluate.samples` held-out images, and, if gfd is
+    wanted too, `convergence-gfd-<features>@<images>` in the first of `evaluate.features`. Numbers go into the section
+    `convergence` of metrics.json as soon as they are there.
+    """
+    section, settings = recipe.denoiser, recipe.evaluate
+    if section is None or "convergence" not in settings.metrics:
+        return []
+    folders = {images: snapshot_folder(recipe.folder, images) for images in section.snapshots_at()}
+    if missing := [f"{images:,}" for images, folder in folders.items() if not folder.is_dir()]:
+        raise LatelierError(
+            f"{recipe.folder} has no snapshots at {' and '.join(missing)} images, which convergence needs; they are "
+            "kept while the denoiser is trained. Train it anew, or take convergence out of evaluate.metrics."
+        )
+    pipeline = LatentDiffusionPipeline.from_pretrained(recipe.folder / "pipeline").to(codec.device)
+    shared = {
+        "reference": f"{recipe.data.source}, held out", "data": held_out.fingerprint, "passes": PASSES,
+        "seed": settings.seed, "precision": section.precision,
+        "latent_shape": list(codec.latent_shape(*recipe.data.image_size)),
+        "architecture": type(codec.tokenizer).__name__, "loss": section.loss, "cosine_weight": section.cosine_weight,
+        "process": section.process.model_dump(), "channels": "all", "dropped": "nothing",
+        "latents": "drawn from the posterior" if section.sample_posterior else "posterior mean",
+    }  # fmt: skip
+    found: list[Measurement] = []
+    tokenizer = codec.hash()
+    for images, folder in folders.items():
+        load_snapshot(pipeline, folder)
+        about = {"images_trained": images, "of": section.images, "ema": section.ema, "tokenizer": tokenizer}
+        objective = DenoisingObjective(
+            pipeline.denoiser, pipeline.conditioner, pipeline.process, settings.seed, dropout=(), loss=section.loss,
+            cosine_weight=section.cosine_weight, sample_posterior=section.sample_posterior,
+        )  # fmt: skip
+        latents = held_out.once(settings.batch, limit=settings.samples)
+        loss, n = held_out_loss(objective.eval(), codec, latents, lambda: pipeline._autocast(section.precision))
+        found.append(Measurement(f"convergence-loss@{images}", loss, make_receipt(n=n, **shared, **about)))
+        if "gfd" in settings.metrics:
+            found.append(_distance(recipe, pipeline, about))
+        write_measurements(recipe.folder / "metrics.json", found, "convergence")
+    return found
+
+
+def load_snapshot(pipeline: LatentDiffusionPipeline, folder: Path) -> None:
+    """Put a snapshot's denoiser, and its conditioner if that was trained, in place of the pipeline's."""
+    for name, place in {"denoiser": folder, "conditioner": folder / "conditioner"}.items():
+        if place.is_dir():
+            model = type(getattr(pipeline, name)).from_pretrained(place)
+            pipeline.register_modules(**{name: model.to(pipeline.device).eval()})
+
+
+@torch.no_grad()
+def held_out_loss(
+    objective: DenoisingObjective,
+    codec: Codec,
+    images: Iterator[dict[str, Any]],
+    precision: Callable[[], AbstractContextManager] = nullcontext,
+) -> tuple[float, int]:
+    """The objective's loss (in evaluation mode), mean over `PASSES` times and noises of each image's latent, and how
+    many images. Image i meets the times and noises of the sample ids `PASSES i + k`; `precision` makes a context.
+    """
+    total, n = torch.zeros((), dtype=torch.float64), 0
+    for batch in encode_batches(codec, images, codec.device):
+        count = len(batch["mean"])
+        there = {k: v.to(codec.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        for k in range(PASSES):
+            drawn = {**there, "sample_id": torch.arange(n, n + count) * PASSES + k}
+            with precision():
+                if objective.conditioner is not None:
+                    drawn |= objective.conditioner.prepare(drawn, codec)
+                total += count * objective(drawn).total.double().cpu()
+        n += count
+    if not n:
+        raise LatelierError("convergence is measured on held-out images, but there are none.")
+    return total.item() / (PASSES * n), n
+
+
+def _distance(recipe: Recipe, pipeline: LatentDiffusionPipeline, about: Mapping[str, Any]) -> Measurement:
+    """The Fréchet distance of the pipeline's samples, measured as gfd is, in the first features."""
+    settings, training = recipe.evaluate, open_images(recipe)
+    first = settings.model_copy(update={"metrics": ["gfd"], "features": settings.features[:1]})
+    receipt = {
+        **about, "reference": f"{recipe.data.source}, training images", "data": training.fingerprint,
+        **describe_sampling(recipe.sample),
+    }  # fmt: skip
+    references = training.once(settings.batch, limit=settings.samples)
+    samples = generate_images(pipeline, recipe, min(settings.samples, len(training)))
+    key = reference_key(training, settings.samples)
+    (measured,) = evaluate_generation(samples, references, first, receipt, pipeline.device, key)
+    return replace(measured, name=f"convergence-{measured.name}@{about['images_trained']}")

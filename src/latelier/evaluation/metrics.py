@@ -1,11 +1,8 @@
 """The one table of metrics: what `evaluate.metrics` may name, which function measures it, and how to read its results.
 
-Runs, `inspect`, `compare`, studies, reports and the verdict read everything they know of a metric from here. A new
-metric is a function and one entry. Modules are imported when a metric is measured, so the table costs nothing.
-
-A metric of latents is a plain function: `function(*takes, **settings) -> dict[str, Result]`, where `takes` names the
-tensors it wants (`sample` and `train` are `LatentSample`s, `codec` the tokenizer) and `settings` the keys of the
-recipe's `evaluate` section that it reads.
+A new metric is a function and one entry. A metric of latents is `function(*takes, **settings) -> dict[str, Result]`:
+`takes` are of `sample` and `train`, two `LatentSample`s, and `codec`; `settings` keys of the recipe's `evaluate`.
+Modules are imported when a metric is measured, so the table costs nothing.
 """
 
 from __future__ import annotations
@@ -13,8 +10,9 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+T = TypeVar("T")
 Better = Literal["lower", "higher"]
 Group = Literal["reconstruction", "generation", "latents", "cost"]  # what is compared, in the order of reports
 ARROWS = {"lower": " ↓", "higher": " ↑", None: ""}
@@ -22,29 +20,17 @@ ARROWS = {"lower": " ↓", "higher": " ↑", None: ""}
 
 @dataclass(frozen=True)
 class Metric:
-    """What is known of a metric.
+    """What is known of a metric."""
 
-    Attributes:
-        group: what it measures; the section of reports and of `metrics.json` follows from it.
-        function: `module:function`; empty for the map, and for what is measured in one pass over images.
-        takes: positional arguments of a latent metric, of `sample`, `train` and `codec`.
-        settings: keys of `evaluate` that are passed by name.
-        better: the better direction of results, by the beginning of their names; the longest that fits counts.
-        units: the same for units, in words.
-        headline: results that stand in front of a report.
-        inspect: whether `latelier inspect` measures it unless told otherwise.
-        features: whether results carry the extractor's name: `rfd-vgg16`.
-    """
-
-    group: Group
-    function: str = ""
-    takes: tuple[str, ...] = ("sample",)
-    settings: tuple[str, ...] = ()
-    better: Mapping[str, Better] = field(default_factory=dict)
-    units: Mapping[str, str] = field(default_factory=dict)
-    headline: tuple[str, ...] = ()
-    inspect: bool = False
-    features: tuple[str, ...] = ()
+    group: Group  # the section of reports and of `metrics.json` follows from it
+    function: str = ""  # `module:function`; empty for the map, and for what is measured in one pass over images
+    takes: tuple[str, ...] = ("sample",)  # positional arguments
+    settings: tuple[str, ...] = ()  # keys of `evaluate` that are passed by name
+    better: Mapping[str, Better] = field(default_factory=dict)  # direction, by the longest fitting beginning of a name
+    units: Mapping[str, str] = field(default_factory=dict)  # the same for units, in words
+    headline: tuple[str, ...] = ()  # results that stand in front of a report
+    inspect: bool = False  # whether `latelier inspect` measures it by default
+    features: tuple[str, ...] = ()  # beginnings of results that carry the extractor's name: `rfd-vgg16`
 
     def load(self) -> Callable[..., Any]:
         """The function."""
@@ -53,7 +39,6 @@ class Metric:
 
 
 _ANALYSIS = "latelier.analysis"
-_EVALUATION = "latelier.evaluation"
 
 METRICS: dict[str, Metric] = {
     # of reconstructions, measured in one pass
@@ -75,7 +60,7 @@ METRICS: dict[str, Metric] = {
         better={"within": "lower", "separation": "higher"}, headline=("separation-object",), inspect=True,
     ),
     "spectrum": Metric(
-        "latents", f"{_ANALYSIS}.spectrum:spectrum",
+        "latents", f"{_ANALYSIS}.statistics:spectrum",
         units={"effective-rank": "directions", "channel-rank": "directions"},
         headline=("effective-rank", "channel-rank"), inspect=True,
     ),
@@ -85,9 +70,9 @@ METRICS: dict[str, Metric] = {
         better={"prefix-psnr": "higher", "prefix-lpips": "lower", "prefix-rfd": "lower"}, inspect=True,
         features=("prefix-rfd",),
     ),
-    "channels": Metric("latents", f"{_ANALYSIS}.spectrum:channel_statistics", inspect=True),
+    "channels": Metric("latents", f"{_ANALYSIS}.statistics:channel_statistics", inspect=True),
     "posterior": Metric(
-        "latents", f"{_ANALYSIS}.posterior:posterior_statistics",
+        "latents", f"{_ANALYSIS}.statistics:posterior_statistics",
         better={"active": "higher", "outlier-channels": "lower", "largest-variance-ratio": "lower"},
         units={"latent-std": "of raw latents"}, headline=("latent-std", "active-channels"), inspect=True,
     ),
@@ -96,7 +81,7 @@ METRICS: dict[str, Metric] = {
         better={"equivariance": "lower"}, units={"equivariance": "share of the latents' variance"}, inspect=True,
     ),
     "codebook": Metric(
-        "latents", f"{_ANALYSIS}.spectrum:codebook_usage", ("sample", "codec"),
+        "latents", f"{_ANALYSIS}.statistics:codebook_usage", ("sample", "codec"),
         better={"codebook": "higher", "dead-codes": "lower"}, headline=("codebook-usage",), inspect=True,
     ),
     "gmm": Metric(
@@ -127,7 +112,7 @@ METRICS: dict[str, Metric] = {
     "convergence": Metric("generation", better={"convergence": "lower"}),
     # of the tokenizer itself
     "cost": Metric(
-        "cost", f"{_EVALUATION}.cost:measure_cost", ("codec",),
+        "cost", "latelier.evaluation.cost:measure_cost", ("codec",),
         better={
             "gflop": "lower", "parameters": "lower", "size-mib": "lower", "memory-gb": "lower",
             "encode-images-per-second": "higher", "decode-images-per-second": "higher",
@@ -144,30 +129,16 @@ OTHERS: dict[str, Better] = {
 SIDES = ("sr", "bicubic", "inpainting", "mean-fill")  # metrics of images that follow conditions, and of simple ones
 
 
-def metric_of(name: str) -> Metric | None:
-    """The metric that a result belongs to, by the longest beginning that some metric knows."""
-    found = [
-        (len(begin), metric)
-        for metric in METRICS.values()
-        for begin in (*metric.better, *metric.units, *metric.headline)
-        if _begins(name, begin)
-    ]
-    return max(found, key=lambda pair: pair[0])[1] if found else METRICS.get(name)
-
-
 def better(name: str) -> Better | None:
     """Whether lower or higher values of a result are better; None where neither is."""
     known = {**OTHERS, **{begin: side for metric in METRICS.values() for begin, side in metric.better.items()}}
     words = next((name.removeprefix(f"{side}-") for side in SIDES if name.startswith(f"{side}-")), name)
-    begins = [begin for begin in known if _begins(words, begin)]
-    return known[max(begins, key=len)] if begins else None
+    return _longest(words, known)
 
 
 def unit(name: str) -> str | None:
     """The unit of a result, in words."""
-    units = {begin: words for metric in METRICS.values() for begin, words in metric.units.items()}
-    begins = [begin for begin in units if _begins(name, begin)]
-    return units[max(begins, key=len)] if begins else None
+    return _longest(name, {begin: words for metric in METRICS.values() for begin, words in metric.units.items()})
 
 
 def plain(name: str) -> str:
@@ -182,7 +153,8 @@ def heading(name: str) -> str:
     return f"{name}{ARROWS[better(name)]}"
 
 
-def _begins(name: str, begin: str) -> bool:
-    """Whether a result's name begins with these whole words: `probe-accuracy` with `probe`."""
-    words = name.partition("@")[0]
-    return words == begin or words.startswith(f"{begin}-")
+def _longest(name: str, known: Mapping[str, T]) -> T | None:
+    """The entry of the longest key whose whole words a result's name begins with: `probe-accuracy` with `probe`."""
+    words = f"{name.partition('@')[0]}-"
+    begins = [begin for begin in known if words.startswith(f"{begin}-")]
+    return known[max(begins, key=len)] if begins else None

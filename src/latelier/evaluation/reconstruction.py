@@ -16,9 +16,8 @@ from torch import Tensor
 
 from latelier.errors import LatelierError
 from latelier.evaluation.features import load_extractors
-from latelier.evaluation.processes import gather_in_order, is_main
 from latelier.evaluation.references import FeatureCollector, FeatureSet, Key, open_sets, store_sets
-from latelier.evaluation.results import Measurement, mean_with_interval, size_warning
+from latelier.evaluation.results import Measurement, gather_in_order, is_main, mean_with_interval, size_warning
 from latelier.images import make_columns, round_to_8_bit, save_png, to_uint8
 from latelier.losses.perceptual import LPIPS
 from latelier.receipt import make_receipt
@@ -145,9 +144,6 @@ def _compare(
     }
 
 
-# -- per image --------------------------------------------------------------------------------------------------------
-
-
 def image_metrics(names: Collection[str], device: torch.device | str) -> dict[str, ImageMetric]:
     """Those of the names that are means over images, in a fixed order."""
     known = {"l1": l1, "psnr": psnr, "ssim": ssim, "ms-ssim": ms_ssim}
@@ -209,9 +205,6 @@ def _check_sides(images: Tensor, least: int, name: str, advice: str) -> None:
 
 def _levels(images: Tensor) -> Tensor:
     return to_uint8(images).float()
-
-
-# -- per pixel --------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

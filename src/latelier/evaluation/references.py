@@ -25,7 +25,7 @@ from latelier.data.loader import ImageDataset
 from latelier.errors import LatelierError
 from latelier.evaluation.distributions import GROUPS, GroupedStatistics, InceptionScore
 from latelier.evaluation.features import FeatureExtractor
-from latelier.evaluation.processes import agreed, gather_in_order, is_main
+from latelier.evaluation.results import agreed, gather_in_order, is_main
 from latelier.terminal import console
 
 ENVIRONMENT = "LATELIER_CACHE"
@@ -140,9 +140,6 @@ def reference_sets(
     if is_main(shared):
         store_sets(missing, key, found)
     return {**cached, **found}
-
-
-# -- the cache --------------------------------------------------------------------------------------------------------
 
 
 def reference_key(images: ImageDataset, count: int) -> Key:
