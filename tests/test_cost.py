@@ -100,12 +100,12 @@ def test_the_copy_is_without_memory_and_the_original_stays():
 def test_measured():
     codec = Codec(vmae.VMAE(image_size=(16, 16), dim=16, depth=1, heads=2, decoder_dim=16, decoder_depth=1,
                             decoder_heads=2, latent_channels=4))  # fmt: skip
-    measured = {m.name: m for m in measure_cost(codec, 16, 16, batch=4, seconds=0.05, extra={"run": "toy"})}
+    measured = {m.name: m for m in measure_cost(codec, 16, 16, batch=4, seconds=0.05)}
     assert list(measured) == [
         "parameters", "size-mib", "gflop-encode", "gflop-decode", "gflop-paper",
         "encode-images-per-second", "decode-images-per-second", "memory-gb",
     ]  # fmt: skip
-    assert all(m.value > 0 and m.receipt["run"] == "toy" for m in measured.values())
+    assert all(m.value > 0 for m in measured.values())
     parameters = measured["parameters"]
     assert parameters.receipt["encoder"] + parameters.receipt["decoder"] == parameters.value
     assert measured["encode-images-per-second"].receipt["repetitions"] >= 1

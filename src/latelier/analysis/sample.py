@@ -1,7 +1,6 @@
 """Images and their latents, encoded once: what every measure of a latent space starts from.
 
-Posteriors are kept in raw units, float32, as the tokenizer gave them; `z` puts them on the scale of the codec's
-statistics, where each channel has variance 1, so that any two tokenizers compare.
+Posteriors are kept in raw units, float32; `z` puts them on the scale where each channel has variance 1.
 """
 
 from __future__ import annotations
@@ -158,20 +157,14 @@ def collect(
     images: bool = True,
     known: LatentSample | None = None,
 ) -> LatentSample:
-    """Encode images once.
+    """Encode at most `limit` images once; an error if there are none.
 
-    Args:
-        codec: the tokenizer; statistics that it lacks are measured on the first images.
-        batches: dicts with `image` `(b, c, h, w)` in [-1, 1], of one size, perhaps `label` (-1 for none) and `index`.
-        limit: at most so many images are read.
-        images: whether they are kept.
-        known: images that are encoded already are found here by their index.
-
-    Raises:
-        LatelierError: if there are no images.
+    Batches are dicts with `image` `(b, c, h, w)` in [-1, 1], of one size, perhaps `label` (-1 for none) and `index`.
+    `images` says whether these are kept; those that are encoded already are found in `known` by their index. Statistics
+    that the codec lacks are measured on the first images.
     """
     store = _Store(limit)
-    place = {} if known is None else {number: row for row, number in enumerate(known.index.tolist())}
+    row_of = {} if known is None else {number: row for row, number in enumerate(known.index.tolist())}
     sizes: list[int] = []
     for batch in batches:
         read = sum(sizes)
@@ -181,7 +174,7 @@ def collect(
         count = len(pixels)
         index = torch.as_tensor(batch.get("index", torch.arange(read, read + count)))[:count].long().cpu()
         labels = torch.as_tensor(batch.get("label", torch.full((count,), -1)))[:count].long().cpu()
-        rows = torch.tensor([place.get(number, -1) for number in index.tolist()], dtype=torch.long)  # (b,)
+        rows = torch.tensor([row_of.get(number, -1) for number in index.tolist()], dtype=torch.long)  # (b,)
         columns = _encode(codec, pixels, rows, known)
         if images:
             columns["images"] = _levels(pixels)
@@ -212,15 +205,12 @@ def _encode(codec: Codec, images: Tensor, rows: Int[Tensor, " b"], known: Latent
             found["logvar"] = posterior.logvar.cpu()
     if known is None or fresh.all():
         return found
-    old = {"mean": known.mean[rows[~fresh]]}
-    if known.logvar is not None:
-        old["logvar"] = known.logvar[rows[~fresh]]
     merged = {}
-    for name, values in old.items():
-        merged[name] = values.new_empty(len(images), *values.shape[1:])
-        merged[name][~fresh] = values
-        if fresh.any():
-            merged[name][fresh] = found[name]
+    for name, values in (("mean", known.mean), ("logvar", known.logvar)):
+        if values is not None:
+            merged[name] = values[rows.clamp(min=0)]
+            if fresh.any():
+                merged[name][fresh] = found[name]
     return merged
 
 
@@ -230,14 +220,13 @@ def _levels(images: Tensor) -> Tensor:
 
 
 class _Store:
-    """Columns of at most `limit` rows that grow batch by batch; large ones lie in files that go with the process."""
+    """Columns of at most `limit` rows that grow batch by batch; large ones lie in temporary files."""
 
     def __init__(self, limit: int):
         self.limit, self.rows = limit, 0
         self.arrays: dict[str, Tensor] = {}
 
     def add(self, columns: Mapping[str, Tensor]) -> None:
-        """Append rows to all columns."""
         count = len(columns["index"])
         for name, values in columns.items():
             array = self.arrays.get(name)
@@ -251,7 +240,6 @@ class _Store:
         self.rows += count
 
     def columns(self) -> dict[str, Tensor]:
-        """All rows so far."""
         return {name: array[: self.rows] for name, array in self.arrays.items()}
 
 
@@ -270,8 +258,8 @@ def _array(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def measured_scale(mean: Tensor, logvar: Tensor | None, sizes: tuple[int, ...]) -> Scale:
-    """The scale of the first images, by the same definition as training's: of sampled latents, whose variance is that
-    of the posterior's mean plus the mean of its variance.
+    """The scale of the first images' sampled latents, as in training: their variance is that of the posterior's mean
+    plus the mean of its variance.
     """
     sums: list[Tensor] = []
     first = count = 0
@@ -280,9 +268,9 @@ def measured_scale(mean: Tensor, logvar: Tensor | None, sizes: tuple[int, ...]) 
             break
         rows, first = slice(first, first + size), first + size
         means = mean[rows].transpose(0, 1).flatten(1).double()  # (c, b l)
-        std = (
-            means.new_zeros(()) if logvar is None else torch.exp(0.5 * logvar[rows]).transpose(0, 1).flatten(1).double()
-        )
+        std = means.new_zeros(())
+        if logvar is not None:
+            std = torch.exp(0.5 * logvar[rows]).transpose(0, 1).flatten(1).double()
         sums.append(torch.stack([means.sum(1), (means.square() + std.square()).sum(1)]))
         count += means.shape[1]
     centre, square = torch.stack(sums).sum(0) / count  # (c,)
@@ -291,7 +279,7 @@ def measured_scale(mean: Tensor, logvar: Tensor | None, sizes: tuple[int, ...]) 
 
 
 def random_share(n: int, share: float, seed: int, purpose: str) -> Tensor:
-    """A mask `(n,)` of `share` of n images, rounded up; whether image i is in it hangs on its random number."""
+    """A mask `(n,)` of `share` of n images, rounded up, chosen by a random number for each."""
     order = KeyedRandom(seed, torch.arange(n)).uniform(purpose).argsort(stable=True)  # (n,)
     chosen = torch.zeros(n, dtype=torch.bool)
     chosen[order[: math.ceil(n * share)]] = True

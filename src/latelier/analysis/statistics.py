@@ -1,4 +1,4 @@
-"""Statistics of latents: the posterior's rate and width, the scale of channels, and which directions and codes are used.
+"""Statistics of latents: the posterior's rate and width, the scale of channels, and directions and codes in use.
 
 The posterior N(mean, std²) of a latent number costs its Kullback-Leibler divergence to the prior N(0, 1). Where a
 training weighs that much, numbers stop telling images apart: they are no longer active (Burda, Grosse & Salakhutdinov
@@ -51,15 +51,11 @@ VECTORS_PER_CODE = 10  # of so many an evenly used code is missed once in 22,000
 
 @torch.no_grad()
 def posterior_statistics(sample: LatentSample) -> dict[str, Result]:
-    """Rate, width, activity and scale of latents, of tokenizers that are variational or not.
+    """Rate, width, activity and scale of latents.
 
-    Returns:
-        Of variational tokenizers `kl-bits-per-pixel` and `posterior-std` (normalised units); of all `active-channels`,
-        `active-numbers` (shares), `latent-std` (raw units), `largest-variance-ratio` and `outlier-channels`. Details
-        have the values of all channels, which count from 0.
-
-    Raises:
-        LatelierError: for fewer than two images, or latents that do not vary or are not finite.
+    Of variational tokenizers `kl-bits-per-pixel` and `posterior-std` (normalised units); of all `active-channels`,
+    `active-numbers` (shares), `latent-std` (raw units), `largest-variance-ratio` and `outlier-channels`. Details have
+    the values of all channels, from 0. An error for fewer than two images, or latents that do not vary or are not finite.
     """
     if len(sample) < 2:
         raise LatelierError(f"The spread of latents needs at least 2 images, not {len(sample)}.")
@@ -84,9 +80,7 @@ class Spread:
         self.variational = sample.logvar is not None and bool((sample.logvar > NO_SPREAD).any())
         self.powers = torch.zeros(())  # (4, c, l): sums of the first to fourth powers of normalised means
         self.widths = torch.zeros(())  # (2, c, l): sums of normalised standard deviations and their squares
-        kl: list[Tensor] = []
-        own_kl: list[Tensor] = []
-        std_of_images: list[Tensor] = []
+        kl, own_kl, std_of_images = [], [], []
         std = self.std[:, None]  # (c, 1)
         for rows in sample.parts():
             raw = sample.mean[rows].flatten(2).double()  # (b, c, l)
@@ -207,16 +201,11 @@ def outlier_channels(variance: Float[Tensor, " c"]) -> tuple[list[int], list[int
 
 @torch.no_grad()
 def spectrum(sample: LatentSample) -> dict[str, Result]:
-    """Effective ranks of whole latents and of channels, of at most 8192 images.
+    """Effective ranks of at most 8192 images; an error for fewer than two, or latents that do not vary.
 
-    Returns:
-        `effective-rank` of the covariance of flattened latents over images, at most n - 1 and too small where
-        images are few, so that only values of equal n compare; and `channel-rank` of the `(c, c)` covariance of
-        channels over images and positions. Details have the spectra, as shares of the variance, and standard
-        deviations of the channels.
-
-    Raises:
-        LatelierError: for fewer than two images, or latents that do not vary.
+    `effective-rank` is of the covariance of flattened latents over images, at most n - 1 and too small where images are
+    few, so that only values of equal n compare; `channel-rank` of the `(c, c)` covariance of channels over images and
+    positions. Details have the spectra, as shares of the variance.
     """
     sample = sample.first(MOST_IMAGES)
     n = len(sample)
@@ -242,12 +231,8 @@ def spectrum(sample: LatentSample) -> dict[str, Result]:
 
 
 def covariance_eigenvalues(x: Float[Tensor, "n d"]) -> Float[Tensor, " r"]:
-    """Eigenvalues of the covariance, largest first, float64; the min(n, d) that may differ from 0.
-
-    Where there are more dimensions than vectors, they are those of the `(n, n)` Gram matrix, which are the same.
-
-    Raises:
-        LatelierError: if all vectors are equal, or some not finite.
+    """Eigenvalues of the covariance, largest first, float64; the min(n, d) that may differ from 0: of the `(n, n)` Gram
+    matrix where that is smaller. An error if all vectors are equal, or some not finite.
     """
     x = x - x.mean(0, dtype=torch.float64)  # (n, d)
     product = x.T @ x if x.shape[1] <= len(x) else x @ x.T  # (r, r)
@@ -270,7 +255,7 @@ def effective_rank(eigenvalues: Float[Tensor, " r"]) -> float:
 
 
 def subsample(values: Float[Tensor, " n"], most: int = MOST_ENTRIES) -> list[tuple[int, float]]:
-    """At most so many `(number, value)`, numbers from 1, spaced evenly in their logarithm; all where they are few."""
+    """At most `most` pairs `(number, value)`, numbers from 1, spaced evenly in their logarithm."""
     numbers = np.arange(1, len(values) + 1)
     if len(values) > most:
         numbers = np.unique(np.geomspace(1, len(values), most).round().astype(int))
@@ -281,10 +266,9 @@ def subsample(values: Float[Tensor, " n"], most: int = MOST_ENTRIES) -> list[tup
 def channel_statistics(sample: LatentSample) -> dict[str, Result]:
     """Where the variance of raw latents lies, and how sparse channels are.
 
-    Returns:
-        `variance-first-quarter`: the share of the raw latents' variance that the first quarter of the channels has, a
-        quarter where channels are alike. `channel-sparsity`: the mean over channels of Hoyer's (2004) measure, 0 for
-        values of equal size, 1 for a single one that is not 0. Details have both for every channel.
+    `variance-first-quarter`: the share of the raw latents' variance that the first quarter of the channels has.
+    `channel-sparsity`: the mean over channels of Hoyer's (2004) measure, 0 for values of equal size, 1 for a single
+    one that is not 0. Details have both for every channel.
     """
     sample = sample.first()
     raw = sample.z * sample.scale.std[:, None] + sample.scale.mean[:, None]  # (n, c, l)
@@ -309,11 +293,7 @@ def hoyer(values: Float[Tensor, "c n"]) -> Float[Tensor, " c"]:
 
 
 def draw_channel_maps(images: Float[Tensor, "b c h w"], z: Float[Tensor, "b k *grid"]) -> Image.Image:
-    """Images in [-1, 1], and below each how large its latents are: the mean over groups of neighbouring channels.
-
-    Raises:
-        LatelierError: for latents that do not lie on a plane.
-    """
+    """Images in [-1, 1], and below each how large its latents are: the mean over groups of neighbouring channels."""
     if z.ndim != 4:
         raise LatelierError("1-D latents have no place in the image, so there are no maps of their channels.")
     maps = []
@@ -327,11 +307,8 @@ def draw_channel_maps(images: Float[Tensor, "b c h w"], z: Float[Tensor, "b k *g
 
 @torch.no_grad()
 def codebook_usage(sample: LatentSample, codec: Codec) -> dict[str, Result]:
-    """Which codes the images' latents are nearest to.
-
-    Returns:
-        `codebook-usage`, the share of codes that occur; `codebook-perplexity`, in codes; `dead-codes`, how many never
-        occur. Nothing for tokenizers without a codebook.
+    """`codebook-usage`, the share of codes that are nearest to some latent; `codebook-perplexity`, in codes;
+    `dead-codes`, how many are not. Nothing for tokenizers without a codebook.
     """
     if not isinstance(codec.tokenizer, VQModel):
         return {}

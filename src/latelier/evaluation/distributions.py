@@ -1,8 +1,8 @@
 """Sets of images compared as distributions of feature vectors: Fréchet distance, KID, CMMD, Inception Score, recall.
 
-What is a function of sums (Fréchet distances, Inception Score) keeps sums, so that memory does not grow with the number
-of images. They are kept in ten groups of images, drawn by chance: how much a number changes when each group in turn
-is left out tells how sure it is (delete-a-group jackknife, Efron & Stein 1981).
+What is a function of sums (Fréchet distances, Inception Score) keeps sums, in ten groups of images drawn by chance: how
+much a number changes when each group in turn is left out tells how sure it is (delete-a-group jackknife, Efron & Stein
+1981).
 """
 
 from __future__ import annotations
@@ -29,10 +29,7 @@ Kernel = Callable[[Tensor, Tensor], Tensor]
 
 
 class FeatureStatistics:
-    """Mean and covariance of feature vectors of length `dims` that come in batches, in float64.
-
-    Sums are kept on `device`; one without float64 is replaced by the CPU.
-    """
+    """Mean and covariance of feature vectors that come in batches, in float64 (on the CPU if the device has none)."""
 
     def __init__(self, dims: int, device: torch.device | str = "cpu"):
         self.n = 0
@@ -45,12 +42,6 @@ class FeatureStatistics:
         self.n += len(x)
         self.total += x.sum(0)
         self.outer.addmm_(x.T, x)
-
-    def merge(self, other: FeatureStatistics) -> None:
-        """Count in what another one has seen."""
-        self.n += other.n
-        self.total += other.total
-        self.outer += other.outer
 
     def without(self, part: FeatureStatistics) -> FeatureStatistics:
         """The statistics of the rest."""
@@ -103,17 +94,15 @@ class GroupedStatistics:
     def whole(self) -> FeatureStatistics:
         """The statistics of all groups together."""
         self.flush()
-        first = self.groups[0]
-        total = FeatureStatistics(len(first.total), first.total.device)
+        whole = FeatureStatistics(len(self.groups[0].total), self.groups[0].total.device)
         for group in self.groups:
-            total.merge(group)
-        return total
+            whole.n, whole.total, whole.outer = whole.n + group.n, whole.total + group.total, whole.outer + group.outer
+        return whole
 
     def distance(self, other: GroupedStatistics) -> tuple[float, Interval]:
         """Fréchet distance to another set and its 95 % interval; no interval where groups have fewer than 2 images.
 
-        Left out are the groups of the same number on both sides: where images belong together, as a reconstruction
-        and its original do, they go together, and where they do not, variances of both sides add up.
+        Groups of the same number are left out on both sides: a reconstruction and its original go together.
         """
         ours, theirs = self.whole(), other.whole()
         value = ours.distance(theirs)
@@ -141,10 +130,8 @@ def frechet_distance(
 
 
 def group_of(numbers: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
-    """The group of each image: of every ten in a row, each goes to another group, in an order drawn by chance.
-
-    By chance, because classes often come in turn, and a group of one class would tell nothing of the whole. `numbers`
-    are ascending positions of images in their set.
+    """The groups of images, by their ascending positions in their set: of every ten in a row, each goes to another one,
+    in an order drawn by chance, because classes often come in turn.
     """
     if not len(numbers):
         return numbers
@@ -166,9 +153,7 @@ def gaussian_kernel(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> Float[T
 
 
 def mmd(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"], kernel: Kernel) -> float:
-    """Squared maximum mean discrepancy, unbiased (Gretton et al. 2012, equation 3): pairs of a vector with itself do
-    not count, so that it is zero on average between samples of one distribution, and may be negative.
-    """
+    """Squared maximum mean discrepancy, unbiased (Gretton et al. 2012, equation 3), so that it may be negative."""
     x, y = exact(x), exact(y)
 
     def within(a: Tensor) -> Tensor:
@@ -183,9 +168,8 @@ def subset_mmd(
 ) -> tuple[float, Interval, dict[str, Any]]:
     """Mean of `mmd` over subsets, its 95 % interval (None for one subset), and what a receipt says of the subsets.
 
-    Subsets of at most 1,000 vectors on each side are cut from a set shuffled by `seed`, so that no vector is in two of
-    them: the mean is as unbiased as it would be of all at once, and subsets are independent, which gives an honest
-    error.
+    They are disjoint, of at most 1,000 vectors on each side of a set shuffled by `seed`: the mean is unbiased, and
+    subsets are independent, which gives an honest error.
     """
     least, most = sorted((len(ours), len(theirs)))
     if least < 2:
@@ -245,8 +229,7 @@ def precision_recall(
     """Improved precision and recall (Kynkäänniemi et al. 2019, equations 1-2), one indicator for each vector.
 
     A manifold is the union of balls that reach each vector's k-th nearest neighbour: 1 for each sample that lies in
-    the references' manifold, and the reverse; the means are precision and recall. `chunk` rows of the matrix of
-    distances are held at once.
+    the references' manifold, and the reverse. `chunk` rows of the matrix of distances are held at once.
     """
     if min(len(samples), len(references)) <= k:
         raise LatelierError(
@@ -267,10 +250,7 @@ def _distances(x: Tensor, y: Tensor) -> Tensor:
 
 
 def jackknife(value: float, left_out: list[float]) -> tuple[float, float]:
-    """95 % interval around a number that cannot be negative, from its values without one group each.
-
-    The error is that of the delete-a-group jackknife; the quantile is Student's for so few groups.
-    """
+    """95 % interval around a number that cannot be negative, from its values without one group each."""
     x = torch.tensor(left_out, dtype=torch.float64)  # (groups,)
     error = math.sqrt((len(x) - 1) / len(x) * (x - x.mean()).square().sum().item())
     low, high = student_interval(value, error, len(x) - 1)

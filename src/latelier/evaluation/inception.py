@@ -33,23 +33,17 @@ class Convolution(nn.Module):
         self.bn = nn.BatchNorm2d(out, eps=1e-3)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d i j"]:
-        """Activations."""
         return self.bn(self.conv(x)).relu_()
 
 
 class Mixed(nn.ModuleDict):
-    """Branches side by side, their maps concatenated in order.
-
-    Args:
-        branches: each a chain of layers by name; chains that begin alike share their beginning.
-    """
+    """Branches side by side, chains of layers by name, their maps concatenated; equal beginnings are shared."""
 
     def __init__(self, *branches: dict[str, nn.Module]):
         super().__init__({name: layer for branch in branches for name, layer in branch.items()})
         self.branches = [tuple(branch) for branch in branches]
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d i j"]:
-        """All branches' maps."""
         known: dict[tuple[str, ...], Tensor] = {(): x}
         for branch in self.branches:
             for end in range(1, len(branch) + 1):
@@ -59,11 +53,7 @@ class Mixed(nn.ModuleDict):
 
 
 class Inception(nn.Module):
-    """Images of 299 x 299 to 2048 numbers, and what else is read from the same pass.
-
-    Args:
-        classifier: whether the last product, 1008 classes, is there.
-    """
+    """Images of 299 x 299 to 2048 numbers, and what else is read from the same pass; 1008 classes if `classifier`."""
 
     def __init__(self, classifier: bool = True):
         super().__init__()
@@ -75,10 +65,8 @@ class Inception(nn.Module):
     def forward(self, images: Float[Tensor, "b 3 299 299"]) -> dict[str, Float[Tensor, "b _"]]:
         """One pass over images of about -1 to 1, see `features.to_inception`.
 
-        Returns:
-            `features` `(b, 2048)`, means of the last maps, pool3; `spatial` `(b, 2023)`, what sFID compares (Nash et
-            al. 2021): the first 7 channels of mixed_6's first branch, Mixed_6d here; and with a classifier `logits`
-            `(b, 1008)` without bias, as the Inception score's code takes them (Salimans et al. 2016).
+        `features` `(b, 2048)`: pool3; `spatial` `(b, 2023)`, of sFID (Nash et al. 2021): the first 7 channels of
+        mixed_6's first branch, Mixed_6d here; `logits` `(b, 1008)` without bias (Salimans et al. 2016).
         """
         x, result = images, {}
         for name, layer in self.named_children():

@@ -1,8 +1,7 @@
 """What is kept of the features of a set of images, and the cache of those that others are compared with.
 
-Reference images are the same in every run of a comparison, so what their features sum up to is kept in
-`$LATELIER_CACHE/references` (by default `~/.cache/latelier/references`). A file's name is a hash of all it depends on:
-the data's fingerprint, the transform, the extractor with its weights and preprocessing, and how many images.
+It is in `$LATELIER_CACHE/references` (by default `~/.cache/latelier/references`). A file's name is a hash of all it
+depends on: the data's fingerprint, the transform, the extractor with its weights, and how many images.
 """
 
 from __future__ import annotations
@@ -118,7 +117,7 @@ class FeatureCollector:
 def collect(
     collectors: Sequence[FeatureCollector], batches: Iterable[Float[Tensor, "_ c h w"]], shared: bool
 ) -> dict[str, FeatureSet]:
-    """Go through images in [-1, 1] once and keep of each extractor's outputs what is asked for, by its name.
+    """Go through images in [-1, 1] once and keep of each extractor's outputs what its collector says, by its name.
 
     If `shared`, all processes take part, each with its own batches, and only the main one's sets are filled.
     """
@@ -152,7 +151,7 @@ def reference_key(images: ImageDataset, count: int) -> Key:
 
 
 def open_sets(collectors: Sequence[FeatureCollector], key: Key | None, shared: bool) -> dict[str, FeatureSet]:
-    """The cached sets, by the extractor's name; all processes know their names, the main one has what is in them."""
+    """The cached sets by extractor; all processes know their names, the main one has what is in them."""
     found = {}
     if key is not None and is_main(shared):
         opened = {collector.name: _open(_about(key, collector), collector.kept) for collector in collectors}
@@ -177,11 +176,6 @@ def store_sets(collectors: Sequence[FeatureCollector], key: Key | None, sets: Ma
                 f"Features of the reference images cannot be kept in {path.parent} ({error}); "
                 f"set ${ENVIRONMENT} to a folder with room."
             ) from None
-
-
-def cache_folder() -> Path:
-    """Where features of reference images are kept."""
-    return Path(os.environ.get(ENVIRONMENT) or Path.home() / ".cache" / "latelier") / "references"
 
 
 def _open(about: Mapping[str, Any], kept: Collection[str]) -> FeatureSet | None:
@@ -213,3 +207,7 @@ def _about(key: Key | None, collector: FeatureCollector) -> dict[str, Any]:
 def _path(about: Mapping[str, Any]) -> Path:
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
     return cache_folder() / f"{name}.safetensors"
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get(ENVIRONMENT) or Path.home() / ".cache" / "latelier") / "references"

@@ -1,8 +1,8 @@
 """Do things stand where they should? Regions of drawn images against the mean look of each class.
 
-A matcher that every data set can have: the template of a class is the mean of all its regions in training images, and
-a region shows the class whose template it correlates with most. It is a weak one, so its share of hits means something
-only between what it says of the real images and what it says of the layouts of other images.
+The template of a class is the mean of all its regions in training images, and a region shows the class whose template
+it correlates with most. A weak matcher that every data set can have: its share of hits means something only between
+those of the real images and those of the layouts of other images.
 """
 
 from __future__ import annotations
@@ -75,14 +75,14 @@ def _span(low: float, high: float, length: int) -> tuple[int, int]:
 
 
 class Templates:
-    """The mean look of each class: one pattern for each label, before normalisation, made of so many images."""
+    """The mean look of each class: one pattern for each label, before normalisation, made of `images` images."""
 
     def __init__(self, labels: Int[Tensor, " k"], patterns: Float[Tensor, "k d"], images: int):
         self.labels, self.patterns, self.images = labels, normalise(patterns), images
 
     @classmethod
     def of(cls, batches: Iterable[Mapping[str, Any]], input_name: str, most: int = MOST_TRAINING) -> Templates:
-        """The mean region of each class over at most so many training images; an error if none has a region."""
+        """The mean region of each class over at most `most` training images; an error if none has a region."""
         sums: dict[int, Tensor] = {}
         counts: dict[int, int] = defaultdict(int)
         seen = 0
@@ -100,10 +100,7 @@ class Templates:
         return cls(torch.tensor(labels), torch.stack([sums[k] / counts[k] for k in labels]), seen)
 
     def hits(self, image: Float[Tensor, "c h w"], regions: Sequence[Region]) -> tuple[int, int]:
-        """How many regions of an image show what they should, and how many were looked at.
-
-        Regions of classes without a template are left out; flat ones show nothing.
-        """
+        """How many regions of an image show what they should, and of how many with a template; flat ones do not."""
         known = set(self.labels.tolist())
         regions = [region for region in regions if region.label in known]
         if not regions:
@@ -124,10 +121,7 @@ def patterns(image: Float[Tensor, "c h w"], regions: Sequence[Region]) -> Float[
 
 
 def normalise(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """Mean 0 and length 1, so that products are correlations; flat rows become zero.
-
-    The mean is that of all channels together: brightness and contrast do not count, colour does.
-    """
+    """Mean 0 (of all channels together) and length 1, so that products are correlations; flat rows become zero."""
     centred = rows - rows.mean(1, keepdim=True)  # (n, d)
     flat = rows.std(1, keepdim=True) < FLAT  # (n, 1)
     return F.normalize(centred, dim=1).masked_fill(flat, 0.0)
@@ -152,10 +146,8 @@ def share_of_hits(counts: Sequence[tuple[int, int]]) -> tuple[float, tuple[float
 
 
 class RegionMatch:
-    """Compares regions of drawn images with templates of classes, beside the two ends of the scale.
-
-    `-chance` compares image i with the regions of record i + 1 (the last one with those of the first); `-real` says
-    what the matcher says of the original images.
+    """Regions of drawn images against templates of classes, beside the two ends of the scale: `-chance` compares image
+    i with the regions of record i + 1 (the last one with those of the first), `-real` the original images.
     """
 
     def __init__(self, input_name: str, templates: Templates):
@@ -168,7 +160,6 @@ class RegionMatch:
     def update(
         self, batch: Mapping[str, Any], drawn: Float[Tensor, "b c h w"], original: Float[Tensor, "b c h w"]
     ) -> None:
-        """See drawn images with the records that they were drawn from."""
         hits = self._templates.hits
         for regions, one, real in zip(read_regions(batch, self._input), drawn.cpu().float(), original.cpu().float()):
             self._counts[""].append(hits(one, regions))
