@@ -1,8 +1,4 @@
-"""Evaluate a trained run: reconstruction and generation on all processes, then what only one has to do.
-
-Images are encoded once for all measures of the latent space, which are plain functions of that sample; here their
-results become measurements with receipts.
-"""
+"""Evaluate a trained run: reconstruction and generation on all processes, then what only one has to do."""
 
 from __future__ import annotations
 
@@ -22,7 +18,13 @@ from latelier.data.sources import open_source
 from latelier.evaluation.conditions import condition_grid, evaluate_conditions
 from latelier.evaluation.cost import measure_cost, measure_sampling
 from latelier.evaluation.features import load_extractor
-from latelier.evaluation.generation import evaluate_generation, generate_images, measure_convergence, nearest
+from latelier.evaluation.generation import (
+    describe_sampling,
+    evaluate_generation,
+    generate_images,
+    measure_convergence,
+    nearest,
+)
 from latelier.evaluation.metrics import METRICS
 from latelier.evaluation.reconstruction import SHOWN, draw_errors, evaluate_reconstruction
 from latelier.evaluation.references import reference_key
@@ -74,14 +76,14 @@ def evaluate_latents(recipe: Recipe, codec: Codec, held_out: ImageDataset) -> li
     """The measures of the latent space that the recipe asks for, each written as soon as it is there."""
     settings, found = recipe.evaluate, []
     _write(recipe, "latent space", [])
-    asked = [name for name, metric in METRICS.items() if metric.group == "latents" and name in settings.metrics]
-    if not asked:
+    names = [name for name, metric in METRICS.items() if metric.group == "latents" and name in settings.metrics]
+    if not names:
         return []
     sample = collect(codec, held_out.once(settings.batch, limit=settings.samples), settings.samples)
     reference = {"reference": f"{recipe.data.source}, held out", "image_size": sample.image_size}
     common = {**reference, **make_receipt(tokenizer=codec.hash(), data=held_out.fingerprint)}
     sides: tuple[LatentSample, LatentSample, dict[str, Any]] | None = None
-    for name in asked:
+    for name in names:
         metric, given, about = METRICS[name], {"sample": sample, "codec": codec}, common
         if name == "map":
             save_png(draw_latent_map(sample, held_out.class_names, settings.seed), recipe.folder / MAP)
@@ -107,9 +109,8 @@ def two_sides(
 ) -> tuple[LatentSample, LatentSample, dict[str, Any]]:
     """Latents to learn from, latents to measure on, and what receipts say of them.
 
-    Those to learn from are of training images, without augmentation. Where training and held-out images are the same
-    ones, as in `latelier inspect`, a coin that is thrown for each image's number in its source divides them; `sample`
-    has those that are encoded already.
+    Those to learn from are of training images, without augmentation. Where these are the held-out images, as in
+    `latelier inspect`, chance divides them by their numbers in their source; `sample` has some that are encoded.
     """
     settings = recipe.evaluate
     if not same_images(recipe, held_out):
@@ -126,11 +127,9 @@ def two_sides(
 
 def same_images(recipe: Recipe, held_out: ImageDataset) -> bool:
     """Whether the held-out images are the training images, which they are where `val_source` says so."""
-    data = recipe.data
-    if data.val_source is None:
+    if recipe.data.val_source is None:
         return False
-    everything = open_source(data.model_copy(update={"length": None}))
-    return everything.fingerprint == held_out.source.fingerprint
+    return open_source(recipe.data.model_copy(update={"length": None})).fingerprint == held_out.source.fingerprint
 
 
 def draw_figures(recipe: Recipe, codec: Codec, held_out: ImageDataset) -> None:
@@ -215,9 +214,9 @@ def _tasks(recipe: Recipe, pipeline: LatentDiffusionPipeline, held_out: ImageDat
     if set(components(pipeline.conditioner)) <= {"classes"}:
         return []
     settings, training = recipe.evaluate, open_images(recipe)
-    grid = condition_grid(pipeline, held_out.once(8, limit=8), recipe.sample, settings.seed)
-    save_png(grid.image, recipe.folder / "samples" / "asked.png")
-    (recipe.folder / "samples" / "asked.txt").write_text("\n".join(grid.captions))
+    image, captions = condition_grid(pipeline, held_out.once(8, limit=8), recipe.sample, settings.seed)
+    save_png(image, recipe.folder / "samples" / "conditions.png")
+    (recipe.folder / "samples" / "conditions.txt").write_text("\n".join(captions))
     return evaluate_conditions(
         pipeline,
         held_out.once(settings.batch, limit=settings.samples),
@@ -242,13 +241,9 @@ def _sampled(recipe: Recipe, pipeline: LatentDiffusionPipeline, training: ImageD
 
 def _about(recipe: Recipe, pipeline: LatentDiffusionPipeline, reference: str, data: ImageDataset) -> dict[str, Any]:
     """What receipts of a pipeline's images say of it and of what they are compared with."""
-    return {
-        "reference": reference,
-        "data": data.fingerprint,
-        "tokenizer": pipeline.codec.hash(),
-        "ema": recipe.denoiser.ema if recipe.denoiser else None,
-        "images_trained": recipe.denoiser.images if recipe.denoiser else None,
-    }
+    section = recipe.denoiser
+    about = {"ema": section.ema if section else None, "images_trained": section.images if section else None}
+    return {"reference": reference, "data": data.fingerprint, "tokenizer": pipeline.codec.hash(), **about}
 
 
 def _write(recipe: Recipe, section: str, measured: list[Measurement]) -> list[Measurement]:

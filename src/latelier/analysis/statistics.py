@@ -55,7 +55,7 @@ def posterior_statistics(sample: LatentSample) -> dict[str, Result]:
 
     Of variational tokenizers `kl-bits-per-pixel` and `posterior-std` (normalised units); of all `active-channels`,
     `active-numbers` (shares), `latent-std` (raw units), `largest-variance-ratio` and `outlier-channels`. Details have
-    the values of all channels, from 0. An error for fewer than two images, or latents that do not vary or are not finite.
+    the values of all channels, from 0. An error for fewer than two images, or latents that are equal or not finite.
     """
     if len(sample) < 2:
         raise LatelierError(f"The spread of latents needs at least 2 images, not {len(sample)}.")
