@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from latelier import evaluate
+from latelier import evaluate, run
 from latelier.analysis import smoothness
 from latelier.evaluation import generation, reconstruction
 from tiny import colour_extractor, tiny_recipe
@@ -27,7 +27,7 @@ def sections(tmp_path_factory):
         patch.setattr(evaluate, "load_extractor", lambda name: colour_extractor())
         patch.setattr(smoothness, "load_extractor", lambda name, device: colour_extractor())
         section = {"metrics": METRICS, "samples": 40, "batch": 16, "modes": [1, 2], "probe_samples": 48}
-        experiment.complete(tiny_recipe(folder, evaluate=section))
+        run.complete(tiny_recipe(folder, evaluate=section))
         return json.loads((folder / "tiny" / "metrics.json").read_text())
 
 

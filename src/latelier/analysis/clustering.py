@@ -98,14 +98,10 @@ def _spread(
 
 @dataclass
 class Spread:
-    """Two estimates with 95 % confidence intervals, None where some resample has no finite value.
+    """Two estimates with 95 % confidence intervals, None where some resample has no finite value."""
 
-    `within` is the share of the variance that lies inside clusters: 0 for points, 1 where the space knows no clusters;
-    `separation` half the mean squared distance of two cluster means over the variance inside clusters.
-    """
-
-    within: float
-    separation: float
+    within: float  # share of the variance that lies inside clusters: 0 for points, 1 where the space knows no clusters
+    separation: float  # half the mean squared distance of two cluster means over the variance inside clusters
     within_interval: Interval | None
     separation_interval: Interval | None
 
@@ -137,11 +133,9 @@ def measure_spread(
 
 
 def within_and_separation(
-    x: Float[Tensor, "n d"],
-    clusters: Int[Tensor, " n"],
-    weights: Float[Tensor, "r p"],
+    x: Float[Tensor, "n d"], clusters: Int[Tensor, " n"], weights: Float[Tensor, "r p"],
     images: Int[Tensor, " n"] | None = None,
-) -> tuple[Float[Tensor, " r"], Float[Tensor, " r"]]:
+) -> tuple[Float[Tensor, " r"], Float[Tensor, " r"]]:  # fmt: skip
     """The two estimators, for each of r weightings at once.
 
     With n_k vectors of mean m_k in each of K clusters, N in all, and the mean squares of a one-way analysis of variance

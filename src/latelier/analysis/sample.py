@@ -125,11 +125,8 @@ class LatentSample:
     def first(self, images: int | None = None) -> LatentSample:
         """The first images, no more than memory holds of their latents."""
         room = max(1, MOST_NUMBERS // max(1, math.prod(self.mean.shape[1:])))
-        least = min(len(self), room, len(self) if images is None else images)
-        if least == len(self):
-            return self
         wanted = len(self) if images is None else min(images, len(self))
-        return replace(self[:least], cut=room < wanted)
+        return self if min(room, wanted) == len(self) else replace(self[: min(room, wanted)], cut=room < wanted)
 
     def on_scale_of(self, other: LatentSample) -> LatentSample:
         """The same images on another sample's scale."""
@@ -151,12 +148,9 @@ class LatentSample:
 
 @torch.no_grad()
 def collect(
-    codec: Codec,
-    batches: Iterable[Mapping[str, Any]],
-    limit: int,
-    images: bool = True,
+    codec: Codec, batches: Iterable[Mapping[str, Any]], limit: int, images: bool = True,
     known: LatentSample | None = None,
-) -> LatentSample:
+) -> LatentSample:  # fmt: skip
     """Encode at most `limit` images once; an error if there are none.
 
     Batches are dicts with `image` `(b, c, h, w)` in [-1, 1], of one size, perhaps `label` (-1 for none) and `index`.
@@ -171,7 +165,7 @@ def collect(
         if read >= limit:
             break
         pixels = batch["image"][: limit - read]  # (b, c, h, w)
-        count = len(pixels)
+        count, size = len(pixels), (pixels.shape[2], pixels.shape[3])
         index = torch.as_tensor(batch.get("index", torch.arange(read, read + count)))[:count].long().cpu()
         labels = torch.as_tensor(batch.get("label", torch.full((count,), -1)))[:count].long().cpu()
         rows = torch.tensor([row_of.get(number, -1) for number in index.tolist()], dtype=torch.long)  # (b,)
@@ -179,7 +173,6 @@ def collect(
         if images:
             columns["images"] = _levels(pixels)
         store.add({**columns, "labels": labels, "index": index})
-        size = (pixels.shape[2], pixels.shape[3])
         sizes.append(count)
     if not sizes:
         raise LatelierError("There are no images to collect latents of.")

@@ -35,13 +35,9 @@ Rows = dict[str, Tensor]
 
 @torch.no_grad()
 def smoothness(
-    sample: LatentSample,
-    codec: Codec,
-    noise_levels: Sequence[float],
-    metrics: Sequence[str],
-    features: Sequence[str],
+    sample: LatentSample, codec: Codec, noise_levels: Sequence[float], metrics: Sequence[str], features: Sequence[str],
     seed: int = 0,
-) -> dict[str, Result]:
+) -> dict[str, Result]:  # fmt: skip
     """PSNR, LPIPS and Fréchet distance (in the first of `features`) of images decoded from noisy latents.
 
     `smoothness-<metric>`: the metric's mean over noise levels (in standard deviations of each channel) from 0 to 0.3
@@ -100,11 +96,8 @@ def _area(levels: list[float], curves: Float[Tensor, "n l"], details: dict[str, 
     curves, end = curves.double(), min(AREA_END, levels[-1])
     mean, interval = mean_with_interval(curves @ area_weights(levels))
     curve = curves.mean(0).tolist()  # (l,)
-    about = {
-        "curve": [[level, value] for level, value in zip(levels, curve)],
-        "drop": float(np.interp(end, levels, curve)) - curve[0],
-        "range": [0.0, end],
-    }
+    drop = float(np.interp(end, levels, curve)) - curve[0]
+    about = {"curve": [[*point] for point in zip(levels, curve)], "drop": drop, "range": [0.0, end]}
     if end < AREA_END:
         short = f"integrated to the last noise level {end:g}, not to {AREA_END:g}"
         about["warning"] = "; ".join(filter(None, [details.get("warning"), short]))
@@ -113,12 +106,9 @@ def _area(levels: list[float], curves: Float[Tensor, "n l"], details: dict[str, 
 
 @torch.no_grad()
 def prefix_quality(
-    sample: LatentSample,
-    codec: Codec,
-    prefix_lengths: Sequence[int] | None,
-    metrics: Sequence[str],
+    sample: LatentSample, codec: Codec, prefix_lengths: Sequence[int] | None, metrics: Sequence[str],
     features: Sequence[str],
-) -> dict[str, Result]:
+) -> dict[str, Result]:  # fmt: skip
     """`prefix-<metric>@<length>` for every length of `lengths_of`: PSNR, LPIPS and Fréchet distance of images decoded
     from the first channels alone.
     """

@@ -97,29 +97,15 @@ class Spread:
             self.kl, self.own_kl = torch.cat(kl), torch.cat(own_kl)  # (n, c): nats to N(0, 1), and to its own scale's
             self.std_of_images = torch.cat(std_of_images)  # (n,)
 
-    def variance_of_numbers(self) -> Float[Tensor, "c l"]:
-        """Variance over images of each number's normalised posterior mean, unbiased."""
-        first, second = self.powers[:2] / self.n  # (c, l)
-        return (second - first.square()).clamp(min=0) * self.n / (self.n - 1)
-
     def central(self) -> Float[Tensor, "2 c"]:
         """Second and fourth central moment of a channel's normalised posterior means, over images and positions."""
         a, b, c, d = self.powers.mean(2) / self.n  # (c,)
         fourth = d - 4 * a * c + 6 * a.square() * b - 3 * a**4
         return torch.stack([b - a.square(), fourth]).clamp(min=0)
 
-    def raw_mean(self) -> Float[Tensor, " c"]:
-        """Mean of each channel's raw latents."""
-        return self.powers[0].mean(1) / self.n * self.std + self.mean
-
     def raw_variance(self) -> Float[Tensor, " c"]:
         """Variance of each channel's raw latents as a denoiser is shown them, sampled from their posteriors."""
         return (self.central()[0] + self.widths[1].mean(1) / self.n) * self.std.square()
-
-    def rounding(self) -> Float[Tensor, " c"]:
-        """1, and less for a channel whose scale is so small that its normalised latents are rounding, made large."""
-        unit = self.std.square()
-        return unit / unit.clamp(min=DEAD * unit.max().item())
 
 
 def _rate(spread: Spread, size: tuple[int, int], about: dict[str, Any]) -> dict[str, Result]:
@@ -143,9 +129,12 @@ def _rate(spread: Spread, size: tuple[int, int], about: dict[str, Any]) -> dict[
 
 def _activity(spread: Spread, about: dict[str, Any]) -> dict[str, Result]:
     """Shares of channels and numbers whose posterior mean differs between images."""
-    rounding = spread.rounding()  # (c,)
+    unit = spread.std.square()  # (c,); normalised latents of channels of almost no scale are rounding, made large
+    rounding = unit / unit.clamp(min=DEAD * unit.max().item())  # (c,)
     channels = spread.central()[0] * rounding  # (c,)
-    numbers = spread.variance_of_numbers() * rounding[:, None] > ACTIVE  # (c, l)
+    first, second = spread.powers[:2] / spread.n  # (c, l)
+    variance = (second - first.square()).clamp(min=0) * spread.n / (spread.n - 1)  # (c, l), unbiased
+    numbers = variance * rounding[:, None] > ACTIVE  # (c, l)
     about = {**about, "threshold": ACTIVE, "unit": "variance of normalised posterior means"}
     active = (channels > ACTIVE).double().mean().item()
     share = numbers.double()  # (c, l)
@@ -159,7 +148,7 @@ def _scale(
     spread: Spread, variance: Float[Tensor, " c"], configured: float | None, about: dict[str, Any]
 ) -> dict[str, Result]:
     """How large raw latents are, and how unlike their channels."""
-    mean = spread.raw_mean()  # (c,)
+    mean = spread.powers[0].mean(1) / spread.n * spread.std + spread.mean  # (c,)
     overall = ((variance + mean.square()).mean() - mean.mean().square()).clamp(min=0).sqrt().item()
     second, fourth = spread.central()  # (c,)
     kurtosis = torch.where(second > 0, fourth / second.square().clamp(min=1e-24) - 3, 0.0)  # (c,)

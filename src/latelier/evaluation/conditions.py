@@ -43,13 +43,9 @@ Baseline = Callable[[Mapping[str, Any], Tensor], Tensor]
 
 @torch.no_grad()
 def evaluate_conditions(
-    pipeline: Any,
-    records: Records,
-    training: Callable[[], Records],
-    sample: Sample,
-    evaluate: Evaluate,
+    pipeline: Any, records: Records, training: Callable[[], Records], sample: Sample, evaluate: Evaluate,
     receipt: Mapping[str, Any],
-) -> list[Measurement]:
+) -> list[Measurement]:  # fmt: skip
     """Draw what held-out records say, and measure how well it is done.
 
     Args:
@@ -59,10 +55,9 @@ def evaluate_conditions(
         receipt: what is known besides: reference, data, tokenizer, ema, images_trained.
 
     Returns:
-        `sr-<metric>` and `bicubic-<metric>`, `inpainting-<metric>` and `mean-fill-<metric>`, and how far the first is
-        above the second in the same images, `<task>-<metric>-difference`; `layout-match` and
-        `segmentation-match` with `-chance` and `-real`; `clip-score` and `clip-score-real`. Empty for models that are
-        conditioned on classes, maps or nothing.
+        `sr-<metric>` and `bicubic-<metric>`, `inpainting-<metric>` and `mean-fill-<metric>`, and the differences in the
+        same images, `<task>-<metric>-difference`; `layout-match` and `segmentation-match` with `-chance` and `-real`;
+        `clip-score` and `clip-score-real`. Empty for models that are conditioned on classes, maps or nothing.
     """
     device = pipeline.codec.device
     metrics = list(_metrics(components(pipeline.conditioner), training, evaluate, device))
@@ -162,27 +157,24 @@ class Inpainting:
         self._about = {"masks": f"LaMa's {HOLES}, lengths in proportion to the image", "mask_seed": seed}
         self._means = Means(("inpainting", "mean-fill"), metrics, fill_with_mean, {})
         self._extractor, self._covered = extractor, 0.0
-        dims = extractor.dims if extractor else 0
-        self._drawn, self._filled, self._real = (FeatureStatistics(dims) for _ in range(3))
+        self._sums = [FeatureStatistics(extractor.dims if extractor else 0) for _ in range(3)]  # drawn, filled, real
 
     def update(self, batch: Mapping[str, Any], drawn: Tensor, original: Tensor) -> None:
         self._covered += batch["hole"].to(original).mean((1, 2, 3)).sum().item()
         self._means.update(batch, drawn, original)
         if self._extractor:
-            filled = fill_with_mean(batch, original)
-            for statistics, images in ((self._drawn, drawn), (self._filled, filled), (self._real, original)):
+            for statistics, images in zip(self._sums, (drawn, fill_with_mean(batch, original), original)):
                 statistics.update(self._extractor(images))
 
     def compute(self, about: Mapping[str, Any]) -> list[Measurement]:
-        """`inpainting-` and `mean-fill-`: `lpips` and `fd-<features>`."""
         receipt = {**about, **self._about, "masked_share": self._covered / about["n"]}
         result = self._means.compute(receipt)
         if self._extractor:
             warning = size_warning(about["n"], self._extractor.dims)
             receipt |= {**self._extractor.describe(), "n_reference": about["n"], **warning}
-            for side, statistics in (("inpainting", self._drawn), ("mean-fill", self._filled)):
+            for side, statistics in zip(("inpainting", "mean-fill"), self._sums):
                 name = f"{side}-fd-{self._extractor.name}"
-                result.append(Measurement(name, statistics.distance(self._real), receipt))
+                result.append(Measurement(name, statistics.distance(self._sums[2]), receipt))
         return result
 
 

@@ -159,11 +159,9 @@ def _speed(action: Callable[[], Any], batch: int, seconds: float, device: torch.
 
 @torch.no_grad()
 def measure_sampling(
-    pipeline: LatentDiffusionPipeline,
-    references: Iterable[Mapping[str, Any]],
-    recipe: Recipe,
+    pipeline: LatentDiffusionPipeline, references: Iterable[Mapping[str, Any]], recipe: Recipe,
     receipt: Mapping[str, Any],
-) -> list[Measurement]:
+) -> list[Measurement]:  # fmt: skip
     """Sample the same images with each of `evaluate.sampling_steps`, time it, and compare them with real ones.
 
     For each number of steps, the fewest first, `gfd-<features>@<steps>` and `samples-per-second@<steps>`. As many

@@ -37,21 +37,18 @@ class FeatureStatistics:
         self.outer = exact(torch.zeros(dims, dims, device=device))  # (d, d)
 
     def update(self, features: Float[Tensor, "b d"]) -> None:
-        """Count a batch of vectors in."""
         x = exact(features.detach().to(self.total.device))  # (b, d)
         self.n += len(x)
         self.total += x.sum(0)
         self.outer.addmm_(x.T, x)
 
     def without(self, part: FeatureStatistics) -> FeatureStatistics:
-        """The statistics of the rest."""
         rest = FeatureStatistics(0, self.total.device)
         rest.n, rest.total, rest.outer = self.n - part.n, self.total - part.total, self.outer - part.outer
         return rest
 
     @property
     def mean(self) -> Float[Tensor, " d"]:
-        """The mean vector."""
         return self.total / self.n
 
     @property
@@ -76,7 +73,6 @@ class GroupedStatistics:
         self._counted = 0
 
     def update(self, features: Float[Tensor, "b d"]) -> None:
-        """Count the next vectors in."""
         self._waiting.append(features.detach())
         if sum(map(len, self._waiting)) >= BLOCK:
             self.flush()
@@ -152,6 +148,12 @@ def gaussian_kernel(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> Float[T
     return ((cosine - 1) / SIGMA**2).exp()
 
 
+DISCREPANCIES: dict[str, tuple[Kernel, float, str]] = {  # kernel, scale, and both in words
+    "kid": (polynomial_kernel, 1.0, "(x.y / d + 1)^3"),
+    "cmmd": (gaussian_kernel, CMMD_SCALE, f"Gaussian, sigma {SIGMA:g}, unit length, x {CMMD_SCALE:g}"),
+}
+
+
 def mmd(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"], kernel: Kernel) -> float:
     """Squared maximum mean discrepancy, unbiased (Gretton et al. 2012, equation 3), so that it may be negative."""
     x, y = exact(x), exact(y)
@@ -171,14 +173,17 @@ def subset_mmd(
     They are disjoint, of at most 1,000 vectors on each side of a set shuffled by `seed`: the mean is unbiased, and
     subsets are independent, which gives an honest error.
     """
+
+    def shuffled(x: Tensor, purpose: str) -> Tensor:
+        generator = torch.Generator().manual_seed(fold_in(seed, purpose, 0))
+        return x[torch.randperm(len(x), generator=generator).to(x.device)]
+
     least, most = sorted((len(ours), len(theirs)))
     if least < 2:
         raise LatelierError(f"KID and CMMD need at least 2 images on each side, not {len(ours)} and {len(theirs)}.")
     count = min(max(GROUPS, math.ceil(most / SUBSET)), least // 2)
-    sides = [
-        [part[:SUBSET] for part in _shuffled(x, seed, purpose).tensor_split(count)]
-        for x, purpose in ((ours, "subsets of samples"), (theirs, "subsets of references"))
-    ]
+    whole = shuffled(ours, "subsets of samples"), shuffled(theirs, "subsets of references")
+    sides = [[part[:SUBSET] for part in x.tensor_split(count)] for x in whole]
     values = torch.tensor([mmd(x, y, kernel) for x, y in zip(*sides)], dtype=torch.float64)  # (count,)
     about = {"subsets": count, "subset_sizes": [len(side[0]) for side in sides], "estimator": "unbiased", "seed": seed}
     mean = values.mean().item()
@@ -186,11 +191,6 @@ def subset_mmd(
         return mean, None, about
     error = values.std().item() / math.sqrt(count)
     return mean, student_interval(mean, error, count - 1), {**about, "standard_error": error}
-
-
-def _shuffled(x: Tensor, seed: int, purpose: str) -> Tensor:
-    generator = torch.Generator().manual_seed(fold_in(seed, purpose, 0))
-    return x[torch.randperm(len(x), generator=generator).to(x.device)]
 
 
 class InceptionScore:
@@ -203,7 +203,6 @@ class InceptionScore:
         self._counts = torch.zeros(GROUPS, dtype=torch.float64)
 
     def update(self, logits: Float[Tensor, "b classes"]) -> None:
-        """Count the next images in."""
         p = logits.detach().cpu().double().softmax(1)  # (b, classes)
         split = group_of(torch.arange(self.n, self.n + len(p)))  # (b,)
         if self._total is None:

@@ -21,15 +21,7 @@ from latelier.data.latents import encode_batches
 from latelier.data.loader import ImageDataset
 from latelier.denoisers.objective import DenoisingObjective
 from latelier.errors import LatelierError
-from latelier.evaluation.distributions import (
-    CMMD_SCALE,
-    GROUPS,
-    SIGMA,
-    gaussian_kernel,
-    polynomial_kernel,
-    precision_recall,
-    subset_mmd,
-)
+from latelier.evaluation.distributions import DISCREPANCIES, GROUPS, precision_recall, subset_mmd
 from latelier.evaluation.features import NEEDS, FeatureExtractor, check_features, inception_of, load_extractors
 from latelier.evaluation.reconstruction import FRECHET_INTERVAL, read_images
 from latelier.evaluation.references import FeatureCollector, FeatureSet, Key, collect, reference_key, reference_sets
@@ -48,54 +40,43 @@ KEPT = {
     "gfd": "features", "fid50k": "features", "sfid": "spatial", "inception-score": "logits", "kid": "vectors",
     "cmmd": "vectors", "precision": "vectors", "recall": "vectors",
 }  # fmt: skip
-DISCREPANCIES = {  # kernel, scale, and both in words
-    "kid": (polynomial_kernel, 1.0, "(x.y / d + 1)^3"),
-    "cmmd": (gaussian_kernel, CMMD_SCALE, f"Gaussian, sigma {SIGMA:g}, unit length, x {CMMD_SCALE:g}"),
-}
 
 
 @torch.no_grad()
 def evaluate_generation(
-    samples: Iterable[Float[Tensor, "_ c h w"]],
-    references: Iterable[Mapping[str, Any]],
-    evaluate: Evaluate,
-    receipt: Mapping[str, Any],
-    device: torch.device | str = "cpu",
-    key: Key | None = None,
-    shared: bool = False,
-) -> list[Measurement]:
+    samples: Iterable[Float[Tensor, "_ c h w"]], references: Iterable[Mapping[str, Any]], evaluate: Evaluate,
+    receipt: Mapping[str, Any], device: torch.device | str = "cpu", key: Key | None = None, shared: bool = False,
+) -> list[Measurement]:  # fmt: skip
     """Compare generated images with real ones, at most `evaluate.samples` of each, as distributions of features.
 
-    Args:
-        samples: batches of images in [-1, 1].
-        references: dicts with `image`.
-        receipt: how the samples came about: reference, sampler, steps, guidance, ema, seed, tokenizer.
-        key: what the references depend on, see `references.reference_key`: what is kept of them is cached.
-        shared: whether all processes take part, each with its own batches, see `gather_in_order`.
+    As far as `evaluate` names them: `gfd-<features>` and `kid-<features>` for each of the features, `cmmd-<features>`
+    for each CLIP, `precision` and `recall` (k = 3) in the first; `sfid` and `inception-score` in the first that gives
+    what they need, `fid50k` in `inception`. Nothing on processes that only take part.
 
-    Returns:
-        As far as `evaluate` names them: `gfd-<features>` and `kid-<features>` for each of the features,
-        `cmmd-<features>` for each CLIP, `precision` and `recall` (k = 3) in the first; `sfid` and `inception-score` in
-        the first that gives what they need, `fid50k` in `inception`. Nothing on processes that only take part.
+    Args:
+        samples, references: batches of images in [-1, 1], and dicts with `image`.
+        receipt: how the samples came about: reference, sampler, steps, guidance, ema, seed, tokenizer.
+        key: what the references depend on, see `reference_key`: what is kept of them is cached.
+        shared: whether all processes take part, each with its own batches, see `gather_in_order`.
     """
     wanted: set[str] = {name for name in evaluate.metrics if name in KEPT}
     if not wanted:
         return []
     _check(evaluate)
     spaces = _spaces(wanted, load_extractors(evaluate.features, device))
-    collectors = [space.collector for space in spaces]
+    collectors = [collector for collector, _ in spaces]
     ours = collect(collectors, read_images(({"image": batch} for batch in samples), evaluate.samples), shared)
     known = [FeatureCollector(c.extractor, {*c.kept} - {"logits"} or {"features"}) for c in collectors]
     theirs = reference_sets(known, read_images(references, evaluate.samples), key, shared)
     if not is_main(shared):
         return []
     result: list[Measurement] = []
-    for space in spaces:
-        a, b = (sets[space.collector.name] for sets in (ours, theirs))
+    for collector, metrics in spaces:
+        a, b = ours[collector.name], theirs[collector.name]
         if not a.n or not b.n:
             raise LatelierError(f"Generation cannot be evaluated from {a.n} samples and {b.n} reference images.")
-        about = make_receipt(n=a.n, n_reference=b.n, **receipt, **space.collector.extractor.describe())
-        result += _measure(space, a, b, about, evaluate.seed)
+        about = make_receipt(n=a.n, n_reference=b.n, **receipt, **collector.extractor.describe())
+        result += _measure(collector.extractor, metrics, a, b, about, evaluate.seed)
     return result
 
 
@@ -125,14 +106,6 @@ def describe_sampling(sample: Sample) -> dict[str, Any]:
     return {name: value for name, value in sample.model_dump().items() if name not in ("count", "batch")}
 
 
-@dataclass
-class Space:
-    """An extractor, and the metrics that are measured in its features."""
-
-    collector: FeatureCollector
-    metrics: set[str]
-
-
 def _check(evaluate: Evaluate) -> None:
     """Refuse early what cannot be measured, before images are drawn."""
     check_features(evaluate)
@@ -153,7 +126,7 @@ def _check_fid(n: int, who: str) -> None:
         )
 
 
-def _spaces(wanted: set[str], extractors: Sequence[FeatureExtractor]) -> list[Space]:
+def _spaces(wanted: set[str], extractors: Sequence[FeatureExtractor]) -> list[tuple[FeatureCollector, set[str]]]:
     """The extractors in their order, and what is measured in each."""
     chosen = {extractor.name: wanted & {"gfd", "kid"} for extractor in extractors}
     chosen[extractors[0].name] |= wanted & {"precision", "recall"}
@@ -162,15 +135,15 @@ def _spaces(wanted: set[str], extractors: Sequence[FeatureExtractor]) -> list[Sp
             chosen[extractor.name] |= wanted & {"cmmd"}
     for metric in wanted & set(NEEDS):
         chosen[inception_of(extractors, metric).name].add(metric)
-    found = [Space(FeatureCollector(e, sorted({KEPT[m] for m in chosen[e.name]})), chosen[e.name]) for e in extractors]
-    return [space for space in found if space.metrics]
+    used = [(extractor, chosen[extractor.name]) for extractor in extractors if chosen[extractor.name]]
+    return [(FeatureCollector(e, sorted({KEPT[m] for m in metrics})), metrics) for e, metrics in used]
 
 
 def _measure(
-    space: Space, ours: FeatureSet, theirs: FeatureSet, about: Mapping[str, Any], seed: int
-) -> list[Measurement]:
+    extractor: FeatureExtractor, wanted: set[str], ours: FeatureSet, theirs: FeatureSet, about: Mapping[str, Any],
+    seed: int,
+) -> list[Measurement]:  # fmt: skip
     """All metrics of one extractor, in a fixed order."""
-    extractor, wanted = space.collector.extractor, space.metrics
     result: list[Measurement] = []
 
     def frechet(names: Sequence[str], output: str) -> None:
@@ -200,8 +173,7 @@ def _measure(
             ends = interval and (scale * interval[0], scale * interval[1])
             result.append(Measurement(f"{metric}-{extractor.name}", scale * value, receipt, ends))
     if wanted & {"precision", "recall"}:
-        device = extractor.device
-        inside = precision_recall(ours.vectors.to(device), theirs.vectors.to(device), NEIGHBOURS)
+        inside = precision_recall(*(x.vectors.to(extractor.device) for x in (ours, theirs)), NEIGHBOURS)
         for name, each in zip(("precision", "recall"), inside):
             if name in wanted:
                 mean, interval = mean_with_interval(each)
@@ -234,23 +206,18 @@ def nearest(
         images = batch["image"].cpu().float()  # (b, c, h, w)
         distances = torch.cdist(own, extractor(images).cpu(), compute_mode="donot_use_mm_for_euclid_dist")  # (n, b)
         near = distances.topk(min(k, len(images)), largest=False)  # (n, <= k)
-        best = _closest(best, Neighbours(near.indices + seen, near.values, images[near.indices]), k)
+        found = (
+            (best.indices, near.indices + seen),
+            (best.distances, near.values),
+            (best.images, images[near.indices]),
+        )
+        merged = [torch.cat(pair, 1) for pair in found]
+        order = merged[1].argsort(dim=1, stable=True)[:, :k]  # (n, k); of equals the earlier
+        best = Neighbours(*(each[torch.arange(n)[:, None], order] for each in merged))
         seen += len(images)
     if seen < k:
         raise LatelierError(f"{k} nearest training images were asked for, but there are only {seen}.")
     return best
-
-
-def _closest(a: Neighbours, b: Neighbours, k: int) -> Neighbours:
-    """The k nearest of both; of equals the earlier."""
-    distances = torch.cat([a.distances, b.distances], 1)
-    order = distances.argsort(dim=1, stable=True)[:, :k]  # (n, k)
-    rows = torch.arange(len(order))[:, None]
-    return Neighbours(
-        torch.cat([a.indices, b.indices], 1)[rows, order],
-        distances[rows, order],
-        torch.cat([a.images, b.images], 1)[rows, order],
-    )
 
 
 def measure_convergence(recipe: Recipe, codec: Codec, held_out: ImageDataset) -> list[Measurement]:
@@ -298,19 +265,17 @@ def measure_convergence(recipe: Recipe, codec: Codec, held_out: ImageDataset) ->
 
 def load_snapshot(pipeline: LatentDiffusionPipeline, folder: Path) -> None:
     """Put a snapshot's denoiser, and its conditioner if that was trained, in place of the pipeline's."""
-    for name, place in {"denoiser": folder, "conditioner": folder / "conditioner"}.items():
-        if place.is_dir():
-            model = type(getattr(pipeline, name)).from_pretrained(place)
+    for name, source in {"denoiser": folder, "conditioner": folder / "conditioner"}.items():
+        if source.is_dir():
+            model = type(getattr(pipeline, name)).from_pretrained(source)
             pipeline.register_modules(**{name: model.to(pipeline.device).eval()})
 
 
 @torch.no_grad()
 def held_out_loss(
-    objective: DenoisingObjective,
-    codec: Codec,
-    images: Iterator[dict[str, Any]],
+    objective: DenoisingObjective, codec: Codec, images: Iterator[dict[str, Any]],
     precision: Callable[[], AbstractContextManager] = nullcontext,
-) -> tuple[float, int]:
+) -> tuple[float, int]:  # fmt: skip
     """The objective's loss (in evaluation mode), mean over `PASSES` times and noises of each image's latent, and how
     many images. Image i meets the times and noises of the sample ids `PASSES i + k`; `precision` makes a context.
     """

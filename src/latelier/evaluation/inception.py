@@ -91,9 +91,17 @@ def _layers() -> dict[str, nn.Module]:
         "Conv2d_4a_3x3": Convolution(80, 192, (3, 3), same=False),
         "pool2": nn.MaxPool2d(3, 2),
         **{name: _block_5(*widths) for name, widths in BLOCKS_5.items()},
-        "Mixed_6a": _block_6a(288),
+        "Mixed_6a": Mixed(  # 35 x 35 to 17 x 17
+            {"branch3x3": Convolution(288, 384, (3, 3), 2, same=False)},
+            _chain("branch3x3dbl", 288, (64, (1, 1)), (96, (3, 3)), (96, (3, 3)), last=True),
+            {"pool": nn.MaxPool2d(3, 2)},
+        ),
         **{name: _block_6(768, inner) for name, inner in BLOCKS_6.items()},
-        "Mixed_7a": _block_7a(768),
+        "Mixed_7a": Mixed(  # 17 x 17 to 8 x 8
+            _chain("branch3x3", 768, (192, (1, 1)), (320, (3, 3)), last=True),
+            _chain("branch7x7x3", 768, (192, (1, 1)), (192, (1, 7)), (192, (7, 1)), (192, (3, 3)), last=True),
+            {"pool": nn.MaxPool2d(3, 2)},
+        ),
         "Mixed_7b": _block_7(1280, _average_pool()),
         "Mixed_7c": _block_7(2048, nn.MaxPool2d(3, 1, padding=1)),
     }
@@ -123,15 +131,6 @@ def _block_5(width: int, pooled: int) -> Mixed:
     )
 
 
-def _block_6a(width: int) -> Mixed:
-    """35 x 35 to 17 x 17."""
-    return Mixed(
-        {"branch3x3": Convolution(width, 384, (3, 3), 2, same=False)},
-        _chain("branch3x3dbl", width, (64, (1, 1)), (96, (3, 3)), (96, (3, 3)), last=True),
-        {"pool": nn.MaxPool2d(3, 2)},
-    )
-
-
 def _block_6(width: int, inner: int) -> Mixed:
     """17 x 17, with kernels of one row and one column."""
     row, column = (1, 7), (7, 1)
@@ -140,15 +139,6 @@ def _block_6(width: int, inner: int) -> Mixed:
         _chain("branch7x7", width, (inner, (1, 1)), (inner, row), (192, column)),
         _chain("branch7x7dbl", width, (inner, (1, 1)), (inner, column), (inner, row), (inner, column), (192, row)),
         {"pool": _average_pool(), "branch_pool": Convolution(width, 192)},
-    )
-
-
-def _block_7a(width: int) -> Mixed:
-    """17 x 17 to 8 x 8."""
-    return Mixed(
-        _chain("branch3x3", width, (192, (1, 1)), (320, (3, 3)), last=True),
-        _chain("branch7x7x3", width, (192, (1, 1)), (192, (1, 7)), (192, (7, 1)), (192, (3, 3)), last=True),
-        {"pool": nn.MaxPool2d(3, 2)},
     )
 
 

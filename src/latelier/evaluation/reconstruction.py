@@ -47,14 +47,9 @@ PAPER, INK = (255, 255, 255), (29, 31, 35)
 
 @torch.no_grad()
 def evaluate_reconstruction(
-    codec: Codec,
-    batches: Iterable[Mapping[str, Any]],
-    evaluate: Evaluate,
-    reference: str,
-    extra: Mapping[str, Any] | None = None,
-    key: Key | None = None,
-    shared: bool = False,
-) -> list[Measurement]:
+    codec: Codec, batches: Iterable[Mapping[str, Any]], evaluate: Evaluate, reference: str,
+    extra: Mapping[str, Any] | None = None, key: Key | None = None, shared: bool = False,
+) -> list[Measurement]:  # fmt: skip
     """Encode (posterior mean), decode, compare: l1, psnr, ssim, ms-ssim, lpips and, for each of the features,
     `rfd-<features>`, as far as `evaluate` names them; nothing on processes that only take part.
 
