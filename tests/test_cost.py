@@ -7,13 +7,14 @@ import torch
 from diffusers import AutoencoderKL
 
 from latelier.denoisers.unet import UNet, architecture
+from latelier.diffusion.process import DDPM
 from latelier.errors import LatelierError
 from latelier.evaluation import cost
 from latelier.evaluation.cost import count_cost, measure_cost, measure_sampling, without_memory
 from latelier.evaluation.distributions import FeatureStatistics
 from latelier.evaluation.generation import batches
 from latelier.pipeline import LatentDiffusionPipeline
-from latelier.recipe import Process, Sample, build_recipe
+from latelier.recipe import Sample, build_recipe
 from latelier.tokenizers import conv, vmae
 from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.conv import IdentityTokenizer
@@ -133,7 +134,7 @@ def colours(monkeypatch):
 def pipeline():
     model = UNet(**architecture((8, 16), (), head_width=8, layers=1), in_channels=3, out_channels=3, norm_num_groups=4)
     tokenizer = Codec(IdentityTokenizer(), torch.zeros(3), torch.ones(3))
-    return LatentDiffusionPipeline.build(tokenizer, model.eval(), None, Process(kind="ddpm"), (16, 16))
+    return LatentDiffusionPipeline.build(tokenizer, model.eval(), None, DDPM(), (16, 16))
 
 
 def recipe(folder, steps, samples=10):

@@ -78,7 +78,6 @@ class GroupedStatistics:
             self.flush()
 
     def flush(self) -> None:
-        """Sum up what waits."""
         if not self._waiting:
             return
         x, self._waiting = torch.cat(self._waiting), []  # (b, d)
@@ -88,7 +87,6 @@ class GroupedStatistics:
         self._counted += len(x)
 
     def whole(self) -> FeatureStatistics:
-        """The statistics of all groups together."""
         self.flush()
         whole = FeatureStatistics(len(self.groups[0].total), self.groups[0].total.device)
         for group in self.groups:
@@ -131,8 +129,7 @@ def group_of(numbers: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
     """
     if not len(numbers):
         return numbers
-    blocks = numbers // GROUPS
-    drawn = torch.arange(int(blocks[0]), int(blocks[-1]) + 1)
+    drawn = torch.arange(int(numbers[0]) // GROUPS, int(numbers[-1]) // GROUPS + 1)
     order = KeyedRandom(0, drawn).uniform("group", GROUPS).argsort(1).flatten()  # (blocks * groups,)
     return order[numbers - drawn[0] * GROUPS]
 
@@ -239,13 +236,14 @@ def precision_recall(
 
 def _inside(points: Tensor, manifold: Tensor, k: int, chunk: int) -> Tensor:
     """1 for each point that lies in a ball of the manifold."""
-    radius = torch.cat([_distances(rows, manifold).kthvalue(k + 1).values for rows in manifold.split(chunk)])  # (m,)
-    return torch.cat([(_distances(rows, manifold) <= radius).any(1) for rows in points.split(chunk)]).float()
 
+    def distances(
+        rows: Tensor,
+    ) -> Tensor:  # the matrix-product form, which is faster, is not zero between equal vectors
+        return torch.cdist(exact(rows), exact(manifold), compute_mode="donot_use_mm_for_euclid_dist")  # (n, m)
 
-def _distances(x: Tensor, y: Tensor) -> Tensor:
-    # The exact form: the faster matrix-product form is not zero between equal vectors.
-    return torch.cdist(exact(x), exact(y), compute_mode="donot_use_mm_for_euclid_dist")  # (n, m)
+    radius = torch.cat([distances(rows).kthvalue(k + 1).values for rows in manifold.split(chunk)])  # (m,)
+    return torch.cat([(distances(rows) <= radius).any(1) for rows in points.split(chunk)]).float()
 
 
 def jackknife(value: float, left_out: list[float]) -> tuple[float, float]:

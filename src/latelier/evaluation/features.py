@@ -75,11 +75,9 @@ class FeatureExtractor:
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
         return [*self.module.parameters(), *self.module.buffers()][0].device
 
     def to(self, device: torch.device | str) -> FeatureExtractor:
-        """Move the network."""
         self.module.to(device)
         return self
 
@@ -126,9 +124,7 @@ def inception_of(extractors: Sequence[FeatureExtractor], metric: str) -> Feature
 def metric_suffix(name: str) -> str:
     """What metrics of an extractor are called after: `dinov2`, of another model `dinov2-<its folder's name>`."""
     kind, model = _parse(name)
-    if model is None or model == DEFAULTS[kind]:
-        return kind
-    return f"{kind}-{Path(model).expanduser().absolute().name}"
+    return kind if model in (None, DEFAULTS.get(kind)) else f"{kind}-{Path(str(model)).expanduser().absolute().name}"
 
 
 def _parse(name: str) -> tuple[str, str | None]:
@@ -267,9 +263,8 @@ class CLIPScore:
 
 
 def _open(name: str, kind: str, classes: Mapping[str, str], option: str, text: bool = False) -> tuple[Any, Any]:
-    """A model of `transformers`, frozen, in float32, and if its text half is needed, its tokenizer.
-
-    `classes` are those of `transformers` by the type in a configuration; `option` of the recipe stands in errors.
+    """A frozen model of `transformers` in float32, of `classes` by its configuration's type; its tokenizer if `text`;
+    `option` of the recipe stands in errors.
     """
     try:
         import transformers as library
@@ -278,15 +273,14 @@ def _open(name: str, kind: str, classes: Mapping[str, str], option: str, text: b
     place = find_pretrained(name)
     try:
         config = library.AutoConfig.from_pretrained(place)
-        found = config.model_type
-        if found not in classes:
+        if (found := config.model_type) not in classes:
             raise LatelierError(f"{option} is a model of the kind {found}; name a {kind}.")
         if hasattr(config, "vision_config") and not text:  # a whole CLIP, which knows the embedding's width better
             config.vision_config.projection_dim = config.projection_dim
             config = config.vision_config
         with weights.quiet(library):  # of a CLIP's text half, which is left aside
-            cls = getattr(library, classes[found])
-            model, report = cls.from_pretrained(place, config=config, output_loading_info=True)
+            opened = getattr(library, classes[found]).from_pretrained(place, config=config, output_loading_info=True)
+            model, report = opened
         tokenizer = library.AutoTokenizer.from_pretrained(place) if text else None
     except UNREADABLE as error:
         first = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
@@ -334,11 +328,11 @@ def resize_tensorflow(images: Float[Tensor, "b c h w"], size: int) -> Float[Tens
 
 def _interpolation(n: int, size: int, like: Tensor) -> Tensor:
     """The matrix of linear interpolation from n to `size` pixels."""
-    position = torch.arange(size, device=like.device, dtype=torch.float64) * n / size
+    rows = torch.arange(size, device=like.device)
+    position = rows.double() * n / size
     low = position.floor().long().clamp(max=n - 1)
     share = position - low
     matrix = torch.zeros(size, n, device=like.device, dtype=torch.float64)
-    rows = torch.arange(size, device=like.device)
     matrix[rows, low] += 1 - share
     matrix[rows, (low + 1).clamp(max=n - 1)] += share
     return matrix.to(like.dtype)

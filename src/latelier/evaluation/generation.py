@@ -206,12 +206,8 @@ def nearest(
         images = batch["image"].cpu().float()  # (b, c, h, w)
         distances = torch.cdist(own, extractor(images).cpu(), compute_mode="donot_use_mm_for_euclid_dist")  # (n, b)
         near = distances.topk(min(k, len(images)), largest=False)  # (n, <= k)
-        found = (
-            (best.indices, near.indices + seen),
-            (best.distances, near.values),
-            (best.images, images[near.indices]),
-        )
-        merged = [torch.cat(pair, 1) for pair in found]
+        found = (near.indices + seen, near.values, images[near.indices])
+        merged = [torch.cat(pair, 1) for pair in zip((best.indices, best.distances, best.images), found)]
         order = merged[1].argsort(dim=1, stable=True)[:, :k]  # (n, k); of equals the earlier
         best = Neighbours(*(each[torch.arange(n)[:, None], order] for each in merged))
         seen += len(images)

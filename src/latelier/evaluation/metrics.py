@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
+Words = tuple[str, ...]
 Better = Literal["lower", "higher"]
 Group = Literal["reconstruction", "generation", "latents", "cost"]  # what is compared, in the order of reports
 ARROWS = {"lower": " ↓", "higher": " ↑", None: ""}
@@ -24,13 +25,13 @@ class Metric:
 
     group: Group  # the section of reports and of `metrics.json` follows from it
     function: str = ""  # `module:function`; empty for the map, and for what is measured in one pass over images
-    takes: tuple[str, ...] = ("sample",)  # positional arguments
-    settings: tuple[str, ...] = ()  # keys of `evaluate` that are passed by name
+    takes: Words = ("sample",)  # positional arguments
+    settings: Words = ()  # keys of `evaluate` that are passed by name
     better: Mapping[str, Better] = field(default_factory=dict)  # direction, by the longest fitting beginning of a name
     units: Mapping[str, str] = field(default_factory=dict)  # the same for units, in words
-    headline: tuple[str, ...] = ()  # results that stand in front of a report
+    headline: Words = ()  # results that stand in front of a report
     inspect: bool = False  # whether `latelier inspect` measures it by default
-    features: tuple[str, ...] = ()  # beginnings of results that carry the extractor's name: `rfd-vgg16`
+    features: Words = ()  # beginnings of results that carry the extractor's name: `rfd-vgg16`
 
     def load(self) -> Callable[..., Any]:
         """The function."""
@@ -38,7 +39,10 @@ class Metric:
         return getattr(importlib.import_module(module), name)
 
 
-_ANALYSIS = "latelier.analysis"
+def _latents(function: str, takes: Words = ("sample",), settings: Words = (), **about: Any) -> Metric:
+    """A metric of latents, by its function in `latelier.analysis`."""
+    return Metric("latents", f"latelier.analysis.{function}", takes, settings, inspect=True, **about)
+
 
 METRICS: dict[str, Metric] = {
     # of reconstructions, measured in one pass
@@ -49,55 +53,48 @@ METRICS: dict[str, Metric] = {
     "lpips": Metric("reconstruction", better={"lpips": "lower"}, inspect=True),
     "rfd": Metric("reconstruction", better={"rfd": "lower"}, inspect=True, features=("rfd",)),
     # of latents: functions of one sample that is encoded once
-    "smoothness": Metric(
-        "latents", f"{_ANALYSIS}.smoothness:smoothness", ("sample", "codec"),
-        ("noise_levels", "metrics", "features", "seed"),
+    "smoothness": _latents(
+        "smoothness:smoothness", ("sample", "codec"), ("noise_levels", "metrics", "features", "seed"),
         better={"smoothness-psnr": "higher", "smoothness-lpips": "lower", "smoothness-rfd": "lower"},
-        headline=("smoothness-psnr",), inspect=True, features=("smoothness-rfd",),
+        headline=("smoothness-psnr",), features=("smoothness-rfd",),
     ),
-    "compression": Metric(
-        "latents", f"{_ANALYSIS}.clustering:perceptual_compression", ("sample",), ("clusters", "seed"),
-        better={"within": "lower", "separation": "higher"}, headline=("separation-object",), inspect=True,
+    "compression": _latents(
+        "clustering:perceptual_compression", ("sample",), ("clusters", "seed"),
+        better={"within": "lower", "separation": "higher"}, headline=("separation-object",),
     ),
-    "spectrum": Metric(
-        "latents", f"{_ANALYSIS}.statistics:spectrum",
-        units={"effective-rank": "directions", "channel-rank": "directions"},
-        headline=("effective-rank", "channel-rank"), inspect=True,
+    "spectrum": _latents(
+        "statistics:spectrum", units={"effective-rank": "directions", "channel-rank": "directions"},
+        headline=("effective-rank", "channel-rank"),
     ),
-    "prefixes": Metric(
-        "latents", f"{_ANALYSIS}.smoothness:prefix_quality", ("sample", "codec"),
-        ("prefix_lengths", "metrics", "features"),
-        better={"prefix-psnr": "higher", "prefix-lpips": "lower", "prefix-rfd": "lower"}, inspect=True,
-        features=("prefix-rfd",),
+    "prefixes": _latents(
+        "smoothness:prefix_quality", ("sample", "codec"), ("prefix_lengths", "metrics", "features"),
+        better={"prefix-psnr": "higher", "prefix-lpips": "lower", "prefix-rfd": "lower"}, features=("prefix-rfd",),
     ),
-    "channels": Metric("latents", f"{_ANALYSIS}.statistics:channel_statistics", inspect=True),
-    "posterior": Metric(
-        "latents", f"{_ANALYSIS}.statistics:posterior_statistics",
+    "channels": _latents("statistics:channel_statistics"),
+    "posterior": _latents(
+        "statistics:posterior_statistics", units={"latent-std": "of raw latents"},
         better={"active": "higher", "outlier-channels": "lower", "largest-variance-ratio": "lower"},
-        units={"latent-std": "of raw latents"}, headline=("latent-std", "active-channels"), inspect=True,
+        headline=("latent-std", "active-channels"),
     ),
-    "equivariance": Metric(
-        "latents", f"{_ANALYSIS}.equivariance:equivariance", ("sample", "codec"),
-        better={"equivariance": "lower"}, units={"equivariance": "share of the latents' variance"}, inspect=True,
+    "equivariance": _latents(
+        "equivariance:equivariance", ("sample", "codec"), better={"equivariance": "lower"},
+        units={"equivariance": "share of the latents' variance"},
     ),
-    "codebook": Metric(
-        "latents", f"{_ANALYSIS}.statistics:codebook_usage", ("sample", "codec"),
-        better={"codebook": "higher", "dead-codes": "lower"}, headline=("codebook-usage",), inspect=True,
+    "codebook": _latents(
+        "statistics:codebook_usage", ("sample", "codec"), better={"codebook": "higher", "dead-codes": "lower"},
+        headline=("codebook-usage",),
     ),
-    "gmm": Metric(
-        "latents", f"{_ANALYSIS}.mixture:gaussian_mixtures", ("train", "sample"), ("modes", "seed"),
-        better={"gmm": "lower"}, units={"gmm-nll": "nats per principal component", "gmm-modes": "Gaussians"},
-        headline=("gmm-modes",), inspect=True,
+    "gmm": _latents(
+        "mixture:gaussian_mixtures", ("train", "sample"), ("modes", "seed"), better={"gmm": "lower"},
+        units={"gmm-nll": "nats per principal component", "gmm-modes": "Gaussians"}, headline=("gmm-modes",),
     ),
-    "probe": Metric(
-        "latents", f"{_ANALYSIS}.probes:class_probes", ("train", "sample"), ("seed",),
-        better={"probe": "higher", "knn": "higher"}, units={"probe": "share of images", "knn": "share of images"},
-        headline=("probe-accuracy",), inspect=True,
+    "probe": _latents(
+        "probes:class_probes", ("train", "sample"), ("seed",), better={"probe": "higher", "knn": "higher"},
+        units={"probe": "share of images", "knn": "share of images"}, headline=("probe-accuracy",),
     ),
-    "difficulty": Metric(
-        "latents", f"{_ANALYSIS}.difficulty:diffusion_difficulty", ("train", "sample", "codec"), ("seed",),
-        better={"diffusion": "lower"}, units={"diffusion-loss": "squared error of the velocity"},
-        headline=("diffusion-loss",), inspect=True,
+    "difficulty": _latents(
+        "difficulty:diffusion_difficulty", ("train", "sample", "codec"), ("seed",), better={"diffusion": "lower"},
+        units={"diffusion-loss": "squared error of the velocity"}, headline=("diffusion-loss",),
     ),
     "map": Metric("latents", inspect=True),  # a figure, no number: `analysis.latent_map`
     # of samples
@@ -126,7 +123,7 @@ OTHERS: dict[str, Better] = {
     "fd": "lower", "layout-match": "higher", "segmentation-match": "higher", "clip-score": "higher",
     "samples-per-second": "higher",
 }  # fmt: skip
-SIDES = ("sr", "bicubic", "inpainting", "mean-fill")  # metrics of images that follow conditions, and of simple ones
+SIDES = ("sr", "bicubic", "inpainting", "mean-fill")  # images that follow conditions, and simple ones
 
 
 def better(name: str) -> Better | None:

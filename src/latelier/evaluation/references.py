@@ -61,7 +61,6 @@ class FeatureSet:
 
     @property
     def vectors(self) -> Float[Tensor, "n d"]:
-        """The feature vectors that were kept."""
         if len(self._vectors) > 1:
             self._vectors = [torch.cat(self._vectors)]
         return self._vectors[0] if self._vectors else torch.zeros(0, 0)
@@ -85,8 +84,8 @@ class FeatureSet:
         found.n, found._vectors = int(tensors["n"]), [tensors["vectors"]]
         for name in {"features", "spatial"} & set(kept):
             counts, totals, halves = (tensors[f"{name}.{part}"] for part in ("n", "total", "outer"))
-            d = totals.shape[1]
-            half, sums = torch.triu_indices(d, d), GroupedStatistics(0)
+            d, sums = totals.shape[1], GroupedStatistics(0)
+            half = torch.triu_indices(d, d)
             for group, count, total, values in zip(sums.groups, counts.tolist(), totals, halves):
                 matrix = torch.zeros(d, d, dtype=torch.float64)
                 matrix[half[0], half[1]] = values
@@ -104,7 +103,6 @@ class FeatureCollector:
 
     @property
     def name(self) -> str:
-        """The extractor's."""
         return self.extractor.name
 
     def extract(self, images: Float[Tensor, "b c h w"]) -> dict[str, Tensor]:
@@ -162,10 +160,9 @@ def open_sets(collectors: Sequence[FeatureCollector], key: Key | None, shared: b
 def store_sets(collectors: Sequence[FeatureCollector], key: Key | None, sets: Mapping[str, FeatureSet]) -> None:
     """Put sets into the cache, so that no file is ever half there; an error if they cannot be written."""
     for collector in collectors if key is not None else ():
-        found = sets[collector.name]
-        if not found.n:
+        if not sets[collector.name].n:
             continue
-        about, content = _about(key, collector), save(found.tensors())
+        about, content = _about(key, collector), save(sets[collector.name].tensors())
         path = _path(about)
         try:
             _write(path, content)

@@ -51,8 +51,7 @@ def box_regions(boxes: Float[Tensor, "n 4"], labels: Int[Tensor, " n"], size: tu
     """Regions of boxes, relative x0 y0 x1 y1, in an image of a height and a width."""
     found = []
     for label, (x0, y0, x1, y1) in zip(labels.tolist(), boxes.tolist()):
-        left, right = _span(x0, x1, size[1])
-        top, bottom = _span(y0, y1, size[0])
+        (left, right), (top, bottom) = _span(x0, x1, size[1]), _span(y0, y1, size[0])
         found.append(Region(label, (left, top, right, bottom)))
     return found
 
@@ -130,11 +129,9 @@ def normalise(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
 def share_of_hits(counts: Sequence[tuple[int, int]]) -> tuple[float, tuple[float, float] | None]:
     """The share of regions that are hits, and its 95 % interval, None for fewer than two images.
 
-    Regions of one image are not independent, so images are the sample: with h_i hits among n_i regions,
+    Regions of one image are not independent, so m images are the sample: with h_i hits among n_i regions,
 
-        p = sum h_i / sum n_i,    var p = m / (m - 1) sum (h_i - p n_i)^2 / (sum n_i)^2
-
-    over m images with regions, the ratio estimator (Cochran 1977, section 6.3).
+        p = sum h_i / sum n_i,    var p = m / (m - 1) sum (h_i - p n_i)^2 / (sum n_i)^2  (Cochran 1977, section 6.3)
     """
     hits, total = torch.tensor([pair for pair in counts if pair[1]], dtype=torch.float64).T  # 2 x (m,)
     images, share = len(total), (hits.sum() / total.sum()).item()
@@ -180,15 +177,15 @@ class RegionMatch:
                 f"images with {regions}; raise evaluate.samples."
             )
         assert self._last is not None
-        counts = {**self._counts}
-        counts["-chance"] = [*counts["-chance"], self._templates.hits(self._last, self._first)]
+        chance = [*self._counts["-chance"], self._templates.hits(self._last, self._first)]
+        counts = {**self._counts, "-chance": chance}
         receipt = {
             **about, "regions": regions, "regions_without_template": self._regions - regions,
             "classes": len(self._templates.labels), "template_images": self._templates.images,
             "matcher": f"nearest mean training region, {SIDE} x {SIDE}, correlation over all channels",
         }  # fmt: skip
-        shares = {end: share_of_hits(counts[end]) for end in COMPARED}
-        return [
-            Measurement(name + end, share, {**receipt, "judged": COMPARED[end]}, interval)
-            for end, (share, interval) in shares.items()
-        ]
+        result = []
+        for end, words in COMPARED.items():
+            share, interval = share_of_hits(counts[end])
+            result.append(Measurement(name + end, share, {**receipt, "judged": words}, interval))
+        return result

@@ -1,8 +1,7 @@
 """The numbers: what they are, how sure they are, the file that keeps them with their receipts, and several processes.
 
-Images are cut into the same batches whatever the number of processes W, and process p works on batches p, p + W, ...
-What it makes of them goes to the main process, which counts batches in their order: sums are those of one process, to
-the last bit, and only one process needs the memory.
+Whatever the number of processes W, batches are the same, and process p works on batches p, p + W, ... The main process
+counts what comes of them in the order of batches: sums are those of one process, to the last bit.
 """
 
 from __future__ import annotations
@@ -59,10 +58,7 @@ def size_warning(n: int, dims: int) -> dict[str, str]:
 
 
 def write_measurements(path: str | Path, measurements: list[Measurement], section: str) -> None:
-    """Merge measurements into `metrics.json`: `{section: {name: {value, interval, receipt}}}`, never half written.
-
-    Those of the same name in the section are replaced; a missing file is made.
-    """
+    """Merge measurements into `metrics.json`: `{section: {name: {value, interval, receipt}}}`, never half written."""
     path = Path(path)
     content = json.loads(path.read_text()) if path.is_file() else {}
     entries = content.setdefault(section, {})
