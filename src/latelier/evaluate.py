@@ -52,7 +52,9 @@ def evaluate(recipe: Recipe) -> list[Measurement]:
     All processes take part in what is measured of many images; the numbers are those of one process, which alone
     returns them.
     """
-    codec, held_out, pipeline = open_codec(recipe).to(best_device()), open_images(recipe, "val"), _pipeline(recipe)
+    codec, held_out = open_codec(recipe).to(best_device()), open_images(recipe, "val")
+    trained = (recipe.folder / "pipeline" / "model_index.json").is_file()  # a denoiser, too
+    pipeline = open_run(recipe.folder)[0] if trained else None
     measured = _write(recipe, "reconstruction", _reconstruction(recipe, codec, held_out))
     shown: list[Tensor] = []
     if pipeline is not None:
@@ -225,12 +227,6 @@ def _tasks(recipe: Recipe, pipeline: LatentDiffusionPipeline, held_out: ImageDat
         settings,
         _about(recipe, pipeline, f"{recipe.data.source}, held out", held_out),
     )
-
-
-def _pipeline(recipe: Recipe) -> LatentDiffusionPipeline | None:
-    """The run's pipeline, if a denoiser was trained."""
-    trained = (recipe.folder / "pipeline" / "model_index.json").is_file()
-    return open_run(recipe.folder)[0] if trained else None
 
 
 def _sampled(recipe: Recipe, pipeline: LatentDiffusionPipeline, training: ImageDataset) -> dict[str, Any]:

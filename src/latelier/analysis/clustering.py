@@ -56,10 +56,8 @@ def perceptual_compression(sample: LatentSample, clusters: int = 64, seed: int =
         z = sample.latents(rows).to(sample.device)  # (b, c, *grid)
         for name, (latents, looks, window) in regions(z, taps).items():
             kept.setdefault(name, Regions(name, window, seed)).add(latents, looks, sample.labels[rows], rows.start)
-    about = {
-        "latents": "posterior mean, normalised", "latent_scale": sample.scale.origin, "seed": seed,
-        "resamples": RESAMPLES,
-    }  # fmt: skip
+    about = {"latents": "posterior mean, normalised", "latent_scale": sample.scale.origin, "seed": seed}
+    about["resamples"] = RESAMPLES
     if len(kept) == 1:
         about["note"] = "1-D latents have no place in the image: classes and objects only"
     result = _by_class(kept["object"], about)

@@ -58,10 +58,8 @@ def equivariance(sample: LatentSample, codec: Codec) -> dict[str, Result]:
         for tally in tallies.values():
             tally.add(scaled, images, z)
     values = torch.cat(plain)  # (n,)
-    about = {
-        "n": len(values), "latents": "posterior mean, normalised", "latent_scale": sample.scale.origin,
-        "reconstruction_psnr": values.mean().item(),
-    }  # fmt: skip
+    about = {"n": len(values), "latents": "posterior mean, normalised", "latent_scale": sample.scale.origin}
+    about["reconstruction_psnr"] = values.mean().item()
     return {key: result for name, tally in tallies.items() for key, result in tally.measure(name, about).items()}
 
 

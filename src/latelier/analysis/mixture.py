@@ -86,10 +86,8 @@ def gaussian_mixtures(
     space = principal_space(whole[for_axes.numpy()], fitted, seed)
     ours, theirs = space(fitted), space(sample.flat())  # (n / 2, p), (m, p)
     fits = [fit_mixture(ours, theirs, k, seed) for k in chosen]
-    about = {
-        "n": len(sample), "n_fitted": len(fitted), "n_axes": int(for_axes.sum()), "fitted_to": how,
-        **train.about(), **_protocol(space), "seed": seed,
-    }  # fmt: skip
+    about = {"n": len(sample), "n_fitted": len(fitted), "n_axes": int(for_axes.sum()), "fitted_to": how}
+    about |= {**train.about(), **_protocol(space), "seed": seed}
     if skipped:
         about["skipped"] = f"{skipped} modes: fewer than {IMAGES_PER_MODE} of {len(fitted)} images each"
     found = {f"gmm-nll@{fit.modes}": _likelihood(fit, space, about) for fit in fits if fit.modes in modes}
@@ -175,11 +173,9 @@ def _protocol(space: PrincipalSpace) -> dict[str, Any]:
     import sklearn
 
     dims = len(space.axes)
-    about = {
-        "protocol": f"flattened, PCA to {dims} components, standardised, EM of diagonal Gaussians",
-        "dims": dims, "explained_variance": space.explained, "iterations_limit": ITERATIONS,
-        "variance_floor": REGULARISER, "scikit-learn": sklearn.__version__,
-    }  # fmt: skip
+    about = {"protocol": f"flattened, PCA to {dims} components, standardised, EM of diagonal Gaussians", "dims": dims}
+    about |= {"explained_variance": space.explained, "iterations_limit": ITERATIONS}
+    about |= {"variance_floor": REGULARISER, "scikit-learn": sklearn.__version__}
     if space.explained <= EXPLAINED:
         about["warning"] = f"{dims} components explain only {space.explained:.0%} of the variance, not {EXPLAINED:.0%}"
     return about
@@ -187,11 +183,9 @@ def _protocol(space: PrincipalSpace) -> dict[str, Any]:
 
 def _likelihood(fit: Fit, space: PrincipalSpace, about: dict[str, Any]) -> Result:
     mean, interval = mean_with_interval(fit.held_out)
-    details = {
-        **about, "modes": fit.modes, "fitted": fit.fitted, "per_image": mean * len(space.axes),
-        "fitted_per_image": fit.fitted * len(space.axes), "iterations": fit.iterations, "converged": fit.converged,
-    }  # fmt: skip
-    return Result(mean, interval, details)
+    details = {**about, "modes": fit.modes, "fitted": fit.fitted, "per_image": mean * len(space.axes)}
+    details["fitted_per_image"] = fit.fitted * len(space.axes)
+    return Result(mean, interval, {**details, "iterations": fit.iterations, "converged": fit.converged})
 
 
 def _needed(fits: list[Fit], about: dict[str, Any]) -> Result:

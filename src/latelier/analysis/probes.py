@@ -40,10 +40,8 @@ def class_probes(train: LatentSample, sample: LatentSample, seed: int = 0) -> di
     sample = sample[sample.labels >= 0].on_scale_of(train).first()
     if not len(sample):
         return {}
-    about = {
-        "n": len(sample), "n_learnt": len(train), **train.about(), **_baselines(train.labels, sample.labels),
-        "seed": seed,
-    }  # fmt: skip
+    about = {"n": len(sample), "n_learnt": len(train), **train.about(), **_baselines(train.labels, sample.labels)}
+    about["seed"] = seed
     flat, pooled = (train.flat(), sample.flat()), (train.z.mean(2).numpy(), sample.z.mean(2).numpy())
     found = {
         "probe-accuracy": linear_probe(*flat, train.labels, seed),
@@ -70,10 +68,8 @@ def linear_probe(
             scores[c] = float((_fit(x[~away], targets[~away], c)[0].predict(x[away]) == targets[away]).mean())
     strength = max(scores, key=lambda c: scores[c]) if scores else STRENGTHS[len(STRENGTHS) // 2]
     probe, converged = _fit(x, targets, strength)
-    about |= {
-        "probe": "logistic regression, L2, L-BFGS", "C": strength, "converged": converged,
-        "validation": [[c, score] for c, score in scores.items()], "scikit-learn": sklearn.__version__,
-    }  # fmt: skip
+    about |= {"probe": "logistic regression, L2, L-BFGS", "C": strength, "converged": converged}
+    about |= {"validation": [[*pair] for pair in scores.items()], "scikit-learn": sklearn.__version__}
     return torch.from_numpy(probe.predict(held_out)), about
 
 
@@ -89,10 +85,8 @@ def nearest_neighbours(
     voters = KNeighborsClassifier(k, **how, algorithm="brute", metric="cosine")
     with _few_per_class():
         voters.fit(x, labels.numpy())
-    about = {
-        "probe": f"{k} nearest neighbours by cosine, weight exp(cosine / {TEMPERATURE:g})", "features": x.shape[1],
-        "scikit-learn": sklearn.__version__,
-    }  # fmt: skip
+    about = {"probe": f"{k} nearest neighbours by cosine, weight exp(cosine / {TEMPERATURE:g})"}
+    about |= {"features": x.shape[1], "scikit-learn": sklearn.__version__}
     return torch.from_numpy(voters.predict(held_out)), about
 
 

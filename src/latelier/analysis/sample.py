@@ -86,10 +86,8 @@ class LatentSample:
     def about(self) -> dict[str, Any]:
         """What receipts say of whole latents."""
         channels, positions = self.mean.shape[1], math.prod(self.mean.shape[2:])
-        about = {
-            "latents": "posterior mean, normalised", "latent_scale": self.scale.origin,
-            "latent_channels": channels, "latent_positions": positions,
-        }  # fmt: skip
+        about = {"latents": "posterior mean, normalised", "latent_scale": self.scale.origin}
+        about |= {"latent_channels": channels, "latent_positions": positions}
         if self.cut:
             about["note"] = f"more than {len(self)} images of {channels * positions} numbers do not fit into memory"
         return about

@@ -54,10 +54,8 @@ def smoothness(
         noisy = noisy_latents(sample.latents(rows).to(sample.device), levels, seed, rows.start)
         versions = [lambda z=z: scaled.decode(z).clamp(-1, 1) for z in noisy]
         quality.add(rows, versions, plain=0 if scaled is codec else None)
-    about = {
-        "latents": "posterior mean", "latent_scale": sample.scale.origin, "seed": seed,
-        "noise": "z + level * standard deviation of the channel * normal noise",
-    }  # fmt: skip
+    about = {"latents": "posterior mean", "latent_scale": sample.scale.origin, "seed": seed}
+    about["noise"] = "z + level * standard deviation of the channel * normal noise"
     result = {
         f"smoothness-{name}": _area(levels, torch.cat(values), {**about, "settings": SETTINGS[name]})
         for name, values in quality.values.items()

@@ -64,10 +64,8 @@ def posterior_statistics(sample: LatentSample) -> dict[str, Result]:
     if not (variance.isfinite().all() and variance.max() > 0):
         raise LatelierError(f"The latents of {len(sample)} images are equal, or not finite.")
     _, channels, positions = spread.powers.shape
-    about = {
-        "latent_scale": sample.scale.origin, "latent_channels": channels, "latent_positions": positions,
-        "variational": spread.variational,
-    }  # fmt: skip
+    about = {"latent_scale": sample.scale.origin, "latent_channels": channels, "latent_positions": positions}
+    about["variational"] = spread.variational
     rate = _rate(spread, sample.image_size, about) if spread.variational else {}
     return {**rate, **_activity(spread, about), **_scale(spread, variance, sample.scaling_factor, about)}
 
@@ -209,10 +207,8 @@ def spectrum(sample: LatentSample) -> dict[str, Result]:
     if n < IMAGES_PER_DIM * dims:
         about["warning"] = f"n = {n} images show at most {min(n - 1, dims)} of {dims} dimensions, and those unevenly"
         about["warning"] += "; compare only at equal n"
-    of_channels = {
-        **common, "dims": len(channels), "spectrum": subsample(channels / channels.sum()),
-        "channel_std": subsample(covariance.diag().sqrt()),
-    }  # fmt: skip
+    of_channels = {**common, "dims": len(channels), "spectrum": subsample(channels / channels.sum())}
+    of_channels["channel_std"] = subsample(covariance.diag().sqrt())
     return {
         "effective-rank": Result(effective_rank(whole), details=about),
         "channel-rank": Result(effective_rank(channels), details=of_channels),

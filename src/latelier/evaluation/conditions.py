@@ -46,18 +46,12 @@ def evaluate_conditions(
     pipeline: Any, records: Records, training: Callable[[], Records], sample: Sample, evaluate: Evaluate,
     receipt: Mapping[str, Any],
 ) -> list[Measurement]:  # fmt: skip
-    """Draw what held-out records say, and measure how well it is done.
+    """Draw what at most `evaluate.samples` held-out records say, and measure how well it is done.
 
-    Args:
-        pipeline: a `LatentDiffusionPipeline`.
-        records, training: held-out records, at most `evaluate.samples`, and training records, for templates.
-        evaluate: metrics (psnr, ssim, lpips of enlarged, lpips, gfd of filled images), features, CLIP, seed of holes.
-        receipt: what is known besides: reference, data, tokenizer, ema, images_trained.
-
-    Returns:
-        `sr-<metric>` and `bicubic-<metric>`, `inpainting-<metric>` and `mean-fill-<metric>`, and the differences in the
-        same images, `<task>-<metric>-difference`; `layout-match` and `segmentation-match` with `-chance` and `-real`;
-        `clip-score` and `clip-score-real`. Empty for models that are conditioned on classes, maps or nothing.
+    `sr-<metric>` and `bicubic-<metric>`, `inpainting-<metric>` and `mean-fill-<metric>`, and the differences in the
+    same images, `<task>-<metric>-difference`; `layout-match` and `segmentation-match` with `-chance` and `-real`, by
+    templates of the records of `training()`; `clip-score` and `clip-score-real`. Empty for models that are conditioned
+    on classes, maps or nothing. `receipt` has reference, data, tokenizer, ema, images_trained.
     """
     device = pipeline.codec.device
     metrics = list(_metrics(components(pipeline.conditioner), training, evaluate, device))
@@ -107,10 +101,8 @@ def _metrics(
     similar = {"psnr", "ssim", "lpips"} & set(evaluate.metrics)
     if "low_resolution" in known and similar:
         config = known["low_resolution"].config
-        about = {
-            "factor": config["factor"], "degradation": config["degradation"], "degradation_seed": config["seed"],
-            "bicubic": "a = -1/2, as PIL and MATLAB",
-        }  # fmt: skip
+        about = {"factor": config["factor"], "degradation": config["degradation"], "degradation_seed": config["seed"]}
+        about["bicubic"] = "a = -1/2, as PIL and MATLAB"
         metrics = image_metrics(similar, device)
         yield Means(("sr", "bicubic"), metrics, lambda batch, image: enlarge(batch["low"].to(image), image), about)
     if "inpainting" in known and {"lpips", "gfd"} & set(evaluate.metrics):

@@ -57,8 +57,7 @@ class Cost:
 @torch.no_grad()
 def count_cost(codec: Codec, height: int, width: int) -> Cost:
     """Count parameters, bytes and operations for images of `height` x `width` pixels; weights are not read or moved."""
-    tokenizer = codec.tokenizer
-    parts = decoder_parts(tokenizer)
+    tokenizer, parts = codec.tokenizer, decoder_parts(codec.tokenizer)
     parameters = {name: p.numel() for name, p in tokenizer.named_parameters()}
     decoder = sum(n for name, n in parameters.items() if name.split(".")[0] in parts)
     tensors = tokenizer.state_dict().values()
@@ -113,29 +112,22 @@ def without_memory(module: nn.Module) -> nn.Module:
 
 
 def _count(module: nn.Module, action: Callable[[], Any]) -> tuple[dict[str, float], float]:
-    """GFLOP of what the action computes by operator, and how much of it in the module's convolutions and linears.
-
-    Operators alone do not tell the second: a linear layer may run as the same batched product as attention.
+    """GFLOP of what the action computes by operator, and those of convolutions and linear layers, which cannot be told
+    from operators: a linear layer may run as the same batched product as attention.
     """
     counter = FlopCounterMode(display=False)
-    layers = 0
-
-    def enter(*_: Any) -> None:
-        nonlocal layers
-        layers -= counter.get_total_flops()
-
-    def leave(*_: Any) -> None:
-        nonlocal layers
-        layers += counter.get_total_flops()
-
-    found = [layer for layer in module.modules() if isinstance(layer, LAYERS)]
-    hooks = [h for x in found for h in (x.register_forward_pre_hook(enter), x.register_forward_hook(leave))]
+    marks: dict[int, list[int]] = {-1: [], 1: []}  # totals as layers begin, and as they end
+    hooks = []
+    for layer in (layer for layer in module.modules() if isinstance(layer, LAYERS)):
+        hooks.append(layer.register_forward_pre_hook(lambda *_: marks[-1].append(counter.get_total_flops())))
+        hooks.append(layer.register_forward_hook(lambda *_: marks[1].append(counter.get_total_flops())))
     with counter, sdpa_kernel(SDPBackend.MATH):  # fused kernels are not all known to the counter
         action()
     for hook in hooks:
         hook.remove()
     counts = counter.get_flop_counts().get("Global", {})
-    return {str(operator).split(".")[-1]: flops / 1e9 for operator, flops in counts.items()}, layers / 1e9
+    layers = (sum(marks[1]) - sum(marks[-1])) / 1e9
+    return {str(operator).split(".")[-1]: flops / 1e9 for operator, flops in counts.items()}, layers
 
 
 def _speed(action: Callable[[], Any], batch: int, seconds: float, device: torch.device) -> tuple[float, int]:
@@ -177,10 +169,8 @@ def measure_sampling(
         theirs.update(extractor(images))
     if not theirs.n:
         raise LatelierError("There are no reference images to compare samples with at evaluate.sampling_steps.")
-    about = {
-        "n": theirs.n, "n_reference": theirs.n, **receipt, **extractor.describe(), "batch": recipe.sample.batch,
-        "threads": torch.get_num_threads(), "drawn_on": str(pipeline.device),
-    }  # fmt: skip
+    about = {"n": theirs.n, "n_reference": theirs.n, **receipt, **extractor.describe(), "batch": recipe.sample.batch}
+    about |= {"threads": torch.get_num_threads(), "drawn_on": str(pipeline.device)}
     records = held_out_records(recipe, pipeline)
 
     def draw(batch: Sample) -> tuple[Float[Tensor, "b c h w"], float]:

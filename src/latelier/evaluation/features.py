@@ -1,9 +1,8 @@
 """Feature extractors: networks that turn an image into the vectors that distances and neighbours see.
 
-A Fréchet distance is comparable only under the same extractor, weights and preprocessing, which every receipt carries.
-What happens to an image before a network sees it is fixed here and nowhere else:
+Distances compare only under the same extractor, weights and preprocessing, which every receipt carries:
 
-- rounding: the levels `round(127.5 x + 127.5)` of an image x in [-1, 1], clamped to 0..255 (`images.to_uint8`);
+- all: the levels `round(127.5 x + 127.5)` of an image x in [-1, 1], clamped to 0..255 (`images.to_uint8`);
 - `inception`, `inception-fid-helper`: resized as TensorFlow 1 does, then (level - 128) / 128 (`to_inception`);
 - `dinov2`, `clip`: resized by an antialiased bicubic filter, then standardised (`to_vision`);
 - `vgg16`: at its own size, level / 127.5 - 1, then LPIPS's shift and scale.
@@ -30,8 +29,7 @@ from latelier.losses.perceptual import LPIPS
 from latelier.losses.teachers import IMAGENET, STATISTICS, UNREADABLE, find_pretrained
 from latelier.recipe import Evaluate
 
-# Metrics of one network only, and what they read of it.
-NEEDS = {"fid50k": "features", "sfid": "spatial", "inception-score": "logits"}
+NEEDS = {"fid50k": "features", "sfid": "spatial", "inception-score": "logits"}  # of one network only
 OF_INCEPTION = "inception"
 ROUNDED = "clamped to [-1, 1], rounded to 8 bit"
 DEFAULTS = {"dinov2": "facebook/dinov2-large", "clip": "openai/clip-vit-large-patch14-336"}
@@ -77,17 +75,11 @@ class FeatureExtractor:
     def device(self) -> torch.device:
         return [*self.module.parameters(), *self.module.buffers()][0].device
 
-    def to(self, device: torch.device | str) -> FeatureExtractor:
-        self.module.to(device)
-        return self
-
     def describe(self, output: str = "features") -> dict[str, Any]:
         """What a receipt says of it, of one of its outputs."""
         dims, layer = (self.dims, self.layer) if output == "features" else self.others[output]
-        return {
-            "extractor": self.name, "layer": layer, "dims": dims,
-            "weights_sha256": self.weights_sha256, "preprocessing": self.preprocessing,
-        }  # fmt: skip
+        about = {"extractor": self.name, "layer": layer, "dims": dims}
+        return {**about, "weights_sha256": self.weights_sha256, "preprocessing": self.preprocessing}
 
 
 def load_extractor(name: str, device: torch.device | str = "cpu") -> FeatureExtractor:
@@ -97,7 +89,9 @@ def load_extractor(name: str, device: torch.device | str = "cpu") -> FeatureExtr
     name, a folder, or the name of a folder in `$LATELIER_WEIGHTS`.
     """
     kind, model = _parse(name)
-    return (BUILDERS[kind](model) if model else BUILDERS[kind]()).to(device)
+    extractor = BUILDERS[kind](model) if model else BUILDERS[kind]()
+    extractor.module.to(device)
+    return extractor
 
 
 def load_extractors(names: Iterable[str], device: torch.device | str = "cpu") -> list[FeatureExtractor]:
@@ -108,9 +102,8 @@ def load_extractors(names: Iterable[str], device: torch.device | str = "cpu") ->
 def check_features(evaluate: Evaluate) -> None:
     """An error unless `evaluate.features` can be opened by name and serve `evaluate.metrics`; reads no weights."""
     kinds = [_parse(name)[0] for name in _distinct(evaluate.features)]
-    for metric in evaluate.metrics:
-        if metric in NEEDS and OF_INCEPTION not in kinds:
-            raise LatelierError(_needs_inception(metric, evaluate.features))
+    for metric in (name for name in evaluate.metrics if name in NEEDS and OF_INCEPTION not in kinds):
+        raise LatelierError(_needs_inception(metric, evaluate.features))
 
 
 def inception_of(extractors: Sequence[FeatureExtractor], metric: str) -> FeatureExtractor:
@@ -254,12 +247,10 @@ class CLIPScore:
         digest = hashlib.sha256()
         for name, tensor in sorted(self._model.state_dict().items()):
             digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
-        return {
-            "clip": self.name, "weights_sha256": digest.hexdigest(), "caption_tokens": self._length,
-            "preprocessing": f"rounded to 8 bit, bicubic (antialiased) to {self._size} pixels on the shorter side, "
-            "centre crop, CLIP's mean and standard deviation",
-            "settings": "100 max(cos, 0), mean over images",
-        }  # fmt: skip
+        preprocessing = f"rounded to 8 bit, bicubic (antialiased) to {self._size} pixels on the shorter side, "
+        preprocessing += "centre crop, CLIP's mean and standard deviation"
+        about = {"clip": self.name, "weights_sha256": digest.hexdigest(), "caption_tokens": self._length}
+        return {**about, "preprocessing": preprocessing, "settings": "100 max(cos, 0), mean over images"}
 
 
 def _open(name: str, kind: str, classes: Mapping[str, str], option: str, text: bool = False) -> tuple[Any, Any]:

@@ -53,13 +53,11 @@ def evaluate_generation(
     for each CLIP, `precision` and `recall` (k = 3) in the first; `sfid` and `inception-score` in the first that gives
     what they need, `fid50k` in `inception`. Nothing on processes that only take part.
 
-    Args:
-        samples, references: batches of images in [-1, 1], and dicts with `image`.
-        receipt: how the samples came about: reference, sampler, steps, guidance, ema, seed, tokenizer.
-        key: what the references depend on, see `reference_key`: what is kept of them is cached.
-        shared: whether all processes take part, each with its own batches, see `gather_in_order`.
+    Samples are batches of images in [-1, 1], references dicts with `image`, of which features are cached under `key`,
+    see `reference_key`; `receipt` says how samples came about: reference, sampler, steps, guidance, ema, seed,
+    tokenizer. If `shared`, all processes take part, each with its own batches, see `gather_in_order`.
     """
-    wanted: set[str] = {name for name in evaluate.metrics if name in KEPT}
+    wanted = set(KEPT) & set(evaluate.metrics)
     if not wanted:
         return []
     _check(evaluate)
@@ -173,7 +171,8 @@ def _measure(
             ends = interval and (scale * interval[0], scale * interval[1])
             result.append(Measurement(f"{metric}-{extractor.name}", scale * value, receipt, ends))
     if wanted & {"precision", "recall"}:
-        inside = precision_recall(*(x.vectors.to(extractor.device) for x in (ours, theirs)), NEIGHBOURS)
+        x, y = (each.vectors.to(extractor.device) for each in (ours, theirs))  # (n, d), (m, d)
+        inside = precision_recall(x, y, NEIGHBOURS)
         for name, each in zip(("precision", "recall"), inside):
             if name in wanted:
                 mean, interval = mean_with_interval(each)
@@ -295,10 +294,8 @@ def _distance(recipe: Recipe, pipeline: LatentDiffusionPipeline, about: Mapping[
     """The Fréchet distance of the pipeline's samples, measured as gfd is, in the first features."""
     settings, training = recipe.evaluate, open_images(recipe)
     first = settings.model_copy(update={"metrics": ["gfd"], "features": settings.features[:1]})
-    receipt = {
-        **about, "reference": f"{recipe.data.source}, training images", "data": training.fingerprint,
-        **describe_sampling(recipe.sample),
-    }  # fmt: skip
+    data = {"reference": f"{recipe.data.source}, training images", "data": training.fingerprint}
+    receipt = {**about, **data, **describe_sampling(recipe.sample)}
     references = training.once(settings.batch, limit=settings.samples)
     samples = generate_images(pipeline, recipe, min(settings.samples, len(training)))
     key = reference_key(training, settings.samples)

@@ -25,8 +25,7 @@ from latelier.recipe import Evaluate
 from latelier.tokenizers.codec import Codec
 
 PSNR_LIMIT = 100.0  # dB, for images without any error
-SSIM_WINDOW = 11
-MS_SSIM_SCALES = 5
+SSIM_WINDOW, MS_SSIM_SCALES = 11, 5
 SETTINGS = {
     "l1": "8-bit levels, units of [-1, 1]",
     "psnr": "8-bit levels, range 255, mean over images of dB",
@@ -53,11 +52,9 @@ def evaluate_reconstruction(
     """Encode (posterior mean), decode, compare: l1, psnr, ssim, ms-ssim, lpips and, for each of the features,
     `rfd-<features>`, as far as `evaluate` names them; nothing on processes that only take part.
 
-    Args:
-        batches: dicts with `image`, `(b, c, h, w)` in [-1, 1]; at most `evaluate.samples` images are read.
-        reference, extra: the name of the images, and more fields, for the receipts.
-        key: what the images depend on, see `references.reference_key`: their features are cached; None caches none.
-        shared: whether all processes take part, each with its own batches, see `gather_in_order`.
+    Batches are dicts with `image`, `(b, c, h, w)` in [-1, 1], of which `evaluate.samples` are read at most. Receipts
+    say `reference`, the name of the images, and `extra` fields. Features of the images are cached under `key`, see
+    `reference_key`. If `shared`, all processes take part, each with its own batches, see `gather_in_order`.
     """
     metrics = image_metrics(evaluate.metrics, codec.device)
     extractors = load_extractors(evaluate.features if "rfd" in evaluate.metrics else (), codec.device)
@@ -142,8 +139,7 @@ def psnr(images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]) 
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
     x, y = _levels(images), _levels(reference)  # (b, c, h, w)
-    ratio = peak_signal_noise_ratio(x, y, data_range=255.0, reduction="none", dim=(1, 2, 3))  # (b,)
-    return ratio.clamp(max=PSNR_LIMIT)
+    return peak_signal_noise_ratio(x, y, data_range=255.0, reduction="none", dim=(1, 2, 3)).clamp(max=PSNR_LIMIT)
 
 
 def ssim(images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
@@ -152,9 +148,8 @@ def ssim(images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]) 
 
     _check_sides(images, SSIM_WINDOW, "SSIM", "take ssim out of evaluate.metrics.")
     x, y = _levels(images), _levels(reference)  # (b, c, h, w)
-    similarity = structural_similarity_index_measure(x, y, data_range=255.0, kernel_size=SSIM_WINDOW, reduction="none")
-    assert isinstance(similarity, Tensor)
-    return similarity.reshape(-1)  # (b,)
+    how: dict[str, Any] = {"data_range": 255.0, "kernel_size": SSIM_WINDOW, "reduction": "none"}
+    return structural_similarity_index_measure(x, y, **how).reshape(-1)  # type: ignore[union-attr]  # (b,)
 
 
 def ms_ssim(images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
@@ -215,8 +210,7 @@ def to_rgb(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 h w"]:
 
 def _with_scale(grid: Image.Image, words: str) -> Image.Image:
     """The images, below them a bar of colours with its levels, and words."""
-    font = ImageFont.load_default(TEXT)
-    width = max(grid.width, NARROWEST)
+    font, width = ImageFont.load_default(TEXT), max(grid.width, NARROWEST)
     image = Image.new("RGB", (width, grid.height + 5 * PADDING + BAR + 2 * TEXT), PAPER)
     image.paste(grid, (0, 0))
     left, right, top = PADDING, min(width, 2 * NARROWEST) - 6 * PADDING, grid.height + PADDING

@@ -24,7 +24,7 @@ from latelier.data.loader import ImageDataset
 from latelier.errors import LatelierError
 from latelier.evaluation.distributions import GROUPS, GroupedStatistics, InceptionScore
 from latelier.evaluation.features import FeatureExtractor
-from latelier.evaluation.results import agreed, gather_in_order, is_main
+from latelier.evaluation.results import agreed, gather_in_order, is_main, write_whole
 from latelier.terminal import console
 
 ENVIRONMENT = "LATELIER_CACHE"
@@ -34,15 +34,11 @@ Key = Mapping[str, Any]
 
 
 class FeatureSet:
-    """What is kept of a set of images: sums of an extractor's outputs `features`, `spatial` and `logits`, as far as
-    asked for, and of the first 50,000 images the `vectors`.
-    """
+    """What is kept of images: sums of `features`, `spatial` and `logits`, and `vectors` of the first 50,000."""
 
     def __init__(self, kept: Collection[str]):
-        self.kept = tuple(sorted(kept))
-        self.n = 0
+        self.kept, self.n, self.score = tuple(sorted(kept)), 0, InceptionScore()
         self.sums: dict[str, GroupedStatistics] = {}
-        self.score = InceptionScore()
         self._vectors: list[Tensor] = []
         self._held = 0
 
@@ -141,11 +137,8 @@ def reference_sets(
 
 def reference_key(images: ImageDataset, count: int) -> Key:
     """What features of the first `count` images of a pass over a dataset depend on besides the extractor."""
-    data = images.data
-    return {
-        "data": images.fingerprint, "shape": list(images.shape), "crop": data.crop,
-        "background": str(data.background), "n": count,
-    }  # fmt: skip
+    about = {"crop": images.data.crop, "background": str(images.data.background), "n": count}
+    return {"data": images.fingerprint, "shape": list(images.shape), **about}
 
 
 def open_sets(collectors: Sequence[FeatureCollector], key: Key | None, shared: bool) -> dict[str, FeatureSet]:
@@ -165,9 +158,9 @@ def store_sets(collectors: Sequence[FeatureCollector], key: Key | None, sets: Ma
         about, content = _about(key, collector), save(sets[collector.name].tensors())
         path = _path(about)
         try:
-            _write(path, content)
+            write_whole(path, content)
             facts = {**about, "sha256": hashlib.sha256(content).hexdigest()}
-            _write(path.with_suffix(".json"), json.dumps(facts, indent=2).encode())
+            write_whole(path.with_suffix(".json"), json.dumps(facts, indent=2).encode())
         except OSError as error:
             raise LatelierError(
                 f"Features of the reference images cannot be kept in {path.parent} ({error}); "
@@ -187,13 +180,6 @@ def _open(about: Mapping[str, Any], kept: Collection[str]) -> FeatureSet | None:
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         console.print(f"Warning: the cached features in {path} are damaged ({error}); they are computed anew.")
         return None
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_bytes(content)
-    partial.replace(path)
 
 
 def _about(key: Key | None, collector: FeatureCollector) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class Region(NamedTuple):
 
 
 def read_regions(batch: Mapping[str, Any], input_name: str) -> list[list[Region]]:
-    """The regions of each image of a batch, which needs `image`, and `boxes` and `box_labels`, or `segmentation`."""
+    """The regions of each image of a batch: of `boxes` and `box_labels`, or of `segmentation`."""
     for key in ("boxes", "box_labels") if input_name == "layouts" else ("segmentation",):
         if key not in batch:
             raise LatelierError(f"Drawn {input_name} cannot be evaluated: the records have no {key!r}.")

@@ -62,12 +62,16 @@ def write_measurements(path: str | Path, measurements: list[Measurement], sectio
     path = Path(path)
     content = json.loads(path.read_text()) if path.is_file() else {}
     entries = content.setdefault(section, {})
-    for measurement in measurements:
-        entry = asdict(measurement)
+    for entry in map(asdict, measurements):
         entries[entry.pop("name")] = entry
+    write_whole(path, json.dumps(content, indent=2, default=str).encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file, and its folder, so that it is never half there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_text(json.dumps(content, indent=2, default=str))
+    partial.write_bytes(content)
     partial.replace(path)
 
 
