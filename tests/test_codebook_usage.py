@@ -5,7 +5,8 @@ import torch
 from diffusers import VQModel
 
 from latelier.analysis.sample import collect
-from latelier.analysis.spectrum import codebook_usage
+from latelier.analysis.statistics import codebook_usage
+from latelier.tokenizers import TokenizerInfo
 from latelier.tokenizers.codec import Codec
 from test_mixture import batches
 from test_mixture import codec as plain
@@ -13,6 +14,8 @@ from test_mixture import codec as plain
 
 class Pixels(VQModel):
     """Latents are the images: a pixel is nearest to the code of its own value."""
+
+    info = TokenizerInfo(factor=1, latent_channels=3)
 
     def encode(self, images):
         return type("Encoded", (), {"latents": images})

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from latelier.denoisers.objective import DenoiserSection, DenoisingObjective
 from latelier.errors import LatelierError
 from latelier.evaluation import features
-from latelier.evaluation.convergence import PASSES, held_out_loss, load_snapshot, measure_convergence
+from latelier.evaluation.generation import PASSES, held_out_loss, load_snapshot, measure_convergence
 from latelier.opening import open_codec, open_images, open_run, snapshot_folder
 from latelier.report.comparison import write_comparison
 from latelier.report.tables import LOSS, RunSummary, comparable, convergence, reach, read_curves, speed_table

@@ -72,15 +72,16 @@ class TestFrechet:
 
 
 class TestStatistics:
-    def test_batches_and_merging_do_not_matter(self):
+    def test_batches_and_groups_do_not_matter(self):
         x = torch.randn(50, 5, generator=generator()) + 3
-        parts = [FeatureStatistics(5), FeatureStatistics(5)]
-        for i, batch in enumerate(x.split(7)):
-            parts[i % 2].update(batch)
-        parts[0].merge(parts[1])
-        assert parts[0].n == 50
-        assert torch.allclose(parts[0].mean, x.double().mean(0))
-        assert torch.allclose(parts[0].covariance, torch.cov(x.double().T))
+        plain, grouped = FeatureStatistics(5), GroupedStatistics(5)
+        for batch in x.split(7):
+            plain.update(batch)
+            grouped.update(batch)
+        for whole in (plain, grouped.whole()):
+            assert whole.n == 50
+            assert torch.allclose(whole.mean, x.double().mean(0))
+            assert torch.allclose(whole.covariance, torch.cov(x.double().T))
 
     def test_one_image_has_no_covariance(self):
         statistics = FeatureStatistics(2)

@@ -83,7 +83,7 @@ def test_all_outputs_come_from_one_pass():
     about = ("pool", "none", "0" * 64, torch.nn.Linear(1, 1))
     extractor = FeatureExtractor("inception", 3, *about, compute, {"spatial": (3, "corner")})
     found = extractor.outputs(-torch.ones(2, 3, 8, 8))
-    assert (extractor.has, tuple(found)) == (("features", "spatial"),) * 2
+    assert (("features", *extractor.others), tuple(found)) == (("features", "spatial"),) * 2
     assert passes == [2]
     assert found["spatial"].dtype == torch.float32
     assert found["spatial"].tolist() == [[0.0] * 3] * 2
@@ -93,7 +93,7 @@ def test_all_outputs_come_from_one_pass():
 @needs_vgg
 def test_vgg16_needs_nothing_more():
     extractor = load_extractor("vgg16")
-    assert extractor.has == ("features",)
+    assert ("features", *extractor.others) == ("features",)
     assert extractor(make_images()).shape == (2, 512)
 
 
@@ -165,7 +165,7 @@ def test_architecture_agrees_with_an_independent_torchscript():
 def test_fid_helper_has_its_own_name():
     extractor = load_extractor("inception-fid-helper")
     assert extractor(make_images(1)).shape == (1, 2048)
-    assert (extractor.name, extractor.has) == ("inception-fid-helper", ("features",))
+    assert (extractor.name, ("features", *extractor.others)) == ("inception-fid-helper", ("features",))
     assert extractor.describe()["weights_sha256"] == weights.FID_HELPER_SHA256
 
 
@@ -176,7 +176,7 @@ def test_inception_from_a_file(network, nowhere, monkeypatch):
     monkeypatch.setattr(weights, "INCEPTION_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     extractor = load_extractor("inception")
     found = extractor.outputs(make_images(1))
-    assert extractor.has == tuple(found) == ("features", "spatial", "logits")
+    assert ("features", *extractor.others) == tuple(found) == ("features", "spatial", "logits")
     assert [value.shape[1] for value in found.values()] == [extractor.describe(name)["dims"] for name in found]
     assert extractor.describe()["weights_sha256"] == weights.INCEPTION_SHA256
     expected = network(to_inception(to_uint8(make_images(1)).float()))
@@ -262,7 +262,7 @@ def test_dinov2_is_cls_at_224_pixels(dino_folder):
     pixels = by_hand(make_images(), 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(lambda x: x.clip(0, 255))
     expected = Dinov2Model.from_pretrained(dino_folder)(pixels).pooler_output
     torch.testing.assert_close(extractor(make_images()), expected, atol=1e-4, rtol=1e-4)
-    assert (extractor.name, extractor.dims, extractor.has) == ("dinov2-tiny-dino", 16, ("features",))
+    assert (extractor.name, extractor.dims, ("features", *extractor.others)) == ("dinov2-tiny-dino", 16, ("features",))
     assert "224 x 224" in extractor.describe()["preprocessing"]
 
 

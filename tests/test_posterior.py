@@ -8,8 +8,8 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from latelier.analysis.posterior import outlier_channels, posterior_statistics
 from latelier.analysis.sample import collect
+from latelier.analysis.statistics import outlier_channels, posterior_statistics
 from latelier.errors import LatelierError
 from latelier.tokenizers import remove_spread
 from latelier.tokenizers.codec import Codec

@@ -5,7 +5,7 @@ import torch
 
 from latelier.analysis.sample import collect
 from latelier.analysis.smoothness import lengths_of, prefix_quality
-from latelier.analysis.spectrum import channel_statistics, draw_channel_maps, hoyer
+from latelier.analysis.statistics import channel_statistics, draw_channel_maps, hoyer
 from latelier.denoisers.objective import DenoisingObjective
 from latelier.diffusion.process import Flow
 from latelier.errors import LatelierError

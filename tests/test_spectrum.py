@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from latelier.analysis.sample import collect
-from latelier.analysis.spectrum import (
+from latelier.analysis.statistics import (
     channel_covariance,
     covariance_eigenvalues,
     effective_rank,

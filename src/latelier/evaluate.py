@@ -1,8 +1,4 @@
-"""Evaluate a trained run: reconstruction and generation on all processes, then what only one has to do.
-
-Images are encoded once for all measures of the latent space, which are plain functions of that sample; here their
-results become measurements with receipts.
-"""
+"""Evaluate a trained run: reconstruction and generation on all processes, then what only one has to do."""
 
 from __future__ import annotations
 
@@ -15,21 +11,25 @@ from torch import Tensor
 
 from latelier.analysis.latent_map import draw_latent_map
 from latelier.analysis.sample import LatentSample, collect
-from latelier.analysis.spectrum import draw_channel_maps
+from latelier.analysis.statistics import draw_channel_maps
 from latelier.conditioning.condition import components
 from latelier.data.loader import ImageDataset
 from latelier.data.sources import open_source
 from latelier.evaluation.conditions import condition_grid, evaluate_conditions
-from latelier.evaluation.convergence import measure_convergence
 from latelier.evaluation.cost import measure_cost, measure_sampling
 from latelier.evaluation.features import load_extractor
-from latelier.evaluation.generation import describe_sampling, evaluate_generation, generate_images, nearest
+from latelier.evaluation.generation import (
+    describe_sampling,
+    evaluate_generation,
+    generate_images,
+    measure_convergence,
+    nearest,
+)
 from latelier.evaluation.metrics import METRICS
-from latelier.evaluation.processes import is_main, rank
 from latelier.evaluation.reconstruction import SHOWN, draw_errors, evaluate_reconstruction
 from latelier.evaluation.references import reference_key
 from latelier.evaluation.regions import MOST_TRAINING
-from latelier.evaluation.results import ERRORS, Measurement, Result, write_measurements
+from latelier.evaluation.results import ERRORS, Measurement, Result, is_main, rank, write_measurements
 from latelier.images import make_pairs, save_png
 from latelier.keyed_random import KeyedRandom
 from latelier.opening import best_device, open_codec, open_images, open_run
@@ -52,7 +52,9 @@ def evaluate(recipe: Recipe) -> list[Measurement]:
     All processes take part in what is measured of many images; the numbers are those of one process, which alone
     returns them.
     """
-    codec, held_out, pipeline = open_codec(recipe).to(best_device()), open_images(recipe, "val"), _pipeline(recipe)
+    codec, held_out = open_codec(recipe).to(best_device()), open_images(recipe, "val")
+    trained = (recipe.folder / "pipeline" / "model_index.json").is_file()  # a denoiser, too
+    pipeline = open_run(recipe.folder)[0] if trained else None
     measured = _write(recipe, "reconstruction", _reconstruction(recipe, codec, held_out))
     shown: list[Tensor] = []
     if pipeline is not None:
@@ -72,21 +74,18 @@ def evaluate(recipe: Recipe) -> list[Measurement]:
     return measured
 
 
-# -- the latent space -------------------------------------------------------------------------------------------------
-
-
 def evaluate_latents(recipe: Recipe, codec: Codec, held_out: ImageDataset) -> list[Measurement]:
     """The measures of the latent space that the recipe asks for, each written as soon as it is there."""
     settings, found = recipe.evaluate, []
     _write(recipe, "latent space", [])
-    asked = [name for name, metric in METRICS.items() if metric.group == "latents" and name in settings.metrics]
-    if not asked:
+    names = [name for name, metric in METRICS.items() if metric.group == "latents" and name in settings.metrics]
+    if not names:
         return []
     sample = collect(codec, held_out.once(settings.batch, limit=settings.samples), settings.samples)
     reference = {"reference": f"{recipe.data.source}, held out", "image_size": sample.image_size}
     common = {**reference, **make_receipt(tokenizer=codec.hash(), data=held_out.fingerprint)}
     sides: tuple[LatentSample, LatentSample, dict[str, Any]] | None = None
-    for name in asked:
+    for name in names:
         metric, given, about = METRICS[name], {"sample": sample, "codec": codec}, common
         if name == "map":
             save_png(draw_latent_map(sample, held_out.class_names, settings.seed), recipe.folder / MAP)
@@ -112,9 +111,8 @@ def two_sides(
 ) -> tuple[LatentSample, LatentSample, dict[str, Any]]:
     """Latents to learn from, latents to measure on, and what receipts say of them.
 
-    Those to learn from are of training images, without augmentation. Where training and held-out images are the same
-    ones, as in `latelier inspect`, a coin that is thrown for each image's number in its source divides them; `sample`
-    has those that are encoded already.
+    Those to learn from are of training images, without augmentation. Where these are the held-out images, as in
+    `latelier inspect`, chance divides them by their numbers in their source; `sample` has some that are encoded.
     """
     settings = recipe.evaluate
     if not same_images(recipe, held_out):
@@ -131,14 +129,9 @@ def two_sides(
 
 def same_images(recipe: Recipe, held_out: ImageDataset) -> bool:
     """Whether the held-out images are the training images, which they are where `val_source` says so."""
-    data = recipe.data
-    if data.val_source is None:
+    if recipe.data.val_source is None:
         return False
-    everything = open_source(data.model_copy(update={"length": None}))
-    return everything.fingerprint == held_out.source.fingerprint
-
-
-# -- figures ----------------------------------------------------------------------------------------------------------
+    return open_source(recipe.data.model_copy(update={"length": None})).fingerprint == held_out.source.fingerprint
 
 
 def draw_figures(recipe: Recipe, codec: Codec, held_out: ImageDataset) -> None:
@@ -160,9 +153,6 @@ def save_reconstructions(codec: Codec, dataset: ImageDataset, out: Path) -> None
     with torch.no_grad():
         result = codec.decode(codec.encode(images.to(codec.device))).clamp(-1, 1).cpu()
     save_png(make_pairs(images, result, columns=min(8, len(images))), out)
-
-
-# -- on all processes -------------------------------------------------------------------------------------------------
 
 
 def _reconstruction(recipe: Recipe, codec: Codec, held_out: ImageDataset) -> list[Measurement]:
@@ -205,9 +195,6 @@ def _generation(recipe: Recipe, pipeline: LatentDiffusionPipeline, shown: list[T
     return measured
 
 
-# -- on the main process ----------------------------------------------------------------------------------------------
-
-
 def _save_nearest(recipe: Recipe, shown: Tensor) -> None:
     """The nearest training images below some samples."""
     searched = max(NEAREST_SEARCHED, 5 * recipe.evaluate.samples)  # all of a small set, a part of a large one
@@ -229,9 +216,9 @@ def _tasks(recipe: Recipe, pipeline: LatentDiffusionPipeline, held_out: ImageDat
     if set(components(pipeline.conditioner)) <= {"classes"}:
         return []
     settings, training = recipe.evaluate, open_images(recipe)
-    grid = condition_grid(pipeline, held_out.once(8, limit=8), recipe.sample, settings.seed)
-    save_png(grid.image, recipe.folder / "samples" / "asked.png")
-    (recipe.folder / "samples" / "asked.txt").write_text("\n".join(grid.captions))
+    image, captions = condition_grid(pipeline, held_out.once(8, limit=8), recipe.sample, settings.seed)
+    save_png(image, recipe.folder / "samples" / "conditions.png")
+    (recipe.folder / "samples" / "conditions.txt").write_text("\n".join(captions))
     return evaluate_conditions(
         pipeline,
         held_out.once(settings.batch, limit=settings.samples),
@@ -242,15 +229,6 @@ def _tasks(recipe: Recipe, pipeline: LatentDiffusionPipeline, held_out: ImageDat
     )
 
 
-# -- inside -----------------------------------------------------------------------------------------------------------
-
-
-def _pipeline(recipe: Recipe) -> LatentDiffusionPipeline | None:
-    """The run's pipeline, if a denoiser was trained."""
-    trained = (recipe.folder / "pipeline" / "model_index.json").is_file()
-    return open_run(recipe.folder)[0] if trained else None
-
-
 def _sampled(recipe: Recipe, pipeline: LatentDiffusionPipeline, training: ImageDataset) -> dict[str, Any]:
     """What receipts say of samples that are compared with training images."""
     about = _about(recipe, pipeline, f"{recipe.data.source}, training images", training)
@@ -259,13 +237,9 @@ def _sampled(recipe: Recipe, pipeline: LatentDiffusionPipeline, training: ImageD
 
 def _about(recipe: Recipe, pipeline: LatentDiffusionPipeline, reference: str, data: ImageDataset) -> dict[str, Any]:
     """What receipts of a pipeline's images say of it and of what they are compared with."""
-    return {
-        "reference": reference,
-        "data": data.fingerprint,
-        "tokenizer": pipeline.codec.hash(),
-        "ema": recipe.denoiser.ema if recipe.denoiser else None,
-        "images_trained": recipe.denoiser.images if recipe.denoiser else None,
-    }
+    section = recipe.denoiser
+    about = {"ema": section.ema if section else None, "images_trained": section.images if section else None}
+    return {"reference": reference, "data": data.fingerprint, "tokenizer": pipeline.codec.hash(), **about}
 
 
 def _write(recipe: Recipe, section: str, measured: list[Measurement]) -> list[Measurement]:

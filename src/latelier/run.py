@@ -22,9 +22,8 @@ from latelier.data.transforms import Transform, to_float
 from latelier.errors import LatelierError
 from latelier.evaluate import evaluate
 from latelier.evaluation.features import check_features
-from latelier.evaluation.processes import is_main
 from latelier.evaluation.reconstruction import psnr
-from latelier.evaluation.results import Measurement
+from latelier.evaluation.results import Measurement, is_main
 from latelier.images import make_columns, make_grid, save_png
 from latelier.opening import best_device, held_out_records, open_run
 from latelier.pipeline import LatentDiffusionPipeline, choose_settings, make_previews

@@ -1,9 +1,8 @@
 """Perceptual compression: whether images, parts and patterns that look alike lie together in the latent space.
 
-The second of the three properties that "Latent Diffusion Models with Masked AutoEncoders" (ICCV 2025) asks of a latent
-space (its figure 7): how tightly latents lie within clusters, and how far clusters lie apart. Clusters are found in
-VGG16's features of the images, never in the latents. Both numbers compare variances, summed over dimensions, so neither
-changes when the space is scaled or rotated; both are free of the bias that small clusters bring.
+The second property that "Latent Diffusion Models with Masked AutoEncoders" (ICCV 2025, figure 7) asks of a latent
+space: how tightly latents lie within clusters, and how far clusters lie apart. Clusters are found in VGG16's features
+of the images, never in the latents. Neither number changes when the space is scaled or rotated.
 """
 
 from __future__ import annotations
@@ -34,49 +33,14 @@ LAYERS = {"object": "relu5_3", "part": "relu4_3", "pattern": "relu2_2"}
 Interval = tuple[float, float]
 
 
-# -- the measure ------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def perceptual_compression(sample: LatentSample, clusters: int = 64, seed: int = 0) -> dict[str, Result]:
     """Within and separation of clusters that are the same for every codec with the same latent grid.
 
-    Args:
-        sample: images and latents; 1-D latents have no place in the image, so they have classes and objects only.
-        clusters: at each granularity, never more than an eighth of the regions.
-        seed: of the choice of regions, of k-means and of the resamples.
-
-    Returns:
-        `within-<granularity>` (lower is better) and `separation-<granularity>` (higher is better) for class (if two
-        classes have two images each), object, part and pattern.
-
-    Raises:
-        LatelierError: if there are too few images, or VGG16 has no features for them.
+    `within-<granularity>` (lower is better) and `separation-<granularity>` (higher is better) for class (if two classes
+    have two images each), object, and of 2-D latents part and pattern; at each granularity, at most `clusters`, never
+    more than an eighth of the regions. An error for too few images, or such as VGG16 has no features for.
     """
-    _check_images(sample)
-    network, kept = vgg16(sample), dict[str, Regions]()
-    for rows in sample.parts(PIXELS):
-        taps = original_maps(sample, network, rows)  # 5 x (b, k, i, j)
-        z = sample.latents(rows).to(sample.device)  # (b, c, *grid)
-        for name, (latents, looks, window) in regions(z, taps).items():
-            kept.setdefault(name, Regions(name, window, seed)).add(latents, looks, sample.labels[rows], rows.start)
-    about = {
-        "latents": "posterior mean, normalised", "latent_scale": sample.scale.origin, "seed": seed,
-        "resamples": RESAMPLES,
-    }  # fmt: skip
-    if len(kept) == 1:
-        about["note"] = "1-D latents have no place in the image: classes and objects only"
-    result = _by_class(kept["object"], about)
-    for name, found in kept.items():
-        groups = perceptual_clusters(found.looks, clusters, seed)  # (n,)
-        layer = f"{LAYERS[name]} of LPIPS's VGG16, mean over the region, unit length"
-        how = {"clustering": f"k-means of {layer}", "weights_sha256": LPIPS_WEIGHTS["vgg"].digest}
-        result |= _spread(name, found, groups, torch.ones(len(groups)).bool(), {**about, **how})
-    return result
-
-
-def _check_images(sample: LatentSample) -> None:
-    """Refuse images that VGG16 cannot see, and too few of them."""
     assert sample.images is not None
     channels, (height, width) = sample.images.shape[1], sample.image_size
     if channels not in (1, 3) or min(height, width) < LEAST_SIDE:
@@ -86,6 +50,23 @@ def _check_images(sample: LatentSample) -> None:
         )
     if len(sample) < LEAST_IMAGES:
         raise LatelierError(f"Compression needs at least {LEAST_IMAGES} images, but there are only {len(sample)}.")
+    network, kept = vgg16(sample), dict[str, Regions]()
+    for rows in sample.parts(PIXELS):
+        taps = original_maps(sample, network, rows)  # 5 x (b, k, i, j)
+        z = sample.latents(rows).to(sample.device)  # (b, c, *grid)
+        for name, (latents, looks, window) in regions(z, taps).items():
+            kept.setdefault(name, Regions(name, window, seed)).add(latents, looks, sample.labels[rows], rows.start)
+    about = {"latents": "posterior mean, normalised", "latent_scale": sample.scale.origin, "seed": seed}
+    about["resamples"] = RESAMPLES
+    if len(kept) == 1:
+        about["note"] = "1-D latents have no place in the image: classes and objects only"
+    result = _by_class(kept["object"], about)
+    for name, found in kept.items():
+        groups = perceptual_clusters(found.looks, clusters, seed)  # (n,)
+        layer = f"{LAYERS[name]} of LPIPS's VGG16, mean over the region, unit length"
+        how = {"clustering": f"k-means of {layer}", "weights_sha256": LPIPS_WEIGHTS["vgg"].digest}
+        result |= _spread(name, found, groups, torch.ones(len(groups)).bool(), {**about, **how})
+    return result
 
 
 def _by_class(objects: Regions, about: dict[str, Any]) -> dict[str, Result]:
@@ -113,19 +94,12 @@ def _spread(
     }
 
 
-# -- estimators -------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Spread:
-    """Two estimates with 95 % confidence intervals, None where some resample has no finite value.
+    """Two estimates with 95 % confidence intervals, None where some resample has no finite value."""
 
-    `within` is the share of the variance that lies inside clusters: 0 for points, 1 where the space knows no clusters;
-    `separation` half the mean squared distance of two cluster means over the variance inside clusters.
-    """
-
-    within: float
-    separation: float
+    within: float  # share of the variance that lies inside clusters: 0 for points, 1 where the space knows no clusters
+    separation: float  # half the mean squared distance of two cluster means over the variance inside clusters
     within_interval: Interval | None
     separation_interval: Interval | None
 
@@ -133,18 +107,22 @@ class Spread:
 def measure_spread(
     x: Float[Tensor, "n d"], clusters: Int[Tensor, " n"], images: Int[Tensor, " n"], seed: int = 0
 ) -> Spread:
-    """Within and separation, with intervals from a bootstrap over images.
+    """Within and separation, with intervals from a bootstrap over images; the clusters are taken as fixed.
 
     Regions of one image are not independent, so whole images are drawn with replacement (cluster-robust). A
     resample holds doubles, which makes its clusters seem tighter and farther apart; hence the percentiles are shifted
-    until the resamples' mean is the estimate. The clusters are taken as fixed.
-
-    Raises:
-        LatelierError: for fewer than two clusters, clusters of single regions only, or equal vectors.
+    until the resamples' mean is the estimate.
     """
     clusters = clusters.unique(return_inverse=True)[1]  # (n,), 0 ... k - 1
     owners, images = images.unique(return_inverse=True)
-    _check(x, clusters)
+    n, count = len(x), int(clusters.max()) + 1
+    if count < 2 or n <= count:
+        raise LatelierError(
+            f"Within and separation need at least 2 clusters, and more regions than clusters, not {count} clusters of "
+            f"{n} regions; evaluate on more, or more varied, images."
+        )
+    if not x.var(0).sum() > 0:
+        raise LatelierError(f"The latents of all {n} regions are equal, or not finite; there is nothing to compare.")
     estimate = torch.cat(within_and_separation(x, clusters, torch.ones(1, len(x)))).tolist()
     weights = image_weights(len(owners), seed)  # (r, p)
     resampled = within_and_separation(x, clusters, weights, images)  # 2 x (r,)
@@ -153,11 +131,9 @@ def measure_spread(
 
 
 def within_and_separation(
-    x: Float[Tensor, "n d"],
-    clusters: Int[Tensor, " n"],
-    weights: Float[Tensor, "r p"],
+    x: Float[Tensor, "n d"], clusters: Int[Tensor, " n"], weights: Float[Tensor, "r p"],
     images: Int[Tensor, " n"] | None = None,
-) -> tuple[Float[Tensor, " r"], Float[Tensor, " r"]]:
+) -> tuple[Float[Tensor, " r"], Float[Tensor, " r"]]:  # fmt: skip
     """The two estimators, for each of r weightings at once.
 
     With n_k vectors of mean m_k in each of K clusters, N in all, and the mean squares of a one-way analysis of variance
@@ -170,9 +146,8 @@ def within_and_separation(
         within = s_w^2 / (s_w^2 + s_b^2)
         separation = mean over pairs of (|m_i - m_j|^2 - MSW (1/n_i + 1/n_j)) / (2 MSW)
 
-    A mean over pairs of |m_i - m_j|^2 is twice the sample variance of the means, so no pair is ever formed. Clusters
-    are 0 ... K - 1; weights say how often each vector, or with `images` each image, counts, and clusters of weight 0 do
-    not exist.
+    A mean over pairs of |m_i - m_j|^2 is twice the sample variance of the means, so no pair is ever formed. Weights say
+    how often each vector, or with `images` each image, counts; clusters of weight 0 do not exist.
     """
     rows, count = len(weights), int(clusters.max()) + 1
     weights = weights.double()
@@ -192,19 +167,12 @@ def within_and_separation(
         weighted_squared += sizes[:, k] * square
         means += mean
         total += sizes[:, k : k + 1] * mean
-    return _ratios(sizes, inside, means_squared, weighted_squared, means.square().sum(1), total.square().sum(1))
-
-
-def _ratios(
-    sizes: Tensor, inside: Tensor, means_squared: Tensor, weighted_squared: Tensor, means: Tensor, total: Tensor
-) -> tuple[Tensor, Tensor]:
-    """From sums over clusters, `(r, k)` and `(r,)`, to the two numbers."""
     number, n = (sizes > 0).sum(1), sizes.sum(1)  # (r,)
     msw = inside / (n - number)
-    msb = (weighted_squared - total / n) / (number - 1)
+    msb = (weighted_squared - total.square().sum(1) / n) / (number - 1)
     n0 = (n - sizes.square().sum(1) / n) / (number - 1)
     between = ((msb - msw) / n0).clamp(min=0)
-    spread = (means_squared - means / number) / (number - 1)  # sample variance of the means
+    spread = (means_squared - means.square().sum(1) / number) / (number - 1)  # sample variance of the means
     inverse = torch.where(sizes > 0, 1 / sizes.clamp(min=1), 0).sum(1) / number  # mean of 1 / n_k
     return msw / (msw + between), spread / msw - inverse
 
@@ -216,26 +184,12 @@ def image_weights(images: int, seed: int, resamples: int = RESAMPLES) -> Float[T
     return torch.zeros(resamples, images).scatter_add_(1, picks, torch.ones_like(uniform))
 
 
-def _check(x: Tensor, clusters: Tensor) -> None:
-    n, count = len(x), int(clusters.max()) + 1
-    if count < 2 or n <= count:
-        raise LatelierError(
-            f"Within and separation need at least 2 clusters, and more regions than clusters, not {count} clusters of "
-            f"{n} regions; evaluate on more, or more varied, images."
-        )
-    if not x.var(0).sum() > 0:
-        raise LatelierError(f"The latents of all {n} regions are equal, or not finite; there is nothing to compare.")
-
-
 def _recentred(values: Float[Tensor, " r"], estimate: float) -> Interval | None:
     """The middle 95 % of resampled values, shifted so that their mean is the estimate."""
     if not values.isfinite().all():
         return None
     low, high = (values - values.mean()).quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
     return estimate + low, estimate + high
-
-
-# -- regions ----------------------------------------------------------------------------------------------------------
 
 
 class Region(NamedTuple):
@@ -269,10 +223,8 @@ def part_side(side: int) -> int:
 
 
 class Regions:
-    """At most so many regions out of a stream of images, each equally likely to stay.
-
-    Every region has a random number that belongs to its image; those with the smallest are kept, fewer than `most`
-    where their latents would not fit into `MOST_NUMBERS`. The window is a region's size in latent positions.
+    """At most `most` regions out of a stream of images, those with the smallest random numbers: fewer where their
+    latents would not fit into `MOST_NUMBERS`. The window is a region's size in latent positions.
     """
 
     def __init__(self, name: str, window: tuple[int, ...], seed: int, most: int = MOST_REGIONS):

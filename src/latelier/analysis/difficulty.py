@@ -1,9 +1,8 @@
 """How hard a latent space is to learn: what a small, fixed denoiser makes of it in a short, fixed training.
 
 Every codec gets the same network, steps, learning rate and times, so that only the latents differ. The network adds to
-the best guess of someone who knows nothing but that each number has mean 0 and variance 1 (see `predict`). So latents
-without any structure, where there is nothing to learn, cost exactly that, and whatever structure a short training finds
-makes the loss smaller.
+the best guess of someone who knows nothing but that each number has mean 0 and variance 1 (see `predict`): whatever
+structure a short training finds makes the loss smaller.
 """
 
 from __future__ import annotations
@@ -36,20 +35,11 @@ FLOW = Flow("logit-normal")
 
 
 def diffusion_difficulty(train: LatentSample, sample: LatentSample, codec: Codec, seed: int = 0) -> dict[str, Result]:
-    """Train the small denoiser on some latents, and measure the flow loss on others.
+    """Train the small denoiser on some latents (9,600, or half a GiB, at most), and measure it on at most 512 others.
 
-    Args:
-        train: what is learnt from, never more than training draws (9,600) or half a GiB of latents.
-        sample: held-out images, of which at most 512 are measured on.
-        codec: whose device and precision are the denoiser's too.
-        seed: of weights, order, times and noise.
-
-    Returns:
-        `diffusion-loss`: mean squared error of the velocity for each number of a latent, lower is easier, with a 95 %
-        interval over images. Details have `constant` and `independent`, to read it against, and `by_time`.
-
-    Raises:
-        LatelierError: if there are no images on one of the sides.
+    `diffusion-loss`: mean squared error of the velocity for each number of a latent, lower is easier, with a 95 %
+    interval over images. Details have `constant` and `independent`, to read it against, and `by_time`. The codec says
+    where and how precisely the denoiser runs. An error if there are no images on one of the sides.
     """
     if not len(train) or not len(sample):
         raise LatelierError(
@@ -74,14 +64,8 @@ def diffusion_difficulty(train: LatentSample, sample: LatentSample, codec: Codec
     return {"diffusion-loss": Result(mean, interval, details)}
 
 
-# -- the network ------------------------------------------------------------------------------------------------------
-
-
 def build_denoiser(shape: tuple[int, ...], seed: int) -> DiT:
-    """The denoiser of latents `(c, *grid)`: one of two layers, on at most 64 tokens where a patch allows it.
-
-    Its weights depend on the seed alone, and the global random state stays as it is.
-    """
+    """The denoiser of latents `(c, *grid)`, whose weights depend on the seed alone; random state stays as it is."""
     channels, *grid = shape
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(fold_in(seed, "difficulty weights", 0))
@@ -111,8 +95,9 @@ def train_denoiser(model: DiT, z: Float[Tensor, "n c *grid"], seed: int, codec: 
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
     model.train()
     for step in range(STEPS):
+        done = (step + 1) / STEPS  # the rate: linear over the warm-up, then half a cosine down to 0
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * learning_rate_share(step)
+            group["lr"] = LEARNING_RATE * min((step + 1) / WARMUP, 0.5 * (1 + math.cos(math.pi * done)))
         numbers = torch.arange(step * BATCH, (step + 1) * BATCH)  # (b,)
         rng = KeyedRandom(seed, numbers, codec.device)
         clean = z[permuted_index(numbers, len(z), seed)].to(codec.device)  # (b, c, *grid)
@@ -127,17 +112,8 @@ def train_denoiser(model: DiT, z: Float[Tensor, "n c *grid"], seed: int, codec: 
     model.eval()
 
 
-def learning_rate_share(step: int) -> float:
-    """Linear over the warm-up, then half a cosine down to 0."""
-    done = (step + 1) / STEPS
-    return min((step + 1) / WARMUP, 0.5 * (1 + math.cos(math.pi * done)))
-
-
-# -- the loss ---------------------------------------------------------------------------------------------------------
-
-
 def times() -> Float[Tensor, " t"]:
-    """Fixed times: the middles of so many equal shares of the training times' distribution."""
+    """Fixed times: the middles of equal shares of the training times' distribution."""
     return FLOW.sample_t((torch.arange(TIMES) + 0.5) / TIMES)
 
 
@@ -146,15 +122,13 @@ def flow_losses(
     model: DiT, z: Float[Tensor, "n c *grid"], mean: Float[Tensor, " c *grid"], seed: int, codec: Codec
 ) -> tuple[Float[Tensor, "n t"], Float[Tensor, "n t"]]:
     """Squared error of the velocity at each of `times()`, mean over a latent's numbers: the denoiser's, and that of
-    the constant prediction, minus the training latents' mean, which is the best that does not look at its input.
-
-    The noise of latent i at the k-th time is the same for every codec of equal latent shape.
+    the constant prediction, minus the training latents' mean, which is the best that does not look at its input. The
+    noise of latent i at the k-th time is the same for every codec of equal latent shape.
     """
     rows, constants = [], []
     for number in torch.arange(len(z)).split(BATCH):
         clean, rng = z[number].to(codec.device), KeyedRandom(seed, number, codec.device)
-        here: list[Tensor] = []
-        blind: list[Tensor] = []
+        here, blind = [], []
         for k, at in enumerate(times().tolist()):
             eps, t = rng.normal(f"difficulty held out {k}", *z.shape[1:]), torch.full((len(clean),), at).to(clean)
             target = FLOW.target(clean, t, eps)
@@ -168,9 +142,8 @@ def flow_losses(
 
 
 def independent_loss(z: Float[Tensor, "n c *grid"]) -> float:
-    """What a latent's numbers cost at the least if they were independent Gaussians, each of its own variance `v`.
-
-    The variance of `eps - z` when `x_t = (1 - t) z + t eps` is known: `v / (t^2 + (1 - t)^2 v)`, mean over `times()`.
+    """What a latent's numbers cost at the least if they were independent Gaussians, each of its own variance `v`: that
+    of `eps - z` when `x_t = (1 - t) z + t eps` is known, `v / (t^2 + (1 - t)^2 v)`, mean over `times()`.
     """
     variance = z.double().flatten(1).var(0, correction=0)[:, None]  # (d, 1)
     t = times().double()

@@ -44,12 +44,8 @@ class Move:
 def equivariance(sample: LatentSample, codec: Codec) -> dict[str, Result]:
     """How far encoding and moving are from being exchangeable, in latents and in images, of at most 256 images.
 
-    Returns:
-        `equivariance-<move>`, the error above, and `psnr-after-<move>`: moved latents, decoded, against the moved
-        image, dB. Moves are those of `moves`. Nothing for 1-D latents, which have no place in the image.
-
-    Raises:
-        LatelierError: if latents do not vary.
+    For each of `moves`, `equivariance-<move>`, the error above, and `psnr-after-<move>`: moved latents, decoded,
+    against moved images, dB. Nothing for 1-D latents; an error if latents do not vary.
     """
     if sample.mean.ndim != 4:
         return {}
@@ -62,10 +58,8 @@ def equivariance(sample: LatentSample, codec: Codec) -> dict[str, Result]:
         for tally in tallies.values():
             tally.add(scaled, images, z)
     values = torch.cat(plain)  # (n,)
-    about = {
-        "n": len(values), "latents": "posterior mean, normalised", "latent_scale": sample.scale.origin,
-        "reconstruction_psnr": values.mean().item(),
-    }  # fmt: skip
+    about = {"n": len(values), "latents": "posterior mean, normalised", "latent_scale": sample.scale.origin}
+    about["reconstruction_psnr"] = values.mean().item()
     return {key: result for name, tally in tallies.items() for key, result in tally.measure(name, about).items()}
 
 
@@ -84,29 +78,21 @@ def moves(size: tuple[int, int], grid: tuple[int, int]) -> dict[str, list[Move]]
         if not any(step % 2 for step in steps):
             found["half-shift"] = [_half_shift(axis, steps[axis - 2]) for axis in (2, 3)]
     if grid[1] > 1:
-        found["flip"] = [Move("flip", "left to right", lambda x: x.flip(-1), lambda z: z.flip(-1))]
+        found["flip"] = [Move("flip", "left to right", *[lambda x: x.flip(-1)] * 2)]
     if not any(side % 2 for side in grid):
-        half = Move(
-            "scale", "to half the size, means of 2 x 2", lambda x: F.avg_pool2d(x, 2), lambda z: F.avg_pool2d(z, 2)
-        )
-        found["scale"] = [half]
+        found["scale"] = [Move("scale", "to half the size, means of 2 x 2", *[lambda x: F.avg_pool2d(x, 2)] * 2)]
     return found
 
 
 def _shift(down: int, right: int, steps: tuple[int, int]) -> Move:
     pixels = (down * steps[0], right * steps[1])
-    return Move(
-        "shift", f"round by {pixels[0]} pixels down, {pixels[1]} right",
-        lambda x: x.roll(pixels, (2, 3)), lambda z: z.roll((down, right), (2, 3)),
-    )  # fmt: skip
+    words = f"round by {pixels[0]} pixels down, {pixels[1]} right"
+    return Move("shift", words, lambda x: x.roll(pixels, (2, 3)), lambda z: z.roll((down, right), (2, 3)))
 
 
 def _half_shift(axis: int, step: int) -> Move:
-    way = "down" if axis == 2 else "right"
-    return Move(
-        "half-shift", f"round by {step // 2} pixels {way}",
-        lambda x: x.roll(step // 2, axis), lambda z: (z + z.roll(1, axis)) / 2,
-    )  # fmt: skip
+    words = f"round by {step // 2} pixels {'down' if axis == 2 else 'right'}"
+    return Move("half-shift", words, lambda x: x.roll(step // 2, axis), lambda z: (z + z.roll(1, axis)) / 2)
 
 
 class Tally:

@@ -37,13 +37,7 @@ NO_LABEL = "#b9bcc2"
 def draw_latent_map(sample: LatentSample, class_names: Sequence[str] | None = None, seed: int = 0) -> Image.Image:
     """The map of at most 3,000 images: principal components, and UMAP beside them if it is installed.
 
-    Args:
-        sample: latents and labels.
-        class_names: by label; None if the images have no classes. Up to 12 classes are named in a legend.
-        seed: of both projections.
-
-    Raises:
-        LatelierError: if there are fewer than three images, or their latents are not finite.
+    Up to 12 classes are named in a legend. An error for fewer than three images, or latents that are not finite.
     """
     sample = sample.first(MOST_POINTS)
     if len(sample) < 3:
@@ -113,9 +107,7 @@ def _scatter(axes: Axes, title: str, points: np.ndarray, labels: np.ndarray, col
     shades = [colours.get(int(label), NO_LABEL if colours else COLOURS[0]) for label in labels]
     size = float(np.clip(6_000 / len(points), 4, 30))
     axes.scatter(points[:, 0], points[:, 1], s=size, c=shades, alpha=0.75, linewidths=0)
-    axes.set_title(title)
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set(title=title, xticks=[], yticks=[])
     if title != "UMAP":
         axes.set_aspect("equal", adjustable="datalim")  # distances are as they are in the latents
 
@@ -127,12 +119,8 @@ def _legend(figure: Figure, colours: Mapping[int, str], class_names: Sequence[st
     if len(colours) > MOST_NAMED:
         figure.suptitle(f"{len(colours)} classes, a colour for each", fontsize=8.5, color=INK)
     elif colours:
-        names = [_name(label, class_names) for label in colours]
+        known = class_names or ()
+        names = [known[label] if label < len(known) else f"class {label}" for label in colours]
         dots = [Line2D([], [], linestyle="", marker="o", markersize=5, color=colour) for colour in colours.values()]
-        figure.legend(
-            dots, names, loc="outside upper left", ncols=3 if len(figure.axes) == 1 else 4, frameon=False, fontsize=8.5
-        )
-
-
-def _name(label: int, class_names: Sequence[str] | None) -> str:
-    return class_names[label] if class_names and label < len(class_names) else f"class {label}"
+        columns = 3 if len(figure.axes) == 1 else 4
+        figure.legend(dots, names, loc="outside upper left", ncols=columns, frameon=False, fontsize=8.5)

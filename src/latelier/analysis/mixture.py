@@ -1,9 +1,8 @@
 """How many Gaussians a latent space takes: mixtures fitted to the latents of whole images.
 
 "Masked Autoencoders Are Effective Tokenizers for Diffusion Models" (ICML 2025, section 3) argues that a space whose
-mixture has fewer modes is easier to learn for a diffusion model, and looks at the negative log-likelihood of mixtures
-of 1, 2, 5, ... Gaussians. There it is taken on the very images that the mixture was fitted to, where more modes
-always win; here the value is of images that the mixture has not seen, and the fitted one is in the receipt.
+mixture has fewer modes is easier to learn for a diffusion model. There likelihoods are of the very images that the
+mixture was fitted to, where more modes always win; here they are of others, and the fitted one is in the receipt.
 """
 
 from __future__ import annotations
@@ -68,21 +67,16 @@ def gaussian_mixtures(
     512, and a tenth of the images that give them), and standardised. Half of the images to learn from give the
     components, half the variances and the mixture: along components a space has too much variance in the images
     that chose them, and others would seem too likely. Covariances are diagonal: a full one has p^2 / 2 numbers for
-    each mode, more than thousands of images can tell; the components are uncorrelated over the whole already.
+    each mode, more than thousands of images can tell.
 
     Args:
         train: what mixtures are fitted to; None holds a quarter of `sample` out and takes the rest.
-        sample: what they are judged by.
         modes: numbers of Gaussians; those are left out that would have fewer than ten images each.
-        seed: of all choices.
 
     Returns:
         `gmm-nll@<k>` for each number of modes, nats per principal component, with an interval over held-out images.
         Standardised, every space has about 1.419 = ln(2 pi e) / 2 at one mode; how far more modes go below shows how
         far it is from a Gaussian. And `gmm-modes`, how many of them are needed, see `modes_needed`.
-
-    Raises:
-        LatelierError: if there are too few images, or latents do not vary.
     """
     train, sample, how = _two_sides(train, sample, seed)
     for_axes = random_share(len(train), 0.5, seed, "gmm-axes")  # (n,)
@@ -92,10 +86,8 @@ def gaussian_mixtures(
     space = principal_space(whole[for_axes.numpy()], fitted, seed)
     ours, theirs = space(fitted), space(sample.flat())  # (n / 2, p), (m, p)
     fits = [fit_mixture(ours, theirs, k, seed) for k in chosen]
-    about = {
-        "n": len(sample), "n_fitted": len(fitted), "n_axes": int(for_axes.sum()), "fitted_to": how,
-        **train.about(), **_protocol(space), "seed": seed,
-    }  # fmt: skip
+    about = {"n": len(sample), "n_fitted": len(fitted), "n_axes": int(for_axes.sum()), "fitted_to": how}
+    about |= {**train.about(), **_protocol(space), "seed": seed}
     if skipped:
         about["skipped"] = f"{skipped} modes: fewer than {IMAGES_PER_MODE} of {len(fitted)} images each"
     found = {f"gmm-nll@{fit.modes}": _likelihood(fit, space, about) for fit in fits if fit.modes in modes}
@@ -103,11 +95,7 @@ def gaussian_mixtures(
 
 
 def affordable_modes(modes: Sequence[int], n: int) -> tuple[list[int], list[int]]:
-    """Numbers of modes that n images carry, ascending and always with 1, and those that they do not.
-
-    Raises:
-        LatelierError: if they carry none of `modes`.
-    """
+    """Numbers of modes that n images carry, ascending, always with 1, and those that they do not; an error if all."""
     carried = [k for k in modes if k * IMAGES_PER_MODE <= n]
     if not carried:
         raise LatelierError(
@@ -120,9 +108,6 @@ def affordable_modes(modes: Sequence[int], n: int) -> tuple[list[int], list[int]
 def principal_space(x: np.ndarray, others: np.ndarray, seed: int, explained: float = EXPLAINED) -> PrincipalSpace:
     """The fewest components of `x` `(n, d)` that explain more than a share of the variance of `others` `(m, d)`, over
     which they are standardised, or as many as the limits allow.
-
-    Raises:
-        LatelierError: if the vectors are equal, or not finite.
     """
     from sklearn.decomposition import PCA
 
@@ -143,9 +128,8 @@ def fit_mixture(x: np.ndarray, held_out: np.ndarray, modes: int, seed: int) -> F
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
 
-    mixture = GaussianMixture(
-        modes, covariance_type="diag", max_iter=ITERATIONS, reg_covar=REGULARISER, random_state=seed % 2**32
-    )
+    how: dict[str, Any] = {"max_iter": ITERATIONS, "reg_covar": REGULARISER, "random_state": seed % 2**32}
+    mixture = GaussianMixture(modes, covariance_type="diag", **how)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # it is in the receipt
         mixture.fit(x)
@@ -154,11 +138,10 @@ def fit_mixture(x: np.ndarray, held_out: np.ndarray, modes: int, seed: int) -> F
 
 
 def modes_needed(nll: Float[Tensor, "n k"]) -> int:
-    """Column of the smallest mixture that is as good as the best one.
+    """Column of the smallest mixture that is as good as the best one; the first is the single Gaussian.
 
-    As good: of what the best gains over the first column, which is the single Gaussian, it has at least 95 %; or
-    what it lacks is no more than a standard error of their difference over the images (one-standard-error rule,
-    Breiman et al. 1984). The columns are mixtures of more and more modes.
+    As good: of what the best gains over the first it has at least 95 %; or what it lacks is no more than a standard
+    error of their difference over the images (one-standard-error rule, Breiman et al. 1984).
     """
     nll = nll.double()
     mean = nll.mean(0)  # (k,)
@@ -166,9 +149,6 @@ def modes_needed(nll: Float[Tensor, "n k"]) -> int:
     error = (nll - nll[:, best : best + 1]).std(0) / math.sqrt(len(nll))  # (k,)
     lack, gain = mean - mean[best], mean[0] - mean[best]
     return int((lack <= torch.maximum(error, SLACK * gain)).nonzero()[0])
-
-
-# -- inside -----------------------------------------------------------------------------------------------------------
 
 
 def _two_sides(train: LatentSample | None, sample: LatentSample, seed: int) -> tuple[LatentSample, LatentSample, str]:
@@ -193,11 +173,9 @@ def _protocol(space: PrincipalSpace) -> dict[str, Any]:
     import sklearn
 
     dims = len(space.axes)
-    about = {
-        "protocol": f"flattened, PCA to {dims} components, standardised, EM of diagonal Gaussians",
-        "dims": dims, "explained_variance": space.explained, "iterations_limit": ITERATIONS,
-        "variance_floor": REGULARISER, "scikit-learn": sklearn.__version__,
-    }  # fmt: skip
+    about = {"protocol": f"flattened, PCA to {dims} components, standardised, EM of diagonal Gaussians", "dims": dims}
+    about |= {"explained_variance": space.explained, "iterations_limit": ITERATIONS}
+    about |= {"variance_floor": REGULARISER, "scikit-learn": sklearn.__version__}
     if space.explained <= EXPLAINED:
         about["warning"] = f"{dims} components explain only {space.explained:.0%} of the variance, not {EXPLAINED:.0%}"
     return about
@@ -205,11 +183,9 @@ def _protocol(space: PrincipalSpace) -> dict[str, Any]:
 
 def _likelihood(fit: Fit, space: PrincipalSpace, about: dict[str, Any]) -> Result:
     mean, interval = mean_with_interval(fit.held_out)
-    details = {
-        **about, "modes": fit.modes, "fitted": fit.fitted, "per_image": mean * len(space.axes),
-        "fitted_per_image": fit.fitted * len(space.axes), "iterations": fit.iterations, "converged": fit.converged,
-    }  # fmt: skip
-    return Result(mean, interval, details)
+    details = {**about, "modes": fit.modes, "fitted": fit.fitted, "per_image": mean * len(space.axes)}
+    details["fitted_per_image"] = fit.fitted * len(space.axes)
+    return Result(mean, interval, {**details, "iterations": fit.iterations, "converged": fit.converged})
 
 
 def _needed(fits: list[Fit], about: dict[str, Any]) -> Result:

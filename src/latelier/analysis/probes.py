@@ -1,7 +1,7 @@
 """What latents say about classes: a linear probe and nearest neighbours.
 
 The paper of MAETok (ICML 2025, figure 5a) finds that tokenizers with more accurate linear probes carry better
-diffusion models. Probes learn from training images and are judged by others.
+diffusion models. Probes learn from training images and are evaluated on others.
 """
 
 from __future__ import annotations
@@ -28,13 +28,11 @@ TEMPERATURE = 0.07
 
 @torch.no_grad()
 def class_probes(train: LatentSample, sample: LatentSample, seed: int = 0) -> dict[str, Result]:
-    """How often the class of an image is told from its latents; images labelled -1 are left out.
+    """How often the class of an image is predicted from its latents; images labelled -1 are left out.
 
-    Returns:
-        `probe-accuracy` (logistic regression on all numbers), `probe-pooled-accuracy` (the same on the mean over
-        positions) and `knn-accuracy` (20 neighbours by cosine), shares with 95 % Wilson intervals, higher is better.
-        A class never seen in training counts as missed. Nothing where there are no two classes, or no labels to judge
-        by.
+    `probe-accuracy` (logistic regression on all numbers), `probe-pooled-accuracy` (the same on the mean over positions)
+    and `knn-accuracy` (20 neighbours by cosine), shares with 95 % Wilson intervals. A class never seen in training
+    counts as missed. Nothing without two classes, or without labels to evaluate by.
     """
     train = train[train.labels >= 0].on_own_scale().first()
     if len(train.labels.unique()) < 2:
@@ -42,10 +40,8 @@ def class_probes(train: LatentSample, sample: LatentSample, seed: int = 0) -> di
     sample = sample[sample.labels >= 0].on_scale_of(train).first()
     if not len(sample):
         return {}
-    about = {
-        "n": len(sample), "n_learnt": len(train), **train.about(), **_baselines(train.labels, sample.labels),
-        "seed": seed,
-    }  # fmt: skip
+    about = {"n": len(sample), "n_learnt": len(train), **train.about(), **_baselines(train.labels, sample.labels)}
+    about["seed"] = seed
     flat, pooled = (train.flat(), sample.flat()), (train.z.mean(2).numpy(), sample.z.mean(2).numpy())
     found = {
         "probe-accuracy": linear_probe(*flat, train.labels, seed),
@@ -58,10 +54,8 @@ def class_probes(train: LatentSample, sample: LatentSample, seed: int = 0) -> di
 def linear_probe(
     x: np.ndarray, held_out: np.ndarray, labels: Int[Tensor, " n"], seed: int
 ) -> tuple[Int[Tensor, " m"], dict[str, Any]]:
-    """Multinomial logistic regression on standardised features, the penalty chosen on a fifth of the images.
-
-    More than 512 features are standardised and then turned into 512 principal components, for speed. Returns the
-    guessed labels of `held_out` `(m, d)`, and fields for the receipt.
+    """Labels of `held_out` `(m, d)`, and fields for the receipt, by multinomial logistic regression on standardised
+    features, or 512 principal components of more, the penalty chosen on a fifth of the images.
     """
     import sklearn
 
@@ -70,13 +64,12 @@ def linear_probe(
     away = random_share(len(x), VALIDATION, seed, "probe-validation").numpy()  # (n,)
     scores = {}
     if len(np.unique(targets[~away])) > 1:
-        scores = {c: _share_right(_fit(x[~away], targets[~away], c)[0], x[away], targets[away]) for c in STRENGTHS}
+        for c in STRENGTHS:
+            scores[c] = float((_fit(x[~away], targets[~away], c)[0].predict(x[away]) == targets[away]).mean())
     strength = max(scores, key=lambda c: scores[c]) if scores else STRENGTHS[len(STRENGTHS) // 2]
     probe, converged = _fit(x, targets, strength)
-    about |= {
-        "probe": "logistic regression, L2, L-BFGS", "C": strength, "converged": converged,
-        "validation": [[c, score] for c, score in scores.items()], "scikit-learn": sklearn.__version__,
-    }  # fmt: skip
+    about |= {"probe": "logistic regression, L2, L-BFGS", "C": strength, "converged": converged}
+    about |= {"validation": [[*pair] for pair in scores.items()], "scikit-learn": sklearn.__version__}
     return torch.from_numpy(probe.predict(held_out)), about
 
 
@@ -87,21 +80,14 @@ def nearest_neighbours(
     import sklearn
     from sklearn.neighbors import KNeighborsClassifier
 
-    def weights(distances: np.ndarray) -> np.ndarray:
-        return np.exp(-distances / TEMPERATURE)  # a distance is 1 - cosine
-
     k = min(k, len(x))
-    voters = KNeighborsClassifier(k, weights=weights, algorithm="brute", metric="cosine")
+    how = {"weights": lambda distances: np.exp(-distances / TEMPERATURE)}  # a distance is 1 - cosine
+    voters = KNeighborsClassifier(k, **how, algorithm="brute", metric="cosine")
     with _few_per_class():
         voters.fit(x, labels.numpy())
-    about = {
-        "probe": f"{k} nearest neighbours by cosine, weight exp(cosine / {TEMPERATURE:g})", "features": x.shape[1],
-        "scikit-learn": sklearn.__version__,
-    }  # fmt: skip
+    about = {"probe": f"{k} nearest neighbours by cosine, weight exp(cosine / {TEMPERATURE:g})"}
+    about |= {"features": x.shape[1], "scikit-learn": sklearn.__version__}
     return torch.from_numpy(voters.predict(held_out)), about
-
-
-# -- inside -----------------------------------------------------------------------------------------------------------
 
 
 def _standardise(x: np.ndarray, held_out: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
@@ -133,10 +119,6 @@ def _fit(x: np.ndarray, targets: np.ndarray, strength: float) -> tuple[Any, bool
     return probe, bool(probe.n_iter_.max() < ITERATIONS)
 
 
-def _share_right(probe: Any, x: np.ndarray, targets: np.ndarray) -> float:
-    return float((probe.predict(x) == targets).mean())
-
-
 @contextmanager
 def _few_per_class() -> Iterator[None]:
     """Scikit-learn takes labels of which most are different for numbers to regress, and warns."""
@@ -145,11 +127,11 @@ def _few_per_class() -> Iterator[None]:
         yield
 
 
-def _baselines(learnt: Int[Tensor, " n"], judged: Int[Tensor, " m"]) -> dict[str, Any]:
+def _baselines(learnt: Int[Tensor, " n"], held_out: Int[Tensor, " m"]) -> dict[str, Any]:
     """How accurate one is without looking."""
     classes, counts = learnt.unique(return_counts=True)  # (k,)
-    unseen = int((~torch.isin(judged, classes)).sum())
-    share = (judged == classes[counts.argmax()]).float().mean().item()
+    unseen = int((~torch.isin(held_out, classes)).sum())
+    share = (held_out == classes[counts.argmax()]).float().mean().item()
     about: dict[str, Any] = {"classes": len(classes), "chance": 1 / len(classes), "majority": share}
     if unseen:
         about["unseen"] = f"{unseen} images are of classes without training images, and count as missed"

@@ -1,7 +1,6 @@
 """Images and their latents, encoded once: what every measure of a latent space starts from.
 
-Posteriors are kept in raw units, float32, as the tokenizer gave them; `z` puts them on the scale of the codec's
-statistics, where each channel has variance 1, so that any two tokenizers compare.
+Posteriors are kept in raw units, float32; `z` puts them on the scale where each channel has variance 1.
 """
 
 from __future__ import annotations
@@ -60,8 +59,6 @@ class LatentSample:
     def __len__(self) -> int:
         return len(self.mean)
 
-    # -- latents ------------------------------------------------------------------------------------------------------
-
     def latents(self, rows: slice = slice(None)) -> Float[Tensor, "b c *grid"]:
         """Normalised posterior means."""
         like = (-1, *[1] * (self.mean.ndim - 2))
@@ -89,15 +86,11 @@ class LatentSample:
     def about(self) -> dict[str, Any]:
         """What receipts say of whole latents."""
         channels, positions = self.mean.shape[1], math.prod(self.mean.shape[2:])
-        about = {
-            "latents": "posterior mean, normalised", "latent_scale": self.scale.origin,
-            "latent_channels": channels, "latent_positions": positions,
-        }  # fmt: skip
+        about = {"latents": "posterior mean, normalised", "latent_scale": self.scale.origin}
+        about |= {"latent_channels": channels, "latent_positions": positions}
         if self.cut:
             about["note"] = f"more than {len(self)} images of {channels * positions} numbers do not fit into memory"
         return about
-
-    # -- images -------------------------------------------------------------------------------------------------------
 
     def pixels(self, rows: slice) -> Float[Tensor, "b c h w"]:
         """Images in [-1, 1], where networks run."""
@@ -116,8 +109,6 @@ class LatentSample:
                 yield slice(first, min(first + step, stop))
             start = stop
 
-    # -- parts of it --------------------------------------------------------------------------------------------------
-
     def __getitem__(self, rows: Tensor | slice) -> LatentSample:
         """Latents of some of the images, by a mask or a slice, on the same scale; without the images."""
         chosen = torch.arange(len(self))[rows]
@@ -132,11 +123,8 @@ class LatentSample:
     def first(self, images: int | None = None) -> LatentSample:
         """The first images, no more than memory holds of their latents."""
         room = max(1, MOST_NUMBERS // max(1, math.prod(self.mean.shape[1:])))
-        least = min(len(self), room, len(self) if images is None else images)
-        if least == len(self):
-            return self
         wanted = len(self) if images is None else min(images, len(self))
-        return replace(self[:least], cut=room < wanted)
+        return self if min(room, wanted) == len(self) else replace(self[: min(room, wanted)], cut=room < wanted)
 
     def on_scale_of(self, other: LatentSample) -> LatentSample:
         """The same images on another sample's scale."""
@@ -156,46 +144,33 @@ class LatentSample:
         return self.cache[key]
 
 
-# -- collecting -------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def collect(
-    codec: Codec,
-    batches: Iterable[Mapping[str, Any]],
-    limit: int,
-    images: bool = True,
+    codec: Codec, batches: Iterable[Mapping[str, Any]], limit: int, images: bool = True,
     known: LatentSample | None = None,
-) -> LatentSample:
-    """Encode images once.
+) -> LatentSample:  # fmt: skip
+    """Encode at most `limit` images once; an error if there are none.
 
-    Args:
-        codec: the tokenizer; statistics that it lacks are measured on the first images.
-        batches: dicts with `image` `(b, c, h, w)` in [-1, 1], of one size, perhaps `label` (-1 for none) and `index`.
-        limit: at most so many images are read.
-        images: whether they are kept.
-        known: images that are encoded already are found here by their index.
-
-    Raises:
-        LatelierError: if there are no images.
+    Batches are dicts with `image` `(b, c, h, w)` in [-1, 1], of one size, perhaps `label` (-1 for none) and `index`.
+    `images` says whether these are kept; those that are encoded already are found in `known` by their index. Statistics
+    that the codec lacks are measured on the first images.
     """
     store = _Store(limit)
-    place = {} if known is None else {number: row for row, number in enumerate(known.index.tolist())}
+    row_of = {} if known is None else {number: row for row, number in enumerate(known.index.tolist())}
     sizes: list[int] = []
     for batch in batches:
         read = sum(sizes)
         if read >= limit:
             break
         pixels = batch["image"][: limit - read]  # (b, c, h, w)
-        count = len(pixels)
+        count, size = len(pixels), (pixels.shape[2], pixels.shape[3])
         index = torch.as_tensor(batch.get("index", torch.arange(read, read + count)))[:count].long().cpu()
         labels = torch.as_tensor(batch.get("label", torch.full((count,), -1)))[:count].long().cpu()
-        rows = torch.tensor([place.get(number, -1) for number in index.tolist()], dtype=torch.long)  # (b,)
+        rows = torch.tensor([row_of.get(number, -1) for number in index.tolist()], dtype=torch.long)  # (b,)
         columns = _encode(codec, pixels, rows, known)
         if images:
             columns["images"] = _levels(pixels)
         store.add({**columns, "labels": labels, "index": index})
-        size = (pixels.shape[2], pixels.shape[3])
         sizes.append(count)
     if not sizes:
         raise LatelierError("There are no images to collect latents of.")
@@ -221,15 +196,12 @@ def _encode(codec: Codec, images: Tensor, rows: Int[Tensor, " b"], known: Latent
             found["logvar"] = posterior.logvar.cpu()
     if known is None or fresh.all():
         return found
-    old = {"mean": known.mean[rows[~fresh]]}
-    if known.logvar is not None:
-        old["logvar"] = known.logvar[rows[~fresh]]
     merged = {}
-    for name, values in old.items():
-        merged[name] = values.new_empty(len(images), *values.shape[1:])
-        merged[name][~fresh] = values
-        if fresh.any():
-            merged[name][fresh] = found[name]
+    for name, values in (("mean", known.mean), ("logvar", known.logvar)):
+        if values is not None:
+            merged[name] = values[rows.clamp(min=0)]
+            if fresh.any():
+                merged[name][fresh] = found[name]
     return merged
 
 
@@ -239,14 +211,13 @@ def _levels(images: Tensor) -> Tensor:
 
 
 class _Store:
-    """Columns of at most `limit` rows that grow batch by batch; large ones lie in files that go with the process."""
+    """Columns of at most `limit` rows that grow batch by batch; large ones lie in temporary files."""
 
     def __init__(self, limit: int):
         self.limit, self.rows = limit, 0
         self.arrays: dict[str, Tensor] = {}
 
     def add(self, columns: Mapping[str, Tensor]) -> None:
-        """Append rows to all columns."""
         count = len(columns["index"])
         for name, values in columns.items():
             array = self.arrays.get(name)
@@ -260,7 +231,6 @@ class _Store:
         self.rows += count
 
     def columns(self) -> dict[str, Tensor]:
-        """All rows so far."""
         return {name: array[: self.rows] for name, array in self.arrays.items()}
 
 
@@ -279,8 +249,8 @@ def _array(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def measured_scale(mean: Tensor, logvar: Tensor | None, sizes: tuple[int, ...]) -> Scale:
-    """The scale of the first images, by the same definition as training's: of sampled latents, whose variance is that
-    of the posterior's mean plus the mean of its variance.
+    """The scale of the first images' sampled latents, as in training: their variance is that of the posterior's mean
+    plus the mean of its variance.
     """
     sums: list[Tensor] = []
     first = count = 0
@@ -289,9 +259,9 @@ def measured_scale(mean: Tensor, logvar: Tensor | None, sizes: tuple[int, ...]) 
             break
         rows, first = slice(first, first + size), first + size
         means = mean[rows].transpose(0, 1).flatten(1).double()  # (c, b l)
-        std = (
-            means.new_zeros(()) if logvar is None else torch.exp(0.5 * logvar[rows]).transpose(0, 1).flatten(1).double()
-        )
+        std = means.new_zeros(())
+        if logvar is not None:
+            std = torch.exp(0.5 * logvar[rows]).transpose(0, 1).flatten(1).double()
         sums.append(torch.stack([means.sum(1), (means.square() + std.square()).sum(1)]))
         count += means.shape[1]
     centre, square = torch.stack(sums).sum(0) / count  # (c,)
@@ -300,7 +270,7 @@ def measured_scale(mean: Tensor, logvar: Tensor | None, sizes: tuple[int, ...]) 
 
 
 def random_share(n: int, share: float, seed: int, purpose: str) -> Tensor:
-    """A mask `(n,)` of `share` of n images, rounded up; whether image i is in it hangs on its random number."""
+    """A mask `(n,)` of `share` of n images, rounded up, chosen by a random number for each."""
     order = KeyedRandom(seed, torch.arange(n)).uniform(purpose).argsort(stable=True)  # (n,)
     chosen = torch.zeros(n, dtype=torch.bool)
     chosen[order[: math.ceil(n * share)]] = True

@@ -33,33 +33,16 @@ METRICS = ("psnr", "lpips", "rfd")
 Rows = dict[str, Tensor]
 
 
-# -- with noise -------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def smoothness(
-    sample: LatentSample,
-    codec: Codec,
-    noise_levels: Sequence[float],
-    metrics: Sequence[str],
-    features: Sequence[str],
+    sample: LatentSample, codec: Codec, noise_levels: Sequence[float], metrics: Sequence[str], features: Sequence[str],
     seed: int = 0,
-) -> dict[str, Result]:
-    """PSNR, LPIPS and Fréchet distance of images decoded from noisy latents.
+) -> dict[str, Result]:  # fmt: skip
+    """PSNR, LPIPS and Fréchet distance (in the first of `features`) of images decoded from noisy latents.
 
-    Args:
-        sample, codec: images and latents, and what decodes.
-        noise_levels: in standard deviations of each channel; 0 is always measured.
-        metrics: of these psnr, lpips and rfd count.
-        features: extractors; the first is rfd's.
-        seed: of the noise: image i has the same at every level and in every codec of equal latent shape.
-
-    Returns:
-        `smoothness-<metric>`: the metric's mean over the noise levels from 0 to 0.3 (area under the curve by the
-        trapezoidal rule over the range), in the metric's unit; the curve is in the details.
-
-    Raises:
-        LatelierError: if there is no noise, or a metric is not defined for the images.
+    `smoothness-<metric>`: the metric's mean over noise levels (in standard deviations of each channel) from 0 to 0.3
+    (area under the curve by the trapezoidal rule over the range), in its unit; the curve is in the details. Image i has
+    the same noise at every level and in every codec of equal latent shape. An error if there is no noise.
     """
     levels = sorted({0.0, *noise_levels})
     if len(levels) < 2:
@@ -71,10 +54,8 @@ def smoothness(
         noisy = noisy_latents(sample.latents(rows).to(sample.device), levels, seed, rows.start)
         versions = [lambda z=z: scaled.decode(z).clamp(-1, 1) for z in noisy]
         quality.add(rows, versions, plain=0 if scaled is codec else None)
-    about = {
-        "latents": "posterior mean", "latent_scale": sample.scale.origin, "seed": seed,
-        "noise": "z + level * standard deviation of the channel * normal noise",
-    }  # fmt: skip
+    about = {"latents": "posterior mean", "latent_scale": sample.scale.origin, "seed": seed}
+    about["noise"] = "z + level * standard deviation of the channel * normal noise"
     result = {
         f"smoothness-{name}": _area(levels, torch.cat(values), {**about, "settings": SETTINGS[name]})
         for name, values in quality.values.items()
@@ -113,35 +94,21 @@ def _area(levels: list[float], curves: Float[Tensor, "n l"], details: dict[str, 
     curves, end = curves.double(), min(AREA_END, levels[-1])
     mean, interval = mean_with_interval(curves @ area_weights(levels))
     curve = curves.mean(0).tolist()  # (l,)
-    about = {
-        "curve": [[level, value] for level, value in zip(levels, curve)],
-        "drop": float(np.interp(end, levels, curve)) - curve[0],
-        "range": [0.0, end],
-    }
+    drop = float(np.interp(end, levels, curve)) - curve[0]
+    about = {"curve": [[*point] for point in zip(levels, curve)], "drop": drop, "range": [0.0, end]}
     if end < AREA_END:
         short = f"integrated to the last noise level {end:g}, not to {AREA_END:g}"
         about["warning"] = "; ".join(filter(None, [details.get("warning"), short]))
     return Result(mean, interval, {**details, **about})
 
 
-# -- the first channels -----------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def prefix_quality(
-    sample: LatentSample,
-    codec: Codec,
-    prefix_lengths: Sequence[int] | None,
-    metrics: Sequence[str],
+    sample: LatentSample, codec: Codec, prefix_lengths: Sequence[int] | None, metrics: Sequence[str],
     features: Sequence[str],
-) -> dict[str, Result]:
-    """PSNR, LPIPS and Fréchet distance of images decoded from the first channels alone.
-
-    Returns:
-        `prefix-<metric>@<length>` for every length, see `lengths_of`.
-
-    Raises:
-        LatelierError: if a length is longer than there are channels.
+) -> dict[str, Result]:  # fmt: skip
+    """`prefix-<metric>@<length>` for every length of `lengths_of`: PSNR, LPIPS and Fréchet distance of images decoded
+    from the first channels alone.
     """
     lengths = lengths_of(prefix_lengths, codec.channels)
     if not {*METRICS} & {*metrics}:
@@ -167,29 +134,27 @@ def prefix_quality(
 
 
 def lengths_of(wanted: Sequence[int] | None, channels: int) -> list[int]:
-    """Ascending lengths: those that are asked for, or quarters of the channels; the last is always all of them."""
+    """Ascending lengths: those of the recipe, or quarters of the channels; the last is always all of them."""
     quarters = {max(1, channels * i // QUARTERS) for i in range(1, QUARTERS + 1)}
     lengths = quarters if wanted is None else {*wanted, channels}
     if max(lengths) > channels:
-        raise LatelierError(
-            f"evaluate.prefix_lengths has {max(lengths)}, but the latents have only {channels} channels."
-        )
+        longest = f"evaluate.prefix_lengths has {max(lengths)}"
+        raise LatelierError(f"{longest}, but the latents have only {channels} channels.")
     return sorted(lengths)
 
 
-# -- how close to the originals ---------------------------------------------------------------------------------------
-
-
 class Quality:
-    """How close several versions of a sample's images are to the originals, in as few passes of networks as possible.
-
-    Maps of the originals, where memory holds them, and the quality of plain reconstructions stay in the sample's cache,
-    so that no measure computes them again.
+    """How close several versions of a sample's images are to the originals, in as few passes of networks as possible:
+    maps of the originals and the quality of plain reconstructions stay in the sample's cache.
     """
 
     def __init__(self, sample: LatentSample, metrics: Sequence[str], features: Sequence[str], versions: int):
         self.sample, self.names = sample, [name for name in ("psnr", "lpips") if name in metrics]
-        self.extractor = extractor_of(sample, features[0]) if "rfd" in metrics else None
+        self.extractor: FeatureExtractor | None = None
+        if "rfd" in metrics:
+            self.extractor = sample.recall(
+                ("extractor", features[0]), lambda: load_extractor(features[0], sample.device)
+            )
         self.network = vgg16(sample, self.extractor) if "lpips" in self.names else None
         self.shared = self.network is not None and self.extractor is not None and self.extractor.module is self.network
         self.key = ("quality", *self.names, self.extractor and self.extractor.name)
@@ -220,13 +185,13 @@ class Quality:
 
     def _rate(self, images: Tensor, rows: slice) -> Rows:
         originals, found = self.sample.pixels(rows), {}
-        maps, vector = self._look(images)
+        maps = [] if self.network is None else self.network.features(round_to_8_bit(images))
         if "psnr" in self.names:
             found["psnr"] = psnr(images, originals).cpu()
         if self.network is not None:
             found["lpips"] = self.network.compare(maps, self._original(rows)[0]).cpu()
-        if vector is not None:
-            found["vector"] = vector
+        if self.extractor is not None:
+            found["vector"] = self._vector(images, maps)
         return found
 
     def _original(self, rows: slice) -> tuple[list[Tensor], Tensor]:
@@ -237,19 +202,10 @@ class Quality:
         key = ("vectors", self.extractor.name, self.shared, rows.start, rows.stop)
         return maps, self.sample.recall(key, lambda: self._vector(self.sample.pixels(rows), maps))
 
-    def _look(self, images: Tensor) -> tuple[list[Tensor], Tensor | None]:
-        """VGG16's maps of images for LPIPS, and the extractor's vectors: where it is VGG16, a mean of the last map."""
-        maps = [] if self.network is None else self.network.features(round_to_8_bit(images))
-        return maps, None if self.extractor is None else self._vector(images, maps)
-
     def _vector(self, images: Tensor, maps: list[Tensor]) -> Tensor:
+        """The extractor's vectors: where it is the VGG16 of LPIPS, a mean of its last map."""
         assert self.extractor is not None
         return maps[-1].mean((2, 3)) if self.shared else self.extractor(images)  # (b, d)
-
-
-def extractor_of(sample: LatentSample, name: str) -> FeatureExtractor:
-    """A feature extractor, opened once for the sample."""
-    return sample.recall(("extractor", name), lambda: load_extractor(name, sample.device))
 
 
 def vgg16(sample: LatentSample, extractor: FeatureExtractor | None = None) -> LPIPS:

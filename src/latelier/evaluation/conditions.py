@@ -9,7 +9,7 @@ from __future__ import annotations
 import colorsys
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,33 +38,20 @@ GOLDEN = 0.618034  # of a turn of hue from one class to the next: neighbours dif
 BACKGROUND = 235
 Batch = dict[str, Any]
 Records = Iterable[Mapping[str, Any]]
+Baseline = Callable[[Mapping[str, Any], Tensor], Tensor]
 
 
 @torch.no_grad()
 def evaluate_conditions(
-    pipeline: Any,
-    records: Records,
-    training: Callable[[], Records],
-    sample: Sample,
-    evaluate: Evaluate,
+    pipeline: Any, records: Records, training: Callable[[], Records], sample: Sample, evaluate: Evaluate,
     receipt: Mapping[str, Any],
-) -> list[Measurement]:
-    """Draw what held-out records say, and measure how well it is done.
+) -> list[Measurement]:  # fmt: skip
+    """Draw what at most `evaluate.samples` held-out records say, and measure how well it is done.
 
-    Args:
-        pipeline: a `LatentDiffusionPipeline`.
-        records: batches of held-out records; at most `evaluate.samples` images are read.
-        training: gives batches of training records, for the templates of layouts and label maps.
-        sample: how images are drawn; image i from seed `sample.seed + i`.
-        evaluate: which metrics (psnr, ssim and lpips of enlarged, lpips and gfd of filled images), the first of
-            which features, which CLIP, and the seed of the holes.
-        receipt: what is known besides: reference, data, tokenizer, ema, images_trained.
-
-    Returns:
-        `sr-<metric>` and `bicubic-<metric>`, `inpainting-<metric>` and `mean-fill-<metric>`, and how far the first is
-        above the second in the same images, `<task>-<metric>-difference`; `layout-match` and
-        `segmentation-match` with `-chance` and `-real`; `clip-score` and `clip-score-real`. Empty for models that are
-        conditioned on classes, maps or nothing.
+    `sr-<metric>` and `bicubic-<metric>`, `inpainting-<metric>` and `mean-fill-<metric>`, and the differences in the
+    same images, `<task>-<metric>-difference`; `layout-match` and `segmentation-match` with `-chance` and `-real`, by
+    templates of the records of `training()`; `clip-score` and `clip-score-real`. Empty for models that are conditioned
+    on classes, maps or nothing. `receipt` has reference, data, tokenizer, ema, images_trained.
     """
     device = pipeline.codec.device
     metrics = list(_metrics(components(pipeline.conditioner), training, evaluate, device))
@@ -86,13 +73,8 @@ def evaluate_conditions(
 def draw_records(
     pipeline: Any, records: Records, sample: Sample, count: int, seed: int
 ) -> Iterator[tuple[Batch, Float[Tensor, "b c h w"]]]:
-    """One image on the CPU for each of the first `count` records; filled ones are the originals outside of the holes.
-
-    Image i is drawn from seed `sample.seed + i`; its hole is a function of `(seed, i)`.
-
-    Yields:
-        A batch of records, with what was made of them before they were drawn: `low`, small images, and `hole`; and
-        the images.
+    """Batches of the first `count` records (with `low`, small images, and `hole`, which depends on `(seed, i)`), and an
+    image on the CPU for each, drawn from seed `sample.seed + i`; outside of holes they are the originals.
     """
     known, done = components(pipeline.conditioner), 0
     for record in records:
@@ -112,28 +94,15 @@ def draw_records(
             return
 
 
-# -- what is measured -------------------------------------------------------------------------------------------------
-
-
-class ConditionMetric(Protocol):
-    """Sees all drawn images in batches, then says its numbers."""
-
-    def update(self, batch: Mapping[str, Any], drawn: Tensor, original: Tensor) -> None: ...
-
-    def compute(self, about: Mapping[str, Any]) -> list[Measurement]: ...
-
-
 def _metrics(
     known: Mapping[str, Any], training: Callable[[], Records], evaluate: Evaluate, device: torch.device
-) -> Iterator[ConditionMetric]:
-    """Those that have something to measure."""
+) -> Iterator[Means | Inpainting | RegionMatch | CaptionMatch]:
+    """Those that have something to measure: each sees all drawn images in batches, then says its numbers."""
     similar = {"psnr", "ssim", "lpips"} & set(evaluate.metrics)
     if "low_resolution" in known and similar:
         config = known["low_resolution"].config
-        about = {
-            "factor": config["factor"], "degradation": config["degradation"], "degradation_seed": config["seed"],
-            "bicubic": "a = -1/2, as PIL and MATLAB",
-        }  # fmt: skip
+        about = {"factor": config["factor"], "degradation": config["degradation"], "degradation_seed": config["seed"]}
+        about["bicubic"] = "a = -1/2, as PIL and MATLAB"
         metrics = image_metrics(similar, device)
         yield Means(("sr", "bicubic"), metrics, lambda batch, image: enlarge(batch["low"].to(image), image), about)
     if "inpainting" in known and {"lpips", "gfd"} & set(evaluate.metrics):
@@ -147,36 +116,24 @@ def _metrics(
 
 
 class Means:
-    """Means over images of some metrics, of drawn images and of a simple baseline.
+    """Means over images of some metrics, of drawn images and of a simple baseline, whose names begin as `sides` say.
 
     Images differ far more among each other than drawn and baseline do, so `<drawn>-<metric>-difference`, drawn minus
-    baseline, image by image, is known more closely than either.
-
-    Args:
-        sides: how names of results begin, of drawn images and of the baseline.
-        metrics: by name.
-        baseline: makes images from a batch and its originals.
-        about: for the receipts.
+    baseline, image by image, is known more closely than either. `baseline` makes images from a batch and its originals.
     """
 
     def __init__(
-        self,
-        sides: tuple[str, str],
-        metrics: Mapping[str, ImageMetric],
-        baseline: Callable[[Mapping[str, Any], Tensor], Tensor],
-        about: Mapping[str, Any],
+        self, sides: tuple[str, str], metrics: Mapping[str, ImageMetric], baseline: Baseline, about: Mapping[str, Any]
     ):
         self._sides, self._metrics, self._baseline, self._about = sides, metrics, baseline, about
         self._values: dict[str, list[Tensor]] = {f"{side}-{metric}": [] for side in sides for metric in metrics}
 
     def update(self, batch: Mapping[str, Any], drawn: Tensor, original: Tensor) -> None:
-        """Count a batch in."""
         for side, images in zip(self._sides, (drawn, self._baseline(batch, original))):
             for name, metric in self._metrics.items():
                 self._values[f"{side}-{name}"].append(metric(images, original).cpu())
 
     def compute(self, about: Mapping[str, Any]) -> list[Measurement]:
-        """`<side>-<metric>` and differences."""
         values = {name: torch.cat(each) for name, each in self._values.items()}  # (n,)
         drawn, baseline = self._sides
         for metric in self._metrics:
@@ -192,47 +149,41 @@ class Inpainting:
         self._about = {"masks": f"LaMa's {HOLES}, lengths in proportion to the image", "mask_seed": seed}
         self._means = Means(("inpainting", "mean-fill"), metrics, fill_with_mean, {})
         self._extractor, self._covered = extractor, 0.0
-        dims = extractor.dims if extractor else 0
-        self._drawn, self._filled, self._real = (FeatureStatistics(dims) for _ in range(3))
+        self._sums = [FeatureStatistics(extractor.dims if extractor else 0) for _ in range(3)]  # drawn, filled, real
 
     def update(self, batch: Mapping[str, Any], drawn: Tensor, original: Tensor) -> None:
-        """See images whose `batch["hole"]` was filled."""
         self._covered += batch["hole"].to(original).mean((1, 2, 3)).sum().item()
         self._means.update(batch, drawn, original)
         if self._extractor:
-            filled = fill_with_mean(batch, original)
-            for statistics, images in ((self._drawn, drawn), (self._filled, filled), (self._real, original)):
+            for statistics, images in zip(self._sums, (drawn, fill_with_mean(batch, original), original)):
                 statistics.update(self._extractor(images))
 
     def compute(self, about: Mapping[str, Any]) -> list[Measurement]:
-        """`inpainting-` and `mean-fill-`: `lpips` and `fd-<features>`."""
         receipt = {**about, **self._about, "masked_share": self._covered / about["n"]}
         result = self._means.compute(receipt)
         if self._extractor:
             warning = size_warning(about["n"], self._extractor.dims)
             receipt |= {**self._extractor.describe(), "n_reference": about["n"], **warning}
-            for side, statistics in (("inpainting", self._drawn), ("mean-fill", self._filled)):
+            for side, statistics in zip(("inpainting", "mean-fill"), self._sums):
                 name = f"{side}-fd-{self._extractor.name}"
-                result.append(Measurement(name, statistics.distance(self._real), receipt))
+                result.append(Measurement(name, statistics.distance(self._sums[2]), receipt))
         return result
 
 
 class CaptionMatch:
-    """Images and the captions that they were drawn from, beside the original images."""
+    """`clip-score` of images and the captions that they were drawn from, beside that of the original images."""
 
     def __init__(self, clip: CLIPScore):
         self._clip = clip
         self._scores: dict[str, list[Tensor]] = {"clip-score": [], "clip-score-real": []}
 
     def update(self, batch: Mapping[str, Any], drawn: Tensor, original: Tensor) -> None:
-        """See images that `batch["caption"]` describes."""
         if "caption" not in batch:
             raise LatelierError("clip-score cannot be measured: the records have no 'caption'; see data.caption_key.")
         for scores, images in zip(self._scores.values(), (drawn, original)):
             scores.append(self._clip(images, batch["caption"]))
 
     def compute(self, about: Mapping[str, Any]) -> list[Measurement]:
-        """`clip-score`, and what CLIP says of the originals."""
         receipt = {**about, **self._clip.describe()}
         found = {name: mean_with_interval(torch.cat(scores)) for name, scores in self._scores.items()}
         return [Measurement(name, mean, receipt, interval) for name, (mean, interval) in found.items()]
@@ -240,8 +191,7 @@ class CaptionMatch:
 
 def enlarge(low: Float[Tensor, "b c i j"], like: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
     """Bicubic enlargement with PIL's kernel, a = -1/2 (torch has it only under `antialias`)."""
-    size = (like.shape[2], like.shape[3])
-    return F.interpolate(low, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
+    return F.interpolate(low, size=like.shape[2:], mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 def fill_with_mean(batch: Mapping[str, Any], image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
@@ -252,20 +202,11 @@ def fill_with_mean(batch: Mapping[str, Any], image: Float[Tensor, "b c h w"]) ->
     return torch.where(hole > 0.5, mean, image)
 
 
-# -- for looking at ---------------------------------------------------------------------------------------------------
-
-
-class ConditionGrid(NamedTuple):
-    """An image to look at, and the captions of its columns; none for models that are not conditioned on captions."""
-
-    image: Image.Image
-    captions: list[str]
-
-
-def condition_grid(pipeline: Any, records: Records, sample: Sample, seed: int = 0) -> ConditionGrid:
+def condition_grid(pipeline: Any, records: Records, sample: Sample, seed: int = 0) -> tuple[Image.Image, list[str]]:
     """Draw the first `COLUMNS` records as `draw_records` does: a column for each, with its inputs, drawn and original.
 
     Inputs are the small image, enlarged; the image with grey holes; boxes and their classes; the label map; the map.
+    Captions of the columns come beside the image, none for models that are not conditioned on captions.
     """
     known = components(pipeline.conditioner)
     rows: dict[str, list[Tensor]] = {}
@@ -273,7 +214,7 @@ def condition_grid(pipeline: Any, records: Records, sample: Sample, seed: int = 
     for batch, drawn in draw_records(pipeline, records, sample, COLUMNS, seed):
         zoom = -(-LEAST_WIDTH // drawn.shape[3])
         size = (drawn.shape[2] * zoom, drawn.shape[3] * zoom)
-        inputs = {name: _draw_input(name, part, batch, size) for name, part in known.items()}
+        inputs = {name: _draw_input(name, component, batch, size) for name, component in known.items()}
         for name, tiles in {**inputs, "drawn": drawn, "original": batch["image"]}.items():
             if tiles is not None:
                 large = F.interpolate(to_rgb(tiles.cpu().float()), size=size, mode="nearest-exact")  # square pixels
@@ -282,11 +223,11 @@ def condition_grid(pipeline: Any, records: Records, sample: Sample, seed: int = 
     if not rows:
         raise LatelierError("There are no records to draw and show.")
     whole = [torch.cat(tiles) for tiles in rows.values()]  # each (n, 3, H, W)
-    return ConditionGrid(make_grid(torch.cat(whole), columns=len(whole[0])), captions)
+    return make_grid(torch.cat(whole), columns=len(whole[0])), captions
 
 
 def _draw_input(
-    name: str, part: Any, batch: Mapping[str, Any], size: tuple[int, int]
+    name: str, component: Any, batch: Mapping[str, Any], size: tuple[int, int]
 ) -> Float[Tensor, "b c h w"] | None:
     """Images of what a model is conditioned on; None for classes and captions."""
     if name == "low_resolution":
@@ -294,7 +235,7 @@ def _draw_input(
     if name == "inpainting":
         return torch.where(batch["hole"] > 0.5, 0.0, batch["image"].cpu().float())
     if name == "layouts":
-        names = part.config.get("names")
+        names = component.config.get("names")
         regions = [box_regions(boxes, labels, size) for boxes, labels in zip(batch["boxes"], batch["box_labels"])]
         return torch.stack([draw_boxes(one, size, names) for one in regions])
     if name == "segmentations":
@@ -313,8 +254,7 @@ def draw_boxes(regions: Sequence[Region], size: tuple[int, int], names: list[str
         left = max(0, min(x0 + 4, size[1] - math.ceil(draw.textlength(words))))  # whole words at the right edge too
         draw.rectangle(draw.textbbox((left, y0 + 2), words), fill=(BACKGROUND,) * 3)
         draw.text((left, y0 + 2), words, fill=colour(label))
-    pixels = torch.from_numpy(np.array(canvas)).movedim(-1, 0)  # (3, h, w)
-    return pixels.float() / 127.5 - 1
+    return torch.from_numpy(np.array(canvas)).movedim(-1, 0).float() / 127.5 - 1  # (3, h, w)
 
 
 def colour_map(ids: Integer[Tensor, "b h w"]) -> Float[Tensor, "b 3 h w"]:

@@ -1,12 +1,9 @@
 """What a tokenizer costs (parameters, bytes, floating-point operations, images per second, memory), and sampling.
 
-Operations are counted on a copy without memory ("meta" tensors), so counting takes no time and any model fits. One
-multiply-add is two operations. Papers count differently, so two rules are kept apart: everything, attention's matrix
-products included, for one image; and that of LDMAE's table, which is the encoder's convolutions and linear layers
-for 64 images.
-
-Latent diffusion trades quality for speed twice: by the factor of its tokenizer, and by its steps (Rombach et al. 2022,
-section 4.1 and figure 7). Sampling is timed alone: denoiser and decoder, neither features nor the reading of records.
+Operations are counted on a copy without memory ("meta" tensors), so any model fits. One multiply-add is two operations.
+Two rules are kept apart: everything, attention's matrix products included, for one image; and that of LDMAE's table,
+the encoder's convolutions and linear layers for 64 images. Latent diffusion trades quality for speed by its steps
+(Rombach et al. 2022, figure 7): sampling is timed alone, denoiser and decoder.
 """
 
 from __future__ import annotations
@@ -60,13 +57,11 @@ class Cost:
 @torch.no_grad()
 def count_cost(codec: Codec, height: int, width: int) -> Cost:
     """Count parameters, bytes and operations for images of `height` x `width` pixels; weights are not read or moved."""
-    tokenizer = codec.tokenizer
-    parts = decoder_parts(tokenizer)
+    tokenizer, parts = codec.tokenizer, decoder_parts(codec.tokenizer)
     parameters = {name: p.numel() for name, p in tokenizer.named_parameters()}
     decoder = sum(n for name, n in parameters.items() if name.split(".")[0] in parts)
-    stored = sum(
-        t.numel() * (4 if t.is_floating_point() else t.element_size()) for t in tokenizer.state_dict().values()
-    )
+    tensors = tokenizer.state_dict().values()
+    stored = sum(t.numel() * (4 if t.is_floating_point() else t.element_size()) for t in tensors)
     shadow = Codec(without_memory(tokenizer).float())
     images = torch.empty(1, codec.image_channels, height, width, device="meta")
     latents = torch.empty(1, *codec.latent_shape(height, width), device="meta")
@@ -77,29 +72,14 @@ def count_cost(codec: Codec, height: int, width: int) -> Cost:
 
 
 @torch.no_grad()
-def measure_cost(
-    codec: Codec,
-    height: int,
-    width: int,
-    batch: int = 16,
-    seconds: float = 2.0,
-    extra: Mapping[str, Any] | None = None,
-) -> list[Measurement]:
-    """Count, then run.
+def measure_cost(codec: Codec, height: int, width: int, batch: int = 16, seconds: float = 2.0) -> list[Measurement]:
+    """Count, then encode and decode `batch` images at once on the codec's device for so many seconds each.
 
-    Args:
-        codec: the tokenizer, on the device that is to be measured.
-        height, width: of the images, in pixels; an error if the tokenizer's factor does not divide them.
-        batch: images at once, in the measured numbers only.
-        seconds: how long encoding, and decoding, are repeated; a batch that has begun is finished.
-        extra: fields for the receipts beyond those gathered here.
-
-    Returns:
-        `parameters`, `size-mib`, `gflop-encode`, `gflop-decode`, `gflop-paper`, `encode-images-per-second`,
-        `decode-images-per-second` (medians) and `memory-gb` (peak).
+    `parameters`, `size-mib`, `gflop-encode`, `gflop-decode`, `gflop-paper`, `encode-images-per-second`,
+    `decode-images-per-second` (medians) and `memory-gb` (peak); an error if the factor does not divide the size.
     """
     cost, device = count_cost(codec, height, width), codec.device
-    receipt = make_receipt(image_size=(height, width), tokenizer=codec.hash(), **(extra or {}))
+    receipt = make_receipt(image_size=(height, width), tokenizer=codec.hash())
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     images = KeyedRandom(0, torch.arange(batch), device).uniform("cost", codec.image_channels, height, width) * 2 - 1
@@ -125,40 +105,29 @@ def measure_cost(
 
 def without_memory(module: nn.Module) -> nn.Module:
     """A copy whose weights have shapes but no numbers; the original's are never copied."""
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(b): torch.empty_like(b, device="meta") for b in module.buffers()}
     for p in module.parameters():
         memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
-    for b in module.buffers():
-        memo[id(b)] = torch.empty_like(b, device="meta")
     return copy.deepcopy(module, memo)
 
 
 def _count(module: nn.Module, action: Callable[[], Any]) -> tuple[dict[str, float], float]:
-    """GFLOP of what the action computes by operator, and how much of it in the module's convolutions and linears.
-
-    Operators alone do not tell the second: a linear layer may run as the same batched product as attention.
+    """GFLOP of what the action computes by operator, and those of convolutions and linear layers, which cannot be told
+    from operators: a linear layer may run as the same batched product as attention.
     """
     counter = FlopCounterMode(display=False)
-    layers = 0
-
-    def enter(*_: Any) -> None:
-        nonlocal layers
-        layers -= counter.get_total_flops()
-
-    def leave(*_: Any) -> None:
-        nonlocal layers
-        layers += counter.get_total_flops()
-
-    found = [layer for layer in module.modules() if isinstance(layer, LAYERS)]
-    hooks = [
-        hook for layer in found for hook in (layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave))
-    ]
+    marks: dict[int, list[int]] = {-1: [], 1: []}  # totals as layers begin, and as they end
+    hooks = []
+    for layer in (layer for layer in module.modules() if isinstance(layer, LAYERS)):
+        hooks.append(layer.register_forward_pre_hook(lambda *_: marks[-1].append(counter.get_total_flops())))
+        hooks.append(layer.register_forward_hook(lambda *_: marks[1].append(counter.get_total_flops())))
     with counter, sdpa_kernel(SDPBackend.MATH):  # fused kernels are not all known to the counter
         action()
     for hook in hooks:
         hook.remove()
     counts = counter.get_flop_counts().get("Global", {})
-    return {str(operator).split(".")[-1]: flops / 1e9 for operator, flops in counts.items()}, layers / 1e9
+    layers = (sum(marks[1]) - sum(marks[-1])) / 1e9
+    return {str(operator).split(".")[-1]: flops / 1e9 for operator, flops in counts.items()}, layers
 
 
 def _speed(action: Callable[[], Any], batch: int, seconds: float, device: torch.device) -> tuple[float, int]:
@@ -180,27 +149,16 @@ def _speed(action: Callable[[], Any], batch: int, seconds: float, device: torch.
     return batch / median(times), len(times)
 
 
-# -- of sampling ------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def measure_sampling(
-    pipeline: LatentDiffusionPipeline,
-    references: Iterable[Mapping[str, Any]],
-    recipe: Recipe,
+    pipeline: LatentDiffusionPipeline, references: Iterable[Mapping[str, Any]], recipe: Recipe,
     receipt: Mapping[str, Any],
-) -> list[Measurement]:
+) -> list[Measurement]:  # fmt: skip
     """Sample the same images with each of `evaluate.sampling_steps`, time it, and compare them with real ones.
 
-    Args:
-        pipeline: what samples, on the device that is to be measured.
-        references: dicts with `image`; at most `evaluate.samples` images are read, once for all numbers of steps.
-        recipe: the experiment; `sample` says how to sample, all but the steps, and `evaluate` what is measured.
-        receipt: how the images come about: reference, tokenizer, ema, the settings of `sample`.
-
-    Returns:
-        For each number of steps, the fewest first, `gfd-<features>@<steps>` and `samples-per-second@<steps>`. As many
-        images are sampled as there are references; image i has the seed `sample.seed + i` at each number of steps.
+    For each number of steps, the fewest first, `gfd-<features>@<steps>` and `samples-per-second@<steps>`. As many
+    images are sampled as there are references (dicts with `image`), at most `evaluate.samples`; image i has the seed
+    `sample.seed + i`. `receipt` says how they come about: reference, tokenizer, ema, the settings of `sample`.
     """
     numbers = sorted(set(recipe.evaluate.sampling_steps))
     if not numbers:
@@ -211,10 +169,8 @@ def measure_sampling(
         theirs.update(extractor(images))
     if not theirs.n:
         raise LatelierError("There are no reference images to compare samples with at evaluate.sampling_steps.")
-    about = {
-        "n": theirs.n, "n_reference": theirs.n, **receipt, **extractor.describe(), "batch": recipe.sample.batch,
-        "threads": torch.get_num_threads(), "drawn_on": str(pipeline.device),
-    }  # fmt: skip
+    about = {"n": theirs.n, "n_reference": theirs.n, **receipt, **extractor.describe(), "batch": recipe.sample.batch}
+    about |= {"threads": torch.get_num_threads(), "drawn_on": str(pipeline.device)}
     records = held_out_records(recipe, pipeline)
 
     def draw(batch: Sample) -> tuple[Float[Tensor, "b c h w"], float]:
@@ -226,7 +182,7 @@ def measure_sampling(
     draw(next(batches(recipe.sample.model_copy(update={"steps": numbers[0]}), theirs.n)))  # to warm up
     warning = size_warning(theirs.n, extractor.dims)
     timed = {"timed": "denoiser and decoder, wall clock, after one batch that does not count"}
-    result: list[Measurement] = []
+    result = []
     for steps in numbers:
         ours, seconds = FeatureStatistics(extractor.dims), 0.0
         for batch in batches(recipe.sample.model_copy(update={"steps": steps}), theirs.n):

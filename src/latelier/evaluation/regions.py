@@ -1,8 +1,8 @@
 """Do things stand where they should? Regions of drawn images against the mean look of each class.
 
-A matcher that every data set can have: the template of a class is the mean of all its regions in training images, and
-a region shows the class whose template it correlates with most. It is a weak one, so its share of hits means something
-only between what it says of the real images and what it says of the layouts of other images.
+The template of a class is the mean of all its regions in training images, and a region shows the class whose template
+it correlates with most. A weak matcher that every data set can have: its share of hits means something only between
+those of the real images and those of the layouts of other images.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Region(NamedTuple):
 
 
 def read_regions(batch: Mapping[str, Any], input_name: str) -> list[list[Region]]:
-    """The regions of each image of a batch, which needs `image`, and `boxes` and `box_labels`, or `segmentation`."""
+    """The regions of each image of a batch: of `boxes` and `box_labels`, or of `segmentation`."""
     for key in ("boxes", "box_labels") if input_name == "layouts" else ("segmentation",):
         if key not in batch:
             raise LatelierError(f"Drawn {input_name} cannot be evaluated: the records have no {key!r}.")
@@ -51,8 +51,7 @@ def box_regions(boxes: Float[Tensor, "n 4"], labels: Int[Tensor, " n"], size: tu
     """Regions of boxes, relative x0 y0 x1 y1, in an image of a height and a width."""
     found = []
     for label, (x0, y0, x1, y1) in zip(labels.tolist(), boxes.tolist()):
-        left, right = _span(x0, x1, size[1])
-        top, bottom = _span(y0, y1, size[0])
+        (left, right), (top, bottom) = _span(x0, x1, size[1]), _span(y0, y1, size[0])
         found.append(Region(label, (left, top, right, bottom)))
     return found
 
@@ -75,14 +74,14 @@ def _span(low: float, high: float, length: int) -> tuple[int, int]:
 
 
 class Templates:
-    """The mean look of each class: one pattern for each label, before normalisation, made of so many images."""
+    """The mean look of each class: one pattern for each label, before normalisation, made of `images` images."""
 
     def __init__(self, labels: Int[Tensor, " k"], patterns: Float[Tensor, "k d"], images: int):
         self.labels, self.patterns, self.images = labels, normalise(patterns), images
 
     @classmethod
     def of(cls, batches: Iterable[Mapping[str, Any]], input_name: str, most: int = MOST_TRAINING) -> Templates:
-        """The mean region of each class over at most so many training images; an error if none has a region."""
+        """The mean region of each class over at most `most` training images; an error if none has a region."""
         sums: dict[int, Tensor] = {}
         counts: dict[int, int] = defaultdict(int)
         seen = 0
@@ -100,10 +99,7 @@ class Templates:
         return cls(torch.tensor(labels), torch.stack([sums[k] / counts[k] for k in labels]), seen)
 
     def hits(self, image: Float[Tensor, "c h w"], regions: Sequence[Region]) -> tuple[int, int]:
-        """How many regions of an image show what they should, and how many were looked at.
-
-        Regions of classes without a template are left out; flat ones show nothing.
-        """
+        """How many regions of an image show what they should, and of how many with a template; flat ones do not."""
         known = set(self.labels.tolist())
         regions = [region for region in regions if region.label in known]
         if not regions:
@@ -124,10 +120,7 @@ def patterns(image: Float[Tensor, "c h w"], regions: Sequence[Region]) -> Float[
 
 
 def normalise(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """Mean 0 and length 1, so that products are correlations; flat rows become zero.
-
-    The mean is that of all channels together: brightness and contrast do not count, colour does.
-    """
+    """Mean 0 (of all channels together) and length 1, so that products are correlations; flat rows become zero."""
     centred = rows - rows.mean(1, keepdim=True)  # (n, d)
     flat = rows.std(1, keepdim=True) < FLAT  # (n, 1)
     return F.normalize(centred, dim=1).masked_fill(flat, 0.0)
@@ -136,11 +129,9 @@ def normalise(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
 def share_of_hits(counts: Sequence[tuple[int, int]]) -> tuple[float, tuple[float, float] | None]:
     """The share of regions that are hits, and its 95 % interval, None for fewer than two images.
 
-    Regions of one image are not independent, so images are the sample: with h_i hits among n_i regions,
+    Regions of one image are not independent, so m images are the sample: with h_i hits among n_i regions,
 
-        p = sum h_i / sum n_i,    var p = m / (m - 1) sum (h_i - p n_i)^2 / (sum n_i)^2
-
-    over m images with regions, the ratio estimator (Cochran 1977, section 6.3).
+        p = sum h_i / sum n_i,    var p = m / (m - 1) sum (h_i - p n_i)^2 / (sum n_i)^2  (Cochran 1977, section 6.3)
     """
     hits, total = torch.tensor([pair for pair in counts if pair[1]], dtype=torch.float64).T  # 2 x (m,)
     images, share = len(total), (hits.sum() / total.sum()).item()
@@ -152,10 +143,8 @@ def share_of_hits(counts: Sequence[tuple[int, int]]) -> tuple[float, tuple[float
 
 
 class RegionMatch:
-    """Compares regions of drawn images with templates of classes, beside the two ends of the scale.
-
-    `-chance` compares image i with the regions of record i + 1 (the last one with those of the first); `-real` says
-    what the matcher says of the original images.
+    """Regions of drawn images against templates of classes, beside the two ends of the scale: `-chance` compares image
+    i with the regions of record i + 1 (the last one with those of the first), `-real` the original images.
     """
 
     def __init__(self, input_name: str, templates: Templates):
@@ -168,7 +157,6 @@ class RegionMatch:
     def update(
         self, batch: Mapping[str, Any], drawn: Float[Tensor, "b c h w"], original: Float[Tensor, "b c h w"]
     ) -> None:
-        """See drawn images with the records that they were drawn from."""
         hits = self._templates.hits
         for regions, one, real in zip(read_regions(batch, self._input), drawn.cpu().float(), original.cpu().float()):
             self._counts[""].append(hits(one, regions))
@@ -189,15 +177,15 @@ class RegionMatch:
                 f"images with {regions}; raise evaluate.samples."
             )
         assert self._last is not None
-        counts = {**self._counts}
-        counts["-chance"] = [*counts["-chance"], self._templates.hits(self._last, self._first)]
+        chance = [*self._counts["-chance"], self._templates.hits(self._last, self._first)]
+        counts = {**self._counts, "-chance": chance}
         receipt = {
             **about, "regions": regions, "regions_without_template": self._regions - regions,
             "classes": len(self._templates.labels), "template_images": self._templates.images,
             "matcher": f"nearest mean training region, {SIDE} x {SIDE}, correlation over all channels",
         }  # fmt: skip
-        shares = {end: share_of_hits(counts[end]) for end in COMPARED}
-        return [
-            Measurement(name + end, share, {**receipt, "judged": COMPARED[end]}, interval)
-            for end, (share, interval) in shares.items()
-        ]
+        result = []
+        for end, words in COMPARED.items():
+            share, interval = share_of_hits(counts[end])
+            result.append(Measurement(name + end, share, {**receipt, "judged": words}, interval))
+        return result

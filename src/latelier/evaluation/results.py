@@ -1,50 +1,43 @@
-"""The numbers: what they are, how sure they are, and the file that keeps them with their receipts."""
+"""The numbers: what they are, how sure they are, the file that keeps them with their receipts, and several processes.
+
+Whatever the number of processes W, batches are the same, and process p works on batches p, p + W, ... The main process
+counts what comes of them in the order of batches: sums are those of one process, to the last bit.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxtyping import Float
 from torch import Tensor
 
+T = TypeVar("T")
 ERRORS = "error-map.png"  # beside metrics.json, see `reconstruction.draw_errors`
 
 
 @dataclass
 class Measurement:
-    """One number with its receipt.
+    """One number with its receipt."""
 
-    Attributes:
-        name: Fréchet distances carry their extractor: `rfd-vgg16`, `gfd-inception`.
-        value: the number.
-        receipt: n, reference, extractor, preprocessing, sampler, versions, ...: what is needed to measure it again.
-        interval: 95 % confidence interval, where there is one.
-    """
-
-    name: str
+    name: str  # Fréchet distances carry their extractor: `rfd-vgg16`, `gfd-inception`
     value: float
-    receipt: dict[str, Any] = field(default_factory=dict)
-    interval: tuple[float, float] | None = None
+    receipt: dict[str, Any] = field(default_factory=dict)  # n, reference, versions, ...: all it takes to measure again
+    interval: tuple[float, float] | None = None  # of 95 % confidence, where there is one
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a metric found.
-
-    Attributes:
-        value: the number.
-        interval: 95 % confidence interval, where there is one.
-        details: what the receipt says beside the common fields: curves, settings, warnings.
-    """
+    """What a metric found."""
 
     value: float
-    interval: tuple[float, float] | None = None
-    details: dict[str, Any] = field(default_factory=dict)
+    interval: tuple[float, float] | None = None  # of 95 % confidence, where there is one
+    details: dict[str, Any] = field(default_factory=dict)  # of the receipt, beside the common fields: curves, warnings
 
 
 def mean_with_interval(values: Float[Tensor, " n"]) -> tuple[float, tuple[float, float] | None]:
@@ -65,17 +58,64 @@ def size_warning(n: int, dims: int) -> dict[str, str]:
 
 
 def write_measurements(path: str | Path, measurements: list[Measurement], section: str) -> None:
-    """Merge measurements into `metrics.json`: `{section: {name: {value, interval, receipt}}}`, never half written.
-
-    Those of the same name in the section are replaced; a missing file is made.
-    """
+    """Merge measurements into `metrics.json`: `{section: {name: {value, interval, receipt}}}`, never half written."""
     path = Path(path)
     content = json.loads(path.read_text()) if path.is_file() else {}
     entries = content.setdefault(section, {})
-    for measurement in measurements:
-        entry = asdict(measurement)
+    for entry in map(asdict, measurements):
         entries[entry.pop("name")] = entry
+    write_whole(path, json.dumps(content, indent=2, default=str).encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file, and its folder, so that it is never half there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_text(json.dumps(content, indent=2, default=str))
+    partial.write_bytes(content)
     partial.replace(path)
+
+
+def rank() -> tuple[int, int]:
+    """This process's number and how many there are."""
+    from accelerate import PartialState
+
+    state = PartialState()
+    return state.process_index, state.num_processes
+
+
+def gather_in_order(results: Iterator[dict[str, Any]], shared: bool) -> Iterator[dict[str, Any]]:
+    """The results of all processes in the order of batches, on the main process; nothing on the others.
+
+    `results` are (nested) dicts of tensors of this process's batches: p, p + W, ... of the whole. If `shared`, all
+    processes take part, and must all go through it to its end.
+    """
+    if not shared or rank()[1] == 1:
+        yield from results
+        return
+    from accelerate.utils import gather_object
+
+    while True:
+        row = gather_object([_on_cpu(next(results, None))])  # one batch of each process, in order
+        if all(batch is None for batch in row):
+            return
+        if rank()[0] == 0:
+            yield from (batch for batch in row if batch is not None)
+
+
+def agreed(value: T, shared: bool) -> T:
+    """The main process's value, on all processes."""
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value])[0] if shared and rank()[1] > 1 else value
+
+
+def is_main(shared: bool) -> bool:
+    """Whether this process counts, measures and writes."""
+    return not shared or rank()[0] == 0
+
+
+def _on_cpu(content: Any) -> Any:
+    """Tensors where every process can read them."""
+    if isinstance(content, dict):
+        return {key: _on_cpu(value) for key, value in content.items()}
+    return content.cpu() if isinstance(content, Tensor) else content

@@ -110,11 +110,11 @@ def _tiles(log: Mapping[str, list[Row]], metrics: Row) -> list[tuple[str, str]]:
 
 
 def _samples(folder: Path) -> Row:
-    """The grid (or single images), what was asked for, and the nearest training images."""
-    files = {name: folder / f"{name}.png" for name in ("grid", "nearest", "asked")}
+    """The grid (or single images), the conditions, and the nearest training images."""
+    files = {name: folder / f"{name}.png" for name in ("grid", "nearest", "conditions")}
     found: Row = {name: path if path.is_file() else None for name, path in files.items()}
     singles = [] if found["grid"] else [path for path in sorted(folder.glob("*.png")) if path not in files.values()]
-    captions = text.read_text().replace("\n", " · ") if (text := folder / "asked.txt").is_file() else ""
+    captions = text.read_text().replace("\n", " · ") if (text := folder / "conditions.txt").is_file() else ""
     return {**found, "singles": singles[:MOST_THUMBS], "captions": captions} if singles or any(found.values()) else {}
 
 
