@@ -375,3 +375,19 @@ def init_linear(module: nn.Module) -> None:
             nn.init.xavier_uniform_(child.weight)
             if child.bias is not None:
                 nn.init.zeros_(child.bias)
+
+
+def run_block(model: Any, block: nn.Module, *inputs: Any) -> Tensor:
+    """`block(*inputs)`; where the model checkpoints gradients, activations are computed again in the backward pass."""
+    if model.gradient_checkpointing and torch.is_grad_enabled():
+        return model._gradient_checkpointing_func(block, *inputs)
+    return block(*inputs)
+
+
+def fast_bf16(device: str) -> bool:
+    """Whether bf16 matrix products are faster than fp32 on this device."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False

@@ -28,10 +28,10 @@ from latelier.diffusion.process import DDPM, Flow, Scheduler, build_process, des
 from latelier.diffusion.sampling import sample_latents, watched
 from latelier.diffusion.tiled import tiled
 from latelier.errors import LatelierError
+from latelier.layers import fast_bf16
 from latelier.recipe import Sample, first_problem
 from latelier.tokenizers import TOKENIZERS
-from latelier.tokenizers.codec import Codec, fast_bf16
-from latelier.tokenizers.tiling import decode_within
+from latelier.tokenizers.codec import Codec, decode_within
 
 # diffusers opens a saved pipeline's components only from modules that are imported already.
 for _place in (*TOKENIZERS.values(), *DENOISERS.values(), *CONDITIONERS.values()):

@@ -18,8 +18,7 @@ from latelier.errors import LatelierError
 from latelier.images import make_grid, save_png
 from latelier.pipeline import LatentDiffusionPipeline
 from latelier.recipe import Prefixes, Recipe, Sample
-from latelier.tokenizers.codec import Codec
-from latelier.tokenizers.tiling import decode_within
+from latelier.tokenizers.codec import Codec, decode_within
 
 SHOWN = 8  # images in a strip: decoding is what a preview costs
 LEAST = 4  # channels of a short prefix

@@ -18,7 +18,7 @@ from torch import Tensor
 from latelier.analysis.sample import LatentSample
 from latelier.errors import LatelierError
 from latelier.evaluation.results import Result, mean_with_interval
-from latelier.losses.kl import gaussian_kl
+from latelier.losses.reconstruction import gaussian_kl
 
 ACTIVE = 0.01  # variance of the posterior's mean above which a number is active (Burda et al. 2016)
 DEAD = 1e-6  # of the largest channel variance: what lies below is rounding, not signal

@@ -33,7 +33,7 @@ from latelier.layers import (
     unpatchify,
 )
 from latelier.prefixes import pad_channels
-from latelier.presets import open_init, preset_arguments
+from latelier.sections import open_init, preset_arguments
 
 SIZES = {
     "XS": {"dim": 256, "depth": 4, "heads": 4},

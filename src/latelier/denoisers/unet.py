@@ -25,7 +25,7 @@ from latelier.conditioning.condition import Condition
 from latelier.denoisers.objective import DenoiserSection
 from latelier.errors import LatelierError
 from latelier.prefixes import pad_channels
-from latelier.presets import open_init, preset_arguments
+from latelier.sections import open_init, preset_arguments
 
 TIMESTEPS = 1000  # of the discrete process that LDM's time embedding was made for
 WAVES = (0.5, 1, 2)  # over the whole grid, of the channels of coordinates

@@ -21,7 +21,7 @@ from latelier.denoisers.objective import DenoiserSection
 from latelier.errors import LatelierError
 from latelier.layers import MLP, Attention, patchify, resize_positions, sinusoid, unpatchify
 from latelier.prefixes import pad_channels
-from latelier.presets import open_init, preset_arguments
+from latelier.sections import open_init, preset_arguments
 
 SIZES = {
     "XS": {"dim": 256, "depth": 4, "heads": 4},

@@ -22,11 +22,9 @@ from torch import Tensor, nn
 from latelier.errors import LatelierError
 from latelier.keyed_random import KeyedRandom
 from latelier.losses.codebook import CodebookUse, perplexity, quantise
-from latelier.losses.kl import mean_kl
-from latelier.losses.reconstruction import ReconstructionLoss
+from latelier.losses.reconstruction import ReconstructionLoss, mean_kl
 from latelier.losses.terms import LossTerms
-from latelier.presets import open_init, preset_arguments
-from latelier.sections import Count, Kind, TrainedTokenizer, Weight
+from latelier.sections import Count, Kind, TrainedTokenizer, Weight, open_init, preset_arguments
 from latelier.tokenizers import TokenizerInfo
 
 IMAGE = 256  # pixels; LDM counts the resolutions that have attention from here

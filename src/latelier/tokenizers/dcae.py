@@ -24,8 +24,7 @@ from latelier.errors import LatelierError
 from latelier.losses.reconstruction import ReconstructionLoss
 from latelier.losses.terms import LossTerms
 from latelier.prefixes import RandomPrefixes, keep_prefix, random_prefixes
-from latelier.presets import open_init, preset_arguments
-from latelier.sections import Prefixes, TrainedTokenizer, Weight
+from latelier.sections import Prefixes, TrainedTokenizer, Weight, open_init, preset_arguments
 
 FINE = 3  # levels, from the pixels on, that have convolutions; below them DC-AE 1.0 has linear attention
 

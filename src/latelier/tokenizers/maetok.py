@@ -26,11 +26,9 @@ from torch import Tensor, nn
 from latelier.errors import LatelierError
 from latelier.keyed_random import KeyedRandom
 from latelier.layers import TransformerBlock, init_linear, patchify, resize_positions, resized, unpatchify
-from latelier.losses.kl import gaussian_kl
-from latelier.losses.reconstruction import ReconstructionLoss
+from latelier.losses.reconstruction import ReconstructionLoss, gaussian_kl
 from latelier.losses.terms import LossTerms
-from latelier.presets import open_init, preset_arguments
-from latelier.sections import Count, TrainedTokenizer, Weight
+from latelier.sections import Count, TrainedTokenizer, Weight, open_init, preset_arguments
 from latelier.tokenizers import TokenizerInfo
 from latelier.tokenizers.maetok_decoder import LatentDecoder, add_frequencies, init_table, rope_tables, run
 from latelier.tokenizers.maetok_targets import Masking, MaskShare, Target, TargetSection, build_targets, draw_mask

@@ -33,11 +33,9 @@ from latelier.layers import (
     sincos_positions,
     unpatchify,
 )
-from latelier.losses.kl import gaussian_kl
-from latelier.losses.reconstruction import ReconstructionLoss
+from latelier.losses.reconstruction import ReconstructionLoss, gaussian_kl
 from latelier.losses.terms import LossTerms
-from latelier.presets import open_init, preset_arguments
-from latelier.sections import TrainedTokenizer, Unit, Weight
+from latelier.sections import TrainedTokenizer, Unit, Weight, open_init, preset_arguments
 from latelier.tokenizers import TokenizerInfo
 
 

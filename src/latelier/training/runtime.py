@@ -23,12 +23,12 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 from torch import Tensor, nn
 
 from latelier.errors import LatelierError
+from latelier.layers import fast_bf16
 from latelier.losses.terms import LossTerms
 from latelier.opening import best_device
 from latelier.recipe import Recipe, Training
 from latelier.signals import handled_by, stop_now
 from latelier.terminal import console
-from latelier.tokenizers.codec import fast_bf16
 from latelier.training import checkpoint
 from latelier.training.finite import FiniteCheck, NotFinite
 from latelier.training.optimizer import clip_gradients, learning_rate
