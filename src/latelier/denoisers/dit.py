@@ -29,6 +29,7 @@ from latelier.layers import (
     patchify,
     resize_positions,
     rope_table,
+    run_block,
     sincos_positions,
     unpatchify,
 )
@@ -65,23 +66,23 @@ class DiT(ModelMixin, ConfigMixin):
     """Diffusion transformer with adaLN-zero (Peebles & Xie 2023, section 3.2).
 
     Args:
-        in_channels: channels of `x_t`, and of the prediction.
+        in_channels: of `x_t` and the prediction.
         grid: `(h, w)` or `(l,)` of the latents that the position tables are made for; others are interpolated.
         patch_size: side of a patch in latent positions.
         dim, depth, heads: of the transformer.
-        mlp_ratio: 4 for all papers; SwiGLU has two thirds of it, so that parameters agree.
+        mlp_ratio: hidden width of the MLPs over the width; SwiGLU has two thirds of it, so that parameters agree.
         norm: `layer` (no affine) or `rms`.
         mlp: `gelu` (tanh) or `swiglu`.
         rope: rotary positions in attention.
         qk_norm: RMS norm of queries and keys.
         spatial_channels: channels that a condition concatenates to `x_t`.
-        context_dim: width of a condition's tokens, to which every block attends; 0 leaves cross-attention out.
+        context_dim: width of a condition's tokens, to which every block attends; 0: no cross-attention.
         learn_sigma: the head has twice the channels, the second half is dropped (DiT and SiT checkpoints).
-        reversed_time: the weights were trained with t = 0 noise and predict data - noise (SiT, LightningDiT): the
-            time is turned and the prediction negated, so that callers see our convention.
+        reversed_time: the weights were trained with t = 0 noise and predict data - noise (SiT, LightningDiT): time is
+            reversed and the prediction negated, so that callers see our convention.
         time_scale: what t in [0, 1] is multiplied by before its embedding (1000 for weights trained on 0..999).
         prefix_channels: whether `x_t` may have fewer channels, the first ones (DC-AE 1.5's augmented training).
-        own_positions: the table of positions is kept with the weights instead of being computed (DC-AE's SiT).
+        own_positions: the position table is kept with the weights instead of being computed (DC-AE's SiT).
     """
 
     _supports_gradient_checkpointing = True
@@ -142,8 +143,7 @@ class DiT(ModelMixin, ConfigMixin):
         Args:
             x_t: noisy normalised latents, or their first channels where `prefix_channels` is set.
             t: noise level in [0, 1], 0 data, 1 noise.
-            condition: `vector` is added to the time embedding, `spatial` is concatenated to `x_t`, `tokens` are what
-                all blocks attend to.
+            condition: `vector` is added to the time embedding, `spatial` concatenated to `x_t`, `tokens` attended to.
         """
         channels, p = x_t.shape[1], self.config["patch_size"]
         grid = tuple(g // p for g in x_t.shape[2:])
@@ -157,10 +157,7 @@ class DiT(ModelMixin, ConfigMixin):
         c, rope = F.silu(c), self._rope(grid, x.device)
         context = (None, None) if condition is None else (condition.tokens, condition.mask)
         for block in self.blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = self._gradient_checkpointing_func(block, x, c, rope, *context)
-            else:
-                x = block(x, c, rope, *context)
+            x = run_block(self, block, x, c, rope, *context)
         shift, scale = self.modulation(c)[:, None].chunk(2, dim=-1)  # (b, 1, d)
         x = self.head(modulate(self.final_norm(x), shift, scale))  # (b, n, p p c)
         prediction = unpatchify(x, p, grid)[:, :channels].float()  # (b, c, *grid)
@@ -217,11 +214,7 @@ def _norm(kind: str, dim: int) -> nn.Module:
 
 
 def build(
-    section: DenoiserSection,
-    latent_shape: tuple[int, ...],
-    token_width: int = 0,
-    spatial_channels: int = 0,
-    vector: bool = False,
+    section: DenoiserSection, latent_shape: tuple[int, ...], token_width: int, spatial_channels: int, vector: bool
 ) -> DiT:
     """A DiT for latents `(c, *grid)`, fresh or from `init`; see `build_denoiser`. Every DiT takes a vector."""
     channels, *grid = latent_shape

@@ -1,7 +1,7 @@
 """U-ViT: a transformer on tokens of everything (time, class, patches) with long skips (Bao et al. 2023); USiT, a flow.
 
-The first half of the blocks is joined to the second: each late block sees its early counterpart's output beside its
-input. There are no adaptive norms: time and class are tokens like any other.
+Each block of the second half sees the output of its counterpart in the first half beside its input. There are no
+adaptive norms: time and class are tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from latelier.conditioning.condition import Condition
 from latelier.denoisers.objective import DenoiserSection
 from latelier.errors import LatelierError
-from latelier.layers import MLP, Attention, patchify, resize_positions, sinusoid, unpatchify
+from latelier.layers import MLP, Attention, patchify, resize_positions, run_block, sinusoid, unpatchify
 from latelier.prefixes import pad_channels
 from latelier.sections import open_init, preset_arguments
 
@@ -45,7 +45,7 @@ class UViT(ModelMixin, ConfigMixin):
     """Transformer with long skips.
 
     Args:
-        in_channels: channels of `x_t`, and of the prediction.
+        in_channels: of `x_t` and the prediction.
         grid: `(h, w)` or `(l,)` of the latents that the position table is made for; others are interpolated.
         patch_size: side of a patch in latent positions.
         dim, heads: of the transformer.
@@ -123,11 +123,11 @@ class UViT(ModelMixin, ConfigMixin):
         x, mask = self._sequence(self.x_embed(patchify(x_t, p)), t, condition, grid)  # (b, m, d)
         skips = []
         for block in self.in_blocks:
-            x = self._run(block, x, mask)
+            x = run_block(self, block, x, mask)
             skips.append(x)
-        x = self._run(self.mid_block, x, mask)
+        x = run_block(self, self.mid_block, x, mask)
         for block in self.out_blocks:
-            x = self._run(block, x, mask, skips.pop())
+            x = run_block(self, block, x, mask, skips.pop())
         x = self.head(self.norm(x[:, -math.prod(grid) :]))  # (b, n, p p c)
         prediction = unpatchify(x, p, grid)[:, :channels].float()  # (b, c, *grid)
         return -prediction if self.config["reversed_time"] else prediction
@@ -135,7 +135,7 @@ class UViT(ModelMixin, ConfigMixin):
     def _sequence(
         self, x: Float[Tensor, "b n d"], t: Float[Tensor, " b"], condition: Condition, grid: tuple[int, ...]
     ) -> tuple[Float[Tensor, "b m d"], Bool[Tensor, "b m"] | None]:
-        """[class, time, a condition's tokens, patches] with positions, and which of them count."""
+        """[class, time, a condition's tokens, patches] with positions, and their mask."""
         time = (1 - t if self.config["reversed_time"] else t) * self.config["time_scale"]
         first = [sinusoid(time, x.shape[2])[:, None].to(x.dtype)]  # (b, 1, d)
         if self.config["vector_token"]:
@@ -153,14 +153,9 @@ class UViT(ModelMixin, ConfigMixin):
                 mask = torch.cat([ones.expand(-1, k), condition.mask, ones.expand(-1, x.shape[1])], dim=1)
         return torch.cat([*first, x + table], dim=1), mask
 
-    def _run(self, block: nn.Module, x: Tensor, mask: Tensor | None, skip: Tensor | None = None) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(block, x, mask, skip)
-        return block(x, mask, skip)
-
 
 class SkipBlock(nn.Module):
-    """Pre-norm block; in the second half a linear layer first joins it with what skipped the middle."""
+    """Pre-norm block; in the second half a linear layer first joins its input with the skip connection."""
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float, skip: bool = False):
         super().__init__()
@@ -183,18 +178,12 @@ class SkipBlock(nn.Module):
 
 
 def build(
-    section: DenoiserSection,
-    latent_shape: tuple[int, ...],
-    token_width: int = 0,
-    spatial_channels: int = 0,
-    vector: bool = False,
+    section: DenoiserSection, latent_shape: tuple[int, ...], token_width: int, spatial_channels: int, vector: bool
 ) -> UViT:
     """A U-ViT for latents `(c, *grid)`, fresh or from `init`; see `build_denoiser`."""
     channels, *grid = latent_shape
-    wanted = {
-        "in_channels": channels, "context_dim": token_width, "spatial_channels": spatial_channels,
-        "vector_token": vector,
-    }  # fmt: skip
+    wanted = {"in_channels": channels, "context_dim": token_width, "spatial_channels": spatial_channels}
+    wanted["vector_token"] = vector
     if section.init:
         return open_init(UViT, section.init, wanted)
     arguments = {"patch_size": section.patch, **_size(section)}
