@@ -45,9 +45,6 @@ def build_denoiser(
         token_width: of a condition's tokens; 0 for none.
         spatial_channels: channels that a condition concatenates to `x_t`.
         vector: whether a condition has a vector.
-
-    Raises:
-        LatelierError: if the recipe's denoiser does not fit the latents or the condition.
     """
     grid = latent_shape[1:]
     if any(side % section.patch for side in grid):

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from latelier.conditioning.condition import Condition
-from latelier.denoisers.objective import DenoiserSection
+from latelier.denoisers.objective import DenoiserSection, build_transformer, transformer_width
 from latelier.layers import (
     MLP,
     Attention,
@@ -34,7 +34,6 @@ from latelier.layers import (
     unpatchify,
 )
 from latelier.prefixes import pad_channels
-from latelier.sections import open_init, preset_arguments
 
 SIZES = {
     "XS": {"dim": 256, "depth": 4, "heads": 4},
@@ -217,20 +216,14 @@ def build(
     section: DenoiserSection, latent_shape: tuple[int, ...], token_width: int, spatial_channels: int, vector: bool
 ) -> DiT:
     """A DiT for latents `(c, *grid)`, fresh or from `init`; see `build_denoiser`. Every DiT takes a vector."""
-    channels, *grid = latent_shape
-    wanted = {"in_channels": channels, "context_dim": token_width, "spatial_channels": spatial_channels}
-    if section.init:
-        return open_init(DiT, section.init, wanted)
-    arguments = {**SWITCHES[section.kind], "patch_size": section.patch, **_size(section)}
-    if section.process.kind == "ddpm":
-        arguments.setdefault("time_scale", 1000.0)
-    return DiT(**{**arguments, **wanted, "grid": tuple(grid)})
+    wanted = {"context_dim": token_width, "spatial_channels": spatial_channels}
+    return build_transformer(DiT, _sizes(section), section, latent_shape, wanted)
 
 
 def vector_width(section: DenoiserSection) -> int:
     """Width of the time embedding, to which a condition's vector is added."""
-    return open_init(DiT, section.init).config["dim"] if section.init else _size(section)["dim"]
+    return transformer_width(DiT, _sizes(section), section)
 
 
-def _size(section: DenoiserSection) -> dict[str, Any]:
-    return preset_arguments(DiT, SIZES, section.size, section.model, "denoiser")
+def _sizes(section: DenoiserSection) -> dict[str, dict[str, Any]]:
+    return {name: {**SWITCHES[section.kind], **size} for name, size in SIZES.items()}

@@ -19,7 +19,7 @@ from latelier.errors import LatelierError
 from latelier.keyed_random import KeyedRandom
 from latelier.losses.terms import LossTerms
 from latelier.prefixes import RandomPrefixes
-from latelier.sections import ByKind, Prefixes, Process, Section, Training, Weight
+from latelier.sections import ByKind, Model, Prefixes, Process, Section, Training, Weight, open_init, preset_arguments
 
 if TYPE_CHECKING:
     Conditions = list[Any]
@@ -66,6 +66,28 @@ class DenoiserSection(Training):
         """Images seen at each snapshot, ascending; whole steps, so distances differ by a step at most."""
         steps, n = self.images // self.batch, self.snapshots
         return [-(-k * steps // n) * self.batch for k in range(1, n + 1)]
+
+
+def build_transformer(
+    cls: type[Model], sizes: dict, section: DenoiserSection, latent_shape: tuple[int, ...], wanted: dict[str, Any]
+) -> Model:
+    """A transformer for latents `(c, *grid)` whose config has `wanted`, fresh or from `init`."""
+    channels, *grid = latent_shape
+    wanted = {"in_channels": channels, **wanted}
+    if section.init:
+        return open_init(cls, section.init, wanted)
+    arguments = {"patch_size": section.patch}
+    arguments |= preset_arguments(cls, sizes, section.size, section.model, "denoiser")
+    if section.process.kind == "ddpm":
+        arguments.setdefault("time_scale", 1000.0)
+    return cls(**{**arguments, **wanted, "grid": tuple(grid)})
+
+
+def transformer_width(cls: type[Any], sizes: dict, section: DenoiserSection) -> int:
+    """Width of the transformer that `build_transformer` makes."""
+    if section.init:
+        return open_init(cls, section.init).config["dim"]
+    return preset_arguments(cls, sizes, section.size, section.model, "denoiser")["dim"]
 
 
 class DenoisingObjective(nn.Module):

@@ -192,13 +192,7 @@ class UNet(_Denoiser, UNet2DModel):
     def forward(  # type: ignore[override]
         self, x_t: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], condition: Condition | None = None
     ) -> Float[Tensor, "b c h w"]:
-        """Predict the process's target.
-
-        Args:
-            x_t: noisy normalised latents.
-            t: noise level in [0, 1], 0 data, 1 noise; diffusers' timestep is 1000 t.
-            condition: `vector` is added to the time embedding, `spatial` is concatenated to `x_t`.
-        """
+        """As `DiT.forward`: t in [0, 1], 0 data, 1 noise; diffusers' timestep is 1000 t."""
         condition = condition or Condition()
         if condition.tokens is not None:
             raise LatelierError("This U-Net has no cross-attention, it cannot take a condition's tokens.")
@@ -230,7 +224,7 @@ class CrossAttentionUNet(_Denoiser, UNet2DConditionModel):
 def build(
     section: DenoiserSection, latent_shape: tuple[int, ...], token_width: int, spatial_channels: int, vector: bool
 ) -> ModelMixin:
-    """A U-Net for latents `(c, h, w)`, fresh or from `init`; see `build_denoiser`. Tokens make a `CrossAttentionUNet`."""
+    """A U-Net for latents `(c, h, w)`, fresh or from `init`, with cross-attention for tokens; see `build_denoiser`."""
     channels, *grid = latent_shape
     if len(grid) != 2:
         raise LatelierError(

@@ -17,11 +17,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from latelier.conditioning.condition import Condition
-from latelier.denoisers.objective import DenoiserSection
+from latelier.denoisers.objective import DenoiserSection, build_transformer, transformer_width
 from latelier.errors import LatelierError
 from latelier.layers import MLP, Attention, patchify, resize_positions, run_block, sinusoid, unpatchify
 from latelier.prefixes import pad_channels
-from latelier.sections import open_init, preset_arguments
 
 SIZES = {
     "XS": {"dim": 256, "depth": 4, "heads": 4},
@@ -45,18 +44,11 @@ class UViT(ModelMixin, ConfigMixin):
     """Transformer with long skips.
 
     Args:
-        in_channels: of `x_t` and the prediction.
-        grid: `(h, w)` or `(l,)` of the latents that the position table is made for; others are interpolated.
-        patch_size: side of a patch in latent positions.
-        dim, heads: of the transformer.
         depth: even; depth / 2 early blocks, one in the middle, depth / 2 late ones.
-        mlp_ratio: hidden width of the MLPs over the width.
-        vector_token: whether a condition's vector is a token (a class); without it time is the only one.
-        spatial_channels: channels that a condition concatenates to `x_t`.
+        vector_token: whether a condition's vector is a token (a class), as time is.
         context_dim: width of a condition's tokens, which join the sequence; 0 for none.
         reversed_time: the weights were trained with t = 0 noise and predict data - noise (USiT).
-        time_scale: what t in [0, 1] is multiplied by before its sinusoid (1000 for weights trained on 0..999).
-        prefix_channels: whether `x_t` may have fewer channels, the first ones (DC-AE 1.5's augmented training).
+        others: as in `DiT`.
 
     Differs from the reference: the table of classes belongs to the conditioner.
     """
@@ -84,7 +76,7 @@ class UViT(ModelMixin, ConfigMixin):
         super().__init__()
         if depth % 2:
             raise LatelierError(
-                f"denoiser.model.depth = {depth} of a U-ViT must be even: half of it before the middle."
+                f"denoiser.model.depth = {depth} of a U-ViT must be even: half of it precedes the middle."
             )
         self.grid = tuple(g // patch_size for g in grid)
         volume = patch_size ** len(self.grid)
@@ -107,13 +99,7 @@ class UViT(ModelMixin, ConfigMixin):
     def forward(
         self, x_t: Float[Tensor, "b c *grid"], t: Float[Tensor, " b"], condition: Condition | None = None
     ) -> Float[Tensor, "b c *grid"]:
-        """Predict the process's target.
-
-        Args:
-            x_t: noisy normalised latents, or their first channels where `prefix_channels` is set.
-            t: noise level in [0, 1], 0 data, 1 noise.
-            condition: `vector` is a token, `tokens` join the sequence, `spatial` is concatenated to `x_t`.
-        """
+        """As `DiT.forward`; a condition's `vector` is a token, `tokens` join the sequence, `spatial` joins `x_t`."""
         channels, p = x_t.shape[1], self.config["patch_size"]
         grid = tuple(g // p for g in x_t.shape[2:])
         condition = condition or Condition()
@@ -181,21 +167,10 @@ def build(
     section: DenoiserSection, latent_shape: tuple[int, ...], token_width: int, spatial_channels: int, vector: bool
 ) -> UViT:
     """A U-ViT for latents `(c, *grid)`, fresh or from `init`; see `build_denoiser`."""
-    channels, *grid = latent_shape
-    wanted = {"in_channels": channels, "context_dim": token_width, "spatial_channels": spatial_channels}
-    wanted["vector_token"] = vector
-    if section.init:
-        return open_init(UViT, section.init, wanted)
-    arguments = {"patch_size": section.patch, **_size(section)}
-    if section.process.kind == "ddpm":
-        arguments.setdefault("time_scale", 1000.0)
-    return UViT(**{**arguments, **wanted, "grid": tuple(grid)})
+    wanted = {"context_dim": token_width, "spatial_channels": spatial_channels, "vector_token": vector}
+    return build_transformer(UViT, SIZES, section, latent_shape, wanted)
 
 
 def vector_width(section: DenoiserSection) -> int:
     """Width of the tokens, of which a condition's vector is one."""
-    return open_init(UViT, section.init).config["dim"] if section.init else _size(section)["dim"]
-
-
-def _size(section: DenoiserSection) -> dict:
-    return preset_arguments(UViT, SIZES, section.size, section.model, "denoiser")
+    return transformer_width(UViT, SIZES, section)
