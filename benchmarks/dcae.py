@@ -16,9 +16,10 @@ from diffusers.models.attention_processor import SanaMultiscaleLinearAttention
 from torch import nn
 
 from benchmarks.timing import default_device, seconds
+from latelier.layers import fast_bf16
 from latelier.losses.reconstruction import ReconstructionLoss
 from latelier.tokenizers import freeze
-from latelier.tokenizers.codec import Codec, fast_bf16
+from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.dcae import PRESETS, DCAEObjective
 
 STEP = {"cpu": ("dcae15-f32c128-tiny", 256, 4), "cuda": ("dcae-f32c32", 512, 8)}  # preset, side, batch

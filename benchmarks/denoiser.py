@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.timing import default_device, matmul, seconds
 from latelier.denoisers.dit import SIZES, SWITCHES, DiT
-from latelier.tokenizers.codec import fast_bf16
+from latelier.layers import fast_bf16
 
 
 def run() -> list[tuple[str, float]]:

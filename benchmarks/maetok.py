@@ -15,8 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.timing import default_device, matmul, seconds
+from latelier.layers import fast_bf16
 from latelier.tokenizers import build_objective
-from latelier.tokenizers.codec import Codec, fast_bf16
+from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.maetok import PRESETS, MAETok, MAETokSection
 
 MINI, BASE = ("maetok-mini-32", 64), ("maetok-b-128", 256)  # preset and side of the images

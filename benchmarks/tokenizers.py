@@ -6,7 +6,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from benchmarks.timing import default_device, seconds
-from latelier.tokenizers.codec import Codec, fast_bf16
+from latelier.layers import fast_bf16
+from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.conv import PRESETS as CONV
 from latelier.tokenizers.vmae import PRESETS, VMAE, VMAEObjective
 

@@ -6,7 +6,7 @@ from diffusers import AutoencoderKL, VQModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from latelier.errors import LatelierError
-from latelier.losses.kl import mean_kl
+from latelier.losses.reconstruction import mean_kl
 from latelier.tokenizers import build_objective, remove_spread
 from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.conv import PRESETS, ConvSection, build

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from latelier.errors import LatelierError
-from latelier.losses.kl import gaussian_kl
-from latelier.losses.reconstruction import ReconstructionLoss
+from latelier.losses.reconstruction import ReconstructionLoss, gaussian_kl
 from latelier.tokenizers import build_objective, last_layer
 from latelier.tokenizers.maetok import LinearReadout, MAETok, MAETokObjective, MAETokSection, auxiliary_decoder
 from latelier.tokenizers.maetok_targets import MaskShare, Target, draw_mask

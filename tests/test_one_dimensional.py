@@ -19,9 +19,8 @@ from latelier.layers import rope_table, rotate, sincos_positions
 from latelier.opening import open_images
 from latelier.pipeline import LatentDiffusionPipeline
 from latelier.recipe import Sample
-from latelier.tokenizers.codec import Codec
+from latelier.tokenizers.codec import Codec, decode_tiled
 from latelier.tokenizers.maetok import MAETok
-from latelier.tokenizers.tiling import decode_tiled
 from latelier.training.denoiser_loop import train_denoiser
 from tiny import tiny_recipe
 

@@ -9,7 +9,7 @@ from latelier.diffusion.process import Flow
 from latelier.diffusion.tiled import LEAST, MOST, border_weight, tiled
 from latelier.errors import LatelierError
 from latelier.recipe import Sample
-from latelier.tokenizers.tiling import starts
+from latelier.tokenizers.codec import starts
 from sampled import sampled
 
 

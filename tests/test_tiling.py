@@ -9,9 +9,8 @@ from diffusers.models.autoencoders.vq_model import VQEncoderOutput
 from torch import nn
 
 from latelier.errors import LatelierError
-from latelier.tokenizers.codec import Codec
+from latelier.tokenizers.codec import Codec, decode_tiled, encode_tiled
 from latelier.tokenizers.conv import IdentityTokenizer
-from latelier.tokenizers.tiling import decode_tiled, encode_tiled
 
 
 class Local(ModelMixin, ConfigMixin):

@@ -5,7 +5,7 @@ import torch
 
 from latelier.errors import LatelierError
 from latelier.layers import resize_positions
-from latelier.losses.kl import gaussian_kl
+from latelier.losses.reconstruction import gaussian_kl
 from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.vmae import PRESETS, VMAE, VMAEObjective, VMAESection, build, visible_patches
 

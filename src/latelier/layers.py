@@ -48,14 +48,7 @@ class Attention(nn.Module):
         first: int = 0,
         mask: Bool[Tensor, "b n"] | None = None,
     ) -> Float[Tensor, "b n d"]:
-        """Attend over all tokens.
-
-        Args:
-            x: tokens.
-            rope: table of `rope_table` or `mixed_rope_table`; it turns the m tokens from `first` on, no others.
-            first: where they begin.
-            mask: false for tokens to which none attends.
-        """
+        """Attend to all tokens where `mask` is true; a table `rope` rotates the m tokens from `first` on."""
         b, n, d = x.shape
         qk, v = self.qkv(x).view(b, n, 3, self.heads, d // self.heads).split([2, 1], dim=2)  # (b, n, 2 and 1, h, k)
         if self.q_norm is not None and self.k_norm is not None:
@@ -73,7 +66,7 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Tokens of an image attend to those of a condition, `(b, m, context)`, of which only those in the mask count."""
+    """Tokens of an image attend to those of a condition, `(b, m, context)`, where the mask is true."""
 
     def __init__(self, dim: int, heads: int, context: int):
         super().__init__()
@@ -108,8 +101,7 @@ class RMSNorm(nn.Module):
 def rms_norm(x: Float[Tensor, "*b d"], weight: Float[Tensor, "*w d"], eps: float) -> Float[Tensor, "*b d"]:
     """x / sqrt(mean(x^2) + eps) * weight in float32; `weight` broadcasts against x.
 
-    PyTorch has a fused kernel on GPUs only; elsewhere the gradient is written out, which saves half of the passes over
-    memory that autograd would make.
+    PyTorch has a fused kernel on GPUs only; elsewhere the gradient is written out, with half of autograd's passes.
     """
     if x.device.type == "cuda" and weight.ndim == 1:
         return F.rms_norm(x.float(), weight.shape, weight.float(), eps)
@@ -141,8 +133,7 @@ def _sum_like(x: Tensor, weight: Tensor) -> Tensor:
     """Sum over the axes along which `weight` was broadcast; the leading ones by a matrix product, which is fastest."""
     trailing = x.shape[x.ndim - weight.ndim :]
     flat = x.reshape(-1, trailing.numel())
-    summed = (flat.new_ones(len(flat)) @ flat).view(trailing)
-    return summed.sum_to_size(weight.shape)
+    return (flat.new_ones(len(flat)) @ flat).view(trailing).sum_to_size(weight.shape)
 
 
 class MLP(nn.Module):
@@ -174,10 +165,7 @@ class SwiGLU(nn.Module):
 class TransformerBlock(nn.Module):
     """Pre-norm ViT block: x + attention(norm(x)), then x + mlp(norm(x)).
 
-    Args:
-        dim, heads: of the tokens and the attention.
-        mlp_ratio: hidden width of the MLP over the width.
-        layer_scale: where the learned gains of both branches begin (LayerScale, Touvron et al. 2021); None: no gains.
+    Both branches have learned gains that begin at `layer_scale` (LayerScale, Touvron et al. 2021); None: no gains.
     """
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float = 4.0, layer_scale: float | None = None):
@@ -199,9 +187,6 @@ class TransformerBlock(nn.Module):
         return x + (branch if self.scale2 is None else branch * self.scale2)
 
 
-# -- patches ----------------------------------------------------------------------------------------------------------
-
-
 def patchify(x: Float[Tensor, "b c *grid"], p: int) -> Float[Tensor, "b n k"]:
     """Images `(b, c, h, w)` or sequences `(b, c, l)` to tokens in raster order, channel first inside a patch."""
     if x.ndim == 3:
@@ -221,9 +206,6 @@ def unpatchify(tokens: Float[Tensor, "b n k"], p: int, grid: tuple[int, ...]) ->
     return x.reshape(b, -1, h * p, w * p)
 
 
-# -- positions --------------------------------------------------------------------------------------------------------
-
-
 def sincos_1d(dim: int, positions: Float[Tensor, " n"]) -> Float[Tensor, "n d"]:
     """[sin | cos] of positions times 10000^(-2i/dim), float64 inside."""
     omega = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
@@ -234,8 +216,8 @@ def sincos_1d(dim: int, positions: Float[Tensor, " n"]) -> Float[Tensor, "n d"]:
 def sincos_positions(dim: int, grid: tuple[int, ...]) -> Float[Tensor, "1 n d"]:
     """Fixed position table of a grid in raster order.
 
-    Two dimensions (MAE, DiT): the first half of the channels from the column, the second from the row, each
-    [sin | cos]. One dimension (MAETok's SiT): sin and cos interleaved.
+    2-D (MAE, DiT): half of the channels from the column, half from the row, each [sin | cos]. 1-D (MAETok's SiT): sin
+    and cos interleaved.
     """
     if len(grid) == 1:
         table = sincos_1d(dim, torch.arange(grid[0]).double())
@@ -248,27 +230,17 @@ def sincos_positions(dim: int, grid: tuple[int, ...]) -> Float[Tensor, "1 n d"]:
 def resize_positions(
     table: Float[Tensor, "1 n d"], old: tuple[int, ...], new: tuple[int, ...]
 ) -> Float[Tensor, "1 m d"]:
-    """Carry a position table over to another grid by (bi)linear interpolation, corners not aligned.
-
-    Positions of tokens before the grid stay as they are.
-    """
+    """A position table for another grid by (bi)linear interpolation, corners not aligned; tokens before it stay."""
     if tuple(old) == tuple(new):
         return table
     before, inner = table.tensor_split([table.shape[1] - math.prod(old)], dim=1)
     image = inner.transpose(1, 2).unflatten(2, old)  # (1, d, *old)
-    mode = "bilinear" if len(old) == 2 else "linear"
-    image = F.interpolate(image, size=tuple(new), mode=mode, align_corners=False)  # (1, d, *new)
+    image = F.interpolate(image, tuple(new), mode="bilinear" if len(old) == 2 else "linear")  # (1, d, *new)
     return torch.cat([before, image.flatten(2).transpose(1, 2)], dim=1)
 
 
 def resized(model: Any, image_size: Sequence[int], tables: Sequence[str]) -> Any:
-    """A tokenizer's weights in a new one for another size of images, its position tables carried over.
-
-    Args:
-        model: with `config["image_size"]` and `grid`.
-        image_size: height and width.
-        tables: names of position tables; those that the model does not keep are left out.
-    """
+    """A tokenizer's weights in a new one for another image size, with its position tables (by name) interpolated."""
     settings = {key: value for key, value in model.config.items() if key[0] != "_"}
     other = type(model)(**{**settings, "image_size": tuple(image_size)})
     state = model.state_dict()
@@ -281,9 +253,9 @@ def resized(model: Any, image_size: Sequence[int], tables: Sequence[str]) -> Any
 def rope_table(
     head_dim: int, grid: tuple[int, ...], trained: tuple[int, ...], theta: float = 10000.0
 ) -> Complex[Tensor, "n k"]:
-    """exp(i angle) of axial rotary positions (EVA-02), `(n, head_dim / 2)`: rows turn one half, columns the other.
+    """exp(i angle) of axial rotary positions (EVA-02), `(n, head_dim / 2)`: half from the row, half from the column.
 
-    On a grid other than the trained one, positions are scaled to the trained extent, so the model interpolates.
+    On a grid other than the trained one, positions are scaled to the trained extent.
     """
     part = head_dim // len(grid)
     omega = theta ** -(torch.arange(0, part, 2).float() / part)  # (part / 2)
@@ -297,10 +269,10 @@ def rope_table(
 
 
 def mixed_frequencies(depth: int, heads: int, head_dim: int, theta: float = 10.0) -> Float[Tensor, "2 depth k"]:
-    """Where learned frequencies of mixed rotary positions begin (Heo et al. 2024), k = heads * head_dim / 2.
+    """Initial frequencies of mixed rotary positions (Heo et al. 2024), k = heads * head_dim / 2.
 
-    Magnitudes theta^(-4 i / head_dim), i < head_dim / 4, once along an axis that is turned at random for each head,
-    and once across it. Row 0 belongs to columns, row 1 to rows of the grid.
+    Magnitudes theta^(-4 i / head_dim), i < head_dim / 4, once along an axis of random direction for each head, and once
+    across it. Row 0 belongs to columns, row 1 to rows of the grid.
     """
     size = theta ** -(torch.arange(0, head_dim, 4).float() / head_dim)  # (head_dim / 4,)
     phi = torch.empty(depth, heads, 1)
@@ -310,7 +282,7 @@ def mixed_frequencies(depth: int, heads: int, head_dim: int, theta: float = 10.0
 
 
 def axial_frequencies(depth: int, heads: int, head_dim: int, theta: float = 100.0) -> Float[Tensor, "2 depth k"]:
-    """The same layout, fixed: one half of a head's pairs turns with the column, the other with the row."""
+    """The same layout, fixed: half of a head's pairs rotate with the column, half with the row."""
     size = theta ** -(torch.arange(0, head_dim, 4).float() / head_dim)  # (head_dim / 4,)
     zero = torch.zeros_like(size)
     return torch.stack([torch.cat([size, zero]), torch.cat([zero, size])])[:, None].repeat(1, depth, heads)
@@ -320,10 +292,8 @@ def mixed_rope_table(
     frequencies: Float[Tensor, "2 depth k"], grid: tuple[int, int], heads: int
 ) -> Complex[Tensor, "depth n h j"]:
     """exp(i (column f_0 + row f_1)) for every block, patch in raster order, head and pair; whole numbers, unscaled."""
-    h, w = grid
-    rows, columns = torch.meshgrid(
-        *(torch.arange(g, device=frequencies.device).float() for g in (h, w)), indexing="ij"
-    )  # (h, w)
+    axes = (torch.arange(g, device=frequencies.device).float() for g in grid)
+    rows, columns = torch.meshgrid(*axes, indexing="ij")  # (h, w)
     x, y = frequencies.float()[:, :, None]  # 2 x (depth, 1, k)
     angles = columns.reshape(-1, 1) * x + rows.reshape(-1, 1) * y  # (depth, n, k)
     return torch.polar(torch.ones_like(angles), angles).unflatten(2, (heads, -1))
@@ -332,9 +302,9 @@ def mixed_rope_table(
 def rotate(
     x: Float[Tensor, "b n *heads d"], table: Complex[Tensor, "m *h k"], first: int = 0
 ) -> Float[Tensor, "b n *heads d"]:
-    """Turn neighbouring pairs (x1, x2) of the m tokens from `first` on, in float32: a complex product.
+    """Rotate neighbouring pairs (x1, x2) of the m tokens from `first` on, in float32: a complex product.
 
-    A table `(m, k)` turns all heads alike, one of `(m, h, k)` each by its own angles.
+    A table `(m, k)` rotates all heads alike, one of `(m, h, k)` each by its own angles.
     """
     end = first + len(table)
     inner = x[:, first:end] if len(table) < x.shape[1] else x
@@ -342,9 +312,6 @@ def rotate(
     table = table.view(len(table), *[1] * (x.ndim - 1 - table.ndim), *table.shape[1:])
     turned = torch.view_as_real(pairs * table).flatten(-2)  # (b, m, *heads, d)
     return turned if inner is x else torch.cat([x[:, :first], turned, x[:, end:]], dim=1)
-
-
-# -- time -------------------------------------------------------------------------------------------------------------
 
 
 class TimeEmbedding(nn.Module):
@@ -375,3 +342,19 @@ def init_linear(module: nn.Module) -> None:
             nn.init.xavier_uniform_(child.weight)
             if child.bias is not None:
                 nn.init.zeros_(child.bias)
+
+
+def run_block(model: Any, block: nn.Module, *inputs: Any) -> Tensor:
+    """`block(*inputs)`; where the model checkpoints gradients, activations are computed again in the backward pass."""
+    if model.gradient_checkpointing and torch.is_grad_enabled():
+        return model._gradient_checkpointing_func(block, *inputs)
+    return block(*inputs)
+
+
+def fast_bf16(device: str) -> bool:
+    """Whether bf16 matrix products are faster than fp32 on this device."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False

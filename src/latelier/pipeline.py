@@ -30,10 +30,10 @@ from latelier.diffusion.schedulers import ADAPTIVE, Scheduler
 from latelier.diffusion.tiled import tiled
 from latelier.errors import LatelierError
 from latelier.images import make_grid, save_png
+from latelier.layers import fast_bf16
 from latelier.recipe import Prefixes, Recipe, Sample, first_problem
 from latelier.tokenizers import TOKENIZERS
-from latelier.tokenizers.codec import Codec, fast_bf16
-from latelier.tokenizers.tiling import decode_within
+from latelier.tokenizers.codec import Codec, decode_within
 
 # diffusers opens a saved pipeline's components only from modules that are imported already.
 for _module in (*TOKENIZERS.values(), *DENOISERS.values(), *CONDITIONERS.values()):

@@ -1,4 +1,4 @@
-"""What the sections of a recipe are made of, wherever they are written: types of values, errors, shared settings.
+"""Base classes, value types and error messages of recipe sections, and the settings that several sections share.
 
 A section is a pydantic model beside the code that it configures. This module imports nothing heavy, so the sections
 of models that a recipe does not name are never imported.
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError, core_schema
@@ -42,6 +43,7 @@ Count = Annotated[int, BeforeValidator(parse_count), Field(ge=0, description="a 
 Size = Annotated[tuple[int, int], BeforeValidator(parse_size), Field(description="height and width, or one number")]
 Unit = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
+Model = TypeVar("Model")
 
 
 class Section(BaseModel):
@@ -60,17 +62,17 @@ class Section(BaseModel):
 
 
 class Kind(Section):
-    """A section of one of several kinds, each of which has a class of its own."""
+    """A section whose class depends on its `kind`."""
 
     kind: str
 
 
 class ByKind:
-    """Annotates a section whose class is found by its `kind`, in a module that is imported when it is named.
+    """Annotates a section whose class is found by its `kind`, in a module that is imported only when it is named.
 
     Args:
-        table: `module:NAME` of a dictionary from kinds to modules (`module` or `module:function`). Each module lists
-            the classes of its sections in `SECTIONS`.
+        table: `module:NAME` of a dictionary from kinds to modules (`module` or `module:function`), which list the
+            classes of their sections in `SECTIONS`.
         default: the kind of a section that does not say it.
     """
 
@@ -89,7 +91,7 @@ class ByKind:
         return next(section for section in module.SECTIONS if kind in _kinds(section))
 
     def validate(self, value: Any) -> Any:
-        """The section of a mapping; a section that is one already stays."""
+        """The section of a mapping; a section stays as it is."""
         if isinstance(value, Section):
             return value
         kind = value.get("kind", self.default) if isinstance(value, dict) else value
@@ -113,7 +115,7 @@ def _kinds(section: type[BaseModel]) -> tuple[str, ...]:
 
 
 def hint(key: str, known: list[str], words: str = "known") -> str:
-    """What to write instead of an unknown key: its new name, the nearest known one, or all that are known."""
+    """What to write instead of an unknown key: its new name, the nearest known key, or all known keys."""
     new = RENAMED.get(key)
     near = [new] if new in known else difflib.get_close_matches(key, known, 1, 0.5)
     return f"did you mean {near[0]!r}?" if near else f"{words}: {', '.join(known)}."
@@ -136,7 +138,7 @@ def first_problem(error: ValidationError) -> str:
 
 
 class Training(Section):
-    """What both stages of training share. Progress is counted in images seen."""
+    """Settings that both stages of training share. Progress is counted in images seen."""
 
     images: Count = 1_000_000
     batch: int = Field(256, ge=1, description="images per optimiser step over all processes")
@@ -179,7 +181,7 @@ class Process(Section):
 
 
 class Prefixes(Section):
-    """How many of the first latent channels a training step uses: drawn anew for each step, uniform over a list."""
+    """How many of the first latent channels a training step uses, drawn for each step, uniform over a list."""
 
     first: int = Field(16, ge=1, description="the shortest prefix")
     step: int = Field(4, ge=1, description="from one length to the next; all channels are always in the list")
@@ -239,10 +241,10 @@ class Adversarial(Section):
 
 
 class TrainedTokenizer(Training):
-    """What the sections of all tokenizers that are trained here share.
+    """Settings that all tokenizers trained here share.
 
     `phases` are trained one after another: each takes over the weights, and every key of this section that it does not
-    give itself, except how long, how often and for whom (`images`, the cadences, `init`).
+    give itself, except those in `OWN`.
     """
 
     METHODS: ClassVar[dict[str, dict[str, Any]]] = {}
@@ -302,3 +304,40 @@ class TrainedTokenizer(Training):
             return name, type(self).model_validate({**inherited, **given})
         except ValidationError as error:
             raise LatelierError(f"In phase {name!r} of tokenizer.phases: {first_problem(error)}") from None
+
+
+def preset_arguments(
+    cls: type, presets: dict[str, dict], name: str, overrides: dict[str, Any], section: str = "tokenizer"
+) -> dict[str, Any]:
+    """A preset's constructor arguments with the recipe's overrides.
+
+    Raises:
+        LatelierError: for an unknown preset, or an override that the constructor does not have.
+    """
+    if name not in presets:
+        key = "size" if section == "denoiser" else "preset"
+        raise LatelierError(f"{section}.{key} = {name!r} is not known; allowed: {', '.join(presets)}.")
+    known = [p for p in inspect.signature(cls).parameters if p != "self"]
+    for key in overrides:
+        if key not in known:
+            raise LatelierError(f"Unknown key '{section}.model.{key}'; {hint(key, known)}")
+    return {**presets[name], **overrides}
+
+
+def open_init(cls: type[Model], path: str, wanted: Mapping[str, Any] | None = None) -> Model:
+    """The model of a folder or Hub name that a recipe starts from; `wanted` is what a denoiser's config must say.
+
+    Raises:
+        LatelierError: if it cannot be opened, or its config differs.
+    """
+    try:
+        model = cls.from_pretrained(path)  # type: ignore[attr-defined]
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise LatelierError(f"init: {path} has no {cls.__name__} that can be opened ({reason}).") from None
+    for key, value in (wanted or {}).items():
+        if (have := model.config[key]) != value:
+            raise LatelierError(
+                f"denoiser.init = {path} has {key} = {have}, but the tokenizer and the condition need {value}."
+            )
+    return model

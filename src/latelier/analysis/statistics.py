@@ -33,7 +33,7 @@ from latelier.evaluation.distributions import FeatureStatistics
 from latelier.evaluation.results import Result, mean_with_interval
 from latelier.images import make_columns
 from latelier.losses.codebook import nearest_codes, perplexity
-from latelier.losses.kl import gaussian_kl
+from latelier.losses.reconstruction import gaussian_kl
 from latelier.tokenizers.codec import Codec
 
 ACTIVE = 0.01  # variance of the posterior's mean above which a number is active (Burda et al. 2016)

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from latelier.conditioning.layout import LayoutConditioner
 from latelier.conditioning.spatial import InpaintingConditioner, LowResolutionConditioner, SegmentationConditioner
-from latelier.conditioning.text import TextConditioner, read_tokenizer
-from latelier.conditioning.text import TokenTransformer
+from latelier.conditioning.text import TextConditioner, TokenTransformer, read_tokenizer
 from latelier.convert import Converted, below, count_blocks, load_exactly, need, rename
 from latelier.convert.ldm_autoencoder import convert_kl, convert_vq
 from latelier.convert.ldm_unet import convert as convert_unet

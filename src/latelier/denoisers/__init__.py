@@ -42,12 +42,9 @@ def build_denoiser(
     Args:
         section: kind, size and overrides.
         latent_shape: `(c, *grid)` of one image.
-        token_width: of the tokens that a condition has; 0 for none.
+        token_width: of a condition's tokens; 0 for none.
         spatial_channels: channels that a condition concatenates to `x_t`.
         vector: whether a condition has a vector.
-
-    Raises:
-        LatelierError: if the recipe's denoiser does not fit the latents or the condition.
     """
     grid = latent_shape[1:]
     if any(side % section.patch for side in grid):
@@ -62,7 +59,7 @@ def build_denoiser(
 
 
 def vector_width(section: DenoiserSection) -> int:
-    """Width that a condition's vector must have: that of the time embedding to which it is added."""
+    """Width of a condition's vector: that of the time embedding, to which it is added."""
     return _module(section).vector_width(section)
 
 

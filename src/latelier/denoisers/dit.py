@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from latelier.conditioning.condition import Condition
-from latelier.denoisers.objective import DenoiserSection
+from latelier.denoisers.objective import DenoiserSection, build_transformer, transformer_width
 from latelier.layers import (
     MLP,
     Attention,
@@ -29,11 +29,11 @@ from latelier.layers import (
     patchify,
     resize_positions,
     rope_table,
+    run_block,
     sincos_positions,
     unpatchify,
 )
 from latelier.prefixes import pad_channels
-from latelier.presets import open_init, preset_arguments
 
 SIZES = {
     "XS": {"dim": 256, "depth": 4, "heads": 4},
@@ -65,23 +65,23 @@ class DiT(ModelMixin, ConfigMixin):
     """Diffusion transformer with adaLN-zero (Peebles & Xie 2023, section 3.2).
 
     Args:
-        in_channels: channels of `x_t`, and of the prediction.
+        in_channels: of `x_t` and the prediction.
         grid: `(h, w)` or `(l,)` of the latents that the position tables are made for; others are interpolated.
         patch_size: side of a patch in latent positions.
         dim, depth, heads: of the transformer.
-        mlp_ratio: 4 for all papers; SwiGLU has two thirds of it, so that parameters agree.
+        mlp_ratio: hidden width of the MLPs over the width; SwiGLU has two thirds of it, so that parameters agree.
         norm: `layer` (no affine) or `rms`.
         mlp: `gelu` (tanh) or `swiglu`.
         rope: rotary positions in attention.
         qk_norm: RMS norm of queries and keys.
         spatial_channels: channels that a condition concatenates to `x_t`.
-        context_dim: width of a condition's tokens, to which every block attends; 0 leaves cross-attention out.
+        context_dim: width of a condition's tokens, to which every block attends; 0: no cross-attention.
         learn_sigma: the head has twice the channels, the second half is dropped (DiT and SiT checkpoints).
-        reversed_time: the weights were trained with t = 0 noise and predict data - noise (SiT, LightningDiT): the
-            time is turned and the prediction negated, so that callers see our convention.
+        reversed_time: the weights were trained with t = 0 noise and predict data - noise (SiT, LightningDiT): time is
+            reversed and the prediction negated, so that callers see our convention.
         time_scale: what t in [0, 1] is multiplied by before its embedding (1000 for weights trained on 0..999).
         prefix_channels: whether `x_t` may have fewer channels, the first ones (DC-AE 1.5's augmented training).
-        own_positions: the table of positions is kept with the weights instead of being computed (DC-AE's SiT).
+        own_positions: the position table is kept with the weights instead of being computed (DC-AE's SiT).
     """
 
     _supports_gradient_checkpointing = True
@@ -142,8 +142,7 @@ class DiT(ModelMixin, ConfigMixin):
         Args:
             x_t: noisy normalised latents, or their first channels where `prefix_channels` is set.
             t: noise level in [0, 1], 0 data, 1 noise.
-            condition: `vector` is added to the time embedding, `spatial` is concatenated to `x_t`, `tokens` are what
-                all blocks attend to.
+            condition: `vector` is added to the time embedding, `spatial` concatenated to `x_t`, `tokens` attended to.
         """
         channels, p = x_t.shape[1], self.config["patch_size"]
         grid = tuple(g // p for g in x_t.shape[2:])
@@ -157,10 +156,7 @@ class DiT(ModelMixin, ConfigMixin):
         c, rope = F.silu(c), self._rope(grid, x.device)
         context = (None, None) if condition is None else (condition.tokens, condition.mask)
         for block in self.blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = self._gradient_checkpointing_func(block, x, c, rope, *context)
-            else:
-                x = block(x, c, rope, *context)
+            x = run_block(self, block, x, c, rope, *context)
         shift, scale = self.modulation(c)[:, None].chunk(2, dim=-1)  # (b, 1, d)
         x = self.head(modulate(self.final_norm(x), shift, scale))  # (b, n, p p c)
         prediction = unpatchify(x, p, grid)[:, :channels].float()  # (b, c, *grid)
@@ -217,27 +213,17 @@ def _norm(kind: str, dim: int) -> nn.Module:
 
 
 def build(
-    section: DenoiserSection,
-    latent_shape: tuple[int, ...],
-    token_width: int = 0,
-    spatial_channels: int = 0,
-    vector: bool = False,
+    section: DenoiserSection, latent_shape: tuple[int, ...], token_width: int, spatial_channels: int, vector: bool
 ) -> DiT:
     """A DiT for latents `(c, *grid)`, fresh or from `init`; see `build_denoiser`. Every DiT takes a vector."""
-    channels, *grid = latent_shape
-    wanted = {"in_channels": channels, "context_dim": token_width, "spatial_channels": spatial_channels}
-    if section.init:
-        return open_init(DiT, section.init, wanted)
-    arguments = {**SWITCHES[section.kind], "patch_size": section.patch, **_size(section)}
-    if section.process.kind == "ddpm":
-        arguments.setdefault("time_scale", 1000.0)
-    return DiT(**{**arguments, **wanted, "grid": tuple(grid)})
+    wanted = {"context_dim": token_width, "spatial_channels": spatial_channels}
+    return build_transformer(DiT, _sizes(section), section, latent_shape, wanted)
 
 
 def vector_width(section: DenoiserSection) -> int:
     """Width of the time embedding, to which a condition's vector is added."""
-    return open_init(DiT, section.init).config["dim"] if section.init else _size(section)["dim"]
+    return transformer_width(DiT, _sizes(section), section)
 
 
-def _size(section: DenoiserSection) -> dict[str, Any]:
-    return preset_arguments(DiT, SIZES, section.size, section.model, "denoiser")
+def _sizes(section: DenoiserSection) -> dict[str, dict[str, Any]]:
+    return {name: {**SWITCHES[section.kind], **size} for name, size in SIZES.items()}

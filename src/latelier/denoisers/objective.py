@@ -1,4 +1,4 @@
-"""What all denoisers share: their recipe section, and the objective, which regresses the process's target."""
+"""The recipe section and the training objective of all denoisers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from latelier.errors import LatelierError
 from latelier.keyed_random import KeyedRandom
 from latelier.losses.terms import LossTerms
 from latelier.prefixes import RandomPrefixes
-from latelier.sections import ByKind, Prefixes, Process, Section, Training, Weight
+from latelier.sections import ByKind, Model, Prefixes, Process, Section, Training, Weight, open_init, preset_arguments
 
 if TYPE_CHECKING:
     Conditions = list[Any]
@@ -68,20 +68,42 @@ class DenoiserSection(Training):
         return [-(-k * steps // n) * self.batch for k in range(1, n + 1)]
 
 
+def build_transformer(
+    cls: type[Model], sizes: dict, section: DenoiserSection, latent_shape: tuple[int, ...], wanted: dict[str, Any]
+) -> Model:
+    """A transformer for latents `(c, *grid)` whose config has `wanted`, fresh or from `init`."""
+    channels, *grid = latent_shape
+    wanted = {"in_channels": channels, **wanted}
+    if section.init:
+        return open_init(cls, section.init, wanted)
+    arguments: dict[str, Any] = {"patch_size": section.patch}
+    arguments |= preset_arguments(cls, sizes, section.size, section.model, "denoiser")
+    if section.process.kind == "ddpm":
+        arguments.setdefault("time_scale", 1000.0)
+    return cls(**{**arguments, **wanted, "grid": tuple(grid)})
+
+
+def transformer_width(cls: type[Any], sizes: dict, section: DenoiserSection) -> int:
+    """Width of the transformer that `build_transformer` makes."""
+    if section.init:
+        return open_init(cls, section.init).config["dim"]
+    return preset_arguments(cls, sizes, section.size, section.model, "denoiser")["dim"]
+
+
 class DenoisingObjective(nn.Module):
-    """Squared or absolute error of the prediction, and LightningDiT's cosine term on demand.
+    """Squared or absolute error of the prediction, and LightningDiT's cosine term.
 
     Args:
         denoiser: the model to train.
-        conditioner: makes the condition from the batch; None is unconditional.
-        process: noises latents and names the target.
-        seed: of posterior, time, noise and label dropout, addressed by the latents' numbers in the stream.
+        conditioner: makes the condition from the batch; None: unconditional.
+        process: adds noise to latents and defines the target.
+        seed: of posterior, time, noise and label dropout.
         dropout: probability of the null condition, for each of the conditioner's components.
         loss: `l2`, the mean squared error, or `l1`, the mean absolute error (some models of LDM).
         cosine_weight: weight of mean(1 - cos(prediction, target)) along channels.
-        sample_posterior: whether z is drawn from the posterior anew each time.
-        prefixes: augmented training (DC-AE 1.5): each step learns a random prefix of the channels, on which the
-            denoiser is not conditioned, with noise and time of its own; the loss is the mean over these channels.
+        sample_posterior: draw z from the posterior anew each time.
+        prefixes: augmented training (DC-AE 1.5): each step learns a random prefix of the channels, on whose length the
+            denoiser is not conditioned, with its own noise and time; the loss is the mean over these channels.
     """
 
     def __init__(
@@ -102,12 +124,13 @@ class DenoisingObjective(nn.Module):
         self.sample_posterior, self.prefixes = sample_posterior, prefixes
 
     def forward(self, batch: dict[str, Any]) -> LossTerms:
-        """Terms of a batch of normalised latents `mean` and `std` `(b, c, *grid)`; `sample_id` addresses randomness."""
+        """L = E |f(x_t, t, condition) - target|^p + w mean(1 - cos), with z ~ q(z | image), x_t = noise(z, t, eps).
+
+        The batch has normalised latents `mean` and `std` `(b, c, *grid)`; `sample_id` keys the random numbers.
+        """
         rng = KeyedRandom(self.seed, batch["sample_id"], batch["mean"].device)
         z = sample_posterior(batch, rng) if self.sample_posterior else batch["mean"]  # (b, c, *grid)
-        condition = None
-        if self.conditioner is not None:
-            condition = self.conditioner(batch, self._drop(rng))
+        condition = None if self.conditioner is None else self.conditioner(batch, self._drop(rng))
         if self.prefixes is None:
             losses = self._errors(z, rng, condition)
         else:
@@ -125,11 +148,8 @@ class DenoisingObjective(nn.Module):
         t = self.process.sample_t(rng.uniform("time" + again))  # (b,)
         prediction = self.denoiser(self.process.noise(z, t, eps), t, condition).float()
         target = self.process.target(z, t, eps)
-        losses = {}
-        if self.loss == "l1":
-            losses["l1"] = F.l1_loss(prediction, target)
-        else:
-            losses["mse"] = F.mse_loss(prediction, target)
+        name, distance = ("l1", F.l1_loss) if self.loss == "l1" else ("mse", F.mse_loss)
+        losses = {name: distance(prediction, target)}
         if self.cosine_weight:
             losses["cosine"] = (1 - F.cosine_similarity(prediction, target, dim=1)).mean()
         return losses

@@ -1,8 +1,8 @@
 """The U-Nets of latent diffusion (Rombach et al. 2022): diffusers' two classes, called as our denoisers are.
 
-`UNet` has self-attention; `CrossAttentionUNet` has transformers that also attend to a condition's tokens (their
-section 3.3). Weights and configuration are diffusers' own, so a saved folder opens with plain `UNet2DModel` and
-`UNet2DConditionModel` (for the one exception see `UNet`).
+`UNet` has self-attention; `CrossAttentionUNet` has transformers that also attend to a condition's tokens (section 3.3).
+Weights and config are diffusers' own, so a saved folder opens with plain `UNet2DModel` and `UNet2DConditionModel` (for
+the one exception see `UNet`).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from latelier.conditioning.condition import Condition
 from latelier.denoisers.objective import DenoiserSection
 from latelier.errors import LatelierError
 from latelier.prefixes import pad_channels
-from latelier.presets import open_init, preset_arguments
+from latelier.sections import open_init, preset_arguments
 
 TIMESTEPS = 1000  # of the discrete process that LDM's time embedding was made for
-WAVES = (0.5, 1, 2)  # over the whole grid, of the channels of coordinates
-COORD_CHANNELS = 4 * len(WAVES)  # channels
+WAVES = (0.5, 1, 2)  # of the coordinate channels, over the whole grid
+COORD_CHANNELS = 4 * len(WAVES)
 
 # Arguments of `architecture`; `attention` counts in downsampling factors, as in the paper's tables 12 to 15.
 # FFHQ and LSUN bedrooms have the U-Net of CelebA-HQ. `token_width` is the released one; a recipe's condition decides.
@@ -69,16 +69,12 @@ def architecture(
     Args:
         widths: channels of each level, the latents' resolution first.
         attention: downsampling factors at which there is attention; the middle always has it.
-        heads: number of heads, the same at all levels, or
-        head_width: channels of a head, the same at all levels.
+        heads, head_width: number or width of heads at all levels; give one of them.
         layers: residual blocks of a level.
-        depth: transformer blocks at each place of cross-attention.
+        depth: transformer blocks of each cross-attention.
         scale_shift: the time embedding scales and shifts (FiLM) instead of being added.
         updown: residual blocks do the down- and upsampling, instead of strided convolution and nearest neighbours.
-        token_width: of the tokens attended to; 0 makes arguments of `UNet`, others those of `CrossAttentionUNet`.
-
-    Raises:
-        LatelierError: for `updown` together with tokens, of which diffusers has no such model.
+        token_width: of the tokens attended to; 0 makes arguments of `UNet`, else of `CrossAttentionUNet`.
     """
     if token_width and updown:
         raise LatelierError("A U-Net whose residual blocks resample (`updown`) cannot have cross-attention.")
@@ -93,7 +89,7 @@ def architecture(
     if token_width:
         return {
             **common,
-            # The number of heads: diffusers keeps a wrong name for the sake of old files.
+            # The number of heads: diffusers keeps a wrong name for old files.
             "attention_head_dim": tuple(heads or max(1, width // head_width) for width in widths),
             "cross_attention_dim": token_width,
             "transformer_layers_per_block": depth,
@@ -117,7 +113,7 @@ def _blocks(way: str, attends: list[bool], cross: bool, updown: bool) -> tuple[s
 
 
 def _extends(parent: type[nn.Module]) -> Callable:
-    """A constructor `(self, own, **others)` shows its parent's arguments, by which diffusers reads configurations."""
+    """Show the parent's arguments in a constructor `(self, own, **others)`: diffusers reads configs by them."""
 
     def decorate(init: Callable) -> Callable:
         theirs = inspect.signature(parent.__init__).parameters
@@ -138,16 +134,16 @@ SECTIONS = (UNetSection,)
 
 
 class _Denoiser:
-    """What both classes share."""
+    """Shared by both classes."""
 
     _repeated_blocks = ["ResnetBlock2D"]  # noqa: RUF012
 
     def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the whole: hardly two blocks of a U-Net have the same shapes, there is nothing to repeat."""
+        """Compile the whole model: hardly two blocks of a U-Net have the same shapes."""
         self.compile(*args, **kwargs)  # type: ignore[attr-defined]
 
     def _inputs(self, x_t: Tensor, condition: Condition) -> tuple[Tensor, Tensor | None]:
-        """Input of the first convolution `(b, c, h, w)`, and what is added to the time embedding `(b, 4 width)`."""
+        """Input of the first convolution `(b, c, h, w)`, and the vector added to the time embedding `(b, 4 width)`."""
         config: dict[str, Any] = self.config  # type: ignore[attr-defined]
         _check_grid(x_t.shape[2:], len(config["block_out_channels"]))
         x_t = pad_channels(x_t, config["out_channels"], config["prefix_channels"])
@@ -170,14 +166,13 @@ class UNet(_Denoiser, UNet2DModel):
     """U-Net with self-attention, for no condition, vectors and spatial conditions.
 
     Args:
-        heads: number of attention heads, the same at all levels. diffusers only knows heads of one width
-            (`attention_head_dim`), so a model with `heads` (LDM: churches, inpainting-big) opens with plain
-            `UNet2DModel` but would run with another number of heads there, and so another function. None leaves it
-            to `attention_head_dim`, and both are the same.
+        heads: number of attention heads, the same at all levels. diffusers only has heads of one width
+            (`attention_head_dim`, where this is None), so a model with `heads` (LDM: churches, inpainting-big) opens
+            with plain `UNet2DModel` but has another number of heads there, and so another function.
         prefix_channels: whether `x_t` may have fewer channels, the first ones (DC-AE 1.5's augmented training).
-        coord_channels: whether channels tell the first convolution where it is (CoordConv, Liu et al. 2018); without
-            them a U-Net knows positions by its padding only. It follows a condition such as a layout sooner with them.
-        others: those of `UNet2DModel`. `in_channels` counts the channels of a spatial condition and of coordinates,
+        coord_channels: add channels with the position (CoordConv, Liu et al. 2018), which a U-Net else only sees by its
+            padding; it then follows conditions such as a layout sooner.
+        others: of `UNet2DModel`. `in_channels` counts the channels of a spatial condition and of coordinates,
             `out_channels` does not; `class_embed_type` is `identity` for a model that takes vectors.
     """
 
@@ -197,16 +192,7 @@ class UNet(_Denoiser, UNet2DModel):
     def forward(  # type: ignore[override]
         self, x_t: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], condition: Condition | None = None
     ) -> Float[Tensor, "b c h w"]:
-        """Predict the process's target.
-
-        Args:
-            x_t: noisy normalised latents.
-            t: noise level in [0, 1], 0 data, 1 noise; diffusers' timestep is 1000 t.
-            condition: `vector` is added to the time embedding, `spatial` is concatenated to `x_t`.
-
-        Raises:
-            LatelierError: if the grid cannot be halved as often as there are levels, or the condition does not fit.
-        """
+        """As `DiT.forward`: t in [0, 1], 0 data, 1 noise; diffusers' timestep is 1000 t."""
         condition = condition or Condition()
         if condition.tokens is not None:
             raise LatelierError("This U-Net has no cross-attention, it cannot take a condition's tokens.")
@@ -215,12 +201,7 @@ class UNet(_Denoiser, UNet2DModel):
 
 
 class CrossAttentionUNet(_Denoiser, UNet2DConditionModel):
-    """U-Net with transformers that attend to tokens.
-
-    Args:
-        prefix_channels, coord_channels: as `UNet`'s.
-        others: those of `UNet2DConditionModel`.
-    """
+    """U-Net with transformers that attend to tokens; `others` are arguments of `UNet2DConditionModel`."""
 
     @register_to_config
     @_extends(UNet2DConditionModel)
@@ -230,31 +211,20 @@ class CrossAttentionUNet(_Denoiser, UNet2DConditionModel):
     def forward(  # type: ignore[override]
         self, x_t: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], condition: Condition | None = None
     ) -> Float[Tensor, "b c h w"]:
-        """As `UNet`'s; the condition also has `tokens` to attend to where `mask` is true."""
+        """As `UNet`; the condition also has `tokens`, attended to where `mask` is true."""
         width = self.config["cross_attention_dim"]
         if condition is None or condition.tokens is None or condition.tokens.shape[2] != width:
             raise LatelierError(f"This U-Net has cross-attention: its condition must have tokens of width {width}.")
         x, vector = self._inputs(x_t, condition)
         mask = {} if condition.mask is None else {"encoder_attention_mask": condition.mask}
-        return (
-            super()
-            .forward(x, TIMESTEPS * t, condition.tokens, vector, return_dict=False, **mask)[0][:, : x_t.shape[1]]
-            .float()
-        )
+        prediction = super().forward(x, TIMESTEPS * t, condition.tokens, vector, return_dict=False, **mask)[0]
+        return prediction[:, : x_t.shape[1]].float()
 
 
 def build(
-    section: DenoiserSection,
-    latent_shape: tuple[int, ...],
-    token_width: int = 0,
-    spatial_channels: int = 0,
-    vector: bool = False,
+    section: DenoiserSection, latent_shape: tuple[int, ...], token_width: int, spatial_channels: int, vector: bool
 ) -> ModelMixin:
-    """A U-Net for latents `(c, h, w)`, fresh or from `init`; see `build_denoiser`. Tokens make a `CrossAttentionUNet`.
-
-    Raises:
-        LatelierError: if the section's U-Net does not fit the tokenizer's latents or the condition.
-    """
+    """A U-Net for latents `(c, h, w)`, fresh or from `init`, with cross-attention for tokens; see `build_denoiser`."""
     channels, *grid = latent_shape
     if len(grid) != 2:
         raise LatelierError(
@@ -282,7 +252,7 @@ def build(
 
 
 def _coordinates(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b p h w"]:
-    """Where each position is: sine and cosine of row and column, over the whole grid half, one and two waves long."""
+    """Sine and cosine of row and column, with half a wave, one and two waves over the grid."""
     rows, columns = (torch.linspace(-1, 1, side, device=x.device, dtype=x.dtype) for side in x.shape[2:])
     grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij"))  # (2, h, w)
     angles = torch.cat([grid * waves * torch.pi for waves in WAVES])  # (6, h, w)

@@ -1,7 +1,7 @@
 """U-ViT: a transformer on tokens of everything (time, class, patches) with long skips (Bao et al. 2023); USiT, a flow.
 
-The first half of the blocks is joined to the second: each late block sees its early counterpart's output beside its
-input. There are no adaptive norms: time and class are tokens like any other.
+Each block of the second half sees the output of its counterpart in the first half beside its input. There are no
+adaptive norms: time and class are tokens.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from latelier.conditioning.condition import Condition
-from latelier.denoisers.objective import DenoiserSection
+from latelier.denoisers.objective import DenoiserSection, build_transformer, transformer_width
 from latelier.errors import LatelierError
-from latelier.layers import MLP, Attention, patchify, resize_positions, sinusoid, unpatchify
+from latelier.layers import MLP, Attention, patchify, resize_positions, run_block, sinusoid, unpatchify
 from latelier.prefixes import pad_channels
-from latelier.presets import open_init, preset_arguments
 
 SIZES = {
     "XS": {"dim": 256, "depth": 4, "heads": 4},
@@ -45,18 +44,11 @@ class UViT(ModelMixin, ConfigMixin):
     """Transformer with long skips.
 
     Args:
-        in_channels: channels of `x_t`, and of the prediction.
-        grid: `(h, w)` or `(l,)` of the latents that the position table is made for; others are interpolated.
-        patch_size: side of a patch in latent positions.
-        dim, heads: of the transformer.
         depth: even; depth / 2 early blocks, one in the middle, depth / 2 late ones.
-        mlp_ratio: hidden width of the MLPs over the width.
-        vector_token: whether a condition's vector is a token (a class); without it time is the only one.
-        spatial_channels: channels that a condition concatenates to `x_t`.
+        vector_token: whether a condition's vector is a token (a class), as time is.
         context_dim: width of a condition's tokens, which join the sequence; 0 for none.
         reversed_time: the weights were trained with t = 0 noise and predict data - noise (USiT).
-        time_scale: what t in [0, 1] is multiplied by before its sinusoid (1000 for weights trained on 0..999).
-        prefix_channels: whether `x_t` may have fewer channels, the first ones (DC-AE 1.5's augmented training).
+        others: as in `DiT`.
 
     Differs from the reference: the table of classes belongs to the conditioner.
     """
@@ -84,7 +76,7 @@ class UViT(ModelMixin, ConfigMixin):
         super().__init__()
         if depth % 2:
             raise LatelierError(
-                f"denoiser.model.depth = {depth} of a U-ViT must be even: half of it before the middle."
+                f"denoiser.model.depth = {depth} of a U-ViT must be even: half of it precedes the middle."
             )
         self.grid = tuple(g // patch_size for g in grid)
         volume = patch_size ** len(self.grid)
@@ -107,13 +99,7 @@ class UViT(ModelMixin, ConfigMixin):
     def forward(
         self, x_t: Float[Tensor, "b c *grid"], t: Float[Tensor, " b"], condition: Condition | None = None
     ) -> Float[Tensor, "b c *grid"]:
-        """Predict the process's target.
-
-        Args:
-            x_t: noisy normalised latents, or their first channels where `prefix_channels` is set.
-            t: noise level in [0, 1], 0 data, 1 noise.
-            condition: `vector` is a token, `tokens` join the sequence, `spatial` is concatenated to `x_t`.
-        """
+        """As `DiT.forward`; a condition's `vector` is a token, `tokens` join the sequence, `spatial` joins `x_t`."""
         channels, p = x_t.shape[1], self.config["patch_size"]
         grid = tuple(g // p for g in x_t.shape[2:])
         condition = condition or Condition()
@@ -123,11 +109,11 @@ class UViT(ModelMixin, ConfigMixin):
         x, mask = self._sequence(self.x_embed(patchify(x_t, p)), t, condition, grid)  # (b, m, d)
         skips = []
         for block in self.in_blocks:
-            x = self._run(block, x, mask)
+            x = run_block(self, block, x, mask)
             skips.append(x)
-        x = self._run(self.mid_block, x, mask)
+        x = run_block(self, self.mid_block, x, mask)
         for block in self.out_blocks:
-            x = self._run(block, x, mask, skips.pop())
+            x = run_block(self, block, x, mask, skips.pop())
         x = self.head(self.norm(x[:, -math.prod(grid) :]))  # (b, n, p p c)
         prediction = unpatchify(x, p, grid)[:, :channels].float()  # (b, c, *grid)
         return -prediction if self.config["reversed_time"] else prediction
@@ -135,7 +121,7 @@ class UViT(ModelMixin, ConfigMixin):
     def _sequence(
         self, x: Float[Tensor, "b n d"], t: Float[Tensor, " b"], condition: Condition, grid: tuple[int, ...]
     ) -> tuple[Float[Tensor, "b m d"], Bool[Tensor, "b m"] | None]:
-        """[class, time, a condition's tokens, patches] with positions, and which of them count."""
+        """[class, time, a condition's tokens, patches] with positions, and their mask."""
         time = (1 - t if self.config["reversed_time"] else t) * self.config["time_scale"]
         first = [sinusoid(time, x.shape[2])[:, None].to(x.dtype)]  # (b, 1, d)
         if self.config["vector_token"]:
@@ -153,14 +139,9 @@ class UViT(ModelMixin, ConfigMixin):
                 mask = torch.cat([ones.expand(-1, k), condition.mask, ones.expand(-1, x.shape[1])], dim=1)
         return torch.cat([*first, x + table], dim=1), mask
 
-    def _run(self, block: nn.Module, x: Tensor, mask: Tensor | None, skip: Tensor | None = None) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(block, x, mask, skip)
-        return block(x, mask, skip)
-
 
 class SkipBlock(nn.Module):
-    """Pre-norm block; in the second half a linear layer first joins it with what skipped the middle."""
+    """Pre-norm block; in the second half a linear layer first joins its input with the skip connection."""
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float, skip: bool = False):
         super().__init__()
@@ -183,30 +164,13 @@ class SkipBlock(nn.Module):
 
 
 def build(
-    section: DenoiserSection,
-    latent_shape: tuple[int, ...],
-    token_width: int = 0,
-    spatial_channels: int = 0,
-    vector: bool = False,
+    section: DenoiserSection, latent_shape: tuple[int, ...], token_width: int, spatial_channels: int, vector: bool
 ) -> UViT:
     """A U-ViT for latents `(c, *grid)`, fresh or from `init`; see `build_denoiser`."""
-    channels, *grid = latent_shape
-    wanted = {
-        "in_channels": channels, "context_dim": token_width, "spatial_channels": spatial_channels,
-        "vector_token": vector,
-    }  # fmt: skip
-    if section.init:
-        return open_init(UViT, section.init, wanted)
-    arguments = {"patch_size": section.patch, **_size(section)}
-    if section.process.kind == "ddpm":
-        arguments.setdefault("time_scale", 1000.0)
-    return UViT(**{**arguments, **wanted, "grid": tuple(grid)})
+    wanted = {"context_dim": token_width, "spatial_channels": spatial_channels, "vector_token": vector}
+    return build_transformer(UViT, SIZES, section, latent_shape, wanted)
 
 
 def vector_width(section: DenoiserSection) -> int:
     """Width of the tokens, of which a condition's vector is one."""
-    return open_init(UViT, section.init).config["dim"] if section.init else _size(section)["dim"]
-
-
-def _size(section: DenoiserSection) -> dict:
-    return preset_arguments(UViT, SIZES, section.size, section.model, "denoiser")
+    return transformer_width(UViT, SIZES, section)

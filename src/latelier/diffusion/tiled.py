@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from latelier.conditioning.condition import Condition
 from latelier.diffusion import Latents, Levels
 from latelier.errors import LatelierError
-from latelier.tokenizers.tiling import starts
+from latelier.tokenizers.codec import starts
 
 LEAST, MOST = 0.01, 0.5  # LDM's clip of the distance to the border, in sides of a tile
 Corner = tuple[int, ...]  # row and column of a tile's first position

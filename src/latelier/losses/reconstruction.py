@@ -1,9 +1,11 @@
-"""What all tokenizers share: the error of the pixels, and LPIPS on every n-th image."""
+"""Terms that tokenizers share: the error of the pixels, LPIPS on every n-th image, and the KL of a posterior."""
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -42,7 +44,7 @@ class ReconstructionLoss(nn.Module):
         """The terms, unweighted; `lpips` is left out where no image of the batch is compared.
 
         Args:
-            reconstruction: in [-1, 1], gradients flow into it.
+            reconstruction: in [-1, 1]; gradients flow into it.
             images: the originals.
             sample_id: numbers of the images in the stream; None: LPIPS on all.
             with_perceptual: false leaves LPIPS out, as where its weight is still 0.
@@ -59,3 +61,27 @@ class ReconstructionLoss(nn.Module):
             reconstruction, images = reconstruction[rows], images[rows]
         losses["lpips"] = self.perceptual(reconstruction, images).mean()
         return losses
+
+
+def gaussian_kl(
+    mean: Float[Tensor, "*b"], logvar: Float[Tensor, "*b"], form: str = "standard", fixed_std: float = 1.0
+) -> Float[Tensor, "*b"]:
+    """KL of N(mean, var) to another Gaussian, for each element.
+
+    `standard`   KL to N(0, 1):       0.5 (mean^2 + var - 1 - logvar)
+    `free-mean`  KL to N(mean, 1):    0.5 (var - 1 - logvar); the mean is not pulled to zero (LDMAE)
+    `fixed-std`  KL to N(mean, s^2):  0.5 (var / s^2 - 1 - logvar + log s^2), s = `fixed_std` (LDMAE's released script)
+    """
+    variance = logvar.exp()
+    if form == "standard":
+        return 0.5 * (mean.square() + variance - 1 - logvar)
+    if form == "free-mean":
+        return 0.5 * (variance - 1 - logvar)
+    if form == "fixed-std":
+        return 0.5 * (variance / fixed_std**2 - 1 - logvar + 2 * math.log(fixed_std))
+    raise ValueError(f"unknown form of the KL: {form}")
+
+
+def mean_kl(mean: Float[Tensor, b * rest], logvar: Float[Tensor, b * rest], form: str = "standard") -> Tensor:
+    """KL summed over each image's latent, averaged over the batch (LDM)."""
+    return torch.mean(gaussian_kl(mean, logvar, form).flatten(1).sum(1))

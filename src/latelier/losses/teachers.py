@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from latelier.errors import LatelierError
-from latelier.tokenizers.codec import fast_bf16
+from latelier.layers import fast_bf16
 from latelier.weights import ENVIRONMENT, quiet
 
 # Classes that hold only the vision half of a model; other kinds are opened by AutoModel.

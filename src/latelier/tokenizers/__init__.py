@@ -8,7 +8,7 @@ A new tokenizer is a file and a line in `TOKENIZERS`. The file has
     objective(section, tokenizer, perceptual, seed, dataset) -> nn.Module     if it is trained: `forward(batch) ->
                    LossTerms` with a `reconstruction`, and the attribute `tokenizer`
 
-and its class a property `info`, a `TokenizerInfo`, unless its config says the factor as `patch_size`.
+Its class has a property `info`, a `TokenizerInfo`, unless the factor is the `patch_size` of its config.
 """
 
 from __future__ import annotations
@@ -41,21 +41,18 @@ TOKENIZERS = {
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    """What is to be known of a tokenizer, besides how it encodes and decodes.
+    """Sizes and layer names of a tokenizer.
 
     Attributes:
         factor: pixels along one side of a latent position; image sizes must be multiples of it.
-        latent_channels: of the latents.
-        image_channels: of the images.
         latent_tokens: length of 1-D latents; None for latents on a grid.
         decoder_size: `(h, w)` of the only images that 1-D latents decode to; None for latents on a grid.
-        value_range: of the images.
-        decoder_modules: names of the modules that make images of latents; the rest makes latents of images.
-        middle: names of the layers on both sides of the latent.
-        head: names of the layers next to the pixels of the decoded image.
-        last_layer: name of the weight nearest to the pixels, where gradients of loss terms are compared.
-        variance_layer: name of the layer whose second half of outputs is the log-variance; None without a posterior.
-        channels_last: whether the channels_last memory layout pays (convolutions).
+        decoder_modules: the modules that turn latents into images; all others belong to the encoder.
+        middle: the layers on both sides of the latent.
+        head: the layers next to the pixels of the decoded image.
+        last_layer: the weight nearest to the pixels, where gradients of loss terms are compared.
+        variance_layer: the layer whose second half of outputs is the log-variance; None without a posterior.
+        channels_last: whether the channels_last memory layout is faster (convolutions).
     """
 
     factor: int
@@ -79,11 +76,7 @@ class TokenizerInfo:
 
 
 def tokenizer_info(tokenizer: nn.Module) -> TokenizerInfo:
-    """What is to be known of a tokenizer: its class's `info`, or the entry of a class of diffusers.
-
-    Raises:
-        LatelierError: for a class without either.
-    """
+    """The `info` of a tokenizer's class, or the entry of a class of diffusers; an error for a class without either."""
     name, config = type(tokenizer).__name__, getattr(tokenizer, "config", {})
     entries = importlib.import_module(TOKENIZERS["pretrained"]).DIFFUSERS
     if name in entries:
@@ -96,11 +89,7 @@ def tokenizer_info(tokenizer: nn.Module) -> TokenizerInfo:
 
 
 def model_class(config: dict[str, Any]) -> type[ModelMixin]:
-    """The class that a saved config names: one of ours, or diffusers' own.
-
-    Raises:
-        LatelierError: for a class that neither has.
-    """
+    """The class that a saved config names: one of ours or of diffusers; an error for any other."""
     import diffusers
 
     name = config.get("_class_name", "")
@@ -119,12 +108,7 @@ def own_classes() -> Iterator[type[ModelMixin]]:
 
 
 def build_tokenizer(section: Kind | TrainedTokenizer, data: Data | tuple[int, tuple[int, int]]) -> ModelMixin:
-    """A tokenizer with fresh weights, or those of `init`.
-
-    Args:
-        section: the recipe's `tokenizer`.
-        data: the recipe's `data`, or channels and `(height, width)` of the images.
-    """
+    """A tokenizer with fresh weights or those of `init`; `data` may also be `(channels, (height, width))`."""
     channels, image_size = data if isinstance(data, tuple) else (data.channels, data.image_size)
     tokenizer = _module(section).build(section, channels, image_size)
     if getattr(section, "deterministic", False) and not getattr(section, "init", None):
@@ -148,14 +132,14 @@ def build_objective(
     perceptual: nn.Module | None = None,
     dataset: ImageDataset | None = None,
 ) -> nn.Module:
-    """The objective of a recipe's tokenizer section; what `section.train` leaves out is frozen.
+    """The training objective of a tokenizer; layers that `section.train` does not name are frozen.
 
     Args:
-        section: weights and forms.
+        section: weights and forms of the loss.
         seed: of the objective's random choices.
         tokenizer: the model to train.
         perceptual: LPIPS, see `build_perceptual`.
-        dataset: what it is trained on; MAETok's targets learn words from its captions.
+        dataset: the training images; MAETok's targets learn words from their captions.
     """
     freeze(tokenizer, section.train)
     return _module(section).objective(section, tokenizer, perceptual, seed, dataset)
@@ -168,8 +152,7 @@ def _module(section: Kind | TrainedTokenizer) -> ModuleType:
 def remove_spread(tokenizer: nn.Module) -> None:
     """Make a posterior a point: log-variance -30, whatever the image.
 
-    Where nothing trains the log-variance, it would otherwise keep what its random weights say, about 0: noise as large
-    as the latents, which everything that samples the posterior would see.
+    Where nothing trains the log-variance it would stay about 0, which is noise as large as the latents.
     """
     layer: Any = tokenizer.get_submodule(tokenizer_info(tokenizer).variance_layer or "")
     half = len(layer.weight) // 2
@@ -178,16 +161,12 @@ def remove_spread(tokenizer: nn.Module) -> None:
 
 
 def decoder_parts(tokenizer: nn.Module) -> tuple[str, ...]:
-    """Names of the modules that make images of latents; the rest makes latents of images."""
+    """Names of the modules that turn latents into images; all others belong to the encoder."""
     return tokenizer_info(tokenizer).decoder_modules
 
 
 def last_layer(tokenizer: nn.Module) -> Tensor:
-    """The weight nearest to the pixels, where the gradients of loss terms are compared.
-
-    Raises:
-        LatelierError: for a tokenizer that does not say which it is.
-    """
+    """The weight nearest to the pixels, where gradients of loss terms are compared; an error if it is not known."""
     name = tokenizer_info(tokenizer).last_layer
     if name is None:
         raise LatelierError(f"{type(tokenizer).__name__} does not say its last layer; set adversarial.adaptive: false.")
@@ -195,28 +174,22 @@ def last_layer(tokenizer: nn.Module) -> Tensor:
 
 
 def freeze(tokenizer: nn.Module, train: str | list[str]) -> None:
-    """Let only some modules learn.
+    """Train only some modules.
 
-    Args:
-        tokenizer: the model.
-        train: `all`; `decoder`; `middle`, the layers on both sides of the latent; `head`, those next to the pixels
-            (DC-AE's second and third phase; its paper does not list the layers, this is the usual reading); or names of
-            modules such as `decoder.conv_out`.
+    `train` is `all`; `decoder`; `middle`, the layers on both sides of the latent; `head`, those next to the pixels
+    (DC-AE's second and third phase; its paper does not list the layers, this is the usual reading); or a list of
+    modules such as `decoder.conv_out`.
 
     Raises:
-        LatelierError: for a name that no weight's name begins with.
+        LatelierError: for a module without weights.
     """
-    names = [name for name, _ in tokenizer.named_parameters()]
-    if isinstance(train, list):
-        wanted = train
-        for module in wanted:
-            if not any(_belongs(name, module) for name in names):
-                known = ", ".join(dict.fromkeys(name.split(".")[0] for name in names))
-                raise LatelierError(f"tokenizer.train: no weight belongs to {module!r}; the tokenizer has {known}.")
-    else:
-        info = tokenizer_info(tokenizer)
-        groups = {"all": ("",), "decoder": info.decoder_modules, "middle": info.middle, "head": info.head}
-        wanted = list(groups[train])
+    info, names = tokenizer_info(tokenizer), [name for name, _ in tokenizer.named_parameters()]
+    groups = {"all": ("",), "decoder": info.decoder_modules, "middle": info.middle, "head": info.head}
+    wanted = train if isinstance(train, list) else groups[train]
+    for module in wanted if isinstance(train, list) else ():
+        if not any(_belongs(name, module) for name in names):
+            known = ", ".join(dict.fromkeys(name.split(".")[0] for name in names))
+            raise LatelierError(f"tokenizer.train: no weight belongs to {module!r}; the tokenizer has {known}.")
     for name, parameter in tokenizer.named_parameters():
         parameter.requires_grad_(any(_belongs(name, module) for module in wanted))
 

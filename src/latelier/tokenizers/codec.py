@@ -1,15 +1,17 @@
-"""The only door to a tokenizer.
+"""The only door to a tokenizer, and large images through it tile by tile.
 
-Whatever the tokenizer is (KL, VQ, deterministic, variational masked, identity), behind a `Codec` it is one thing:
-images in [-1, 1] to normalised latents `(b, c, *grid)`, and back. Statistics are measured once after training,
-stored beside the weights, and applied here and nowhere else.
+Whatever the tokenizer is (KL, VQ, deterministic, masked, identity), behind a `Codec` it is one thing: images in [-1, 1]
+to normalised latents `(b, c, *grid)`, and back. Statistics are measured once after training, stored beside the weights,
+and applied here and nowhere else.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from latelier.errors import LatelierError
+from latelier.layers import fast_bf16
 from latelier.tokenizers import TokenizerInfo, model_class, tokenizer_info
 
 STATISTICS_FILE = "latent_statistics.json"
@@ -68,10 +71,7 @@ class Codec:
         self.tokenizer = tokenizer
         self.mean = None if mean is None else mean.detach()
         self.std = None if std is None else std.detach()
-        self.receipt = receipt or {}
-        self.precision = precision
-
-    # -- images to latents and back -----------------------------------------------------------------------------------
+        self.receipt, self.precision = receipt or {}, precision
 
     def posterior(self, images: Float[Tensor, "b c h w"]) -> Posterior:
         """The distribution of raw latents, float32.
@@ -109,8 +109,7 @@ class Codec:
             raise LatelierError(f"channels = {channels} is not a prefix of {latents.shape[1]} latent channels.")
         z = self.denormalise(latents if channels is None else latents[:, :channels])  # (b, k, *grid)
         if channels is not None:
-            lacking = self.channels - channels
-            z = torch.cat([z, z.new_zeros(len(z), lacking, *z.shape[2:])], dim=1)  # (b, c, *grid)
+            z = torch.cat([z, z.new_zeros(len(z), self.channels - channels, *z.shape[2:])], dim=1)  # (b, c, *grid)
         with self._autocast():
             if z.ndim == 4:
                 z = z.contiguous(memory_format=self._memory_format)
@@ -128,11 +127,9 @@ class Codec:
         """Standard deviations of raw latents to those of normalised ones."""
         return std if self.std is None else std / self._like(self.std, std)
 
-    # -- what it looks like -------------------------------------------------------------------------------------------
-
     @property
     def info(self) -> TokenizerInfo:
-        """What is to be known of the tokenizer."""
+        """Factor, channels and layers of the tokenizer."""
         return tokenizer_info(self.tokenizer)
 
     @property
@@ -154,8 +151,7 @@ class Codec:
         """`(c, *grid)` of an image's latents.
 
         Raises:
-            LatelierError: if the tokenizer's factor does not divide the size, or if its latents are 1-D, which do not
-                keep a size, and it decodes them to images of another one.
+            LatelierError: if the tokenizer's factor does not divide the size, or 1-D latents decode to another size.
         """
         info = self.info
         check_size((height, width), info.factor)
@@ -187,8 +183,6 @@ class Codec:
             digest.update(b"" if tensor is None else tensor.cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    # -- folders ------------------------------------------------------------------------------------------------------
-
     def save_pretrained(self, folder: str | Path) -> None:
         """Weights and config as diffusers writes them, and the statistics beside them."""
         self.tokenizer.save_pretrained(folder)
@@ -198,7 +192,7 @@ class Codec:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, precision: str = "fp32", **kwargs: Any) -> Codec:
-        """Open a folder of ours, or any diffusers autoencoder from a folder or the Hub.
+        """Open one of our folders, or any diffusers autoencoder from a folder or the Hub.
 
         Args:
             path: folder or Hub name.
@@ -211,7 +205,7 @@ class Codec:
         try:
             config = AutoencoderKL.load_config(str(path), **kwargs)
             tokenizer = model_class(config).from_pretrained(str(path), **kwargs).eval()
-        except (OSError, ValueError) as error:  # also of names that cannot be the Hub's
+        except (OSError, ValueError) as error:  # ValueError: a name that the Hub does not allow
             raise LatelierError(
                 f"No tokenizer can be opened at {path} ({str(error).splitlines()[0].rstrip('.')}); give a run's folder "
                 "tokenizer/ (train it first if it is not there), or a diffusers autoencoder's folder or Hub name."
@@ -222,8 +216,6 @@ class Codec:
         content = json.loads(statistics.read_text())
         mean, std = (torch.tensor(content.pop(key)) for key in ("mean", "std"))
         return cls(tokenizer, mean, std, receipt=content, precision=precision)
-
-    # -- inside -------------------------------------------------------------------------------------------------------
 
     @property
     def _memory_format(self) -> torch.memory_format:
@@ -250,10 +242,98 @@ def check_size(size: tuple[int, ...] | torch.Size, factor: int) -> None:
         )
 
 
-def fast_bf16(device: str) -> bool:
-    """Whether bf16 matrix products are faster than fp32 on this device."""
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device == "cpu":
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return False
+# Tiles overlap. At an inner border, the last quarter of the overlap, where a tile sees padding instead of the image, is
+# thrown away, and over the half in the middle one tile fades into the next. So the result is that of the whole image
+# where the receptive field reaches no further than a quarter of the overlap. Global attention and group normalisation
+# see their tile only; there the result is near, not equal.
+
+
+def decode_tiled(
+    codec: Codec, latents: Float[Tensor, "b k *grid"], tile: int, overlap: int, channels: int | None = None
+) -> Float[Tensor, "b c h w"]:
+    """`codec.decode` in tiles, with memory bounded by the tile.
+
+    Args:
+        codec: a tokenizer with latents on a 2-D grid.
+        latents: normalised latents of any size.
+        tile: side of a tile in latent positions; best that of training, or more.
+        overlap: latent positions that neighbours share at least.
+        channels: decode only the first k, see `Codec.decode`.
+
+    Raises:
+        LatelierError: for 1-D latents, and for an overlap that is as large as the tile.
+    """
+    _check_tiles(latents.shape[1:], tile, overlap)
+    return _tiled(lambda part: codec.decode(part, channels), latents, (tile, overlap), (1, codec.factor))
+
+
+def decode_within(
+    codec: Codec, latents: Float[Tensor, "b k *grid"], window: int | None, channels: int | None = None
+) -> Float[Tensor, "b c h w"]:
+    """`codec.decode`; latents larger than `window` positions in tiles of that side, which overlap by half."""
+    if window is None or max(latents.shape[2:]) <= window:
+        return codec.decode(latents, channels)
+    return torch.cat([decode_tiled(codec, row, window, window // 2, channels) for row in latents.split(1)])
+
+
+def encode_tiled(codec: Codec, images: Float[Tensor, "b c h w"], tile: int, overlap: int) -> Float[Tensor, "b k *grid"]:
+    """`codec.encode` in tiles: the posterior's mean, since two tiles would draw different noise where they overlap.
+
+    Arguments and errors are those of `decode_tiled`; the tokenizer's factor must divide the image size.
+    """
+    _check_tiles(codec.latent_shape(images.shape[-2], images.shape[-1]), tile, overlap)
+    return _tiled(codec.encode, images, (tile, overlap), (codec.factor, 1))
+
+
+def starts(length: int, window: int, stride: int) -> list[int]:
+    """Where windows begin so that they cover `length`: every `stride`, the last flush with the end."""
+    return [0] if window >= length else [*range(0, length - window, stride), length - window]
+
+
+def _tiled(convert: Callable[[Tensor], Tensor], x: Tensor, tile: tuple[int, int], units: tuple[int, int]) -> Tensor:
+    """Convert `x` `(b, c, h, w)` tile by tile and blend; `units` is one latent position in `x` and in the result."""
+    side, overlap = tile
+    before, after = units
+    grid = [length // before for length in x.shape[-2:]]
+    if all(side >= length for length in grid):
+        return convert(x)
+    total, weights = torch.zeros(0), torch.zeros(0)
+    for corner in product(*(starts(length, side, side - overlap) for length in grid)):
+        size = [min(side, length) for length in grid]
+        part = convert(x[_slices(corner, size, before)])  # (b, k, th, tw)
+        if not total.numel():
+            whole = [length * after for length in grid]
+            total, weights = part.new_zeros(*part.shape[:2], *whole), part.new_zeros(*whole)
+        rows, columns = (_fade(*line, overlap, after).to(part) for line in zip(corner, size, grid))
+        weight = rows[:, None] * columns  # (th, tw)
+        inside = _slices(corner, size, after)
+        total[inside] += weight * part
+        weights[inside[2:]] += weight
+    return total / weights
+
+
+def _fade(start: int, size: int, length: int, overlap: int, unit: int) -> Float[Tensor, " n"]:
+    """A tile's weight along one side, `(size unit,)`: 1, falling to 0 towards ends that are not the image's."""
+    weight = torch.ones(size * unit)
+    if not overlap:
+        return weight
+    distance = (torch.arange(size * unit) + 0.5) / unit  # from the border, in latent positions
+    ramp = ((distance - overlap / 4) / (overlap / 2)).clamp(0, 1)  # 0 in the outer quarter of the overlap
+    if start > 0:
+        weight = weight * ramp
+    return weight * ramp.flip(0) if start + size < length else weight
+
+
+def _slices(corner: tuple[int, ...], size: list[int], unit: int) -> tuple[slice, ...]:
+    inner = (slice(start * unit, (start + side) * unit) for start, side in zip(corner, size))
+    return (slice(None), slice(None), *inner)
+
+
+def _check_tiles(shape: tuple[int, ...] | torch.Size, tile: int, overlap: int) -> None:
+    if len(shape) != 3:
+        raise LatelierError(
+            f"Latents of shape {tuple(shape)} do not lie on a plane, so this tokenizer cannot work in tiles; "
+            "leave tiling off."
+        )
+    if tile < 1 or not 0 <= overlap < tile:
+        raise LatelierError(f"overlap = {overlap} does not go with tile = {tile}; choose 0 <= overlap < tile.")

@@ -22,25 +22,19 @@ from torch import Tensor, nn
 from latelier.errors import LatelierError
 from latelier.keyed_random import KeyedRandom
 from latelier.losses.codebook import CodebookUse, perplexity, quantise
-from latelier.losses.kl import mean_kl
-from latelier.losses.reconstruction import ReconstructionLoss
+from latelier.losses.reconstruction import ReconstructionLoss, mean_kl
 from latelier.losses.terms import LossTerms
-from latelier.presets import open_init, preset_arguments
-from latelier.sections import Count, Kind, TrainedTokenizer, Weight
+from latelier.sections import Count, Kind, TrainedTokenizer, Weight, open_init, preset_arguments
 from latelier.tokenizers import TokenizerInfo
 
 IMAGE = 256  # pixels; LDM counts the resolutions that have attention from here
 
 
 def _kl(channels: list[int], latent: int, layers: int = 2, attention: tuple[int, ...] = (), **rest) -> dict:
-    """Arguments of an AutoencoderKL with one level per entry of `channels`, each half as high and wide as the last.
+    """Arguments of an AutoencoderKL with a level for each width in `channels`, at half the side of the one before.
 
-    Args:
-        channels: width of each level.
-        latent: channels of the latents.
-        layers: residual blocks of each level; the decoder has one more.
-        attention: sides, for images of 256 pixels, of the levels with attention after each block.
-        rest: further arguments.
+    A level has `layers` residual blocks, the decoder's one more, and attention after each block where its side, for
+    images of 256 pixels, is in `attention`.
     """
     attends = [IMAGE >> level in attention for level in range(len(channels))]
     return {
@@ -60,7 +54,7 @@ def _vq(channels: list[int], latent: int, codes: int, **rest) -> dict:
 
 
 _SD3: dict[str, Any] = {"use_quant_conv": False, "use_post_quant_conv": False, "force_upcast": False}
-_LIGHT: dict[str, Any] = {"layers": 1, "mid_block_add_attention": False}  # for two cores of a CPU
+_LIGHT: dict[str, Any] = {"layers": 1, "mid_block_add_attention": False}  # for training on a CPU
 _KL_LIGHT = {**_LIGHT, **_SD3}
 # Groups of four channels or more; a group of one normalises each channel by itself, and so drops its mean.
 _GROUPS: dict[str, Any] = {"norm_num_groups": 8}
@@ -99,9 +93,8 @@ PRESETS = {
 class ConvSection(TrainedTokenizer):
     """Convolutional autoencoder on diffusers' AutoencoderKL or VQModel: AE, DAE, VAE, SD-VAE, LDM's KL-reg and VQ-reg.
 
-    LDM's methods are the paper's weights and discriminator (Rombach et al. 2022, appendix G); when the discriminator
-    starts differs from one released model to the next, and is the recipe's to say. An `adversarial` that is given
-    replaces the method's as a whole.
+    LDM's methods have the paper's weights and discriminator (Rombach et al. 2022, appendix G). When the discriminator
+    starts differs between the released models; the recipe sets it. A given `adversarial` replaces the method's whole.
     """
 
     METHODS: ClassVar[dict[str, dict[str, Any]]] = {
@@ -125,17 +118,13 @@ class ConvSection(TrainedTokenizer):
     perceptual_weight: Weight = 1.0
     kl_weight: Weight = Field(1e-6, description="of the KL, summed over a latent; 0: a plain autoencoder")
     kl: Literal["standard", "free-mean"] = "standard"
-    kl_per_pixel: bool = Field(
-        False, description="divide kl_weight by an image's c h w, as where pixel errors are summed (LDM)"
-    )
+    kl_per_pixel: bool = Field(False, description="divide kl_weight by c h w, as where pixel errors are summed (LDM)")
     codebook_weight: float = Field(1.0, gt=0, description="of the codebook's term (`vq` presets)")
     codebook_beta: Weight = Field(0.25, description="of the smaller half of that term")
     codebook_form: Literal["legacy", "fixed"] = Field(
         "legacy", description="what beta weighs: the codes' move (LDM's), or the encoder's (as in the VQ-VAE)"
     )
-    codebook_window: int = Field(
-        10_000, ge=1, description="images over which `codebook_usage` counts the codes that were used"
-    )
+    codebook_window: int = Field(10_000, ge=1, description="images over which `codebook_usage` counts used codes")
     codebook_restart: Count = Field(0, description="images without use after which a code restarts; 0: never")
     input_noise: Weight = Field(0.0, description="standard deviation of noise on the encoder's input (DAE)")
 
@@ -146,7 +135,7 @@ class ConvSection(TrainedTokenizer):
 
     @property
     def deterministic(self) -> bool:
-        """Whether there is a posterior whose spread is neither used nor trained."""
+        """Whether the posterior's spread is neither used nor trained."""
         return not self.kl_weight and not self.quantised
 
     @model_validator(mode="after")
@@ -167,11 +156,7 @@ class IdentitySection(Kind):
 
 
 class IdentityTokenizer(ModelMixin, ConfigMixin):
-    """f = 1: the latents are the pixels, so that every denoiser also runs in pixel space.
-
-    Args:
-        in_channels: channels of the images, and so of the latents.
-    """
+    """f = 1: the latents are the pixels, so that every denoiser also runs in pixel space."""
 
     @register_to_config
     def __init__(self, in_channels: int = 3, latent_channels: int = 3):
@@ -180,7 +165,7 @@ class IdentityTokenizer(ModelMixin, ConfigMixin):
 
     @property
     def info(self) -> TokenizerInfo:
-        """What is to be known of this tokenizer."""
+        """Its factor is 1, and it has no layers."""
         return TokenizerInfo(1, self.config["latent_channels"], self.config["in_channels"], decoder_modules=())
 
     def encode(self, images: Float[Tensor, "b c h w"]) -> VQEncoderOutput:
@@ -198,10 +183,10 @@ SECTIONS, MODELS = (ConvSection, IdentitySection), (IdentityTokenizer,)
 def build(
     section: ConvSection | IdentitySection, channels: int, image_size: Sequence[int] = ()
 ) -> AutoencoderKL | VQModel | IdentityTokenizer:
-    """A tokenizer for these images, of any size; fresh or from `init`.
+    """A tokenizer for images of any size, fresh or from `init`.
 
     Raises:
-        LatelierError: for an unknown preset or argument, or as many widths as there are no levels.
+        LatelierError: for an unknown preset or argument, or if the number of widths is not that of levels.
     """
     if isinstance(section, IdentitySection):
         return IdentityTokenizer(channels, channels)
@@ -233,15 +218,15 @@ def objective(
 class ConvObjective(nn.Module):
     """L1 or L2 + LPIPS + KL or codebook; noise on the encoder's input makes it a denoising autoencoder.
 
-    All terms of the image are means over its c h w values. LDM's KL models sum the pixel errors (and LPIPS, broadcast
-    over them) instead; divided by c h w, their loss is ours with the KL's weight divided by c h w: `kl_per_pixel`. A
-    common factor changes nothing under Adam, nor in the adaptive adversarial weight, which follows the reconstruction's
-    gradient. LDM's VQ models take means as we do.
+    Pixel errors are means over c h w values. LDM's KL models sum them (and LPIPS, broadcast over them) instead; divided
+    by c h w, their loss is ours with the KL's weight divided by c h w: `kl_per_pixel`. A common factor changes nothing
+    under Adam, nor in the adaptive adversarial weight, which follows the reconstruction's gradient. LDM's VQ models
+    take means as we do.
 
     Args:
         tokenizer: the model to train. A VQModel decodes the codes nearest to its latents.
         reconstruction_loss: of pixels and LPIPS.
-        seed: of the noises, which are addressed by the images' numbers.
+        seed: of the noise.
         others: as in `ConvSection`; see `gaussian_kl` and `quantise`.
     """
 
@@ -269,47 +254,43 @@ class ConvObjective(nn.Module):
             self.use = CodebookUse(tokenizer.config["num_vq_embeddings"], seed)
 
     def forward(self, batch: dict[str, Any]) -> LossTerms:
-        """Terms of `batch["image"]` `(b, c, h, w)`; `sample_id` addresses the random numbers, `seen` counts images."""
-        images = batch["image"]
-        rng = KeyedRandom(self.seed, batch["sample_id"], images.device)
-        inputs = images
-        if self.input_noise:
-            inputs = images + self.input_noise * rng.normal("input", *images.shape[1:])
-        through = self._codes if isinstance(self.tokenizer, VQModel) else self._posterior
-        reconstruction, terms = through(inputs, rng, batch)
-        losses = self.reconstruction_loss(reconstruction, images, batch["sample_id"])
-        lpips = {"lpips": losses.pop("lpips")} if "lpips" in losses else {}
-        weights = {**dict.fromkeys(losses, 1.0), **terms.weights}
-        weights |= dict.fromkeys(lpips, self.reconstruction_loss.perceptual_weight)
-        return LossTerms({**losses, **terms.losses, **lpips}, weights, reconstruction=reconstruction)
+        """L = |x - y|^p + w_p LPIPS(x, y) + w_kl KL(q(z | x), N(0, 1)), or + w_c codebook(z); y decodes z.
+
+        `batch["image"]` is `(b, c, h, w)`, `sample_id` keys the random numbers, `seen` counts images.
+        """
+        x = batch["image"]
+        rng = KeyedRandom(self.seed, batch["sample_id"], x.device)
+        noisy = x + self.input_noise * rng.normal("input", *x.shape[1:]) if self.input_noise else x
+        quantised = isinstance(self.tokenizer, VQModel)
+        y, latent_losses = self._codes(noisy, batch) if quantised else self._posterior(noisy, rng)
+        losses = self.reconstruction_loss(y, x, batch["sample_id"]) | latent_losses
+        weights = {
+            "l1": 1.0, "l2": 1.0, "kl": self.kl_weight / (x[0].numel() if self.kl_per_pixel else 1),
+            "codebook": self.codebook_weight, "lpips": self.reconstruction_loss.perceptual_weight,
+        }  # fmt: skip
+        return LossTerms(losses, {k: w for k, w in weights.items() if k in losses}, reconstruction=y)
 
     def _posterior(
-        self, images: Float[Tensor, "b c h w"], rng: KeyedRandom, batch: dict[str, Any]
-    ) -> tuple[Float[Tensor, "b c h w"], LossTerms]:
-        """Reconstruction through the posterior, and the KL's term."""
+        self, images: Float[Tensor, "b c h w"], rng: KeyedRandom
+    ) -> tuple[Float[Tensor, "b c h w"], dict[str, Tensor]]:
+        """Reconstruction through the posterior, and its KL."""
         posterior = self.tokenizer.encode(images).latent_dist
         mean, logvar = posterior.mean.float(), posterior.logvar.float()  # (b, k, h/f, w/f)
         if not self.kl_weight:
-            return self.tokenizer.decode(mean).sample.float(), LossTerms({}, {})
+            return self.tokenizer.decode(mean).sample.float(), {}
         z = mean + (0.5 * logvar).exp() * rng.normal("posterior", *mean.shape[1:])
-        reconstruction = self.tokenizer.decode(z).sample.float()
-        values = images[0].numel() if self.kl_per_pixel else 1
-        return reconstruction, LossTerms({"kl": mean_kl(mean, logvar, self.kl)}, {"kl": self.kl_weight / values})
+        return self.tokenizer.decode(z).sample.float(), {"kl": mean_kl(mean, logvar, self.kl)}
 
     def _codes(
-        self, images: Float[Tensor, "b c h w"], rng: KeyedRandom, batch: dict[str, Any]
-    ) -> tuple[Float[Tensor, "b c h w"], LossTerms]:
-        """Reconstruction through the nearest codes, the codebook's term, and how much of the codebook is used."""
+        self, images: Float[Tensor, "b c h w"], batch: dict[str, Any]
+    ) -> tuple[Float[Tensor, "b c h w"], dict[str, Tensor]]:
+        """Reconstruction through the nearest codes, the codebook's loss, and, for the log, how much of it is used."""
         seen, codebook = batch["seen"], self.tokenizer.quantize.embedding.weight  # (codes, k)
         latents = self.tokenizer.encode(images).latents.float()  # (b, k, h/f, w/f)
         if self.codebook_restart and self.training and codebook.requires_grad:
             self.use.restart(codebook.data, latents, batch["sample_id"], seen, self.codebook_restart)
         quantised = quantise(latents, codebook, self.codebook_beta, self.codebook_form)
         reconstruction = self.tokenizer.decode(quantised.z, force_not_quantize=True).sample.float()
-        counts = self.use.count(quantised.indices, seen)
-        losses = {
-            "codebook": quantised.loss,
-            "codebook_perplexity": perplexity(counts),
-            "codebook_usage": self.use.share(seen, self.codebook_window),
-        }
-        return reconstruction, LossTerms(losses, {"codebook": self.codebook_weight})
+        used = perplexity(self.use.count(quantised.indices, seen))
+        usage = self.use.share(seen, self.codebook_window)
+        return reconstruction, {"codebook": quantised.loss, "codebook_perplexity": used, "codebook_usage": usage}

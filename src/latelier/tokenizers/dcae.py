@@ -7,7 +7,7 @@ decoder sees a random prefix of the channels, the others being zero,
 
     L = l(x, D(mask_{c,c'} E(x)))        c' drawn anew in each step
 
-so that the first channels must carry what matters most. The encoder runs once a step, the decoder once for each draw.
+so that the first channels carry what matters most. The encoder runs once a step, the decoder once for each draw.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ from latelier.errors import LatelierError
 from latelier.losses.reconstruction import ReconstructionLoss
 from latelier.losses.terms import LossTerms
 from latelier.prefixes import RandomPrefixes, keep_prefix, random_prefixes
-from latelier.presets import open_init, preset_arguments
-from latelier.sections import Prefixes, TrainedTokenizer, Weight
+from latelier.sections import Prefixes, TrainedTokenizer, Weight, open_init, preset_arguments
 
-FINE = 3  # levels, from the pixels on, that have convolutions; below them DC-AE 1.0 has linear attention
+FINE = 3  # levels, from the pixels on, with convolutions; below them DC-AE 1.0 has linear attention
 
 
 def _attentive(channels: int, deeper: tuple[int, ...] = ()) -> dict[str, Any]:
@@ -83,10 +82,7 @@ PRESETS = {
 
 
 class DCAESection(TrainedTokenizer):
-    """Deep-compression autoencoder on diffusers' AutoencoderDC (DC-AE, ICLR 2025; DC-AE 1.5, ICCV 2025).
-
-    Method `structured` is DC-AE 1.5's: the decoder sees a random prefix of the channels in each step.
-    """
+    """Deep-compression autoencoder (DC-AE, ICLR 2025). Method `structured` is DC-AE 1.5's: random channel prefixes."""
 
     METHODS: ClassVar[dict[str, dict[str, Any]]] = {"plain": {"prefixes": None}, "structured": {"prefixes": {}}}
 
@@ -101,11 +97,7 @@ SECTIONS, MODELS = (DCAESection,), ()
 
 
 def build(section: DCAESection, channels: int, image_size: Sequence[int] = ()) -> AutoencoderDC:
-    """An autoencoder for these images, of any size; fresh or from `init`.
-
-    Raises:
-        LatelierError: for an unknown preset or argument, or widths that the shortcuts cannot divide.
-    """
+    """An autoencoder for images of any size, fresh or from `init`; an error for widths that shortcuts cannot divide."""
     if section.init:
         return open_init(AutoencoderDC, section.init)
     arguments = {**preset_arguments(AutoencoderDC, PRESETS, section.preset, section.model), "in_channels": channels}
@@ -125,25 +117,14 @@ def build(section: DCAESection, channels: int, image_size: Sequence[int] = ()) -
 def objective(
     section: DCAESection, tokenizer: AutoencoderDC, perceptual: nn.Module | None, seed: int, dataset: Any = None
 ) -> DCAEObjective:
-    """The objective of a recipe's section.
-
-    Raises:
-        LatelierError: if the section's prefixes do not fit the latents.
-    """
+    """The objective of a recipe's section; an error if its prefixes do not fit the latents."""
     loss = ReconstructionLoss(section.reconstruction, perceptual, section.perceptual_weight, section.perceptual_every)
     prefixes = random_prefixes(section.prefixes, tokenizer.config["latent_channels"])
     return DCAEObjective(tokenizer, loss, seed, prefixes)
 
 
 class DCAEObjective(nn.Module):
-    """Loss terms of an autoencoder on a batch of images, means over all its reconstructions.
-
-    Args:
-        tokenizer: the model to train.
-        reconstruction_loss: of pixels and LPIPS.
-        seed: of the prefixes.
-        prefixes: structured latents; None: all channels in every step.
-    """
+    """L1 or L2 + LPIPS, averaged over the prefixes of a step (structured latents); None: all channels in every step."""
 
     def __init__(
         self,
@@ -157,7 +138,7 @@ class DCAEObjective(nn.Module):
         self.prefixes = prefixes
 
     def train(self, mode: bool = True) -> DCAEObjective:
-        """Batch norms whose weights are frozen keep their statistics, too."""
+        """Batch norms with frozen weights keep their statistics."""
         super().train(mode)
         for module in self.tokenizer.modules():
             if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad:
@@ -165,21 +146,17 @@ class DCAEObjective(nn.Module):
         return self
 
     def forward(self, batch: dict[str, Any]) -> LossTerms:
-        """Terms of `batch["image"]` `(b, c, h, w)`; `seen` addresses the prefixes.
+        """L = mean over lengths c' of l(x, D(mask_{c,c'} E(x))) (DC-AE 1.5); an adversarial loss sees the first one.
 
-        An adversarial loss sees the first reconstruction.
+        `batch["image"]` is `(b, c, h, w)`; `seen` keys the lengths.
         """
-        z = self.tokenizer.encode(batch["image"]).latent  # (b, k, h/f, w/f)
+        x = batch["image"]
+        z = self.tokenizer.encode(x).latent  # (b, k, h/f, w/f)
         lengths = [z.shape[1]] if self.prefixes is None else self.prefixes.draw(self.seed, batch["seen"])
-        each, reconstructions = [], []
-        for length in lengths:
-            reconstruction = self.tokenizer.decode(keep_prefix(z, length)).sample.float()  # (b, c, h, w)
-            each.append(self.reconstruction_loss(reconstruction, batch["image"], batch["sample_id"]))
-            reconstructions.append(reconstruction)
+        decoded = [self.tokenizer.decode(keep_prefix(z, length)).sample.float() for length in lengths]  # (b, c, h, w)
+        each = [self.reconstruction_loss(y, x, batch["sample_id"]) for y in decoded]
         losses = {name: torch.stack([terms[name] for terms in each]).mean() for name in each[0]}
-        weights = dict.fromkeys(losses, 1.0)
-        if "lpips" in losses:
-            weights["lpips"] = self.reconstruction_loss.perceptual_weight
+        weights = {name: self.reconstruction_loss.perceptual_weight if name == "lpips" else 1.0 for name in losses}
         if self.prefixes is not None:
             losses["prefix"] = z.new_tensor(lengths, dtype=torch.float32).mean()  # in the log only
-        return LossTerms(losses, weights, reconstruction=reconstructions[0])
+        return LossTerms(losses, weights, reconstruction=decoded[0])

@@ -1,17 +1,16 @@
 """MAETok: "Masked Autoencoders Are Effective Tokenizers for Diffusion Models" (ICML 2025).
 
-An image becomes a short sequence of latents instead of a grid: learned latent tokens stand behind the patches in the
-sequence of a ViT, and what they have gathered after the last block, through a linear layer, is the latent. In training
-a share of the patches is replaced by a mask token, which makes the latents say what the image means and not only how
-it looks; at inference nothing is masked. A ViT of the same size decodes the image (`maetok_decoder`). The objective
-reconstructs all pixels, and predicts features of the patches that the encoder did not see (`maetok_targets`):
+An image becomes a short sequence of latents instead of a grid: learned latent tokens follow the patches in the
+sequence of a ViT, and a linear layer after the last block makes latents of them. In training a share of the patches is
+replaced by a mask token, which makes latents semantic; at inference nothing is masked. A ViT of the same size decodes
+(`maetok_decoder`). The objective reconstructs all pixels and predicts features of masked patches (`maetok_targets`):
 
     L = MSE + w_p LPIPS + w_kl KL + sum of w_t L_t over the targets t        (section 3.2), and the adversarial term
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -25,23 +24,20 @@ from torch import Tensor, nn
 
 from latelier.errors import LatelierError
 from latelier.keyed_random import KeyedRandom
-from latelier.layers import TransformerBlock, init_linear, patchify, resize_positions, resized, unpatchify
-from latelier.losses.kl import gaussian_kl
-from latelier.losses.reconstruction import ReconstructionLoss
+from latelier.layers import TransformerBlock, init_linear, patchify, resize_positions, resized, run_block, unpatchify
+from latelier.losses.reconstruction import ReconstructionLoss, gaussian_kl
 from latelier.losses.terms import LossTerms
-from latelier.presets import open_init, preset_arguments
-from latelier.sections import Count, TrainedTokenizer, Weight
+from latelier.sections import Count, TrainedTokenizer, Weight, open_init, preset_arguments
 from latelier.tokenizers import TokenizerInfo
-from latelier.tokenizers.maetok_decoder import LatentDecoder, add_frequencies, init_table, rope_tables, run
+from latelier.tokenizers.maetok_decoder import LatentDecoder, add_frequencies, init_table, rope_tables
 from latelier.tokenizers.maetok_targets import Masking, MaskShare, Target, TargetSection, build_targets, draw_mask
 
 
 def _preset(patch: int, latents: int, channels: int, dim: int, depth: int, heads: int, **more: float) -> dict:
     """Symmetric encoder and decoder, as in the paper."""
     sizes = {"dim": dim, "depth": depth, "heads": heads}
-    decoder = {"decoder_" + key: value for key, value in sizes.items()}
     latent = {"latent_tokens": latents, "latent_channels": channels}
-    return {"patch_size": patch, **latent, **sizes, **decoder, **more}
+    return {"patch_size": patch, **latent, **sizes, **{f"decoder_{k}": v for k, v in sizes.items()}, **more}
 
 
 PRESETS = {
@@ -103,9 +99,8 @@ class MAETok(ModelMixin, ConfigMixin):
     Args:
         image_size: `(h, w)` in pixels of the images that it decodes to; `resized` makes one for another size.
         patch_size: side of a patch in pixels.
-        in_channels: image channels.
-        latent_tokens: l latents of an image, whatever its size.
-        latent_channels: c numbers in each.
+        in_channels: of images.
+        latent_tokens, latent_channels: an image of any size has l latents of c numbers.
         dim, depth, heads: of the encoder.
         decoder_dim, decoder_depth, decoder_heads: of the decoder.
         mlp_ratio: hidden width of the MLPs over the width.
@@ -113,9 +108,9 @@ class MAETok(ModelMixin, ConfigMixin):
             has a learned table of positions in any case, the decoder only with `absolute`.
         variational: whether latents have a variance: a VAE instead of the paper's plain autoencoder.
         decoder_cls_token: whether the decoder's sequence begins with a learned token, as the encoder's does.
-        decoder_drop_path: stochastic depth in the decoder, at its last block; see `decode_tokens`.
-        layer_scale: where the gains of the encoder's branches begin.
-        latent_scale: where the decoder's modulation by latents begins, see `LatentDecoder`.
+        decoder_drop_path: stochastic depth at the decoder's last block; see `decode_tokens`.
+        layer_scale: initial gains of the encoder's branches.
+        latent_scale: initial scale of the decoder's modulation by latents, see `LatentDecoder`.
 
     Differs from the reference: patches are embedded by a Linear (the same function as a strided convolution),
     attention runs through `layers.attention`, and sizes, numbers of latents and the variational form are free.
@@ -174,7 +169,7 @@ class MAETok(ModelMixin, ConfigMixin):
 
     @property
     def info(self) -> TokenizerInfo:
-        """What is to be known of this tokenizer."""
+        """Sizes and layer names."""
         height, width = self.config["image_size"]
         return TokenizerInfo(
             factor=self.config["patch_size"],
@@ -190,29 +185,18 @@ class MAETok(ModelMixin, ConfigMixin):
         )
 
     def resized(self, image_size: Sequence[int]) -> MAETok:
-        """The same weights for another size of images, position tables carried over by bilinear interpolation.
-
-        What it computes at that size is what this model computes there; rotary positions count on beyond the old grid.
-        """
+        """This model for another size of images, position tables interpolated; rotary positions count on."""
         return resized(self, image_size, ("pos_embed", "decoder.pos_embed"))
-
-    # -- the masked forms that training uses --------------------------------------------------------------------------
 
     def moments(
         self, images: Float[Tensor, "b c h w"], mask: Bool[Tensor, "b n"] | None = None
     ) -> Float[Tensor, "b l m"]:
         """The latents `(b, l, c)`; if variational, their mean and log-variance side by side `(b, l, 2 c)`.
 
-        Args:
-            images: in [-1, 1], any size that the patch divides.
-            mask: true where a patch, in raster order, is replaced by the mask token.
-
-        Raises:
-            LatelierError: if the mask does not have one entry for each patch.
+        `mask` is true where a patch, in raster order, is replaced by the mask token.
         """
-        p = self.config["patch_size"]
-        grid = (images.shape[2] // p, images.shape[3] // p)
-        x = self.patch_embed(patchify(images, p))  # (b, n, d)
+        grid = patch_grid(self, images.shape[2:])
+        x = self.patch_embed(patchify(images, self.config["patch_size"]))  # (b, n, d)
         if mask is not None:
             if mask.shape != x.shape[:2]:
                 raise LatelierError(
@@ -225,24 +209,18 @@ class MAETok(ModelMixin, ConfigMixin):
         latents = (self.latent_queries + self.latent_pos_embed).expand(len(x), -1, -1)  # (b, l, d)
         x = torch.cat([cls, x + table[:, 1:], latents], dim=1)  # (b, 1 + n + l, d)
         for block, rope in zip(self.blocks, rope_tables(self, grid)):
-            x = run(self, block, x, rope, 1)
+            x = run_block(self, block, x, rope, 1)
         return self.to_latent(self.norm(x[:, -latents.shape[1] :]))  # (b, l, m)
 
     def decode_tokens(
         self, z: Float[Tensor, "b l k"], grid: tuple[int, int] | None = None, rng: KeyedRandom | None = None
     ) -> Float[Tensor, "b c h w"]:
-        """The image of raw latents.
+        """Images of raw latents, on a grid of patches (None: that of `image_size`).
 
-        Args:
-            z: raw latents.
-            grid: rows and columns of patches; None for `image_size`.
-            rng: random numbers of the images, from which stochastic depth (`decoder_drop_path`) is drawn; without
-                them, and outside of training mode, it does not act.
+        Stochastic depth (`decoder_drop_path`) acts in training mode, where its random numbers `rng` are given.
         """
         grid = grid or self.grid
         return unpatchify(self.head(self.decoder(z, grid, rng)), self.config["patch_size"], grid)
-
-    # -- the diffusers interface --------------------------------------------------------------------------------------
 
     def encode(
         self, images: Float[Tensor, "b c h w"], mask: Bool[Tensor, "b n"] | None = None
@@ -259,9 +237,8 @@ class MAETok(ModelMixin, ConfigMixin):
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> DecoderOutput:
         """Reconstruction, through the posterior's mean if there is one, at the images' own size."""
-        p = self.config["patch_size"]
         z = self.moments(images)[..., : self.config["latent_channels"]]  # (b, l, c)
-        return DecoderOutput(sample=self.decode_tokens(z, (images.shape[2] // p, images.shape[3] // p)))
+        return DecoderOutput(sample=self.decode_tokens(z, patch_grid(self, images.shape[2:])))
 
 
 SECTIONS, MODELS = (MAETokSection,), (MAETok,)
@@ -278,11 +255,7 @@ def build(section: MAETokSection, channels: int, image_size: Sequence[int]) -> M
 def objective(
     section: MAETokSection, tokenizer: MAETok, perceptual: nn.Module | None, seed: int, dataset: Any = None
 ) -> MAETokObjective:
-    """The objective of a recipe's section.
-
-    Raises:
-        LatelierError: if a target cannot be built, see `build_targets`.
-    """
+    """The objective of a recipe's section; for errors see `build_targets`."""
     config = tokenizer.config
     targets = build_targets(section.targets, config["patch_size"], config["in_channels"], dataset)
     loss = ReconstructionLoss("mse", perceptual, section.perceptual_weight, section.perceptual_every)
@@ -291,23 +264,19 @@ def objective(
 
 
 class MAETokObjective(nn.Module):
-    """Loss terms of a MAETok on a batch of images.
+    """Loss terms of a MAETok.
 
-    Auxiliary decoders predict the targets from the latents alone. They live here and not in the tokenizer: optimiser,
-    EMA and checkpoints know them, the saved tokenizer does not, and every phase begins with fresh ones.
+    Auxiliary decoders predict the targets from the latents alone. They are part of the objective and not of the
+    tokenizer: optimiser, EMA and checkpoints include them, the saved tokenizer does not, and each phase has fresh ones.
 
     Args:
         tokenizer: the model to train.
         reconstruction_loss: `mse` of the pixels, and LPIPS.
-        seed: of masks and the posterior's noise, which are addressed by the images' numbers.
+        seed: of masks and the posterior's noise.
         mask: the share of patches that is masked; None masks nothing.
-        targets: what auxiliary decoders predict; they are not registered, so their teachers are neither trained nor
-            saved.
-        kl_weight: of the KL, summed over a latent's channels.
+        targets: are not registered, so their teachers are neither trained nor saved.
+        kl_weight: of the KL, summed over a latent's channels; it needs an encoder with a variance.
         perceptual_warmup: images over which LPIPS's weight rises from 0.
-
-    Raises:
-        LatelierError: for a KL of an encoder without a variance.
     """
 
     def __init__(
@@ -333,7 +302,10 @@ class MAETokObjective(nn.Module):
             tokenizer.mask_token.requires_grad_(False)  # nothing stands in for a missing patch
 
     def forward(self, batch: dict[str, Any]) -> LossTerms:
-        """Terms of `batch["image"]` `(b, c, h, w)`; `sample_id` addresses the random numbers, `seen` counts images."""
+        """L = MSE + w_p LPIPS + w_kl KL + sum of w_t L_t over the targets (MAETok, section 3.2).
+
+        `batch["image"]` is `(b, c, h, w)`, `sample_id` keys the random numbers, `seen` counts images.
+        """
         images = batch["image"]
         grid = patch_grid(self.tokenizer, images.shape[2:])
         rng = KeyedRandom(self.seed, batch["sample_id"], images.device)
@@ -344,12 +316,15 @@ class MAETokObjective(nn.Module):
         z, losses = self._latents(images, mask, rng)
         reconstruction = self.tokenizer.decode_tokens(z, grid, rng).float()  # (b, c, h, w)
 
-        lpips_weight = self._perceptual_weight(batch["seen"])
+        rise = min(1.0, batch["seen"] / self.perceptual_warmup) if self.perceptual_warmup else 1.0
+        lpips_weight = self.reconstruction_loss.perceptual_weight * rise
         losses |= self.reconstruction_loss(reconstruction, images, batch["sample_id"], lpips_weight > 0)
         if mask is not None and share:
-            losses |= self._predictions(z, batch, grid, mask)
-        else:
-            losses["mse"] = losses["mse"] + self._idle()
+            for target in self.targets:
+                predicted = self.auxiliary[target.name](z, target.tokens(grid)).float()  # (b, n, d)
+                losses[target.name] = target.error(predicted, target(batch, grid), mask)
+        else:  # plus zero through all auxiliary decoders: DDP waits for their gradients
+            losses["mse"] = losses["mse"] + sum((0.0 * p.sum() for p in self.auxiliary.parameters()), 0.0)
         weights = {"mse": 1.0, "lpips": lpips_weight, "kl": self.kl_weight}
         weights |= {target.name: target.weight for target in self.targets}
         return LossTerms(losses, {k: weights[k] for k in losses}, reconstruction=reconstruction)
@@ -357,7 +332,7 @@ class MAETokObjective(nn.Module):
     def _latents(
         self, images: Float[Tensor, "b c h w"], mask: Bool[Tensor, "b n"] | None, rng: KeyedRandom
     ) -> tuple[Float[Tensor, "b l k"], dict[str, Tensor]]:
-        """Latents, drawn from the posterior if there is one, and the KL of that."""
+        """Latents, drawn from the posterior if there is one, and its KL."""
         moments = self.tokenizer.moments(images, mask).float()  # (b, l, c), or (b, l, 2 c)
         if not self.tokenizer.config["variational"]:
             return moments, {}
@@ -365,25 +340,6 @@ class MAETokObjective(nn.Module):
         logvar = logvar.clamp(-30, 20)
         z = mean + (0.5 * logvar).exp() * rng.normal("posterior", *mean.shape[1:])  # (b, l, c)
         return z, {"kl": gaussian_kl(mean, logvar).sum(-1).mean()}
-
-    def _predictions(
-        self, z: Float[Tensor, "b l c"], batch: Mapping[str, Any], grid: tuple[int, int], mask: Bool[Tensor, "b n"]
-    ) -> dict[str, Tensor]:
-        """The error of each target, by name."""
-        errors = {}
-        for target in self.targets:
-            predicted = self.auxiliary[target.name](z, target.tokens(grid)).float()  # (b, n, d)
-            errors[target.name] = target.error(predicted, target(batch, grid), mask)
-        return errors
-
-    def _perceptual_weight(self, seen: int | float) -> float:
-        """LPIPS's weight, which rises from 0 over `perceptual_warmup` images."""
-        rise = min(1.0, seen / self.perceptual_warmup) if self.perceptual_warmup else 1.0
-        return self.reconstruction_loss.perceptual_weight * rise
-
-    def _idle(self) -> Tensor | float:
-        """Zero, through all auxiliary decoders: where nothing is masked, DDP still waits for their gradients."""
-        return sum((0.0 * p.sum() for p in self.auxiliary.parameters()), 0.0)
 
 
 class AuxiliaryDecoder(nn.Module):
@@ -399,10 +355,10 @@ class AuxiliaryDecoder(nn.Module):
 
 
 class LinearReadout(nn.Module):
-    """Each patch's prediction is one linear map of all latents: learnt weights mix them, a linear layer widens that.
+    """Each patch's prediction is a linear map of all latents: learned weights mix them, a linear layer widens the mix.
 
-    The paper's decoder without blocks (table 4d, "linear") does not say how patches reach the latents, which only
-    attention mixes; this is the simplest map that tells patches apart. It is made for one grid.
+    The paper's decoder without blocks (table 4d, "linear") does not say how patches see the latents without attention;
+    this is the simplest map that distinguishes patches. It has one grid.
     """
 
     def __init__(self, latent_tokens: int, latent_channels: int, grid: tuple[int, int], width: int):
@@ -414,15 +370,15 @@ class LinearReadout(nn.Module):
 
     def forward(self, z: Float[Tensor, "b l c"], grid: tuple[int, int]) -> Float[Tensor, "b n d"]:
         if tuple(grid) != self.grid:
+            have = tuple(grid)
             raise LatelierError(
-                f"A target of depth 0 is made for {self.grid} patches, but the image has {tuple(grid)}; "
-                "give it a depth."
+                f"A target of depth 0 is made for {self.grid} patches, but the image has {have}; give it a depth."
             )
         return self.head(self.mix(z.transpose(1, 2)).transpose(1, 2))  # (b, n, width)
 
 
 def auxiliary_decoder(tokenizer: MAETok, target: Target) -> nn.Module:
-    """Latents of this tokenizer to predictions of a target."""
+    """A network from this tokenizer's latents to predictions of a target."""
     config, (dim, depth, heads) = tokenizer.config, target.decoder
     grid = target.tokens(patch_grid(tokenizer, config["image_size"]))
     latent = (config["latent_tokens"], config["latent_channels"])

@@ -1,8 +1,7 @@
 """Latents to one feature vector for each patch: the decoder of MAETok, and the body of its auxiliary decoders.
 
-One learned mask token stands at every patch, the latents follow it in the sequence, and a ViT lets the patches gather
-what they need. The blocks are those of MoVQ: their norms have no gains of their own; instead each latent scales and
-shifts the normed activations at its own token, so that it is heard again in every block (ICML 2025, section 3.1).
+A ViT whose sequence has a learned mask token for each patch, then the latents. The blocks are those of MoVQ: norms
+have no gains; instead each latent scales and shifts the normed activations at its own token (ICML 2025, section 3.1).
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from latelier.layers import (
     mixed_frequencies,
     mixed_rope_table,
     resize_positions,
+    run_block,
     sincos_positions,
 )
 
@@ -33,8 +33,7 @@ class LatentDecoder(nn.Module):
     """A ViT over mask tokens and latents.
 
     Args:
-        latent_tokens: l latents of an image.
-        latent_channels: c numbers in each.
+        latent_tokens, latent_channels: l latents of c numbers.
         grid: rows and columns of patches.
         dim, depth, heads: of the transformer.
         mlp_ratio: hidden width of the MLPs over the width.
@@ -42,8 +41,8 @@ class LatentDecoder(nn.Module):
         cls_token: whether the sequence begins with one more learned token.
         drop_path: share of images for which the last block's branches are left out in training (stochastic depth);
             it rises linearly from 0 at the first block.
-        latent_scale: where the scales begin by which latents modulate their tokens. At 0, the paper's, no patch hears
-            a latent at first; 1 lets them speak at once, which short trainings need.
+        latent_scale: initial scale with which latents modulate their tokens. At 0, the paper's, patches do not depend
+            on latents at first; 1 suits short trainings.
 
     Differs from the reference: entries that cannot reach a patch (a patch embedding, the modulation of latents in the
     final norm, a position table beside rotary positions) are left out.
@@ -69,10 +68,8 @@ class LatentDecoder(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
         self.latent_pos_embed = nn.Parameter(torch.empty(1, latent_tokens, dim))
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if cls_token else None
-        absolute = positions == "absolute"
-        self.pos_embed = (
-            nn.Parameter(torch.empty(1, cls_token + grid[0] * grid[1], dim)) if absolute else None
-        )  # (1, 1 + n, d)
+        table = torch.empty(1, cls_token + grid[0] * grid[1], dim)  # (1, 1 + n, d)
+        self.pos_embed = nn.Parameter(table) if positions == "absolute" else None
         add_frequencies(self, positions, depth, heads, dim)
         self.blocks = nn.ModuleList(ModulatedBlock(dim, heads, latent_channels, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
@@ -94,26 +91,25 @@ class LatentDecoder(nn.Module):
 
         Args:
             z: raw latents.
-            grid: rows and columns to decode; None for those that the decoder is made for.
-            rng: random numbers of the images; stochastic depth acts when they are given, in training mode.
-
-        Raises:
-            LatelierError: if these are not as many latents as the decoder has positions for.
+            grid: rows and columns to decode; None for the decoder's own.
+            rng: random numbers of stochastic depth, which acts in training mode where they are given.
         """
         grid = grid or self.grid
-        self._check(z)
+        wanted = (self.latent_pos_embed.shape[1], self.input.in_features)
+        if tuple(z.shape[1:]) != wanted:
+            raise LatelierError(
+                f"The decoder takes {wanted[0]} latents of {wanted[1]} channels, not {z.shape[1]} of {z.shape[2]}."
+            )
         x = self.input(z) + self.latent_pos_embed  # (b, l, d)
         canvas = self._canvas(grid)  # (1, k + n, d), with k = 1 for the CLS token
         x = torch.cat([canvas.to(x.dtype).expand(len(x), -1, -1), x], dim=1)  # (b, k + n + l, d)
         first = 0 if self.cls_token is None else 1
-        ropes = rope_tables(self, grid)
-        kept = self._kept(rng)
-        for i, block in enumerate(self.blocks):
-            x = run(self, block, x, z, ropes[i], first, kept[i])
+        for block, rope, kept in zip(self.blocks, rope_tables(self, grid), self._kept(rng)):
+            x = run_block(self, block, x, z, rope, first, kept)
         return self.norm(x[:, first : first + grid[0] * grid[1]])
 
     def _canvas(self, grid: tuple[int, int]) -> Float[Tensor, "1 n d"]:
-        """What stands before the latents."""
+        """The tokens before the latents."""
         canvas = self.mask_token.expand(-1, grid[0] * grid[1], -1)  # (1, n, d)
         if self.cls_token is not None:
             canvas = torch.cat([self.cls_token, canvas], dim=1)
@@ -128,27 +124,19 @@ class LatentDecoder(nn.Module):
         kept = (rng.uniform("drop-path", depth, 2) >= rates) / (1 - rates)  # (b, depth, 2)
         return kept.permute(1, 2, 0)[..., None, None].unbind()
 
-    def _check(self, z: Tensor) -> None:
-        wanted = (self.latent_pos_embed.shape[1], self.input.in_features)
-        if tuple(z.shape[1:]) != wanted:
-            raise LatelierError(
-                f"The decoder takes {wanted[0]} latents of {wanted[1]} channels, not {z.shape[1]} of {z.shape[2]}."
-            )
-
 
 def init_table(table: Float[Tensor, "1 m d"], grid: tuple[int, int]) -> None:
-    """A learned table of positions begins as the fixed one, and with zeros for what comes before the patches."""
-    n = grid[0] * grid[1]
+    """A learned table of positions begins as the fixed one, with zeros for tokens before the patches."""
     with torch.no_grad():
         table.zero_()
-        table[:, -n:].copy_(sincos_positions(table.shape[2], grid))
+        table[:, -grid[0] * grid[1] :].copy_(sincos_positions(table.shape[2], grid))
 
 
 class ModulatedBlock(nn.Module):
     """Pre-norm block in which latents modulate their own tokens (MoVQ, Zheng et al. 2022).
 
-    Normed activations of a latent's token become scale x + shift, with scale and shift a linear function of SiLU of
-    the raw latent, zero at first; patches' are left as they are. There are no gates.
+    Normed activations x of a latent's token become scale x + shift, both linear in SiLU of the raw latent and zero at
+    first; those of patches stay. There are no gates.
     """
 
     def __init__(self, dim: int, heads: int, latent_channels: int, mlp_ratio: float = 4.0):
@@ -166,15 +154,7 @@ class ModulatedBlock(nn.Module):
         first: int = 0,
         kept: Float[Tensor, "2 b 1 1"] | None = None,
     ) -> Float[Tensor, "b m d"]:
-        """One block.
-
-        Args:
-            x: all tokens, those of the l latents last.
-            z: raw latents.
-            rope: turns of the patches.
-            first: where the patches begin.
-            kept: factors of the two branches, for stochastic depth.
-        """
+        """`x` ends with the tokens of the l latents `z`, its patches begin at `first`; `kept` is stochastic depth."""
         shift1, scale1, shift2, scale2 = self.modulation(nn.functional.silu(z)).chunk(4, dim=-1)  # (b, l, d)
         branch = self.attn(self._modulated(x, shift1, scale1), rope, first)
         x = x + (branch if kept is None else branch * kept[0])
@@ -186,15 +166,8 @@ class ModulatedBlock(nn.Module):
         return torch.cat([patches, latents * scale + shift], dim=1)  # not 1 + scale
 
 
-# -- what the encoder shares ------------------------------------------------------------------------------------------
-
-
 def add_frequencies(module: nn.Module, positions: str, depth: int, heads: int, dim: int) -> None:
-    """Give a module `freqs` `(2, depth, heads * head_dim / 2)`: learned, fixed, or None, as `positions` says.
-
-    Raises:
-        LatelierError: for another word, or heads too narrow for pairs along two axes.
-    """
+    """Give a module `freqs` `(2, depth, heads * head_dim / 2)`: learned (`mixed`), fixed (`axial`), or None."""
     if positions not in POSITIONS:
         raise LatelierError(f"tokenizer.model.positions = {positions!r} is not known; allowed: {', '.join(POSITIONS)}.")
     if dim % heads:
@@ -215,10 +188,3 @@ def rope_tables(module: nn.Module, grid: tuple[int, int]) -> Sequence[Tensor | N
     if module.freqs is None or not len(module.blocks):
         return [None] * len(module.blocks)
     return mixed_rope_table(module.freqs, grid, module.blocks[0].attn.heads).unbind()
-
-
-def run(module: nn.Module, block: nn.Module, *inputs: object) -> Tensor:
-    """A block's output; its activations are computed again in the backward pass where the module checkpoints."""
-    if module.gradient_checkpointing and torch.is_grad_enabled():
-        return module._gradient_checkpointing_func(block, *inputs)
-    return block(*inputs)

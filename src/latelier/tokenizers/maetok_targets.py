@@ -1,8 +1,8 @@
-"""What MAETok masks, and what its auxiliary decoders predict: HOG, features of frozen teachers, words of captions.
+"""MAETok's masks, and the targets of its auxiliary decoders: HOG, features of frozen teachers, words of captions.
 
-One share is masked in a whole batch, and in each image that many patches of its own. A target is a plain object:
-nothing of it is trained, averaged or saved with the objective. MAETok (ICML 2025, equation 8) writes the squared error
-for all targets; its released code takes the cosine for features, and so do the defaults here.
+All images of a batch have the same share masked, each its own patches. A target is a plain object: nothing of it is
+trained, averaged or saved. MAETok (ICML 2025, equation 8) has the squared error for all targets; its released code
+takes the cosine for features, and so do the defaults here.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from latelier.data.loader import ImageDataset
 
 CACHE_LIMIT = 2_000_000_000  # bytes of features that one target keeps
-IGNORED = -100  # an id that no loss counts: padding
-FAR = 2**62  # stands for an unbounded count of images, with which a check tries the far end of training
+IGNORED = -100  # the id of padding, which no loss counts
+FAR = 2**62  # stands for an unbounded count of images, with which a check tries the end of training
 TEACHERS = {
     "dinov2": "facebook/dinov2-large",
     "siglip": "google/siglip-so400m-patch14-224",
@@ -42,11 +42,8 @@ TEACHERS = {
 }
 
 
-# -- masks ------------------------------------------------------------------------------------------------------------
-
-
 class Masking(Section):
-    """Which share of the patches is masked: one number for a batch, of a normal distribution cut off at both ends."""
+    """The share of patches that is masked: one number for a batch, from a truncated normal distribution."""
 
     low: Unit = 0.4
     high: Unit = 0.6
@@ -67,8 +64,8 @@ class Masking(Section):
 class MaskShare:
     """Share of the patches that a step masks, the same for all its processes and micro-batches.
 
-    Either normal around `mode`, cut off at `low` and `high` (MAETok: 0.4 to 0.6 around 0.6), or, with `fade`, falling
-    linearly from `high` to 0 over the first `fade` images (MAETok's decoder fine-tuning).
+    Normal around `mode`, truncated at `low` and `high` (MAETok: 0.4 to 0.6 around 0.6), or with `fade` falling linearly
+    from `high` to 0 over the first `fade` images (MAETok's decoder fine-tuning).
     """
 
     low: float = 0.4
@@ -91,22 +88,14 @@ class MaskShare:
 
 
 def draw_mask(order: Float[Tensor, "b n"], share: float) -> Bool[Tensor, "b n"]:
-    """Mask the ceil(n share) patches of each row that have the smallest random numbers.
-
-    Args:
-        order: random numbers, one for each patch.
-        share: from 0 to 1.
-    """
+    """Mask the ceil(n share) patches of each image that have the smallest random numbers."""
     count = math.ceil(order.shape[1] * share * (1 - 1e-12))  # 100 x 0.07 is 7.000000000000001 in floating point
     first = order.argsort(dim=1)[:, :count]  # (b, count)
     return torch.zeros_like(order, dtype=torch.bool).scatter(1, first, True)
 
 
-# -- targets ----------------------------------------------------------------------------------------------------------
-
-
 class TargetSection(Section):
-    """What a shallow auxiliary decoder predicts at the masked patches, from the latents alone."""
+    """What a shallow auxiliary decoder predicts at the masked patches from the latents alone."""
 
     kind: Literal["hog", "dinov2", "siglip", "clip", "features", "caption"]
     weight: float = Field(1.0, gt=0)
@@ -145,7 +134,7 @@ class Target:
     """Something to predict.
 
     Args:
-        name: of the term in the log; a second target of a kind gets a number.
+        name: of the loss term.
         dim: width of one prediction.
         weight: of its error in the loss.
         loss: `mse`, or `cosine`: minus the cosine.
@@ -162,16 +151,11 @@ class Target:
         return grid
 
     def __call__(self, batch: Mapping[str, Any], grid: tuple[int, int]) -> Tensor:
-        """What is right: `(b, n, dim)` float32, or `(b, length)` int64 ids; without gradients.
-
-        Args:
-            batch: of the loader, see `ImageDataset.stream`.
-            grid: rows and columns of patches.
-        """
+        """What is to be predicted: `(b, n, dim)` float32, or `(b, length)` int64 ids; without gradients."""
         raise NotImplementedError
 
     def error(self, prediction: Float[Tensor, "b n d"], target: Tensor, mask: Bool[Tensor, "b n"]) -> Float[Tensor, ""]:
-        """Mean error of the masked patches (section 3.2); 0 where nothing is masked."""
+        """Mean error of the masked patches (MAETok, section 3.2); 0 where nothing is masked."""
         prediction = prediction.float()
         if self.loss == "mse":
             errors = (prediction - target).square().mean(-1)  # (b, n)
@@ -190,15 +174,8 @@ class HogTarget(Target):
 class FeatureTarget(Target):
     """Features of a frozen vision model.
 
-    Args:
-        name, settings: see `Target`.
-        teacher: the model.
-        shown: the number of each image that a batch shows, or None where it is not known; equal numbers mean equal
-            images. None: nothing is kept.
-
-    Attributes:
-        kept: features by number, bf16, on the CPU.
-        hits: how many images were found there.
+    `shown` gives a number for each image of a batch, equal for equal images, or None where it is not known; with it,
+    features are `kept` by number, bf16, on the CPU. `hits` counts images found there. `settings` are those of `Target`.
     """
 
     def __init__(
@@ -230,21 +207,16 @@ class FeatureTarget(Target):
         return features.float()
 
     def _keep(self, numbers: list[int], features: Tensor) -> None:
-        """Remember as many as there is room for."""
+        """Keep as many as there is room for."""
         room = CACHE_LIMIT // (features[0].numel() * features.element_size()) - len(self.kept)
         if room > 0:
             self.kept.update(zip(numbers[:room], features[:room].cpu().unbind()))
 
 
 class CaptionTarget(Target):
-    """Words of the caption, in their order; what is longer than `length` is cut.
+    """Tokens of the caption in their order, at most `length`, without [CLS], [SEP] and padding.
 
-    The frame of a caption ([CLS], [SEP]), which is always the same, is no part of it, and padding is not counted.
-
-    Args:
-        name, settings: see `Target`.
-        words: the tokenizer.
-        length: tokens that are predicted.
+    `words` is the text tokenizer, `settings` are those of `Target`.
     """
 
     def __init__(self, name: str, words: Tokenizer, length: int, **settings: Any):
@@ -270,7 +242,7 @@ class CaptionTarget(Target):
     def error(
         self, prediction: Float[Tensor, "b n d"], target: Int[Tensor, "b n"], mask: Bool[Tensor, "b m"]
     ) -> Float[Tensor, ""]:
-        """Mean cross-entropy of all words; 0 where there are none. Masks have no part in it."""
+        """Mean cross-entropy of all tokens, whatever the mask; 0 where there are none."""
         logits = prediction.float().flatten(0, 1)  # (b n, d)
         total = F.cross_entropy(logits, target.flatten(), ignore_index=IGNORED, reduction="sum")
         return total / (target != IGNORED).sum().clamp(min=1)
@@ -281,11 +253,8 @@ def build_targets(
 ) -> list[Target]:
     """The targets of a recipe's sections, in their order.
 
-    Args:
-        sections: `tokenizer.targets`.
-        patch_size, channels: of the tokenizer's images.
-        dataset: the training images: word pieces are learnt from their captions, and features are kept in memory
-            where it is known which image a batch shows.
+    From `dataset`, the training images, word pieces are learned; where it is known which image a batch shows, features
+    are kept in memory.
 
     Raises:
         LatelierError: if a teacher cannot be loaded, cells do not divide patches, or captions are missing.
@@ -310,11 +279,9 @@ def build_targets(
 
 
 def image_numbers(dataset: ImageDataset) -> Callable[[Mapping[str, Any]], list[int] | None] | None:
-    """How to tell which images a batch of `dataset.stream` shows, the mirrored ones apart.
+    """A function from a batch of `dataset.stream` to a number for each image; a mirrored image has its own.
 
-    Returns:
-        None where an image looks different each time (random crops or backgrounds, streamed data); else a function
-        that gives a number for each image of a batch, or None for a batch without `sample_id`.
+    None where an image looks different each time (random crops or backgrounds, streamed data).
     """
     transform = dataset.transform
     if transform.crop == "random" or transform.deep > transform.channels or isinstance(dataset.source, StreamSource):
@@ -335,11 +302,18 @@ _NO_CAPTIONS = (
 
 
 def _caption_words(section: TargetSection, dataset: ImageDataset | None) -> Tokenizer:
-    """The tokenizer that `teacher` names, or word pieces of the training captions."""
+    """The text tokenizer that `teacher` names, or word pieces of the training captions."""
     if dataset is not None and next(dataset.captions(), None) is None:
         raise LatelierError(_NO_CAPTIONS)
     if section.teacher is not None:
-        return _read_words(section.teacher)
+        try:
+            return read_tokenizer(find_pretrained(section.teacher))
+        except LatelierError as error:
+            reason = str(error).split(";")[0].rstrip(".")
+            raise LatelierError(
+                f"tokenizer.targets: {reason}; give a name on the Hugging Face Hub when online or a folder, or leave "
+                "the caption's teacher out: then word pieces are learnt from the data."
+            ) from None
     if dataset is None:
         raise LatelierError(
             "tokenizer.targets: word pieces of captions are learnt from the training data, which are not at hand here; "
@@ -349,15 +323,3 @@ def _caption_words(section: TargetSection, dataset: ImageDataset | None) -> Toke
     if not any(caption.strip() for caption in captions):
         raise LatelierError("tokenizer.targets has a caption, but all captions of the data are empty; take it out.")
     return train_words(lambda: iter(captions), section.vocabulary_size)
-
-
-def _read_words(name: str) -> Tokenizer:
-    """A tokenizer by its name, its error in the words of this section."""
-    try:
-        return read_tokenizer(find_pretrained(name))
-    except LatelierError as error:
-        reason = str(error).split(";")[0].rstrip(".")
-        raise LatelierError(
-            f"tokenizer.targets: {reason}; give a name on the Hugging Face Hub when online or a folder, or leave the "
-            "caption's teacher out: then word pieces are learnt from the data."
-        ) from None

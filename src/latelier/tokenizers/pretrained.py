@@ -1,6 +1,6 @@
-"""Tokenizers that are trained already: folders of ours, and diffusers' autoencoders with what is to be known of each.
+"""Trained tokenizers: our own folders, and diffusers' autoencoders.
 
-A new class of diffusers is an entry in `DIFFUSERS`: its configuration to a `TokenizerInfo`.
+For another class of diffusers, add an entry to `DIFFUSERS` that makes a `TokenizerInfo` of its config.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from latelier.tokenizers import TokenizerInfo
 
 
 class PretrainedSection(Kind):
-    """A tokenizer that is trained already: a folder of ours, or any diffusers autoencoder by Hub name."""
+    """A trained tokenizer: one of our folders, or any diffusers autoencoder by Hub name."""
 
     kind: Literal["pretrained"]
     path: str
@@ -41,13 +41,9 @@ def _kl(config: Mapping[str, Any]) -> TokenizerInfo:
 
 
 def _vq(config: Mapping[str, Any]) -> TokenizerInfo:
-    """VQModel: its latents, which it may squeeze, are continuous, and its decoder begins with the nearest codes."""
-    return replace(
-        _kl(config),
-        latent_channels=config["vq_embed_dim"] or config["latent_channels"],
-        decoder_modules=("quantize", "decoder", "post_quant_conv"),
-        variance_layer=None,
-    )
+    """VQModel: its latents, of `vq_embed_dim` channels, are continuous; its decoder begins with the nearest codes."""
+    channels, decoder = config["vq_embed_dim"] or config["latent_channels"], ("quantize", "decoder", "post_quant_conv")
+    return replace(_kl(config), latent_channels=channels, decoder_modules=decoder, variance_layer=None)
 
 
 def _dc(config: Mapping[str, Any]) -> TokenizerInfo:

@@ -30,22 +30,20 @@ from latelier.layers import (
     patchify,
     resize_positions,
     resized,
+    run_block,
     sincos_positions,
     unpatchify,
 )
-from latelier.losses.kl import gaussian_kl
-from latelier.losses.reconstruction import ReconstructionLoss
+from latelier.losses.reconstruction import ReconstructionLoss, gaussian_kl
 from latelier.losses.terms import LossTerms
-from latelier.presets import open_init, preset_arguments
-from latelier.sections import TrainedTokenizer, Unit, Weight
+from latelier.sections import TrainedTokenizer, Unit, Weight, open_init, preset_arguments
 from latelier.tokenizers import TokenizerInfo
 
 
 def _preset(patch: int, latent: int, dim: int, heads: int, depth: int = 12) -> dict:
     """Symmetric encoder and decoder, as in the paper."""
     sizes = {"dim": dim, "depth": depth, "heads": heads}
-    decoder = {"decoder_" + key: value for key, value in sizes.items()}
-    return {"patch_size": patch, "latent_channels": latent, **sizes, **decoder}
+    return {"patch_size": patch, "latent_channels": latent, **sizes, **{f"decoder_{k}": v for k, v in sizes.items()}}
 
 
 PRESETS = {
@@ -85,11 +83,9 @@ class VMAE(ModelMixin, ConfigMixin):
     """Variational masked autoencoder on patches.
 
     Args:
-        image_size: `(h, w)` in pixels that the position tables are made for; any other multiple of the patch works,
-            with tables carried over by interpolation.
+        image_size: `(h, w)` in pixels of the position tables; for other multiples of the patch they are interpolated.
         patch_size: side of a patch in pixels, the compression factor f.
-        in_channels: image channels.
-        latent_channels: channels c of the latent.
+        in_channels, latent_channels: of images and latents.
         dim, depth, heads: of the encoder.
         decoder_dim, decoder_depth, decoder_heads: of the decoder.
         mlp_ratio: hidden width of the MLPs over the width.
@@ -144,7 +140,7 @@ class VMAE(ModelMixin, ConfigMixin):
 
     @property
     def info(self) -> TokenizerInfo:
-        """What is to be known of this tokenizer."""
+        """Sizes and layer names."""
         return TokenizerInfo(
             factor=self.config["patch_size"],
             latent_channels=self.config["latent_channels"],
@@ -159,18 +155,13 @@ class VMAE(ModelMixin, ConfigMixin):
         )  # fmt: skip
 
     def resized(self, image_size: Sequence[int]) -> VMAE:
-        """The same weights for another size of images, position tables carried over by bilinear interpolation.
-
-        What it computes at that size is what this model computes there.
-        """
+        """This model for another size of images, position tables interpolated; there both compute the same."""
         return resized(self, image_size, ("pos_embed", "decoder_pos_embed"))
-
-    # -- the masked forms that training uses --------------------------------------------------------------------------
 
     def moments(
         self, images: Float[Tensor, "b c h w"], keep: Int[Tensor, "b k"] | None = None
     ) -> Float[Tensor, "b k m"]:
-        """Mean and log-variance of the latent of each visible token, side by side on the last axis.
+        """Mean and log-variance `(b, k, 2 c)` of each visible token's latent.
 
         Args:
             images: in [-1, 1].
@@ -178,11 +169,13 @@ class VMAE(ModelMixin, ConfigMixin):
         """
         p = self.config["patch_size"]
         patches = patchify(images, p)  # (b, n, c p p)
-        positions = self._positions(self.pos_embed, images.shape[2] // p, images.shape[3] // p)  # (1, n, d)
+        grid = (images.shape[2] // p, images.shape[3] // p)
+        positions = resize_positions(self.pos_embed, self.grid, grid)  # (1, n, d)
         if keep is not None:
             patches, positions = _take(patches, keep), _take(positions.expand(len(keep), -1, -1), keep)
         x = self.patch_embed(patches) + positions  # (b, k, d)
-        x = self._run(self.blocks, x)
+        for block in self.blocks:
+            x = run_block(self, block, x)
         return self.to_latent(self.norm(x))  # (b, k, 2 c)
 
     def decode_tokens(
@@ -193,12 +186,11 @@ class VMAE(ModelMixin, ConfigMixin):
         if keep is not None:
             canvas = self.mask_token.to(x.dtype).repeat(len(x), grid[0] * grid[1], 1)  # (b, n, d)
             x = canvas.scatter(1, keep[..., None].expand_as(x), x)
-        x = x + self._positions(self.decoder_pos_embed, *grid)
-        x = self._run(self.decoder_blocks, x)
+        x = x + resize_positions(self.decoder_pos_embed, self.grid, grid)
+        for block in self.decoder_blocks:
+            x = run_block(self, block, x)
         x = self.head(self.decoder_norm(x))  # (b, n, p p c)
         return self.smoother(unpatchify(x, self.config["patch_size"], grid))  # (b, c, h, w)
-
-    # -- the diffusers interface --------------------------------------------------------------------------------------
 
     def encode(self, images: Float[Tensor, "b c h w"]) -> AutoencoderKLOutput:
         """`latent_dist` over the latent grid `(b, c, h / p, w / p)`; nothing is masked."""
@@ -214,17 +206,6 @@ class VMAE(ModelMixin, ConfigMixin):
     def forward(self, images: Float[Tensor, "b c h w"]) -> DecoderOutput:
         """Reconstruction through the posterior's mean."""
         return self.decode(self.encode(images).latent_dist.mode())
-
-    def _positions(self, table: Tensor, height: int, width: int) -> Float[Tensor, "1 n d"]:
-        return resize_positions(table, self.grid, (height, width))
-
-    def _run(self, blocks: nn.ModuleList, x: Tensor) -> Tensor:
-        for block in blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = self._gradient_checkpointing_func(block, x)
-            else:
-                x = block(x)
-        return x
 
 
 SECTIONS, MODELS = (VMAESection,), (VMAE,)
@@ -249,11 +230,11 @@ def objective(
 
 
 class VMAEObjective(nn.Module):
-    """Loss terms of a VMAE on a batch of images.
+    """Loss terms of a VMAE.
 
     Args:
         tokenizer: the model to train.
-        seed: of the masks and the posterior's noise, which are addressed by the images' numbers.
+        seed: of the masks and the posterior's noise.
         perceptual: LPIPS, or None.
         others: as in `VMAESection`; see `gaussian_kl` and `ReconstructionLoss`.
     """
@@ -282,15 +263,14 @@ class VMAEObjective(nn.Module):
         self.weights = {"mse_visible": v, "mse_masked": 1 - v, "lpips": perceptual_weight, "kl": kl_weight}
 
     def forward(self, batch: dict[str, Any]) -> LossTerms:
-        """Terms of `batch["image"]` `(b, c, h, w)`; `sample_id` addresses the random numbers."""
+        """Terms of `batch["image"]` `(b, c, h, w)`; `sample_id` keys the random numbers."""
         images, p = batch["image"], self.tokenizer.config["patch_size"]
         patches = (images.shape[2] // p) * (images.shape[3] // p)
         rng = KeyedRandom(self.seed, batch["sample_id"], images.device)
         keep = visible_patches(rng.uniform("mask", patches), self.mask_ratio) if self.mask_ratio else None
         tokens = patches if keep is None else keep.shape[1]
-        noise = None
-        if self.sample_posterior:
-            noise = rng.normal("posterior", tokens, self.tokenizer.config["latent_channels"])
+        latent = (tokens, self.tokenizer.config["latent_channels"])
+        noise = rng.normal("posterior", *latent) if self.sample_posterior else None
         return self.terms(images, keep, noise, batch["sample_id"])
 
     def terms(
@@ -300,7 +280,7 @@ class VMAEObjective(nn.Module):
         noise: Float[Tensor, "b k l"] | None,
         sample_id: Int[Tensor, " b"] | None = None,
     ) -> LossTerms:
-        """Terms with the mask and the posterior's noise given."""
+        """L = (1 - v) MSE(masked) + v MSE(visible) + w_p LPIPS + w_kl KL (LDMAE), mask and posterior's noise given."""
         p = self.tokenizer.config["patch_size"]
         grid = (images.shape[2] // p, images.shape[3] // p)
         mean, logvar = self.tokenizer.moments(images, keep).float().chunk(2, dim=-1)  # (b, k, c)

@@ -23,11 +23,11 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 from torch import Tensor, nn
 
 from latelier.errors import LatelierError
+from latelier.layers import fast_bf16
 from latelier.losses.terms import LossTerms
 from latelier.opening import best_device
 from latelier.recipe import Recipe, Training
 from latelier.terminal import console, handled_by, stop_now
-from latelier.tokenizers.codec import fast_bf16
 from latelier.training import checkpoint
 from latelier.training.step import FiniteCheck, NotFinite, clip_gradients, learning_rate
 
