@@ -20,8 +20,8 @@ class Data(Section):
     val_source: str | None = Field(None, description="another source for evaluation, when it is not a split")
     val_fraction: float = Field(0.05, ge=0, lt=1, description="held out when the source has no validation split")
     image_key: str = "image"
-    label_key: str | None = Field(None, description="the column of labels; found by itself when it is `label`")
-    caption_key: str | None = Field(None, description="the column of captions; found when `caption` or `text`")
+    label_key: str | None = Field(None, description="the column of labels; found if named `label`")
+    caption_key: str | None = Field(None, description="the column of captions; found if named `caption` or `text`")
     classes: list[str] | None = Field(
         None, description="use only these classes, in this order; of `scenes`: categories, or single emoji by name"
     )
@@ -41,7 +41,7 @@ class Data(Section):
     segmentation_classes: Annotated[int, Field(ge=1)] | list[str] | None = Field(
         None, description="how many ids the label maps have, or the classes' names"
     )
-    ignore_id: int | None = Field(None, description="id of pixels nobody labelled; it becomes one more class, the last")
+    ignore_id: int | None = Field(None, description="id of unlabelled pixels; it becomes one more class, the last")
     maps: str | None = Field(
         None, description="folder of image-like maps (depth, edges) with the images' names, or a dataset's column"
     )

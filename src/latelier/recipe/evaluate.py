@@ -1,4 +1,4 @@
-"""The recipe's `sample` and `evaluate` sections: how images are drawn, and what is measured."""
+"""The recipe's `sample` and `evaluate` sections: how images are sampled, and what is measured."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _ELSEWHERE = {"rfid": "rfd", "gfid": "gfd"}
 
 
 class Sample(Section):
-    """How images are drawn."""
+    """How images are sampled."""
 
     steps: int = Field(50, ge=1)
     guidance: float = Field(1.0, ge=0)
     guidance_interval: tuple[Unit, Unit] = Field((0.0, 1.0), description="noise levels t at which guidance acts")
     guidance_channels: int | None = Field(None, ge=1, description="guide only the first channels (LightningDiT: 3)")
     channels: int | None = Field(
-        None, ge=1, description="draw only the first k latent channels (a denoiser trained with `prefixes`)"
+        None, ge=1, description="sample only the first k latent channels (a denoiser trained with `prefixes`)"
     )
     sampler: Literal["auto", "euler", "heun", "ddpm", "ddim", "plms", "dpm++", "unipc", "sde", "dopri5"] = "auto"
     shift: float = Field(1.0, gt=0, description="flow: spends more steps near noise when above 1")
@@ -85,9 +85,9 @@ class Evaluate(Section):
         None, description="of prefixes: numbers of channels that are decoded; default quarters of them"
     )
     probe_samples: Count = Field(10_000, description="training images that probe, gmm and difficulty learn from")
-    seed: int = Field(0, ge=0, description="of the noise, of the clusters, of the holes of inpainting")
+    seed: int = Field(0, ge=0, description="of noise, clusters and the masks of inpainting")
     clip: str | None = Field(
-        None, description="Hub name or folder of a CLIP, which judges how well drawn images fit their captions"
+        None, description="Hub name or folder of a CLIP, which scores how well samples fit their captions"
     )
     sampling_steps: list[Annotated[int, Field(ge=1)]] = Field(
         [], description="numbers of sampling steps at which gfd and samples per second are measured; none by default"
