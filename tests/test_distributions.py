@@ -291,3 +291,16 @@ def test_frechet_agrees_with_torchmetrics():
     theirs.update(y, real=False)
     a, b = (grouped(images.flatten(1)[:, :6]) for images in (x, y))
     assert a.whole().distance(b.whole()) == pytest.approx(theirs.compute().item(), rel=1e-6)
+
+
+def test_where_divide_and_conquer_finds_no_end_another_algorithm_does(monkeypatch):
+    """LAPACK gave up on the covariance of nearly equal images."""
+    cov = torch.cov(torch.randn(5, 8, dtype=torch.float64).T)
+    mean, other = torch.zeros(8), torch.ones(8)
+    wanted = frechet_distance(mean, cov, other, 2 * cov)
+
+    def gives_up(matrix):
+        raise torch.linalg.LinAlgError("The algorithm failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", gives_up)
+    assert frechet_distance(mean, cov, other, 2 * cov) == pytest.approx(wanted)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import scipy.linalg
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -116,11 +117,20 @@ def frechet_distance(
     Symmetric eigenvalue problems instead of a general matrix root, so singular covariances need no special care.
     """
     cov1, cov2 = cov1.double(), cov2.double()
-    values, vectors = torch.linalg.eigh(cov1)
+    values, vectors = _eigh(cov1)
     root = vectors * values.clamp(min=0).sqrt()  # (d, d); root @ root.T = C1
     cross = torch.linalg.eigvalsh(root.T @ cov2 @ root).clamp(min=0).sqrt().sum()
     shift = (mean1.double() - mean2.double()).square().sum()
     return max(0.0, (shift + cov1.trace() + cov2.trace() - 2 * cross).item())
+
+
+def _eigh(matrix: Float[Tensor, "d d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
+    """Eigenvalues and eigenvectors; LAPACK's QR iteration where divide and conquer finds no end (nearly equal images)."""
+    try:
+        return torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:
+        values, vectors = scipy.linalg.eigh(matrix.cpu().numpy(), driver="ev")
+        return torch.from_numpy(values).to(matrix), torch.from_numpy(vectors).to(matrix)
 
 
 def group_of(numbers: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
