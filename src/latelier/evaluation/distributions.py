@@ -125,7 +125,7 @@ def frechet_distance(
 
 
 def _eigh(matrix: Float[Tensor, "d d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
-    """Eigenvalues and eigenvectors; LAPACK's QR iteration where divide and conquer finds no end (nearly equal images)."""
+    """Eigenvalues and eigenvectors; by QR iteration where divide and conquer gives up (nearly equal images)."""
     try:
         return torch.linalg.eigh(matrix)
     except torch.linalg.LinAlgError:
