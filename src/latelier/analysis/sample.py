@@ -114,11 +114,9 @@ class LatentSample:
         chosen = torch.arange(len(self))[rows]
         batch = torch.repeat_interleave(torch.arange(len(self.sizes)), torch.tensor(self.sizes, dtype=torch.long))
         counts = torch.bincount(batch[chosen], minlength=len(self.sizes))
-        return replace(
-            self, mean=self.mean[chosen], logvar=None if self.logvar is None else self.logvar[chosen],
-            labels=self.labels[chosen], index=self.index[chosen], sizes=tuple(counts[counts > 0].tolist()),
-            images=None, cache={},
-        )  # fmt: skip
+        fields = {"labels": self.labels[chosen], "index": self.index[chosen], "mean": self.mean[chosen]}
+        logvar, sizes = None if self.logvar is None else self.logvar[chosen], tuple(counts[counts > 0].tolist())
+        return replace(self, **fields, logvar=logvar, sizes=sizes, images=None, cache={})
 
     def first(self, images: int | None = None) -> LatentSample:
         """The first images, no more than memory holds of their latents."""

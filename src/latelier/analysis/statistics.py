@@ -9,9 +9,8 @@ of a covariance with eigenvalues e_i is
 
     exp(- sum_i p_i ln p_i)        p_i = e_i / sum_j e_j
 
-It is d where d directions are used alike, 1 where all variance lies in one, and does not change with scale or rotation.
-The perplexity of codes that are used p_1, ..., p_K of the time is the same of them. In a structured latent space
-(DC-AE 1.5, figure 2) the first channels show objects: large values where things are, small ones elsewhere.
+It is d where d directions are used alike, 1 where all variance lies in one. The perplexity of codes is the same of how
+often they are used. In a structured latent space (DC-AE 1.5, figure 2) the first channels show objects.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Are conditions followed? Enlargement, inpainting, layouts, label maps and captions, on held-out records.
 
-What is measured follows from the inputs of the model's conditioner. Each held-out record is drawn once, and each number
-stands beside the same of something simple: bicubic enlargement, holes in one colour, the layout of another image.
+What is measured follows from the inputs of the model's conditioner; each number stands beside the same of something
+simple: bicubic enlargement, holes in one colour, the layout of another image.
 """
 
 from __future__ import annotations
@@ -205,8 +205,8 @@ def fill_with_mean(batch: Mapping[str, Any], image: Float[Tensor, "b c h w"]) ->
 def condition_grid(pipeline: Any, records: Records, sample: Sample, seed: int = 0) -> tuple[Image.Image, list[str]]:
     """Draw the first `COLUMNS` records as `draw_records` does: a column for each, with its inputs, drawn and original.
 
-    Inputs are the small image, enlarged; the image with grey holes; boxes and their classes; the label map; the map.
-    Captions of the columns come beside the image, none for models that are not conditioned on captions.
+    Inputs are the small image, enlarged; the image with grey holes; boxes and their classes; the label map; the map;
+    and the captions of the columns, which come beside the image.
     """
     known = components(pipeline.conditioner)
     rows: dict[str, list[Tensor]] = {}

@@ -156,9 +156,8 @@ def measure_sampling(
 ) -> list[Measurement]:  # fmt: skip
     """Sample the same images with each of `evaluate.sampling_steps`, time it, and compare them with real ones.
 
-    For each number of steps, the fewest first, `gfd-<features>@<steps>` and `samples-per-second@<steps>`. As many
-    images are sampled as there are references (dicts with `image`), at most `evaluate.samples`; image i has the seed
-    `sample.seed + i`. `receipt` says how they come about: reference, tokenizer, ema, the settings of `sample`.
+    For each number of steps, the fewest first, `gfd-<features>@<steps>` and `samples-per-second@<steps>`, of as many
+    images as there are references (dicts with `image`), at most `evaluate.samples`, with the seeds `sample.seed + i`.
     """
     numbers = sorted(set(recipe.evaluate.sampling_steps))
     if not numbers:

@@ -1,8 +1,7 @@
 """Sets of images compared as distributions of feature vectors: Fréchet distance, KID, CMMD, Inception Score, recall.
 
-What is a function of sums (Fréchet distances, Inception Score) keeps sums, in ten groups of images drawn by chance: how
-much a number changes when each group in turn is left out tells how sure it is (delete-a-group jackknife, Efron & Stein
-1981).
+Fréchet distances and Inception Scores keep sums, in ten groups of images drawn by chance: how much a number changes
+when each group in turn is left out tells how sure it is (delete-a-group jackknife, Efron & Stein 1981).
 """
 
 from __future__ import annotations
@@ -94,9 +93,8 @@ class GroupedStatistics:
         return whole
 
     def distance(self, other: GroupedStatistics) -> tuple[float, Interval]:
-        """Fréchet distance to another set and its 95 % interval; no interval where groups have fewer than 2 images.
-
-        Groups of the same number are left out on both sides: a reconstruction and its original go together.
+        """Fréchet distance to another set and its 95 % interval, None where groups have fewer than 2 images; groups of
+        one number are left out on both sides together, as a reconstruction and its original belong together.
         """
         ours, theirs = self.whole(), other.whole()
         value = ours.distance(theirs)

@@ -119,10 +119,8 @@ METRICS: dict[str, Metric] = {
 }  # fmt: skip
 
 # Results that no entry of `evaluate.metrics` asks for: whether conditions are followed, and how fast samples come.
-OTHERS: dict[str, Better] = {
-    "fd": "lower", "layout-match": "higher", "segmentation-match": "higher", "clip-score": "higher",
-    "samples-per-second": "higher",
-}  # fmt: skip
+OTHERS: dict[str, Better] = {"fd": "lower", "layout-match": "higher", "segmentation-match": "higher"}
+OTHERS |= {"clip-score": "higher", "samples-per-second": "higher"}
 SIDES = ("sr", "bicubic", "inpainting", "mean-fill")  # images that follow conditions, and simple ones
 
 
