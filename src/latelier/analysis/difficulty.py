@@ -1,8 +1,7 @@
 """How hard a latent space is to learn: what a small, fixed denoiser makes of it in a short, fixed training.
 
-Every codec gets the same network, steps, learning rate and times, so that only the latents differ. The network adds to
-the best guess of someone who knows nothing but that each number has mean 0 and variance 1 (see `predict`): whatever
-structure a short training finds makes the loss smaller.
+Every codec gets the same network, steps, learning rate and times. The network adds to the best guess from mean 0 and
+variance 1 of each number (see `predict`): whatever structure a short training finds makes the loss smaller.
 """
 
 from __future__ import annotations

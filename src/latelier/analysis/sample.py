@@ -94,8 +94,7 @@ class LatentSample:
 
     def pixels(self, rows: slice) -> Float[Tensor, "b c h w"]:
         """Images in [-1, 1], where networks run."""
-        if self.images is None:
-            raise ValueError("This sample was collected without its images.")
+        assert self.images is not None, "This sample was collected without its images."
         images = self.images[rows].to(self.device)
         return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
 

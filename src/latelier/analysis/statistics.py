@@ -176,7 +176,7 @@ def outlier_channels(variance: Float[Tensor, " c"]) -> tuple[list[int], list[int
     """Numbers, from 0, of channels whose variance is too large and too small among the others'.
 
     The modified z-score of Iglewicz & Hoaglin (1993), of logarithms: far from the median, in units of the median
-    distance from it. Where most channels are alike that unit is nearly 0, hence the factor that is always allowed.
+    distance from it, and at least a factor, as that unit is nearly 0 where most channels are alike.
     """
     logs = variance.double().clamp(min=1e-12 * variance.max().item()).log()
     distance = logs - logs.quantile(0.5)  # (c,)

@@ -1,9 +1,8 @@
 """What a tokenizer costs (parameters, bytes, floating-point operations, images per second, memory), and sampling.
 
-Operations are counted on a copy without memory ("meta" tensors), so any model fits. One multiply-add is two operations.
-Two rules are kept apart: everything, attention's matrix products included, for one image; and that of LDMAE's table,
-the encoder's convolutions and linear layers for 64 images. Latent diffusion trades quality for speed by its steps
-(Rombach et al. 2022, figure 7): sampling is timed alone, denoiser and decoder.
+Operations are counted on "meta" tensors; one multiply-add is two. Two rules are kept apart: everything, attention's
+matrix products included, for one image; and that of LDMAE's table, the encoder's convolutions and linear layers for 64
+images. Quality is traded for speed by steps (Rombach et al. 2022, figure 7): denoiser and decoder are timed.
 """
 
 from __future__ import annotations

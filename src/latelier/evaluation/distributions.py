@@ -22,7 +22,6 @@ GROUPS = 10  # also the Inception Score's splits
 BLOCK = 1024  # vectors that are summed up at once: ten small products cost more than a large one
 SUBSET = 1000  # KID's, at most
 SIGMA = 10.0  # CMMD's, of the Gaussian kernel between vectors of unit length
-CMMD_SCALE = 1000.0
 Interval = tuple[float, float] | None
 Kernel = Callable[[Tensor, Tensor], Tensor]
 
@@ -145,7 +144,7 @@ def gaussian_kernel(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> Float[T
 
 DISCREPANCIES: dict[str, tuple[Kernel, float, str]] = {  # kernel, scale, and both in words
     "kid": (polynomial_kernel, 1.0, "(x.y / d + 1)^3"),
-    "cmmd": (gaussian_kernel, CMMD_SCALE, f"Gaussian, sigma {SIGMA:g}, unit length, x {CMMD_SCALE:g}"),
+    "cmmd": (gaussian_kernel, 1000.0, f"Gaussian, sigma {SIGMA:g}, unit length, x 1000"),
 }
 
 
@@ -194,8 +193,7 @@ class InceptionScore:
     def __init__(self) -> None:
         self.n = 0
         self._total: Tensor | None = None  # (splits, classes)
-        self._certainty = torch.zeros(GROUPS, dtype=torch.float64)  # sums of sum p log p
-        self._counts = torch.zeros(GROUPS, dtype=torch.float64)
+        self._certainty, self._counts = torch.zeros(2, GROUPS, dtype=torch.float64)  # sums of sum p log p, and images
 
     def update(self, logits: Float[Tensor, "b classes"]) -> None:
         p = logits.detach().cpu().double().softmax(1)  # (b, classes)

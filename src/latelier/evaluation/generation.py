@@ -78,9 +78,8 @@ def evaluate_generation(
 def batches(sample: Sample, count: int) -> Iterator[Sample]:
     """Settings of `count` images in batches; image i has the seed `sample.seed + i`, and the i-th class in turn."""
     for done in range(0, count, sample.batch):
-        turn = done % len(sample.classes) if sample.classes else 0
+        turn, size = done % len(sample.classes or [0]), min(sample.batch, count - done)
         classes = sample.classes and sample.classes[turn:] + sample.classes[:turn]
-        size = min(sample.batch, count - done)
         yield sample.model_copy(update={"seed": sample.seed + done, "count": size, "classes": classes})
 
 

@@ -66,8 +66,7 @@ class Inception(nn.Module):
         """
         x, result = images, {}
         for name, layer in self.named_children():
-            if name != "fc":
-                x = layer(x)  # (b, c, i, j)
+            x = x if name == "fc" else layer(x)  # (b, c, i, j)
             if name == "Mixed_6d":
                 result["spatial"] = x[:, :SPATIAL_CHANNELS].flatten(1)  # (b, 2023)
         result["features"] = x.mean((2, 3))  # (b, 2048)

@@ -127,8 +127,7 @@ SIDES = ("sr", "bicubic", "inpainting", "mean-fill")  # images that follow condi
 def better(name: str) -> Better | None:
     """Whether lower or higher values of a result are better; None where neither is."""
     known = {**OTHERS, **{begin: side for metric in METRICS.values() for begin, side in metric.better.items()}}
-    words = next((name.removeprefix(f"{side}-") for side in SIDES if name.startswith(f"{side}-")), name)
-    return _longest(words, known)
+    return _longest(next((name.removeprefix(f"{s}-") for s in SIDES if name.startswith(f"{s}-")), name), known)
 
 
 def unit(name: str) -> str | None:

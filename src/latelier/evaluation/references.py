@@ -50,9 +50,8 @@ class FeatureSet:
         if "logits" in self.kept:
             self.score.update(outputs["logits"])
         if "vectors" in self.kept and self._held < MOST_VECTORS:
-            part = outputs["features"][: MOST_VECTORS - self._held].cpu()  # (<= b, d)
-            self._vectors.append(part)
-            self._held += len(part)
+            self._vectors.append(outputs["features"][: MOST_VECTORS - self._held].cpu())  # (<= b, d)
+            self._held += len(self._vectors[-1])
         self.n += len(outputs["features"])
 
     @property
