@@ -109,9 +109,8 @@ def measure_spread(
 ) -> Spread:
     """Within and separation, with intervals from a bootstrap over images; the clusters are taken as fixed.
 
-    Regions of one image are not independent, so whole images are drawn with replacement (cluster-robust). A
-    resample holds doubles, which makes its clusters seem tighter and farther apart; hence the percentiles are shifted
-    until the resamples' mean is the estimate.
+    Regions of one image are not independent, so whole images are drawn with replacement. Doubles make clusters seem
+    tighter and farther apart, so percentiles are shifted until the resamples' mean is the estimate.
     """
     clusters = clusters.unique(return_inverse=True)[1]  # (n,), 0 ... k - 1
     owners, images = images.unique(return_inverse=True)

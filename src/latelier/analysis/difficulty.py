@@ -1,8 +1,7 @@
 """How hard a latent space is to learn: what a small, fixed denoiser makes of it in a short, fixed training.
 
-Every codec gets the same network, steps, learning rate and times, so that only the latents differ. The network adds to
-the best guess of someone who knows nothing but that each number has mean 0 and variance 1 (see `predict`): whatever
-structure a short training finds makes the loss smaller.
+Every codec gets the same network, steps, learning rate and times. The network adds to the best guess from mean 0 and
+variance 1 of each number (see `predict`): whatever structure a short training finds makes the loss smaller.
 """
 
 from __future__ import annotations
@@ -23,9 +22,8 @@ from latelier.evaluation.results import Result, mean_with_interval
 from latelier.keyed_random import KeyedRandom, fold_in
 from latelier.tokenizers.codec import Codec
 
-NETWORK: dict[str, Any] = {
-    "dim": 128, "depth": 2, "heads": 4, "norm": "layer", "mlp": "gelu", "rope": False, "qk_norm": False,
-}  # fmt: skip
+NETWORK: dict[str, Any] = {"dim": 128, "depth": 2, "heads": 4, "norm": "layer", "mlp": "gelu"}
+NETWORK |= {"rope": False, "qk_norm": False}
 MOST_TOKENS = 64
 STEPS, BATCH, LEARNING_RATE, WARMUP = 300, 32, 1e-3, 30
 TIMES = 8  # at which the loss is measured
@@ -42,10 +40,8 @@ def diffusion_difficulty(train: LatentSample, sample: LatentSample, codec: Codec
     where and how precisely the denoiser runs. An error if there are no images on one of the sides.
     """
     if not len(train) or not len(sample):
-        raise LatelierError(
-            f"difficulty learns from some images and is measured on others, but there are {len(train)} to learn from "
-            f"and {len(sample)} to measure on."
-        )
+        there = f"there are {len(train)} to learn from and {len(sample)} to measure on"
+        raise LatelierError(f"difficulty learns from some images and is measured on others, but {there}.")
     room = max(1, BYTES // (4 * train.mean[0].numel()))
     z = train.latents(slice(0, min(STEPS * BATCH, room)))  # (m, c, *grid)
     held_out = sample.on_scale_of(train).latents(slice(0, min(HELD_OUT, room)))  # (n, c, *grid)

@@ -6,8 +6,7 @@ over images and positions,
 
     error = sum over channels of mean (a - b)²  /  sum over channels of (Var a + Var b) / 2
 
-0 where both are equal; 2 (1 - r) where they have equal means and variances and the correlation r, so 2 where they have
-nothing to do with each other.
+0 where both are equal; 2 (1 - r) where they have equal means and variances and the correlation r.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A map of a latent space: each image's latents as one point in two dimensions, coloured by its class.
 
-Something to look at, not to measure by. Principal components show what varies most and keep distances as they are;
-UMAP (McInnes et al. 2018), where it is installed, shows who is whose neighbour, and its distances mean little.
+Principal components show what varies most and keep distances; UMAP (McInnes et al. 2018), where it is installed, shows
+who is whose neighbour, and its distances mean little.
 """
 
 from __future__ import annotations

@@ -65,9 +65,8 @@ def gaussian_mixtures(
 
     Latents are flattened, reduced to the principal components that explain more than 90 % of the variance (at most
     512, and a tenth of the images that give them), and standardised. Half of the images to learn from give the
-    components, half the variances and the mixture: along components a space has too much variance in the images
-    that chose them, and others would seem too likely. Covariances are diagonal: a full one has p^2 / 2 numbers for
-    each mode, more than thousands of images can tell.
+    components, half the variances and the mixture: along components a space has too much variance in the images that
+    chose them. Covariances are diagonal: thousands of images cannot tell the p^2 / 2 numbers of a full one.
 
     Args:
         train: what mixtures are fitted to; None holds a quarter of `sample` out and takes the rest.

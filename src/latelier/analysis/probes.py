@@ -1,7 +1,6 @@
 """What latents say about classes: a linear probe and nearest neighbours.
 
-The paper of MAETok (ICML 2025, figure 5a) finds that tokenizers with more accurate linear probes carry better
-diffusion models. Probes learn from training images and are evaluated on others.
+MAETok (ICML 2025, figure 5a): tokenizers with more accurate linear probes carry better diffusion models.
 """
 
 from __future__ import annotations

@@ -94,8 +94,7 @@ class LatentSample:
 
     def pixels(self, rows: slice) -> Float[Tensor, "b c h w"]:
         """Images in [-1, 1], where networks run."""
-        if self.images is None:
-            raise ValueError("This sample was collected without its images.")
+        assert self.images is not None, "This sample was collected without its images."
         images = self.images[rows].to(self.device)
         return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
 
@@ -114,11 +113,9 @@ class LatentSample:
         chosen = torch.arange(len(self))[rows]
         batch = torch.repeat_interleave(torch.arange(len(self.sizes)), torch.tensor(self.sizes, dtype=torch.long))
         counts = torch.bincount(batch[chosen], minlength=len(self.sizes))
-        return replace(
-            self, mean=self.mean[chosen], logvar=None if self.logvar is None else self.logvar[chosen],
-            labels=self.labels[chosen], index=self.index[chosen], sizes=tuple(counts[counts > 0].tolist()),
-            images=None, cache={},
-        )  # fmt: skip
+        fields = {"labels": self.labels[chosen], "index": self.index[chosen], "mean": self.mean[chosen]}
+        logvar, sizes = None if self.logvar is None else self.logvar[chosen], tuple(counts[counts > 0].tolist())
+        return replace(self, **fields, logvar=logvar, sizes=sizes, images=None, cache={})
 
     def first(self, images: int | None = None) -> LatentSample:
         """The first images, no more than memory holds of their latents."""

@@ -1,13 +1,13 @@
 """Images decoded from latents that were changed: with noise in them, or with the first channels alone.
 
 Smoothness is the first of the three properties that "Latent Diffusion Models with Masked AutoEncoders" (ICCV 2025,
-figure 6) asks of a latent space; the second is in `clustering.py`, the third is reconstruction. Quality against the
-length of the prefix is that of DC-AE 1.5 (figure 3): where latents are structured, it falls slowly with the length.
+figure 6) asks of a latent space. Quality against the length of the prefix is that of DC-AE 1.5 (figure 3).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -56,10 +56,9 @@ def smoothness(
         quality.add(rows, versions, plain=0 if scaled is codec else None)
     about = {"latents": "posterior mean", "latent_scale": sample.scale.origin, "seed": seed}
     about["noise"] = "z + level * standard deviation of the channel * normal noise"
-    result = {
-        f"smoothness-{name}": _area(levels, torch.cat(values), {**about, "settings": SETTINGS[name]})
-        for name, values in quality.values.items()
-    }
+    result = {}
+    for name, values in quality.values.items():
+        result[f"smoothness-{name}"] = _area(levels, torch.cat(values), {**about, "settings": SETTINGS[name]})
     if quality.extractor is not None:
         distances = [ours.distance(quality.theirs) for ours in quality.ours]
         curve = torch.tensor([distances], dtype=torch.float64)  # (1, levels)
@@ -166,10 +165,8 @@ class Quality:
         """Count some of the images in: what makes each version, `(b, c, h, w)`, and which is the reconstruction."""
         found = []
         for number, make in enumerate(versions):
-            if number == plain:
-                found.append(self.sample.recall((*self.key, rows.start, rows.stop), lambda: self._rate(make(), rows)))  # noqa: B023
-            else:
-                found.append(self._rate(make(), rows))
+            rate, key = partial(self._rate, make, rows), (*self.key, rows.start, rows.stop)
+            found.append(self.sample.recall(key, rate) if number == plain else rate())
         for name, values in self.values.items():
             values.append(torch.stack([row[name] for row in found], 1))  # (b, versions)
         if self.extractor is not None:
@@ -183,8 +180,8 @@ class Quality:
         n = self.theirs.n
         return {**self.extractor.describe(), "n_reference": n, **size_warning(n, self.extractor.dims)}
 
-    def _rate(self, images: Tensor, rows: slice) -> Rows:
-        originals, found = self.sample.pixels(rows), {}
+    def _rate(self, make: Callable[[], Tensor], rows: slice) -> Rows:
+        images, originals, found = make(), self.sample.pixels(rows), {}
         maps = [] if self.network is None else self.network.features(round_to_8_bit(images))
         if "psnr" in self.names:
             found["psnr"] = psnr(images, originals).cpu()

@@ -9,9 +9,8 @@ of a covariance with eigenvalues e_i is
 
     exp(- sum_i p_i ln p_i)        p_i = e_i / sum_j e_j
 
-It is d where d directions are used alike, 1 where all variance lies in one, and does not change with scale or rotation.
-The perplexity of codes that are used p_1, ..., p_K of the time is the same of them. In a structured latent space
-(DC-AE 1.5, figure 2) the first channels show objects: large values where things are, small ones elsewhere.
+It is d where d directions are used alike, 1 where all variance lies in one. The perplexity of codes is the same of how
+often they are used. In a structured latent space (DC-AE 1.5, figure 2) the first channels show objects.
 """
 
 from __future__ import annotations
@@ -177,7 +176,7 @@ def outlier_channels(variance: Float[Tensor, " c"]) -> tuple[list[int], list[int
     """Numbers, from 0, of channels whose variance is too large and too small among the others'.
 
     The modified z-score of Iglewicz & Hoaglin (1993), of logarithms: far from the median, in units of the median
-    distance from it. Where most channels are alike that unit is nearly 0, hence the factor that is always allowed.
+    distance from it, and at least a factor, as that unit is nearly 0 where most channels are alike.
     """
     logs = variance.double().clamp(min=1e-12 * variance.max().item()).log()
     distance = logs - logs.quantile(0.5)  # (c,)

@@ -1,7 +1,7 @@
 """Are conditions followed? Enlargement, inpainting, layouts, label maps and captions, on held-out records.
 
-What is measured follows from the inputs of the model's conditioner. Each held-out record is drawn once, and each number
-stands beside the same of something simple: bicubic enlargement, holes in one colour, the layout of another image.
+What is measured follows from the inputs of the model's conditioner; each number stands beside the same of something
+simple: bicubic enlargement, holes in one colour, the layout of another image.
 """
 
 from __future__ import annotations
@@ -205,8 +205,8 @@ def fill_with_mean(batch: Mapping[str, Any], image: Float[Tensor, "b c h w"]) ->
 def condition_grid(pipeline: Any, records: Records, sample: Sample, seed: int = 0) -> tuple[Image.Image, list[str]]:
     """Draw the first `COLUMNS` records as `draw_records` does: a column for each, with its inputs, drawn and original.
 
-    Inputs are the small image, enlarged; the image with grey holes; boxes and their classes; the label map; the map.
-    Captions of the columns come beside the image, none for models that are not conditioned on captions.
+    Inputs are the small image, enlarged; the image with grey holes; boxes and their classes; the label map; the map;
+    and the captions of the columns, which come beside the image.
     """
     known = components(pipeline.conditioner)
     rows: dict[str, list[Tensor]] = {}
@@ -226,10 +226,8 @@ def condition_grid(pipeline: Any, records: Records, sample: Sample, seed: int = 
     return make_grid(torch.cat(whole), columns=len(whole[0])), captions
 
 
-def _draw_input(
-    name: str, component: Any, batch: Mapping[str, Any], size: tuple[int, int]
-) -> Float[Tensor, "b c h w"] | None:
-    """Images of what a model is conditioned on; None for classes and captions."""
+def _draw_input(name: str, component: Any, batch: Mapping[str, Any], size: tuple[int, int]) -> Tensor | None:
+    """Images `(b, c, h, w)` of what a model is conditioned on; None for classes and captions."""
     if name == "low_resolution":
         return batch["low"]
     if name == "inpainting":
@@ -259,12 +257,11 @@ def draw_boxes(regions: Sequence[Region], size: tuple[int, int], names: list[str
 
 def colour_map(ids: Integer[Tensor, "b h w"]) -> Float[Tensor, "b 3 h w"]:
     """Label maps in the classes' colours, in [-1, 1]; 0, the background, is light grey."""
-    count = int(ids.max()) + 1
-    palette = torch.tensor([(BACKGROUND,) * 3, *(colour(i) for i in range(1, count))])  # (k, 3)
+    palette = torch.tensor([(BACKGROUND,) * 3, *(colour(i) for i in range(1, int(ids.max()) + 1))])  # (k, 3)
     return palette[ids.cpu().long()].movedim(-1, 1).float() / 127.5 - 1
 
 
 def colour(label: int) -> tuple[int, int, int]:
     """A class's colour, always the same; dark enough for words on a light background."""
-    red, green, blue = colorsys.hsv_to_rgb(label * GOLDEN % 1, 0.9, 0.75)
-    return round(255 * red), round(255 * green), round(255 * blue)
+    red, green, blue = (round(255 * x) for x in colorsys.hsv_to_rgb(label * GOLDEN % 1, 0.9, 0.75))
+    return red, green, blue

@@ -1,9 +1,8 @@
 """What a tokenizer costs (parameters, bytes, floating-point operations, images per second, memory), and sampling.
 
-Operations are counted on a copy without memory ("meta" tensors), so any model fits. One multiply-add is two operations.
-Two rules are kept apart: everything, attention's matrix products included, for one image; and that of LDMAE's table,
-the encoder's convolutions and linear layers for 64 images. Latent diffusion trades quality for speed by its steps
-(Rombach et al. 2022, figure 7): sampling is timed alone, denoiser and decoder.
+Operations are counted on "meta" tensors; one multiply-add is two. Two rules are kept apart: everything, attention's
+matrix products included, for one image; and that of LDMAE's table, the encoder's convolutions and linear layers for 64
+images. Quality is traded for speed by steps (Rombach et al. 2022, figure 7): denoiser and decoder are timed.
 """
 
 from __future__ import annotations
@@ -156,9 +155,8 @@ def measure_sampling(
 ) -> list[Measurement]:  # fmt: skip
     """Sample the same images with each of `evaluate.sampling_steps`, time it, and compare them with real ones.
 
-    For each number of steps, the fewest first, `gfd-<features>@<steps>` and `samples-per-second@<steps>`. As many
-    images are sampled as there are references (dicts with `image`), at most `evaluate.samples`; image i has the seed
-    `sample.seed + i`. `receipt` says how they come about: reference, tokenizer, ema, the settings of `sample`.
+    For each number of steps, the fewest first, `gfd-<features>@<steps>` and `samples-per-second@<steps>`, of as many
+    images as there are references (dicts with `image`), at most `evaluate.samples`, with the seeds `sample.seed + i`.
     """
     numbers = sorted(set(recipe.evaluate.sampling_steps))
     if not numbers:

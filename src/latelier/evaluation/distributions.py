@@ -1,8 +1,7 @@
 """Sets of images compared as distributions of feature vectors: Fréchet distance, KID, CMMD, Inception Score, recall.
 
-What is a function of sums (Fréchet distances, Inception Score) keeps sums, in ten groups of images drawn by chance: how
-much a number changes when each group in turn is left out tells how sure it is (delete-a-group jackknife, Efron & Stein
-1981).
+Fréchet distances and Inception Scores keep sums, in ten groups of images drawn by chance: how much a number changes
+when each group in turn is left out tells how sure it is (delete-a-group jackknife, Efron & Stein 1981).
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ GROUPS = 10  # also the Inception Score's splits
 BLOCK = 1024  # vectors that are summed up at once: ten small products cost more than a large one
 SUBSET = 1000  # KID's, at most
 SIGMA = 10.0  # CMMD's, of the Gaussian kernel between vectors of unit length
-CMMD_SCALE = 1000.0
 Interval = tuple[float, float] | None
 Kernel = Callable[[Tensor, Tensor], Tensor]
 
@@ -95,9 +93,8 @@ class GroupedStatistics:
         return whole
 
     def distance(self, other: GroupedStatistics) -> tuple[float, Interval]:
-        """Fréchet distance to another set and its 95 % interval; no interval where groups have fewer than 2 images.
-
-        Groups of the same number are left out on both sides: a reconstruction and its original go together.
+        """Fréchet distance to another set and its 95 % interval, None where groups have fewer than 2 images; groups of
+        one number are left out on both sides together, as a reconstruction and its original belong together.
         """
         ours, theirs = self.whole(), other.whole()
         value = ours.distance(theirs)
@@ -157,7 +154,7 @@ def gaussian_kernel(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> Float[T
 
 DISCREPANCIES: dict[str, tuple[Kernel, float, str]] = {  # kernel, scale, and both in words
     "kid": (polynomial_kernel, 1.0, "(x.y / d + 1)^3"),
-    "cmmd": (gaussian_kernel, CMMD_SCALE, f"Gaussian, sigma {SIGMA:g}, unit length, x {CMMD_SCALE:g}"),
+    "cmmd": (gaussian_kernel, 1000.0, f"Gaussian, sigma {SIGMA:g}, unit length, x 1000"),
 }
 
 
@@ -206,8 +203,7 @@ class InceptionScore:
     def __init__(self) -> None:
         self.n = 0
         self._total: Tensor | None = None  # (splits, classes)
-        self._certainty = torch.zeros(GROUPS, dtype=torch.float64)  # sums of sum p log p
-        self._counts = torch.zeros(GROUPS, dtype=torch.float64)
+        self._certainty, self._counts = torch.zeros(2, GROUPS, dtype=torch.float64)  # sums of sum p log p, and images
 
     def update(self, logits: Float[Tensor, "b classes"]) -> None:
         p = logits.detach().cpu().double().softmax(1)  # (b, classes)

@@ -213,9 +213,8 @@ def _digest(network: torch.nn.Module) -> str:
     return weights.digest({name: tensor.numpy() for name, tensor in network.state_dict().items()})
 
 
-BUILDERS: dict[str, Callable[..., FeatureExtractor]] = {
-    "vgg16": _vgg16, "inception": _inception, "inception-fid-helper": _fid_helper, "dinov2": _dinov2, "clip": _clip,
-}  # fmt: skip
+BUILDERS: dict[str, Callable[..., FeatureExtractor]] = {"vgg16": _vgg16, "inception": _inception}
+BUILDERS |= {"inception-fid-helper": _fid_helper, "dinov2": _dinov2, "clip": _clip}
 
 
 class CLIPScore:

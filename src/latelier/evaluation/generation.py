@@ -1,8 +1,7 @@
 """How good generated images are, as a set, whether they are merely memorized, and how fast a denoiser learns.
 
-Convergence (DC-AE 1.5, figure 1): every snapshot of a training meets the same held-out latents at the same times, with
-the same noise, and samples from the same seeds, so that a curve shows what the weights have learnt. The loss is that of
-all channels, without dropped conditions: plain and augmented training are measured alike.
+Convergence (DC-AE 1.5, figure 1): every snapshot of a training meets the same held-out latents, times, noise and seeds,
+with all channels and conditions, so that a curve shows what the weights have learnt.
 """
 
 from __future__ import annotations
@@ -36,10 +35,8 @@ NEIGHBOURS = 3  # of precision and recall
 FID_SAMPLES = 50_000
 PASSES = 4  # times, each with noise of its own, at which convergence meets each held-out latent
 CLIP = "clip"  # how extractors' names begin that CMMD is defined in
-KEPT = {
-    "gfd": "features", "fid50k": "features", "sfid": "spatial", "inception-score": "logits", "kid": "vectors",
-    "cmmd": "vectors", "precision": "vectors", "recall": "vectors",
-}  # fmt: skip
+KEPT = {"gfd": "features", "fid50k": "features", "sfid": "spatial", "inception-score": "logits"}
+KEPT |= dict.fromkeys(("kid", "cmmd", "precision", "recall"), "vectors")
 
 
 @torch.no_grad()
@@ -81,9 +78,8 @@ def evaluate_generation(
 def batches(sample: Sample, count: int) -> Iterator[Sample]:
     """Settings of `count` images in batches; image i has the seed `sample.seed + i`, and the i-th class in turn."""
     for done in range(0, count, sample.batch):
-        turn = done % len(sample.classes) if sample.classes else 0
+        turn, size = done % len(sample.classes or [0]), min(sample.batch, count - done)
         classes = sample.classes and sample.classes[turn:] + sample.classes[:turn]
-        size = min(sample.batch, count - done)
         yield sample.model_copy(update={"seed": sample.seed + done, "count": size, "classes": classes})
 
 
@@ -194,10 +190,7 @@ class Neighbours:
 def nearest(
     samples: Float[Tensor, "n c h w"], references: Iterable[Mapping[str, Any]], extractor: FeatureExtractor, k: int = 1
 ) -> Neighbours:
-    """Each sample's k nearest training images in an extractor's features, reading the training set once.
-
-    References are dicts with `image` of the samples' size; an error if there are fewer than k.
-    """
+    """Each sample's k nearest images of `references`, dicts with `image`, in an extractor's features, in one pass."""
     own = extractor(samples).cpu()  # (n, d)
     n, seen = len(samples), 0
     best = Neighbours(torch.zeros(n, 0).long(), torch.zeros(n, 0), samples.cpu().float()[:, None][:, :0])  # none yet
@@ -218,9 +211,8 @@ def nearest(
 def measure_convergence(recipe: Recipe, codec: Codec, held_out: ImageDataset) -> list[Measurement]:
     """Measure every snapshot of the run's denoiser, if the recipe asks for `convergence`.
 
-    For each, by images seen, `convergence-loss@<images>` on at most `evaluate.samples` held-out images, and, if gfd is
-    wanted too, `convergence-gfd-<features>@<images>` in the first of `evaluate.features`. Numbers go into the section
-    `convergence` of metrics.json as soon as they are there.
+    For each, by images seen, `convergence-loss@<images>` on held-out images, and, if gfd is wanted too,
+    `convergence-gfd-<features>@<images>` in the first of `evaluate.features`; metrics.json has them at once.
     """
     section, settings = recipe.denoiser, recipe.evaluate
     if section is None or "convergence" not in settings.metrics:

@@ -1,8 +1,7 @@
 """The network of FID: the Inception that TensorFlow released on 2015-12-05, with its numbers ported to PyTorch.
 
-Szegedy et al. 2016 describe the architecture; three things are as in the released graph and in no text: average pools
-do not count the padding, the very last block has a max pool where the others have an average pool, and normalisation
-has no scale. Layers are named as in the file of numbers, that is as torchvision names its Inception.
+Szegedy et al. 2016 describe the architecture; as in the released graph only, average pools do not count the padding,
+the last block has a max pool, and normalisation has no scale. Layers are named as in torchvision's Inception.
 """
 
 from __future__ import annotations
@@ -12,11 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 DIMS = {"features": 2048, "spatial": 2023, "logits": 1008}
-LAYERS = {
-    "features": "pool3",
-    "spatial": "mixed_6/conv after its ReLU, the first 7 channels of 17 x 17",
-    "logits": "softmax's product without its bias",
-}
+LAYERS = {"features": "pool3", "logits": "softmax's product without its bias"}
+LAYERS["spatial"] = "mixed_6/conv after its ReLU, the first 7 channels of 17 x 17"
 SPATIAL_CHANNELS = 7  # 7 x 17 x 17 = 2023 numbers, about as many as pool3 has (Nash et al. 2021)
 BLOCKS_5 = {"Mixed_5b": (192, 32), "Mixed_5c": (256, 64), "Mixed_5d": (288, 64)}  # channels in, of the pooled branch
 BLOCKS_6 = {"Mixed_6b": 128, "Mixed_6c": 160, "Mixed_6d": 160, "Mixed_6e": 192}  # channels between
@@ -70,8 +66,7 @@ class Inception(nn.Module):
         """
         x, result = images, {}
         for name, layer in self.named_children():
-            if name != "fc":
-                x = layer(x)  # (b, c, i, j)
+            x = x if name == "fc" else layer(x)  # (b, c, i, j)
             if name == "Mixed_6d":
                 result["spatial"] = x[:, :SPATIAL_CHANNELS].flatten(1)  # (b, 2023)
         result["features"] = x.mean((2, 3))  # (b, 2048)

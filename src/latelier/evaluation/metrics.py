@@ -119,18 +119,15 @@ METRICS: dict[str, Metric] = {
 }  # fmt: skip
 
 # Results that no entry of `evaluate.metrics` asks for: whether conditions are followed, and how fast samples come.
-OTHERS: dict[str, Better] = {
-    "fd": "lower", "layout-match": "higher", "segmentation-match": "higher", "clip-score": "higher",
-    "samples-per-second": "higher",
-}  # fmt: skip
+OTHERS: dict[str, Better] = {"fd": "lower", "layout-match": "higher", "segmentation-match": "higher"}
+OTHERS |= {"clip-score": "higher", "samples-per-second": "higher"}
 SIDES = ("sr", "bicubic", "inpainting", "mean-fill")  # images that follow conditions, and simple ones
 
 
 def better(name: str) -> Better | None:
     """Whether lower or higher values of a result are better; None where neither is."""
     known = {**OTHERS, **{begin: side for metric in METRICS.values() for begin, side in metric.better.items()}}
-    words = next((name.removeprefix(f"{side}-") for side in SIDES if name.startswith(f"{side}-")), name)
-    return _longest(words, known)
+    return _longest(next((name.removeprefix(f"{s}-") for s in SIDES if name.startswith(f"{s}-")), name), known)
 
 
 def unit(name: str) -> str | None:

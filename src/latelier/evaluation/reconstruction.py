@@ -35,7 +35,6 @@ SETTINGS = {
 }
 FRECHET_INTERVAL = "delete-a-group jackknife of 10 groups of images, Student's t"
 ImageMetric = Callable[[Tensor, Tensor], Tensor]  # (images, reference), both (b, c, h, w), to (b,)
-
 SHOWN = 8  # images
 BRIGHTEST = 64.0  # 8-bit levels: errors from here on have the last colour, so that two maps compare
 TICKS = (0, 4, 16, 36, 64)  # levels that the scale names; colours follow the square root, so that these lie evenly
@@ -80,8 +79,8 @@ def evaluate_reconstruction(
         n, size = n + batch["n"], batch["size"]
         for name, value in batch["values"].items():
             values[name].append(value.cpu())
-        for sets, outputs in ((ours, batch["ours"]), (theirs, batch["theirs"])):
-            for name, found in outputs.items():
+        for sets, side in ((ours, "ours"), (theirs, "theirs")):
+            for name, found in batch[side].items():
                 sets[name].update(found)
     if not is_main(shared):
         return []

@@ -1,7 +1,7 @@
 """What is kept of the features of a set of images, and the cache of those that others are compared with.
 
-It is in `$LATELIER_CACHE/references` (by default `~/.cache/latelier/references`). A file's name is a hash of all it
-depends on: the data's fingerprint, the transform, the extractor with its weights, and how many images.
+It is in `$LATELIER_CACHE/references` (by default `~/.cache/latelier/references`); files are named by a hash of data,
+transform, extractor with its weights, and how many images.
 """
 
 from __future__ import annotations
@@ -50,9 +50,8 @@ class FeatureSet:
         if "logits" in self.kept:
             self.score.update(outputs["logits"])
         if "vectors" in self.kept and self._held < MOST_VECTORS:
-            part = outputs["features"][: MOST_VECTORS - self._held].cpu()  # (<= b, d)
-            self._vectors.append(part)
-            self._held += len(part)
+            self._vectors.append(outputs["features"][: MOST_VECTORS - self._held].cpu())  # (<= b, d)
+            self._held += len(self._vectors[-1])
         self.n += len(outputs["features"])
 
     @property
@@ -111,9 +110,8 @@ class FeatureCollector:
 def collect(
     collectors: Sequence[FeatureCollector], batches: Iterable[Float[Tensor, "_ c h w"]], shared: bool
 ) -> dict[str, FeatureSet]:
-    """Go through images in [-1, 1] once and keep of each extractor's outputs what its collector says, by its name.
-
-    If `shared`, all processes take part, each with its own batches, and only the main one's sets are filled.
+    """Go through images in [-1, 1] once and keep of each extractor's outputs what its collector says, by its name; if
+    `shared`, all processes take part, each with its own batches, and only the main one's sets are filled.
     """
     sets = {collector.name: FeatureSet(collector.kept) for collector in collectors}
     seen = ({collector.name: collector.extract(images) for collector in collectors} for images in batches)
@@ -144,9 +142,9 @@ def reference_key(images: ImageDataset, count: int) -> Key:
 def open_sets(collectors: Sequence[FeatureCollector], key: Key | None, shared: bool) -> dict[str, FeatureSet]:
     """The cached sets by extractor; all processes know their names, the main one has what is in them."""
     found = {}
-    if key is not None and is_main(shared):
-        opened = {collector.name: _open(_about(key, collector), collector.kept) for collector in collectors}
-        found = {name: one for name, one in opened.items() if one is not None}
+    for collector in collectors if key is not None and is_main(shared) else ():
+        if (opened := _open(_about(key, collector), collector.kept)) is not None:
+            found[collector.name] = opened
     return {name: found.get(name, FeatureSet(())) for name in agreed(list(found), shared)}
 
 

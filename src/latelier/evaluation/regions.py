@@ -1,8 +1,7 @@
 """Do things stand where they should? Regions of drawn images against the mean look of each class.
 
-The template of a class is the mean of all its regions in training images, and a region shows the class whose template
-it correlates with most. A weak matcher that every data set can have: its share of hits means something only between
-those of the real images and those of the layouts of other images.
+The template of a class is the mean of its regions in training images; a region shows the class whose template it
+correlates with most. Its share of hits compares only with those of real images and of other images' layouts.
 """
 
 from __future__ import annotations
@@ -23,10 +22,8 @@ from latelier.evaluation.results import Measurement
 SIDE = 24  # pixels of a template
 MOST_TRAINING = 4_000  # images that templates are made of
 FLAT = 1e-4  # standard deviation in [-1, 1] below which a region shows nothing
-COMPARED = {  # what is compared, by the end of a result's name
-    "": "regions asked for", "-chance": "regions of the next record",
-    "-real": "regions asked for, in the original images",
-}  # fmt: skip
+COMPARED = {"": "regions asked for", "-chance": "regions of the next record"}  # by the end of a result's name
+COMPARED["-real"] = "regions asked for, in the original images"
 
 
 class Region(NamedTuple):

@@ -84,10 +84,8 @@ def rank() -> tuple[int, int]:
 
 
 def gather_in_order(results: Iterator[dict[str, Any]], shared: bool) -> Iterator[dict[str, Any]]:
-    """The results of all processes in the order of batches, on the main process; nothing on the others.
-
-    `results` are (nested) dicts of tensors of this process's batches: p, p + W, ... of the whole. If `shared`, all
-    processes take part, and must all go through it to its end.
+    """The results of all processes, (nested) dicts of tensors of their batches, in the order of batches, on the main
+    process; nothing on the others. If `shared`, all processes take part, and must all go through it to its end.
     """
     if not shared or rank()[1] == 1:
         yield from results
