@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from latelier.errors import LatelierError
-from latelier.publish import MANIFEST, damage, manifest, publish, write_text
+from latelier.publish import MANIFEST, damage, manifest, publish, write_whole
 from latelier.training import checkpoint
 from latelier.training.denoiser_loop import train_denoiser
 from latelier.training.tokenizer_loop import train_tokenizer
@@ -50,11 +50,11 @@ def test_damage_is_named(tmp_path, harm, words):
 
 
 def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
-    write_text(tmp_path / "a.json", "old")
+    write_whole(tmp_path / "a.json", "old")
     with pytest.raises(TypeError):
-        write_text(tmp_path / "a.json", 3)
+        write_whole(tmp_path / "a.json", 3)
     assert (tmp_path / "a.json").read_text() == "old"
-    write_text(tmp_path / "a.json", "new")
+    write_whole(tmp_path / "a.json", "new")
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import os
+import io
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
+
+from latelier.publish import write_whole
 
 GAP_COLOUR = (128, 128, 128)
 
@@ -59,10 +61,7 @@ def make_columns(layers: list[Float[Tensor, "b c h w"]], columns: int = 8) -> Im
 
 
 def save_png(image: Image.Image, path: str | Path) -> Path:
-    """Write a PNG atomically; folders are made."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    image.save(partial, format="PNG")
-    partial.replace(path)
-    return path
+    """Write a PNG, whole; folders are made."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return write_whole(Path(path), buffer.getvalue())

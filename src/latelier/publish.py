@@ -18,13 +18,14 @@ from typing import Any
 MANIFEST = "manifest.json"
 
 
-def write_text(path: Path, text: str) -> None:
-    """A file that is the old one or the new one, never a part of either."""
+def write_whole(path: Path, content: str | bytes) -> Path:
+    """A file, and its folder, that is the old one or the new one, never a part of either."""
+    data = content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with partial.open("wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -32,6 +33,7 @@ def write_text(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
         raise
     _sync(path.parent)
+    return path
 
 
 @contextmanager
@@ -68,7 +70,7 @@ def finish(temporary: Path, folder: Path, **facts: Any) -> None:
     for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
         _sync(path)
         files[str(path.relative_to(temporary))] = {"size": path.stat().st_size, "sha256": sha256(path)}
-    write_text(temporary / MANIFEST, json.dumps({**facts, "files": files}, indent=1))
+    write_whole(temporary / MANIFEST, json.dumps({**facts, "files": files}, indent=1))
     for path in {p.parent for p in temporary.rglob("*")}:
         _sync(path)
     old = folder.with_name(f".{folder.name}.old")

@@ -27,7 +27,7 @@ from latelier.evaluation.results import Measurement, is_main
 from latelier.images import make_columns, make_grid, save_png
 from latelier.opening import best_device, held_out_records, open_run
 from latelier.pipeline import LatentDiffusionPipeline, choose_settings, make_previews
-from latelier.publish import write_text
+from latelier.publish import write_whole
 from latelier.receipt import device_name, git_state, versions
 from latelier.recipe import Recipe, dump
 from latelier.terminal import console
@@ -44,7 +44,7 @@ def prepare(recipe: Recipe) -> Recipe:
     if Accelerator().is_main_process:
         facts = {**versions(), "device": device_name(), **{f"git {k}": v for k, v in (git_state() or {}).items()}}
         header = "".join(f"# {key}: {value}\n" for key, value in facts.items())
-        write_text(recipe.folder / "recipe.yaml", header + dump(recipe))
+        write_whole(recipe.folder / "recipe.yaml", header + dump(recipe))
     return recipe
 
 

@@ -165,7 +165,7 @@ class CompositeConditioner(ModelMixin, ConfigMixin):
         """What all components prepare."""
         return {k: v for one in self.components.values() for k, v in one.prepare(batch, codec).items()}
 
-    def forward(self, batch: Mapping[str, Any], drop: Bool[Tensor, b * k] | None = None) -> Condition:
+    def forward(self, batch: Mapping[str, Any], drop: Bool[Tensor, " b *k"] | None = None) -> Condition:
         """The merged condition; `drop` is `(b,)` for all components alike, or `(b, k)` with a column for each."""
         columns = [drop if drop is None or drop.ndim == 1 else drop[:, i] for i in range(len(self.components))]
         return merge([component(batch, column) for component, column in zip(self.components.values(), columns)])

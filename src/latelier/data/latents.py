@@ -24,7 +24,7 @@ from torch import Tensor
 from latelier.data.records import Images, mirrored, permuted_index, share
 from latelier.errors import LatelierError
 from latelier.keyed_random import KeyedRandom
-from latelier.publish import write_text
+from latelier.publish import write_whole
 from latelier.terminal import images_bar
 from latelier.tokenizers.codec import Codec
 
@@ -199,7 +199,7 @@ def _start(folder: Path, codec: Codec, dataset: Images, key: dict, shards: int, 
     if is_main:
         for old in (folder / INDEX_FILE, *folder.glob("shard-*")):
             old.unlink(missing_ok=True)
-        write_text(folder / INDEX_FILE, json.dumps(about, indent=1))
+        write_whole(folder / INDEX_FILE, json.dumps(about, indent=1))
     return about
 
 
@@ -211,7 +211,7 @@ def _finish(folder: Path, about: dict[str, Any]) -> None:
             shard["rows"] = file.get_slice("index").get_shape()[0]
     if not sum(shard["rows"] for shard in about["shards"]):
         raise LatelierError(f"No image could be read, so the latent cache in {folder} is empty; check data.source.")
-    write_text(folder / INDEX_FILE, json.dumps({**about, "complete": True}, indent=1))
+    write_whole(folder / INDEX_FILE, json.dumps({**about, "complete": True}, indent=1))
 
 
 @torch.no_grad()

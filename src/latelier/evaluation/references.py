@@ -24,7 +24,8 @@ from latelier.data.loader import ImageDataset
 from latelier.errors import LatelierError
 from latelier.evaluation.distributions import GROUPS, GroupedStatistics, InceptionScore
 from latelier.evaluation.features import FeatureExtractor
-from latelier.evaluation.results import agreed, gather_in_order, is_main, write_whole
+from latelier.evaluation.results import agreed, gather_in_order, is_main
+from latelier.publish import write_whole
 from latelier.terminal import console
 
 ENVIRONMENT = "LATELIER_CACHE"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any, TypeVar
 
 from jaxtyping import Float
 from torch import Tensor
+
+from latelier.publish import write_whole
 
 T = TypeVar("T")
 ERRORS = "error-map.png"  # beside metrics.json, see `reconstruction.draw_errors`
@@ -64,15 +65,7 @@ def write_measurements(path: str | Path, measurements: list[Measurement], sectio
     entries = content.setdefault(section, {})
     for entry in map(asdict, measurements):
         entries[entry.pop("name")] = entry
-    write_whole(path, json.dumps(content, indent=2, default=str).encode())
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file, and its folder, so that it is never half there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_bytes(content)
-    partial.replace(path)
+    write_whole(path, json.dumps(content, indent=2, default=str))
 
 
 def rank() -> tuple[int, int]:

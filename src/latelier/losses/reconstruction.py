@@ -82,6 +82,6 @@ def gaussian_kl(
     raise ValueError(f"unknown form of the KL: {form}")
 
 
-def mean_kl(mean: Float[Tensor, b * rest], logvar: Float[Tensor, b * rest], form: str = "standard") -> Tensor:
+def mean_kl(mean: Float[Tensor, " b *rest"], logvar: Float[Tensor, " b *rest"], form: str = "standard") -> Tensor:
     """KL summed over each image's latent, averaged over the batch (LDM)."""
     return torch.mean(gaussian_kl(mean, logvar, form).flatten(1).sum(1))

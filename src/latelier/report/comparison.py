@@ -20,10 +20,11 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from latelier.errors import LatelierError
 from latelier.evaluation.metrics import better
 from latelier.images import GAP_COLOUR, save_png
+from latelier.publish import write_whole
 from latelier.report import tables
 from latelier.report.figures import ERRORS, MAP, ImageFile, draw_convergence, draw_figures
 from latelier.report.overview import fronts, overview
-from latelier.report.page import INK, render, write
+from latelier.report.page import INK, render
 from latelier.report.tables import Published, RunSummary, Table
 
 IMAGE_HEIGHT, IMAGE_WIDTH, MAP_WIDTH, NAME_HEIGHT = 300, 1100, 900, 26
@@ -89,7 +90,7 @@ def write_comparison(
         "fronts": [{**dataclasses.asdict(plane), "front": plane.front} for plane in fronts(shown)],
     }
     text = json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False, default=str)
-    write(folder / "comparison.json", text)
+    write_whole(folder / "comparison.json", text)
     return write_sections(folder / "comparison.html", folder / "table.md", title, about, sections)
 
 
@@ -97,8 +98,8 @@ def write_sections(page: Path, text: Path, title: str, about: str, sections: Seq
     """Write sections that are not empty, as a page and as Markdown; return the page's path."""
     paragraphs = [paragraph for paragraph in re.split(r"\n\s*\n", about.strip()) if paragraph.strip()]
     content = {"title": title, "about": paragraphs, "sections": [section for section in sections if section.parts]}
-    write(text, render("comparison.md.j2", **content))
-    return write(page, render("comparison.html.j2", **content))
+    write_whole(text, render("comparison.md.j2", **content))
+    return write_whole(page, render("comparison.html.j2", **content))
 
 
 def _images(folder: Path, shown: Sequence[RunSummary]) -> list[ImageFile]:

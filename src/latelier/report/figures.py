@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latelier.evaluation.metrics import heading, unit
+from latelier.publish import write_whole
 from latelier.report import tables
-from latelier.report.page import INK, LINE, LOG_RATIO, SOFT, column_texts, number, short, write
+from latelier.report.page import INK, LINE, LOG_RATIO, SOFT, column_texts, number, short
 from latelier.report.tables import Curves, RunSummary, best, interval, value
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def save_figure(folder: Path, name: str, figure: Figure, words: str) -> ImageFil
     for kind in ("svg", "png"):
         stream = io.BytesIO()
         figure.savefig(stream, format=kind, dpi=200, metadata={"Date": None} if kind == "svg" else None)
-        write(folder / f"{name}.{kind}", stream.getvalue())
+        write_whole(folder / f"{name}.{kind}", stream.getvalue())
     return ImageFile(folder / f"{name}.png", f"{name}.svg", words, figure=True)
 
 

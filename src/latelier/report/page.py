@@ -8,13 +8,11 @@ from __future__ import annotations
 import base64
 import io
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from html import escape
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -39,14 +37,6 @@ Points = Sequence[tuple[Number, Number]]
 def render(template: str, **context: Any) -> str:
     """The text of a template, with these names in it."""
     return _environment().get_template(template).render(context)
-
-
-def write(path: Path, content: str | bytes) -> Path:
-    """Write a file, never half of it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    partial.replace(path)
-    return path
 
 
 @cache

@@ -13,8 +13,9 @@ import yaml
 
 from latelier.errors import LatelierError
 from latelier.evaluation.metrics import METRICS, better, unit
+from latelier.publish import write_whole
 from latelier.report.figures import CHANNELS, ERRORS, MAP
-from latelier.report.page import Chart, at_a_glance, bar_chart, digits, line_chart, number, render, short, write
+from latelier.report.page import Chart, at_a_glance, bar_chart, digits, line_chart, number, render, short
 from latelier.report.verdict import Measures, experience, read_entries, verdict
 
 STAGES = ("tokenizer", "denoiser")
@@ -67,7 +68,7 @@ def write_report(folder: Path) -> Path:
         "findings": verdict(metrics), "experience": experience(metrics), "tiles": _tiles(log, metrics),
     }  # fmt: skip
     filled = {heading: content for heading, content in sections.items() if content}
-    return write(folder / "report.html", render("run.html.j2", **head, sections=filled))
+    return write_whole(folder / "report.html", render("run.html.j2", **head, sections=filled))
 
 
 def read_log(path: Path) -> dict[str, list[Row]]:
