@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from latelier.data.builtin import EmojiSource, SceneSource, Style, list_emoji, paint
+from latelier.data.builtin import EmojiSource, SceneSource, Style, draw_background, list_emoji
 from latelier.data.sources import open_source
 from latelier.errors import LatelierError
 from latelier.recipe import Data
@@ -151,7 +151,7 @@ def test_captions_say_where_things_are():
 
 def test_backgrounds_vary():
     rng = np.random.default_rng(0)
-    images = [np.asarray(paint((16, 24), Style.draw(rng))) for _ in range(20)]
+    images = [np.asarray(draw_background((16, 24), Style.draw(rng))) for _ in range(20)]
     assert all(p.shape == (16, 24, 3) for p in images)
     assert len({p.tobytes() for p in images}) == 20
 

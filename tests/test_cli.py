@@ -167,7 +167,7 @@ def test_check_tells_the_cost(monkeypatch, capsys, recipe_file):
 
 def test_inspect_judges_a_trained_tokenizer(monkeypatch, capsys, tmp_path, recipe_file, folder_of_images):
     assert call(monkeypatch, capsys, "train", "tokenizer", str(recipe_file))[0] == 0
-    run, out = str(tmp_path / "runs" / "tiny"), tmp_path / "judged"
+    run, out = str(tmp_path / "runs" / "tiny"), tmp_path / "inspected"
     options = ("--size", "32", "--samples", "64", "--out", str(out))
     metrics = "evaluate.metrics=[psnr,smoothness,compression]"
     code, shown, error = call(monkeypatch, capsys, "inspect", run, "--data", "emoji", metrics, *options)

@@ -1,4 +1,4 @@
-"""Conditional tasks are judged on pipelines whose drawings are known."""
+"""Conditional tasks are evaluated on pipelines whose drawings are known."""
 
 import pytest
 import torch
@@ -254,7 +254,7 @@ def test_perfect_drawings_match_and_other_layouts_do_not(input_name, name):
     check_receipt(receipt, 4, (16, 16))
     assert (receipt["regions"], receipt["classes"], receipt["template_images"]) == (8, 4, 4)
     assert receipt["regions_without_template"] == 0
-    assert "next record" in measured[f"{name}-chance"].receipt["judged"]
+    assert "next record" in measured[f"{name}-chance"].receipt["images"]
 
 
 def test_drawings_of_other_layouts_do_not_match():

@@ -150,7 +150,7 @@ def test_inspected_images_are_divided(tmp_path, short, folder_of_images):
     recipe = pixels(tmp_path, {"metrics": []})
     run.complete(recipe)
     options = [f"evaluate.metrics=[{','.join(NEW)}]", "evaluate.modes=[1,2]"]
-    out = tmp_path / "judged"
+    out = tmp_path / "inspected"
     inspection.inspect(str(recipe.folder), str(folder_of_images), 8, 80, out, options)
     about = json.loads((out / "metrics.json").read_text())["latent space"]["diffusion-loss"]["receipt"]
     assert about["n"] + about["n_train"] == 80

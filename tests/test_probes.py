@@ -20,8 +20,8 @@ def make_images(n, kind, seed=0):
     return [{"image": means[labels] + noise(n, seed), "label": labels}]
 
 
-def measure(kind, learnt=200, judged=150, flat=False):
-    found = class_probes(*samples(make_images(learnt, kind), make_images(judged, kind, 1), flat=flat))
+def measure(kind, learnt=200, held_out=150, flat=False):
+    found = class_probes(*samples(make_images(learnt, kind), make_images(held_out, kind, 1), flat=flat))
     assert list(found) == ["probe-accuracy", "probe-pooled-accuracy", "knn-accuracy"]
     return list(found.values())
 
@@ -52,7 +52,7 @@ def test_classes_in_the_pattern_are_lost_by_pooling(flat):
 
 
 def test_without_classes_chance_is_in_the_interval():
-    for probe in measure("nowhere", judged=300):
+    for probe in measure("nowhere", held_out=300):
         assert probe.interval[0] < 1 / 3 < probe.interval[1]
 
 
@@ -97,10 +97,10 @@ def test_the_penalty_is_chosen_where_it_helps():
 
 
 def test_unlabelled_images_are_left_out():
-    train, judged = make_images(120, "mean"), make_images(90, "mean", 1)
+    train, held_out = make_images(120, "mean"), make_images(90, "mean", 1)
     train[0]["label"][:30] = -1
-    judged[0]["label"] = torch.where(judged[0]["label"] == 2, 7, judged[0]["label"])  # never seen
-    whole, *_ = class_probes(*samples(train, judged)).values()
+    held_out[0]["label"] = torch.where(held_out[0]["label"] == 2, 7, held_out[0]["label"])  # never seen
+    whole, *_ = class_probes(*samples(train, held_out)).values()
     assert (whole.details["n"], whole.details["n_learnt"]) == (90, 90)
     assert whole.details["unseen"].startswith("30 images")
     assert whole.value == pytest.approx(2 / 3, abs=0.03)
@@ -124,5 +124,5 @@ def test_nothing_without_two_classes_or_labels():
 
     bare = [{"image": noise(40)}]
     both = make_images(40, "mean")
-    for train, judged in ((one("mean"), both), (bare, both), (both, bare)):
-        assert class_probes(*samples(train, judged)) == {}
+    for train, held_out in ((one("mean"), both), (bare, both), (both, bare)):
+        assert class_probes(*samples(train, held_out)) == {}

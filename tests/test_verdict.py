@@ -60,7 +60,7 @@ SAID = [
     ("good", "nearly one Gaussian", mixtures(1.0, (1, 1.42), (10, 1.41))),
     ("fair", "100 Gaussians, the most that were tried", mixtures(100.0, (1, 1.42), (10, 1.3), (100, 1.0))),
     ("good", "right in 80 % of the images, guessing in 10 %", {"probe-accuracy": (0.8, {"majority": 0.1})}),
-    ("bad", "Classes cannot be told apart", {"probe-accuracy": (0.12, {"majority": 0.1})}),
+    ("bad", "Classes cannot be separated", {"probe-accuracy": (0.12, {"majority": 0.1})}),
     ("good", "a small denoiser is 40 % below", {"diffusion-loss": (0.6, {"independent": 1.0})}),
     ("bad", "Hardly learnt", {"diffusion-loss": (1.0, {"independent": 1.0})}),
     ("fair", "takes 278 hours", {"encode-images-per-second": 1.0}),

@@ -89,5 +89,5 @@ def held_out_records(recipe: Recipe, pipeline: LatentDiffusionPipeline) -> Calla
 
 
 def snapshot_folder(folder: Path, images: int) -> Path:
-    """Where a run keeps the weights that its denoiser had after so many images."""
+    """Where a run keeps the weights that its denoiser had after `images` images."""
     return folder / "denoiser" / "snapshots" / str(images)

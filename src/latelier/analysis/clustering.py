@@ -24,7 +24,7 @@ from latelier.weights import LPIPS_WEIGHTS
 
 RESAMPLES = 200
 LEAST_IMAGES, LEAST_SIDE = 16, 16  # pixels a side: VGG16 sees nothing smaller
-REGIONS_PER_CLUSTER = 8  # k-means makes no more clusters than one for so many regions
+REGIONS_PER_CLUSTER = 8  # k-means makes at most one cluster per 8 regions
 MOST_REGIONS = 20_000
 MOST_NUMBERS = 2**27  # latent numbers kept at each granularity, half a GiB
 TAPS = {"object": 4, "part": 3, "pattern": 1}  # of the five that LPIPS's VGG16 has

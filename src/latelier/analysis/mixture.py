@@ -123,7 +123,7 @@ def principal_space(x: np.ndarray, others: np.ndarray, seed: int, explained: flo
 
 
 def fit_mixture(x: np.ndarray, held_out: np.ndarray, modes: int, seed: int) -> Fit:
-    """Expectation maximisation from a k-means start on standardised `x` `(n, p)`, judged by `held_out` `(m, p)`."""
+    """Expectation maximisation from a k-means start on standardised `x` `(n, p)`, evaluated on `held_out` `(m, p)`."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
 
@@ -151,7 +151,7 @@ def modes_needed(nll: Float[Tensor, "n k"]) -> int:
 
 
 def _two_sides(train: LatentSample | None, sample: LatentSample, seed: int) -> tuple[LatentSample, LatentSample, str]:
-    """Latents to fit to, latents to judge by on the same scale, and where the first are from."""
+    """Latents to fit to, latents to evaluate on, on the same scale, and where the first are from."""
     if train is not None:
         train, how = train.first(), "training images"
         sample = sample.on_scale_of(train).first()
@@ -161,7 +161,7 @@ def _two_sides(train: LatentSample | None, sample: LatentSample, seed: int) -> t
         train, sample, how = sample[~away], sample[away], f"{1 - HELD_OUT:.0%} of the same images, by chance"
     if min(len(train), len(sample)) < 2:
         raise LatelierError(
-            f"Mixtures are fitted to images and judged by others, but there are {len(train)} and {len(sample)}; "
+            f"Mixtures are fitted to images and evaluated on others, but there are {len(train)} and {len(sample)}; "
             "give at least 2 on each side."
         )
     return train, sample, how

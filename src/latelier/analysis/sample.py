@@ -99,7 +99,7 @@ class LatentSample:
         return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
 
     def parts(self, pixels: int | None = None, images: int | None = None) -> Iterator[slice]:
-        """Rows of one batch after the other, of the first images only, cut into pieces of at most so many pixels."""
+        """Rows of one batch after the other, of the first `images` only, in pieces of at most `pixels` pixels."""
         step = max(1, len(self)) if pixels is None else max(1, pixels // math.prod(self.image_size))
         start, end = 0, len(self) if images is None else min(images, len(self))
         for size in self.sizes:

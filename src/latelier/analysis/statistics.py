@@ -40,12 +40,12 @@ DEAD = 1e-6  # of the largest channel variance: what lies below is rounding, not
 NO_SPREAD = -30.0  # the log-variance of a posterior that is a point
 OUTLIER_SCORE = 3.5  # modified z-scores beyond it are outliers (Iglewicz & Hoaglin 1993)
 OUTLIER_FACTOR = 4.0  # of the median variance, in either direction: what is nearer is never an outlier
-MOST_IMAGES = 8192  # the Gram matrix of so many takes half a GiB, and its eigenvalues a minute
+MOST_IMAGES = 8192  # their Gram matrix takes half a GiB, and its eigenvalues a minute
 IMAGES_PER_DIM = 10  # the effective rank of white noise is then 5 % too small, with fewer more
 CHUNK = 256  # images whose positions are held in float64 at once
 MOST_ENTRIES = 64  # of a list in a receipt
 GROUPS = 8  # of neighbouring channels, in the image of maps
-VECTORS_PER_CODE = 10  # of so many an evenly used code is missed once in 22,000 times
+VECTORS_PER_CODE = 10  # with 10, an evenly used code is missed once in 22,000 times
 
 
 @torch.no_grad()

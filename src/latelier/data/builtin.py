@@ -147,7 +147,7 @@ class SceneSource:
             raise IndexError(index)
         rng = self._rng(index)
         style = Style.draw(rng)
-        image = paint(self.size, style._replace(kind="plain") if self._backgrounds == "plain" else style)
+        image = draw_background(self.size, style._replace(kind="plain") if self._backgrounds == "plain" else style)
         objects = self._place(rng)
         nearness = np.zeros(self.size, np.uint8)
         segmentation = np.zeros(self.size, np.uint8 if self.segmentation_classes <= 256 else np.int32)
@@ -217,7 +217,7 @@ class Style(NamedTuple):
         return cls(kind, colours, angle, cells, coarse)
 
 
-def paint(size: tuple[int, int], style: Style) -> Image.Image:
+def draw_background(size: tuple[int, int], style: Style) -> Image.Image:
     height, width = size
     kind, (first, second), angle, cells, noise = style
     y, x = np.mgrid[0:height, 0:width] / max(size)  # (h, w), the longer side is 1

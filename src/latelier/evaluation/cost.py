@@ -72,7 +72,7 @@ def count_cost(codec: Codec, height: int, width: int) -> Cost:
 
 @torch.no_grad()
 def measure_cost(codec: Codec, height: int, width: int, batch: int = 16, seconds: float = 2.0) -> list[Measurement]:
-    """Count, then encode and decode `batch` images at once on the codec's device for so many seconds each.
+    """Count, then encode and decode `batch` images at once on the codec's device for some seconds each.
 
     `parameters`, `size-mib`, `gflop-encode`, `gflop-decode`, `gflop-paper`, `encode-images-per-second`,
     `decode-images-per-second` (medians) and `memory-gb` (peak); an error if the factor does not divide the size.

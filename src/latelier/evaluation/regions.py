@@ -184,5 +184,5 @@ class RegionMatch:
         result = []
         for end, words in COMPARED.items():
             share, interval = share_of_hits(counts[end])
-            result.append(Measurement(name + end, share, {**receipt, "judged": words}, interval))
+            result.append(Measurement(name + end, share, {**receipt, "images": words}, interval))
         return result

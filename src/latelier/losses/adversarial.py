@@ -76,7 +76,7 @@ class PatchGAN(nn.Module):
     Args:
         in_channels: of the images.
         channels: of the first layer; doubled at every stride up to eightfold.
-        layers: strided convolutions after the first; 3 judges patches of 70 x 70 pixels.
+        layers: strided convolutions after the first; with 3, a logit sees 70 x 70 pixels.
         norm: `batch` as in LDM; `group` does not mix the images of a batch, so processes and micro-batches agree.
     """
 

@@ -41,7 +41,7 @@ class DinoDiscriminator(nn.Module):
         super().__init__()
         if in_channels not in (1, 3):
             raise LatelierError(
-                f"tokenizer.adversarial.kind = 'dino' judges images of 1 or 3 channels, not {in_channels}; "
+                f"tokenizer.adversarial.kind = 'dino' takes images of 1 or 3 channels, not {in_channels}; "
                 "use kind: patch."
             )
         self.features = FrozenFeatures(teacher)

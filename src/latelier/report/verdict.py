@@ -99,7 +99,7 @@ def _near(value: float) -> str:
 
 
 def images(m: Measures) -> Findings:
-    """Whether there were enough images to judge by."""
+    """Whether there were enough images."""
     n = max((n for name in m.values if isinstance(n := m.about(name, "n"), int)), default=FEW_IMAGES)
     if n < FEW_IMAGES:
         words = f"All this was measured on {n} images: small differences are chance. Measure on more before choosing."
@@ -276,7 +276,7 @@ def modes(m: Measures) -> Findings:
 
 
 def classes(m: Measures) -> Findings:
-    """Whether classes can be told from latents (MAETok, section 3: discriminative spaces generate better)."""
+    """Whether classes can be predicted from latents (MAETok, section 3: discriminative spaces generate better)."""
     right, guess = m["probe-accuracy"], m.number("probe-accuracy", "majority")
     skill = (right - guess) / (1 - guess) if guess < 1 else math.nan
     evidence = {"probe-accuracy": right, "by guessing": guess}
@@ -284,7 +284,7 @@ def classes(m: Measures) -> Findings:
     if skill >= TOLD_APART:
         yield Finding("good", f"Classes lie apart: {numbers}.", evidence)
     elif skill < NOT_TOLD_APART:
-        yield Finding("bad", f"Classes cannot be told apart in this space: {numbers}.", evidence)
+        yield Finding("bad", f"Classes cannot be separated in this space: {numbers}.", evidence)
 
 
 def difficulty(m: Measures) -> Findings:

@@ -241,7 +241,7 @@ def save_preview(
     """Samples of the averaged weights on noise that stays the same through training.
 
     A denoiser that is trained on prefixes of the channels shows a row of images for each of `shown_lengths`, drawn
-    with so many channels from the same noise, the fewest on top.
+    with that number of channels from the same noise, the fewest on top.
     """
     prefixes = denoiser_section(recipe).prefixes
     lengths = [recipe.sample.channels] if prefixes is None else shown_lengths(prefixes, codec.channels)
@@ -286,7 +286,7 @@ def save_snapshot(folder: Path, images: int, objective: DenoisingObjective, ema:
 
 
 def drop_snapshots(folder: Path, images: int) -> None:
-    """Remove the snapshots after so many images: training that goes on from there writes them again."""
+    """Remove the snapshots after `images`: training that goes on from there writes them again."""
     for path in snapshot_folder(folder, 0).parent.glob("[0-9]*"):
         if int(path.name) > images:
             shutil.rmtree(path)

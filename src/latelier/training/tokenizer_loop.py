@@ -88,14 +88,14 @@ def train_phase(recipe: Recipe, number: int, before: int, accelerator: Accelerat
     )
     with stage.running():
         while stage.images < training.images:
-            fools = discriminator is not None and stage.images >= game.start
-            judges = discriminator is not None and stage.images >= game.start - game.ahead
+            adversarial = discriminator is not None and stage.images >= game.start
+            discriminate = discriminator is not None and stage.images >= game.start - game.ahead
             stage.set_learning_rate(optimizer)
             for batch, last in stage.micro_batches(stream):
                 # Generator: reconstruct the images and, once the game has started, pass for images.
                 with stage.accumulate(objective, last):
                     terms = objective(batch)
-                    if fools:
+                    if adversarial:
                         with accelerator.autocast():
                             add_adversarial_loss(
                                 terms, accelerator.unwrap_model(discriminator), last_layer(tokenizer),
@@ -103,18 +103,18 @@ def train_phase(recipe: Recipe, number: int, before: int, accelerator: Accelerat
                             )  # fmt: skip
                     stage.backward(terms)
                 # Discriminator: tell the images from what the tokenizer has just made of them.
-                if judges:
+                if discriminate:
                     with stage.accumulate(discriminator, last):
                         fake = terms.reconstruction.detach()
                         stage.backward(discriminator(batch["image"], fake, batch["sample_id"]), total="d_total")
             stage.clip(objective)
-            if judges:
+            if discriminate:
                 stage.clip(discriminator, "d_grad_norm")
                 stage.set_learning_rate(d_optimizer, game.lr or training.lr)
             skip = stage.check(batch)
             step(optimizer, skip)
             average_batch_norms(objective, accelerator)
-            if judges:
+            if discriminate:
                 step(d_optimizer, skip)
                 average_batch_norms(discriminator, accelerator)
             if ema is not None:
