@@ -175,7 +175,7 @@ class TableBoxes:
 
     def entries(self, row: dict[str, Any], image: Image.Image) -> Entries:
         if self.columns == ["objects"]:
-            return object_entries(row["objects"], self._numbering, upright_size(image), self._form, self._where)
+            return object_entries(row["objects"], self._numbering, image, self._form, self._where)
         boxes = np.asarray(row["boxes"], np.float64).reshape(-1, 4)
         labels, flags = (list(row[name]) if name in row else [0] * len(boxes) for name in OWN[1:])
         if self._numbering is not None and "box_labels" in self.columns:
@@ -194,8 +194,7 @@ class ObjectBoxes(Boxes):
         self.names = self._numbering.names
 
     def entries(self, path: Path, image: Image.Image | np.ndarray) -> Entries:
-        objects = self._rows.get(path, {}).get("objects")
-        return object_entries(objects, self._numbering, upright_size(image), self._form, path)
+        return object_entries(self._rows.get(path, {}).get("objects"), self._numbering, image, self._form, path)
 
 
 def annotation_file(
@@ -228,13 +227,15 @@ def object_columns(objects: Any, where: Any) -> tuple[list[Any], list[Any], list
     key = next((key for key in CATEGORY_KEYS if key in objects), None) if isinstance(objects, dict) else None
     if key is None or "bbox" not in objects or len(objects["bbox"]) != len(objects[key]):
         raise LatelierError(f"{where}: `objects` needs `bbox` and `category`, lists of the same length.")
-    flagged = {name: values for name, values in objects.items() if _flag(name)}
+    flagged = {name: values for name, values in objects.items() if name.replace("_", "").lower() in FLAGS}
     flags = [_bits({name: values[i] for name, values in flagged.items()}) for i in range(len(objects["bbox"]))]
     return list(objects["bbox"]), list(objects[key]), flags
 
 
-def object_entries(objects: Any, numbering: Numbering | None, size: tuple[int, int], form: str, where: Any) -> Entries:
-    """The entries of `objects`, whose boxes are pixels of an image of this size (width, height).
+def object_entries(
+    objects: Any, numbering: Numbering | None, image: Image.Image | np.ndarray, form: str, where: Any
+) -> Entries:
+    """The entries of `objects`, whose boxes are pixels of the upright image; cameras may store it turned.
 
     Without a numbering the values are the labels; `form` is `xywh` (corner and size) or `xyxy` (two corners).
     """
@@ -242,7 +243,9 @@ def object_entries(objects: Any, numbering: Numbering | None, size: tuple[int, i
     if numbering is None and any(isinstance(value, str) for value in values):
         raise LatelierError(f"{where}: box classes are not known in a stream; set data.streaming=false.")
     labels = values if numbering is None else numbering.number(values, where)
-    return pixel_entries(boxes, labels, flags, size, where, form)
+    size = image.shape[1::-1] if isinstance(image, np.ndarray) else image.size
+    upright = size[::-1] if isinstance(image, Image.Image) and orientation(image) >= 5 else size
+    return pixel_entries(boxes, labels, flags, upright, where, form)
 
 
 def pixel_entries(
@@ -265,13 +268,6 @@ def relative_entries(boxes: np.ndarray, labels: Sequence[int], flags: Sequence[i
     return {"boxes": boxes[kept], **numbers}
 
 
-def upright_size(image: Image.Image | np.ndarray) -> tuple[int, int]:
-    """Width and height of an image as it is shown: cameras may store it turned."""
-    if isinstance(image, np.ndarray):
-        return image.shape[1], image.shape[0]
-    return image.size[::-1] if orientation(image) >= 5 else image.size
-
-
 def _inner(feature: Any) -> Any:
     """The feature of the items of a column of lists."""
     while hasattr(feature, "feature"):
@@ -280,16 +276,12 @@ def _inner(feature: Any) -> Any:
 
 
 def _bits(attributes: dict[str, Any]) -> int:
-    """The flags of a box."""
+    """The flags of a box; Open Images writes -1 for "not known"."""
     bits = 0
     for name, value in attributes.items():
-        if (flag := _flag(name)) and value is not None and int(value) > 0:  # Open Images writes -1 for "not known"
-            bits |= flag
+        flag = FLAGS.get(name.replace("_", "").lower())
+        bits |= flag if flag and value is not None and int(value) > 0 else 0
     return bits
-
-
-def _flag(name: str) -> int:
-    return FLAGS.get(name.replace("_", "").lower(), 0)
 
 
 def _longest_end(path: Path, root: Path, names: dict[str, Any]) -> str | None:

@@ -127,14 +127,12 @@ class SceneSource:
         if min(size) < 16 or not length:
             raise LatelierError(f"Scenes of {size[0]}x{size[1]} pixels, length {length}: use 16 pixels and 1 at least.")
         names = list(classes or CATEGORIES)
-        single = _are_emoji(names)
-        number = {name: i for i, name in enumerate(names)}
+        single, number = _are_emoji(names), {name: i for i, name in enumerate(names)}
         classed = [(emoji, number.get(emoji.name if single else emoji.category)) for emoji in list_emoji()]
         self._pool = [(emoji, label) for emoji, label in classed if label is not None]
         self.class_names: list[str] | None = names
-        self.box_names: list[str] | None = names
-        self.segmentation_classes = 1 + len(names)
         self.labels: list[int] | None = None
+        self.box_names, self.segmentation_classes = names, 1 + len(names)
         self.size, self._length, self._purpose, self._seed = size, length, f"scene {split}", seed
         self._backgrounds = backgrounds
         self.fingerprint = digest("scenes", VERSION, emoji_versions(), size, length, split, seed, names, backgrounds)
@@ -145,10 +143,8 @@ class SceneSource:
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < self._length:
             raise IndexError(index)
-        rng = self._rng(index)
-        style = Style.draw(rng)
+        style, objects = self._scene(index)
         image = draw_background(self.size, style._replace(kind="plain") if self._backgrounds == "plain" else style)
-        objects = self._place(rng)
         nearness = np.zeros(self.size, np.uint8)
         segmentation = np.zeros(self.size, np.uint8 if self.segmentation_classes <= 256 else np.int32)
         for number, placed in enumerate(objects):
@@ -159,32 +155,24 @@ class SceneSource:
             nearness[y0:y1, x0:x1][opaque] = OTHER_NEAR if number else MAIN_NEAR
         relations = _relations(objects)
         return {
-            "image": image,
-            "label": objects[0].label,
+            "image": image, "label": objects[0].label, "segmentation": segmentation, "map": nearness,
             "caption": _caption(objects, relations),
             "caption_mirrored": _caption(objects, [MIRRORED[r] for r in relations]),
             "boxes": np.array([p.box for p in objects], np.float32) / np.array(self.size[::-1] * 2, np.float32),
             "box_labels": np.array([p.label for p in objects], np.int64),
-            "segmentation": segmentation,
-            "map": nearness,
-        }
+        }  # fmt: skip
 
     def captions(self, indices: Iterable[int]) -> Iterator[str]:
-        for index in indices:
-            rng = self._rng(index)
-            Style.draw(rng)  # the numbers that come before the objects'
-            objects = self._place(rng)
+        for _, objects in map(self._scene, indices):
             yield _caption(objects, _relations(objects))
-
-    def _rng(self, index: int) -> np.random.Generator:
-        return np.random.default_rng(fold_in(self._seed, self._purpose, index))
 
     def name(self, index: int) -> str:
         return f"scene {index}"
 
-    def _place(self, rng: np.random.Generator) -> list[Placed]:
-        """One to three objects at free positions; one for which there is no room is left out."""
-        placed: list[Placed] = []
+    def _scene(self, index: int) -> tuple[Style, list[Placed]]:
+        """A background, and objects at free positions; one for which there is no room is left out."""
+        rng = np.random.default_rng(fold_in(self._seed, self._purpose, index))
+        style, placed = Style.draw(rng), list[Placed]()
         for i in range(rng.integers(OBJECTS[0], OBJECTS[1] + 1)):
             emoji, label = self._pool[rng.integers(len(self._pool))]
             side = max(4, round(min(self.size) * rng.uniform(*(OTHER_SIZE if i else MAIN_SIZE))))
@@ -196,7 +184,7 @@ class SceneSource:
                 if not any(x0 < b[2] and b[0] < x1 and y0 < b[3] and b[1] < y1 for b in (p.box for p in placed)):
                     placed.append(Placed(emoji, label, (x0, y0, x1, y1), image))
                     break
-        return placed
+        return style, placed
 
 
 class Style(NamedTuple):

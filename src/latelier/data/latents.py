@@ -204,7 +204,7 @@ def _start(folder: Path, codec: Codec, dataset: Images, key: dict, shards: int, 
 
 
 def _finish(folder: Path, about: dict[str, Any]) -> None:
-    """Write the rows and the checksum of every shard; from now on the cache is complete."""
+    """Write the rows and the checksum of every shard; the cache is complete."""
     for shard in about["shards"]:
         with safe_open(folder / shard["file"], "pt") as file:
             shard["sha256"] = file.metadata()["sha256"]
@@ -280,8 +280,7 @@ def _open_shard(path: Path, sha256: str) -> dict[str, Tensor]:
 
 
 def _read_about(folder: Path) -> dict[str, Any] | None:
-    path = folder / INDEX_FILE
-    return json.loads(path.read_text()) if path.is_file() else None
+    return json.loads(path.read_text()) if (path := folder / INDEX_FILE).is_file() else None
 
 
 def _check_key(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:

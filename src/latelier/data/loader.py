@@ -57,7 +57,11 @@ class ImageDataset:
         self.segmentation_classes: int | None = getattr(source, "segmentation_classes", None)
         self.flips_latents: bool = data.flip and not getattr(source, "mirrored_captions", False)
         self.fingerprint: str = digest(source.fingerprint, self.transform.fingerprint)
-        self.in_memory = self._fits(data.in_memory)
+        possible = data.crop != "random" and not isinstance(source, StreamSource)
+        if data.in_memory and not possible:
+            raise LatelierError("data.in_memory = true needs data.crop other than random and data.streaming = false.")
+        fits = possible and len(source) * self.transform.deep * self.shape[1] * self.shape[2] < MEMORY_LIMIT
+        self.in_memory = fits if data.in_memory is None else data.in_memory  # whether decoded images are kept
         self._memory: Memory | None = None
         self._failed: dict[int, str] = {}
 
@@ -175,15 +179,6 @@ class ImageDataset:
             self._note(batch.pop("failures"), log=True)
             if "image" in batch:
                 yield unpack(batch)
-
-    def _fits(self, wanted: bool | None) -> bool:
-        """Whether decoded images are kept in memory."""
-        possible = self.transform.crop != "random" and not isinstance(self.source, StreamSource)
-        if wanted and not possible:
-            raise LatelierError("data.in_memory = true needs data.crop other than random and data.streaming = false.")
-        if wanted is None:
-            return possible and len(self) * self.transform.deep * self.shape[1] * self.shape[2] < MEMORY_LIMIT
-        return wanted
 
     def _allowed(self) -> int:
         return int(self.data.max_skipped * len(self))

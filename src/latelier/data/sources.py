@@ -14,8 +14,7 @@ from latelier.data.tables import StreamSource, open_stream, open_table
 from latelier.errors import LatelierError
 from latelier.recipe import Data
 
-GENERATED_LENGTH = 20_000
-BUILT_IN = ("emoji", "scenes")
+GENERATED_LENGTH, BUILT_IN = 20_000, ("emoji", "scenes")
 
 
 class Selection:

@@ -103,7 +103,7 @@ class _RowSource:
 
 
 class TableSource(_RowSource):
-    """Rows of a `datasets.Dataset`, identified by `facts`, and called `where` in messages.
+    """Rows of a `datasets.Dataset`, identified by `facts`.
 
     `class_names` and `box_names` number the classes; by default the column's own names do, or its values, sorted.
     """
@@ -158,10 +158,9 @@ class StreamSource(_RowSource):
             raise LatelierError(f"The columns of {where} are not known before it is read; set data.streaming=false.")
         super().__init__(table.features, data, where)
         self._keep, self._length = keep, length
-        self.class_names = self.label_names
+        self.class_names = self.label_names if data.classes is None else data.classes
         if data.classes is not None:
             check_classes(data.classes, self.label_names or (data.classes if self.label else None))
-            self.class_names = data.classes
         table = self.undecoded(table if length is None else table.take(length))
         self._table = table.map(_with_number, with_indices=True)
         about, *more = self.about()
@@ -213,8 +212,7 @@ def open_stream(data: Data, split: str) -> StreamSource:
     where = data.val_source if split == "val" and data.val_source else data.source
     if Path(where).expanduser().is_dir():
         raise LatelierError(f"data.streaming is for datasets; {where} is a folder, which needs no streaming.")
-    _, _, has_val = _load(data, data.source, "train", streaming=True)
-    has_val = has_val or data.val_source is not None
+    has_val = _load(data, data.source, "train", streaming=True)[2] or data.val_source is not None
     fraction, val = data.val_fraction, split == "val"
     table, facts, _ = _load(data, where, split if has_val else "train", streaming=True)
     if val and not has_val and not fraction:
@@ -240,9 +238,8 @@ def _load(data: Data, where: str, split: str, streaming: bool) -> tuple[Any, lis
     if files:
         arguments = {"path": BUILDERS[files[0].suffix], "data_files": [str(path) for path in files]}
     elif not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", where) or Path(where).exists():  # else a Hub name, user/name
-        raise LatelierError(
-            f"data.source = {where!r} is neither emoji nor scenes, and there is no such folder, file or Hub name."
-        )
+        known = "neither emoji nor scenes, and there is no such folder, file or Hub name"
+        raise LatelierError(f"data.source = {where!r} is {known}.")
     try:
         names = ["train"] if files else datasets.get_dataset_split_names(where)
         wanted, has_val = ("train", False) if files else _split_name(data, where, split, names)
@@ -256,14 +253,13 @@ def _load(data: Data, where: str, split: str, streaming: bool) -> tuple[Any, lis
 
 def _files(where: str) -> list[Path]:
     """The files of a path or glob, all of one kind; none if it is neither."""
-    paths = sorted(Path(name) for name in glob.glob(str(Path(where).expanduser()), recursive=True))
-    paths = [path for path in paths if path.is_file()]
-    if Path(where).suffix in BUILDERS or paths:
-        if not paths:
-            raise LatelierError(f"data.source = {where!r}: there is no such file.")
-        kinds = sorted({path.suffix for path in paths})
-        if len(kinds) > 1 or not set(kinds) <= set(BUILDERS):
-            raise LatelierError(f"data.source = {where!r} must be .parquet or .tar files, not {', '.join(kinds)}.")
+    found = map(Path, glob.glob(str(Path(where).expanduser()), recursive=True))
+    paths = sorted(path for path in found if path.is_file())
+    kinds = sorted({path.suffix for path in paths})
+    if not paths and Path(where).suffix in BUILDERS:
+        raise LatelierError(f"data.source = {where!r}: there is no such file.")
+    if len(kinds) > 1 or not set(kinds) <= set(BUILDERS):
+        raise LatelierError(f"data.source = {where!r} must be .parquet or .tar files, not {', '.join(kinds)}.")
     return paths
 
 
