@@ -11,17 +11,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Complex, Float
 from torch import Tensor, nn
 
-EXPLICIT_TOKENS = 512  # up to here, training on a CPU is faster with the explicit form
+EXPLICIT_TOKENS = 512  # up to here, the backward pass of the fused attention is several times slower on a CPU
 
 
 def attention(
     q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m d"]
 ) -> Float[Tensor, "b h n d"]:
-    """softmax(q k^T / sqrt(d)) v.
-
-    `scaled_dot_product_attention` everywhere, except while training on a CPU with few tokens, where its backward pass
-    is several times slower than the three plain products.
-    """
+    """softmax(q k^T / sqrt(d)) v; plain products in training on a CPU with few tokens, where they are faster."""
     if q.device.type == "cpu" and q.requires_grad and torch.is_grad_enabled() and k.shape[2] <= EXPLICIT_TOKENS:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (b, h, n, m)
         return scores.softmax(dim=-1).to(v.dtype) @ v  # (b, h, n, d)
@@ -315,7 +311,7 @@ def rotate(
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoids [cos | sin] of t with periods up to 10000, then Linear, SiLU, Linear (DiT)."""
+    """`sinusoid` of t, then Linear, SiLU, Linear (DiT)."""
 
     def __init__(self, dim: int, frequencies: int = 256):
         super().__init__()

@@ -1,7 +1,7 @@
 """Prefixes of the latent channels: structured latents and augmented diffusion training (DC-AE 1.5, ICCV 2025).
 
-A tokenizer whose decoder sees only the first k channels in a training step puts what matters most into those. A
-denoiser that is trained on prefixes learns them first. The recipe's section is `latelier.sections.Prefixes`.
+A tokenizer whose decoder sees only the first k channels in a training step puts what matters most into those; a
+denoiser trained on prefixes learns them first. The recipe's section is `latelier.sections.Prefixes`.
 """
 
 from __future__ import annotations
@@ -22,15 +22,7 @@ from latelier.sections import Prefixes
 
 @dataclass(frozen=True)
 class RandomPrefixes:
-    """Which prefixes a training step uses.
-
-    Attributes:
-        lengths: numbers of channels, ascending, the last is all of them; each draw is uniform over these.
-        draws: how many are drawn for a step.
-        always_full: all channels in every step, besides those that are drawn.
-        full_share: probability that a draw takes all channels instead of one of `lengths`.
-        per_process: each process draws its own lengths; false: all draw the same.
-    """
+    """Which prefixes a training step uses; `lengths` ascend to all channels. See `latelier.sections.Prefixes`."""
 
     lengths: Sequence[int]
     draws: int = 1
@@ -39,11 +31,7 @@ class RandomPrefixes:
     per_process: bool = False
 
     def draw(self, seed: int, seen: int | float) -> list[int]:
-        """Lengths for the step that begins at `seen` images of the stage.
-
-        They depend on seed and `seen` alone (and the process, if `per_process`), so a resumed run draws the same, and
-        all micro-batches of a step share them.
-        """
+        """Lengths for the step that begins at `seen` images of the stage, the same for all its micro-batches."""
         channels = self.lengths[-1]
         process = f" of process {PartialState().process_index}" if self.per_process else ""
         number = torch.tensor([int(min(seen, 2**62))])
@@ -54,35 +42,23 @@ class RandomPrefixes:
 
 
 def random_prefixes(section: Prefixes | None, channels: int) -> RandomPrefixes | None:
-    """What a recipe's `prefixes` section means for latents of `channels` channels; None for none.
-
-    Raises:
-        LatelierError: if a length is longer than there are channels, or all channels are the only length.
-    """
+    """The prefixes of a recipe's section for latents of `channels` channels; for errors see `Prefixes.of`."""
     if section is None:
         return None
-    return RandomPrefixes(
-        section.of(channels), section.draws, section.always_full, section.full_share, section.per_process
-    )
+    return RandomPrefixes(**section.model_dump(exclude={"first", "step", "lengths"}), lengths=section.of(channels))
 
 
 def keep_prefix(z: Float[Tensor, "b c *grid"], length: int) -> Float[Tensor, "b c *grid"]:
-    """The first `length` channels, the others zero; to those no gradient goes."""
+    """The first `length` channels; the others are zero and get no gradient."""
     if length == z.shape[1]:
         return z
     return torch.cat([z[:, :length], torch.zeros_like(z[:, length:])], dim=1)
 
 
 def pad_channels(x_t: Float[Tensor, "b k *grid"], channels: int, allowed: bool) -> Float[Tensor, "b c *grid"]:
-    """`x_t` with `channels` channels, those that lack zero: an input layer then uses its first k columns only.
+    """`x_t` with zeros for missing channels: an input layer then uses its first k columns only.
 
-    Args:
-        x_t: noisy latents, or their first channels.
-        channels: of the denoiser.
-        allowed: whether it was trained on prefixes.
-
-    Raises:
-        LatelierError: if there are more channels, or fewer and the denoiser was not trained on prefixes.
+    Fewer channels are an error unless `allowed`: the denoiser was trained on prefixes.
     """
     have = x_t.shape[1]
     if have == channels:

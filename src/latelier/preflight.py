@@ -1,4 +1,4 @@
-"""Before GPU-weeks are spent: open the data, run one step of each stage with every loss term on, and tell the cost."""
+"""A check before a long training: open the data, run steps of each stage with every loss term, estimate the cost."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from latelier.data.loader import ImageDataset
 from latelier.errors import LatelierError
 from latelier.evaluation.features import check_features
 from latelier.losses.discriminator import Discriminator, add_adversarial_loss
@@ -34,33 +33,19 @@ TIMED_STEPS = 3
 
 @dataclass
 class Trial:
-    """What a few steps of one stage, or of one phase of it, have shown.
+    """Cost of one stage or phase, from a few steps."""
 
-    Attributes:
-        stage: `tokenizer`, the name of one of its phases, or `denoiser`.
-        images: the length of training that the recipe asks for.
-        parameters: that are trained.
-        terms: unweighted loss terms of the last step.
-        seconds_per_image: of a training step over all processes, the discriminator's included while it learns.
-        flops_per_image: the same in operations, 2 for a multiply-add; 0 if they were not counted.
-        memory_gb: peak.
-    """
-
-    stage: str
-    images: int
-    parameters: int
-    terms: dict[str, float]
-    seconds_per_image: float
-    flops_per_image: float
-    memory_gb: float
+    stage: str  # `tokenizer`, the name of one of its phases, or `denoiser`
+    images: int  # length of training
+    parameters: int  # that are trained
+    terms: dict[str, float]  # unweighted, of the last step
+    seconds_per_image: float  # over all processes, the discriminator's steps included
+    flops_per_image: float  # 2 for a multiply-add; 0 if they were not counted
+    memory_gb: float  # peak
 
 
 def check(recipe: Recipe) -> list[Trial]:
-    """Try a recipe without training it, print a table, and return its rows.
-
-    Raises:
-        LatelierError: for whatever would stop the run later.
-    """
+    """Try a recipe without training it, print a table, and return its rows; raises what would stop the run later."""
     check_features(recipe.evaluate)
     dataset = open_images(recipe)
     classes = f", {len(dataset.class_names)} classes" if dataset.class_names else ""
@@ -78,15 +63,14 @@ def try_tokenizer(recipe: Recipe, count: bool = False) -> Iterator[Trial]:
     for number in range(1 + len(section.phases)):
         name, training = section.phase(number)
         dataset = open_images(recipe, size=training.image_size)
-        tokenizer = tokenizer_loop.fit(
-            build_tokenizer(recipe.tokenizer, recipe.data), training.image_size or recipe.data.image_size
-        )
+        size = training.image_size or recipe.data.image_size
+        tokenizer = tokenizer_loop.fit(build_tokenizer(recipe.tokenizer, recipe.data), size)
         tokenizer_loop.check_sizes(recipe, Codec(tokenizer).factor)
         perceptual = build_perceptual(training)
         discriminator = tokenizer_loop.prepare_discriminator(training, recipe, make_accelerator(training))
         objective = build_objective(training, recipe.seed, tokenizer, perceptual, dataset)
-        micro = _micro(training)
-        yield _try(name, training, objective, next(dataset.stream(micro)), count, discriminator)
+        batch = next(dataset.stream(_micro_batch(training)))
+        yield _try(name, training, objective, batch, count, discriminator)
 
 
 def try_denoiser(recipe: Recipe, count: bool = False) -> Iterator[Trial]:
@@ -95,14 +79,16 @@ def try_denoiser(recipe: Recipe, count: bool = False) -> Iterator[Trial]:
         return
     dataset, codec = open_images(recipe), _codec(recipe)
     objective = denoiser_loop.build_objective(recipe, codec, dataset)
-    batch = _latents(codec, dataset, _micro(recipe.denoiser))
-    if objective.conditioner is not None:
-        with torch.no_grad():
+    batch = to_device(next(dataset.stream(_micro_batch(recipe.denoiser))), codec.device)
+    with torch.no_grad():
+        posterior = codec.posterior(batch["image"])
+        batch = {**batch, "mean": posterior.mean, "std": posterior.std}
+        if objective.conditioner is not None:
             batch |= objective.conditioner.to(codec.device).prepare(batch, codec)
     yield _try("denoiser", recipe.denoiser, objective, batch, count)
 
 
-def _micro(training: Training) -> int:
+def _micro_batch(training: Training) -> int:
     return training.micro_batch or -(-training.batch // make_accelerator(training).num_processes)
 
 
@@ -115,13 +101,6 @@ def _codec(recipe: Recipe) -> Codec:
     return codec.to(best_device())
 
 
-def _latents(codec: Codec, dataset: ImageDataset, n: int) -> dict[str, Any]:
-    batch = to_device(next(dataset.stream(n)), codec.device)
-    with torch.no_grad():
-        posterior = codec.posterior(batch["image"])
-    return {**batch, "mean": posterior.mean, "std": posterior.std}
-
-
 def _try(
     name: str,
     training: Training,
@@ -130,14 +109,14 @@ def _try(
     count: bool,
     discriminator: Discriminator | None = None,
 ) -> Trial:
-    """Steps on one micro-batch of the recipe, before and after a discriminator's start, weighted by their share."""
+    """Steps on one micro-batch, before and after a discriminator's start, weighted by their shares of the training."""
     accelerator = make_accelerator(training)
     parameters = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     optimizer = adamw(objective.to(accelerator.device), training.lr, training.betas, training.weight_decay)
     ema = checkpoint.make_ema(objective, training.ema)
     objective, optimizer = accelerator.prepare(objective, optimizer)
-    game = getattr(training, "adversarial", None) or Adversarial()
-    first = max(0, game.start - game.ahead) if discriminator else 0  # images seen before the discriminator learns
+    adversarial = getattr(training, "adversarial", None) or Adversarial()
+    first = max(0, adversarial.start - adversarial.ahead) if discriminator else 0  # images before it is trained
     batch = to_device(batch, accelerator.device)
 
     def step(seen: int) -> dict[str, float]:
@@ -145,9 +124,10 @@ def _try(
         others = None
         if discriminator is not None:
             with accelerator.autocast():
-                if seen >= game.start:
+                if seen >= adversarial.start:
                     last = last_layer(accelerator.unwrap_model(objective).tokenizer)
-                    add_adversarial_loss(terms, discriminator, last, batch["sample_id"], game.weight, game.adaptive)
+                    weights = (adversarial.weight, adversarial.adaptive)
+                    add_adversarial_loss(terms, discriminator, last, batch["sample_id"], *weights)
                 if seen >= first:
                     others = discriminator(batch["image"], terms.reconstruction.detach(), batch["sample_id"])
         losses = {**terms.losses, **(others.losses if others else {})}
@@ -161,7 +141,7 @@ def _try(
         return {key: value.item() for key, value in losses.items()}
 
     late = first / training.images  # the share of training without the discriminator
-    end = 10**15  # images seen: whatever starts late has started; not infinity, as codebooks count in whole numbers
+    end = 10**15  # images: whatever starts late has started; an integer, as codebooks count in integers
     shares = {0: min(1.0, late), end: max(0.0, 1 - late)}
     images = len(batch["sample_id"]) * accelerator.num_processes
     terms, seconds, flops = {}, 0.0, 0.0

@@ -79,10 +79,16 @@ def architecture(
     if token_width and updown:
         raise LatelierError("A U-Net whose residual blocks resample (`updown`) cannot have cross-attention.")
     attends = [2**level in attention for level in range(len(widths))]
+
+    def block(attend: bool, way: str) -> str:
+        if attend:
+            return f"{'Cross' if token_width else ''}Attn{way}Block2D"
+        return f"Resnet{way}sampleBlock2D" if updown else f"{way}Block2D"
+
     common = {
         "block_out_channels": tuple(widths),
-        "down_block_types": _blocks("Down", attends, token_width > 0, updown),
-        "up_block_types": _blocks("Up", attends[::-1], token_width > 0, updown),
+        "down_block_types": tuple(block(attend, "Down") for attend in attends),
+        "up_block_types": tuple(block(attend, "Up") for attend in attends[::-1]),
         "layers_per_block": layers,
         "resnet_time_scale_shift": "scale_shift" if scale_shift else "default",
     }
@@ -103,13 +109,6 @@ def architecture(
         "downsample_type": "resnet" if updown else "conv",
         "upsample_type": "resnet" if updown else "conv",
     }
-
-
-def _blocks(way: str, attends: list[bool], cross: bool, updown: bool) -> tuple[str, ...]:
-    """diffusers' names of the levels."""
-    attending = f"{'Cross' if cross else ''}Attn{way}Block2D"
-    plain = f"Resnet{way}sampleBlock2D" if updown else f"{way}Block2D"
-    return tuple(attending if attend else plain for attend in attends)
 
 
 def _extends(parent: type[nn.Module]) -> Callable:
@@ -232,15 +231,22 @@ def build(
             "choose a transformer, or another tokenizer."
         )
     cls = CrossAttentionUNet if token_width else UNet
-    coord_channels = _saved(section.init).get("coord_channels") if section.init else section.model.get("coord_channels")
+    saved = _saved(section.init) if section.init else section.model
     wanted = {
-        "in_channels": channels + spatial_channels + COORD_CHANNELS * bool(coord_channels),
+        "in_channels": channels + spatial_channels + COORD_CHANNELS * bool(saved.get("coord_channels")),
         "out_channels": channels,
         "class_embed_type": "identity" if vector else None,
         **({"cross_attention_dim": token_width} if token_width else {}),
     }
     if section.init:
-        return _opened(cls, section.init, wanted, grid)
+        crosses = saved.get("cross_attention_dim") is not None
+        if crosses != bool(token_width):
+            raise LatelierError(
+                f"denoiser.init = {section.init} has {'' if crosses else 'no '}cross-attention, but the condition "
+                f"makes {'no ' if crosses else ''}tokens."
+            )
+        _check_grid(grid, len(saved["block_out_channels"]))
+        return open_init(cls, section.init, wanted)
     arguments = _arguments(section, token_width)
     _check_grid(grid, len(arguments["block_out_channels"]))
     try:
@@ -274,18 +280,6 @@ def _arguments(section: DenoiserSection, token_width: int) -> dict[str, Any]:
     if section.size in sizes:
         sizes[section.size] = architecture(**{**sizes[section.size], "token_width": token_width})
     return preset_arguments(CrossAttentionUNet if token_width else UNet, sizes, section.size, section.model, "denoiser")
-
-
-def _opened(cls: type[UNet | CrossAttentionUNet], path: str, wanted: dict[str, Any], grid: list[int]) -> ModelMixin:
-    crosses = _saved(path).get("cross_attention_dim") is not None
-    if crosses != (cls is CrossAttentionUNet):
-        raise LatelierError(
-            f"denoiser.init = {path} has {'' if crosses else 'no '}cross-attention, but the condition makes "
-            f"{'no ' if crosses else ''}tokens."
-        )
-    model = open_init(cls, path, wanted)
-    _check_grid(grid, len(model.config["block_out_channels"]))
-    return model
 
 
 def _saved(path: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""PatchGAN and the losses of the game between tokenizer and discriminator, which makes reconstructions sharp.
+"""PatchGAN and adversarial losses, which make reconstructions sharp.
 
-The discriminator says of overlapping patches whether they belong to an image or to a reconstruction; the tokenizer is
-rewarded for patches that pass. Esser et al. 2021, "Taming Transformers", section 3.1 and equations 5-7.
+The discriminator classifies overlapping patches as of an image or a reconstruction; the tokenizer is rewarded for
+patches that pass as images. Esser et al. 2021, "Taming Transformers", section 3.1 and equations 5-7.
 """
 
 from __future__ import annotations
@@ -38,21 +38,17 @@ def generator_loss(fake: Float[Tensor, "b 1 *patches"], kind: str = "hinge") -> 
 def lecam_loss(
     real: Float[Tensor, "b 1 *patches"], fake: Float[Tensor, "b 1 *patches"], average_real: Tensor, average_fake: Tensor
 ) -> Float[Tensor, ""]:
-    """Keeps logits near the other side's running mean (Tseng et al. 2021, equation 3), against overfitting."""
+    """LeCAM (Tseng et al. 2021, equation 3): keeps logits near the other side's running mean, against overfitting."""
     return F.relu(real - average_fake).square().mean() + F.relu(average_real - fake).square().mean()
 
 
 def consistency_loss(
     logits: Sequence[Float[Tensor, "b 1 *patches"]], augmented: Sequence[Float[Tensor, "b 1 *patches"]]
 ) -> Float[Tensor, ""]:
-    """Mean squared change of the logits when the images are augmented.
+    """Mean squared change of the logits of images and reconstructions when both are augmented.
 
-    Zhang et al. 2020, "Consistency Regularization for Generative Adversarial Networks"; of images and of
-    reconstructions alike, as in Zhao et al. 2021, "Improved Consistency Regularization for GANs".
-
-    Args:
-        logits: of images, and of their reconstructions.
-        augmented: the same when both are augmented.
+    Zhang et al. 2020, "Consistency Regularization for Generative Adversarial Networks"; of reconstructions too as in
+    Zhao et al. 2021, "Improved Consistency Regularization for GANs".
     """
     return torch.stack([(one - other).square().mean() for one, other in zip(logits, augmented, strict=True)]).mean()
 
@@ -76,7 +72,7 @@ class PatchGAN(nn.Module):
     Args:
         in_channels: of the images.
         channels: of the first layer; doubled at every stride up to eightfold.
-        layers: strided convolutions after the first; with 3, a logit sees 70 x 70 pixels.
+        layers: strided convolutions after the first; with 3 a patch has 70 x 70 pixels.
         norm: `batch` as in LDM; `group` does not mix the images of a batch, so processes and micro-batches agree.
     """
 
@@ -94,11 +90,7 @@ class PatchGAN(nn.Module):
         self.apply(_initialise)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 1 i j"]:
-        """Logits: positive where the patch looks like an image.
-
-        Raises:
-            LatelierError: for images smaller than the last layers need.
-        """
+        """Logits: positive where the patch looks like an image."""
         if min(images.shape[2:]) < self.smallest:
             height, width = images.shape[2:]
             raise LatelierError(
@@ -109,7 +101,7 @@ class PatchGAN(nn.Module):
 
 
 def group_count(channels: int) -> int:
-    """Of a group norm: the most groups, up to 32, that divide the channels."""
+    """The largest number of groups, up to 32, that divides the channels."""
     return next(groups for groups in range(min(GROUPS, channels), 0, -1) if channels % groups == 0)
 
 

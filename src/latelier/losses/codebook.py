@@ -1,4 +1,4 @@
-"""A codebook: nearest codes, the loss that pulls codes and latents together, and a record of which codes are used.
+"""Vector quantisation: nearest codes, the codebook loss, and which codes are used.
 
 van den Oord et al. 2017, "Neural Discrete Representation Learning", equation 3; Esser et al. 2021, equation 4.
 """
@@ -20,21 +20,15 @@ DISTANCES_AT_ONCE = 2**26  # numbers: 256 MiB
 
 @dataclass
 class Quantised:
-    """Latents and their codes.
+    """Codes of latents `(b, c, h, w)`, with straight-through gradients, their indices, and the codebook loss."""
 
-    Attributes:
-        z: the codes, `(b, c, h, w)`; gradients go straight through to the latents.
-        indices: of the codes, `(b, h, w)`.
-        loss: the codebook's term.
-    """
-
-    z: Tensor
-    indices: Tensor
-    loss: Tensor
+    z: Float[Tensor, "b c h w"]
+    indices: Int[Tensor, "b h w"]
+    loss: Float[Tensor, ""]
 
 
 def nearest_codes(vectors: Float[Tensor, "n c"], codebook: Float[Tensor, "k c"]) -> Int[Tensor, " n"]:
-    """Index of the code e that is nearest to each vector z, in float32 whatever autocast says.
+    """Index of the code e nearest to each vector z, in float32 under any autocast.
 
     |z - e|^2 = |z|^2 - 2 z.e + |e|^2, whose first term is the same for all codes: one matrix product.
     """
@@ -50,12 +44,8 @@ def quantise(
 ) -> Quantised:
     """The nearest codes q of latents z, and the loss of both; sg stops the gradient.
 
-    Args:
-        latents: before quantisation.
-        codebook: one code a row.
-        beta: weight of the smaller half of the loss.
-        form: `legacy`: mean (z - sg q)^2 + beta mean (q - sg z)^2, with which LDM's models were trained;
-            `fixed`: beta mean (z - sg q)^2 + mean (q - sg z)^2, the VQ-VAE's. Both have the same value.
+    `legacy`: mean (z - sg q)^2 + beta mean (q - sg z)^2, with which LDM's models were trained;
+    `fixed`:  beta mean (z - sg q)^2 + mean (q - sg z)^2, the VQ-VAE's. Both have the same value.
     """
     z = latents.float().permute(0, 2, 3, 1)  # (b, h, w, c)
     indices = nearest_codes(z.detach().flatten(0, 2), codebook.detach()).view(z.shape[:3])
@@ -67,18 +57,13 @@ def quantise(
 
 
 def perplexity(counts: Float[Tensor, " k"]) -> Float[Tensor, ""]:
-    """exp of the entropy of how often each code is used: k when all are used alike, 1 when it is always the same."""
+    """exp of the entropy of the codes' frequencies: k when all are used alike, 1 when only one is."""
     share = counts / counts.sum()
     return torch.special.entr(share).sum().exp()
 
 
 class CodebookUse(nn.Module):
-    """When each code was last used, counted in images seen; the same on all processes, and saved with checkpoints.
-
-    Args:
-        codes: how many there are.
-        seed: of the restart, whose random numbers are addressed by the images' numbers.
-    """
+    """When each of `codes` codes was last used, in images seen; the same on all processes, saved with checkpoints."""
 
     last_used: Tensor
 
@@ -101,27 +86,12 @@ class CodebookUse(nn.Module):
 
     @torch.no_grad()
     def restart(
-        self,
-        codebook: Float[Tensor, "k c"],
-        latents: Float[Tensor, "b c h w"],
-        numbers: Int[Tensor, " b"],
-        seen: int,
-        after: int,
+        self, codebook: Float[Tensor, "k c"], latents: Float[Tensor, "b c h w"], numbers: Tensor, seen: int, after: int
     ) -> Int[Tensor, " dead"]:
-        """Put codes that were not used for `after` images onto random latents of all processes' batches, in place.
+        """Set codes unused for `after` images to random latents of all processes' batches, in place; their indices.
 
-        Each latent vector has a random number of its own, and the vectors with the highest are taken; so neither the
-        order of the images nor their distribution over processes matters.
-
-        Args:
-            codebook: one code a row; changed.
-            latents: before quantisation.
-            numbers: of the images in the stream.
-            seen: images seen before this step.
-            after: how long a code may be unused.
-
-        Returns:
-            Indices of the codes that were replaced.
+        Each latent vector has a random number, keyed by its image's number, and the vectors with the highest are taken;
+        so neither the order of the images nor their distribution over processes matters.
         """
         dead = (seen - self.last_used.clamp(min=0) >= after).nonzero().flatten()
         if not len(dead):

@@ -1,9 +1,8 @@
-"""A discriminator on the features of a frozen vision transformer: what MAETok plays against.
+"""A discriminator on the features of a frozen vision transformer, MAETok's.
 
-A ViT that learnt without labels (DINO) describes the patches of an image at several depths. At each depth a small
-trainable head says for every patch whether it belongs to an image or to a reconstruction. The ViT is a constant: it
-is held outside of the module, so that optimisers, checkpoints and DDP see the heads alone. Sauer et al. 2021,
-"Projected GANs Converge Faster"; Sauer et al. 2023, "StyleGAN-T", section 3.2 (DINO ViT-S, five heads).
+At several depths of a self-supervised ViT (DINO), a small trainable head classifies every patch as of an image or a
+reconstruction. The ViT is not registered, so that optimisers, checkpoints and DDP only see the heads. Sauer et al.
+2021, "Projected GANs Converge Faster"; Sauer et al. 2023, "StyleGAN-T", section 3.2 (DINO ViT-S, five heads).
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from latelier.losses.adversarial import group_count
 from latelier.losses.teachers import Teacher
 
 CROP_SHARE = 0.5  # of the images that are cropped to the ViT's size; the others are shrunk to it
-TAPS = 4  # blocks that are listened to, besides the embedded patches
-NEIGHBOURS = 9  # patches, in raster order, that the second convolution of a head looks at
+TAPS = 4  # blocks whose outputs are read, besides the embedded patches
+NEIGHBOURS = 9  # kernel size of a head's second convolution, in patches in raster order
 
 
 class DinoDiscriminator(nn.Module):
@@ -30,11 +29,8 @@ class DinoDiscriminator(nn.Module):
 
     Args:
         teacher: the ViT: a name on the Hugging Face Hub or a folder, see `Teacher`.
-        in_channels: of the images, 1 or 3; gray is given to the ViT three times.
+        in_channels: of the images, 1 or 3; a gray channel is repeated.
         norm: `batch` as in the paper; `group` does not mix the images of a batch.
-
-    Raises:
-        LatelierError: for other channel counts, and for a teacher that cannot be used.
     """
 
     def __init__(self, teacher: str, in_channels: int = 3, norm: str = "group"):
@@ -50,26 +46,17 @@ class DinoDiscriminator(nn.Module):
     def forward(
         self, images: Float[Tensor, "b c h w"], numbers: Float[Tensor, "b 3"] | None = None
     ) -> Float[Tensor, "b 1 n"]:
-        """Logits of all patches at all depths: positive where the patch looks like an image.
-
-        Args:
-            images: in [-1, 1].
-            numbers: uniform in [0, 1), see `view`; without them every image is resized.
-        """
+        """Logits of all patches at all depths, positive where a patch looks like an image; for `numbers` see `view`."""
         images = images.expand(-1, 3, -1, -1)  # (b, 3, h, w)
         taps = self.features(view(images, self.features.size, numbers))  # each (b, d, n)
         return torch.cat([head(x) for head, x in zip(self.heads, taps, strict=True)], dim=2)
 
 
 class FrozenFeatures:
-    """Features of a ViT of `transformers`, differentiable in the image and in nothing else.
+    """Features of a ViT of `transformers`, differentiable in the image only.
 
-    No module on purpose: whatever holds it does not register the ViT. It follows the images to their device.
-
-    Attributes:
-        size: height and width of the images that it takes.
-        dim: width of its tokens.
-        taps: depths that are read: 0 before the first block, k after k blocks.
+    No module, so that the ViT is not registered; it follows the images to their device. It takes images of `size`
+    `(h, w)` and reads the depths `taps`: 0 before the first block, k after k blocks.
     """
 
     def __init__(self, teacher: str):
@@ -77,7 +64,8 @@ class FrozenFeatures:
         self.name, self.vit, self.dim = teacher, opened.model, opened.dim
         self.mean, self.std = opened.mean, opened.std  # (3, 1, 1) each
         config = self.vit.config
-        self.size: tuple[int, int] = _pair(config.image_size)
+        side = config.image_size
+        self.size: tuple[int, int] = (side, side) if isinstance(side, int) else (side[0], side[1])
         self.patches = (self.size[0] // opened.patch) * (self.size[1] // opened.patch)
         self.taps = tapped(config.num_hidden_layers)
 
@@ -91,7 +79,7 @@ class FrozenFeatures:
         return [self._with_class(states[depth]).transpose(1, 2) for depth in self.taps]
 
     def _with_class(self, tokens: Float[Tensor, "b m d"]) -> Float[Tensor, "b n d"]:
-        """CLS, where there is one, comes first, then registers, then the patches."""
+        """Patches plus CLS: CLS, where there is one, comes first, then registers, then the patches."""
         if tokens.shape[1] < self.patches or tokens.shape[2] != self.dim:
             raise LatelierError(
                 f"tokenizer.adversarial.teacher = {self.name!r} lacks a vector of {self.dim} numbers for each patch "
@@ -102,7 +90,7 @@ class FrozenFeatures:
 
 
 class Head(nn.Module):
-    """A logit for each token: 1 x 1, then a residual look at the neighbours in raster order, then 1 x 1."""
+    """A logit for each token: convolutions of 1, of `NEIGHBOURS` (residual), and of 1 in raster order."""
 
     def __init__(self, dim: int, norm: str = "group"):
         super().__init__()
@@ -133,14 +121,9 @@ def tapped(depth: int) -> list[int]:
 def view(
     images: Float[Tensor, "b c h w"], size: Sequence[int], numbers: Float[Tensor, "b 3"] | None = None
 ) -> Float[Tensor, "b c i j"]:
-    """Images at the ViT's size: some cropped at a random place, the others shrunk by area.
+    """Images at the ViT's size: some cropped at a random place, the others reduced by area; small ones enlarged.
 
-    An image that is smaller than the ViT's size is enlarged (bilinear) and never cropped.
-
-    Args:
-        images: of any size.
-        size: height and width.
-        numbers: uniform in [0, 1), for each image: below a half it is cropped; then the crop's place (y, x).
+    `numbers` are uniform in [0, 1): an image with one below a half is cropped, at (y, x) of the others; None: no crops.
     """
     room = [have - want for have, want in zip(images.shape[2:], size)]
     if not any(room):
@@ -155,10 +138,6 @@ def view(
         y, x = (int(u * (r + 1)) for u, r in zip(place, room))
         views.append(image[:, y : y + size[0], x : x + size[1]] if chance < CROP_SHARE else shrunk)
     return torch.stack(views)
-
-
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _block(dim: int, neighbours: int, norm: str) -> nn.Sequential:

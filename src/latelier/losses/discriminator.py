@@ -1,8 +1,7 @@
-"""The discriminator of a tokenizer's training, and the two losses of the game: its own and the tokenizer's.
+"""The discriminator of a tokenizer's training, its loss, and the adversarial loss of the tokenizer (the generator).
 
-The tokenizer (generator) is rewarded where its reconstructions pass for images. The training loop makes both steps; the
-discriminator has an optimiser of its own and is no part of the tokenizer's objective, so that neither the tokenizer's
-optimiser nor its EMA ever see its weights.
+The training loop makes both steps. The discriminator has its own optimiser and is no part of the tokenizer's objective,
+so that neither the tokenizer's optimiser nor its EMA see its weights.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ class Discriminator(nn.Module):
     def forward(
         self, real: Float[Tensor, "b c h w"], fake: Float[Tensor, "b c h w"], sample_id: Int[Tensor, " b"]
     ) -> LossTerms:
-        """Loss terms of the discriminator's own step, on images and on reconstructions without gradients."""
+        """Loss terms of the discriminator's step, on images and on reconstructions without gradients."""
         with parametrize.cached():  # spectral norms are updated once for each batch
             on_real, on_fake = self.logits(real, sample_id), self.logits(fake, sample_id)
             augmented = []
@@ -94,12 +93,9 @@ class Discriminator(nn.Module):
     def logits(
         self, images: Float[Tensor, "b c h w"], sample_id: Int[Tensor, " b"], strong: bool = False
     ) -> Float[Tensor, "b 1 *patches"]:
-        """What the network says of augmented images, float32; an image and its reconstruction are changed alike.
+        """Logits of augmented images, float32; an image and its reconstruction, of one `sample_id`, are changed alike.
 
-        Args:
-            images: in [-1, 1].
-            sample_id: what the random changes depend on.
-            strong: make every change, with large cutouts: for the consistency loss.
+        `strong` makes every change, with large cutouts: for the consistency loss.
         """
         if strong:
             numbers = KeyedRandom(self.seed, sample_id, images.device).uniform("consistency", 7)
@@ -112,7 +108,7 @@ class Discriminator(nn.Module):
         return self.network(images).float()  # (b, 1, i, j)
 
     def augmented(self, images: Float[Tensor, "b c h w"], sample_id: Int[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
-        """Images with the changes that `augment` and `augment_share` say."""
+        """Images with the changes of `augment` and `augment_share`."""
         if not self.augment:
             return images
         rng, chosen = KeyedRandom(self.seed, sample_id, images.device), None
@@ -133,18 +129,11 @@ def build_discriminator(
 ) -> Discriminator:
     """A discriminator with fresh weights for images of `channels` channels.
 
-    Args:
-        channels: of the images.
-        seed: of its augmentation.
-        kind: `patch` (PatchGAN; `layers`, `width`) or `dino` (heads on the features of `teacher`).
-        norm: `batch` or `group`.
-        settings: further arguments of `Discriminator`.
+    `kind` is `patch` (PatchGAN; `layers`, `width`) or `dino` (heads on features of `teacher`), `settings` go to
+    `Discriminator`.
     """
-    network: nn.Module
-    if kind == "dino":
-        network = DinoDiscriminator(teacher, channels, norm)
-    else:
-        network = PatchGAN(channels, width, layers, norm)
+    dino = kind == "dino"
+    network = DinoDiscriminator(teacher, channels, norm) if dino else PatchGAN(channels, width, layers, norm)
     return Discriminator(network, seed, cutout=CUTOUT[kind], **settings)
 
 
@@ -156,15 +145,10 @@ def add_adversarial_loss(
     weight: float = 0.5,
     adaptive: bool = True,
 ) -> None:
-    """Add the generator's loss `adversarial` to a tokenizer's terms.
+    """Add the generator's loss `adversarial` to a tokenizer's terms; no gradient reaches the discriminator.
 
-    Args:
-        terms: with the reconstruction and its graph; the balance of their gradients sets the adaptive weight.
-        discriminator: is left as it is: no gradient reaches its weights.
-        last_layer: the tokenizer's weight at which gradients are compared.
-        sample_id: of the images.
-        weight: of the term.
-        adaptive: scale it so that both gradients at `last_layer` are equally long (Esser et al. 2021, equation 7).
+    `adaptive` scales it so that its gradient at the tokenizer's `last_layer` is as long as that of the other terms
+    (Esser et al. 2021, equation 7).
     """
     assert terms.reconstruction is not None
     with frozen(discriminator.network):
@@ -179,7 +163,7 @@ def add_adversarial_loss(
 
 @contextmanager
 def frozen(network: nn.Module) -> Iterator[None]:
-    """No gradient reaches the weights, and the power iterations of spectral norms stay where they are."""
+    """No gradient reaches the weights, and the power iterations of spectral norms do not advance."""
     spectral = [m.parametrizations for m in network.modules() if parametrize.is_parametrized(m)]
     network.requires_grad_(False)
     for norm in spectral:
@@ -190,9 +174,6 @@ def frozen(network: nn.Module) -> Iterator[None]:
         network.requires_grad_(True)
         for norm in spectral:
             norm.train(network.training)
-
-
-# -- DiffAugment ------------------------------------------------------------------------------------------------------
 
 
 def augment(
@@ -209,7 +190,7 @@ def augment(
         policy: any of `color`, `translation`, `cutout`, applied in this order.
         numbers: uniform in [0, 1): brightness, saturation, contrast, shift (y, x), hole (y, x), for each image.
         hole: side of the cutout, as a share of the image's.
-        chosen: which of the three changes each image undergoes, in the order above; by default all.
+        chosen: which of the three changes each image undergoes; by default all.
     """
     u = [n.view(-1, 1, 1, 1) for n in numbers.to(images).unbind(1)]
     changes = {

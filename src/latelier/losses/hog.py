@@ -25,11 +25,7 @@ WINDOW, DEVIATION = 16, 8.0  # of the Gaussian, in pixels
 
 
 def hog_width(patch: int, channels: int) -> int:
-    """How many numbers describe a patch: 108 for 16 pixels and RGB.
-
-    Raises:
-        LatelierError: if cells do not divide the patch.
-    """
+    """How many numbers describe a patch: 108 for 16 pixels and RGB."""
     if patch % CELL:
         raise LatelierError(
             f"HOG needs patches divisible by {CELL}, the side of its cells, not {patch}; take the target hog out, or "
@@ -40,17 +36,10 @@ def hog_width(patch: int, channels: int) -> int:
 
 @torch.no_grad()
 def hog(images: Float[Tensor, "b c h w"], patch: int) -> Float[Tensor, "b n d"]:
-    """HOG of images, patch by patch; float32, whatever the autocast, and without gradients.
+    """HOG of images, patches in raster order, each (channel, bin, cell row, cell column) flattened; no gradients.
 
-    Args:
-        images: `(b, c, h, w)`, of any number of channels; brightness and contrast do not matter.
-        patch: pixels along a side of a patch, a multiple of 8.
-
-    Returns:
-        `(b, n, d)`: patches in raster order; of each, (channel, bin, cell row, cell column) flattened.
-
-    Raises:
-        LatelierError: if patches do not divide the image, or cells the patch.
+    Float32 under any autocast, for any number of channels; brightness and contrast do not matter. The side of a patch
+    is a multiple of 8 and divides the image.
     """
     batch, channels, height, width = images.shape
     if height % CELL or width % CELL or height % patch or width % patch:
@@ -77,9 +66,9 @@ def _histograms(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c 9 i j"]:
 
 
 def sobel(images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
-    """Sobel's differences to the right and downwards, (1, 0, -1) across and (1, 2, 1) along, edges reflected.
+    """Sobel's differences (1, 0, -1) across and (1, 2, 1) along, to the right and downwards, edges reflected.
 
-    Differences come first: where an image is plain they are exactly zero, and rounding errors are no direction.
+    Differences come first: in flat areas they are exactly zero, so that rounding errors give no direction.
     """
     x = F.pad(images, (1, 1, 1, 1), mode="reflect")  # (b, c, h + 2, w + 2)
     across = x[..., :-2] - x[..., 2:]  # (b, c, h + 2, w)
@@ -90,10 +79,7 @@ def sobel(images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b c h w"], F
 
 
 def _window(height: int, width: int, device: torch.device) -> Float[Tensor, "h w"]:
-    """The Gaussian, summing to 1, repeated from the upper left corner over the image; the last ones may be cut.
-
-    It is symmetric, so each cell sees one quarter of it, brightest at one corner; a cut leaves whole quarters.
-    """
+    """The Gaussian, summing to 1, repeated from the upper left corner; each cell sees a quarter of it."""
     distance = torch.arange(WINDOW, device=device) - (WINDOW - 1) / 2
     bell = torch.exp(-0.5 * (distance / DEVIATION) ** 2)  # (16)
     bell = bell / bell.sum()

@@ -1,4 +1,4 @@
-"""LPIPS: how different two images look, by a network that learned it from human judgements.
+"""LPIPS: perceptual distance of two images, by a network trained on human judgements.
 
 Zhang et al. 2018, "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", equation 1.
 """
@@ -39,14 +39,11 @@ _SMALLEST = {"vgg": 16, "alex": 31}  # below, pooling leaves nothing
 class LPIPS(nn.Module):
     """Perceptual distance, differentiable in its first argument.
 
-    The weights are buffers that are not saved: the module has no parameters and an empty state dict, so that neither
-    optimisers, checkpoints nor DDP see it. Convolutions follow autocast; unit-normalisation and heads are float32.
+    The weights are buffers that are not saved, so that neither optimisers, checkpoints nor DDP see the module.
+    Convolutions follow autocast; unit-normalisation and heads are float32.
 
     Args:
         net: `vgg` (the loss of LDM and its successors) or `alex` (the authors' choice as a metric).
-
-    Raises:
-        LatelierError: if the weights are found nowhere.
 
     Differs from the reference: no dropout (it acts in the heads' training only); the distance's gradient is written
     out in closed form, and is zero where all channels of a feature vector are zero.
@@ -69,15 +66,7 @@ class LPIPS(nn.Module):
         self.register_buffer("scale", torch.tensor(SCALE).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
-        """Distance of each image from its reference.
-
-        Args:
-            images: `(b, c, h, w)` in [-1, 1], 1 or 3 channels; gradients flow into these only.
-            reference: the same shape.
-
-        Raises:
-            LatelierError: for other channel counts, and for images too small for the network.
-        """
+        """Distance of each image in [-1, 1], of 1 or 3 channels, from its reference; gradients only in `images`."""
         self._check(images)
         pieces = -(-images.numel() // images.shape[1] * CHANNELS // PIECE[images.device.type == "cuda"])
         return _Pieces.apply(images, reference.detach(), self._distance, max(1, min(len(images), pieces)))
@@ -136,10 +125,9 @@ def _max_pool(x: Float[Tensor, "b c h w"], size: int) -> Float[Tensor, "b c i j"
 
 
 class _Pieces(torch.autograd.Function):
-    """A batch piece by piece, the gradient in the images taken at once.
+    """A batch in pieces, each with its gradient in the images, which is no larger than they are.
 
-    The distance's gradient in the images is no larger than the images, so the network's activations, some hundred
-    times larger, live for one piece only: less memory, and pieces that fit the CPU's caches and its allocator.
+    So the activations, some hundred times larger, live for one piece only, which fits the CPU's caches.
     """
 
     @staticmethod
@@ -167,8 +155,7 @@ class _Pieces(torch.autograd.Function):
 class _Distance(torch.autograd.Function):
     """Mean over positions of sum_c w_c (x_c / |x| - y_c / |y|)^2, float32 inside, one image at a time on the CPU.
 
-    One image's features stay in the cache through all element-wise steps, and the gradient is computed on the way,
-    so nothing but itself has to be kept: for u = x / (|x| + e), g = 2 w (u - v),
+    One image's features stay in the cache, and only the gradient is kept: for u = x / (|x| + e), g = 2 w (u - v),
 
         dx = (g - u (g . u) (|x| + e) / |x|) / (|x| + e)
     """

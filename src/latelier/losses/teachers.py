@@ -1,10 +1,10 @@
 """Frozen vision models whose features a tokenizer learns to predict: DINOv2, SigLIP, CLIP, any ViT of `transformers`.
 
-A teacher gives one vector for each patch of *our* grid. Its image is resized so that its own patches are as many,
-and its position table is interpolated; a model that reads one size only has its map of features resampled instead.
+A teacher gives one vector for each patch of *our* grid. The image is resized so that its own patches are as many, and
+its position table is interpolated; a model of one image size has its map of features resampled instead.
 
-The features are the last hidden state after the model's final norm, without CLS and registers. MAETok's released code
-gives all teachers ImageNet's mean and standard deviation; here each gets those that its checkpoint was trained with.
+Features are the last hidden state after the final norm, without CLS and registers. MAETok's released code normalises
+images of all teachers with ImageNet's statistics; here each gets those that its checkpoint was trained with.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from latelier.weights import ENVIRONMENT, quiet
 
 # Classes that hold only the vision half of a model; other kinds are opened by AutoModel.
 VISION_HALF = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}
-NORM_LEFT_OUT = ("clip_vision_model",)  # the final norm, which transformers gives to the pooled CLS only
+NORM_LEFT_OUT = ("clip_vision_model",)  # transformers applies the final norm to the pooled CLS only
 UNUSED = ("pooler", "head.")  # weights that no patch feature needs
 
 # Mean and standard deviation for images in [0, 1], of checkpoints without a preprocessor's file.
@@ -40,19 +40,15 @@ UNREADABLE = (OSError, ValueError, ImportError, KeyError, RuntimeError, TypeErro
 
 
 class Teacher:
-    """A frozen vision transformer; no module, so that whoever holds it neither trains nor saves it.
+    """A frozen vision transformer; no module, so that an objective neither trains nor saves it.
 
     Args:
         name: a Hub name, a folder of `save_pretrained`, or the name of a folder in `$LATELIER_WEIGHTS`.
         device: where it runs; in bf16 where the hardware is fast at that, else in float32.
 
     Attributes:
-        dim: width of the features.
-        patch: pixels along a side of its own patches.
+        dim, patch: width of the features, side of its own patches in pixels.
         mean, std: `(3, 1, 1)` for images in [0, 1].
-
-    Raises:
-        LatelierError: if it cannot be loaded, or has no patches.
     """
 
     def __init__(self, name: str, device: torch.device | str = "cpu"):
@@ -76,15 +72,7 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, images: Float[Tensor, "b c h w"], grid: tuple[int, int]) -> Float[Tensor, "b n d"]:
-        """Features of images, float32, one for each cell of a grid in raster order.
-
-        Args:
-            images: `(b, c, h, w)` in [-1, 1], 1 or 3 channels; one channel is repeated.
-            grid: rows and columns.
-
-        Raises:
-            LatelierError: for other channels, and if the model does not give one vector for each of its patches.
-        """
+        """Features of images in [-1, 1], of 1 or 3 channels: float32, one for each cell of a grid in raster order."""
         if images.shape[1] not in (1, 3):
             raise LatelierError(
                 f"The teacher {self.name} looks at 1 or 3 channels, not {images.shape[1]}; use kind hog, which takes "
@@ -118,7 +106,7 @@ class Teacher:
         return tokens
 
     def _patches(self, tokens: Tensor, count: int) -> Float[Tensor, "b n d"]:
-        """The patches' tokens: the last ones; before them stand CLS, a distillation token, or registers."""
+        """The tokens of the patches, the last ones; before them come CLS, a distillation token, or registers."""
         most = 2 + (getattr(self.model.config, "num_register_tokens", None) or 0)
         if tokens.ndim != 3 or not count <= tokens.shape[1] <= count + most:
             raise LatelierError(
@@ -129,14 +117,7 @@ class Teacher:
 
 
 def load_vision(name: str) -> nn.Module:
-    """A vision model of `transformers`, frozen and in float32; of CLIP and SigLIP only the vision half.
-
-    Args:
-        name: see `Teacher`.
-
-    Raises:
-        LatelierError: if it cannot be loaded, or lacks weights.
-    """
+    """A vision model of `transformers`, frozen and in float32; of CLIP and SigLIP only the vision half."""
     library = _transformers()
     place = find_pretrained(name)
     try:
@@ -154,7 +135,7 @@ def load_vision(name: str) -> nn.Module:
 
 
 def find_pretrained(name: str) -> str:
-    """Where a model is: a folder of that name, one of its last part in `$LATELIER_WEIGHTS`, or else the Hub."""
+    """Where a model is: a folder of that name, or of its last part in `$LATELIER_WEIGHTS`, or else the Hub."""
     if Path(name).expanduser().is_dir():
         return str(Path(name).expanduser())
     chosen = os.environ.get(ENVIRONMENT)
@@ -163,10 +144,7 @@ def find_pretrained(name: str) -> str:
 
 
 def read_statistics(name: str, config: Any) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation that a checkpoint's preprocessor subtracts and divides by, for images in [0, 1].
-
-    A checkpoint without a preprocessor's file gets those of its kind: CLIP's, SigLIP's, or ImageNet's.
-    """
+    """Mean and standard deviation of a checkpoint's preprocessor (default: its kind's), for images in [0, 1]."""
     mixin = importlib.import_module("transformers.image_processing_base").ImageProcessingMixin
     try:
         content, _ = mixin.get_image_processor_dict(find_pretrained(name))

@@ -1,8 +1,8 @@
 """A recipe: one experiment from data to report, as a user writes it.
 
-The sections are pydantic models. Those of tokenizers, denoisers and conditions lie beside the code that they
-configure, and only the modules of the kinds that a recipe names are imported. Unknown keys, wrong values and impossible
-combinations become one sentence that names the key, the value and what is allowed.
+Sections are pydantic models. Those of tokenizers, denoisers and conditions are beside the code that they configure, and
+only modules of the kinds that a recipe names are imported. Errors are one sentence with the key, the value and what is
+allowed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ __all__ = [
     "first_problem", "load_recipe", "parse_count", "recipe_files", "schema",
 ]  # fmt: skip
 
-# Recipes lie in the package when it is installed from a wheel, and at the root of a clone.
+# In a wheel recipes are inside the package, in a clone at its root.
 _FOLDERS = (Path(__file__).parents[1] / "recipes", Path(__file__).parents[3] / "recipes")
 
 
@@ -79,11 +79,7 @@ class Recipe(Section):
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Read a recipe file and apply `a.b=c` overrides.
-
-    Raises:
-        LatelierError: naming the file, key or value that is wrong.
-    """
+    """Read a recipe file and apply `a.b=c` overrides; an error names the file, key or value that is wrong."""
     given, path = Path(path), find_recipe(path)
     try:
         tree = yaml.safe_load(path.read_text())
@@ -97,12 +93,12 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def recipe_files() -> list[Path]:
-    """The recipes that come along."""
+    """The bundled recipes."""
     return sorted(path for folder in _FOLDERS if folder.is_dir() for path in folder.rglob("*.yaml"))
 
 
 def find_recipe(name: str | Path) -> Path:
-    """A recipe file from its path, a run folder, or the name of one that comes along."""
+    """A recipe file from its path, a run folder, or the name of a bundled recipe."""
     path = Path(name)
     if (path / "recipe.yaml").is_file():
         return path / "recipe.yaml"
@@ -151,7 +147,7 @@ def dump(recipe: Recipe) -> str:
 
 
 def as_numbers(node: Any) -> Any:
-    """YAML 1.1 reads 1e-4 as a string; numbers that look like numbers become numbers."""
+    """YAML 1.1 reads 1e-4 as a string; strings that look like such numbers become numbers."""
     if isinstance(node, dict):
         return {k: as_numbers(v) for k, v in node.items()}
     if isinstance(node, list):
