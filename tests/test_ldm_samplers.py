@@ -41,7 +41,7 @@ def check(name, value):
 def _their_noise(monkeypatch):
     """Their x_T, and their noise of each step of eta 1, in the place of ours."""
     steps = iter(range(20))
-    monkeypatch.setattr(sampling, "_normal", lambda shape, generators: normal("ddim/x"))
+    monkeypatch.setattr(sampling, "initial_noise", lambda shape, generators: normal("ddim/x"))
     monkeypatch.setattr(
         "latelier.diffusion.schedulers.randn_tensor", lambda *_, **__: normal(f"ddim/noise/{next(steps)}")
     )

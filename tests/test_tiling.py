@@ -9,6 +9,7 @@ from diffusers.models.autoencoders.vq_model import VQEncoderOutput
 from torch import nn
 
 from latelier.errors import LatelierError
+from latelier.tokenizers import TokenizerInfo
 from latelier.tokenizers.codec import Codec, decode_tiled, encode_tiled
 from latelier.tokenizers.conv import IdentityTokenizer
 
@@ -94,7 +95,9 @@ def test_what_does_not_fit_is_refused(call, message):
 
 
 def test_tokenizers_without_a_plane_are_refused():
-    codec = Codec(IdentityTokenizer())
-    codec.tokenizer.latent_shape = lambda height, width: (32, 128)
+    class Row(IdentityTokenizer):
+        info = TokenizerInfo(1, 32, latent_tokens=128)
+
+    codec = Codec(Row())
     with pytest.raises(LatelierError, match=r"\(32, 128\) do not lie on a plane"):
         encode_tiled(codec, torch.randn(1, 3, 8, 8), 4, 1)

@@ -27,6 +27,11 @@ from latelier.diffusion.process import DDPM, Flow
 from latelier.diffusion.schedulers import TIMESTEPS, DormandPrince, Scheduler
 
 
+def initial_noise(shape: tuple[int, ...], generators: list[torch.Generator]) -> Latents:
+    """Standard normal latents on the CPU, each from its own generator."""
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+
 @torch.no_grad()
 def sample_latents(
     predict: Predict, scheduler: Scheduler, shape: tuple[int, ...], seeds: list[int],
@@ -48,8 +53,7 @@ def sample_latents(
         progress: called after each evaluation with how many are done and how many there are.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
-    x = noise * getattr(scheduler, "init_noise_sigma", 1.0)  # (b, c, *grid)
+    x = initial_noise(shape, generators).to(device) * getattr(scheduler, "init_noise_sigma", 1.0)  # (b, c, *grid)
 
     def predict_at(x_t: Tensor, time: float) -> Tensor:
         return predict(x_t, torch.full((len(seeds),), time, device=device)).float()
