@@ -76,7 +76,7 @@ def build_transformer(
     wanted = {"in_channels": channels, **wanted}
     if section.init:
         return open_init(cls, section.init, wanted)
-    arguments = {"patch_size": section.patch}
+    arguments: dict[str, Any] = {"patch_size": section.patch}
     arguments |= preset_arguments(cls, sizes, section.size, section.model, "denoiser")
     if section.process.kind == "ddpm":
         arguments.setdefault("time_scale", 1000.0)
