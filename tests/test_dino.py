@@ -100,7 +100,7 @@ def test_gray_images_are_looked_at_in_three_channels(teacher):
     images = torch.rand(2, 1, 24, 24) * 2 - 1
     network = DinoDiscriminator(teacher, 1).eval()
     torch.testing.assert_close(network(images), network(images.expand(-1, 3, -1, -1)))
-    with pytest.raises(LatelierError, match=r"judges images of 1 or 3 channels, not 4; use kind: patch"):
+    with pytest.raises(LatelierError, match=r"takes images of 1 or 3 channels, not 4; use kind: patch"):
         DinoDiscriminator(teacher, 4)
 
 

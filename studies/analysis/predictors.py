@@ -26,9 +26,10 @@ import typer
 
 from latelier.errors import LatelierError
 from latelier.evaluation.metrics import Better, better, heading
+from latelier.publish import write_whole
 from latelier.report.comparison import Section, write_sections
 from latelier.report.figures import COLOURS, STYLE, ImageFile, legend, make_panels, quiet, save_figure, styles
-from latelier.report.page import MISSING, SOFT, number, write
+from latelier.report.page import MISSING, SOFT, number
 from latelier.report.tables import MIXTURE, RunSummary, Table, at_steps, value
 from latelier.report.verdict import EVIDENCE
 
@@ -329,7 +330,7 @@ def write_evidence(comparisons: Sequence[str | Path], data: str, out: str | Path
         "studies": [_study(title, shown, target) for title, _, shown in studies],
         "predictors": [_entry(predictor) for predictor in predictors],
     }
-    return write(Path(out), json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    return write_whole(Path(out), json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def _read_runs(path: Path) -> tuple[str, list[RunSummary]]:
