@@ -182,6 +182,10 @@ def test_missing_damaged_and_empty(tmp_path, codec):
     path.write_bytes(content[:-9])
     with pytest.raises(LatelierError, match=r"shard-00001\.safetensors cannot be read"):
         LatentCache.open(tmp_path, KEY)
+    path.unlink()
+    images = Images()
+    assert len(write(tmp_path, codec, images)) == 22
+    assert images.asked == [1]  # the other shards are kept
 
 
 def test_a_shard_is_compared_with_its_checksum_once_a_process(tmp_path, codec, monkeypatch):

@@ -96,11 +96,12 @@ class LatentCache:
         if about is None:
             wait()  # all have looked before one of them writes
             about = _start(folder, codec, dataset, key, max(processes, -(-len(dataset) // shard_size)), process == 0)
-            wait()
         else:
             _check_key(folder, about["key"], key)
-        if not about["complete"]:
-            shards = about["shards"]
+        shards = about["shards"]
+        complete = about["complete"] and all((folder / shard["file"]).is_file() for shard in shards)
+        wait()  # all have looked, at shards too: a damaged one may have been deleted
+        if not complete:
             mine = [i for i in range(process, len(shards), processes) if not (folder / shards[i]["file"]).is_file()]
             with images_bar("encoding", len(dataset) * len(mine) // len(shards), process == 0) as advance:
                 for i in mine:
