@@ -1,0 +1,1 @@
+"""Faults on purpose: what is injected into latelier, and what comes out. `python -m faults` prints the table."""

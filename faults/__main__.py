@@ -1,0 +1,62 @@
+"""`python -m faults [SECTION ...] [--sample]`: inject faults, print the table, exit 1 if anything failed.
+
+Sections are modules of this package; `--sample` takes a few injections of each, for the tests.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "COLUMNS": "200"}
+
+import importlib
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from faults.harness import Outcome
+
+SECTIONS: list[str] = []  # in the order of the table
+
+
+def main(words: list[str]) -> int:
+    """Run sections; all without a name."""
+    sample, chosen = "--sample" in words, [word for word in words if not word.startswith("--")] or SECTIONS
+    os.environ["LATELIER_CACHE"] = tempfile.mkdtemp(prefix="latelier-faults-cache-")
+    _import_everything()
+    found: list[Outcome] = []
+    for name in chosen:
+        begin = time.monotonic()
+        found += importlib.import_module(f"faults.{name}").outcomes(sample)
+        print(f"{name}: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
+    print(table(found))
+    failed = [one for one in found if one.failure]
+    for one in failed:
+        print(f"\n{one.row}: {one.what}\n  {one.failure}")
+    return int(bool(failed))
+
+
+def table(found: list[Outcome]) -> str:
+    """Injected, survived and failed, by row, in Markdown."""
+    lines = ["| injected | n | survived | failed |", "|---|---|---|---|"]
+    for row in [*dict.fromkeys(one.row for one in found), None]:
+        of_row = [one for one in found if row in (None, one.row)]
+        bad = sum(bool(one.failure) for one in of_row)
+        lines.append(f"| {row or 'all'} | {len(of_row)} | {len(of_row) - bad} | {bad} |")
+    return "\n".join(lines)
+
+
+def _import_everything() -> None:
+    """So that forks need not; no threads, no computation."""
+    import torch
+
+    torch.set_num_threads(1)
+    for path in sorted(Path(importlib.import_module("latelier").__path__[0]).rglob("*.py")):
+        module = ".".join(path.relative_to(Path(importlib.import_module("latelier").__path__[0])).with_suffix("").parts)
+        if module not in ("__main__", "__init__"):
+            importlib.import_module(f"latelier.{module.removesuffix('.__init__')}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
