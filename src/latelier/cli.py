@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from latelier.errors import LatelierError
+from latelier.errors import LatelierError, explain
 from latelier.terminal import Stopped, handled_by, stop_now
 
 console = Console()
@@ -40,6 +40,7 @@ Tile = Annotated[int | None, typer.Option(help="Tiled sampling, for large images
 Prompt = Annotated[str | None, typer.Option(help="A caption, for models that are conditioned on text too.")]
 Guidance = Annotated[float, typer.Option(help="Scale of classifier-free guidance; 1 is none.")]
 Seed = Annotated[int, typer.Option(help="Another seed gives another image.")]
+Accept = Annotated[bool, typer.Option(help="Go on from the last checkpoint although the recipe has changed.")]
 Strings = list[str] | None
 
 
@@ -50,29 +51,31 @@ def _load(recipe: str, overrides: list[str] | None):
 
 
 @app.command(epilog="Example:  latelier run quickstart data.source=./photos name=photos")
-def run(recipe: RecipePath, overrides: Overrides = None) -> None:
+def run(recipe: RecipePath, overrides: Overrides = None, accept_changes: Accept = False) -> None:
     """Run a whole recipe: train tokenizer and denoiser, sample, evaluate, report. Resumes a stopped run."""
     from latelier.run import run as run_recipe
 
-    run_recipe(_load(recipe, overrides))
+    run_recipe(_load(recipe, overrides), accept_changes)
 
 
 @train_app.command("tokenizer", epilog="Example:  latelier train tokenizer my.yaml tokenizer.images=4M")
-def train_tokenizer_command(recipe: RecipePath, overrides: Overrides = None) -> None:
+def train_tokenizer_command(recipe: RecipePath, overrides: Overrides = None, accept_changes: Accept = False) -> None:
     """Stage 1: train the tokenizer, and compute the statistics of its latents."""
-    from latelier.run import prepare
+    from latelier.run_folder import claimed
     from latelier.training.tokenizer_loop import train_tokenizer
 
-    console.print(f"Tokenizer: {train_tokenizer(prepare(_load(recipe, overrides)))}")
+    with claimed(_load(recipe, overrides), accept_changes) as chosen:
+        console.print(f"Tokenizer: {train_tokenizer(chosen)}")
 
 
 @train_app.command("denoiser", epilog="Example:  latelier train denoiser my.yaml denoiser.size=B")
-def train_denoiser_command(recipe: RecipePath, overrides: Overrides = None) -> None:
+def train_denoiser_command(recipe: RecipePath, overrides: Overrides = None, accept_changes: Accept = False) -> None:
     """Stage 2: train the denoiser on the run's tokenizer."""
-    from latelier.run import prepare
+    from latelier.run_folder import claimed
     from latelier.training.denoiser_loop import train_denoiser
 
-    console.print(f"Pipeline: {train_denoiser(prepare(_load(recipe, overrides)))}")
+    with claimed(_load(recipe, overrides), accept_changes) as chosen:
+        console.print(f"Pipeline: {train_denoiser(chosen)}")
 
 
 @app.command(epilog="Example:  latelier encode my.yaml --overwrite")
@@ -82,10 +85,11 @@ def encode(
     overwrite: Annotated[bool, typer.Option(help="Replace a cache of other images or another tokenizer.")] = False,
 ) -> None:
     """Encode the training images into the latent cache."""
-    from latelier.run import prepare
+    from latelier.run_folder import claimed
     from latelier.training.denoiser_loop import encode_latents
 
-    cache = encode_latents(prepare(_load(recipe, overrides)), overwrite=overwrite)
+    with claimed(_load(recipe, overrides)) as chosen:
+        cache = encode_latents(chosen, overwrite=overwrite)
     console.print(f"Latents: {cache.folder} ({len(cache):,} images)")
 
 
@@ -329,12 +333,15 @@ def main() -> None:
     try:
         with handled_by(stop_now):
             if os.environ.keys() & {"LOCAL_RANK", "ACCELERATE_USE_CPU"}:
-                from accelerate import Accelerator
+                from latelier.opening import join_processes
 
-                Accelerator()  # first: a bare PartialState, of which devices are read, ignores ACCELERATE_USE_CPU
+                join_processes()
             app()
-    except LatelierError as error:
-        _say(f"[bold red]Error:[/] {escape(str(error))}")
+    except Exception as error:
+        sentence = str(error) if isinstance(error, LatelierError) else explain(error)
+        if sentence is None or os.environ.get("LATELIER_TRACEBACK"):
+            raise
+        _say(f"[bold red]Error:[/] {escape(sentence)}")
         sys.exit(2)
     except Stopped as signal:
         _say(f"Stopped by {signal}; what was finished is saved. Run the same command again to go on from there.")

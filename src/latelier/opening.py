@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
+from accelerate.utils import InitProcessGroupKwargs
 from diffusers.utils.logging import disable_progress_bar
 
 from latelier.conditioning.condition import components
@@ -20,10 +23,28 @@ from latelier.recipe import Recipe, load_recipe
 from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.pretrained import PretrainedSection
 
+TIMEOUT, MINUTES = "LATELIER_TIMEOUT", 30.0
+
+
+def join_processes() -> PartialState:
+    """The other processes of this launch, if there are any, and the device.
+
+    A process that waits for another one longer than `$LATELIER_TIMEOUT` minutes (30) gives up. accelerate reads
+    ACCELERATE_USE_CPU for an `Accelerator` only, not for a bare `PartialState`, so an `Accelerator` has to come first.
+    """
+    if not PartialState._shared_state:
+        given = os.environ.get(TIMEOUT, MINUTES)
+        try:
+            wait = timedelta(minutes=float(given))
+        except (ValueError, OverflowError):
+            raise LatelierError(f"{TIMEOUT} = {given!r} is no number of minutes, such as 30.") from None
+        Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=wait)])
+    return PartialState()
+
 
 def best_device() -> torch.device:
     """The device that accelerate would train on."""
-    return PartialState().device
+    return join_processes().device
 
 
 def open_images(recipe: Recipe, split: str = "train", size: tuple[int, int] | None = None) -> ImageDataset:
@@ -60,7 +81,7 @@ def open_run(path: Path) -> tuple[LatentDiffusionPipeline, Recipe | None]:
         raise LatelierError(f"There is no trained pipeline in {path}; run `latelier run` or `latelier train denoiser`.")
     recipe = load_recipe(path) if (path / "recipe.yaml").is_file() else None
     pipeline = LatentDiffusionPipeline.from_pretrained(folder)
-    return pipeline.to(PartialState().device), recipe
+    return pipeline.to(best_device()), recipe
 
 
 def held_out_records(recipe: Recipe, pipeline: LatentDiffusionPipeline) -> Callable[[int, int], dict[str, Any]]:

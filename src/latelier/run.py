@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from jaxtyping import Float
 from PIL import Image
 from rich.table import Table
@@ -25,32 +24,19 @@ from latelier.evaluation.features import check_features
 from latelier.evaluation.reconstruction import psnr
 from latelier.evaluation.results import Measurement, is_main
 from latelier.images import make_columns, make_grid, save_png
-from latelier.opening import best_device, held_out_records, open_run
+from latelier.opening import best_device, held_out_records, join_processes, open_run
 from latelier.pipeline import LatentDiffusionPipeline, choose_settings, make_previews
-from latelier.publish import write_whole
-from latelier.receipt import device_name, git_state, versions
-from latelier.recipe import Recipe, dump
+from latelier.recipe import Recipe
+from latelier.run_folder import claimed
 from latelier.terminal import console
 from latelier.tokenizers.codec import Codec
 from latelier.training.denoiser_loop import train_denoiser
 from latelier.training.tokenizer_loop import train_tokenizer
 
 
-def prepare(recipe: Recipe) -> Recipe:
-    """Join the other processes, make the run folder and write the resolved recipe into it, with versions and git state.
-
-    accelerate reads ACCELERATE_USE_CPU for an `Accelerator`, not for a bare `PartialState`: it has to come first.
-    """
-    if Accelerator().is_main_process:
-        facts = {**versions(), "device": device_name(), **{f"git {k}": v for k, v in (git_state() or {}).items()}}
-        header = "".join(f"# {key}: {value}\n" for key, value in facts.items())
-        write_whole(recipe.folder / "recipe.yaml", header + dump(recipe))
-    return recipe
-
-
-def run(recipe: Recipe) -> Path:
+def run(recipe: Recipe, accept_changes: bool = False) -> Path:
     """`complete`, then print the report's path and the commands to try next."""
-    report = complete(recipe)
+    report = complete(recipe, accept_changes)
     if is_main(shared=True):
         console.print(f"Report: {report}\n\nTry next:")
         for command in next_commands(recipe):
@@ -72,20 +58,20 @@ def next_commands(recipe: Recipe) -> list[str]:
     return [f"latelier sample {recipe.folder} --count 64{' --guidance 3' * guided} --seed 1000", *commands]
 
 
-def complete(recipe: Recipe) -> Path:
+def complete(recipe: Recipe, accept_changes: bool = False) -> Path:
     """Train the tokenizer, encode, train the denoiser, sample, evaluate and report; resumes a stopped run.
 
-    Returns the path of the report.
+    Returns the path of the report. For `accept_changes` see `run_folder.claimed`.
     """
     check_features(recipe.evaluate)  # now, not after days of training
-    prepare(recipe)
-    train_tokenizer(recipe)
-    if recipe.denoiser is not None:
-        train_denoiser(recipe)
-        if is_main(shared=True):
-            console.print(f"Samples: {sample_to_folder(recipe.folder)}")
-    show_measurements(evaluate(recipe))
-    Accelerator().wait_for_everyone()
+    with claimed(recipe, accept_changes):
+        train_tokenizer(recipe)
+        if recipe.denoiser is not None:
+            train_denoiser(recipe)
+            if is_main(shared=True):
+                console.print(f"Samples: {sample_to_folder(recipe.folder)}")
+        show_measurements(evaluate(recipe))
+        join_processes().wait_for_everyone()
     return recipe.folder / "report.html"
 
 

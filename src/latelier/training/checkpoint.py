@@ -124,6 +124,23 @@ def is_exported(folder: Path, images: int) -> bool:
     return (publish.manifest(folder) or {}).get("images", -1) >= images
 
 
+def whole_export(run: Path, stage: str, folder: Path, images: int) -> bool:
+    """Whether a stage's export is there and as it was written; a damaged one is made again from the last checkpoint.
+
+    Raises:
+        LatelierError: if it is damaged and there is no such checkpoint.
+    """
+    if not is_exported(folder, images):
+        return False
+    wrong = publish.damage(folder)
+    if wrong is None:
+        return True
+    if images_trained(run, stage) < images:
+        raise LatelierError(f"{folder} is damaged (it {wrong}); put back a copy, or delete it to train it again.")
+    console.print(f"{folder} is damaged (it {wrong}); it is written again from the last checkpoint.")
+    return False
+
+
 def refuse_non_finite(model: nn.Module, what: str, folder: Path, stage: str) -> None:
     """Weights that are not finite are never saved: training from them, and sampling with them, would be lost.
 

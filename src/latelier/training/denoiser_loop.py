@@ -44,7 +44,7 @@ def train_denoiser(recipe: Recipe, accelerator: Accelerator | None = None) -> Pa
     stage = Stage("denoiser", recipe, training, accelerator)
     codec = open_codec(recipe).to(accelerator.device)
     folder = recipe.folder / "pipeline"
-    if checkpoint.is_exported(folder, training.images):
+    if checkpoint.whole_export(recipe.folder, stage.name, folder, training.images):
         _check_tokenizer(folder, codec)
         return folder
     dataset = open_images(recipe)

@@ -17,7 +17,7 @@ from latelier.errors import LatelierError
 from latelier.images import make_pairs, save_png
 from latelier.losses.discriminator import Discriminator, add_adversarial_loss, build_discriminator
 from latelier.opening import open_images, open_pretrained
-from latelier.publish import manifest, publish
+from latelier.publish import damage, publish
 from latelier.recipe import Adversarial, Recipe, TrainedTokenizer
 from latelier.terminal import console
 from latelier.tokenizers import (
@@ -57,7 +57,7 @@ def train_phase(recipe: Recipe, number: int, before: int, accelerator: Accelerat
     """
     name, training = recipe.tokenizer.phase(number)  # type: ignore[union-attr]
     folder = phase_folder(recipe, number)
-    if checkpoint.is_exported(folder, training.images):
+    if checkpoint.whole_export(recipe.folder, name, folder, training.images):
         return
     _refuse_later_phases(recipe, number)
     dataset = open_images(recipe, size=training.image_size)
@@ -234,7 +234,7 @@ def import_tokenizer(recipe: Recipe, dataset: ImageDataset, folder: Path) -> Pat
     else:
         codec = Codec(build_tokenizer(recipe.tokenizer, recipe.data))
     check_size(recipe.data.image_size, codec.factor)
-    accelerator, there = Accelerator(), manifest(folder) is not None
+    accelerator, there = Accelerator(), damage(folder) is None
     if there and Codec(Codec.from_pretrained(folder).tokenizer).hash() != Codec(codec.tokenizer).hash():
         raise LatelierError(
             f"{folder} holds another tokenizer; give the recipe another name, or delete the run folder."
