@@ -47,12 +47,19 @@ class Done:
         """Everything that it said, in one line."""
         return " ".join((self.out + self.err).split())
 
+    def traceback(self) -> str:
+        """The end of the first traceback; empty without one."""
+        _, found, rest = (self.out + self.err).partition("Traceback (most recent call last)")
+        lines = rest.splitlines()
+        end = next((i for i, line in enumerate(lines) if i and line and not line.startswith(" ")), len(lines))
+        return f"traceback: {' '.join(' '.join(lines[: end + 1]).split())[-300:]}" if found else ""
+
     def refused(self) -> str:
         """What is wrong with a refusal, which has exit code 2, one sentence that begins with `Error:`, no traceback."""
         if self.code is None:
             return f"still running after {self.seconds:.0f} s"
-        if "Traceback" in self.out + self.err:
-            return f"traceback: {' '.join(self.err.strip().splitlines()[-1:])[:160]}"
+        if told := self.traceback():
+            return told
         if self.code != 2:
             return f"exit code {self.code}: {self.words[-160:]}"
         return "" if "Error" in self.words else f"no sentence: {self.words[-160:]}"
@@ -61,8 +68,8 @@ class Done:
         """What is wrong with a command that should have done its work."""
         if self.code is None:
             return f"still running after {self.seconds:.0f} s"
-        if "Traceback" in self.out + self.err:
-            return f"traceback: {' '.join(self.err.strip().splitlines()[-1:])[:160]}"
+        if told := self.traceback():
+            return told
         return "" if self.code == 0 else f"exit code {self.code}: {self.words[-160:]}"
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from latelier.errors import LatelierError, explain
-from latelier.terminal import Stopped, handled_by, stop_now
+from latelier.terminal import handled_by, stop_now
 
 console = Console()
 app = typer.Typer(
@@ -329,7 +329,7 @@ def recipe_schema() -> None:
 
 
 def main() -> None:
-    """Entry point: user errors become one sentence and exit code 2, a signal one sentence and exit code 0."""
+    """Entry point: user errors become one sentence and exit code 2."""
     try:
         with handled_by(stop_now):
             if os.environ.keys() & {"LOCAL_RANK", "ACCELERATE_USE_CPU"}:
@@ -341,12 +341,5 @@ def main() -> None:
         sentence = str(error) if isinstance(error, LatelierError) else explain(error)
         if sentence is None or os.environ.get("LATELIER_TRACEBACK"):
             raise
-        _say(f"[bold red]Error:[/] {escape(sentence)}")
+        Console(stderr=True).print(f"[bold red]Error:[/] {escape(sentence)}", highlight=False, soft_wrap=True)
         sys.exit(2)
-    except Stopped as signal:
-        _say(f"Stopped by {signal}; what was finished is saved. Run the same command again to go on from there.")
-        sys.exit(0)
-
-
-def _say(words: str) -> None:
-    Console(stderr=True).print(words, highlight=False, soft_wrap=True)

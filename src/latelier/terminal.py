@@ -7,11 +7,14 @@ command goes on from there. A second signal never waits.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from rich.console import Console
@@ -46,13 +49,21 @@ def images_bar(title: str, total: int, shown: bool = True, patience: float = 0.0
             bar.stop()
 
 
-class Stopped(BaseException):
-    """The command was asked to stop; `str` is the signal's name. No `except Exception` on the way holds it up."""
-
-
 def stop_now(number: int, _frame: FrameType | None = None) -> None:
-    """Handler that ends the command where it is."""
-    raise Stopped(signal.Signals(number).name)
+    """Handler that ends the command where it is, with exit code 0.
+
+    It raises nothing: libraries swallow what is raised while they clean up or start a process.
+    """
+    for child in multiprocessing.active_children():
+        child.kill()
+    cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # which progress bars hide
+    words = f"Stopped by {signal.Signals(number).name}; what was finished is saved. "
+    words += "Run the same command again to go on from there.\n"
+    with suppress(RuntimeError, OSError, ValueError):  # it was being written to when the signal came, or it is closed
+        sys.stdout.flush()
+    with suppress(OSError):
+        os.write(2, f"\n{cursor}{words}".encode())
+    os._exit(0)
 
 
 @contextmanager
@@ -69,7 +80,11 @@ def handled_by(handler: Handler) -> Iterator[None]:
             signal.signal(number, old)
 
 
-def ignore_in_worker(_worker: int) -> None:
-    """For worker processes: the process that started them hears the signal and ends them."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+@contextmanager
+def blocked() -> Iterator[None]:
+    """Processes that are started meanwhile never hear these signals: who started them hears them, and ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

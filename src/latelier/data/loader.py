@@ -24,7 +24,7 @@ from latelier.data.tables import StreamSource
 from latelier.data.transforms import Transform
 from latelier.errors import LatelierError
 from latelier.recipe import Data
-from latelier.terminal import ignore_in_worker
+from latelier.terminal import blocked
 
 MEMORY_LIMIT = 1_000_000_000  # bytes of pixels
 NAMED_IN_ERRORS = 3
@@ -171,9 +171,11 @@ class ImageDataset:
         workers = workers if most_workers is None else min(workers, most_workers)
         loader = DataLoader(
             dataset, sampler=jobs, batch_size=None, num_workers=workers, collate_fn=pack,
-            persistent_workers=workers > 0, pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_in_worker,
+            persistent_workers=workers > 0, pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
-        for batch in loader:
+        with blocked():
+            batches = iter(loader)
+        for batch in batches:
             if "error" in batch:
                 raise LatelierError(batch["error"])
             self._note(batch.pop("failures"), log=True)
