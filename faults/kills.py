@@ -1,8 +1,8 @@
 """SIGKILL before every file operation of a run, and in the middle of every write: the same command goes on, and ends
 with the same weights, averages, statistics, cache, samples and numbers, bit for bit.
 
-Operations are those of Python (opening to write, renaming, removing, making folders), by its audit events, and the
-writes of safetensors and torch, which are native code. Each is counted, so that a place has a number.
+Operations are those of Python (opening to write, writing, syncing, renaming, removing, making folders), and the writes
+of safetensors and torch, which are native code. Each is counted, so that a place has a number.
 """
 
 from __future__ import annotations
@@ -71,7 +71,11 @@ class Shim:
         import safetensors.torch
         import torch
 
-        open_file, serialize, save = io.open, safetensors.torch.serialize_file, torch.save
+        open_file, serialize, save, sync = io.open, safetensors.torch.serialize_file, torch.save, os.fsync
+
+        def synced(handle: int) -> None:
+            self.operation("sync", os.readlink(f"/proc/self/fd/{handle}"))
+            sync(handle)
 
         def opened(file: Any, mode: str = "r", *rest: Any, **options: Any) -> Any:
             stream = open_file(file, mode, *rest, **options)
@@ -97,7 +101,7 @@ class Shim:
         safetensors.torch.serialize_file = lambda tensors, path, **options: whole(
             "safetensors", lambda to: serialize(tensors, to, **options), path
         )
-        torch.save = saved
+        torch.save, os.fsync = saved, synced
         io.open = builtins.open = opened
 
 

@@ -74,10 +74,10 @@ def contents(run: Path) -> dict[str, str]:
     return found
 
 
-def difference(run: Path, whole: dict[str, str]) -> str:
-    """What differs from an uninterrupted run, or was left behind by a killed one; empty for nothing."""
+def difference(run: Path, whole: dict[str, str], unused: str = "") -> str:
+    """What differs from an uninterrupted run, but for one file, or was left behind by a kill; empty for nothing."""
     found = contents(run)
-    wrong = [name for name in {**whole, **found} if whole.get(name) != found.get(name)]
+    wrong = [name for name in {**whole, **found} if whole.get(name) != found.get(name) and name != unused]
     if wrong:
         return f"differs: {', '.join(sorted(wrong)[:4])}{' ...' * (len(wrong) > 4)}"
     left = [str(p.relative_to(run)) for p in run.rglob(".*") if p.name.endswith((".tmp", ".old"))]

@@ -13,7 +13,7 @@ _STORAGE = {
     errno.EPERM: "this is not permitted; choose a folder of your own",
     errno.EIO: "the disk reports an error; check it",
 }
-_WRITING = ("pytorchstreamwriter", "no space left", "unexpected pos", "file write failed", "disk quota")
+_WRITING = ("pytorchstreamwriter", "no space left", "unexpected pos", "file write failed", "iostream error")
 _MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory")
 _PEERS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "timed out waiting")
 

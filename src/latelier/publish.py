@@ -32,7 +32,7 @@ def write_whole(path: Path, content: str | bytes) -> Path:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    sync(path.parent)
     return path
 
 
@@ -68,17 +68,17 @@ def finish(temporary: Path, folder: Path, **facts: Any) -> None:
     """Sync the files, write their manifest, and rename the folder."""
     files = {}
     for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
-        _sync(path)
+        sync(path)
         files[str(path.relative_to(temporary))] = {"size": path.stat().st_size, "sha256": sha256(path)}
     write_whole(temporary / MANIFEST, json.dumps({**facts, "files": files}, indent=1))
     for path in {p.parent for p in temporary.rglob("*")}:
-        _sync(path)
+        sync(path)
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():  # killed between the two renames: nothing is published, and it is made again
         folder.rename(old)
     temporary.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -113,7 +113,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Ask the disk to keep a file, or the names in a folder."""
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -24,7 +24,7 @@ from torch import Tensor
 from latelier.data.records import Images, mirrored, permuted_index, share
 from latelier.errors import LatelierError
 from latelier.keyed_random import KeyedRandom
-from latelier.publish import write_whole
+from latelier.publish import sync, write_whole
 from latelier.terminal import images_bar
 from latelier.tokenizers.codec import Codec
 
@@ -200,7 +200,7 @@ def _start(folder: Path, codec: Codec, dataset: Images, key: dict, shards: int, 
     if is_main:
         for old in (folder / INDEX_FILE, *folder.glob("shard-*")):
             old.unlink(missing_ok=True)
-        write_whole(folder / INDEX_FILE, json.dumps(about, indent=1))
+        _write_about(folder, about)
     return about
 
 
@@ -212,7 +212,7 @@ def _finish(folder: Path, about: dict[str, Any]) -> None:
             shard["rows"] = file.get_slice("index").get_shape()[0]
     if not sum(shard["rows"] for shard in about["shards"]):
         raise LatelierError(f"No image could be read, so the latent cache in {folder} is empty; check data.source.")
-    write_whole(folder / INDEX_FILE, json.dumps({**about, "complete": True}, indent=1))
+    _write_about(folder, {**about, "complete": True})
 
 
 @torch.no_grad()
@@ -247,6 +247,7 @@ def _save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     temporary = path.with_suffix(".tmp")
     try:
         save_file(tensors, temporary, metadata={"sha256": _digest(tensors)})
+        sync(temporary)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
@@ -280,8 +281,27 @@ def _open_shard(path: Path, sha256: str) -> dict[str, Tensor]:
     return tensors
 
 
+def _write_about(folder: Path, about: dict[str, Any]) -> None:
+    write_whole(folder / INDEX_FILE, json.dumps({**about, "sha256": _hash(about)}, indent=1))
+
+
 def _read_about(folder: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if (path := folder / INDEX_FILE).is_file() else None
+    """The content of `cache.json`; None without one."""
+    path = folder / INDEX_FILE
+    if not path.is_file():
+        return None
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        whole = about.pop("sha256", None) in (None, _hash(about))  # None: of before 0.2
+    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise LatelierError(f"{path} is damaged; delete {folder} and run `latelier encode`, or the same command again.")
+    return about
+
+
+def _hash(about: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 def _check_key(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:

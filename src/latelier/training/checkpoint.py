@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from latelier import publish
-from latelier.errors import LatelierError
+from latelier.errors import LatelierError, explain
 from latelier.terminal import console
 
 
@@ -49,13 +49,14 @@ def save(
             for old in checkpoints(folder, stage)[:-keep]:
                 shutil.rmtree(old)
     except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and not _is_write_error(error):
+        if explain(error) is None:
             raise
         shutil.rmtree(final.with_name(f".{final.name}.tmp"), ignore_errors=True)
         last = checkpoints(folder, stage)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         kept = f"the last good checkpoint, {last[-1]}, stays" if last else "there was no earlier checkpoint"
         raise LatelierError(
-            f"The checkpoint at {images:,} images could not be written to {root} ({_reason(error)}); {kept}. "
+            f"The checkpoint at {images:,} images could not be written to {root} ({reason}); {kept}. "
             "Free some space and run the same command again."
         ) from None
     accelerator.wait_for_everyone()
@@ -170,14 +171,6 @@ def save_diagnostic(folder: Path, stage: str, images: int, batch: dict[str, Any]
 
 def _trained_names(objective: nn.Module) -> list[str]:
     return [name for name, parameter in objective.named_parameters() if parameter.requires_grad]
-
-
-def _is_write_error(error: RuntimeError) -> bool:
-    return any(word in str(error).lower() for word in ("write", "no space", "disk", "i/o", "unexpected pos"))
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error).splitlines()[0]
 
 
 def export_ema(objective: nn.Module, ema: EMAModel | None) -> None:
