@@ -157,7 +157,7 @@ def refuse_non_finite(model: nn.Module, what: str, folder: Path, stage: str) -> 
         last = checkpoints(folder, stage)
         raise LatelierError(
             f"{what} has weights that are not finite ({name}), so it is not saved; lower lr of the {stage} and run "
-            f"again, {'to go on from ' + str(last[-1]) if last else 'from the beginning'}."
+            f"again{f' with --accept-changes, to go on from {last[-1]}' if last else ', from the beginning'}."
         )
 
 

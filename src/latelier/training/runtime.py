@@ -241,8 +241,8 @@ class Stage:
         path = checkpoint.save_diagnostic(self.folder, self.name, images, batch, self.accelerator.process_index)
         raise LatelierError(
             f"Training stopped before the weights were touched: at {images:,} images {error.what}. "
-            f"The batch is in {path}; lower lr of the {self.name}, or set its precision: fp32, and run again to go on "
-            "from the last checkpoint."
+            f"The batch is in {path}; lower lr of the {self.name}, or set its precision: fp32, and run again with "
+            "--accept-changes to go on from the last checkpoint."
         ) from None
 
     def _on_signal(self, number: int, frame: Any) -> None:
