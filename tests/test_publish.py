@@ -139,3 +139,18 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     module.weight.data[0, 0] = torch.nan
     with pytest.raises(LatelierError, match=r"not finite \(weight\), so it is not saved"):
         checkpoint.refuse_non_finite(module, "It", tmp_path, "tokenizer")
+
+
+def test_a_damaged_export_is_made_again(trained, tmp_path, capsys):
+    recipe = tiny_recipe(tmp_path)
+    shutil.copytree(trained.folder, recipe.folder)
+    weights = recipe.folder / "tokenizer" / "diffusion_pytorch_model.safetensors"
+    whole = weights.read_bytes()
+    flip_a_bit(weights)
+    train_tokenizer(recipe)
+    assert weights.read_bytes() == whole
+    assert "is damaged (it has changed bytes in" in " ".join(capsys.readouterr().err.split())
+    flip_a_bit(weights)
+    shutil.rmtree(recipe.folder / "checkpoints")
+    with pytest.raises(LatelierError, match="is damaged .* put back a copy, or delete it to train it again"):
+        train_tokenizer(recipe)
