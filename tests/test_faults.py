@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from faults import SECTIONS
 
 ROOT = Path(__file__).parents[1]

@@ -152,5 +152,5 @@ def test_a_damaged_export_is_made_again(trained, tmp_path, capsys):
     assert "is damaged (it has changed bytes in" in " ".join(capsys.readouterr().err.split())
     flip_a_bit(weights)
     shutil.rmtree(recipe.folder / "checkpoints")
-    with pytest.raises(LatelierError, match="is damaged .* put back a copy, or delete it to train it again"):
+    with pytest.raises(LatelierError, match=r"is damaged .* put back a copy, or delete it to train it again"):
         train_tokenizer(recipe)
