@@ -62,6 +62,8 @@ class Shim:
         return bool(name) and (not os.path.isabs(name) or name.startswith(self.run))
 
     def _audit(self, event: str, args: tuple) -> None:
+        if event == "os.mkdir" and os.path.isdir(args[0]):
+            return
         if event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             self.operation("open", args[0])
         elif event in EVENTS:
