@@ -29,8 +29,8 @@ from latelier.keyed_random import fold_in
 VAL_NAMES = ("val", "valid", "validation", "test")  # names of validation splits, looked for in this order
 ORIENTATION = 0x0112  # in EXIF
 UNREADABLE = (  # what PIL and numpy raise for files that are damaged, cut off, or so large that they must be an attack
-    OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError, struct.error,
-    zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning,
+    OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError, MemoryError,
+    RuntimeError, struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning,
 )  # fmt: skip
 
 
@@ -153,8 +153,16 @@ def digest(*parts: Any) -> str:
 
 
 def file_facts(paths: Sequence[Path], root: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of files, for fingerprints."""
-    return [(os.path.relpath(path, root), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in paths]
+    """Name, size and time of change of files, for fingerprints; a link that leads nowhere has the size -1."""
+
+    def facts(path: Path) -> tuple[str, int, int]:
+        try:
+            stat = path.stat()
+        except OSError:
+            return os.path.relpath(path, root), -1, 0
+        return os.path.relpath(path, root), stat.st_size, stat.st_mtime_ns
+
+    return [facts(path) for path in paths]
 
 
 def name_hash(name: str) -> float:
@@ -177,9 +185,19 @@ def check_classes(classes: list[str], known: list[str] | None) -> None:
 def number_classes(named: list[str], class_names: list[str] | None) -> tuple[list[str], list[int]]:
     """Class names, by default all that are found, sorted, and the images' labels: positions in them."""
     found = sorted(set(named))
-    check_classes(found, class_names or found)
+    if class_names and (other := [name for name in found if name not in class_names]):
+        raise LatelierError(
+            f"The held-out images have the class {other[0]!r}, which the training images do not have (their classes: "
+            f"{', '.join(class_names[:5])}{', ...' if class_names[5:] else ''}); sort both into folders of the same "
+            "names, or set data.val_split or data.val_source."
+        )
     number = {name: i for i, name in enumerate(class_names or found)}
     return class_names or found, [number[name] for name in named]
+
+
+def local(name: str) -> Path:
+    """A path that a user wrote, with `~`."""
+    return Path(os.path.expanduser(name))  # that of pathlib raises where there is no such user
 
 
 def open_bytes(content: bytes) -> Image.Image:
