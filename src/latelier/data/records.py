@@ -153,16 +153,9 @@ def digest(*parts: Any) -> str:
 
 
 def file_facts(paths: Sequence[Path], root: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of files, for fingerprints; a link that leads nowhere has the size -1."""
-
-    def facts(path: Path) -> tuple[str, int, int]:
-        try:
-            stat = path.stat()
-        except OSError:
-            return os.path.relpath(path, root), -1, 0
-        return os.path.relpath(path, root), stat.st_size, stat.st_mtime_ns
-
-    return [facts(path) for path in paths]
+    """Name, size and time of change of files, for fingerprints; of links that lead nowhere, those of the link."""
+    stats = (path.stat() if path.exists() else path.lstat() for path in paths)
+    return [(os.path.relpath(p, root), stat.st_size, stat.st_mtime_ns) for p, stat in zip(paths, stats)]
 
 
 def name_hash(name: str) -> float:

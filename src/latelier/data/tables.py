@@ -208,12 +208,13 @@ class StreamSource(_RowSource):
         table = self._table
         if epoch is not None:
             table = table.shuffle(seed=fold_in(seed, "order", epoch) % 2**32, buffer_size=SHUFFLE_BUFFER)
-        for row in _readable(table, self._where):
-            number = row.pop(ROW_NUMBER)
-            if self._keep is not None and not self._keep(number):
-                continue
-            if self.class_names is None or self._class_of(row) in self.class_names:
-                yield number, row
+        with _opening(self._where):
+            for row in table:
+                number = row.pop(ROW_NUMBER)
+                if self._keep is not None and not self._keep(number):
+                    continue
+                if self.class_names is None or self._class_of(row) in self.class_names:
+                    yield number, row
 
     def captions(self) -> Iterator[str]:
         if self.caption is not None:
@@ -271,8 +272,10 @@ def _load(data: Data, where: str, split: str, streaming: bool) -> tuple[Any, lis
     arguments: dict[str, Any] = {"path": where}
     if files:
         arguments = {"path": BUILDERS[files[0].suffix], "data_files": [str(path) for path in files]}
-    else:
-        _check_hub_name(where)
+    elif not HUB_NAME.fullmatch(where) or os.path.isdir(os.path.dirname(where)) or _near(where):
+        # What is meant as a path is refused now: the Hub would be asked again and again.
+        known = "neither emoji nor scenes, and there is no such folder, file or Hub name"
+        raise LatelierError(f"data.source = {where!r} is {known}{_near(where)}.")
     with _opening(where):
         names = ["train"] if files else datasets.get_dataset_split_names(where)
         wanted, has_val = ("train", False) if files else _split_name(data, where, split, names)
@@ -292,25 +295,6 @@ def _opening(where: str) -> Iterator[None]:
     except Exception as error:
         words = str(error.__cause__ or error).splitlines() or [type(error).__name__]
         raise LatelierError(f"Dataset {where!r} cannot be opened ({words[0].rstrip('.')}).") from None
-
-
-def _readable(table: Iterable[dict[str, Any]], where: str) -> Iterator[dict[str, Any]]:
-    """The rows of a stream, whose files may turn out to be damaged."""
-    rows = iter(table)
-    while True:
-        with _opening(where):
-            row = next(rows, None)
-        if row is None:
-            return
-        yield row
-
-
-def _check_hub_name(where: str) -> None:
-    """Refuse what is meant as a path, before the Hub is asked again and again."""
-    hint = _near(where)
-    if not HUB_NAME.fullmatch(where) or os.path.isdir(os.path.dirname(where)) or hint:
-        known = "neither emoji nor scenes, and there is no such folder, file or Hub name"
-        raise LatelierError(f"data.source = {where!r} is {known}{hint}.")
 
 
 def _near(where: str) -> str:
