@@ -250,7 +250,7 @@ def _archives() -> list[Case]:
         ("a column of plain bytes", plain(list(members.values())), WORKS),
     ]
     gap, unnamed = {"data.source": "x-{000..001}.tar"}, {"data.source": "x.parquet", "data.label_key": "kind"}
-    lone = ("shards, one of them missing", lambda: tar("x-000.tar", members), refuses("no such file as 'x-001.tar'"))
+    lone = ("shards in braces", lambda: tar("x-000.tar", members), refuses("shards are named by a glob, 'x-*.tar'"))
     lacking = ("a column that is not there", lambda: parquet("x.parquet", rows()), refuses("is no column"))
     shard = "folder/x.tar"
     inside = lambda: (Path("folder").mkdir(), tar(shard, members))  # noqa: E731

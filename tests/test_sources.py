@@ -80,7 +80,7 @@ def test_split_folders(tmp_path):
     with pytest.raises(LatelierError, match="dev"):
         opened(tmp_path, "val", val_split="dev")
     write(tmp_path, "val/c/5.png")
-    with pytest.raises(LatelierError, match=r"held-out images have the class 'c'.*\(their classes: a, b\)"):
+    with pytest.raises(LatelierError, match=r"held-out images have the class 'c'.*\(a, b\)"):
         opened(tmp_path, "val")
 
 
@@ -303,8 +303,7 @@ def test_labels_that_are_missing(tmp_path):
         opened(path)
 
 
-@pytest.mark.parametrize("pattern", ["shard-*.tar", "shard-{000..001}.tar"])
-def test_webdataset_shards(tmp_path, pattern):
+def test_webdataset_shards(tmp_path):
     for shard in range(2):
         with tarfile.open(tmp_path / f"shard-{shard:03d}.tar", "w") as tar:
             for i in (2 * shard, 2 * shard + 1):
@@ -316,12 +315,12 @@ def test_webdataset_shards(tmp_path, pattern):
                     info = tarfile.TarInfo(name)
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
-    source = opened(tmp_path / pattern)
+    source = opened(tmp_path / "shard-*.tar")
     assert [value(source[i]) for i in range(4)] == [0, 1, 2, 3]
     assert source[3]["caption"] == "number 3"
     assert source.labels == [0, 1, 0, 1]
-    with pytest.raises(LatelierError, match=r"no such file as .*shard-002.tar"):
-        opened(tmp_path / "shard-{000..003}.tar")
+    with pytest.raises(LatelierError, match=r"no such file; shards are named by a glob, .*shard-\*.tar"):
+        opened(tmp_path / "shard-{000..001}.tar")
 
 
 def test_columns_of_bytes_and_rows_that_name_files(tmp_path):

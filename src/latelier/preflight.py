@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,12 +76,11 @@ def check_sources(recipe: Recipe) -> dict[str, Source | StreamSource]:
             console.print(f"Data: {without:,} boxes of {SPLITS[split]} images have no area in them and are left out.")
         record = _first_record(source)
         asked = kinds if split == "train" or kinds - {"class"} else set()  # classes alone are drawn without records
-        for kind in sorted(asked & {*NEEDED}):
-            if record and NEEDED[kind] not in record:
-                raise LatelierError(
-                    f"denoiser.condition = {kind!r} needs {NEEDED[kind]!r} of each image, but the {SPLITS[split]} "
-                    f"images of {recipe.data.source} have none; add them, or choose other images or another condition."
-                )
+        if lacking := [kind for kind in asked if record and NEEDED.get(kind, "image") not in record]:
+            raise LatelierError(
+                f"denoiser.condition = {lacking[0]!r} needs {NEEDED[lacking[0]]!r} of each image, but the "
+                f"{SPLITS[split]} images of {recipe.data.source} have none; add them, or choose another condition."
+            )
         if "text" in asked:
             next(open_images(recipe, split).captions(), None)  # refuses images without a caption
     return sources
@@ -91,22 +89,17 @@ def check_sources(recipe: Recipe) -> dict[str, Source | StreamSource]:
 def _first_record(source: Source | StreamSource) -> dict[str, Any]:
     """The first record that can be opened; nothing of a stream."""
     for index in range(0 if isinstance(source, StreamSource) else min(TRIES, len(source))):
-        try:
+        with suppress(*UNREADABLE):
             return source[index]  # type: ignore[index]
-        except UNREADABLE:
-            continue
     return {}
 
 
 def _classes(source: Source | StreamSource) -> str:
     """Class names and, if labels are known, how many images each has."""
-    names = source.class_names
-    if not names:
-        return ""
-    labels = getattr(source, "labels", None)
-    counts = Counter(labels or [])
-    shown = [name if labels is None else f"{name} {counts[i]:,}" for i, name in enumerate(names[:NAMES_SHOWN])]
-    return f", {len(names):,} classes: {', '.join(shown)}{', ...' if names[NAMES_SHOWN:] else ''}"
+    names, labels = source.class_names or [], getattr(source, "labels", None)
+    counts = ["" if labels is None else f" {labels.count(i):,}" for i in range(min(NAMES_SHOWN, len(names)))]
+    shown = ", ".join(f"{name}{count}" for name, count in zip(names, counts))
+    return f", {len(names):,} classes: {shown}{', ...' * (len(names) > NAMES_SHOWN)}" if names else ""
 
 
 def try_tokenizer(recipe: Recipe, count: bool = False) -> Iterator[Trial]:

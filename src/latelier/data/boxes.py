@@ -6,6 +6,7 @@ All become the entries `boxes`, `box_labels` and `box_flags` of a record, cut at
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from latelier.data.records import VAL_NAMES, local, orientation
+from latelier.data.records import VAL_NAMES, orientation
 from latelier.errors import LatelierError
 
 # Bits of a box's attributes, of COCO (`iscrowd`) and Open Images (the others).
@@ -104,9 +105,8 @@ class CocoBoxes(Boxes):
             labels = self._numbering.number([a.get("category_id") for a in annotations], where)
             boxes = [a.get("bbox") for a in annotations]
             try:
-                entries = pixel_entries(boxes, labels, flags[image["id"]], size, where)
+                entries = self._entries[path] = pixel_entries(boxes, labels, flags[image["id"]], size, where)
                 self.without_area += len(boxes) - len(entries["boxes"])
-                self._entries[path] = entries
             except ValueError as error:  # the image is skipped for it, like one that cannot be read
                 self._entries[path] = error
 
@@ -217,7 +217,7 @@ def annotation_file(
     names: tuple[str, ...] = (train_name,) if split == "train" else VAL_NAMES
     if folder or (split == "val" and val_name):
         names = (folder or val_name or "",)
-    files = [local(boxes.replace(SPLIT, name)) for name in names]
+    files = [Path(os.path.expanduser(boxes.replace(SPLIT, name))) for name in names]
     return next((file for file in files if file.is_file()), files[0])
 
 
@@ -226,8 +226,8 @@ def _number_objects(rows: Iterable[tuple[Any, Any]], like: list[str] | None, whe
     try:
         distinct = {value for objects, name in rows for value in object_columns(objects, name)[1]}
         values = sorted(distinct, key=lambda value: (isinstance(value, str), value))
-    except TypeError:
-        raise LatelierError(f"{where}: the classes of `objects` must be numbers or names.") from None
+    except (ValueError, TypeError, IndexError, OverflowError):
+        raise LatelierError(f"{where}: `objects` needs a class, and numbers as flags, for each box.") from None
     return Numbering.of(values, list(map(str, values)), like, where)
 
 
@@ -243,10 +243,7 @@ def object_columns(objects: Any, where: Any) -> tuple[list[Any], list[Any], list
     if not isinstance(boxes, list) or not isinstance(values, list) or len(boxes) != len(values):
         raise LatelierError(f"{where}: `objects` needs `bbox` and `category`, lists of the same length.")
     flagged = {name: column for name, column in objects.items() if name.replace("_", "").lower() in FLAGS}
-    try:
-        flags = [_bits({name: column[i] for name, column in flagged.items()}) for i in range(len(boxes))]
-    except (ValueError, TypeError, IndexError, OverflowError):
-        raise LatelierError(f"{where}: {', '.join(flagged)} of `objects` must be a number for each box.") from None
+    flags = [_bits({name: column[i] for name, column in flagged.items()}) for i in range(len(boxes))]
     return boxes, values, flags
 
 
@@ -279,11 +276,7 @@ def pixel_entries(
 
 
 def relative_entries(boxes: np.ndarray, labels: Sequence[int], flags: Sequence[int]) -> Entries:
-    """Entries from relative boxes `(n, 4)`, cut at the image's edges; those without area are left out.
-
-    Raises:
-        ValueError: if a number is NaN or infinite.
-    """
+    """Entries from relative boxes `(n, 4)`, cut at the image's edges; those without area are left out."""
     if not np.isfinite(boxes).all():
         raise ValueError(f"the box {boxes[~np.isfinite(boxes).all(1)][0].tolist()} is not finite")
     boxes = boxes.clip(0, 1).astype(np.float32)

@@ -9,6 +9,7 @@ import csv
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from numpy.lib.format import open_memmap
 from PIL import Image
 
 from latelier.data.boxes import SPLIT, Boxes, CocoBoxes, ObjectBoxes, YoloBoxes, annotation_file
-from latelier.data.records import UNREADABLE, VAL_NAMES, digest, file_facts, local, number_classes, open_bytes
+from latelier.data.records import UNREADABLE, VAL_NAMES, digest, file_facts, number_classes, open_bytes
 from latelier.errors import LatelierError
 from latelier.recipe import Data
 
@@ -52,8 +53,9 @@ class FolderSource:
         self.root, top = root, top or root
         split_name = root.name if root != top else data.split if split == "train" else data.val_split or split
         given = {"data.segmentation": data.segmentation, "data.maps": data.maps}
-        planes = {key: local(folder.replace(SPLIT, split_name)) for key, folder in given.items() if folder}
-        paths = [path for path in list_images(root) if not any(_lies_in(path, folder) for folder in planes.values())]
+        planes = {k: Path(os.path.expanduser(f.replace(SPLIT, split_name))) for k, f in given.items() if f}
+        apart = tuple(os.path.join(os.path.realpath(folder), "") for folder in planes.values())
+        paths = [path for path in list_images(root) if not (apart and os.path.realpath(path).startswith(apart))]
         if not paths:
             needs = "it needs files such as .jpg, .png or .webp"
             if shards := [path for path in sorted(root.glob("*")) if path.suffix in (".tar", ".parquet")]:
@@ -118,16 +120,13 @@ class FolderSource:
     def captions(self, indices: Iterable[int]) -> Iterator[str]:
         """Captions of these images, which are not opened; without those that cannot be read."""
         for i in indices if self._captions is not None else ():
-            try:
+            with suppress(*UNREADABLE):
                 yield self._caption(self.paths[i]) or ""
-            except UNREADABLE:  # the image is skipped for it, too
-                continue
 
     @cached_property
     def uncaptioned(self) -> list[int]:
         """Images that have no caption where others have one; an empty text file is one."""
-        if (known := self._captions) is None:
-            return []
+        known = set(self.paths) if self._captions is None else self._captions
         lacking = ((i, path) for i, path in enumerate(self.paths) if path not in known)
         return [i for i, path in lacking if not (self._sidecars and _sidecar(path).is_file())]
 
@@ -280,10 +279,6 @@ def _open(path: Path) -> Any:
         raise ValueError(f"the file has {size:,} bytes")
     # Mapped, an array whose header claims more than the file holds is refused before any memory is taken.
     return open_memmap(path, mode="r") if path.suffix.lower() == ".npy" else open_bytes(path.read_bytes())
-
-
-def _lies_in(path: Path, folder: Path) -> bool:
-    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def _sidecar(path: Path) -> Path:

@@ -80,7 +80,8 @@ class Source(Protocol):
     """A finite sequence of records.
 
     It may also have `box_names` (index = box label), `segmentation_classes` (how many ids label maps have),
-    `captions(indices)`, which opens no image, and `mirrored_captions`: whether records have `caption_mirrored`.
+    `captions(indices)`, which opens no image, `uncaptioned`: indices of images without a caption where others have
+    one, and `mirrored_captions`: whether records have `caption_mirrored`.
     """
 
     class_names: list[str] | None  # index = label; None without labels
@@ -179,18 +180,11 @@ def number_classes(named: list[str], class_names: list[str] | None) -> tuple[lis
     """Class names, by default all that are found, sorted, and the images' labels: positions in them."""
     found = sorted(set(named))
     if class_names and (other := [name for name in found if name not in class_names]):
-        raise LatelierError(
-            f"The held-out images have the class {other[0]!r}, which the training images do not have (their classes: "
-            f"{', '.join(class_names[:5])}{', ...' if class_names[5:] else ''}); sort both into folders of the same "
-            "names, or set data.val_split or data.val_source."
-        )
+        known = ", ".join([*class_names[:5], *["..."] * (len(class_names) > 5)])
+        wrong = f"The held-out images have the class {other[0]!r}, which the training images do not have ({known})"
+        raise LatelierError(f"{wrong}; sort both into folders of the same names, or set data.val_source.")
     number = {name: i for i, name in enumerate(class_names or found)}
     return class_names or found, [number[name] for name in named]
-
-
-def local(name: str) -> Path:
-    """A path that a user wrote, with `~`."""
-    return Path(os.path.expanduser(name))  # that of pathlib raises where there is no such user
 
 
 def open_bytes(content: bytes) -> Image.Image:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from latelier.data.boxes import SPLIT, annotation_file
 from latelier.data.builtin import EmojiSource, SceneSource
 from latelier.data.folder import FolderSource, split_folders
-from latelier.data.records import Source, check_classes, digest, local, name_hash
+from latelier.data.records import Source, check_classes, digest, name_hash
 from latelier.data.tables import StreamSource, open_stream, open_table
 from latelier.errors import LatelierError
 from latelier.recipe import Data
@@ -101,7 +102,7 @@ def _open_split(data: Data, split: str) -> Source:
 def _open(data: Data, where: str, split: str, like: Source | None = None) -> tuple[Source, bool]:
     """One split of a folder or dataset, numbered like another, and whether it has a validation split of its own."""
     class_names, box_names = (like.class_names, getattr(like, "box_names", None)) if like else (None, None)
-    path = local(where)
+    path = Path(os.path.expanduser(where))  # that of pathlib raises where there is no such user
     if where == "emoji":
         return EmojiSource(split), True
     if not os.path.isdir(path):  # pathlib's raises where a name is too long

@@ -167,10 +167,8 @@ class TableSource(_RowSource):
     @cached_property
     def uncaptioned(self) -> list[int]:
         """Rows that have no caption; an empty one is one."""
-        if self.caption is None:
-            return []
-        texts = self._table.select_columns([self.caption]).with_format("arrow")[:][self.caption]
-        return np.flatnonzero(texts.is_null().to_numpy()).tolist()
+        texts = self._table.select_columns([self.caption] if self.caption else []).with_format("arrow")[:]
+        return [i for column in texts.columns for i in np.flatnonzero(column.is_null().to_numpy()).tolist()]
 
 
 class StreamSource(_RowSource):
@@ -261,7 +259,7 @@ def _downloads(where: str) -> list[str]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     folder = Path(HF_HUB_CACHE, f"datasets--{where.replace('/', '--')}")
-    return [os.path.realpath(f) for f in (folder, config.EXTRACTED_DATASETS_PATH)] if folder.is_dir() else []
+    return [*map(os.path.realpath, (folder, config.EXTRACTED_DATASETS_PATH))] if folder.is_dir() else []
 
 
 def _load(data: Data, where: str, split: str, streaming: bool) -> tuple[Any, list[Any], bool]:
@@ -308,26 +306,17 @@ def _near(where: str) -> str:
 
 
 def _files(where: str) -> list[Path]:
-    """The files of a path, glob or brace pattern, all of one kind; none if it is neither."""
-    found = {pattern: glob.glob(pattern, recursive=True) for pattern in _unbraced(os.path.expanduser(where))}
-    paths = sorted(path for names in found.values() for path in map(Path, names) if path.is_file())
+    """The files of a path or glob, all of one kind; none if it is neither."""
+    found = map(Path, glob.glob(os.path.expanduser(where), recursive=True))
+    paths = sorted(path for path in found if path.is_file())
     kinds = sorted({path.suffix for path in paths})
-    missing = next((pattern for pattern, names in found.items() if not names), None)
-    if missing is not None and (paths or Path(where).suffix in BUILDERS):
-        raise LatelierError(f"data.source = {where!r}: there is no such file as {missing!r}{_near(missing)}.")
+    if not paths and Path(where).suffix in BUILDERS:
+        braces = re.sub(r"\{.*?\}", "*", where)
+        hint = f"; shards are named by a glob, {braces!r}" if braces != where else _near(where)
+        raise LatelierError(f"data.source = {where!r}: there is no such file{hint}.")
     if len(kinds) > 1 or not set(kinds) <= set(BUILDERS):
         raise LatelierError(f"data.source = {where!r} must be .parquet or .tar files, not {', '.join(kinds)}.")
     return paths
-
-
-def _unbraced(pattern: str) -> list[str]:
-    """The names of a webdataset pattern, `x-{000..012}.tar`."""
-    parts = re.split(r"\{(\d+)\.\.(\d+)\}", pattern, maxsplit=1)
-    if len(parts) == 1:
-        return parts
-    before, first, last, after = parts
-    numbers = (f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1))
-    return [before + number + end for number in numbers for end in _unbraced(after)]
 
 
 def _split_name(data: Data, where: str, split: str, names: list[str]) -> tuple[str, bool]:
