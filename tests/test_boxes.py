@@ -272,9 +272,59 @@ def test_objects_of_the_wrong_form(tmp_path):
         opened(parquet(tmp_path / "b.parquet", rows))
 
 
-def test_numbers_that_are_none():
-    boxes = np.array([[np.nan, 0, 1, 1], [0.5, 0.5, 0.25, 0.25], [0, 0, 1, 1]])
-    assert relative_entries(boxes, [0, 1, 2], [0, 0, 8])["box_labels"].tolist() == [2]
+def test_what_is_no_box():
+    """No area inside the image: left out; cut at its edges; no number: the whole record cannot be read."""
+    boxes = np.array([[0.5, 0.5, 0.25, 0.75], [0, 0, 1, 1], [2, 0, 3, 1], [-1e30, 0.5, 1e30, 1]])
+    found = relative_entries(boxes, [0, 1, 2, 3], [0, 8, 0, 0])
+    assert (found["box_labels"].tolist(), found["boxes"].tolist()) == ([1, 3], [[0, 0, 1, 1], [0, 0.5, 1, 1]])
+    for value in (np.nan, np.inf, -np.inf):
+        with pytest.raises(ValueError, match="is not finite"):
+            relative_entries(np.array([[0, 0, 1, 1], [value, 0, 1, 1]]), [0, 1], [0, 0])
+
+
+def test_a_box_that_is_no_number_costs_its_image_alone(images, tmp_path):
+    path = coco(tmp_path / "a.json", {**OBJECTS, "a/1.png": [((float("nan"), 0, 8, 8), 0)]})
+    data = Data(source=str(images), val_fraction=0, image_size=(32, 64), boxes=str(path))
+    source = open_source(data)
+    assert source.boxes_without_area == 2
+    dataset = ImageDataset(source, data, skip_log=tmp_path / "skipped.jsonl")
+    assert [batch["index"].tolist() for batch in dataset.once(3)] == [[0, 2]]
+    (entry,) = map(json.loads, (tmp_path / "skipped.jsonl").read_text().splitlines())
+    assert (entry["name"], "not finite" in entry["reason"]) == ("a/1.png", True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bbox": [10**400, 0, 1, 1]}, "four numbers"),
+        ({"category_id": [1]}, r"class \[1\]"),
+        ({"iscrowd": "yes"}, "no COCO annotation file"),
+        ({"image_id": 99}, "no COCO annotation file"),
+    ],
+)
+def test_junk_in_coco_files_is_one_sentence(images, tmp_path, change, message):
+    path = coco(tmp_path / "a.json")
+    told = json.loads(path.read_text())
+    told["annotations"][0] |= change
+    path.write_text(json.dumps(told))
+    with pytest.raises(LatelierError, match=message):
+        opened(images, boxes=str(path))
+
+
+def test_junk_in_yolo_files_and_objects(images, tmp_path):
+    yolo(images)
+    for text in ("names: [unclosed", "- a", "names: {1: dog}", "names: [[a], [b]]", "\xff"):
+        (images.parent / "data.yaml").write_text(text, encoding="latin1")
+        with pytest.raises(LatelierError, match=r"data.yaml needs `names`"):
+            opened(images, boxes="yolo")
+    for objects in (
+        {"bbox": 5, "category": [0]},
+        {"bbox": [[0, 0, 1, 1]], "category": [[0]]},
+        {"bbox": [[0, 0, 1, 1]], "category": ["a"], "iscrowd": ["x"]},
+    ):
+        (images / "metadata.jsonl").write_text(json.dumps({"file_name": "a/0.png", "objects": objects}))
+        with pytest.raises(LatelierError, match="`objects`"):
+            opened(images)
 
 
 # -- batches ------------------------------------------------------------------------------------------------------

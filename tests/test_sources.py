@@ -7,10 +7,13 @@ import tarfile
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from latelier.data.folder import list_images
+from latelier.data.loader import ImageDataset
 from latelier.data.records import Source
 from latelier.data.sources import hold_out, open_source
 from latelier.errors import LatelierError
@@ -77,7 +80,7 @@ def test_split_folders(tmp_path):
     with pytest.raises(LatelierError, match="dev"):
         opened(tmp_path, "val", val_split="dev")
     write(tmp_path, "val/c/5.png")
-    with pytest.raises(LatelierError, match="'c'"):
+    with pytest.raises(LatelierError, match=r"held-out images have the class 'c'.*\(a, b\)"):
         opened(tmp_path, "val")
 
 
@@ -141,6 +144,70 @@ def test_metadata_without_file_names(tmp_path):
         opened(tmp_path)
 
 
+def test_links(tmp_path):
+    """Each real folder at most once along a path; what leads nowhere is found out when the image is read."""
+    write(tmp_path / "root", "a/1.png", "b/2.png")
+    write(tmp_path / "elsewhere", "3.png", "deeper/4.png")
+    (tmp_path / "root/a/loop").symlink_to("..")
+    (tmp_path / "root/c").symlink_to(tmp_path / "elsewhere")  # datasets may be put together by links
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "root")
+    (tmp_path / "root/b/nowhere.png").symlink_to("gone.png")
+    (tmp_path / "root/b/itself.png").symlink_to("itself.png")
+    os.mkfifo(tmp_path / "root/b/pipe.png")
+    source = opened(tmp_path / "root")
+    unreadable = ["b/itself.png", "b/nowhere.png", "b/pipe.png"]
+    assert names(source) == ["a/1.png", "b/2.png", *unreadable, "c/3.png", "c/deeper/4.png"]
+    for index in range(2, 5):
+        with pytest.raises(FileNotFoundError, match="leads nowhere"):
+            source[index]
+    assert value(source[1]) == 1
+
+
+def test_long_captions_are_cut(tmp_path):
+    write(tmp_path, "a.png", "b.png", "c.png")
+    (tmp_path / "a.txt").write_text("word " * 300_000)
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "b.png", "text": "x" * 10**6}))
+    assert [len(caption) for caption in opened(tmp_path).captions(range(3))] == [9_999, 10_000, 0]
+    path = table(tmp_path / "a.parquet", 1, text=["y" * 10**6])
+    assert [len(caption) for caption in opened(path).captions([0])] == [len(opened(path)[0]["caption"])] == [10_000]
+
+
+def test_junk_in_metadata(tmp_path):
+    write(tmp_path, "a.png")
+    for line in ("[1]", '{"file_name": 5}', "{", "\xff", "[" * 100_000):
+        (tmp_path / "metadata.jsonl").write_text(line, encoding="latin1")
+        with pytest.raises(LatelierError, match=r"metadata.jsonl (cannot be read|needs a column)"):
+            opened(tmp_path)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "../../secret.png", "text": "no"}\n{"file_name": "/x.png"}')
+    assert names(opened(tmp_path)) == ["a.png"]
+
+
+def test_the_split_in_the_names_of_map_folders(tmp_path):
+    write(tmp_path, "images/train/1.png", "images/val/2.png", "labels_train/1.png", "labels_val/2.png")
+    for split, number in (("train", 1), ("val", 2)):
+        source = opened(tmp_path / "images", split, maps=str(tmp_path / "labels_{split}"))
+        assert names(source) == [f"{number}.png"]
+        assert source[0]["map"][0, 0, 0] == number + 1
+
+
+def test_paths_that_are_mistaken(tmp_path, monkeypatch):
+    """Without a word to the Hub, which would be asked again and again."""
+    write(tmp_path, "photos/train/a.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: pytest.fail(f"asked for {name}"))
+    for wrong, right in (
+        ("./photoz", "photos"),
+        ("photos/trian", "photos/train"),
+        ("photoz/train", "photos/train"),
+        (str(tmp_path / "photo"), str(tmp_path / "photos")),
+    ):
+        with pytest.raises(LatelierError, match=rf"no such folder, .*\(did you mean '{right}'\?\)\.$"):
+            opened(wrong)
+    for wrong in ("photos/validation", "~nobody at all/x", "x" * 5000, "/nothing/at/all"):
+        with pytest.raises(LatelierError, match=r"no such folder, file or Hub name\.$"):
+            opened(wrong)
+
+
 def test_fingerprint_follows_the_files(tmp_path):
     write(tmp_path, "a.png", "b.png")
     first = opened(tmp_path).fingerprint
@@ -159,6 +226,9 @@ def test_missing_and_empty_folders(tmp_path):
         opened(tmp_path / "nothing here")
     with pytest.raises(LatelierError, match="no such file"):
         opened(tmp_path / "x.parquet")
+    (tmp_path / "empty" / "x-000.tar").touch()
+    with pytest.raises(LatelierError, match=r"set data.source='.*/empty/\*.tar'"):
+        opened(tmp_path / "empty")
     with pytest.raises(LatelierError, match="streaming"):
         opened(write(tmp_path / "some", "a.png"), streaming=True)
     with pytest.raises(LatelierError, match="streaming"):
@@ -234,20 +304,65 @@ def test_labels_that_are_missing(tmp_path):
 
 
 def test_webdataset_shards(tmp_path):
-    with tarfile.open(tmp_path / "shard-0.tar", "w") as tar:
-        for i in range(4):
-            for name, content in (
-                (f"{i}.png", png(i)),
-                (f"{i}.txt", f"number {i}".encode()),
-                (f"{i}.cls", b"%d" % (i % 2)),
-            ):
-                info = tarfile.TarInfo(name)
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"shard-{shard:03d}.tar", "w") as tar:
+            for i in (2 * shard, 2 * shard + 1):
+                for name, content in (
+                    (f"{i}.png", png(i)),
+                    (f"{i}.txt", f"number {i}".encode()),
+                    (f"{i}.cls", b"%d" % (i % 2)),
+                ):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
     source = opened(tmp_path / "shard-*.tar")
     assert [value(source[i]) for i in range(4)] == [0, 1, 2, 3]
     assert source[3]["caption"] == "number 3"
     assert source.labels == [0, 1, 0, 1]
+    with pytest.raises(LatelierError, match=r"no such file; shards are named by a glob, .*shard-\*.tar"):
+        opened(tmp_path / "shard-{000..001}.tar")
+
+
+def test_columns_of_bytes_and_rows_that_name_files(tmp_path):
+    """Bytes are images with and without the type; a file on this machine is never read for a row that names it."""
+    secret = str(write(tmp_path / "elsewhere", "secret.png") / "secret.png")
+    path = tmp_path / "a.parquet"
+    datasets.Dataset.from_dict({"image": [png(3), png(4)], "text": ["a", None]}).to_parquet(path)
+    source = opened(path)
+    assert [value(source[i]) for i in range(2)] == [3, 4]
+    assert source.uncaptioned == [1]
+    told = [{"bytes": None, "path": secret}, {"bytes": None, "path": None}, {"bytes": png(5), "path": secret}]
+    typed = datasets.Features(image=datasets.Image()).arrow_schema
+    for number, schema in enumerate((typed, typed.remove_metadata())):
+        pq.write_table(pa.Table.from_pylist([{"image": row} for row in told], schema), tmp_path / f"{number}.parquet")
+        source = opened(tmp_path / f"{number}.parquet")
+        with pytest.raises(ValueError, match=r"names a file, .*secret.png.*, instead of holding the image"):
+            source[0]
+        with pytest.raises(ValueError, match="no image"):
+            source[1]
+        assert value(source[2]) == 5
+    datasets.Dataset.from_dict({"image": [secret]}).to_parquet(tmp_path / "c.parquet")
+    with pytest.raises(ValueError, match="names a file"):
+        opened(tmp_path / "c.parquet")[0]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_junk_archives_are_one_sentence(tmp_path, kind, streaming):
+    whole = tmp_path / f"whole.{kind}"
+    if kind == "parquet":
+        table(whole, 3)
+    else:
+        with tarfile.open(whole, "w") as tar:
+            tar.add(write(tmp_path / "images", "a.png") / "a.png", "a.png")
+    content = whole.read_bytes()
+    cut = 550 if kind == "tar" else len(content) // 2  # the padding of an archive is long
+    for number, junk in enumerate((b"", b"junk" * 500, content[:cut], content[cut:])):
+        path = tmp_path / f"{number}.{kind}"
+        path.write_bytes(junk)
+        data = Data(source=str(path), val_fraction=0, image_size=8, streaming=streaming, length=3, workers=0)
+        with pytest.raises(LatelierError, match=r"cannot be opened|no column|no images left|columns .* not known"):
+            list(ImageDataset(open_source(data), data).once(3))
 
 
 def test_streams(tmp_path):

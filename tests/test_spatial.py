@@ -357,6 +357,14 @@ def test_pairs_that_are_none():
     with pytest.raises(LatelierError, match="Unknown masks 'thin'; there are: train, thick, medium"):
         InpaintingConditioner("thin")
     assert not read_mask(torch.zeros(4, 4), "inpainting").any()
+    grey, half = Image.new("L", (4, 4), 200), Image.fromarray(np.repeat(np.uint8([[0, 255]] * 4), 2, axis=1))
+    erased = Image.merge("LA", (grey, half))  # transparent on the left, as editors and other interfaces mark holes
+    assert torch.equal(read_mask(erased, "mask"), torch.from_numpy(np.asarray(half) == 0))
+    for alpha in (255, 0):  # says nothing: brightness counts
+        assert torch.equal(
+            read_mask(Image.merge("LA", (half, Image.new("L", (4, 4), alpha))), "mask"),
+            torch.from_numpy(np.asarray(half) == 255),
+        )
 
 
 # -- maps --------------------------------------------------------------------------------------------------------------

@@ -202,11 +202,11 @@ def test_grey_and_deep_images():
 
 
 def test_wrong_number_of_channels():
-    with pytest.raises(LatelierError, match=r"data.channels = 4.*3 channels"):
+    with pytest.raises(ValueError, match=r"data.channels = 4.*3 channels"):
         transform(channels=4).pixels(ramp(8, 8))
-    with pytest.raises(LatelierError, match=r"data.channels = 3.*5 channels"):
+    with pytest.raises(ValueError, match=r"data.channels = 3.*5 channels"):
         transform().pixels(np.zeros((8, 8, 5), np.uint8))
-    with pytest.raises(LatelierError, match="float64"):
+    with pytest.raises(ValueError, match="float64"):
         transform().pixels(np.zeros((8, 8, 3)))
 
 

@@ -92,8 +92,8 @@ def held_out_records(recipe: Recipe, pipeline: LatentDiffusionPipeline) -> Calla
         pipeline: what asks.
 
     Returns:
-        `(first, count) -> records`, nothing for a pipeline that needs none; when the held-out images are fewer, they
-        are gone through again.
+        `(first, count) -> records`, nothing for a pipeline that needs none. Records may be fewer than asked for,
+        without images that cannot be read; pipelines go through them again, as through too few held-out images.
     """
     if set(components(pipeline.conditioner)) <= {"classes"}:
         return lambda first, count: {}
@@ -101,10 +101,11 @@ def held_out_records(recipe: Recipe, pipeline: LatentDiffusionPipeline) -> Calla
 
     def records(first: int, count: int) -> dict[str, Any]:
         if recipe.data.streaming:
-            batch = next(held_out.once(first + count, limit=first + count))
+            batch = next(held_out.once(first + count))
             return {name: cycle_rows(values, range(first, first + count)) for name, values in batch.items()}
-        numbers = torch.arange(first, first + count) % len(held_out)
-        return next(held_out.follow([(numbers, [False] * count)]))
+        blocks = (torch.arange(n, n + count) % len(held_out) for n in range(first, first + len(held_out), count))
+        plans = ([(block, [False] * count)] for block in blocks)
+        return next(batch for plan in plans for batch in held_out.follow(plan, whole=False))
 
     return records
 

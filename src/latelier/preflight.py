@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from latelier.data.records import UNREADABLE, Source
+from latelier.data.sources import open_source
+from latelier.data.tables import StreamSource
 from latelier.errors import LatelierError
 from latelier.evaluation.features import check_features
 from latelier.losses.discriminator import Discriminator, add_adversarial_loss
@@ -29,6 +32,10 @@ from latelier.training.runtime import make_accelerator, peak_memory, to_device
 from latelier.training.step import adamw
 
 TIMED_STEPS = 3
+SPLITS = {"train": "training", "val": "held-out"}
+NEEDED = {"class": "label", "text": "caption", "layout": "boxes", "segmentation": "segmentation", "map": "map"}
+TRIES = 8  # records that are looked at, when the first ones cannot be read
+NAMES_SHOWN = 10
 
 
 @dataclass
@@ -47,12 +54,52 @@ class Trial:
 def check(recipe: Recipe) -> list[Trial]:
     """Try a recipe without training it, print a table, and return its rows; raises what would stop the run later."""
     check_features(recipe.evaluate)
-    dataset = open_images(recipe)
-    classes = f", {len(dataset.class_names)} classes" if dataset.class_names else ""
-    console.print(f"Data: {len(dataset):,} images of {' x '.join(map(str, dataset.shape))}{classes}.")
+    for split, source in check_sources(recipe).items():
+        dataset = open_images(recipe, split)
+        next(dataset.once(TRIES, limit=TRIES), None)
+        about = f"{len(dataset):,} {SPLITS[split]} images of {' x '.join(map(str, dataset.shape))}{_classes(source)}"
+        console.print(f"Data: {about}.", highlight=False, markup=False)
     rows = [*try_tokenizer(recipe), *try_denoiser(recipe)]
     console.print(_table(rows))
     return rows
+
+
+def check_sources(recipe: Recipe) -> dict[str, Source | StreamSource]:
+    """Open the training and the held-out images without decoding them; raises what would stop the run later.
+
+    The held-out images must have no other classes than the training images, and all that the denoiser is told.
+    """
+    sources = {split: open_source(recipe.data, split) for split in SPLITS}
+    kinds = {condition.kind for condition in recipe.denoiser.condition} if recipe.denoiser else set()
+    for split, source in sources.items():
+        if without := getattr(source, "boxes_without_area", 0):
+            console.print(f"Data: {without:,} boxes of {SPLITS[split]} images have no area in them and are left out.")
+        record = _first_record(source)
+        asked = kinds if split == "train" or kinds - {"class"} else set()  # classes alone are drawn without records
+        if lacking := [kind for kind in asked if record and NEEDED.get(kind, "image") not in record]:
+            raise LatelierError(
+                f"denoiser.condition = {lacking[0]!r} needs {NEEDED[lacking[0]]!r} of each image, but the "
+                f"{SPLITS[split]} images of {recipe.data.source} have none; add them, or choose another condition."
+            )
+        if "text" in asked:
+            next(open_images(recipe, split).captions(), None)  # refuses images without a caption
+    return sources
+
+
+def _first_record(source: Source | StreamSource) -> dict[str, Any]:
+    """The first record that can be opened; nothing of a stream."""
+    for index in range(0 if isinstance(source, StreamSource) else min(TRIES, len(source))):
+        with suppress(*UNREADABLE):
+            return source[index]  # type: ignore[index]
+    return {}
+
+
+def _classes(source: Source | StreamSource) -> str:
+    """Class names and, if labels are known, how many images each has."""
+    names, labels = source.class_names or [], getattr(source, "labels", None)
+    counts = ["" if labels is None else f" {labels.count(i):,}" for i in range(min(NAMES_SHOWN, len(names)))]
+    shown = ", ".join(f"{name}{count}" for name, count in zip(names, counts))
+    return f", {len(names):,} classes: {shown}{', ...' * (len(names) > NAMES_SHOWN)}" if names else ""
 
 
 def try_tokenizer(recipe: Recipe, count: bool = False) -> Iterator[Trial]:

@@ -156,13 +156,16 @@ def _decode(image: Image.Image, channels: int, input_name: str) -> np.ndarray:
 
 
 def read_mask(entry: Any, input_name: str) -> Bool[Tensor, "h w"]:
-    """A mask, true in holes, from a PIL image or a file, where bright pixels (from 128 of 255 on) are holes; or from an
-    array or tensor `(h, w)` or `(1, h, w)` of booleans, of uint8 in 0..255 or 0..1, or of floats in [0, 1].
+    """A mask, true in holes, from a PIL image or a file, where bright pixels (from 128 of 255 on) are holes, or the
+    transparent ones if some are transparent and some are not; or from an array or tensor `(h, w)` or `(1, h, w)` of
+    booleans, of uint8 in 0..255 or 0..1, or of floats in [0, 1].
     """
     if isinstance(entry, np.ndarray | Tensor):
         values = torch.from_numpy(entry.copy()) if isinstance(entry, np.ndarray) else entry.detach().cpu()
     else:
-        values = torch.from_numpy(np.array(open_image(entry, input_name).convert("L")))
+        image = open_image(entry, input_name)
+        erased = np.asarray(image.convert("RGBA"))[..., 3] < 128  # (h, w) as editors mark what is to be filled
+        values = torch.from_numpy(erased if erased.any() and not erased.all() else np.array(image.convert("L")))
     values = values[0] if values.ndim == 3 and len(values) == 1 else values
     if values.ndim != 2 or not (values.is_floating_point() or values.dtype in (torch.bool, torch.uint8)):
         raise LatelierError(

@@ -6,7 +6,8 @@ All become the entries `boxes`, `box_labels` and `box_flags` of a record, cut at
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +45,7 @@ class Numbering(NamedTuple):
     def number(self, values: Iterable[Any], where: Any) -> list[int]:
         values = list(values)
         for value in values:
-            if value not in self.labels:
+            if not isinstance(value, Hashable) or value not in self.labels:
                 raise LatelierError(f"{where} has a box of the class {value!r}; there are {len(self.names)} classes.")
         return [self.labels[value] for value in values]
 
@@ -54,6 +55,7 @@ class Boxes:
 
     names: list[str]  # of the classes, index = label
     files: list[Path]  # from which they are read, for fingerprints
+    without_area = 0  # how many are left out for that, as far as it is known before images are read
 
     def knows(self, path: Path) -> bool:
         """Whether the image is listed; others are left out of the data."""
@@ -79,7 +81,8 @@ class CocoBoxes(Boxes):
             for annotation in content["annotations"]:
                 found[annotation["image_id"]].append(annotation)
             by_name = {Path(image["file_name"]).as_posix(): image for image in images.values()}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            flags = {number: list(map(_bits, annotations)) for number, annotations in found.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise LatelierError(f"data.boxes: {file} is no COCO annotation file ({error!r}).") from None
         self._numbering = Numbering.of(categories, list(categories.values()), like, file)
         self.names = self._numbering.names
@@ -93,20 +96,28 @@ class CocoBoxes(Boxes):
         for path, image in matches.items():
             if (other := first.setdefault(image["id"], path)) != path:
                 raise LatelierError(f"data.boxes: {file}'s {image['file_name']} may be {other} or {path}.")
-        self._entries = {}
+        self._entries: dict[Path, Entries | ValueError] = {}
         for path, image in matches.items():
             where, annotations = f"{file}, image {image['file_name']}", found[image["id"]]
-            if not image.get("width") or not image.get("height"):
+            size = image.get("width"), image.get("height")
+            if not all(isinstance(side, int | float) and side > 0 for side in size):
                 raise LatelierError(f"{where} has no width and height, so its boxes are not known.")
             labels = self._numbering.number([a.get("category_id") for a in annotations], where)
-            boxes, size = [a.get("bbox") for a in annotations], (image["width"], image["height"])
-            self._entries[path] = pixel_entries(boxes, labels, list(map(_bits, annotations)), size, where)
+            boxes = [a.get("bbox") for a in annotations]
+            try:
+                entries = self._entries[path] = pixel_entries(boxes, labels, flags[image["id"]], size, where)
+                self.without_area += len(boxes) - len(entries["boxes"])
+            except ValueError as error:  # the image is skipped for it, like one that cannot be read
+                self._entries[path] = error
 
     def knows(self, path: Path) -> bool:
         return path in self._entries
 
     def entries(self, path: Path, image: Image.Image | np.ndarray) -> Entries:
-        return self._entries[path]
+        entries = self._entries[path]
+        if isinstance(entries, ValueError):
+            raise entries
+        return entries
 
 
 class YoloBoxes(Boxes):
@@ -206,14 +217,17 @@ def annotation_file(
     names: tuple[str, ...] = (train_name,) if split == "train" else VAL_NAMES
     if folder or (split == "val" and val_name):
         names = (folder or val_name or "",)
-    files = [Path(boxes.replace(SPLIT, name)).expanduser() for name in names]
+    files = [Path(os.path.expanduser(boxes.replace(SPLIT, name))) for name in names]
     return next((file for file in files if file.is_file()), files[0])
 
 
 def _number_objects(rows: Iterable[tuple[Any, Any]], like: list[str] | None, where: Any) -> Numbering:
     """Classes that are known by their values alone, sorted."""
-    distinct = {value for objects, name in rows for value in object_columns(objects, name)[1]}
-    values = sorted(distinct, key=lambda value: (isinstance(value, str), value))
+    try:
+        distinct = {value for objects, name in rows for value in object_columns(objects, name)[1]}
+        values = sorted(distinct, key=lambda value: (isinstance(value, str), value))
+    except (ValueError, TypeError, IndexError, OverflowError):
+        raise LatelierError(f"{where}: `objects` needs a class, and numbers as flags, for each box.") from None
     return Numbering.of(values, list(map(str, values)), like, where)
 
 
@@ -225,11 +239,12 @@ def object_columns(objects: Any, where: Any) -> tuple[list[Any], list[Any], list
         objects = {key: [item.get(key) for item in objects] for key in (objects[0] if objects else ())}
         objects = objects or {"bbox": [], "category": []}
     key = next((key for key in CATEGORY_KEYS if key in objects), None) if isinstance(objects, dict) else None
-    if key is None or "bbox" not in objects or len(objects["bbox"]) != len(objects[key]):
+    boxes, values = (objects.get("bbox"), objects.get(key)) if key else (None, None)
+    if not isinstance(boxes, list) or not isinstance(values, list) or len(boxes) != len(values):
         raise LatelierError(f"{where}: `objects` needs `bbox` and `category`, lists of the same length.")
-    flagged = {name: values for name, values in objects.items() if name.replace("_", "").lower() in FLAGS}
-    flags = [_bits({name: values[i] for name, values in flagged.items()}) for i in range(len(objects["bbox"]))]
-    return list(objects["bbox"]), list(objects[key]), flags
+    flagged = {name: column for name, column in objects.items() if name.replace("_", "").lower() in FLAGS}
+    flags = [_bits({name: column[i] for name, column in flagged.items()}) for i in range(len(boxes))]
+    return boxes, values, flags
 
 
 def object_entries(
@@ -253,7 +268,7 @@ def pixel_entries(
 ) -> Entries:
     try:
         array = np.array(boxes, np.float64).reshape(len(boxes), 4)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         raise LatelierError(f"{where}: a `bbox` must be four numbers, {form}.") from None
     if form == "xywh":
         array = np.hstack([array[:, :2], array[:, :2] + array[:, 2:]])
@@ -262,6 +277,8 @@ def pixel_entries(
 
 def relative_entries(boxes: np.ndarray, labels: Sequence[int], flags: Sequence[int]) -> Entries:
     """Entries from relative boxes `(n, 4)`, cut at the image's edges; those without area are left out."""
+    if not np.isfinite(boxes).all():
+        raise ValueError(f"the box {boxes[~np.isfinite(boxes).all(1)][0].tolist()} is not finite")
     boxes = boxes.clip(0, 1).astype(np.float32)
     kept = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
     numbers = {"box_labels": np.array(labels, np.int64)[kept], "box_flags": np.array(flags, np.int64)[kept]}
@@ -300,12 +317,16 @@ def _labels_file(path: Path) -> Path | None:
 
 
 def _yolo_names(file: Path) -> list[str]:
-    if file.suffix != ".yaml":
-        return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    names = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("names")
-    if isinstance(names, dict) and sorted(names) == list(range(len(names))):
-        names = [names[i] for i in range(len(names))]
-    if not isinstance(names, list):
+    try:
+        text = file.read_text(encoding="utf-8")
+        if file.suffix != ".yaml":
+            return [line.strip() for line in text.splitlines() if line.strip()]
+        names = yaml.safe_load(text)["names"]
+        if isinstance(names, dict):
+            names = [names[i] for i in range(len(names))]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, yaml.YAMLError):
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str | int | float) for name in names):
         raise LatelierError(f"{file} needs `names`: a list, or a name for each of 0, 1, 2, ...")
     return [str(name) for name in names]
 

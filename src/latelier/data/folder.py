@@ -9,20 +9,25 @@ import csv
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.format import open_memmap
 from PIL import Image
 
-from latelier.data.boxes import Boxes, CocoBoxes, ObjectBoxes, YoloBoxes, annotation_file
-from latelier.data.records import VAL_NAMES, digest, file_facts, number_classes, open_bytes
+from latelier.data.boxes import SPLIT, Boxes, CocoBoxes, ObjectBoxes, YoloBoxes, annotation_file
+from latelier.data.records import UNREADABLE, VAL_NAMES, digest, file_facts, number_classes, open_bytes
 from latelier.errors import LatelierError
 from latelier.recipe import Data
 
 SUFFIXES = {
     ".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".avif", ".jp2", ".npy",
 }  # fmt: skip
+LARGEST_FILE = 2**31  # bytes of an image; its pixels are limited by PIL
+LONGEST_CAPTION = 10_000  # characters; no text encoder reads what is beyond, and tokenizers take long for it
 METADATA = ("metadata.csv", "metadata.jsonl")
 CAPTION_NAMES = ("caption", "text")
 Metadata = dict[Path, dict[str, Any]]  # rows of the metadata tables by the image's path
@@ -46,10 +51,16 @@ class FolderSource:
         top: Path | None = None, box_names: list[str] | None = None,
     ):  # fmt: skip
         self.root, top = root, top or root
-        maps = [Path(folder).expanduser().resolve() for folder in (data.segmentation, data.maps) if folder]
-        paths = [path for path in list_images(root) if not any(path.resolve().is_relative_to(f) for f in maps)]
+        split_name = root.name if root != top else data.split if split == "train" else data.val_split or split
+        given = {"data.segmentation": data.segmentation, "data.maps": data.maps}
+        planes = {k: Path(os.path.expanduser(f.replace(SPLIT, split_name))) for k, f in given.items() if f}
+        apart = tuple(os.path.join(os.path.realpath(folder), "") for folder in planes.values())
+        paths = [path for path in list_images(root) if not (apart and os.path.realpath(path).startswith(apart))]
         if not paths:
-            raise LatelierError(f"There are no images in {root}; it needs files such as .jpg, .png or .webp.")
+            needs = "it needs files such as .jpg, .png or .webp"
+            if shards := [path for path in sorted(root.glob("*")) if path.suffix in (".tar", ".parquet")]:
+                needs = f"for its shards set data.source='{root}/*{shards[0].suffix}'"
+            raise LatelierError(f"There are no images in {root}; {needs}.")
         metadata, metadata_files = _read_metadata(root)
         file = annotation_file(data.boxes, split, data.split, data.val_split, root.name if root != top else None)
         self._boxes: Boxes | None = None
@@ -58,6 +69,7 @@ class FolderSource:
         elif any(row.get("objects") is not None for row in metadata.values()):
             self._boxes = ObjectBoxes(metadata, data.box_format, box_names)
         self.box_names = self._boxes.names if self._boxes else None
+        self.boxes_without_area = self._boxes.without_area if self._boxes else 0
         self.paths = [path for path in paths if self._boxes is None or self._boxes.knows(path)]
         self._sidecars = data.boxes != "yolo"  # else text files hold boxes
         self._captions = self._read_captions(metadata, data.caption_key)
@@ -70,10 +82,8 @@ class FolderSource:
         self.segmentation_classes = self._label_maps.count if data.segmentation else None
         if data.segmentation and self.segmentation_classes is None:
             raise LatelierError("data.segmentation needs data.segmentation_classes, how many ids the label maps have.")
-        self._segmentation, self._maps = (
-            _partners(f"data.{key}", Path(folder).expanduser(), self.paths, [top, root]) if folder else None
-            for key, folder in (("segmentation", data.segmentation), ("maps", data.maps))
-        )
+        partners = {key: _partners(key, folder, self.paths, [top, root]) for key, folder in planes.items()}
+        self._segmentation, self._maps = partners.get("data.segmentation"), partners.get("data.maps")
         self.fingerprint = digest(*self._facts(metadata_files))
 
     def _facts(self, metadata_files: list[Path]) -> Iterator[Any]:
@@ -97,7 +107,7 @@ class FolderSource:
         if self.labels is not None:
             record["label"] = self.labels[index]
         if self._captions is not None:
-            record["caption"] = self._caption(path)
+            record["caption"] = self._caption(path) or ""
         if self._boxes is not None:
             record |= self._boxes.entries(path, record["image"])
         if self._segmentation is not None:
@@ -108,24 +118,34 @@ class FolderSource:
         return record
 
     def captions(self, indices: Iterable[int]) -> Iterator[str]:
-        """Captions of these images, which are not opened."""
-        if self._captions is not None:
-            yield from (self._caption(self.paths[i]) for i in indices)
+        """Captions of these images, which are not opened; without those that cannot be read."""
+        for i in indices if self._captions is not None else ():
+            with suppress(*UNREADABLE):
+                yield self._caption(self.paths[i]) or ""
+
+    @cached_property
+    def uncaptioned(self) -> list[int]:
+        """Images that have no caption where others have one; an empty text file is one."""
+        known = set(self.paths) if self._captions is None else self._captions
+        lacking = ((i, path) for i, path in enumerate(self.paths) if path not in known)
+        return [i for i, path in lacking if not (self._sidecars and _sidecar(path).is_file())]
 
     def name(self, index: int) -> str:
         return self.paths[index].relative_to(self.root).as_posix()
 
-    def _caption(self, path: Path) -> str:
-        """From the metadata, or from the text file beside the image, or else empty."""
+    def _caption(self, path: Path) -> str | None:
+        """From the metadata, or from the text file beside the image; None if neither has one."""
         known, sidecar = (self._captions or {}).get(path), _sidecar(path)
         if known is not None or not self._sidecars or not sidecar.is_file():
-            return known or ""
-        return sidecar.read_text(encoding="utf-8").strip()
+            return known
+        with sidecar.open(encoding="utf-8") as file:
+            return file.read(LONGEST_CAPTION).strip()
 
     def _read_captions(self, metadata: Metadata, key: str | None) -> dict[Path, str] | None:
         """Captions of the metadata; None if there are no captions at all, not even in text files."""
         names = (key,) if key else CAPTION_NAMES[::-1]  # the last one counts
-        found = {path: str(row[name]) for path, row in metadata.items() for name in names if row.get(name) is not None}
+        rows = ((path, row[name]) for path, row in metadata.items() for name in names if row.get(name) is not None)
+        found = {path: str(text)[:LONGEST_CAPTION] for path, text in rows}
         if key and not found:
             raise LatelierError(f"data.caption_key = {key!r} is in no metadata.csv or metadata.jsonl.")
         beside = self._sidecars and any(_sidecar(path).is_file() for path in self.paths)
@@ -192,12 +212,18 @@ def read_map(stored: Image.Image | np.ndarray, name: str) -> np.ndarray:
 
 def list_images(root: Path) -> list[Path]:
     """All image files below a folder, sorted, without hidden ones."""
-    found = []
+    return sorted(path for path in _files_below(root) if path.suffix.lower() in SUFFIXES)
+
+
+def _files_below(root: Path) -> Iterator[Path]:
+    """All files that are not hidden. Links to folders are followed, but not back into a folder that they lie in."""
+    above = {os.fspath(root): {os.path.realpath(root)}}  # real paths of a folder and of those that lead to it
     for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        visible = (Path(folder, name) for name in files if not name.startswith("."))
-        found += [path for path in visible if path.suffix.lower() in SUFFIXES]
-    return sorted(found)
+        within = above.pop(folder)
+        real = {name: os.path.realpath(os.path.join(folder, name)) for name in folders if not name.startswith(".")}
+        folders[:] = sorted(name for name in real if real[name] not in within)
+        above |= {os.path.join(folder, name): within | {real[name]} for name in folders}
+        yield from (Path(folder, name) for name in files if not name.startswith("."))
 
 
 def split_folders(root: Path, split: str, val_split: str | None) -> dict[str, Path | None]:
@@ -216,16 +242,16 @@ def split_folders(root: Path, split: str, val_split: str | None) -> dict[str, Pa
 def _read_metadata(root: Path) -> tuple[Metadata, list[Path]]:
     """All metadata tables below a folder, and their files."""
     rows: Metadata = {}
-    files = sorted(path for name in METADATA for path in root.rglob(name))
+    files = sorted(path for path in _files_below(root) if path.name in METADATA and path.is_file())
     for path in files:
         with path.open(encoding="utf-8", newline="") as file:
             try:
                 csv_rows = path.suffix == ".csv"
                 table = list(csv.DictReader(file)) if csv_rows else [json.loads(s) for s in file if s.strip()]
-            except (ValueError, csv.Error) as error:
+            except (ValueError, RecursionError, csv.Error) as error:
                 raise LatelierError(f"{path} cannot be read ({error}).") from None
         for row in table:
-            if not row.get("file_name"):
+            if not isinstance(row, dict) or not isinstance(row.get("file_name"), str) or not row["file_name"]:
                 raise LatelierError(f"{path} needs a column `file_name` with a value in every row.")
             rows[path.parent / row["file_name"]] = row
     return rows, files
@@ -247,7 +273,12 @@ def _partners(key: str, folder: Path, paths: list[Path], roots: list[Path]) -> d
 
 
 def _open(path: Path) -> Any:
-    return np.load(path) if path.suffix == ".npy" else open_bytes(path.read_bytes())
+    if not path.is_file():
+        raise FileNotFoundError("it is a link that leads nowhere, or no file")  # a pipe might never end
+    if (size := path.stat().st_size) > LARGEST_FILE:
+        raise ValueError(f"the file has {size:,} bytes")
+    # Mapped, an array whose header claims more than the file holds is refused before any memory is taken.
+    return open_memmap(path, mode="r") if path.suffix.lower() == ".npy" else open_bytes(path.read_bytes())
 
 
 def _sidecar(path: Path) -> Path:

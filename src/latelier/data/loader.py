@@ -7,6 +7,7 @@ processes decode them again each time. Both give the same images.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -115,23 +116,32 @@ class ImageDataset:
         yield from self._run(jobs, process, processes, len(jobs), self.in_memory and not few)
 
     def follow(
-        self, plan: Iterable[tuple[Tensor, list[bool]]], process: int = 0, processes: int = 1
+        self, plan: Iterable[tuple[Tensor, list[bool]]], process: int = 0, processes: int = 1, whole: bool = True
     ) -> Iterator[dict[str, Any]]:
         """Images in a given order, with the crop of `once`: those that cached latents were made from.
 
         `plan` tells for each batch which images `(b,)` int64 and which of them are mirrored; it may have no end. An
-        image that cannot be read any more is an error.
+        image that cannot be read any more is an error, or else (`whole=False`) left out.
         """
         if isinstance(self.source, StreamSource):
             raise LatelierError(
                 "data.streaming = true: streamed images cannot be looked up by number, so cached latents cannot be "
                 "given their boxes, maps or images; set denoiser.cache=false."
             )
-        jobs = (Job(index, index, False, list(flipped), whole=True) for index, flipped in plan)
+        jobs = (Job(index, index, False, list(flipped), whole) for index, flipped in plan)
         yield from self._run(jobs, process, processes)
 
     def captions(self) -> Iterator[str]:
-        """One pass over the captions, without decoding images; nothing if there are none."""
+        """One pass over the captions, without decoding images; nothing if there are none.
+
+        Images without one, where others have one, are an error, unless `data.empty_captions` allows them.
+        """
+        lacking: list[int] = [] if self.data.empty_captions else getattr(self.source, "uncaptioned", [])
+        if lacking:
+            raise LatelierError(
+                f"{len(lacking):,} of {len(self):,} images have no caption, the first {self.source.name(lacking[0])}; "
+                "write them (an empty text file is a caption), or set data.empty_captions=true."
+            )
         if isinstance(self.source, StreamSource):
             yield from self.source.captions()
         else:
@@ -183,7 +193,7 @@ class ImageDataset:
                 yield unpack(batch)
 
     def _allowed(self) -> int:
-        return int(self.data.max_skipped * len(self))
+        return math.ceil(self.data.max_skipped * len(self))
 
     def _note(self, failures: Failures, log: bool) -> None:
         """Remember images that could not be read, write them down, and give up if they are too many."""
@@ -212,4 +222,7 @@ class _Rows(IterableDataset):
         self.batches, self.arguments = batches, arguments
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return self.batches(*self.arguments)
+        try:
+            yield from self.batches(*self.arguments)
+        except LatelierError as error:  # as in `latelier.data.reading`
+            yield {"error": str(error)}

@@ -105,8 +105,6 @@ class Memory:
                     advance(CHUNK)
         self.failures.sort()
         self._readable = torch.tensor([row is not None for row in self._rows])
-        if not self._readable.any():
-            raise LatelierError(f"None of the {size} images can be read; check data.source.")
         index = torch.arange(2 * size)
         index[~self._readable.repeat(2)] = 2 * size
         following = index.flip(0).cummin(0).values.flip(0)  # (2 n,)

@@ -29,8 +29,8 @@ from latelier.keyed_random import fold_in
 VAL_NAMES = ("val", "valid", "validation", "test")  # names of validation splits, looked for in this order
 ORIENTATION = 0x0112  # in EXIF
 UNREADABLE = (  # what PIL and numpy raise for files that are damaged, cut off, or so large that they must be an attack
-    OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError, struct.error,
-    zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning,
+    OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError, MemoryError,
+    RuntimeError, struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning,
 )  # fmt: skip
 
 
@@ -80,7 +80,8 @@ class Source(Protocol):
     """A finite sequence of records.
 
     It may also have `box_names` (index = box label), `segmentation_classes` (how many ids label maps have),
-    `captions(indices)`, which opens no image, and `mirrored_captions`: whether records have `caption_mirrored`.
+    `captions(indices)`, which opens no image, `uncaptioned`: indices of images without a caption where others have
+    one, and `mirrored_captions`: whether records have `caption_mirrored`.
     """
 
     class_names: list[str] | None  # index = label; None without labels
@@ -153,8 +154,9 @@ def digest(*parts: Any) -> str:
 
 
 def file_facts(paths: Sequence[Path], root: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of files, for fingerprints."""
-    return [(os.path.relpath(path, root), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in paths]
+    """Name, size and time of change of files, for fingerprints; of links that lead nowhere, those of the link."""
+    stats = (path.stat() if path.exists() else path.lstat() for path in paths)
+    return [(os.path.relpath(p, root), stat.st_size, stat.st_mtime_ns) for p, stat in zip(paths, stats)]
 
 
 def name_hash(name: str) -> float:
@@ -177,7 +179,10 @@ def check_classes(classes: list[str], known: list[str] | None) -> None:
 def number_classes(named: list[str], class_names: list[str] | None) -> tuple[list[str], list[int]]:
     """Class names, by default all that are found, sorted, and the images' labels: positions in them."""
     found = sorted(set(named))
-    check_classes(found, class_names or found)
+    if class_names and (other := [name for name in found if name not in class_names]):
+        known = ", ".join([*class_names[:5], *["..."] * (len(class_names) > 5)])
+        wrong = f"The held-out images have the class {other[0]!r}, which the training images do not have ({known})"
+        raise LatelierError(f"{wrong}; sort both into folders of the same names, or set data.val_source.")
     number = {name: i for i, name in enumerate(class_names or found)}
     return class_names or found, [number[name] for name in named]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ class Selection:
         self.class_names = classes or old
         self.box_names: list[str] | None = getattr(source, "box_names", None)
         self.segmentation_classes: int | None = getattr(source, "segmentation_classes", None)
+        self.boxes_without_area: int = getattr(source, "boxes_without_area", 0)
         self.mirrored_captions: bool = getattr(source, "mirrored_captions", False)
         self._new = {old.index(name): i for i, name in enumerate(classes)} if classes and old else None
         self.labels = None if source.labels is None else [self._label(source.labels[i]) for i in self.indices]
@@ -40,6 +42,11 @@ class Selection:
 
     def captions(self, indices: Iterable[int]) -> Iterator[str]:
         return captions_of(self.source, [self.indices[i] for i in indices])
+
+    @property
+    def uncaptioned(self) -> list[int]:
+        lacking = set(getattr(self.source, "uncaptioned", ()))
+        return [i for i, index in enumerate(self.indices) if index in lacking]
 
     def name(self, index: int) -> str:
         return self.source.name(self.indices[index])
@@ -95,10 +102,10 @@ def _open_split(data: Data, split: str) -> Source:
 def _open(data: Data, where: str, split: str, like: Source | None = None) -> tuple[Source, bool]:
     """One split of a folder or dataset, numbered like another, and whether it has a validation split of its own."""
     class_names, box_names = (like.class_names, getattr(like, "box_names", None)) if like else (None, None)
-    path = Path(where).expanduser()
+    path = Path(os.path.expanduser(where))  # that of pathlib raises where there is no such user
     if where == "emoji":
         return EmojiSource(split), True
-    if not path.is_dir():
+    if not os.path.isdir(path):  # pathlib's raises where a name is too long
         return open_table(data, where, split, class_names, box_names)
     if where == data.val_source and data.val_split is None:
         return FolderSource(path, data, class_names, split, box_names=box_names), False

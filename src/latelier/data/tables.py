@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import glob
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from contextlib import contextmanager
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,13 +17,14 @@ import numpy as np
 from PIL.Image import Image
 
 from latelier.data.boxes import TableBoxes
-from latelier.data.folder import CAPTION_NAMES, LabelMaps, read_map
+from latelier.data.folder import CAPTION_NAMES, LONGEST_CAPTION, LabelMaps, read_map
 from latelier.data.records import VAL_NAMES, check_classes, digest, file_facts, name_hash, number_classes, open_bytes
 from latelier.errors import LatelierError
 from latelier.keyed_random import fold_in
 from latelier.recipe import Data
 
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # user/name
 LABEL_NAMES = ("label", "cls")
 KNOWN = ("boxes", "box_labels", "segmentation", "mask", "box_flags")
 LABEL_MAPS = ("segmentation", "annotation", "label_map")
@@ -85,21 +89,40 @@ class _RowSource:
 
     def _record(self, row: dict[str, Any]) -> dict[str, Any]:
         """A row as a record; its label is not numbered yet and left out."""
-        image = _opened(row[self.image])
+        image = self._opened(row[self.image])
         record: dict[str, Any] = {"image": image}
         if self.caption is not None:
-            record["caption"] = row[self.caption] or ""
+            record["caption"] = self._text(row[self.caption])
         if self.boxes.columns:
             record |= self.boxes.entries(row, image)
         if self.segmentation is not None:
             stored = row[self.segmentation]
-            plane = _opened(stored) if isinstance(stored, dict) else np.asarray(stored)
+            plane = self._opened(stored) if isinstance(stored, dict) else np.asarray(stored)
             record["segmentation"] = self._label_maps.read(plane, f"a row of {self._where}")
         if "mask" in self.others:
             record["mask"] = np.asarray(row["mask"])
         if self.map is not None:
-            record["map"] = read_map(_opened(row[self.map]), f"a row of {self._where}")
+            record["map"] = read_map(self._opened(row[self.map]), f"a row of {self._where}")
         return record
+
+    def _text(self, caption: Any) -> str:
+        if not isinstance(caption, str | None):
+            raise LatelierError(f"{self._where}: captions must be text, not {caption!r:.40}; see data.caption_key.")
+        return (caption or "")[:LONGEST_CAPTION]
+
+    def _opened(self, stored: Any) -> Image:
+        """The image in a row: bytes, by themselves or as `datasets` keeps them. No file that a row names is opened,
+        except one of a dataset of the Hub where `datasets` has put it.
+        """
+        content, path = (stored.get("bytes"), stored.get("path")) if isinstance(stored, dict) else (stored, None)
+        if isinstance(content, bytes):
+            return open_bytes(content)
+        real = Path(os.path.realpath(path or ""))
+        if path and any(real.is_relative_to(folder) for folder in _downloads(self._where)):
+            return open_bytes(real.read_bytes())
+        if path or isinstance(content, str):
+            raise ValueError(f"the row names a file, {path or content!r:.200}, instead of holding the image")
+        raise ValueError("there is no image in this row")
 
 
 class TableSource(_RowSource):
@@ -139,7 +162,13 @@ class TableSource(_RowSource):
         if (column := self.caption) is not None:
             texts, wanted = self._table.select_columns([column]), iter(indices)
             while numbers := list(islice(wanted, CAPTIONS_AT_ONCE)):
-                yield from (text or "" for text in texts[numbers][column])
+                yield from map(self._text, texts[numbers][column])
+
+    @cached_property
+    def uncaptioned(self) -> list[int]:
+        """Rows that have no caption; an empty one is one."""
+        texts = self._table.select_columns([self.caption] if self.caption else []).with_format("arrow")[:]
+        return [i for column in texts.columns for i in np.flatnonzero(column.is_null().to_numpy()).tolist()]
 
 
 class StreamSource(_RowSource):
@@ -177,16 +206,17 @@ class StreamSource(_RowSource):
         table = self._table
         if epoch is not None:
             table = table.shuffle(seed=fold_in(seed, "order", epoch) % 2**32, buffer_size=SHUFFLE_BUFFER)
-        for row in table:
-            number = row.pop(ROW_NUMBER)
-            if self._keep is not None and not self._keep(number):
-                continue
-            if self.class_names is None or self._class_of(row) in self.class_names:
-                yield number, row
+        with _opening(self._where):
+            for row in table:
+                number = row.pop(ROW_NUMBER)
+                if self._keep is not None and not self._keep(number):
+                    continue
+                if self.class_names is None or self._class_of(row) in self.class_names:
+                    yield number, row
 
     def captions(self) -> Iterator[str]:
         if self.caption is not None:
-            yield from (row[self.caption] or "" for _, row in self.rows())
+            yield from (self._text(row[self.caption]) for _, row in self.rows())
 
     def record(self, row: dict[str, Any]) -> dict[str, Any]:
         record = self._record(row)
@@ -210,7 +240,7 @@ def open_table(
 def open_stream(data: Data, split: str) -> StreamSource:
     """A split of a streamed dataset; without a validation split, rows are held out by a hash of their number."""
     where = data.val_source if split == "val" and data.val_source else data.source
-    if Path(where).expanduser().is_dir():
+    if os.path.isdir(os.path.expanduser(where)):
         raise LatelierError(f"data.streaming is for datasets; {where} is a folder, which needs no streaming.")
     has_val = _load(data, data.source, "train", streaming=True)[2] or data.val_source is not None
     fraction, val = data.val_fraction, split == "val"
@@ -223,10 +253,13 @@ def open_stream(data: Data, split: str) -> StreamSource:
     return StreamSource(table, data, [facts, split, fraction], where, length, keep)
 
 
-def _opened(stored: dict[str, Any] | None) -> Image:
-    if stored is None:
-        raise ValueError("there is no image in this row")
-    return open_bytes(Path(stored["path"]).read_bytes() if stored["bytes"] is None else stored["bytes"])
+def _downloads(where: str) -> list[str]:
+    """Folders of the files of a dataset of the Hub; none for files of the user."""
+    from datasets import config
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folder = Path(HF_HUB_CACHE, f"datasets--{where.replace('/', '--')}")
+    return [*map(os.path.realpath, (folder, config.EXTRACTED_DATASETS_PATH))] if folder.is_dir() else []
 
 
 def _load(data: Data, where: str, split: str, streaming: bool) -> tuple[Any, list[Any], bool]:
@@ -237,27 +270,50 @@ def _load(data: Data, where: str, split: str, streaming: bool) -> tuple[Any, lis
     arguments: dict[str, Any] = {"path": where}
     if files:
         arguments = {"path": BUILDERS[files[0].suffix], "data_files": [str(path) for path in files]}
-    elif not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", where) or Path(where).exists():  # else a Hub name, user/name
+    elif not HUB_NAME.fullmatch(where) or os.path.isdir(os.path.dirname(where)) or _near(where):
+        # What is meant as a path is refused now: the Hub would be asked again and again.
         known = "neither emoji nor scenes, and there is no such folder, file or Hub name"
-        raise LatelierError(f"data.source = {where!r} is {known}.")
-    try:
+        raise LatelierError(f"data.source = {where!r} is {known}{_near(where)}.")
+    with _opening(where):
         names = ["train"] if files else datasets.get_dataset_split_names(where)
         wanted, has_val = ("train", False) if files else _split_name(data, where, split, names)
         table = datasets.load_dataset(**arguments, split=wanted, streaming=streaming)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        raise LatelierError(f"Dataset {where!r} cannot be opened ({str(error).splitlines()[0]}).") from None
     facts: list[Any] = [wanted, str(table.info.version)]
     facts += file_facts(files, files[0].parent) if files else [where, sorted(table.info.download_checksums or {})]
     return table, facts, has_val
 
 
+@contextmanager
+def _opening(where: str) -> Iterator[None]:
+    """What damaged files raise in pyarrow, tarfile and `datasets` has no class in common; it becomes one sentence."""
+    try:
+        yield
+    except LatelierError:
+        raise
+    except Exception as error:
+        words = str(error.__cause__ or error).splitlines() or [type(error).__name__]
+        raise LatelierError(f"Dataset {where!r} cannot be opened ({words[0].rstrip('.')}).") from None
+
+
+def _near(where: str) -> str:
+    """A hint if the path exists with its first missing name replaced by the nearest one beside it."""
+    path = Path(os.path.expanduser(where))
+    folder = next(folder for folder in path.parents if os.path.isdir(folder))
+    missing, *rest = path.relative_to(folder).parts
+    near = difflib.get_close_matches(missing, os.listdir(folder), 1)
+    found = Path(folder, *near, *rest)
+    return f" (did you mean {str(found)!r}?)" if near and os.path.exists(found) else ""
+
+
 def _files(where: str) -> list[Path]:
     """The files of a path or glob, all of one kind; none if it is neither."""
-    found = map(Path, glob.glob(str(Path(where).expanduser()), recursive=True))
+    found = map(Path, glob.glob(os.path.expanduser(where), recursive=True))
     paths = sorted(path for path in found if path.is_file())
     kinds = sorted({path.suffix for path in paths})
     if not paths and Path(where).suffix in BUILDERS:
-        raise LatelierError(f"data.source = {where!r}: there is no such file.")
+        braces = re.sub(r"\{.*?\}", "*", where)
+        hint = f"; shards are named by a glob, {braces!r}" if braces != where else _near(where)
+        raise LatelierError(f"data.source = {where!r}: there is no such file{hint}.")
     if len(kinds) > 1 or not set(kinds) <= set(BUILDERS):
         raise LatelierError(f"data.source = {where!r} must be .parquet or .tar files, not {', '.join(kinds)}.")
     return paths

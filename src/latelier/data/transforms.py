@@ -95,7 +95,7 @@ class Transform:
         """The decoded image, whole, as one PIL image or one for each channel."""
         if isinstance(image, np.ndarray):
             if image.dtype != np.uint8 or image.ndim not in (2, 3):
-                raise LatelierError(f"Arrays must be (h, w, c) of uint8, not {image.shape} of {image.dtype}.")
+                raise ValueError(f"arrays must be (h, w, c) of uint8, not {image.shape} of {image.dtype}")
             self._check_channels(1 if image.ndim == 2 else image.shape[2])
             return [Image.fromarray(band) for band in np.atleast_3d(image).transpose(2, 0, 1)]
         turn = orientation(image)
@@ -119,7 +119,7 @@ class Transform:
 
     def _check_channels(self, found: int) -> None:
         if (known := self.channels) != found:
-            raise LatelierError(f"data.channels = {known}, but an image has {found} channels; set it to {found}.")
+            raise ValueError(f"data.channels = {known}, but the image has {found} channels; set it to {found}")
 
     def _random_box(self, width: int, height: int, sample_id: int) -> Box:
         """A box of the target's aspect ratio at a random position, with a random share of the largest one's area."""

@@ -22,6 +22,7 @@ class Data(Section):
     image_key: str = "image"
     label_key: str | None = Field(None, description="the column of labels; found if named `label`")
     caption_key: str | None = Field(None, description="the column of captions; found if named `caption` or `text`")
+    empty_captions: bool = Field(False, description="images without a caption, where others have one, get an empty one")
     classes: list[str] | None = Field(
         None, description="use only these classes, in this order; of `scenes`: categories, or single emoji by name"
     )
