@@ -86,6 +86,6 @@ def small_condition(section):
     return {**section, **changes.get(section["kind"], {})}
 
 
-@pytest.mark.parametrize("path", recipe_files(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", recipe_files().values(), ids=recipe_files())
 def test_recipe_runs(path, tmp_path, teacher):
     assert run(shrink(load_recipe(path), tmp_path, teacher)).is_file()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _STORAGE = {
     errno.ENOSPC: "the disk is full; free some space",
@@ -55,3 +57,18 @@ def explain(error: BaseException) -> str | None:
 
 def _of_group() -> bool:
     return "LOCAL_RANK" in os.environ or "RANK" in os.environ
+
+
+@contextmanager
+def reading(what: str, advice: str) -> Iterator[None]:
+    """Where what a stranger's file makes libraries raise becomes a sentence: what has gone wrong, and what to do."""
+    try:
+        yield
+    except Exception as error:  # a damaged or hostile file can make its reader raise anything
+        raise LatelierError(f"{what} ({first_line(error)}); {advice}.") from None
+
+
+def first_line(error: BaseException) -> str:
+    """An error in a few words."""
+    line = (str(error).strip().splitlines() or [""])[0].rstrip(".")[:200]
+    return line if isinstance(error, LatelierError | OSError) else f"{type(error).__name__}: {line}"

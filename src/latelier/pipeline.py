@@ -7,6 +7,8 @@ From noise to a PNG one reads this file, `diffusion/sampling.py`, `cfg.py`, `pro
 from __future__ import annotations
 
 import importlib
+import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from jaxtyping import Float
 from pydantic import ValidationError
 from torch import Tensor
@@ -28,21 +30,33 @@ from latelier.diffusion.process import DDPM, Flow, build_process, describe_proce
 from latelier.diffusion.sampling import sample_latents, watched
 from latelier.diffusion.schedulers import ADAPTIVE, Scheduler
 from latelier.diffusion.tiled import tiled
-from latelier.errors import LatelierError
+from latelier.errors import LatelierError, reading
 from latelier.images import make_grid, save_png
 from latelier.layers import fast_bf16
-from latelier.recipe import Prefixes, Recipe, Sample, first_problem
+from latelier.recipe import Prefixes, Process, Recipe, Sample, Section, first_problem
+from latelier.sections import Side, check_config, check_weights, open_model
 from latelier.tokenizers import TOKENIZERS
-from latelier.tokenizers.codec import Codec, decode_within
+from latelier.tokenizers.codec import Codec, decode_within, read_statistics, refuse_damage
 
 # diffusers opens a saved pipeline's components only from modules that are imported already.
 for _module in (*TOKENIZERS.values(), *DENOISERS.values(), *CONDITIONERS.values()):
     importlib.import_module(_module.split(":")[0])
 
+COMPONENTS = ("tokenizer", "denoiser", "conditioner", "scheduler")
 OUTPUTS = ("pil", "pt", "np", "latent")
 SHOWN = 8  # images in a strip of previews: decoding is what they cost
 LEAST = 4  # channels of a short prefix
 Watch: TypeAlias = Callable[[list[int], int, Tensor], None]  # seeds, evaluations done, estimate of the latents
+
+
+class _Settings(Section):
+    """What a saved pipeline says beside its components."""
+
+    process: Process
+    statistics: dict[str, list[float]]
+    height: Side
+    width: Side
+    dropped: list[str]
 
 
 class LatentDiffusionPipeline(DiffusionPipeline):
@@ -87,6 +101,51 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         mean, std, about = codec.mean, codec.std, describe_process(process)
         statistics = {} if mean is None or std is None else {"mean": mean.tolist(), "std": std.tolist()}
         return cls(codec.tokenizer, denoiser, conditioner, process.scheduler(), about, statistics, *image_size, dropped)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **options: Any) -> LatentDiffusionPipeline:  # type: ignore[override]
+        """Open a saved pipeline; `options` are those of `DiffusionPipeline.from_pretrained`.
+
+        Of a stranger's folder nothing is imported, let alone run: components are models and schedulers of modules that
+        are imported already.
+
+        Raises:
+            LatelierError: if it cannot be opened, whatever is wrong with its files.
+        """
+        refuse_damage(Path(path))
+        advice = "take a folder that `latelier run` or `save_pretrained` has written, or write it anew"
+        with reading(f"No pipeline can be opened at {path}", advice):
+            folder = Path(path) if Path(path).is_dir() else Path(cls.download(str(path), **options))
+            index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+            check_config(index)
+            if not isinstance(index["_class_name"], str):  # a list would name a file of code
+                raise LatelierError("its model_index.json names no class")
+            for name in (name for name in COMPONENTS if name not in options and index[name] != [None, None]):
+                module, class_name = index[name]
+                component = getattr(sys.modules[module], class_name)
+                if not issubclass(component, ModelMixin | SchedulerMixin):
+                    raise LatelierError(f"its {name} is a {module}.{class_name}, which is no model")
+                check_config(component.load_config(folder / name))
+                if name in ("tokenizer", "denoiser"):  # a conditioner may have frozen networks that are not stored
+                    kept = {key: options[key] for key in ("torch_dtype", "variant") if key in options}
+                    options[name] = open_model(component, folder / name, **kept)
+            pipeline = super().from_pretrained(str(folder), **options)
+            pipeline._check()
+        return pipeline
+
+    def _check(self) -> None:
+        """Refuse settings with which nothing could be drawn."""
+        try:
+            settings = _Settings.model_validate({name: self.config[name] for name in _Settings.model_fields})
+        except ValidationError as error:
+            raise LatelierError(first_problem(error).rstrip(".")) from None
+        build_process(**settings.process.model_dump())
+        codec = Codec(self.tokenizer)
+        codec.latent_shape(settings.height, settings.width)
+        if settings.statistics:
+            read_statistics(settings.statistics, codec.channels)
+        if self.conditioner is not None:
+            check_weights(self.conditioner)
 
     @property
     def codec(self) -> Codec:
@@ -150,7 +209,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         inputs = inputs.check(self.conditioner, settings.guidance, dropped)
         codec, process = self.codec, self.process
         codec.precision = precision
-        size = (height or self.config["height"], width or self.config["width"])
+        size = (self.config["height"] if height is None else height, self.config["width"] if width is None else width)
         shape = codec.latent_shape(*size)
         if settings.channels is not None:
             if settings.channels > shape[0]:
@@ -175,6 +234,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
                 scheduler = self._scheduler(process, settings)
                 with self._autocast(precision):
                     latents = sample_latents(predict, scheduler, shape, seeds, device, settings.eta, advance)
+                if not bool(latents.isfinite().all()):
+                    raise LatelierError("The images came out as numbers that are not finite; the model is damaged.")
                 finished = latents if output_type == "latent" else _decode(codec, latents, record, settings)
                 drawn.append(finished.cpu())
         self.maybe_free_model_hooks()

@@ -231,6 +231,8 @@ def reconstruct(tokenizer: str, images: list[Path], out: Path, size: int, channe
 def _read_images(paths: list[Path], channels: int, size: int) -> Tensor:
     """Image files, and those in folders, centre-cropped to a square, `(n, c, size, size)` in [-1, 1]."""
     transform = Transform((size, size), channels, flip=False)
+    if missing := [str(path) for path in paths if not path.exists()]:
+        raise LatelierError(f"There is no image or folder {', '.join(missing)}.")
     files = [f for path in paths for f in (sorted(path.rglob("*")) if path.is_dir() else [path]) if f.is_file()]
     tensors = []
     for file in files:

@@ -16,7 +16,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -46,7 +46,7 @@ def claimed(recipe: Recipe, accept_changes: bool = False) -> Iterator[Recipe]:
         LatelierError: if another process holds it; if a stage that has begun was begun by another recipe (finished ones
             are refused even if changes are accepted).
     """
-    path = recipe.folder / RECIPE
+    path, new = recipe.folder / RECIPE, not recipe.folder.exists()
     main = join_processes().is_main_process
     with locked(recipe.folder, main):
         before, state = None, _weights(recipe.folder)
@@ -60,9 +60,13 @@ def claimed(recipe: Recipe, accept_changes: bool = False) -> Iterator[Recipe]:
         join_processes().wait_for_everyone()
         try:
             yield recipe
-        except LatelierError:
+        except Exception:
             if before is not None and _weights(recipe.folder) == state:  # refused: the weights are of that recipe
                 publish.write_whole(path, before)
+            if main and new and {file.name for file in recipe.folder.iterdir()} <= {LOCK, RECIPE}:
+                shutil.rmtree(recipe.folder)
+                with suppress(OSError):  # other runs are in it
+                    recipe.folder.parent.rmdir()
             raise
 
 

@@ -9,16 +9,19 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError, core_schema
 
-from latelier.errors import LatelierError
+from latelier.errors import LatelierError, first_line, reading
 
 _UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
+MOST_LAYERS, MOST = 1_000, 2**24  # no network has more: beyond, a number in a config is a mistake, or malice
 # Old names of keys, for the hint in the error message.
 RENAMED = {
     "places": "coord_channels", "grounds": "backgrounds", "painted": "layout_map_channels", "window": "tile",
@@ -36,11 +39,17 @@ def parse_count(value: Any) -> Any:
 
 def parse_size(value: Any) -> Any:
     """One number is a square."""
+    if not isinstance(value, int | list | tuple) or (isinstance(value, list | tuple) and len(value) != 2):
+        raise ValueError("height and width, or one number")
     return (value, value) if isinstance(value, int) else value
 
 
 Count = Annotated[int, BeforeValidator(parse_count), Field(ge=0, description="a count such as 64k, 2M or 1000")]
-Size = Annotated[tuple[int, int], BeforeValidator(parse_size), Field(description="height and width, or one number")]
+PositiveCount = Annotated[int, BeforeValidator(parse_count), Field(ge=1, description="a count such as 64k, 2M or 1000")]
+Side = Annotated[int, Field(ge=1, le=2**16)]
+Size = Annotated[tuple[Side, Side], BeforeValidator(parse_size), Field(description="height and width, or one number")]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Name = Annotated[str, Field(pattern=r"^\.*[\w-][\w.-]*$", max_length=200)]  # of a folder: neither `.` nor `..`
 Unit = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
 Model = TypeVar("Model")
@@ -49,7 +58,7 @@ Model = TypeVar("Model")
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors that name the nearest known one."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -124,17 +133,25 @@ def hint(key: str, known: list[str], words: str = "known") -> str:
 def first_problem(error: ValidationError) -> str:
     """One sentence for the first problem, unknown keys first, since they often cause the others."""
     first = min(error.errors(), key=lambda e: e["type"] != "unknown_key")
-    key, value, context = ".".join(map(str, first["loc"])), first["input"], first.get("ctx", {})
+    parts = [str(part) for part in first["loc"] if "[" not in str(part)]  # brackets are pydantic's names of types
+    key, value, context = ".".join(parts), first["input"], first.get("ctx", {})
     if first["type"] == "unknown_key":
         return f"Unknown key {'.'.join(filter(None, (key, context['key'])))!r} in the recipe; {context['hint']}"
+    if first["type"] == "missing" and parts[-1].isdigit():
+        return f"{'.'.join(parts[:-1])} = {value!r} is not allowed; it should have more entries."
     if first["type"] == "missing":
         return f"The recipe lacks {key!r}."
     if first["type"] == "unknown_kind":
         return f"{key}.kind = {context['kind']} is not known; allowed: {context['allowed']}."
     if first["type"] == "unknown_name":
         return f"{key} = {value!r} is not known; {context['hint']}"
-    message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return f"{key} = {value!r} is not allowed; it should be {message}."
+    if first["type"] in ("string_pattern_mismatch", "string_too_long"):
+        message = "be letters, digits, `_`, `-` and `.`, at most 200, and not dots alone"
+    elif first["type"] in ("model_type", "dict_type"):
+        message = "be a section, which has keys"
+    else:
+        message = re.sub(r"^\w+ should ", "", first["msg"].replace("Value error, ", "Value should be "))
+    return f"{key or 'This'} = {value!r} is not allowed; it should {message}."
 
 
 class Training(Section):
@@ -317,11 +334,71 @@ def preset_arguments(
     if name not in presets:
         key = "size" if section == "denoiser" else "preset"
         raise LatelierError(f"{section}.{key} = {name!r} is not known; allowed: {', '.join(presets)}.")
-    known = [p for p in inspect.signature(cls).parameters if p != "self"]
-    for key in overrides:
+    parameters = inspect.signature(cls).parameters
+    known = [p for p in parameters if p != "self"]
+    for key, value in overrides.items():
         if key not in known:
-            raise LatelierError(f"Unknown key '{section}.model.{key}'; {hint(key, known)}")
+            raise LatelierError(f"Unknown key '{section}.model.{key}'; {hint(str(key), known)}")
+        default = presets[name].get(key, parameters[key].default)
+        if not isinstance(default, int | float) or isinstance(default, bool):
+            continue
+        least = int("channels" in key and default > 0)
+        if isinstance(value, str) or (isinstance(value, int | float) and not least <= value < math.inf):
+            wanted = f"a number from {least} on, such as {default}"
+            raise LatelierError(f"{section}.model.{key} = {value!r} is not allowed; it should be {wanted}.")
     return {**presets[name], **overrides}
+
+
+def construct(cls: type[Model], arguments: Mapping[str, Any], section: str = "tokenizer") -> Model:
+    """A recipe's model; what its constructor refuses becomes a sentence."""
+    try:
+        return cls(**arguments)
+    except LatelierError as error:  # begins with the argument
+        raise LatelierError(f"{section}.model.{error}") from None
+    except Exception as error:  # diffusers' constructors raise whatever a wrong argument runs into
+        raise LatelierError(f"{section}.model makes no {cls.__name__} ({first_line(error)}).") from None
+
+
+def open_model(cls: type[Model], path: str | Path, **options: Any) -> Model:
+    """A model of a class of diffusers' kind, from a folder or the Hub, whose config and weights fit each other.
+
+    Call it under `reading`. The config is judged on the meta device first, where an absurd size costs nothing.
+    """
+    import torch
+
+    config = cls.load_config(str(path), **options)  # type: ignore[attr-defined]
+    check_config(config)
+    with torch.device("meta"):
+        planned = cls.from_config(config)  # type: ignore[attr-defined]
+    needed = sum(t.numel() for t in (*planned.parameters(), *planned.buffers()))
+    folder = Path(path, options.get("subfolder") or "")
+    there = sum(file.stat().st_size for file in folder.glob("*.*")) if folder.is_dir() else math.inf
+    if needed > there + 16 * MOST:  # a byte for each number at least, and tables that are not stored
+        raise LatelierError(f"its config describes {needed:,} numbers, but its files have {there:,} bytes")
+    model, report = cls.from_pretrained(str(path), output_loading_info=True, **options)  # type: ignore[attr-defined]
+    for kind, what in (("missing_keys", "files lack"), ("unexpected_keys", "config has no place for")):
+        if names := sorted(report.get(kind, ())):
+            raise LatelierError(f"its {what} {len(names)} of its weights, such as {names[0]}")
+    check_weights(model)
+    return model
+
+
+def check_weights(model: Any) -> None:
+    """Refuse a model with weights that no file had, or that are not finite."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_meta or (tensor.is_floating_point() and not bool(tensor.isfinite().all())):
+            raise LatelierError(f"its weight {name} is {'missing' if tensor.is_meta else 'not finite'}")
+
+
+def check_config(config: Any, key: str = "") -> None:
+    """Refuse numbers in a stranger's config with which a constructor would only fill the memory or never end."""
+    if isinstance(config, Mapping | list | tuple):
+        for name, value in config.items() if isinstance(config, Mapping) else ((key, value) for value in config):
+            check_config(value, str(name))
+    elif isinstance(config, int) and key != "seed":
+        least, most = (0, MOST_LAYERS) if "depth" in key or "layers" in key else (-MOST, MOST)
+        if not least <= config <= most:
+            raise LatelierError(f"{key} = {config} in its config makes no model")
 
 
 def open_init(cls: type[Model], path: str, wanted: Mapping[str, Any] | None = None) -> Model:
@@ -330,11 +407,8 @@ def open_init(cls: type[Model], path: str, wanted: Mapping[str, Any] | None = No
     Raises:
         LatelierError: if it cannot be opened, or its config differs.
     """
-    try:
-        model = cls.from_pretrained(path)  # type: ignore[attr-defined]
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise LatelierError(f"init: {path} has no {cls.__name__} that can be opened ({reason}).") from None
+    with reading(f"init: {path} has no {cls.__name__} that can be opened", "give a folder or Hub name that has one"):
+        model: Any = open_model(cls, path)
     for key, value in (wanted or {}).items():
         if (have := model.config[key]) != value:
             raise LatelierError(

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from latelier.conditioning.condition import ClassConditioner
-from latelier.errors import LatelierError
+from latelier.errors import LatelierError, first_line, reading
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -66,20 +66,29 @@ class Converted:
     codec: Codec | None = None  # a tokenizer with its latent statistics, where they are known
 
 
-def from_official(kind: str, state_dict: Mapping[str, Tensor], **config: Any) -> Converted:
+def from_official(kind: str, state_dict: Mapping[str, Tensor] | Path, **config: Any) -> Converted:
     """Convert a checkpoint of an official implementation.
 
     Args:
         kind: one of `KINDS`.
-        state_dict: original names to tensors; usual wrappers' prefixes are removed.
+        state_dict: original names to tensors, or a file of them; usual wrappers' prefixes are removed.
         config: what the shapes do not tell.
     """
     if kind not in KINDS:
         raise LatelierError(f"Unknown checkpoint kind {kind!r}; allowed: {', '.join(KINDS)}.")
+    if isinstance(state_dict, Path):
+        state_dict = read_checkpoint(state_dict)
     module, function = KINDS[kind].split(":")
     bare = "" if kind == "ldm" else rf"^({'|'.join(map(re.escape, PREFIXES))})*"  # ldm needs prefixes: it is the whole
     weights = {re.sub(bare, "", name): tensor.detach().float() for name, tensor in state_dict.items()}
-    return getattr(importlib.import_module(module), function)(weights, config)
+    try:
+        return getattr(importlib.import_module(module), function)(weights, config)
+    except LatelierError:
+        raise
+    except Exception as error:  # shapes of another architecture can break anything
+        raise LatelierError(
+            f"This is not a {kind} checkpoint, or its configuration is another ({first_line(error)})."
+        ) from None
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
@@ -91,20 +100,17 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise LatelierError(f"There is no checkpoint at {path}.")
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    try:
-        tree = _read_pickle(path)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, IndexError) as error:
-        raise LatelierError(
-            f"{path} is not a checkpoint that can be read ({error}); "
-            "save its state_dict with safetensors.torch.save_file in the environment it came from."
-        ) from None
+    advice = "save its state_dict with safetensors.torch.save_file in the environment it came from"
+    with reading(f"{path} is not a checkpoint that can be read", advice):
+        tree = load_file(path) if path.suffix == ".safetensors" else _read_pickle(path)
     while isinstance(tree, dict) and (inner := next((k for k in WRAPPERS if isinstance(tree.get(k), dict)), None)):
         tree = tree[inner]
     weights = {k: v for k, v in tree.items() if isinstance(v, Tensor)} if isinstance(tree, dict) else {}
     if not weights:
         raise LatelierError(f"{path} holds no tensors by name.")
+    for name, tensor in weights.items():  # one number can claim to be any shape
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise LatelierError(f"{path} is not a checkpoint that can be read: {name} has more numbers than its file.")
     return weights
 
 
@@ -144,7 +150,10 @@ def below(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def count_blocks(weights: Mapping[str, Tensor], prefix: str) -> int:
     """How many numbered blocks are under a prefix."""
-    return 1 + max((int(name.split(".")[0]) for name in below(weights, prefix)), default=-1)
+    numbers = {int(name.split(".")[0]) for name in below(weights, prefix)}
+    if numbers and max(numbers) > len(weights):
+        raise LatelierError(f"The checkpoint has a block {prefix}{max(numbers)}, but only {len(weights)} tensors.")
+    return 1 + max(numbers, default=-1)
 
 
 def need(weights: Mapping[str, Tensor], name: str, kind: str) -> Tensor:

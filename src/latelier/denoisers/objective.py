@@ -14,12 +14,23 @@ from torch import Tensor, nn
 from latelier.conditioning import parse_conditions
 from latelier.conditioning.condition import Condition
 from latelier.data.latents import sample_posterior
-from latelier.diffusion.process import DDPM, Flow
+from latelier.diffusion.process import DDPM, Flow, build_process
 from latelier.errors import LatelierError
 from latelier.keyed_random import KeyedRandom
 from latelier.losses.terms import LossTerms
 from latelier.prefixes import RandomPrefixes
-from latelier.sections import ByKind, Model, Prefixes, Process, Section, Training, Weight, open_init, preset_arguments
+from latelier.sections import (
+    ByKind,
+    Model,
+    Prefixes,
+    Process,
+    Section,
+    Training,
+    Weight,
+    construct,
+    open_init,
+    preset_arguments,
+)
 
 if TYPE_CHECKING:
     Conditions = list[Any]
@@ -54,7 +65,11 @@ class DenoiserSection(Training):
     )
 
     @model_validator(mode="after")
-    def _check_snapshots(self) -> DenoiserSection:
+    def _check(self) -> DenoiserSection:
+        build_process(**self.process.model_dump())
+        kinds = [condition.kind for condition in self.condition]
+        if len(set(kinds)) < len(kinds):
+            raise LatelierError(f"denoiser.condition names a kind twice: {', '.join(kinds)}.")
         if self.snapshots > self.images // self.batch:
             raise LatelierError(
                 f"denoiser.snapshots = {self.snapshots}, but {self.images:,} images are only "
@@ -80,7 +95,7 @@ def build_transformer(
     arguments |= preset_arguments(cls, sizes, section.size, section.model, "denoiser")
     if section.process.kind == "ddpm":
         arguments.setdefault("time_scale", 1000.0)
-    return cls(**{**arguments, **wanted, "grid": tuple(grid)})
+    return construct(cls, {**arguments, **wanted, "grid": tuple(grid)}, "denoiser")
 
 
 def transformer_width(cls: type[Any], sizes: dict, section: DenoiserSection) -> int:

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from latelier.conditioning.condition import Condition
 from latelier.denoisers.objective import DenoiserSection
-from latelier.errors import LatelierError
+from latelier.errors import LatelierError, first_line
 from latelier.prefixes import pad_channels
-from latelier.sections import open_init, preset_arguments
+from latelier.sections import construct, open_init, preset_arguments
 
 TIMESTEPS = 1000  # of the discrete process that LDM's time embedding was made for
 WAVES = (0.5, 1, 2)  # of the coordinate channels, over the whole grid
@@ -184,7 +184,9 @@ class UNet(_Denoiser, UNet2DModel):
         for module in self.modules():
             if heads and isinstance(module, Attention):
                 if module.inner_dim % heads:
-                    raise LatelierError(f"{heads} heads do not divide the {module.inner_dim} channels of an attention.")
+                    raise LatelierError(
+                        f"heads = {heads} do not divide the {module.inner_dim} channels of an attention."
+                    )
                 module.heads = module.sliceable_head_dim = heads
                 module.scale = (module.inner_dim // heads) ** -0.5
 
@@ -249,10 +251,7 @@ def build(
         return open_init(cls, section.init, wanted)
     arguments = _arguments(section, token_width)
     _check_grid(grid, len(arguments["block_out_channels"]))
-    try:
-        model = cls(**{**arguments, **wanted, "sample_size": tuple(grid)})
-    except ValueError as error:
-        raise LatelierError(f"denoiser.model makes no U-Net: {error}") from None
+    model: ModelMixin = construct(cls, {**arguments, **wanted, "sample_size": tuple(grid)}, "denoiser")
     _zero_outputs(model)
     return model
 
@@ -286,8 +285,8 @@ def _saved(path: str) -> dict[str, Any]:
     """Configuration of a saved U-Net."""
     try:
         config = UNet2DModel.load_config(path)
-    except OSError as error:
-        raise LatelierError(f"init: {path} has no U-Net ({str(error).splitlines()[0]}).") from None
+    except Exception as error:  # of a file that may hold anything
+        raise LatelierError(f"init: {path} has no U-Net ({first_line(error)}).") from None
     if "block_out_channels" not in config or "attention_head_dim" not in config:
         raise LatelierError(f"init: {path} has no U-Net, but a {config.get('_class_name')}.")
     return config  # type: ignore[return-value]

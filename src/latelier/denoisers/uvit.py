@@ -19,7 +19,18 @@ from torch import Tensor, nn
 from latelier.conditioning.condition import Condition
 from latelier.denoisers.objective import DenoiserSection, build_transformer, transformer_width
 from latelier.errors import LatelierError
-from latelier.layers import MLP, Attention, patchify, resize_positions, run_block, sinusoid, unpatchify
+from latelier.layers import (
+    MLP,
+    Attention,
+    check_transformer,
+    check_whole,
+    patches_along,
+    patchify,
+    resize_positions,
+    run_block,
+    sinusoid,
+    unpatchify,
+)
 from latelier.prefixes import pad_channels
 
 SIZES = {
@@ -74,11 +85,11 @@ class UViT(ModelMixin, ConfigMixin):
         prefix_channels: bool = False,
     ):
         super().__init__()
+        check_whole(in_channels=in_channels)
+        check_transformer(dim, depth, heads, multiple=2)
         if depth % 2:
-            raise LatelierError(
-                f"denoiser.model.depth = {depth} of a U-ViT must be even: half of it precedes the middle."
-            )
-        self.grid = tuple(g // patch_size for g in grid)
+            raise LatelierError(f"depth = {depth} of a U-ViT must be even: half of it precedes the middle.")
+        self.grid = patches_along(patch_size, grid=grid)
         volume = patch_size ** len(self.grid)
         self.x_embed = nn.Linear((in_channels + spatial_channels) * volume, dim)
         self.context = nn.Linear(context_dim, dim) if context_dim else None

@@ -22,9 +22,11 @@ from latelier.sections import (
     Adversarial,
     ByKind,
     Count,
+    Name,
     Prefixes,
     Process,
     Section,
+    Seed,
     TrainedTokenizer,
     Training,
     first_problem,
@@ -44,9 +46,10 @@ else:
 __all__ = [
     "Adversarial", "Count", "Data", "Evaluate", "Prefixes", "Process", "Recipe", "Sample", "Section",
     "TrainedTokenizer", "Training", "apply_overrides", "as_numbers", "build_recipe", "dump", "find_recipe",
-    "first_problem", "load_recipe", "parse_count", "recipe_files", "schema",
+    "first_problem", "load_recipe", "parse_count", "read_yaml", "recipe_files", "schema",
 ]  # fmt: skip
 
+MOST_VALUES = 100_000  # of a YAML file
 # In a wheel recipes are inside the package, in a clone at its root.
 _FOLDERS = (Path(__file__).parents[1] / "recipes", Path(__file__).parents[3] / "recipes")
 
@@ -54,8 +57,8 @@ _FOLDERS = (Path(__file__).parents[1] / "recipes", Path(__file__).parents[3] / "
 class Recipe(Section):
     """One experiment, from data to report."""
 
-    name: str = Field(pattern=r"^[\w.-]+$")
-    seed: int = Field(0, ge=0)
+    name: Name
+    seed: Seed = 0
     runs: str = Field("runs", description="folder in which the run folder is made")
     data: Data
     tokenizer: Tokenizer
@@ -72,6 +75,27 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_models(self) -> Recipe:
+        """Build what `model` changes, on the meta device, so that what a constructor refuses is refused here."""
+        section, denoiser = self.tokenizer, self.denoiser
+        trained = isinstance(section, TrainedTokenizer) and not section.init
+        rebuilt = denoiser is not None and denoiser.model and not denoiser.init
+        if not rebuilt and not (trained and section.model):  # type: ignore[union-attr]
+            return self
+        import torch
+
+        from latelier.denoisers import build_denoiser
+        from latelier.tokenizers import build_tokenizer, tokenizer_info
+
+        with torch.device("meta"):
+            info = tokenizer_info(build_tokenizer(section, self.data)) if trained else None
+            if denoiser is not None and rebuilt:
+                shape = info.latent_shape(*self.data.image_size) if info else (4, *[64 * denoiser.patch] * 2)
+                tokens = any(condition.kind in ("text", "layout") for condition in denoiser.condition)
+                build_denoiser(denoiser, shape, 64 * tokens)
+        return self
+
     @property
     def folder(self) -> Path:
         """The run folder."""
@@ -81,10 +105,7 @@ class Recipe(Section):
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Read a recipe file and apply `a.b=c` overrides; an error names the file, key or value that is wrong."""
     given, path = Path(path), find_recipe(path)
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise LatelierError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise LatelierError(f"{path} must be a YAML mapping with at least `name`, `data` and `tokenizer`.")
     if given.is_dir():  # a run folder, perhaps moved since
@@ -92,9 +113,34 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     return build_recipe(apply_overrides(tree, overrides))
 
 
-def recipe_files() -> list[Path]:
-    """The bundled recipes."""
-    return sorted(path for folder in _FOLDERS if folder.is_dir() for path in folder.rglob("*.yaml"))
+def read_yaml(source: Path | str, name: str | None = None) -> Any:
+    """The content of a YAML file, or of a value on the command line, which has a name for the error."""
+    try:
+        content = yaml.safe_load(source if isinstance(source, str) else source.read_text(encoding="utf-8"))
+        if _count(content, {}) > MOST_VALUES:
+            raise ValueError(f"it has more than {MOST_VALUES:,} values, since aliases multiply")
+        return content
+    except OSError as error:
+        raise LatelierError(f"{source} cannot be read ({error.strerror}).") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: bytes that are no text, absurd dates
+        reason = "its sections have no end" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise LatelierError(f"{name or source} is not valid YAML: {reason}") from None
+
+
+def _count(node: Any, known: dict[int, int]) -> int:
+    """Values in a tree, each counted as often as aliases repeat it."""
+    if not isinstance(node, dict | list):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = 1 + sum(_count(value, known) for value in (node.values() if isinstance(node, dict) else node))
+    return known[id(node)]
+
+
+def recipe_files() -> dict[str, Path]:
+    """The bundled recipes by name, such as `quickstart` and `ldm/scenes`."""
+    paths = ((folder, path) for folder in _FOLDERS if folder.is_dir() for path in folder.rglob("*.yaml"))
+    found = {path.relative_to(folder).with_suffix("").as_posix(): path for folder, path in paths}
+    return dict(sorted(found.items(), key=lambda item: ("/" in item[0], item)))
 
 
 def find_recipe(name: str | Path) -> Path:
@@ -104,10 +150,10 @@ def find_recipe(name: str | Path) -> Path:
         return path / "recipe.yaml"
     if path.is_file():
         return path
-    for candidate in recipe_files():
-        if str(name) in (candidate.stem, f"{candidate.parent.name}/{candidate.stem}"):
+    for known, candidate in recipe_files().items():
+        if str(name) in (candidate.stem, known):
             return candidate
-    near = difflib.get_close_matches(path.stem, [c.stem for c in recipe_files()], 1, 0.6)
+    near = difflib.get_close_matches(path.stem, [c.stem for c in recipe_files().values()], 1, 0.6)
     hint = f"did you mean {near[0]!r}?" if near else "`latelier recipe list` shows those that come along."
     raise LatelierError(f"There is no recipe at {path}; {hint}")
 
@@ -124,7 +170,7 @@ def apply_overrides(tree: dict, overrides: list[str] | tuple[str, ...]) -> dict:
             node = node.setdefault(key, {})
             if not isinstance(node, dict):
                 raise LatelierError(f"Override {override!r}: {key!r} is a value, not a section.")
-        node[last] = yaml.safe_load(value)
+        node[last] = read_yaml(value, f"The value of {override!r}")
     return tree
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
-from latelier.sections import Count, Section, Size, Unit
+from latelier.errors import LatelierError
+from latelier.sections import PositiveCount, Section, Size, Unit
+
+BUILT_IN = {"emoji": (1, 3, 4), "scenes": (1, 3)}  # sources, and the channels that their images can have
 
 
 class Data(Section):
@@ -54,4 +57,26 @@ class Data(Section):
     in_memory: bool | None = Field(None, description="keep decoded images in memory; by default when they fit 1 GB")
     workers: int | None = Field(None, ge=0, description="loader processes; by default none in memory, else the cores")
     max_skipped: Unit = Field(0.01, description="share of unreadable files that is tolerated")
-    length: Count | None = Field(None, description="how many images a generated source has, or how many to use")
+    length: PositiveCount | None = Field(None, description="how many images a generated source has, or how many to use")
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _check_scale(cls, scale: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError("two shares of the area, 0 < low <= high <= 1")
+        return scale
+
+    @model_validator(mode="after")
+    def _check_built_in(self) -> Data:
+        channels = BUILT_IN.get(self.source)
+        if channels and self.channels not in channels:
+            wanted = " or ".join(map(str, channels))
+            raise LatelierError(
+                f"data.channels = {self.channels}, but images of {self.source} can have {wanted}; set it to 3."
+            )
+        for key in ("image_key", "label_key", "caption_key") if channels else ():
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise LatelierError(
+                    f"data.{key} is for folders and datasets; remove it for the source {self.source!r}."
+                )
+        return self

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, fie
 from pydantic_core import PydanticCustomError
 
 from latelier.evaluation.metrics import METRICS
-from latelier.sections import Count, Section, Unit, Weight
+from latelier.sections import PositiveCount, Section, Seed, Unit, Weight
 
 # Names under which other libraries know a metric that is called otherwise here.
 _ELSEWHERE = {"rfid": "rfd", "gfid": "gfd"}
@@ -34,7 +34,7 @@ class Sample(Section):
     count: int = Field(64, ge=1)
     batch: int = Field(64, ge=1)
     classes: list[int | str] | None = None
-    seed: int = 0
+    seed: int = Field(0, ge=-(2**63), description="of the first image; the next has the next number")
 
     @field_validator("tile_stride")
     @classmethod
@@ -43,6 +43,13 @@ class Sample(Section):
         if stride is not None and (tile is None or stride > tile):
             raise ValueError(f"at most sample.tile, which is {'not set' if tile is None else tile}")
         return stride
+
+    @field_validator("seed")
+    @classmethod
+    def _lasts(cls, seed: int, info: Any) -> int:
+        if seed + info.data.get("count", 1) > 2**63:
+            raise ValueError("less than 2**63, for the last image too")
+        return seed
 
 
 def _known_metric(name: str) -> str:
@@ -72,7 +79,7 @@ class Evaluate(Section):
         description="feature extractors: vgg16, inception, inception-fid-helper, dinov2, clip; the last two also as "
         "`dinov2:folder or Hub name`. Distances are measured in each, everything else in the first",
     )
-    samples: Count = 5_000
+    samples: PositiveCount = 5_000
     batch: int = Field(64, ge=1)
     noise_levels: list[Weight] = Field(
         [0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0], description="of smoothness, in standard deviations of each channel"
@@ -84,8 +91,10 @@ class Evaluate(Section):
     prefix_lengths: list[Annotated[int, Field(ge=1)]] | None = Field(
         None, description="of prefixes: numbers of channels that are decoded; default quarters of them"
     )
-    probe_samples: Count = Field(10_000, description="training images that probe, gmm and difficulty learn from")
-    seed: int = Field(0, ge=0, description="of noise, clusters and the masks of inpainting")
+    probe_samples: PositiveCount = Field(
+        10_000, description="training images that probe, gmm and difficulty learn from"
+    )
+    seed: Annotated[Seed, Field(description="of noise, clusters and the masks of inpainting")] = 0
     clip: str | None = Field(
         None, description="Hub name or folder of a CLIP, which scores how well samples fit their captions"
     )

@@ -14,19 +14,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from accelerate import PartialState
 from pydantic import Field, ValidationError, model_validator
 
 from latelier import run
 from latelier.errors import LatelierError
 from latelier.preflight import Trial, try_denoiser, try_tokenizer
-from latelier.recipe import Recipe, apply_overrides, as_numbers, build_recipe
+from latelier.recipe import Recipe, apply_overrides, as_numbers, build_recipe, read_yaml
 from latelier.report.comparison import write_comparison
 from latelier.report.figures import MAP
 from latelier.report.run import read_log
 from latelier.report.tables import Published, RunSummary, read_metrics
-from latelier.sections import Count, Section, TrainedTokenizer, Training, first_problem
+from latelier.sections import Name, PositiveCount, Section, TrainedTokenizer, Training, first_problem
 from latelier.terminal import console
 
 _FOLDERS = (Path(__file__).parents[1] / "studies", Path(__file__).parents[3] / "studies")
@@ -39,7 +38,7 @@ OWN = ("name", "folder", "budget", "columns", "baseline")  # overrides of these 
 class Spending(Section):
     """What one stage of every run may cost: exactly one of the three."""
 
-    images: Count | None = Field(None, description="images seen")
+    images: PositiveCount | None = Field(None, description="images seen")
     minutes: float | None = Field(None, gt=0, description="of training on this machine, from a few timed steps")
     flops: float | None = Field(None, gt=0, description="operations of training, 2 for a multiply-add")
 
@@ -79,7 +78,7 @@ class Variant(Section):
 class Study(Section):
     """A comparison of recipes."""
 
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: Name
     title: str
     about: str = ""
     budget: Budget = Budget()
@@ -111,10 +110,7 @@ def load_study(path: str | Path, variant: str | None = None, overrides: list[str
         LatelierError: naming the file, key or value that is wrong.
     """
     path = find_study(path)
-    try:
-        study = _validate(yaml.safe_load(path.read_text()), path)
-    except yaml.YAMLError as error:
-        raise LatelierError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    study = _validate(read_yaml(path), path)
     if variant is not None:
         study = _vary(study, variant)
     own = [override for override in overrides if override.partition("=")[0].split(".")[0] in OWN]

@@ -93,8 +93,9 @@ def model_class(config: dict[str, Any]) -> type[ModelMixin]:
     import diffusers
 
     name = config.get("_class_name", "")
-    if hasattr(diffusers, name):
-        return getattr(diffusers, name)
+    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if isinstance(found, type) and issubclass(found, diffusers.ModelMixin):
+        return found
     for model in own_classes():
         if model.__name__ == name:
             return model

@@ -21,11 +21,14 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from jaxtyping import Float
 from torch import Tensor
 
-from latelier.errors import LatelierError
+from latelier.errors import LatelierError, reading
 from latelier.layers import fast_bf16
+from latelier.publish import MANIFEST, damage
+from latelier.sections import open_model
 from latelier.tokenizers import TokenizerInfo, model_class, tokenizer_info
 
 STATISTICS_FILE = "latent_statistics.json"
+REMEASURE = "delete it to go on without, or take the file that was written with the weights"
 
 
 class Point:
@@ -202,20 +205,22 @@ class Codec:
         Raises:
             LatelierError: if there is no tokenizer that can be opened.
         """
-        try:
-            config = AutoencoderKL.load_config(str(path), **kwargs)
-            tokenizer = model_class(config).from_pretrained(str(path), **kwargs).eval()
-        except (OSError, ValueError) as error:  # ValueError: a name that the Hub does not allow
-            raise LatelierError(
-                f"No tokenizer can be opened at {path} ({str(error).splitlines()[0].rstrip('.')}); give a run's folder "
-                "tokenizer/ (train it first if it is not there), or a diffusers autoencoder's folder or Hub name."
-            ) from None
-        statistics = Path(path) / kwargs.get("subfolder", "") / STATISTICS_FILE
-        if not statistics.is_file():
+        folder = Path(path, kwargs.get("subfolder", ""))
+        advice = (
+            "give a run's folder tokenizer/ (train it first if it is not there), or a diffusers autoencoder's folder "
+            "or Hub name"
+        )
+        refuse_damage(folder)
+        with reading(f"No tokenizer can be opened at {path}", advice):
+            tokenizer = open_model(model_class(AutoencoderKL.load_config(str(path), **kwargs)), path, **kwargs)
+            channels = tokenizer_info(tokenizer).latent_channels
+        if not (folder / STATISTICS_FILE).is_file():
             return cls(tokenizer, precision=precision)
-        content = json.loads(statistics.read_text())
-        mean, std = (torch.tensor(content.pop(key)) for key in ("mean", "std"))
-        return cls(tokenizer, mean, std, receipt=content, precision=precision)
+        with reading(f"{folder / STATISTICS_FILE} holds no statistics of these latents", REMEASURE):
+            content = json.loads((folder / STATISTICS_FILE).read_text(encoding="utf-8"))
+            mean, std = read_statistics(content, channels)
+        about = {key: value for key, value in content.items() if key not in ("mean", "std")}
+        return cls(tokenizer, mean, std, about, precision)
 
     @property
     def _memory_format(self) -> torch.memory_format:
@@ -233,9 +238,28 @@ class Codec:
         return statistic[: z.shape[1]].to(z).view(-1, *[1] * (z.ndim - 2))
 
 
+def read_statistics(content: dict[str, Any], channels: int) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
+    """`mean` and `std` of latents from a file; an error if they are not numbers by which latents can be divided."""
+    mean, std = (torch.tensor(content[key], dtype=torch.float32) for key in ("mean", "std"))
+    if mean.shape != (channels,) or std.shape != (channels,):
+        raise LatelierError(f"mean and std have shapes {tuple(mean.shape)} and {tuple(std.shape)}, not ({channels},)")
+    if not bool((mean.isfinite() & std.isfinite() & (std > 0)).all()):
+        raise LatelierError("mean and std are not all finite, or a std is not above 0")
+    return mean, std
+
+
+def refuse_damage(folder: Path) -> None:
+    """Refuse a published folder whose files are not as they were written; one without a manifest is a stranger's."""
+    advice = "copy it again, or delete it and run its recipe again"
+    with reading(f"{folder} is damaged", advice):
+        wrong = damage(folder) if (folder / MANIFEST).is_file() else None
+    if wrong:
+        raise LatelierError(f"{folder} {wrong}; {advice}.")
+
+
 def check_size(size: tuple[int, ...] | torch.Size, factor: int) -> None:
     """Refuse image sizes that the tokenizer's factor does not divide."""
-    if any(side % factor for side in size):
+    if any(side < 1 or side % factor for side in size):
         near = " x ".join(str(max(factor, round(side / factor) * factor)) for side in size)
         raise LatelierError(
             f"Image size {' x '.join(map(str, size))} is not divisible by the tokenizer's factor {factor}; use {near}."

@@ -26,7 +26,10 @@ from torch import Tensor, nn
 from latelier.keyed_random import KeyedRandom
 from latelier.layers import (
     TransformerBlock,
+    check_transformer,
+    check_whole,
     init_linear,
+    patches_along,
     patchify,
     resize_positions,
     resized,
@@ -36,7 +39,7 @@ from latelier.layers import (
 )
 from latelier.losses.reconstruction import ReconstructionLoss, gaussian_kl
 from latelier.losses.terms import LossTerms
-from latelier.sections import TrainedTokenizer, Unit, Weight, open_init, preset_arguments
+from latelier.sections import TrainedTokenizer, Unit, Weight, construct, open_init, preset_arguments
 from latelier.tokenizers import TokenizerInfo
 
 
@@ -115,7 +118,10 @@ class VMAE(ModelMixin, ConfigMixin):
         smooth: bool = True,
     ):
         super().__init__()
-        self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
+        check_whole(in_channels=in_channels, latent_channels=latent_channels)
+        check_transformer(dim, depth, heads, multiple=4)
+        check_transformer(decoder_dim, decoder_depth, decoder_heads, "decoder_", multiple=4)
+        self.grid = patches_along(patch_size, image_size=image_size)
         patch_values = in_channels * patch_size**2
         self.patch_embed = nn.Linear(patch_values, dim)
         self.blocks = nn.ModuleList(TransformerBlock(dim, heads, mlp_ratio) for _ in range(depth))
@@ -216,7 +222,7 @@ def build(section: VMAESection, channels: int, image_size: Sequence[int]) -> VMA
     if section.init:
         return open_init(VMAE, section.init)
     arguments = preset_arguments(VMAE, PRESETS, section.preset, section.model)
-    return VMAE(**{**arguments, "image_size": tuple(image_size), "in_channels": channels})
+    return construct(VMAE, {**arguments, "image_size": tuple(image_size), "in_channels": channels})
 
 
 def objective(
