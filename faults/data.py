@@ -164,7 +164,7 @@ def _folders() -> list[Case]:
     def table(text: str) -> Callable[[], None]:
         return lambda: put("images/metadata.jsonl", text)
 
-    once = Expected(says=f"Data: {TRAINING} training images")
+    once = Expected(says=f"Data, training: {TRAINING} images")
     return group(
         "links and special files in a folder",
         [
@@ -286,7 +286,7 @@ def _streams() -> list[Case]:
 def _boxes() -> list[Case]:
     row, file = "boxes and maps", refuses("no COCO annotation file")
     layout = {"kind": "layout", "dim": 32, "layers": 1, "heads": 1}
-    counted = Expected(says="1 boxes of training images have no area")
+    counted = Expected(says="Data, training: 1 boxes have no area")
 
     def box(*numbers: Any) -> Callable[[], None]:
         return lambda: coco(lambda told: told["annotations"][5].update(bbox=list(numbers)))

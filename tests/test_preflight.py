@@ -86,8 +86,8 @@ def test_every_split_is_opened_and_shown(tmp_path, capsys):
     photos(tmp_path / "photos", *(f"train/{c}/{i}.png" for c in ("[b]", "cat") for i in range(3)), "val/cat/7.png")
     check(recipe_on(tmp_path))
     words = " ".join(capsys.readouterr().err.split())
-    assert "6 training images of 3 x 32 x 32, 2 classes: [b] 3, cat 3." in words
-    assert "1 held-out images of 3 x 32 x 32, 2 classes: [b] 0, cat 1." in words
+    assert "Data, training: 6 images of 3 x 32 x 32, 2 classes: [b] 3, cat 3." in words
+    assert "Data, held-out: 1 images of 3 x 32 x 32, 2 classes: [b] 0, cat 1." in words
 
 
 def test_held_out_images_of_other_classes_are_told_before_training(tmp_path):

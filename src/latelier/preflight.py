@@ -57,8 +57,8 @@ def check(recipe: Recipe) -> list[Trial]:
     for split, source in check_sources(recipe).items():
         dataset = open_images(recipe, split)
         next(dataset.once(TRIES, limit=TRIES), None)
-        about = f"{len(dataset):,} {SPLITS[split]} images of {' x '.join(map(str, dataset.shape))}{_classes(source)}"
-        console.print(f"Data: {about}.", highlight=False, markup=False)
+        about = f"{len(dataset):,} images of {' x '.join(map(str, dataset.shape))}{_classes(source)}"
+        console.print(f"Data, {SPLITS[split]}: {about}.", highlight=False, markup=False)
     rows = [*try_tokenizer(recipe), *try_denoiser(recipe)]
     console.print(_table(rows))
     return rows
@@ -73,7 +73,7 @@ def check_sources(recipe: Recipe) -> dict[str, Source | StreamSource]:
     kinds = {condition.kind for condition in recipe.denoiser.condition} if recipe.denoiser else set()
     for split, source in sources.items():
         if without := getattr(source, "boxes_without_area", 0):
-            console.print(f"Data: {without:,} boxes of {SPLITS[split]} images have no area in them and are left out.")
+            console.print(f"Data, {SPLITS[split]}: {without:,} boxes have no area in their images and are left out.")
         record = _first_record(source)
         asked = kinds if split == "train" or kinds - {"class"} else set()  # classes alone are drawn without records
         if lacking := [kind for kind in asked if record and NEEDED.get(kind, "image") not in record]:
