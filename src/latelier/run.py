@@ -26,6 +26,7 @@ from latelier.evaluation.results import Measurement, is_main
 from latelier.images import make_columns, make_grid, save_png
 from latelier.opening import best_device, held_out_records, join_processes, open_run
 from latelier.pipeline import LatentDiffusionPipeline, choose_settings, make_previews
+from latelier.preflight import check_sources
 from latelier.recipe import Recipe
 from latelier.run_folder import claimed
 from latelier.terminal import console
@@ -64,6 +65,7 @@ def complete(recipe: Recipe, accept_changes: bool = False) -> Path:
     Returns the path of the report. For `accept_changes` see `run_folder.claimed`.
     """
     check_features(recipe.evaluate)  # now, not after days of training
+    check_sources(recipe)
     with claimed(recipe, accept_changes):
         train_tokenizer(recipe)
         if recipe.denoiser is not None:
