@@ -4,9 +4,8 @@ import pytest
 
 from latelier.preflight import check, try_denoiser, try_tokenizer
 from latelier.recipe import build_recipe
-from test_adversarial import CONV
 from test_codebook import vq_recipe
-from tiny import tiny_recipe
+from tiny import CONV, tiny_recipe
 
 GAME = {"layers": 1, "channels": 8}
 
