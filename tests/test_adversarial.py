@@ -2,32 +2,23 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from latelier.errors import LatelierError
-from latelier.losses.adversarial import (
-    PatchGAN,
-    adaptive_weight,
-    consistency_loss,
-    discriminator_loss,
-    generator_loss,
-    lecam_loss,
-)
+from latelier.losses import adversarial
+from latelier.losses.adversarial import PatchGAN, adaptive_weight, discriminator_loss, generator_loss
 from latelier.losses.discriminator import CHANGES, add_adversarial_loss, augment, build_discriminator
-from latelier.recipe import Adversarial, build_recipe
+from latelier.recipe import build_recipe
 from latelier.tokenizers import build_objective, build_tokenizer, last_layer
 from latelier.training import tokenizer_loop
+from latelier.training.checkpoint import checkpoints
 from latelier.training.runtime import Stage
 from latelier.training.tokenizer_loop import train_tokenizer
-from test_training import newest
-from tiny import tiny_recipe
+from test_training import assert_same, newest, train_in_two_parts
+from tiny import CONV, refused, tiny_recipe
 
 GAME = {"layers": 1, "channels": 8}
 SMALL = {"layers": 1, "width": 8}
-CONV = {
-    "kind": "conv", "preset": "kl-f8c16-tiny", "model": {"block_out_channels": [32, 32, 32, 32]}, "images": 32,
-    "batch": 8, "perceptual_weight": 0, "precision": "fp32", "ema": 0.9, "checkpoint_every": 16, "log_every": 8,
-}  # fmt: skip
 
 
 def conv_recipe(folder, **changes):
@@ -41,10 +32,12 @@ def objective(tmp_path):
     return build_objective(recipe.tokenizer, 0, build_tokenizer(recipe.tokenizer, recipe.data))
 
 
-@pytest.fixture
-def discriminator():
+@pytest.fixture(params=["patch", "dino"])
+def discriminator(request, teacher):
     torch.manual_seed(1)
-    return build_discriminator(3, 0, **SMALL)
+    if request.param == "patch":
+        return build_discriminator(3, 0, **SMALL)
+    return build_discriminator(3, 0, "dino", teacher=teacher, consistency=4.0, lecam=0.1)
 
 
 def batch(seen=0):
@@ -59,18 +52,30 @@ def generator_terms(objective, discriminator):
     return terms
 
 
+def spectral(model):
+    """The vectors of power iterations."""
+    return {name: value.clone() for name, value in model.state_dict().items() if name.endswith("._u")}
+
+
 def test_the_generator_step_leaves_the_discriminator_alone(objective, discriminator):
-    generator_terms(objective, discriminator).total.backward()
+    before = {name: value.clone() for name, value in discriminator.state_dict().items()}
+    terms = generator_terms(objective, discriminator)
+    terms.total.backward()
+    assert "adversarial" in terms.losses
     assert all(p.grad is None and p.requires_grad for p in discriminator.parameters())
+    assert all(torch.equal(before[name], value) for name, value in discriminator.state_dict().items())
+    assert all(m.training for m in discriminator.modules())
     assert objective.tokenizer.decoder.conv_out.weight.grad is not None
     assert not any("discriminator" in name for name, _ in objective.named_parameters())
 
 
 def test_the_discriminator_step_leaves_the_tokenizer_alone(objective, discriminator):
-    fake = objective(batch()).reconstruction.detach()
+    fake, before = objective(batch()).reconstruction.detach(), spectral(discriminator)
     discriminator(batch()["image"], fake, torch.arange(4)).total.backward()
     assert all(p.grad is None for p in objective.parameters())
     assert all(p.grad is not None for p in discriminator.parameters())
+    after = spectral(discriminator)
+    assert all(not torch.equal(before[name], value) for name, value in after.items() if len(value) > 1)
 
 
 def test_both_sides_begin_when_the_recipe_says(tmp_path, monkeypatch):
@@ -93,32 +98,21 @@ def test_both_sides_begin_when_the_recipe_says(tmp_path, monkeypatch):
     assert fooled == [4]  # in the last step only, after two steps of the tokenizer and one of both
 
 
-def test_resume_includes_the_discriminator_and_its_optimiser(tmp_path, monkeypatch):
-    game = {**GAME, "start": 8, "lecam": 0.1, "augment": ["color", "translation", "cutout"]}
-    recipes = [conv_recipe(tmp_path / name, adversarial=game) for name in ("whole", "parts")]
+def resumed(recipes, monkeypatch):
+    """The newest checkpoints of two recipes, which are equal though the second one's training was interrupted."""
     train_tokenizer(recipes[0])
-    with monkeypatch.context() as patch:
-
-        def advance(self, original=Stage.advance):
-            original(self)
-            self.stopping = "a test" if self.images == 16 else None
-
-        patch.setattr(Stage, "advance", advance)
-        with pytest.raises(SystemExit):
-            train_tokenizer(recipes[1])
-    train_tokenizer(recipes[1])
-    from safetensors.torch import load_file
-
-    from latelier.training.checkpoint import checkpoints
-
+    train_in_two_parts(recipes[1], monkeypatch)
     files = [checkpoints(recipe.folder, "tokenizer")[-1] for recipe in recipes]
-    for name in ("model.safetensors", "model_1.safetensors"):
-        whole, parts = (load_file(file / name) for file in files)
-        assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    assert_same(*([load_file(file / name) for name in ("model.safetensors", "model_1.safetensors")] for file in files))
     moments = [torch.load(file / "optimizer_1.bin", weights_only=True)["state"] for file in files]
     assert all(torch.equal(moments[0][i]["exp_avg"], moments[1][i]["exp_avg"]) for i in moments[0])
-    for one, other in zip(newest(recipes[0].folder, "tokenizer"), newest(recipes[1].folder, "tokenizer")):
-        assert all(torch.equal(one[key], other[key]) for key in one)
+    assert_same(*(newest(recipe.folder, "tokenizer") for recipe in recipes))
+    return files
+
+
+def test_resume_includes_the_discriminator_and_its_optimiser(tmp_path, monkeypatch):
+    game = {**GAME, "start": 8, "lecam": 0.1, "augment": ["color", "translation", "cutout"]}
+    resumed([conv_recipe(tmp_path / name, adversarial=game) for name in ("whole", "parts")], monkeypatch)
 
 
 def test_adaptive_weight_has_its_closed_form():
@@ -128,8 +122,8 @@ def test_adaptive_weight_has_its_closed_form():
     assert adaptive_weight(reconstruction * 1e9, adversarial, layer).item() == 1e4
 
 
-def test_adaptive_weight_balances_the_gradients(objective, discriminator):
-    terms = generator_terms(objective, discriminator)
+def test_adaptive_weight_balances_the_gradients(objective):
+    terms = generator_terms(objective, build_discriminator(3, 0, **SMALL))
     last = objective.tokenizer.decoder.conv_out.weight
     rest = {k: v for k, v in terms.weights.items() if k != "adversarial"}
     ours = torch.autograd.grad(sum(w * terms.losses[k] for k, w in rest.items()), last, retain_graph=True)[0]
@@ -144,7 +138,8 @@ def test_losses_have_their_closed_forms():
     log2 = torch.log(torch.tensor(2.0)).item()
     assert discriminator_loss(real * 0, fake * 0, "non-saturating").item() == pytest.approx(log2)
     assert generator_loss(fake * 0, "non-saturating").item() == pytest.approx(log2)
-    assert lecam_loss(real, fake, torch.tensor(1.0), torch.tensor(-1.0)).item() == pytest.approx(1.25**2 + 4.0**2)
+    lecam = adversarial.lecam_loss(real, fake, torch.tensor(1.0), torch.tensor(-1.0))
+    assert lecam.item() == pytest.approx(1.25**2 + 4.0**2)
 
 
 def test_group_norm_does_not_mix_images():
@@ -165,11 +160,6 @@ def test_three_layers_judge_70_pixels():
     rows = image.grad[0].abs().sum((0, 2)).nonzero().flatten()
     assert rows.max() - rows.min() + 1 == 70
     assert sum(p.numel() for p in PatchGAN(norm="batch").parameters()) == 2_765_633
-
-
-def test_too_small_images_are_refused():
-    with pytest.raises(LatelierError, match=r"at least 32 pixels a side, not 16 x 16; lower tokenizer.adversarial"):
-        PatchGAN()(torch.zeros(1, 3, 16, 16))
 
 
 def test_augmentation_is_differentiable_and_the_same_for_both():
@@ -230,7 +220,7 @@ def test_the_share_of_augmented_images():
 
 def test_consistency_has_its_closed_form():
     ones, threes = torch.ones(2, 1, 2, 2), torch.full((2, 1, 2, 2), 3.0)
-    assert consistency_loss([ones, ones], [threes, ones]).item() == 2.0  # (4 + 0) / 2
+    assert adversarial.consistency_loss([ones, ones], [threes, ones]).item() == 2.0  # (4 + 0) / 2
     flat = torch.zeros(4, 3, 32, 32)
     discriminator = build_discriminator(3, 0, **SMALL, consistency=4.0)
     nn.init.zeros_(discriminator.network.head.weight)  # whatever it sees, it says the same
@@ -262,26 +252,13 @@ def test_lecam_follows_the_logits_at_its_decay(decay):
         torch.testing.assert_close(discriminator.averages, (1 - decay**step) * means)
 
 
-def test_defaults_are_those_of_ldm():
-    recipe = Adversarial()
-    assert (recipe.weight, recipe.adaptive, recipe.loss, recipe.layers, recipe.channels) == (0.5, True, "hinge", 3, 64)
-    assert (recipe.kind, recipe.augment, recipe.augment_share, recipe.consistency) == ("patch", [], 1.0, 0.0)
-
-
-@pytest.mark.parametrize(
-    ("section", "key"),
-    [
-        ({"kind": "dino", "layers": 2}, "layers"),
-        ({"kind": "dino", "channels": 8}, "channels"),
-        ({"teacher": "x"}, "teacher"),
-    ],
-)
-def test_settings_of_the_other_kind_are_refused(tmp_path, section, key):
-    with pytest.raises(LatelierError, match=rf"tokenizer.adversarial.{key} means nothing to kind"):
-        conv_recipe(tmp_path, adversarial=section)
-
-
-def test_a_frozen_last_layer_is_refused(tmp_path):
-    recipe = conv_recipe(tmp_path, adversarial=GAME, train=["encoder"])
-    with pytest.raises(LatelierError, match=r"last layer, which tokenizer.train = \['encoder'\] freezes"):
-        train_tokenizer(recipe)
+def test_what_is_refused(tmp_path):
+    """Settings of the other kind, a last layer that is frozen, images that are too small."""
+    sections = {"layers": {"kind": "dino", "layers": 2}, "channels": {"kind": "dino", "channels": 8}}
+    for key, section in {**sections, "teacher": {"teacher": "x"}}.items():
+        message = f"tokenizer.adversarial.{key} means nothing to kind"
+        refused(message, conv_recipe, tmp_path, adversarial=section)
+    frozen = conv_recipe(tmp_path, adversarial=GAME, train=["encoder"])
+    refused(r"last layer, which tokenizer.train = \['encoder'\] freezes", train_tokenizer, frozen)
+    small = r"at least 32 pixels a side, not 16 x 16; lower tokenizer.adversarial"
+    refused(small, PatchGAN(), torch.zeros(1, 3, 16, 16))

@@ -12,8 +12,8 @@ from PIL import Image
 from latelier.data.boxes import relative_entries
 from latelier.data.loader import ImageDataset
 from latelier.data.sources import open_source
-from latelier.errors import LatelierError
 from latelier.recipe import Data
+from tiny import refused
 
 SIZE = (64, 32)  # width, height
 NAMES = ["cat", "dog"]
@@ -94,8 +94,7 @@ def assert_expected(source):
     assert source.box_names == NAMES
     first, second, third = (source[i] for i in range(3))
     assert first["boxes"].tolist() == [[0.25, 0.25, 0.75, 0.75], [0, 0.25, 0.125, 0.75], [0.75, 0, 1, 1]]
-    assert first["box_labels"].tolist() == [1, 0, 1]
-    assert first["box_flags"].tolist() == [0, 0, 0]
+    assert (first["box_labels"].tolist(), first["box_flags"].tolist()) == ([1, 0, 1], [0, 0, 0])
     assert second["boxes"].shape == (0, 4)
     assert second["box_labels"].shape == (0,)
     assert (third["boxes"].tolist(), third["box_labels"].tolist()) == ([[0, 0, 1, 1]], [0])
@@ -113,11 +112,8 @@ def test_every_form_gives_the_same_records(images, tmp_path):
     assert opened(images).class_names == ["a", "b"]
 
 
-def test_yolo_beside_the_images_is_no_caption(tmp_path):
-    root = tmp_path / "images"
-    for name in OBJECTS:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(png())
+def test_yolo_beside_the_images_is_no_caption(images):
+    root = images
     yolo(root, beside=True)
     (root / "classes.txt").write_text("cat\ndog\n")
     source = opened(root, boxes="yolo")
@@ -125,14 +121,11 @@ def test_yolo_beside_the_images_is_no_caption(tmp_path):
     assert "caption" not in source[0]
     assert opened(root)[2]["caption"].startswith("0 0.5")
     (root / "a/0.txt").write_text("1 0.5 0.5 0.5\n")
-    with pytest.raises(LatelierError, match=r"0\.txt, line 1: '1 0.5 0.5 0.5' is not five numbers"):
-        source[0]
+    refused(r"0\.txt, line 1: '1 0.5 0.5 0.5' is not five numbers", source.__getitem__, 0)
     (root / "a/0.txt").write_text("2 0.5 0.5 0.5 0.5\n")
-    with pytest.raises(LatelierError, match=r"class 2; there are 2 classes"):
-        source[0]
+    refused(r"class 2; there are 2 classes", source.__getitem__, 0)
     (root / "classes.txt").unlink()
-    with pytest.raises(LatelierError, match=r"write .*classes.txt"):
-        opened(root, boxes="yolo")
+    refused(r"write .*classes.txt", opened, root, boxes="yolo")
 
 
 def test_coco_flags_and_images_that_are_not_listed(images, tmp_path):
@@ -141,21 +134,17 @@ def test_coco_flags_and_images_that_are_not_listed(images, tmp_path):
     assert (len(source), source.name(0)) == (1, "a/0.png")
     assert source[0]["box_flags"].tolist() == [1]
     elsewhere = coco(tmp_path / "other.json", {"c/9.png": []})
-    with pytest.raises(LatelierError, match="names none of the images"):
-        opened(images, boxes=str(elsewhere))
+    refused("names none of the images", opened, images, boxes=str(elsewhere))
     (tmp_path / "bad.json").write_text("[]")
-    with pytest.raises(LatelierError, match=r"bad.json is no COCO annotation file"):
-        opened(images, boxes=str(tmp_path / "bad.json"))
-    with pytest.raises(LatelierError, match=r"nothing.json is no COCO annotation file \(FileNotFoundError"):
-        opened(images, boxes=str(tmp_path / "nothing.json"))
+    refused(r"bad.json is no COCO annotation file", opened, images, boxes=str(tmp_path / "bad.json"))
+    nothing = str(tmp_path / "nothing.json")
+    refused(r"nothing.json is no COCO annotation file \(FileNotFoundError", opened, images, boxes=nothing)
     told = json.loads(path.read_text())
     del told["annotations"][0]["bbox"]
     path.write_text(json.dumps(told))
-    with pytest.raises(LatelierError, match=r"image a/0.png: a `bbox` must be four numbers"):
-        opened(images, boxes=str(path))
+    refused(r"image a/0.png: a `bbox` must be four numbers", opened, images, boxes=str(path))
     (images / "b/0.png").write_bytes(png())
-    with pytest.raises(LatelierError, match=r"may be .*a/0.png or .*b/0.png"):
-        opened(images, boxes=str(coco(tmp_path / "two.json", {"0.png": []})))
+    refused(r"may be .*a/0.png or .*b/0.png", opened, images, boxes=str(coco(tmp_path / "two.json", {"0.png": []})))
 
 
 def test_a_file_for_each_split(images, tmp_path):
@@ -171,8 +160,7 @@ def test_a_file_for_each_split(images, tmp_path):
     coco(tmp_path / "instances_a.json", {"0.png": [((0, 0, 64, 32), 0)], "a/1.png": []})
     coco(tmp_path / "instances_b.json", {"2.png": [((0, 0, 64, 32), 0)]}, names=["bird"])
     assert len(open_source(data)) == 2
-    with pytest.raises(LatelierError, match="the class 'bird', which the training images do not have"):
-        open_source(data, "val")
+    refused("the class 'bird', which the training images do not have", open_source, data, "val")
 
 
 def test_fingerprints_follow_the_boxes(images, tmp_path):
@@ -180,9 +168,6 @@ def test_fingerprints_follow_the_boxes(images, tmp_path):
     first = opened(images, boxes=str(coco(tmp_path / "a.json"))).fingerprint
     other = opened(images, boxes=str(coco(tmp_path / "a.json", {"a/0.png": []}))).fingerprint
     assert len({plain, first, other}) == 3
-
-
-# -- datasets -----------------------------------------------------------------------------------------------------
 
 
 def parquet(path, objects, features=None):
@@ -198,16 +183,11 @@ def parquet(path, objects, features=None):
 
 def told(category, **more):
     """`OBJECTS` as a column; `category` makes a class of a label."""
-    return [
-        {
-            "objects": {
-                "bbox": [list(map(float, box)) for box, _ in found],
-                "category": [category(label) for _, label in found],
-                **{key: [value] * len(found) for key, value in more.items()},
-            }
-        }
-        for found in OBJECTS.values()
-    ]
+    rows = []
+    for found in OBJECTS.values():
+        row = {"bbox": [list(map(float, box)) for box, _ in found], "category": [category(label) for _, label in found]}
+        rows.append({"objects": row | {key: [value] * len(found) for key, value in more.items()}})
+    return rows
 
 
 BBOX = datasets.List(datasets.List(datasets.Value("float32")))
@@ -237,17 +217,14 @@ def test_detection_datasets(tmp_path, streaming, form):
 def test_classes_without_names_are_looked_up(tmp_path):
     assert_expected(opened(parquet(tmp_path / "a.parquet", told(NAMES.__getitem__))))
     source = opened(parquet(tmp_path / "b.parquet", told(lambda label: 5 + label, is_occluded=True, is_group_of=-1)))
-    assert source.box_names == ["5", "6"]
-    assert source[0]["box_labels"].tolist() == [1, 0, 1]
+    assert (source.box_names, source[0]["box_labels"].tolist()) == (["5", "6"], [1, 0, 1])
     assert source[0]["box_flags"].tolist() == [2, 2, 2]
     corners = [{"objects": {"bbox": [[16.0, 8.0, 48.0, 24.0]], "category": ["cat"]}}]
     path = parquet(tmp_path / "c.parquet", corners)
     assert opened(path, box_format="xyxy")[0]["boxes"].tolist() == [[0.25, 0.25, 0.75, 0.75]]
-    with pytest.raises(LatelierError, match=r"data.boxes is for folders"):
-        opened(path, boxes="yolo")
+    refused(r"data.boxes is for folders", opened, path, boxes="yolo")
     stream = opened(path, streaming=True, length=1)
-    with pytest.raises(LatelierError, match=r"data.streaming=false"):
-        stream.record(next(stream.rows())[1])
+    refused(r"data.streaming=false", stream.record, next(stream.rows())[1])
 
 
 def test_our_own_columns(tmp_path):
@@ -265,11 +242,9 @@ def test_our_own_columns(tmp_path):
 
 def test_objects_of_the_wrong_form(tmp_path):
     rows = [{"objects": {"bbox": [[1.0, 2.0, 3.0]], "category": ["cat"]}}]
-    with pytest.raises(LatelierError, match="four numbers, xywh"):
-        opened(parquet(tmp_path / "a.parquet", rows))[0]
+    refused("four numbers, xywh", opened(parquet(tmp_path / "a.parquet", rows)).__getitem__, 0)
     rows = [{"objects": {"bbox": [[1.0, 2.0, 3.0, 4.0]], "category": ["cat", "dog"]}}]
-    with pytest.raises(LatelierError, match="lists of the same length"):
-        opened(parquet(tmp_path / "b.parquet", rows))
+    refused("lists of the same length", opened, parquet(tmp_path / "b.parquet", rows))
 
 
 def test_what_is_no_box():
@@ -307,27 +282,21 @@ def test_junk_in_coco_files_is_one_sentence(images, tmp_path, change, message):
     told = json.loads(path.read_text())
     told["annotations"][0] |= change
     path.write_text(json.dumps(told))
-    with pytest.raises(LatelierError, match=message):
-        opened(images, boxes=str(path))
+    refused(message, opened, images, boxes=str(path))
 
 
 def test_junk_in_yolo_files_and_objects(images, tmp_path):
     yolo(images)
     for text in ("names: [unclosed", "- a", "names: {1: dog}", "names: [[a], [b]]", "\xff"):
         (images.parent / "data.yaml").write_text(text, encoding="latin1")
-        with pytest.raises(LatelierError, match=r"data.yaml needs `names`"):
-            opened(images, boxes="yolo")
+        refused(r"data.yaml needs `names`", opened, images, boxes="yolo")
     for objects in (
         {"bbox": 5, "category": [0]},
         {"bbox": [[0, 0, 1, 1]], "category": [[0]]},
         {"bbox": [[0, 0, 1, 1]], "category": ["a"], "iscrowd": ["x"]},
     ):
         (images / "metadata.jsonl").write_text(json.dumps({"file_name": "a/0.png", "objects": objects}))
-        with pytest.raises(LatelierError, match="`objects`"):
-            opened(images)
-
-
-# -- batches ------------------------------------------------------------------------------------------------------
+        refused("`objects`", opened, images)
 
 
 @pytest.mark.parametrize("options", [{"in_memory": True}, {"in_memory": False}, {"in_memory": False, "workers": 1}])

@@ -161,7 +161,7 @@ def test_sample_and_reconstruct(monkeypatch, capsys, tmp_path, recipe_file, fold
 def test_check_tells_the_cost(monkeypatch, capsys, recipe_file):
     code, _, shown = call(monkeypatch, capsys, "check", str(recipe_file))
     assert code == 0
-    for word in ("48 training images", "9 classes", "tokenizer", "denoiser", "mse_masked", "img/s", "memory"):
+    for word in ("training: 48 images", "9 classes", "tokenizer", "denoiser", "mse_masked", "img/s", "memory"):
         assert word in shown
 
 

@@ -76,7 +76,4 @@ def test_the_codes_are_those_that_the_tokenizer_takes():
     assert 1 < len(used) < 16
     assert found["codebook-usage"].value == len(used) / 16
     assert found["dead-codes"].value == 16 - len(used)
-
-
-def test_no_codebook_no_numbers():
-    assert measure(plain(), torch.zeros(3, 2, 2, 2)) == {}
+    assert measure(plain(), torch.zeros(3, 2, 2, 2)) == {}  # no codebook, no numbers

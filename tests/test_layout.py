@@ -7,16 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from latelier.conditioning.condition import DataSpec
-from latelier.conditioning.layout import (
-    LayoutCondition,
-    LayoutConditioner,
-    build,
-    draw_layout_map,
-    grid_side,
-    layout_tokens,
-)
-from latelier.errors import LatelierError
+from latelier.conditioning import layout
+from latelier.conditioning.layout import LayoutCondition, LayoutConditioner, build, layout_tokens
+from tiny import data_spec, refused
 
 GOLDEN = Path(__file__).parent / "golden"
 SIZES = {"tokens": 101, "objects": 3, "dim": 16, "layers": 1, "heads": 2, "head_dim": 4}
@@ -52,7 +45,7 @@ def test_a_layout_by_hand():
     assert tokens(with_crop=False) == [3, 0, 99, 4, 21, 43, NOTHING, NOTHING, NOTHING]
     assert tokens(flip=True)[3:6] == [4, 26, 48]  # x .1..3 becomes .7..9: columns 6 and 8
     assert tokens(order=[1, 0])[:6] == [4, 21, 43, 3, 0, 99]
-    assert grid_side(8192) == 90
+    assert layout.grid_side(8192) == 90
 
 
 def test_only_the_flags_of_the_form_are_told():
@@ -104,8 +97,7 @@ def test_what_users_ask_for(conditioner):
     ],
 )
 def test_layouts_that_are_none(conditioner, layout, message):
-    with pytest.raises(LatelierError, match=message):
-        conditioner.inputs([layout], (32, 32))
+    refused(message, conditioner.inputs, [layout], (32, 32))
 
 
 def records(draw):
@@ -169,31 +161,24 @@ def test_folder_round_trip(conditioner, tmp_path):
     torch.testing.assert_close(opened(batch).tokens, conditioner.eval()(batch).tokens)
 
 
-def spec(**about):
-    nothing = {"class_names": None, "box_names": None, "segmentation_classes": None, "captions": None}
-    shape = {"latent_shape": (4, 8, 8), "factor": 4, "image_channels": 3, "vector_width": 32}
-    return DataSpec(**{**nothing, **shape, "prefers_tokens": True, "seed": 5, **about})
-
-
 def test_built_for_a_recipe():
     section = LayoutCondition(kind="layout", form="openimages", **SIZES)
-    built = build(section, spec(box_names=["cat", "dog"]))
-    assert built.config["names"] == ["cat", "dog"]
-    assert built.config["seed"] == 5
+    built = build(section, data_spec(box_names=["cat", "dog"]))
+    assert (built.config["names"], built.config["seed"]) == (["cat", "dog"], 5)
     assert (built.token_width, built.spatial_channels) == (16, 0)
-    with pytest.raises(LatelierError, match=r"no boxes; give them by data\.boxes"):
-        build(section, spec())
-    with pytest.raises(LatelierError, match=r"tokens = 101 has no room for 7 classes in form openimages"):
-        build(section, spec(box_names=list("abcdefg")))
+    refused(r"no boxes; give them by data\.boxes", build, section, data_spec())
+    seven, row = data_spec(box_names=list("abcdefg")), data_spec(box_names=["cat"], latent_shape=(8, 32))
+    refused("tokens = 101 has no room for 7 classes in form openimages", build, section, seven)
+    refused("choose a tokenizer with a 2-D grid", build, LayoutCondition(kind="layout", layout_map_channels=4), row)
 
 
 def test_boxes_are_painted_by_how_much_they_cover():
     boxes = torch.tensor([[0.0, 0.0, 0.5, 0.25], [0.375, 0.5, 0.75, 1.0], [0.25, 0.5, 0.5, 1.0]])
-    found = draw_layout_map(boxes, torch.tensor([1, 0, 0]), 3, (4, 4))
+    found = layout.draw_layout_map(boxes, torch.tensor([1, 0, 0]), 3, (4, 4))
     assert found[1].tolist() == [[1, 1, 0, 0], [0] * 4, [0] * 4, [0] * 4]
     assert found[0].tolist() == [[0] * 4, [0] * 4, [0, 1, 1, 0], [0, 1, 1, 0]]  # the larger share of 1 and a half
     assert not found[2].any()
-    wide = draw_layout_map(boxes[:1], torch.tensor([2]), 3, (2, 8))
+    wide = layout.draw_layout_map(boxes[:1], torch.tensor([2]), 3, (2, 8))
     assert wide[2].tolist() == [[0.5] * 4 + [0] * 4, [0] * 8]
 
 
@@ -211,8 +196,3 @@ def test_a_painted_layout_is_concatenated_and_dropped_with_its_tokens():
     assert torch.equal(dropped.spatial[1], cond.spatial[1])
     images = {**batch, "image": torch.zeros(2, 3, 32, 32)}
     assert conditioner.prepare(images)["layout_map"].shape == (2, 2, 4, 4)
-
-
-def test_a_row_of_latents_has_no_layout_map():
-    with pytest.raises(LatelierError, match="choose a tokenizer with a 2-D grid"):
-        build(LayoutCondition(kind="layout", layout_map_channels=4), spec(box_names=["cat"], latent_shape=(8, 32)))

@@ -20,10 +20,6 @@ def test_every_row_masks_exactly_as_many(patches, share, masked):
     assert masked == math.ceil(round(patches * share, 9))
 
 
-def test_equal_numbers_do_not_change_the_count():
-    assert (draw_mask(torch.zeros(3, 10), 0.5).sum(1) == 5).all()
-
-
 def test_positions_are_uniform_and_independent_between_images():
     order = KeyedRandom(0, torch.arange(4000)).uniform("mask", 16)
     mask = draw_mask(order, 0.5).double()
@@ -51,11 +47,6 @@ def test_shares_are_truncated_normal():
     assert stats.kstest(shares, stats.truncnorm(-0.8, 0, 0.6, 0.25).cdf).pvalue > 0.01
 
 
-def test_a_far_mode_presses_shares_to_the_nearer_end():
-    masking = MaskShare(low=0.4, high=0.6, mode=0.0, std=0.01)
-    assert all(0.4 <= masking.draw(0, n) < 0.405 for n in range(50))
-
-
 def test_share_depends_on_seed_and_images_alone():
     torch.manual_seed(1)
     first = MaskShare().draw(3, 512)
@@ -66,9 +57,13 @@ def test_share_depends_on_seed_and_images_alone():
     assert 0.4 <= MaskShare().draw(3, math.inf) <= 0.6  # the far end of training, which a check tries
 
 
-def test_no_spread_is_a_number():
+def test_shares_at_the_ends():
+    """A far mode presses shares to the nearer end, no spread is a number, and equal numbers are masked all the same."""
+    masking = MaskShare(low=0.4, high=0.6, mode=0.0, std=0.01)
+    assert all(0.4 <= masking.draw(0, n) < 0.405 for n in range(50))
     assert MaskShare(low=0.5, high=0.5).draw(0, 7) == 0.5
     assert MaskShare(low=0.0, high=0.0, mode=0.0).draw(0, 7) == 0.0
+    assert (draw_mask(torch.zeros(3, 10), 0.5).sum(1) == 5).all()
 
 
 @pytest.mark.parametrize(("seen", "share"), [(0, 0.6), (250, 0.45), (500, 0.3), (1000, 0.0), (5000, 0), (math.inf, 0)])

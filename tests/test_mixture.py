@@ -6,16 +6,10 @@ import pytest
 import torch
 
 from latelier.analysis import sample as sampling
-from latelier.analysis.mixture import (
-    affordable_modes,
-    fit_mixture,
-    gaussian_mixtures,
-    modes_needed,
-    principal_space,
-)
+from latelier.analysis.mixture import affordable_modes, fit_mixture, gaussian_mixtures, modes_needed, principal_space
 from latelier.analysis.sample import collect, random_share
-from latelier.errors import LatelierError
 from latelier.tokenizers.codec import Codec
+from tiny import refused
 
 GAUSSIAN = 0.5 * math.log(2 * math.pi * math.e)  # nats in one standard normal number
 
@@ -146,19 +140,10 @@ def test_as_many_modes_as_pay():
 
 def test_modes_that_images_carry():
     assert affordable_modes([100, 5, 2], 60) == ([1, 2, 5], [100])
-    with pytest.raises(LatelierError, match=r"evaluate.modes \[100\] met only 60"):
-        affordable_modes([100], 60)
-
-
-def test_nothing_to_fit():
+    refused(r"evaluate.modes \[100\] met only 60", affordable_modes, [100], 60)
     few = sample(noise(40))
-    with pytest.raises(LatelierError, match="there are 40 and 0"):
-        gaussian_mixtures(few, few[:0], [1])
-    with pytest.raises(LatelierError, match="equal, or not finite"):
-        gaussian_mixtures(None, sample(torch.ones(80, 2, 2, 2)), [1])
-
-
-# -- samples ----------------------------------------------------------------------------------------------------------
+    refused("there are 40 and 0", gaussian_mixtures, few, few[:0], [1])
+    refused("equal, or not finite", gaussian_mixtures, None, sample(torch.ones(80, 2, 2, 2)), [1])
 
 
 def test_latents_are_collected_on_the_scale_of_the_statistics():
@@ -177,8 +162,7 @@ def test_latents_are_collected_on_the_scale_of_the_statistics():
     assert own.z.mean((0, 2)) == pytest.approx(0, abs=1e-5)
     assert own.flat().shape == (13, 8)
     assert torch.equal(plain.on_scale_of(own)[:13].mean, plain.mean[:13])
-    with pytest.raises(LatelierError, match="no images"):
-        collect(Codec(Same()), [], 5)
+    refused("no images", collect, Codec(Same()), [], 5)
 
 
 def test_images_of_8_bit_are_kept_as_such_and_come_back_as_they_were(monkeypatch):

@@ -105,8 +105,7 @@ def visit(browser, path):
 @pytest.mark.parametrize("kind", ["report", "inspection", "comparison"])
 def test_a_page_needs_nothing_else(browser, pages, kind):
     complaints, fetched, pixels = visit(browser, pages[kind])
-    assert complaints == []
-    assert fetched == []
+    assert (complaints, fetched) == ([], [])
     assert pixels
     assert min(pixels) > 0
     assert browser.execute_script("return document.querySelectorAll('h2').length") > 2
@@ -117,8 +116,7 @@ def test_what_is_wrong_is_seen(browser, tmp_path):
     broken.write_text('<main><img src="http://127.0.0.1:9/x.png"></main><script>throw new Error("no")</script>')
     complaints, fetched, pixels = visit(browser, broken)
     assert any("Error: no" in entry["message"] for entry in complaints)
-    assert fetched == ["http://127.0.0.1:9/x.png"]
-    assert pixels == [0]
+    assert (fetched, pixels) == (["http://127.0.0.1:9/x.png"], [0])
 
 
 def test_the_verdict_stands_in_front(browser, pages):

@@ -9,24 +9,16 @@ import torch
 from scipy import stats
 from studies.analysis import predictors
 from studies.analysis.correlation import chance, correlate, holm, interval, needed, partial, pool, rho
-from studies.analysis.predictors import (
-    measures,
-    predict,
-    prediction,
-    target_of,
-    unequal_budget,
-    write_evidence,
-    write_predictors,
-)
+from studies.analysis.predictors import predict, prediction, target_of, unequal_budget, write_evidence
 
 from latelier.denoisers import build_denoiser
-from latelier.errors import LatelierError
 from latelier.report.comparison import write_comparison
 from latelier.report.tables import RunSummary
 from latelier.report.verdict import EVIDENCE
 from latelier.study.study import build_run, load_study
 from latelier.tokenizers import build_tokenizer
 from latelier.tokenizers.codec import Codec
+from tiny import refused
 
 GFD = [9.0, 7.0, 8.0, 3.0, 5.0, 4.0, 1.0, 2.0]
 
@@ -37,22 +29,12 @@ def entry(value, **receipt):
 
 def runs(images=1000, gflop=2.0, **columns):
     """One run for each of eight distances; a column has a value for each."""
-    facts = {"denoiser: images": images, "denoiser: training GFLOP an image": gflop}
-    return [
-        RunSummary(
-            f"T{i}",
-            {
-                "gfd-vgg16": entry(gfd, sampler="euler", n=100, data="ab12"),
-                **{
-                    name.replace("_", "-"): entry(values[i])
-                    for name, values in columns.items()
-                    if values[i] is not None
-                },
-            },
-            facts,
-        )
-        for i, gfd in enumerate(GFD)
-    ]
+    facts, shown = {"denoiser: images": images, "denoiser: training GFLOP an image": gflop}, []
+    for i, gfd in enumerate(GFD):
+        told = {name.replace("_", "-"): entry(row[i]) for name, row in columns.items() if row[i] is not None}
+        metrics = {"gfd-vgg16": entry(gfd, sampler="euler", n=100, data="ab12"), **told}
+        shown.append(RunSummary(f"T{i}", metrics, facts))
+    return shown
 
 
 def columns(seed, correlation, repetitions, n):
@@ -140,8 +122,7 @@ def test_partial_correlation_takes_the_third_away():
 
 def test_holm_closes_one_test_after_the_other():
     assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
-    assert holm([0.9, 0.5]) == [1.0, 1.0]
-    assert holm([]) == []
+    assert (holm([0.9, 0.5]), holm([])) == ([1.0, 1.0], [])
 
 
 def test_needed_is_where_significance_begins():
@@ -167,7 +148,7 @@ def test_measures_are_those_of_the_tokenizer():
             "encode-images-per-second": entry(9.0), "convergence-loss@100": entry(0.1), "broken": entry(float("nan")),
         },
     )  # fmt: skip
-    assert measures(run) == {"psnr": 20.0, "within-class": 0.5, "gmm-nll": 1.2}
+    assert predictors.measures(run) == {"psnr": 20.0, "within-class": 0.5, "gmm-nll": 1.2}
 
 
 def test_signs_follow_the_better_side():
@@ -236,13 +217,12 @@ def test_only_studies_with_enough_denoisers_ask(tmp_path):
     shown = runs(psnr=GFD)
     columns = {"Reconstruction": ["psnr"]}
     write_comparison(tmp_path, "Eight", "", shown, columns, None)
-    page = write_predictors(tmp_path)
+    page = predictors.write_predictors(tmp_path)
     assert page == tmp_path / "predictors.html"
     assert "Of 1 measures over 8 tokenizers" in page.read_text()
     assert "### Which measures predict generation?" in (tmp_path / "predictors.md").read_text()
     write_comparison(tmp_path, "Five", "", shown[:5], columns, None)
-    with pytest.raises(LatelierError, match="at least 6 runs with a distance"):
-        write_predictors(tmp_path)
+    refused("at least 6 runs with a distance", predictors.write_predictors, tmp_path)
 
 
 def test_evidence_is_made_from_measured_files(tmp_path):
@@ -253,14 +233,12 @@ def test_evidence_is_made_from_measured_files(tmp_path):
     out = write_evidence(files, "made-up images", tmp_path / "evidence.json")
     found = json.loads(out.read_text())
     first, second = found["predictors"]
-    assert first["metric"] == "lpips"
-    assert first["direction"] == "lower"
+    assert (first["metric"], first["direction"]) == ("lpips", "lower")
     assert first["n"] == found["n"] == 12
     assert first["spearman"] > 0.9
     assert first["significant"]
     assert first["interval"][0] < first["spearman"] <= first["interval"][1]
-    assert second["metric"] == "psnr"
-    assert second["n"] == 8
+    assert (second["metric"], second["n"]) == ("psnr", 8)
     assert found["about"].startswith("12 tokenizers of 2 studies on made-up images; rank correlation with gfd-vgg16")
     assert [study["title"] for study in found["studies"]] == ["one", "two"]
     assert found["studies"][0]["receipt"] == {"n": 100, "data": "ab12"} | {"sampler": "euler"}
@@ -274,24 +252,21 @@ def test_evidence_that_comes_along_is_whole():
 
 
 def test_what_is_no_evidence_is_refused(tmp_path):
-    path = tmp_path / "comparison.json"
-
-    def refused(shown, match):
+    path, out = tmp_path / "comparison.json", tmp_path / "evidence.json"
+    poor = [*runs(psnr=GFD)[:4], *runs(psnr=GFD, images=10)[4:]]
+    for shown, sentence in (
+        (runs(psnr=GFD)[:3], "has 3 runs with a distance of generation; at least 4"),
+        (runs(psnr=GFD)[:5], "at least 6 runs with gfd-vgg16; here are 5"),
+        (poor, "no evidence. The denoisers had different budgets"),
+        (runs(), "needs a measure that differs"),
+    ):
         content = {"title": "A", "runs": [{"name": r.name, "metrics": r.metrics, "facts": r.facts} for r in shown]}
         path.write_text(json.dumps(content))
-        with pytest.raises(LatelierError, match=match):
-            write_evidence([path], "nothing", tmp_path / "evidence.json")
-
-    refused(runs(psnr=GFD)[:3], "has 3 runs with a distance of generation; at least 4")
-    refused(runs(psnr=GFD)[:5], "at least 6 runs with gfd-vgg16; here are 5")
-    refused([*runs(psnr=GFD)[:4], *runs(psnr=GFD, images=10)[4:]], "no evidence. The denoisers had different budgets")
-    refused(runs(), "needs a measure that differs")
+        refused(sentence, write_evidence, [path], "nothing", out)
     path.write_text("[]")
-    with pytest.raises(LatelierError, match=r"is not the comparison\.json of a study"):
-        write_evidence([path], "nothing", tmp_path / "evidence.json")
-    with pytest.raises(LatelierError, match="not none"):
-        write_evidence([], "nothing", tmp_path / "evidence.json")
-    assert not (tmp_path / "evidence.json").exists()
+    refused(r"is not the comparison\.json of a study", write_evidence, [path], "nothing", out)
+    refused("not none", write_evidence, [], "nothing", out)
+    assert not out.exists()
 
 
 # -- the study --------------------------------------------------------------------------------------------------------

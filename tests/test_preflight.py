@@ -11,9 +11,8 @@ from latelier.opening import held_out_records
 from latelier.pipeline import LatentDiffusionPipeline
 from latelier.preflight import check, check_sources, try_denoiser, try_tokenizer
 from latelier.recipe import build_recipe
-from test_adversarial import CONV
 from test_codebook import vq_recipe
-from tiny import tiny_recipe
+from tiny import CONV, tiny_recipe
 
 GAME = {"layers": 1, "channels": 8}
 

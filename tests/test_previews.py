@@ -5,7 +5,6 @@ import torch
 from PIL import Image
 
 from latelier.diffusion.process import DDPM, Flow
-from latelier.errors import LatelierError
 from latelier.images import to_uint8
 from latelier.pipeline import LatentDiffusionPipeline, Previews, make_previews, short_prefix, shown_lengths
 from latelier.recipe import Prefixes, Sample
@@ -13,7 +12,7 @@ from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.conv import IdentityTokenizer
 from sampled import sampled
 from test_pipeline import TinyDenoiser, draw, make
-from tiny import tiny_recipe
+from tiny import refused, tiny_recipe
 
 POINT = 0.7
 
@@ -130,10 +129,5 @@ def test_how_many_channels():
     ],
 )
 def test_what_is_refused(tmp_path, every, channels, message):
-    with pytest.raises(LatelierError, match=message):
-        make_previews(pixels(), None, Sample(steps=4), tmp_path, every, channels)
-
-
-def test_no_strip_was_due(tmp_path):
-    with pytest.raises(LatelierError, match="fewer than 1000 evaluations"):
-        Previews(pixels().codec, tmp_path, every=1000).save_strips()
+    refused(message, make_previews, pixels(), None, Sample(steps=4), tmp_path, every, channels)
+    refused("fewer than 1000 evaluations", Previews(pixels().codec, tmp_path, every=1000).save_strips)

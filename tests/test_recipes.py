@@ -17,14 +17,8 @@ def shrink(recipe, folder, teacher="none"):
     tree = recipe.model_dump()
     tree["runs"] = str(folder)
     tree["data"] |= {"source": "emoji", "image_size": 32, "length": 24, "streaming": False, "val_source": None}
-    tree["data"] |= {"label_key": None, "caption_key": None, "classes": None}
-    tree["data"] |= {
-        "backgrounds": None,
-        "boxes": None,
-        "segmentation": None,
-        "segmentation_classes": None,
-        "maps": None,
-    }
+    tree["data"] |= dict.fromkeys(("label_key", "caption_key", "classes", "backgrounds", "boxes", "maps"))
+    tree["data"] |= {"segmentation": None, "segmentation_classes": None}
     if recipe.denoiser and any(c.kind in ("layout", "segmentation", "text", "map") for c in recipe.denoiser.condition):
         tree["data"] |= {"source": "scenes", "val_fraction": 0.5}
     if recipe.tokenizer.kind == "pretrained":

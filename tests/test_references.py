@@ -13,7 +13,7 @@ from latelier.opening import open_images
 from latelier.recipe import Evaluate
 from latelier.tokenizers.codec import Codec
 from test_reconstruction import Shifted
-from tiny import colour_extractor, tiny_recipe
+from tiny import colour_extractor, refused, tiny_recipe
 
 KEY = {"data": "f00", "shape": [3, 8, 8], "crop": "center", "background": "white", "n": 60}
 KEPT = ("features", "vectors")
@@ -76,8 +76,7 @@ def test_damage_is_told_and_mended(kind, capsys):
 def test_a_folder_without_room_is_told(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(references.ENVIRONMENT, str(tmp_path / "file"))
-    with pytest.raises(LatelierError, match="set \\$LATELIER_CACHE to a folder with room"):
-        gather(make_images().split(16))
+    refused("set \\$LATELIER_CACHE to a folder with room", gather, make_images().split(16))
 
 
 def test_vectors_are_bounded(monkeypatch):

@@ -15,9 +15,6 @@ def test_interval_covers_the_mean():
     assert interval[0] < 5 < interval[1]
     assert mean == pytest.approx(values.mean().item())
     assert mean_with_interval(torch.ones(1)) == (1.0, None)
-
-
-def test_too_few_images_are_told():
     assert size_warning(513, 512) == {}
     assert "n = 512 is below" in size_warning(512, 512)["warning"]
 

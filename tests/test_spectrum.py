@@ -4,15 +4,9 @@ import pytest
 import torch
 
 from latelier.analysis.sample import collect
-from latelier.analysis.statistics import (
-    channel_covariance,
-    covariance_eigenvalues,
-    effective_rank,
-    spectrum,
-    subsample,
-)
-from latelier.errors import LatelierError
+from latelier.analysis.statistics import channel_covariance, covariance_eigenvalues, effective_rank, spectrum, subsample
 from test_mixture import batches, codec, noise
+from tiny import refused
 
 
 def measure(images, flat=False):
@@ -27,8 +21,7 @@ def rank(images, flat=False):
 
 def test_white_noise_uses_all_directions():
     whole, channels = measure(noise(4000))
-    assert whole.value == pytest.approx(8, abs=0.05)
-    assert channels.value == pytest.approx(2, abs=0.01)
+    assert (whole.value, channels.value) == (pytest.approx(8, abs=0.05), pytest.approx(2, abs=0.01))
     assert (whole.details["n"], whole.details["dims"]) == (4000, 8)
     assert channels.details["channel_std"] == [(1, pytest.approx(1, abs=0.05)), (2, pytest.approx(1, abs=0.05))]
     assert [number for number, _ in whole.details["spectrum"]] == list(range(1, 9))
@@ -36,13 +29,11 @@ def test_white_noise_uses_all_directions():
     assert "warning" not in whole.details
 
 
-def test_one_direction_is_rank_one():
+def test_ranks_of_few_directions():
+    assert effective_rank(torch.tensor([4.0, 2.0, 2.0, 0.0])) == pytest.approx(2**1.5)  # the entropy of unequal ones
     direction = torch.tensor([1.0, 2.0]).view(1, 2, 1, 1).expand(1, 2, 2, 2)
     line = torch.linspace(-1, 3, 50).view(-1, 1, 1, 1) * direction
     assert rank(line) == pytest.approx([1, 1])
-
-
-def test_two_equal_directions_are_rank_two():
     images = torch.zeros(40, 2, 2, 2)
     images[::4, 0, 0, 1], images[1::4, 0, 0, 1] = 3, -3
     images[2::4, 1, 1, 0], images[3::4, 1, 1, 0] = 3, -3
@@ -55,10 +46,8 @@ def test_a_channel_that_follows_another_is_not_counted():
     images = noise(3000)
     images[:, 1] = -5 * images[:, 0] + 2
     assert rank(images) == pytest.approx([4, 1], abs=0.05)
-
-
-def test_entropy_of_unequal_eigenvalues():
-    assert effective_rank(torch.tensor([4.0, 2.0, 2.0, 0.0])) == pytest.approx(2**1.5)
+    z = torch.randn(600, 3, 5, generator=torch.Generator().manual_seed(0)) + 4  # over positions of all images
+    assert channel_covariance(z) == pytest.approx(z.double().transpose(0, 1).flatten(1).cov(), abs=1e-6)
 
 
 def test_more_dimensions_than_images():
@@ -73,11 +62,6 @@ def test_more_dimensions_than_images():
     assert "warning" not in channels.details
 
 
-def test_channels_are_counted_over_positions_of_all_images():
-    z = torch.randn(600, 3, 5, generator=torch.Generator().manual_seed(0)) + 4
-    assert channel_covariance(z) == pytest.approx(z.double().transpose(0, 1).flatten(1).cov(), abs=1e-6)
-
-
 def test_long_spectra_are_thinned():
     values = torch.arange(1000.0)
     short = subsample(values)
@@ -88,7 +72,5 @@ def test_long_spectra_are_thinned():
 
 
 def test_nothing_to_see():
-    with pytest.raises(LatelierError, match="at least 2 images"):
-        measure(noise(1))
-    with pytest.raises(LatelierError, match="equal, or not finite"):
-        measure(torch.ones(9, 2, 2, 2))
+    refused("at least 2 images", measure, noise(1))
+    refused("equal, or not finite", measure, torch.ones(9, 2, 2, 2))

@@ -10,11 +10,10 @@ from latelier.denoisers import build_denoiser
 from latelier.errors import LatelierError
 from latelier.recipe import build_recipe
 from latelier.study import study as studies
-from latelier.study.study import Budget, build_run, length, load_study, merge, run_study, spend
+from latelier.study.study import Budget, build_run, length, load_study, run_study, spend
 from latelier.tokenizers import build_tokenizer
 from latelier.tokenizers.codec import Codec
-from test_adversarial import CONV
-from tiny import tiny_recipe
+from tiny import CONV, refused, tiny_recipe
 
 PHASES = [{"name": "tuning", "images": 32, "warmup": 8, "train": "decoder", "mask_ratio": 0}]
 
@@ -55,8 +54,7 @@ def test_a_study_compares_and_goes_on(tmp_path, monkeypatch):
     assert "psnr" in (root / "table.md").read_text()
     assert (root / "Plain" / "reconstructions.png").is_file()
     plan = json.loads((root / "masking" / "plan.json").read_text())
-    assert plan["recipe"]["tokenizer"]["images"] == 32
-    assert plan["recipe"]["denoiser"]["images"] == 16
+    assert (plan["recipe"]["tokenizer"]["images"], plan["recipe"]["denoiser"]["images"]) == (32, 16)
 
     run_study(load_study(path, overrides=["evaluate.metrics=[psnr]"]))  # measured anew, not trained anew
     assert trained == ["Plain", "masking", "Plain", "masking"]
@@ -66,8 +64,7 @@ def test_a_study_compares_and_goes_on(tmp_path, monkeypatch):
 
 def test_a_failing_run_does_not_stop_the_others(tmp_path):
     path = write_study(tmp_path, runs={"Broken": {"tokenizer": {"train": ["nothing"]}}, "Plain": {}})
-    with pytest.raises(LatelierError, match=r"1 of 2 runs failed \(Broken: .*no weight belongs to 'nothing'"):
-        run_study(load_study(path))
+    refused(r"1 of 2 runs failed \(Broken: .*no weight belongs to 'nothing'", run_study, load_study(path))
     assert "Plain" in (tmp_path / "pair" / "comparison.html").read_text()
 
 
@@ -91,17 +88,14 @@ def test_variants_and_overrides_reach_every_run(tmp_path):
     ],
 )
 def test_wrong_studies_are_one_sentence(tmp_path, changes, arguments, message):
-    with pytest.raises(LatelierError, match=message):
-        load_study(write_study(tmp_path, **changes), **arguments)
+    refused(message, load_study, write_study(tmp_path, **changes), **arguments)
 
 
 def test_wrong_runs_are_named_before_anything_is_trained(tmp_path):
     path = write_study(tmp_path, runs={"Plain": {}, "Odd": {"tokenizer": {"mask_ration": 0.5}}})
-    with pytest.raises(LatelierError, match=r"Run 'Odd' of study pair: .*did you mean 'mask_ratio'"):
-        run_study(load_study(path))
+    refused(r"Run 'Odd' of study pair: .*did you mean 'mask_ratio'", run_study, load_study(path))
     assert not (tmp_path / "pair").exists()
-    with pytest.raises(LatelierError, match="has no run 'Plan'; it has Plain, Odd"):
-        run_study(load_study(path), only=["Plan"])
+    refused("has no run 'Plan'; it has Plain, Odd", run_study, load_study(path), only=["Plan"])
 
 
 def test_studies_that_come_along_are_whole():
@@ -129,8 +123,7 @@ def test_a_variant_may_have_runs_of_its_own(tmp_path):
     assert list(study.runs) == ["Plain", "+ masking", "Both"]
     assert build_run(study, "Both").seed == 5
     path = write_study(tmp_path, variants={"larger": {"more": {"Plain": {}}}})
-    with pytest.raises(LatelierError, match="in `more` that the study has already: Plain"):
-        load_study(path, "larger")
+    refused("in `more` that the study has already: Plain", load_study, path, "larger")
 
 
 def test_columns_tell_numbers_of_steps_apart():
@@ -139,10 +132,8 @@ def test_columns_tell_numbers_of_steps_apart():
     assert studies._found(["gfd@10", "samples-per-second@10"], known) == ["gfd-vgg16@10", "samples-per-second@10"]
     assert studies._found(["gfd@1"], known) == []
     assert studies._found(["gfd@*"], known) == ["gfd-vgg16@10", "gfd-vgg16@100"]
-    assert studies._found(["prefix-psnr@*"], ["prefix-psnr@4", "prefix-lpips@4", "prefix-psnr@8"]) == [
-        "prefix-psnr@4",
-        "prefix-psnr@8",
-    ]
+    prefixes = ["prefix-psnr@4", "prefix-psnr@8"]
+    assert studies._found(["prefix-psnr@*"], [*prefixes, "prefix-lpips@4"]) == prefixes
 
 
 def test_facts_tell_the_speed_of_training(tmp_path):
@@ -213,9 +204,3 @@ def test_budget_of_minutes_is_about_the_time(tmp_path):
     recipe = tiny_recipe(tmp_path, denoiser=None)
     spent, facts = spend(recipe, Budget(tokenizer={"minutes": 1}))
     assert facts["tokenizer"]["seconds_per_image"] * length(spent.tokenizer) > 10
-
-
-def test_merge_lays_changes_over():
-    tree = {"a": {"b": 1, "c": 2}, "d": [1]}
-    assert merge(tree, {"a": {"c": 3}, "d": [2], "e": {"f": 4}}) == {"a": {"b": 1, "c": 3}, "d": [2], "e": {"f": 4}}
-    assert tree["a"]["c"] == 2

@@ -11,6 +11,7 @@ from latelier.errors import LatelierError
 from latelier.recipe import Sample
 from latelier.tokenizers.codec import starts
 from sampled import sampled
+from tiny import refused
 
 
 class Pointwise(nn.Module):
@@ -25,11 +26,8 @@ class Pointwise(nn.Module):
         out = torch.sin(x_t) + t[:, None, None, None]
         if condition is None:
             return out
-        return (
-            out * condition.vector[:, :, None, None]
-            + condition.spatial
-            + condition.tokens.mean((1, 2))[:, None, None, None]
-        )
+        tokens = condition.tokens.mean((1, 2))[:, None, None, None]
+        return out * condition.vector[:, :, None, None] + condition.spatial + tokens
 
 
 def some_condition(b, grid):
@@ -88,8 +86,7 @@ def test_weights():
     assert weight.min() == pytest.approx(LEAST)
     assert weight.max() <= MOST
     torch.testing.assert_close(weight, weight.flip(0, 1))
-    assert weight[1, 50] == 0.375
-    assert weight[0, 50] == 0.125
+    assert (weight[1, 50], weight[0, 50]) == (0.375, 0.125)
 
 
 @pytest.mark.parametrize("length", range(1, 30))
@@ -102,16 +99,8 @@ def test_every_position_is_covered(length):
             assert first == sorted(set(first))
 
 
-def test_sampling_large_latents_in_tiles():
-    def draw(model):
-        return sampled(model, Flow(), Sample(steps=4), (2, 10, 7), [0, 1])
-
-    torch.testing.assert_close(draw(tiled(Pointwise(), 4)), draw(Pointwise()))
-
-
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(LatelierError, match="tile_stride = 5 leaves gaps between tiles of 4"):
-        tiled(Pointwise(), 4, 5)
+    refused("tile_stride = 5 leaves gaps between tiles of 4", tiled, Pointwise(), 4, 5)
     with pytest.raises(LatelierError, match=r"tile = 4 cuts latents that lie on a plane, .* makes 16 1-D latents"):
         sampled(tiled(Pointwise(), 4), Flow(), Sample(steps=2), (2, 16), [0])
     assert Sample(tile=4, tile_stride=3).tile_stride == 3

@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from latelier.errors import LatelierError
 from latelier.losses.terms import LossTerms
 from latelier.recipe import build_recipe
 from latelier.tokenizers.codec import Codec
@@ -19,7 +18,7 @@ from latelier.training.denoiser_loop import train_denoiser
 from latelier.training.runtime import Stage
 from latelier.training.step import FiniteCheck, learning_rate
 from latelier.training.tokenizer_loop import train_tokenizer
-from tiny import tiny_recipe
+from tiny import CONV, refused, tiny_recipe
 
 LOOPS = {"tokenizer": train_tokenizer, "denoiser": train_denoiser}
 
@@ -52,36 +51,37 @@ def trained(tmp_path_factory):
     return recipe
 
 
+def train_in_two_parts(recipe, monkeypatch):
+    """The tokenizer's training is stopped after 16 images, and goes on."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage, "should_stop", lambda self: self.images == 16)
+        with pytest.raises(SystemExit):
+            train_tokenizer(recipe)
+    train_tokenizer(recipe)
+
+
 @pytest.mark.parametrize("stage", LOOPS)
 @pytest.mark.parametrize("how", ["signal", "kill"])
 def test_resume_equals_uninterrupted(trained, tmp_path, monkeypatch, stage, how):
+    """After SIGTERM inside the third step, which is finished and saved, and a power cut inside the fourth."""
     recipe = tiny_recipe(tmp_path)
     if stage == "denoiser":
         train_tokenizer(recipe)
+    at, kept, end = (16, "24", SystemExit) if how == "signal" else (24, "16", Killed)
+
+    def advance(self, original=Stage.advance):
+        if self.images == at:
+            if how == "kill":
+                raise Killed
+            signal.raise_signal(signal.SIGTERM)
+        original(self)
+
     with monkeypatch.context() as patch:
-        if how == "signal":  # SIGTERM inside the third step: the step is finished and saved
-
-            def advance(self, original=Stage.advance):
-                if self.images == 16:
-                    signal.raise_signal(signal.SIGTERM)
-                original(self)
-
-            patch.setattr(Stage, "advance", advance)
-            with pytest.raises(SystemExit) as stop:
-                LOOPS[stage](recipe)
-            assert stop.value.code == 0
-            assert checkpoint.checkpoints(recipe.folder, stage)[-1].name.endswith("24")
-        else:  # a power cut inside the fourth step: training goes on from the second
-
-            def advance(self, original=Stage.advance):
-                if self.images == 24:
-                    raise Killed
-                original(self)
-
-            patch.setattr(Stage, "advance", advance)
-            with pytest.raises(Killed):
-                LOOPS[stage](recipe)
-            assert checkpoint.checkpoints(recipe.folder, stage)[-1].name.endswith("16")
+        patch.setattr(Stage, "advance", advance)
+        with pytest.raises(end) as stop:
+            LOOPS[stage](recipe)
+    assert how == "kill" or stop.value.code == 0
+    assert checkpoint.checkpoints(recipe.folder, stage)[-1].name.endswith(kept)
     LOOPS[stage](recipe)
     assert_same(newest(trained.folder, stage), newest(recipe.folder, stage))
 
@@ -151,8 +151,7 @@ def test_non_finite_numbers_never_reach_the_weights(tmp_path, monkeypatch, what,
 
     monkeypatch.setattr(VMAEObjective, "forward", broken)
     words = "loss term mse_masked is not finite" if what == "loss" else "gradient of tokenizer.to_latent.weight is not"
-    with pytest.raises(LatelierError, match=words):
-        train_tokenizer(recipe)
+    refused(words, train_tokenizer, recipe)
     saved = load_file(checkpoint.checkpoints(recipe.folder, "tokenizer")[-1] / "model.safetensors")
     assert torch.equal(saved["tokenizer.to_latent.weight"], weights[0])
     assert len(later) == deferred
@@ -173,34 +172,27 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
         return original(self, folder, **kwargs)
 
     monkeypatch.setattr(Accelerator, "save_state", save_state)
-    with pytest.raises(LatelierError, match=r"No space left on device.*tokenizer-000000000016, stays"):
-        train_tokenizer(recipe)
+    refused(r"No space left on device.*tokenizer-000000000016, stays", train_tokenizer, recipe)
     assert [p.name for p in (recipe.folder / "checkpoints").iterdir()] == ["tokenizer-000000000016"]
     monkeypatch.undo()
     train_tokenizer(recipe)
 
 
-def test_checkpoint_of_another_architecture(trained, tmp_path):
+def test_checkpoint_of_another_architecture_and_uneven_batches(trained, tmp_path):
     recipe = tiny_recipe(tmp_path, denoiser=None)
     train_tokenizer(recipe)
+
+    uneven = tiny_recipe(tmp_path, denoiser=None, tokenizer={"micro_batch": 3, "images": 128})
+    refused(r"tokenizer.batch = 8 is not a multiple of micro_batch 3", train_tokenizer, uneven)
     other = tiny_recipe(tmp_path, denoiser=None, tokenizer={"preset": "vmae-f16d32", "images": 128})
-    with pytest.raises(LatelierError, match="does not fit this recipe"):
-        train_tokenizer(other)
+    refused("does not fit this recipe", train_tokenizer, other)
 
 
 def test_learning_rate_in_images():
     rate = partial(learning_rate, total=1000, batch=100, lr=1.0, warmup=200, schedule="cosine", final_lr=0.1)
-    rates = [rate(n) for n in range(0, 1000, 100)]
-    assert rates[0] == pytest.approx(1 / 3)
-    assert rates[1] == pytest.approx(2 / 3)
-    assert rates[2] == 1.0
-    assert rate(600) == pytest.approx(0.1 + 0.9 * 0.5)
-    assert rate(1000) == pytest.approx(0.1)
-
-
-def test_batch_must_divide(tmp_path):
-    with pytest.raises(LatelierError, match=r"tokenizer.batch = 8 is not a multiple of micro_batch 3"):
-        train_tokenizer(tiny_recipe(tmp_path, tokenizer={"micro_batch": 3}))
+    wanted = {0: 1 / 3, 100: 2 / 3, 200: 1.0, 600: 0.1 + 0.9 * 0.5, 1000: 0.1}
+    assert {n: rate(n) for n in wanted} == pytest.approx(wanted)
+    assert rate(200) == 1.0
 
 
 @pytest.mark.parametrize("kind", ["vmae", "dit", "conv"])
@@ -224,30 +216,14 @@ def test_compile_reaches_what_is_run(kind):
     assert list(model.state_dict()) == names
 
 
-CONV = {
-    "kind": "conv", "preset": "kl-f8c16-tiny", "model": {"block_out_channels": [8, 8, 8, 8], "norm_num_groups": 4},
-    "images": 32, "batch": 8, "micro_batch": None, "ema": 0.9, "checkpoint_every": 8, "preview_every": 32,
-    "perceptual_weight": 0, "lr": 1e-3, "schedule": "constant",
-}  # fmt: skip
-
-
-def conv_recipe(folder, **changes):
-    """A tiny KL autoencoder on scenes with a DDPM denoiser."""
-    recipe = tiny_recipe(folder, data={"source": "scenes", "length": 40}, denoiser={"process": {"kind": "ddpm"}})
-    tree = recipe.model_dump()
-    return build_recipe({**tree, "tokenizer": {**CONV, **changes}})
-
-
 def test_convolutional_tokenizer_resumes_exactly_and_opens_in_diffusers(tmp_path, monkeypatch):
     from diffusers import AutoencoderKL
 
-    whole, stopped = conv_recipe(tmp_path / "whole"), conv_recipe(tmp_path / "stopped")
+    data, denoiser = {"source": "scenes", "length": 40}, {"process": {"kind": "ddpm"}}
+    trees = [tiny_recipe(tmp_path / n, data=data, denoiser=denoiser).model_dump() for n in ("whole", "stopped")]
+    whole, stopped = (build_recipe({**tree, "tokenizer": CONV}) for tree in trees)
     train_tokenizer(whole)
-    with monkeypatch.context() as patch:
-        patch.setattr(Stage, "should_stop", lambda self: self.images == 16)
-        with pytest.raises(SystemExit):
-            train_tokenizer(stopped)
-    train_tokenizer(stopped)
+    train_in_two_parts(stopped, monkeypatch)
     assert_same(newest(whole.folder, "tokenizer"), newest(stopped.folder, "tokenizer"))
     assert AutoencoderKL.from_pretrained(whole.folder / "tokenizer").config["latent_channels"] == 16
     train_denoiser(whole)
