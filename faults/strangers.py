@@ -75,7 +75,7 @@ ENTRIES: tuple[Any, ...] = (
 INDEX: list[tuple[str, Any]] = [
     *((name, entry) for name in ("tokenizer", "denoiser", "scheduler", "conditioner") for entry in ENTRIES),
     ("tokenizer", [None, None]), ("denoiser", [None, None]), ("scheduler", ["diffusers", "AutoencoderKL"]),
-    ("text_encoder", ["os", "system"]), ("_class_name", []), ("_class_name", ["evil", "Evil"]), ("_class_name", None),
+    ("_class_name", []), ("_class_name", ["evil", "Evil"]), ("_class_name", None),
     *(("statistics", json.loads(text)) for text in STATISTICS_FILES[3:] if text not in ("[]", "{}")),
     *((side, value) for side in ("height", "width") for value in (0, -8, 33, 1.5, HUGE, "x", None, [32])),
     *(("process", value) for value in ([1], "x", 5, {"kind": "x"}, {"shift": float("nan")}, {"shift": -1},

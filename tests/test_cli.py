@@ -10,7 +10,7 @@ import torch
 import yaml
 from PIL import Image
 
-from latelier import cli
+from latelier import __version__, cli
 from latelier.recipe import dump
 from tiny import tiny_recipe
 
@@ -53,6 +53,19 @@ def test_help_is_fast_and_shows_examples():
     assert done.returncode == 0
     loaded = "import sys, latelier.cli; print([m for m in ('torch', 'diffusers', 'pydantic') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_version_and_the_list_of_recipes(monkeypatch, capsys):
+    assert call(monkeypatch, capsys, "--version")[1] == f"latelier {__version__}\n"
+    lines = call(monkeypatch, capsys, "recipe", "list")[1].splitlines()
+    assert "quickstart                       Emoji at 64 px on a CPU" in lines[1]
+    assert {line.split()[0] for line in lines} >= {"ldm/scenes", "ldmae/imagenet", "photos"}
+
+
+def test_a_refused_run_leaves_no_folder(monkeypatch, capsys, tmp_path, recipe_file):
+    assert call(monkeypatch, capsys, "run", str(recipe_file), "data.classes=[zebra]")[0] == 2
+    assert call(monkeypatch, capsys, "train", "denoiser", str(recipe_file))[0] == 2
+    assert not (tmp_path / "runs").exists()
 
 
 def test_schema_and_show(monkeypatch, capsys, recipe_file):

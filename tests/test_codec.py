@@ -1,10 +1,13 @@
 """The codec: any tokenizer, one interface."""
 
+import json
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, VQModel
 
 from latelier.errors import LatelierError
+from latelier.publish import publish
 from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.conv import PRESETS, ConvSection, IdentityTokenizer, build
 
@@ -74,3 +77,41 @@ def test_parameter_count_of_the_published_shapes():
             for name in ("kl-f8c4", "kl-f8c16")
         }
     assert counts == {"kl-f8c4": 83_653_863, "kl-f8c16": 83_819_683}
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "words"),
+    [
+        ("latent_statistics.json", {"std": [1, 1, 0, 1]}, "a std is not above 0"),
+        ("latent_statistics.json", {"mean": [float("nan"), 0, 0, 0]}, "not all finite"),
+        ("latent_statistics.json", {"mean": [0], "std": [1]}, r"not \(4,\)"),
+        ("config.json", {"_class_name": ["os"]}, r"names the class \['os'\]"),
+        ("config.json", {"_class_name": "logging"}, "names the class 'logging'"),
+        ("config.json", {"layers_per_block": -4}, "layers_per_block = -4"),
+        ("config.json", {"layers_per_block": 2}, "its files lack 32 of its weights"),
+        ("config.json", {"block_out_channels": [2**20, 2**20]}, "numbers, but its files have"),
+    ],
+)
+def test_what_strangers_changed(tokenizers, tmp_path, file, changes, words):
+    Codec(tokenizers["kl"], torch.zeros(4), torch.ones(4)).save_pretrained(tmp_path)
+    (tmp_path / file).write_text(json.dumps({**json.loads((tmp_path / file).read_text()), **changes}))
+    with pytest.raises(LatelierError, match=words) as error:
+        Codec.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_damage_of_a_published_folder_is_named(tokenizers, tmp_path):
+    with publish(tmp_path / "t") as folder:
+        Codec(tokenizers["vq"]).save_pretrained(folder)
+    Codec.from_pretrained(tmp_path / "t")
+    weights = tmp_path / "t" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(LatelierError, match=r"has changed bytes in diffusion_pytorch_model.safetensors; copy it again"):
+        Codec.from_pretrained(tmp_path / "t")
+
+
+def test_weights_that_are_not_finite(tokenizers, tmp_path):
+    torch.nn.init.constant_(tokenizers["kl"].encoder.conv_in.bias, float("nan"))
+    Codec(tokenizers["kl"]).save_pretrained(tmp_path)
+    with pytest.raises(LatelierError, match=r"encoder\.conv_in\.bias is not finite"):
+        Codec.from_pretrained(tmp_path)

@@ -67,6 +67,19 @@ def test_images_become_whole_steps(recipe_file):
         ("evaluate.metrics=[psn]", ["evaluate.metrics.0 = 'psn'", "did you mean 'psnr'"]),
         ("denoiser.process.kind=x", ["denoiser.process.kind = 'x'", "'flow' or 'ddpm'"]),
         ("no-equals-sign", ["key=value"]),
+        ("name=..", ["name = '..'", "not dots alone"]),
+        ("seed=9223372036854775808", ["seed = 9223372036854775808"]),
+        ("tokenizer.lr=.nan", ["tokenizer.lr = nan", "a finite number"]),
+        ("tokenizer.lr=[", ["tokenizer.lr=[", "not valid YAML"]),
+        ("data.image_size=[32]", ["data.image_size = [32]", "height and width, or one number"]),
+        ("data.image_size=0", ["data.image_size.0 = 0"]),
+        ("data.channels=2", ["images of emoji have 1 or 3 or 4"]),
+        ("data.label_key=foo", ["data.label_key is for folders and datasets"]),
+        ("tokenizer.model.depth=-1", ["tokenizer.model.depth = -1", "from 0 on"]),
+        ("tokenizer.model.heads=5", ["dim = 192 is not divisible by 5 heads", "change tokenizer.model"]),
+        ("tokenizer.model.patch_size=0", ["patch_size = 0", "a whole number"]),
+        ("denoiser.model.dim=50", ["dim = 50 is not divisible by 6 heads", "change denoiser.model"]),
+        ("denoiser.process.prediction=v", ["is not for a flow"]),
         ("name.deep=1", ["'name' is a value"]),
     ],
 )
@@ -76,6 +89,18 @@ def test_mistakes_are_one_sentence(recipe_file, override, words):
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"\x89PNG\r\n", b"name: caf\xe9", "name: x".encode("utf-16"), b"[" * 3000, b"&a {name: x, data: *a}",
+     b"seed: 2024-99-99",
+     ", ".join(f"&x{i} [{', '.join([f'*x{i - 1}' if i else 'x'] * 9)}]" for i in range(12)).join("[]").encode()],
+)  # fmt: skip
+def test_files_that_are_no_recipes(tmp_path, content):
+    (tmp_path / "x.yaml").write_bytes(content)
+    with pytest.raises(LatelierError, match="is not valid YAML"):
+        load_recipe(tmp_path / "x.yaml")
 
 
 def test_missing_file_and_nearest_name(tmp_path):

@@ -35,17 +35,18 @@ RecipePath = Annotated[str, typer.Argument(help="A recipe file, a name from `lat
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes such as tokenizer.lr=1e-4 denoiser.images=2M.")]
 Tokenizer = Annotated[str, typer.Argument(help="A run folder, a tokenizer folder, or a diffusers Hub name.")]
 Data = Annotated[str, typer.Option(help="Images to evaluate on: a folder, a dataset, `emoji`, ...")]
-number = partial(typer.Option, min=1)
-pixels = partial(typer.Option, min=1, max=2**16)
-seeds = partial(typer.Option, min=-(2**63), max=2**63 - 1)
-folder = partial(typer.Option, file_okay=False)
-Size = Annotated[int, pixels(help="Images are cropped to squares of this side, in pixels.")]
-Samples = Annotated[int, number(help="How many images to evaluate on; probes are fitted on as many.")]
-Steps = Annotated[int | None, number(help="Sampling steps; default: the recipe's.")]
-Tile = Annotated[int | None, number(help="Tiled sampling, for large images: a tile's side in latent positions.")]
+_number = partial(typer.Option, min=1)
+_pixels = partial(typer.Option, min=1, max=2**16)
+_seeds = partial(typer.Option, min=-(2**62), max=2**62)
+_folder = partial(typer.Option, file_okay=False)
+_file = partial(typer.Option, dir_okay=False)
+Size = Annotated[int, _pixels(help="Images are cropped to squares of this side, in pixels.")]
+Samples = Annotated[int, _number(help="How many images to evaluate on; probes are fitted on as many.")]
+Steps = Annotated[int | None, _number(help="Sampling steps; default: the recipe's.")]
+Tile = Annotated[int | None, _number(help="Tiled sampling, for large images: a tile's side in latent positions.")]
 Prompt = Annotated[str | None, typer.Option(help="A caption, for models that are conditioned on text too.")]
 Guidance = Annotated[float, typer.Option(min=0, help="Scale of classifier-free guidance; 1 is none.")]
-Seed = Annotated[int, seeds(help="Another seed gives another image.")]
+Seed = Annotated[int, _seeds(help="Another seed gives another image.")]
 Accept = Annotated[bool, typer.Option(help="Go on from the last checkpoint although the recipe has changed.")]
 Strings = list[str] | None
 
@@ -57,12 +58,11 @@ def _show_version(wanted: bool) -> bool:
     return wanted
 
 
+Version = Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")]
+
+
 @app.callback()
-def options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
+def options(version: Version = False) -> None:
     """Options of `latelier` itself."""
 
 
@@ -119,9 +119,7 @@ def encode(
 def reconstruct(
     tokenizer: Tokenizer,
     images: Annotated[list[Path], typer.Argument(help="Image files or folders.")],
-    out: Annotated[Path, typer.Option(dir_okay=False, help="Image of originals above reconstructions.")] = Path(
-        "reconstructions.png"
-    ),
+    out: Annotated[Path, _file(help="Image of originals above reconstructions.")] = Path("reconstructions.png"),
     size: Size = 256,
     channels: Annotated[
         str | None, typer.Option(help="Decode only the first channels of the latents, such as 4,8,16,32: a row each.")
@@ -152,20 +150,20 @@ def sample(
     segmentation: Annotated[Strings, typer.Option(help="PNG label map of class ids.")] = None,
     map: Annotated[Strings, typer.Option(help="Any other map, such as depth: an image file.")] = None,
     input: Annotated[Strings, typer.Option(help="NAME=VALUE of any other input: low_resolution=small.png.")] = None,
-    count: Annotated[int, number(help="How many images.")] = 16,
+    count: Annotated[int, _number(help="How many images.")] = 16,
     steps: Steps = None,
     guidance: Annotated[float | None, typer.Option(min=0, help="Scale of classifier-free guidance; 1 is none.")] = None,
     sampler: Annotated[str | None, typer.Option(help="ddim, plms, dpm++, unipc, euler, heun, sde, dopri5, ...")] = None,
-    size: Annotated[int | None, pixels(help="Side in pixels; default: the size of training.")] = None,
-    channels: Annotated[int | None, number(help="Draw only the first channels of the latents.")] = None,
+    size: Annotated[int | None, _pixels(help="Side in pixels; default: the size of training.")] = None,
+    channels: Annotated[int | None, _number(help="Draw only the first channels of the latents.")] = None,
     tile: Tile = None,
-    tile_stride: Annotated[int | None, number(help="From one tile to the next; default half a tile.")] = None,
-    seed: Annotated[int, seeds(help="Image i is drawn from seed + i.")] = 0,
-    preview: Annotated[int | None, number(help="Steps from one preview of the first images to the next.")] = None,
+    tile_stride: Annotated[int | None, _number(help="From one tile to the next; default half a tile.")] = None,
+    seed: Annotated[int, _seeds(help="Image i is drawn from seed + i.")] = 0,
+    preview: Annotated[int | None, _number(help="Steps from one preview of the first images to the next.")] = None,
     preview_channels: Annotated[
-        int | None, number(help="Previews decode only the first channels; default a quarter if structured.")
+        int | None, _number(help="Previews decode only the first channels; default a quarter if structured.")
     ] = None,
-    out: Annotated[Path | None, folder(help="Folder of the images; default: samples/ of the run.")] = None,
+    out: Annotated[Path | None, _folder(help="Folder of the images; default: samples/ of the run.")] = None,
 ) -> None:
     """Draw images from a trained pipeline."""
     from latelier.run import sample_to_folder
@@ -189,7 +187,7 @@ def upscale(
     image: Annotated[Path, typer.Argument(help="The image, of any size.")],
     out: Annotated[Path, typer.Argument(dir_okay=False, help="The larger image to write.")],
     run: Annotated[Path, typer.Option(help="A run folder or pipeline, trained with condition: low-resolution.")],
-    factor: Annotated[int | None, number(help="How many times larger; checked against the model's.")] = None,
+    factor: Annotated[int | None, _number(help="How many times larger; checked against the model's.")] = None,
     steps: Steps = None,
     seed: Seed = 0,
     prompt: Prompt = None,
@@ -209,7 +207,7 @@ def inpaint(
     image: Annotated[Path, typer.Argument(help="The image, of any size.")],
     mask: Annotated[Path, typer.Argument(help="An image of the same size, white where the hole is.")],
     run: Annotated[Path, typer.Option(help="A run folder or pipeline, trained with condition: inpainting.")],
-    out: Annotated[Path, typer.Option(dir_okay=False, help="The image to write.")] = Path("inpainted.png"),
+    out: Annotated[Path, _file(help="The image to write.")] = Path("inpainted.png"),
     steps: Steps = None,
     seed: Seed = 0,
     prompt: Prompt = None,
@@ -260,15 +258,9 @@ def convert(
 ) -> None:
     """Convert an official checkpoint to a folder that diffusers-style `from_pretrained` opens."""
     from latelier.convert import from_official
-    from latelier.recipe import read_yaml
+    from latelier.recipe import apply_overrides
 
-    config = {}
-    for option in options or []:
-        key, equals, value = option.partition("=")
-        if not key or not equals:
-            raise LatelierError(f"--set {option!r} is not KEY=VALUE, such as heads=12.")
-        config[key] = read_yaml(value, f"The value of --set {option}")
-    converted = from_official(kind, checkpoint, **config)
+    converted = from_official(kind, checkpoint, **apply_overrides({}, options or []))
     (converted.pipeline or converted.codec or converted.model).save_pretrained(out)
     if converted.pipeline is None and converted.conditioner is not None:
         converted.conditioner.save_pretrained(out / "conditioner")
@@ -283,7 +275,7 @@ def inspect(
     overrides: Overrides = None,
     size: Size = 256,
     samples: Samples = 2000,
-    out: Annotated[Path, folder(help="Folder of report.html, metrics.json, verdict.json.")] = Path("inspection"),
+    out: Annotated[Path, _folder(help="Folder of report.html, metrics.json, verdict.json.")] = Path("inspection"),
 ) -> None:
     """Evaluate a trained tokenizer: reconstruction, latent space, cost, and a verdict in words."""
     from latelier.study.inspect import inspect as inspect_tokenizer
@@ -305,7 +297,7 @@ def compare(
     data: Data,
     size: Size = 256,
     samples: Samples = 2000,
-    out: Annotated[Path, folder(help="Folder of the comparison and of all reports.")] = Path("comparison"),
+    out: Annotated[Path, _folder(help="Folder of the comparison and of all reports.")] = Path("comparison"),
     name: Annotated[Strings, typer.Option(help="Short name; repeat for each tokenizer. Default: their paths.")] = None,
 ) -> None:
     """Evaluate tokenizers on the same images, side by side. Resumes where it was stopped."""

@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 _STORAGE = {
     errno.ENOSPC: "the disk is full; free some space",
@@ -72,3 +73,10 @@ def first_line(error: BaseException) -> str:
     """An error in a few words."""
     line = (str(error).strip().splitlines() or [""])[0].rstrip(".")[:200]
     return line if isinstance(error, LatelierError | OSError) else f"{type(error).__name__}: {line}"
+
+
+def check_whole(least: int = 1, **sizes: Any) -> None:
+    """Refuse sizes of a network that are no whole numbers, `least` or more."""
+    for name, value in sizes.items():
+        if type(value) is not int or value < least:
+            raise LatelierError(f"{name} = {value!r} is not allowed; it should be a whole number, {least} or more.")

@@ -16,33 +16,6 @@ from latelier.errors import LatelierError
 EXPLICIT_TOKENS = 512  # up to here, the backward pass of the fused attention is several times slower on a CPU
 
 
-def check_whole(least: int = 1, **sizes: Any) -> None:
-    """Refuse sizes of a network that are no whole numbers, `least` or more."""
-    for name, value in sizes.items():
-        if type(value) is not int or value < least:
-            raise LatelierError(f"{name} = {value!r} is not allowed; it should be a whole number, {least} or more.")
-
-
-def check_transformer(dim: int, depth: int, heads: int, prefix: str = "", multiple: int = 1) -> None:
-    """Refuse sizes that make no transformer; `prefix` is that of their names, `multiple` what `dim` must be one of."""
-    check_whole(**{f"{prefix}dim": dim, f"{prefix}heads": heads})
-    check_whole(0, **{f"{prefix}depth": depth})
-    for divisor, what in ((heads, f"{heads} heads"), (multiple, f"{multiple}, as its table of positions needs")):
-        if dim % divisor:
-            raise LatelierError(f"{prefix}dim = {dim} is not divisible by {what}; change one of them.")
-
-
-def patches_along(patch_size: int, **size: Sequence[int]) -> Any:
-    """Patches along the sides of what has this size, which is given by its name."""
-    check_whole(patch_size=patch_size)
-    ((name, sides),) = size.items()
-    for side in sides:
-        check_whole(**{name: side})
-    if min(sides) < patch_size:
-        raise LatelierError(f"{name} = {tuple(sides)} is smaller than patch_size = {patch_size}.")
-    return tuple(side // patch_size for side in sides)
-
-
 def attention(
     q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m d"]
 ) -> Float[Tensor, "b h n d"]:
@@ -58,6 +31,8 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, heads: int, qk_norm: bool = False, qkv_bias: bool = True):
         super().__init__()
+        if dim % heads:
+            raise LatelierError(f"dim = {dim} is not divisible by {heads} heads; change one of them.")
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
@@ -242,6 +217,10 @@ def sincos_positions(dim: int, grid: tuple[int, ...]) -> Float[Tensor, "1 n d"]:
     2-D (MAE, DiT): half of the channels from the column, half from the row, each [sin | cos]. 1-D (MAETok's SiT): sin
     and cos interleaved.
     """
+    if min(grid) < 1 or dim % (2 * len(grid)):
+        raise LatelierError(
+            f"dim = {dim} and {grid} patches make no table of positions; use multiples of 4, and 1 patch."
+        )
     if len(grid) == 1:
         table = sincos_1d(dim, torch.arange(grid[0]).double())
         return table.view(-1, 2, dim // 2).transpose(1, 2).reshape(1, -1, dim)

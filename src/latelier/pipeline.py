@@ -104,13 +104,9 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **options: Any) -> LatentDiffusionPipeline:  # type: ignore[override]
-        """Open a saved pipeline; `options` are those of `DiffusionPipeline.from_pretrained`.
+        """Open a saved pipeline; `options` are those of diffusers. Whatever is wrong with it is a `LatelierError`.
 
-        Of a stranger's folder nothing is imported, let alone run: components are models and schedulers of modules that
-        are imported already.
-
-        Raises:
-            LatelierError: if it cannot be opened, whatever is wrong with its files.
+        Nothing of the folder is run: components are models and schedulers of modules that are imported already.
         """
         refuse_damage(Path(path))
         advice = "take a folder that `latelier run` or `save_pretrained` has written, or write it anew"
@@ -120,16 +116,16 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             check_config(index)
             if not isinstance(index["_class_name"], str):  # a list would name a file of code
                 raise LatelierError("its model_index.json names no class")
+            opened: dict[str, Any] = {}
             for name in (name for name in COMPONENTS if name not in options and index[name] != [None, None]):
                 module, class_name = index[name]
                 component = getattr(sys.modules[module], class_name)
                 if not issubclass(component, ModelMixin | SchedulerMixin):
                     raise LatelierError(f"its {name} is a {module}.{class_name}, which is no model")
                 check_config(component.load_config(folder / name))
-                if name in ("tokenizer", "denoiser"):  # a conditioner may have frozen networks that are not stored
-                    kept = {key: options[key] for key in ("torch_dtype", "variant") if key in options}
-                    options[name] = open_model(component, folder / name, **kept)
-            pipeline = super().from_pretrained(str(folder), **options)
+                if name in COMPONENTS[:2] and not options:  # conditioners may have frozen networks, not stored
+                    opened[name] = open_model(component, folder / name)
+            pipeline = super().from_pretrained(str(folder), **opened, **options)
             pipeline._check()
         return pipeline
 

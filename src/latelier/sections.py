@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError, core_schema
 
-from latelier.errors import LatelierError, first_line, reading
+from latelier.errors import LatelierError, reading
 
 _UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
 MOST_LAYERS, MOST = 1_000, 2**24  # no network has more: beyond, a number in a config is a mistake, or malice
@@ -137,8 +137,6 @@ def first_problem(error: ValidationError) -> str:
     key, value, context = ".".join(parts), first["input"], first.get("ctx", {})
     if first["type"] == "unknown_key":
         return f"Unknown key {'.'.join(filter(None, (key, context['key'])))!r} in the recipe; {context['hint']}"
-    if first["type"] == "missing" and parts[-1].isdigit():
-        return f"{'.'.join(parts[:-1])} = {value!r} is not allowed; it should have more entries."
     if first["type"] == "missing":
         return f"The recipe lacks {key!r}."
     if first["type"] == "unknown_kind":
@@ -147,8 +145,6 @@ def first_problem(error: ValidationError) -> str:
         return f"{key} = {value!r} is not known; {context['hint']}"
     if first["type"] in ("string_pattern_mismatch", "string_too_long"):
         message = "be letters, digits, `_`, `-` and `.`, at most 200, and not dots alone"
-    elif first["type"] in ("model_type", "dict_type"):
-        message = "be a section, which has keys"
     else:
         message = re.sub(r"^\w+ should ", "", first["msg"].replace("Value error, ", "Value should be "))
     return f"{key or 'This'} = {value!r} is not allowed; it should {message}."
@@ -340,23 +336,12 @@ def preset_arguments(
         if key not in known:
             raise LatelierError(f"Unknown key '{section}.model.{key}'; {hint(str(key), known)}")
         default = presets[name].get(key, parameters[key].default)
-        if not isinstance(default, int | float) or isinstance(default, bool):
-            continue
-        least = int("channels" in key and default > 0)
-        if isinstance(value, str) or (isinstance(value, int | float) and not least <= value < math.inf):
+        least = int("channels" in key)
+        wrong = isinstance(value, str) or (isinstance(value, int | float) and not least <= value < math.inf)
+        if wrong and type(default) in (int, float) and default >= least:
             wanted = f"a number from {least} on, such as {default}"
             raise LatelierError(f"{section}.model.{key} = {value!r} is not allowed; it should be {wanted}.")
     return {**presets[name], **overrides}
-
-
-def construct(cls: type[Model], arguments: Mapping[str, Any], section: str = "tokenizer") -> Model:
-    """A recipe's model; what its constructor refuses becomes a sentence."""
-    try:
-        return cls(**arguments)
-    except LatelierError as error:  # begins with the argument
-        raise LatelierError(f"{section}.model.{error}") from None
-    except Exception as error:  # diffusers' constructors raise whatever a wrong argument runs into
-        raise LatelierError(f"{section}.model makes no {cls.__name__} ({first_line(error)}).") from None
 
 
 def open_model(cls: type[Model], path: str | Path, **options: Any) -> Model:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from latelier.conditioning.condition import Condition
 from latelier.denoisers.objective import DenoiserSection, build_transformer, transformer_width
-from latelier.errors import LatelierError
+from latelier.errors import LatelierError, check_whole
 from latelier.layers import (
     MLP,
     Attention,
@@ -26,10 +26,7 @@ from latelier.layers import (
     RMSNorm,
     SwiGLU,
     TimeEmbedding,
-    check_transformer,
-    check_whole,
     init_linear,
-    patches_along,
     patchify,
     resize_positions,
     rope_table,
@@ -114,16 +111,15 @@ class DiT(ModelMixin, ConfigMixin):
         own_positions: bool = False,
     ):
         super().__init__()
-        check_whole(in_channels=in_channels)
-        check_transformer(dim, depth, heads, multiple=2 * len(grid))
-        if rope and dim // heads % (2 * len(grid)):
+        check_whole(in_channels=in_channels, patch_size=patch_size, dim=dim, heads=heads)
+        check_whole(0, depth=depth)
+        self.grid = tuple(g // patch_size for g in grid)
+        if rope and dim // heads % (2 * len(self.grid)):
             raise LatelierError(
                 f"heads = {heads} are {dim // heads} wide, but rope needs a multiple of {2 * len(grid)}."
             )
-        for name, value, known in (("norm", norm, ("rms", "layer")), ("mlp", mlp, ("swiglu", "gelu"))):
-            if value not in known:
-                raise LatelierError(f"{name} = {value!r} is not known; allowed: {', '.join(known)}.")
-        self.grid = patches_along(patch_size, grid=grid)
+        if norm not in ("rms", "layer") or mlp not in ("swiglu", "gelu"):
+            raise LatelierError(f"norm = {norm!r} is not rms or layer, or mlp = {mlp!r} not swiglu or gelu.")
         volume = patch_size ** len(self.grid)
         self.x_embed = nn.Linear((in_channels + spatial_channels) * volume, dim)
         self.t_embed = TimeEmbedding(dim)

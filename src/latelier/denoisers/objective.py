@@ -19,18 +19,7 @@ from latelier.errors import LatelierError
 from latelier.keyed_random import KeyedRandom
 from latelier.losses.terms import LossTerms
 from latelier.prefixes import RandomPrefixes
-from latelier.sections import (
-    ByKind,
-    Model,
-    Prefixes,
-    Process,
-    Section,
-    Training,
-    Weight,
-    construct,
-    open_init,
-    preset_arguments,
-)
+from latelier.sections import ByKind, Model, Prefixes, Process, Section, Training, Weight, open_init, preset_arguments
 
 if TYPE_CHECKING:
     Conditions = list[Any]
@@ -95,7 +84,7 @@ def build_transformer(
     arguments |= preset_arguments(cls, sizes, section.size, section.model, "denoiser")
     if section.process.kind == "ddpm":
         arguments.setdefault("time_scale", 1000.0)
-    return construct(cls, {**arguments, **wanted, "grid": tuple(grid)}, "denoiser")
+    return cls(**{**arguments, **wanted, "grid": tuple(grid)})
 
 
 def transformer_width(cls: type[Any], sizes: dict, section: DenoiserSection) -> int:

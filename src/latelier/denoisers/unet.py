@@ -25,7 +25,7 @@ from latelier.conditioning.condition import Condition
 from latelier.denoisers.objective import DenoiserSection
 from latelier.errors import LatelierError, first_line
 from latelier.prefixes import pad_channels
-from latelier.sections import construct, open_init, preset_arguments
+from latelier.sections import open_init, preset_arguments
 
 TIMESTEPS = 1000  # of the discrete process that LDM's time embedding was made for
 WAVES = (0.5, 1, 2)  # of the coordinate channels, over the whole grid
@@ -184,9 +184,7 @@ class UNet(_Denoiser, UNet2DModel):
         for module in self.modules():
             if heads and isinstance(module, Attention):
                 if module.inner_dim % heads:
-                    raise LatelierError(
-                        f"heads = {heads} do not divide the {module.inner_dim} channels of an attention."
-                    )
+                    raise LatelierError(f"{heads} heads do not divide the {module.inner_dim} channels of an attention.")
                 module.heads = module.sliceable_head_dim = heads
                 module.scale = (module.inner_dim // heads) ** -0.5
 
@@ -251,7 +249,10 @@ def build(
         return open_init(cls, section.init, wanted)
     arguments = _arguments(section, token_width)
     _check_grid(grid, len(arguments["block_out_channels"]))
-    model: ModelMixin = construct(cls, {**arguments, **wanted, "sample_size": tuple(grid)}, "denoiser")
+    try:
+        model = cls(**{**arguments, **wanted, "sample_size": tuple(grid)})
+    except ValueError as error:
+        raise LatelierError(f"denoiser.model makes no U-Net: {error}") from None
     _zero_outputs(model)
     return model
 

@@ -18,19 +18,8 @@ from torch import Tensor, nn
 
 from latelier.conditioning.condition import Condition
 from latelier.denoisers.objective import DenoiserSection, build_transformer, transformer_width
-from latelier.errors import LatelierError
-from latelier.layers import (
-    MLP,
-    Attention,
-    check_transformer,
-    check_whole,
-    patches_along,
-    patchify,
-    resize_positions,
-    run_block,
-    sinusoid,
-    unpatchify,
-)
+from latelier.errors import LatelierError, check_whole
+from latelier.layers import MLP, Attention, patchify, resize_positions, run_block, sinusoid, unpatchify
 from latelier.prefixes import pad_channels
 
 SIZES = {
@@ -85,11 +74,13 @@ class UViT(ModelMixin, ConfigMixin):
         prefix_channels: bool = False,
     ):
         super().__init__()
-        check_whole(in_channels=in_channels)
-        check_transformer(dim, depth, heads, multiple=2)
+        check_whole(in_channels=in_channels, patch_size=patch_size, dim=dim, heads=heads)
+        check_whole(0, depth=depth)
         if depth % 2:
-            raise LatelierError(f"depth = {depth} of a U-ViT must be even: half of it precedes the middle.")
-        self.grid = patches_along(patch_size, grid=grid)
+            raise LatelierError(
+                f"denoiser.model.depth = {depth} of a U-ViT must be even: half of it precedes the middle."
+            )
+        self.grid = tuple(g // patch_size for g in grid)
         volume = patch_size ** len(self.grid)
         self.x_embed = nn.Linear((in_channels + spatial_channels) * volume, dim)
         self.context = nn.Linear(context_dim, dim) if context_dim else None

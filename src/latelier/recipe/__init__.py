@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from latelier.errors import LatelierError
+from latelier.errors import LatelierError, reading
 from latelier.recipe.data import Data
 from latelier.recipe.evaluate import Evaluate, Sample
 from latelier.sections import (
@@ -79,21 +79,26 @@ class Recipe(Section):
     def _check_models(self) -> Recipe:
         """Build what `model` changes, on the meta device, so that what a constructor refuses is refused here."""
         section, denoiser = self.tokenizer, self.denoiser
-        trained = isinstance(section, TrainedTokenizer) and not section.init
+        fresh = isinstance(section, TrainedTokenizer) and not section.init
         rebuilt = denoiser is not None and denoiser.model and not denoiser.init
-        if not rebuilt and not (trained and section.model):  # type: ignore[union-attr]
+        if not rebuilt and not (fresh and section.model):  # type: ignore[union-attr]
             return self
         import torch
 
         from latelier.denoisers import build_denoiser
         from latelier.tokenizers import build_tokenizer, tokenizer_info
 
+        shape: tuple[int, ...] = (4, *[64 * (denoiser.patch if denoiser else 1)] * 2)
         with torch.device("meta"):
-            info = tokenizer_info(build_tokenizer(section, self.data)) if trained else None
+            if fresh:
+                with reading("The recipe's tokenizer cannot be built", "change tokenizer.model"):
+                    info = tokenizer_info(build_tokenizer(section, self.data))
+                shape = info.latent_shape(*self.data.image_size)
             if denoiser is not None and rebuilt:
-                shape = info.latent_shape(*self.data.image_size) if info else (4, *[64 * denoiser.patch] * 2)
-                tokens = any(condition.kind in ("text", "layout") for condition in denoiser.condition)
-                build_denoiser(denoiser, shape, 64 * tokens)
+                injected = {condition.kind: getattr(condition, "inject", "") for condition in denoiser.condition}
+                tokens = any(injected.get(kind, "vector") != "vector" for kind in ("class", "text", "layout"))
+                with reading("The recipe's denoiser cannot be built", "change denoiser.model"):
+                    build_denoiser(denoiser, shape, 64 * tokens)
         return self
 
     @property
@@ -120,8 +125,6 @@ def read_yaml(source: Path | str, name: str | None = None) -> Any:
         if _count(content, {}) > MOST_VALUES:
             raise ValueError(f"it has more than {MOST_VALUES:,} values, since aliases multiply")
         return content
-    except OSError as error:
-        raise LatelierError(f"{source} cannot be read ({error.strerror}).") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: bytes that are no text, absurd dates
         reason = "its sections have no end" if isinstance(error, RecursionError) else " ".join(str(error).split())
         raise LatelierError(f"{name or source} is not valid YAML: {reason}") from None
@@ -129,11 +132,9 @@ def read_yaml(source: Path | str, name: str | None = None) -> Any:
 
 def _count(node: Any, known: dict[int, int]) -> int:
     """Values in a tree, each counted as often as aliases repeat it."""
-    if not isinstance(node, dict | list):
-        return 1
-    if id(node) not in known:
-        known[id(node)] = 1 + sum(_count(value, known) for value in (node.values() if isinstance(node, dict) else node))
-    return known[id(node)]
+    if isinstance(node, dict | list) and id(node) not in known:
+        known[id(node)] = sum(_count(value, known) for value in (node.values() if isinstance(node, dict) else node))
+    return known.get(id(node), 1)
 
 
 def recipe_files() -> dict[str, Path]:

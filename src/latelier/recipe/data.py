@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from latelier.errors import LatelierError
 from latelier.sections import PositiveCount, Section, Size, Unit
@@ -50,7 +50,7 @@ class Data(Section):
         None, description="folder of image-like maps (depth, edges) with the images' names, or a dataset's column"
     )
     crop: Literal["center", "random", "resize"] = "center"
-    crop_scale: tuple[float, float] = Field((0.75, 1.0), description="area kept by `crop: random`")
+    crop_scale: tuple[Unit, Unit] = Field((0.75, 1.0), description="area kept by `crop: random`")
     flip: bool = True
     background: Literal["white", "black", "gray", "random"] = Field("white", description="behind transparent images")
     streaming: bool = False
@@ -59,24 +59,13 @@ class Data(Section):
     max_skipped: Unit = Field(0.01, description="share of unreadable files that is tolerated")
     length: PositiveCount | None = Field(None, description="how many images a generated source has, or how many to use")
 
-    @field_validator("crop_scale")
-    @classmethod
-    def _check_scale(cls, scale: tuple[float, float]) -> tuple[float, float]:
-        if not 0 < scale[0] <= scale[1] <= 1:
-            raise ValueError("two shares of the area, 0 < low <= high <= 1")
-        return scale
-
     @model_validator(mode="after")
     def _check_built_in(self) -> Data:
         channels = BUILT_IN.get(self.source)
         if channels and self.channels not in channels:
             wanted = " or ".join(map(str, channels))
-            raise LatelierError(
-                f"data.channels = {self.channels}, but images of {self.source} can have {wanted}; set it to 3."
-            )
+            raise LatelierError(f"data.channels = {self.channels}, but images of {self.source} have {wanted}.")
         for key in ("image_key", "label_key", "caption_key") if channels else ():
             if getattr(self, key) != type(self).model_fields[key].default:
-                raise LatelierError(
-                    f"data.{key} is for folders and datasets; remove it for the source {self.source!r}."
-                )
+                raise LatelierError(f"data.{key} is for folders and datasets; remove it for {self.source}.")
         return self

@@ -67,6 +67,7 @@ def _check_out(tokenizer: Path, recipe: Recipe, out: Path) -> None:
 def inspection_recipe(tokenizer: str, source: str, size: int, samples: int, out: Path, options: list[str]) -> Recipe:
     """The recipe of an inspection; arguments and errors are those of `inspect`."""
     folder = Path(tokenizer) / "tokenizer"
+    out = out if out.name.strip(".") else out.resolve()
     tree: dict[str, Any] = {
         "name": out.name,
         "runs": str(out.parent),

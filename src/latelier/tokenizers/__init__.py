@@ -4,7 +4,7 @@ A new tokenizer is a file and a line in `TOKENIZERS`. The file has
 
     SECTIONS       classes of its recipe sections: `TrainedTokenizer` or `Kind`, with `kind: Literal["..."]`
     MODELS         its own `ModelMixin, ConfigMixin` classes, so that saved folders open; diffusers' are known
-    build(section, channels, image_size) -> model
+    build(section, channels, image_size) -> model     also on the meta device, on which a recipe's `model` is tried
     objective(section, tokenizer, perceptual, seed, dataset) -> nn.Module     if it is trained: `forward(batch) ->
                    LossTerms` with a `reconstruction`, and the attribute `tokenizer`
 

@@ -24,7 +24,7 @@ from latelier.keyed_random import KeyedRandom
 from latelier.losses.codebook import CodebookUse, perplexity, quantise
 from latelier.losses.reconstruction import ReconstructionLoss, mean_kl
 from latelier.losses.terms import LossTerms
-from latelier.sections import Count, Kind, TrainedTokenizer, Weight, construct, open_init, preset_arguments
+from latelier.sections import Count, Kind, TrainedTokenizer, Weight, open_init, preset_arguments
 from latelier.tokenizers import TokenizerInfo
 
 IMAGE = 256  # pixels; LDM counts the resolutions that have attention from here
@@ -194,16 +194,13 @@ def build(
     if section.init:
         return open_init(model, section.init)
     arguments = preset_arguments(model, PRESETS, section.preset, section.model)
-    for key in ("block_out_channels", "down_block_types", "up_block_types"):
-        if not isinstance(arguments[key], list | tuple):
-            raise LatelierError(f"tokenizer.model.{key} = {arguments[key]!r} is not allowed; it should be a list.")
     levels, widths = len(arguments["down_block_types"]), len(arguments["block_out_channels"])
     if not levels == widths == len(arguments["up_block_types"]):
         raise LatelierError(
             f"tokenizer.model.block_out_channels has {widths} entries, but {section.preset} has {levels} levels; "
             "give as many, or down_block_types and up_block_types as well."
         )
-    return construct(model, {**arguments, "in_channels": channels, "out_channels": channels})
+    return model(**{**arguments, "in_channels": channels, "out_channels": channels})
 
 
 def objective(

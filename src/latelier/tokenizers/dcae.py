@@ -20,7 +20,7 @@ from diffusers import AutoencoderDC
 from pydantic import Field
 from torch import nn
 
-from latelier.errors import LatelierError, first_line
+from latelier.errors import LatelierError
 from latelier.losses.reconstruction import ReconstructionLoss
 from latelier.losses.terms import LossTerms
 from latelier.prefixes import RandomPrefixes, keep_prefix, random_prefixes
@@ -107,9 +107,9 @@ def build(section: DCAESection, channels: int, image_size: Sequence[int] = ()) -
         raise LatelierError(f"tokenizer.model does not fit preset {section.preset}: levels differ ({counts}).")
     try:
         return AutoencoderDC(**arguments)
-    except Exception as error:  # whatever a wrong argument runs into
+    except (AssertionError, ValueError) as error:
         raise LatelierError(
-            f"tokenizer.model does not fit preset {section.preset} ({first_line(error)}); with "
+            f"tokenizer.model does not fit preset {section.preset} ({error or 'a width is no multiple of 4'}); with "
             "shuffled pixels each width must be a multiple or a part of the one before, and of 4."
         ) from None
 

@@ -22,23 +22,12 @@ from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from latelier.errors import LatelierError
+from latelier.errors import LatelierError, check_whole
 from latelier.keyed_random import KeyedRandom
-from latelier.layers import (
-    TransformerBlock,
-    check_transformer,
-    check_whole,
-    init_linear,
-    patches_along,
-    patchify,
-    resize_positions,
-    resized,
-    run_block,
-    unpatchify,
-)
+from latelier.layers import TransformerBlock, init_linear, patchify, resize_positions, resized, run_block, unpatchify
 from latelier.losses.reconstruction import ReconstructionLoss, gaussian_kl
 from latelier.losses.terms import LossTerms
-from latelier.sections import Count, TrainedTokenizer, Weight, construct, open_init, preset_arguments
+from latelier.sections import Count, TrainedTokenizer, Weight, open_init, preset_arguments
 from latelier.tokenizers import TokenizerInfo
 from latelier.tokenizers.maetok_decoder import LatentDecoder, add_frequencies, init_table, rope_tables
 from latelier.tokenizers.maetok_targets import Masking, MaskShare, Target, TargetSection, build_targets, draw_mask
@@ -153,10 +142,11 @@ class MAETok(ModelMixin, ConfigMixin):
         latent_scale: float = 0.0,
     ):
         super().__init__()
-        check_whole(in_channels=in_channels, latent_tokens=latent_tokens, latent_channels=latent_channels)
-        check_transformer(dim, depth, heads, multiple=4)
-        check_transformer(decoder_dim, decoder_depth, decoder_heads, "decoder_", multiple=4)
-        self.grid = patches_along(patch_size, image_size=image_size)
+        check_whole(patch_size=patch_size, in_channels=in_channels, dim=dim, decoder_dim=decoder_dim)
+        check_whole(latent_tokens=latent_tokens, latent_channels=latent_channels)
+        check_whole(heads=heads, decoder_heads=decoder_heads)
+        check_whole(0, depth=depth, decoder_depth=decoder_depth)
+        self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
         patch_values = in_channels * patch_size**2
         self.patch_embed = nn.Linear(patch_values, dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
@@ -263,7 +253,7 @@ def build(section: MAETokSection, channels: int, image_size: Sequence[int]) -> M
     if section.init:
         return open_init(MAETok, section.init)
     arguments = {"variational": section.variational, **preset_arguments(MAETok, PRESETS, section.preset, section.model)}
-    return construct(MAETok, {**arguments, "image_size": tuple(image_size), "in_channels": channels})
+    return MAETok(**{**arguments, "image_size": tuple(image_size), "in_channels": channels})
 
 
 def objective(

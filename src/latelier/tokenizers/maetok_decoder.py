@@ -169,11 +169,13 @@ class ModulatedBlock(nn.Module):
 def add_frequencies(module: nn.Module, positions: str, depth: int, heads: int, dim: int) -> None:
     """Give a module `freqs` `(2, depth, heads * head_dim / 2)`: learned (`mixed`), fixed (`axial`), or None."""
     if positions not in POSITIONS:
-        raise LatelierError(f"positions = {positions!r} is not known; allowed: {', '.join(POSITIONS)}.")
+        raise LatelierError(f"tokenizer.model.positions = {positions!r} is not known; allowed: {', '.join(POSITIONS)}.")
+    if dim % heads:
+        raise LatelierError(f"A width of {dim} is not divisible by {heads} heads; change one of them.")
     if positions != "absolute" and dim // heads % 4:
         raise LatelierError(
-            f"positions = {positions!r} need heads whose width is a multiple of 4, but {dim} / {heads} is "
-            f"{dim // heads}; take other heads, or positions: absolute."
+            f"Rotary positions need heads whose width is a multiple of 4, but {dim} / {heads} is {dim // heads}; "
+            "take other heads, or positions: absolute."
         )
     if positions == "mixed":
         module.freqs = nn.Parameter(mixed_frequencies(depth, heads, dim // heads))

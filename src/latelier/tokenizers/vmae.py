@@ -23,13 +23,11 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
+from latelier.errors import check_whole
 from latelier.keyed_random import KeyedRandom
 from latelier.layers import (
     TransformerBlock,
-    check_transformer,
-    check_whole,
     init_linear,
-    patches_along,
     patchify,
     resize_positions,
     resized,
@@ -39,7 +37,7 @@ from latelier.layers import (
 )
 from latelier.losses.reconstruction import ReconstructionLoss, gaussian_kl
 from latelier.losses.terms import LossTerms
-from latelier.sections import TrainedTokenizer, Unit, Weight, construct, open_init, preset_arguments
+from latelier.sections import TrainedTokenizer, Unit, Weight, open_init, preset_arguments
 from latelier.tokenizers import TokenizerInfo
 
 
@@ -118,10 +116,10 @@ class VMAE(ModelMixin, ConfigMixin):
         smooth: bool = True,
     ):
         super().__init__()
-        check_whole(in_channels=in_channels, latent_channels=latent_channels)
-        check_transformer(dim, depth, heads, multiple=4)
-        check_transformer(decoder_dim, decoder_depth, decoder_heads, "decoder_", multiple=4)
-        self.grid = patches_along(patch_size, image_size=image_size)
+        check_whole(patch_size=patch_size, in_channels=in_channels, latent_channels=latent_channels)
+        check_whole(dim=dim, heads=heads, decoder_dim=decoder_dim, decoder_heads=decoder_heads)
+        check_whole(0, depth=depth, decoder_depth=decoder_depth)
+        self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
         patch_values = in_channels * patch_size**2
         self.patch_embed = nn.Linear(patch_values, dim)
         self.blocks = nn.ModuleList(TransformerBlock(dim, heads, mlp_ratio) for _ in range(depth))
@@ -222,7 +220,7 @@ def build(section: VMAESection, channels: int, image_size: Sequence[int]) -> VMA
     if section.init:
         return open_init(VMAE, section.init)
     arguments = preset_arguments(VMAE, PRESETS, section.preset, section.model)
-    return construct(VMAE, {**arguments, "image_size": tuple(image_size), "in_channels": channels})
+    return VMAE(**{**arguments, "image_size": tuple(image_size), "in_channels": channels})
 
 
 def objective(
