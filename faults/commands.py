@@ -211,7 +211,6 @@ inspect {run} --data emoji --size 32 --samples -1 --out new
 inspect {run} --data emoji --size 32 --samples x --out new
 inspect {run} --data emoji --size 32 --out tiny.yaml
 inspect {run} --data emoji --size 32 --out {run}
-inspect {run} --data emoji --size 32 --out ..
 inspect {run} --data emoji --size 32 --out new evaluate.metrics=[foo]
 inspect {run} --data emoji --size 32 --out new foo=1
 inspect {run} --data emoji --size 32 --out new noequals
@@ -278,7 +277,7 @@ def outcomes(sample: bool) -> list[Outcome]:
 
 
 def _cases() -> Iterator[tuple[str, list[str]]]:
-    for line in COMMANDS:
+    for line in COMMANDS.splitlines():
         yield "wrong command line", line.split()
     for word in (RECIPES + " " + MODELS).split():
         yield "wrong recipe, run", ["run", "tiny.yaml", word]
