@@ -26,7 +26,7 @@ from latelier.diffusion.cfg import guided
 from latelier.diffusion.loss_guidance import LossGuidance
 from latelier.diffusion.process import DDPM, Flow, build_process, describe_process
 from latelier.diffusion.sampling import sample_latents, watched
-from latelier.diffusion.schedulers import ADAPTIVE, Scheduler
+from latelier.diffusion.schedulers import ADAPTIVE, ReverseSDE, Scheduler
 from latelier.diffusion.tiled import tiled
 from latelier.errors import LatelierError
 from latelier.images import make_grid, save_png
@@ -186,6 +186,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         named = process.scheduler(*wanted)  # refuses settings that do not fit, for the pipeline's own too
         if settings.sampler != "auto":
             return named
+        _check_scheduler(self.scheduler, process)
         own = type(self.scheduler).from_config(self.scheduler.config)
         process.set_timesteps(own, settings.steps, settings.shift)
         return own
@@ -209,6 +210,24 @@ class LatentDiffusionPipeline(DiffusionPipeline):
                 bar.update(1)
 
             yield advance
+
+
+def _check_scheduler(scheduler: Scheduler, process: Flow | DDPM) -> None:
+    """Refuse a scheduler, put in place by a user, of another process: it would draw, but no images."""
+    name, config, prediction = type(scheduler).__name__, scheduler.config, scheduler.config.get("prediction_type")
+    if isinstance(process, Flow):
+        sigmas = config.get("use_flow_sigmas") and prediction == "flow_prediction"
+        fits, known = bool(sigmas) or name.startswith("FlowMatch") or isinstance(scheduler, ReverseSDE), "a flow process"
+        advice = "use a scheduler for flows, such as FlowMatchEulerDiscreteScheduler"
+    else:
+        levels, own = getattr(scheduler, "alphas_cumprod", torch.zeros(0)), process.alphas_cumprod
+        same = len(levels) == len(own) and torch.allclose(levels.cpu(), own)
+        wanted = process.scheduler().config["prediction_type"]
+        fits = same and prediction == wanted and not config.get("use_flow_sigmas")
+        known = f"a ddpm process that predicts {wanted}, with the noise levels of {process.beta_schedule} betas"
+        advice = "make it from the scheduler that was there: DDIMScheduler.from_config(pipeline.scheduler.config)"
+    if not fits:
+        raise LatelierError(f"pipeline.scheduler = {name} is of another process than this model: {known}; {advice}.")
 
 
 def choose_settings(sample: Sample | None, settings: Mapping[str, Any]) -> Sample:
