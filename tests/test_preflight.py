@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 import pytest
+import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
 from latelier.errors import LatelierError
@@ -57,6 +59,19 @@ def test_denoisers_cost_what_their_layers_do(tmp_path):
     )  # fmt: skip
     assert deep.flops_per_image > 1.5 * shallow.flops_per_image
     assert deep.stage == "denoiser"
+
+
+def test_a_pretrained_tokenizer_is_normalised_as_in_the_run(tmp_path):
+    torch.manual_seed(0)
+    tokenizer = AutoencoderKL(block_out_channels=[8], norm_num_groups=4, latent_channels=4, sample_size=32)
+    with torch.no_grad():
+        tokenizer.quant_conv.weight *= 100  # raw latents far from the scale of the noise
+    tokenizer.save_pretrained(tmp_path / "vae")
+    section = {"kind": "pretrained", "path": str(tmp_path / "vae")}
+    recipe = tiny_recipe(tmp_path, denoiser={"log_every": 8})
+    recipe = build_recipe({**recipe.model_dump(), "tokenizer": section})
+    (row,) = try_denoiser(recipe)
+    assert row.terms["mse"] == pytest.approx(2, abs=0.5)  # noise and latents of variance 1, before anything is learnt
 
 
 # -- what the run will read -----------------------------------------------------------------------------------------

@@ -29,6 +29,10 @@ class LatelierError(Exception):
     """
 
 
+class NotMeasurable(LatelierError):
+    """A number that these images, or this model, do not allow: it is left out, and everything else is measured."""
+
+
 def explain(error: BaseException) -> str | None:
     """One sentence for an exception that says something of disk, memory, files or other processes; else None."""
     text, kind = " ".join(str(error).split()), type(error).__name__

@@ -28,13 +28,14 @@ from latelier.diffusion.cfg import guided
 from latelier.diffusion.loss_guidance import LossGuidance
 from latelier.diffusion.process import DDPM, Flow, build_process, describe_process
 from latelier.diffusion.sampling import sample_latents, watched
-from latelier.diffusion.schedulers import ADAPTIVE, Scheduler
+from latelier.diffusion.schedulers import ADAPTIVE, ReverseSDE, Scheduler
 from latelier.diffusion.tiled import tiled
 from latelier.errors import LatelierError, reading
 from latelier.images import make_grid, save_png
 from latelier.layers import fast_bf16
 from latelier.recipe import Prefixes, Process, Recipe, Sample, Section, first_problem
 from latelier.sections import Side, check_config, check_weights, open_model
+from latelier.terminal import PATIENCE, Lines, is_screen
 from latelier.tokenizers import TOKENIZERS
 from latelier.tokenizers.codec import Codec, decode_within, read_statistics, refuse_damage
 
@@ -243,6 +244,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         named = process.scheduler(*wanted)  # refuses settings that do not fit, for the pipeline's own too
         if settings.sampler != "auto":
             return named
+        _check_scheduler(self.scheduler, process)
         own = type(self.scheduler).from_config(self.scheduler.config)
         process.set_timesteps(own, settings.steps, settings.shift)
         return own
@@ -259,13 +261,29 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         if not shown:
             yield None
             return
-        with self.progress_bar(total=1) as bar:
+        how = ("sampling", 1, 0, PATIENCE, "evaluations")
+        with self.progress_bar(total=1) if is_screen() else nullcontext(Lines(*how)) as bar:
 
             def advance(_: int, evaluations: int) -> None:
                 bar.total = evaluations * batches
                 bar.update(1)
 
             yield advance
+
+
+def _check_scheduler(scheduler: Scheduler, process: Flow | DDPM) -> None:
+    """Refuse a scheduler, put in place by a user, of another process: it would draw, but no images."""
+    name, config, flow = type(scheduler).__name__, scheduler.config, isinstance(process, Flow)
+    for_flows = name.startswith("FlowMatch") or isinstance(scheduler, ReverseSDE) or config.get("use_flow_sigmas")
+    predicts = "flow_prediction" if flow else process.scheduler().config["prediction_type"]
+    fits = bool(for_flows) == flow and config.get("prediction_type", predicts) == predicts
+    if isinstance(process, DDPM):
+        levels, own = getattr(scheduler, "alphas_cumprod", torch.zeros(0)), process.alphas_cumprod
+        fits &= len(levels) == len(own) and torch.allclose(levels.cpu(), own)
+    if not fits:
+        kind = "flow" if flow else f"ddpm, with its own noise levels and a prediction of {predicts}"
+        advice = "FlowMatchEulerDiscreteScheduler()" if flow else "DDIMScheduler.from_config(pipeline.scheduler.config)"
+        raise LatelierError(f"pipeline.scheduler = {name} is of another process than this model: {kind}; use {advice}.")
 
 
 def choose_settings(sample: Sample | None, settings: Mapping[str, Any]) -> Sample:

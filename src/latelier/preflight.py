@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from latelier.data.latents import encode_batches, latent_statistics
 from latelier.data.records import UNREADABLE, Source
 from latelier.data.sources import open_source
 from latelier.data.tables import StreamSource
@@ -36,6 +37,7 @@ SPLITS = {"train": "training", "val": "held-out"}
 NEEDED = {"class": "label", "text": "caption", "layout": "boxes", "segmentation": "segmentation", "map": "map"}
 TRIES = 8  # records that are looked at, when the first ones cannot be read
 NAMES_SHOWN = 10
+FEW = 64  # images that tell the scale of latents
 
 
 @dataclass
@@ -121,15 +123,17 @@ def try_tokenizer(recipe: Recipe, count: bool = False) -> Iterator[Trial]:
 
 
 def try_denoiser(recipe: Recipe, count: bool = False) -> Iterator[Trial]:
-    """A trial of stage 2, on latents of an untrained tokenizer; none if the recipe has no denoiser."""
+    """A trial of stage 2, on normalised latents of an untrained or pretrained tokenizer; none without a denoiser."""
     if recipe.denoiser is None:
         return
     dataset, codec = open_images(recipe), _codec(recipe)
     objective = denoiser_loop.build_objective(recipe, codec, dataset)
     batch = to_device(next(dataset.stream(_micro_batch(recipe.denoiser))), codec.device)
+    if codec.mean is None:  # as in the run, though there of thousands of images
+        mean, std = latent_statistics(codec, dataset, FEW, recipe.seed)
+        codec = Codec(codec.tokenizer, mean, std, precision=codec.precision)
     with torch.no_grad():
-        posterior = codec.posterior(batch["image"])
-        batch = {**batch, "mean": posterior.mean, "std": posterior.std}
+        batch = next(encode_batches(codec, iter([batch]), codec.device))
         if objective.conditioner is not None:
             batch |= objective.conditioner.to(codec.device).prepare(batch, codec)
     yield _try("denoiser", recipe.denoiser, objective, batch, count)
