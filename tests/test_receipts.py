@@ -11,7 +11,7 @@ from tiny import colour_extractor, tiny_recipe
 
 METRICS = ["l1", "psnr", "ssim", "rfd", "gfd", "kid", "precision", "recall", "smoothness", "spectrum", "prefixes",
            "channels", "posterior", "equivariance", "codebook", "cost", "gmm"]  # fmt: skip
-ANYWHERE = {"versions", "git", "device"}
+ANYWHERE = {"recipe", "versions", "git", "device"}
 OF_IMAGES = {"n", "reference", "data", "tokenizer"}
 OF_FEATURES = {"extractor", "weights_sha256", "preprocessing", "layer", "dims"}
 OF_SAMPLES = {"sampler", "steps", "guidance", "seed", "ema", "images_trained", "n_reference"}

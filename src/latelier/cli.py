@@ -226,9 +226,13 @@ def inpaint(
 def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Evaluate a trained run: reconstruction, latents, generation. Writes metrics.json and the report."""
     from latelier.evaluate import evaluate as evaluate_run
+    from latelier.opening import join_processes
     from latelier.run import show_measurements
+    from latelier.run_folder import locked
 
-    show_measurements(evaluate_run(_load(recipe, overrides)))
+    loaded = _load(recipe, overrides)
+    with locked(loaded.folder, join_processes().is_main_process and loaded.folder.is_dir()):
+        show_measurements(evaluate_run(loaded))
 
 
 @app.command(epilog="Example:  latelier report runs/quickstart")

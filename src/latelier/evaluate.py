@@ -34,6 +34,7 @@ from latelier.receipt import make_receipt
 from latelier.recipe import Recipe
 from latelier.report.figures import CHANNELS, MAP
 from latelier.report.run import write_report
+from latelier.run_folder import digest
 from latelier.terminal import counted, say
 from latelier.tokenizers.codec import Codec
 
@@ -284,7 +285,9 @@ def _about(recipe: Recipe, pipeline: LatentDiffusionPipeline, images: Row) -> di
 
 
 def _write(recipe: Recipe, section: str, measured: list[Measurement]) -> list[Measurement]:
-    """Measurements into a section of metrics.json."""
+    """Measurements into a section of metrics.json, whose receipts name the recipe; `recipe.yaml` has the same name."""
     if measured and is_main(True):
+        for one in measured:
+            one.receipt["recipe"] = digest(recipe)
         results.write_measurements(recipe.folder / "metrics.json", measured, section)
     return measured

@@ -174,7 +174,12 @@ def _write(recipe: Recipe, changes: list[str]) -> None:
     before = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     notes = [line for line in before if line.startswith("# changed ")]
     notes += [f"# changed {time.strftime('%Y-%m-%d %H:%M')}: {change}" for change in changes]
-    facts = {**versions(), "device": device_name(), **{f"git {k}": v for k, v in (git_state() or {}).items()}}
+    facts = {
+        "recipe": digest(recipe),
+        **versions(),
+        "device": device_name(),
+        **{f"git {k}": v for k, v in (git_state() or {}).items()},
+    }
     header = [f"# {key}: {value}" for key, value in facts.items()] + notes
     publish.write_whole(path, "\n".join(header) + "\n" + dump(recipe))
 
