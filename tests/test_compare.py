@@ -22,7 +22,7 @@ from latelier.tokenizers.maetok import MAETok
 from latelier.tokenizers.vmae import VMAE
 from tiny import VMAE as SMALL
 
-METRICS = "evaluate.metrics=[l1,psnr,spectrum]"
+METRICS = "evaluate.metrics=[l1,psnr,ms-ssim,spectrum,gmm]"  # 12 images of 32 px are too few and too small
 
 
 def kl(width=8, levels=3):
@@ -220,6 +220,10 @@ def test_all_kinds_stand_on_one_page(workshop, tmp_path, monkeypatch):
     assert len({receipt["data"] for receipt in receipts}) == 1
     assert len({receipt["tokenizer"] for receipt in receipts}) == 4
     assert {"reconstructions.png", "error-map.png"} <= {path.name for path in page.parent.iterdir()}
+    small = "it needs images of at least 176 pixels a side, not 32 x 32"
+    assert f"ms-ssim is left out ({small}) of grids, masked, rows, codes." in html
+    assert "gmm is left out (A mixture needs 10 images for each mode" in html
+    assert not {"ms-ssim", "gmm"} & {name for one in content["runs"] for name in one["metrics"]}
     assert "(grids/report.html)" in (page.parent / "table.md").read_text()
 
     again = []

@@ -1,5 +1,7 @@
 """Evaluation of generated sets and nearest training images, in a feature space that is easy to see through."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from latelier.errors import LatelierError
 from latelier.evaluation import generation
 from latelier.evaluation.features import FeatureExtractor
 from latelier.evaluation.generation import evaluate_generation, nearest
+from latelier.evaluation.metrics import METRICS
 from latelier.images import round_to_8_bit
 from latelier.recipe import Evaluate
 from tiny import colour_extractor
@@ -104,13 +107,10 @@ def test_distances_of_nothing_but_chance_are_small(several):
 def test_fid_needs_fifty_thousand(monkeypatch):
     found = [inception(colours_and_more)]
     monkeypatch.setattr(generation, "load_extractors", lambda names, device: found)
-    few = Evaluate(metrics=["fid50k"], features="inception", samples=5000)
-    with pytest.raises(LatelierError, match=r"evaluate\.samples asks for 5,000; what fewer .* called gfd-inception"):
-        evaluate_generation([], [], few, {})
-    enough = few.model_copy(update={"samples": 50_000})
-    with pytest.raises(LatelierError, match="50,000 images on each side, but there are 40"):
+    enough = Evaluate(metrics=["fid50k"], features="inception", samples=50_000)
+    with pytest.raises(LatelierError, match=r"50,000 images, and there are 40; what fewer .* called gfd-inception"):
         evaluate_generation([make_images(40, 0)], [{"image": make_images(50, 1)}], enough, {})
-    monkeypatch.setattr(generation, "FID_SAMPLES", 40)
+    monkeypatch.setitem(METRICS, "fid50k", replace(METRICS["fid50k"], images=40))
     both = enough.model_copy(update={"metrics": ["fid50k", "gfd"]})
     gfd, fid = evaluate_generation([make_images(40, 0)], [{"image": make_images(50, 1)}], both, {})
     assert (gfd.name, fid.name) == ("gfd-inception", "fid50k")
@@ -124,6 +124,18 @@ def test_fid_needs_fifty_thousand(monkeypatch):
 def test_metrics_without_their_features_are_refused(metric, told):
     with pytest.raises(LatelierError, match=told):
         evaluate_generation([], [], Evaluate(metrics=[metric], features="vgg16"), {})
+
+
+def test_a_distance_says_what_it_compares_with(colours):
+    real, alike = make_images(400, 0), make_images(400, 1)
+
+    def gfd(samples):
+        (found,) = evaluate_generation([samples], [{"image": real}], Evaluate(metrics=["gfd"]), {})
+        return found.value, found.receipt["alike"], found.receipt["spread"]
+
+    value, expected, spread = gfd(alike)
+    assert 0.2 * expected < value < 5 * expected < 0.1 * spread
+    assert gfd(real[:1].expand(400, -1, -1, -1))[0] >= spread
 
 
 def test_reconstruction_metrics_alone_cost_nothing():

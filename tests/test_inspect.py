@@ -3,8 +3,7 @@
 import pytest
 
 from latelier.errors import LatelierError
-from latelier.evaluation.metrics import METRICS
-from latelier.study.inspect import MS_SSIM_SIDE, inspect, suited
+from latelier.study.inspect import inspect
 
 
 @pytest.fixture
@@ -32,9 +31,3 @@ def test_files_of_somebody_else_are_left_alone(weights, tmp_path, name):
     with pytest.raises(LatelierError, match=rf"has files that no inspection wrote \({name.partition('/')[0]}\)"):
         inspect(str(weights), "emoji", 8, 4, tmp_path / "mine", [])
     assert file.read_text() == "mine"
-
-
-def test_measures_of_an_inspection_follow_the_size():
-    every = suited(MS_SSIM_SIDE)
-    assert every == [name for name, metric in METRICS.items() if metric.inspect]
-    assert set(every) - set(suited((MS_SSIM_SIDE, 64))) == {"ms-ssim"}

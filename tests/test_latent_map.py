@@ -134,7 +134,7 @@ def test_a_recipe_asks_for_all_of_them(tmp_path, short):
     assert (about["n_train"], about["learnt_from"]) == (96, "emoji, training images")
     page = (recipe.folder / "report.html").read_text()
     assert "<h2>Latent space</h2>" in page
-    assert "One point for each held-out image" in page
+    assert "One point for each image (emoji, held out): its latents" in page
     assert "GMM negative log-likelihood over number of modes" in page
 
 

@@ -141,7 +141,7 @@ def test_a_scheduler_of_another_process_is_refused(kind):
         assert draw(pipeline, steps=4).isfinite().all()
     for scheduler in [*others, *neither]:
         pipeline.scheduler = scheduler
-        with pytest.raises(LatelierError, match=f"{type(scheduler).__name__} is of another process than this model: a"):
+        with pytest.raises(LatelierError, match=f"this model: {kind}"):
             draw(pipeline, steps=4)
         assert draw(pipeline, steps=4, sampler="euler").isfinite().all()  # by name, the pipeline's own has no part
 
@@ -149,7 +149,7 @@ def test_a_scheduler_of_another_process_is_refused(kind):
 def test_a_scheduler_for_another_prediction_is_refused():
     pipeline = make(kind="ddpm")
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, prediction_type="v_prediction")
-    with pytest.raises(LatelierError, match="a ddpm process that predicts epsilon"):
+    with pytest.raises(LatelierError, match="a prediction of epsilon"):
         draw(pipeline)
 
 
@@ -158,13 +158,6 @@ def test_bf16_is_close():
     images, half = draw(pipeline, count=2), draw(pipeline, count=2, precision="bf16")
     assert half.dtype == torch.float32
     assert (half - images).abs().max() < 0.1
-
-
-def test_bar_counts_evaluations(capsys):
-    pipeline = make()
-    pipeline.set_progress_bar_config(disable=False)
-    draw(pipeline, count=3, batch=2, steps=4, progress=True)
-    assert "8/8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from diffusers import AutoencoderKL
 
 from latelier.preflight import check, try_denoiser, try_tokenizer

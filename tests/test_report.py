@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from latelier.errors import LatelierError
-from latelier.evaluation.results import Measurement, write_measurements
+from latelier.evaluation.results import LEFT_OUT, Measurement, forget_left_out, write_measurements
 from latelier.images import make_grid, save_png
 from latelier.report.page import average, bar_chart, line_chart, short, subsample
 from latelier.report.run import read_log, write_report
@@ -83,6 +83,41 @@ def test_no_run(tmp_path):
         write_report(tmp_path / "none")
 
 
+def test_samples_have_the_names_of_their_classes(tmp_path):
+    for i in (7, 8, 9):
+        save_png(make_grid(torch.zeros(1, 3, 8, 8)), tmp_path / "samples" / f"{i:06d}.png")
+    (tmp_path / "samples" / "settings.json").write_text('{"seed": 7, "count": 2, "classes": null}')
+    config = tmp_path / "pipeline" / "conditioner" / "config.json"
+    config.parent.mkdir(parents=True)
+    config.write_text('{"_class_name": "ClassConditioner", "num_classes": 3, "names": ["cat", "<b>dog", "owl"]}')
+    assert labels(tmp_path) == ["cat", "&lt;b&gt;dog"]
+    (tmp_path / "samples" / "settings.json").write_text('{"seed": 7, "count": 3, "classes": ["owl", 0]}')
+    assert labels(tmp_path) == ["owl", "cat", "owl"]
+    config.write_text('{"_class_name": "LayoutConditioner"}')
+    assert labels(tmp_path) == []
+
+
+def labels(folder):
+    return re.findall("<figcaption>(.*?)</figcaption>", write_report(folder).read_text())
+
+
+def test_one_curve_for_a_loss_of_one_term(tmp_path):
+    rows = [{"stage": "denoiser", "images": i, "loss": 1 / i, "mse": 1 / i, "kl": 3.0} for i in (8, 16)]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    page = write_report(tmp_path).read_text()
+    assert re.findall("<figcaption><b>(.*?)</b>", page) == ["kl", "mse"]
+
+
+def test_what_was_left_out_says_why(tmp_path):
+    missing = Measurement("gmm", math.nan, {LEFT_OUT: "A mixture needs 10 images for each mode."})
+    write_measurements(tmp_path / "metrics.json", [missing], "latent space")
+    page = write_report(tmp_path).read_text()
+    assert "A mixture needs 10 images for each mode." in page
+    assert "nan" not in page.split("</style>")[1]
+    forget_left_out(tmp_path / "metrics.json")
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {"latent space": {}}
+
+
 def test_single_samples_stand_in_for_a_grid(tmp_path):
     for i in range(3):
         save_png(make_grid(torch.zeros(1, 3, 8, 8)), tmp_path / "samples" / f"{i:06d}.png")
@@ -146,7 +181,7 @@ def test_curves_and_held_out_reconstructions(tmp_path):
     save_png(make_grid(torch.zeros(4, 3, 8, 8), 2), tmp_path / "previews" / "tuning-000000064000.png")
     page = write_report(tmp_path).read_text()
     assert "psnr over noise level, last value 18" in page
-    assert "Held-out originals above their reconstructions" in page
+    assert "Originals above their reconstructions (&lt;script&gt;alert(1)&lt;/script&gt;)." in page
     assert page.index("tokenizer at 64000") < page.index("tuning at 64000") < page.index("denoiser at 64000")
 
 
@@ -162,14 +197,14 @@ def test_latent_space(tmp_path):
     page = write_report(tmp_path).read_text()
     assert "GMM negative log-likelihood over number of modes, last value 1.4" in page
     assert "loss of a small denoiser over time, from data to noise, last value 1.1" in page
-    assert "One point for each held-out image" in page
+    assert "One point for each image (<script>" not in page
+    assert "One point for each image (&lt;script&gt;alert(1)&lt;/script&gt;): its latents" in page
     assert "last value 24.5" in page
     assert "psnr of prefixes over channels that are decoded" in page
     assert "lower is better; nats per principal component" in page
     assert "Noise on latents" not in page
-    assert "<span>gmm-modes</span>" in page
-    assert "<span>gmm-nll@1</span>" not in page  # a curve, not nine tiles
-    assert "<b>2</b><span>gmm-modes</span>" in page
+    assert "<b>2</b><span>gmm-modes ↓ · Gaussians</span>" in page
+    assert "<span>gmm-nll@1" not in page  # a curve, not nine tiles
 
 
 def test_channels_and_errors(tmp_path):

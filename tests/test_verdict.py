@@ -28,13 +28,31 @@ def mixtures(needed, *likelihoods):
     return {"gmm-modes": needed, **points}
 
 
+def matches(kind, match, chance, real):
+    return {f"{kind}-match": match, f"{kind}-match-chance": chance, f"{kind}-match-real": real}
+
+
 SAID = [
     ("bad", "rough: 14.0 dB, a root mean square error of 20 %", {"psnr": 14.0}),
     ("fair", "Fine detail is lost: 23.0 dB", {"psnr": 23.0}),
     ("good", "Reconstructions are close", {"psnr": 31.0}),
     ("fair", "would still have a gfd-vgg16 near 253:", {"rfd-vgg16": 253.1}),
     ("bad", "The tokenizer is the bottleneck", {"rfd-vgg16": 253.1, "gfd-vgg16": 281.1}),
-    ("good", "The tokenizer is not the bottleneck", {"rfd-vgg16": 3.0, "gfd-vgg16": 281.1}),
+    ("fair", "The denoiser is the bottleneck, not the tokenizer", {"rfd-vgg16": 3.0, "gfd-vgg16": 281.1}),
+    ("bad", "no better than one image over and over", {"gfd-vgg16": (281.1, {"alike": 12.0, "spread": 253.0})}),
+    ("bad", "Samples are not like the training images yet", {"gfd-vgg16": (200.0, {"alike": 12.0, "spread": 253.0})}),
+    (
+        "fair",
+        "is 66, as many other training images have about",
+        {"gfd-vgg16": (66.0, {"alike": 43.0, "spread": 124})},
+    ),
+    ("good", "Samples are like", {"gfd-vgg16": (14.0, {"alike": 12.0, "spread": 253.0})}),
+    ("bad", "The layout is not followed: 21 %", matches("layout", 0.21, 0.2, 0.9)),
+    ("fair", "The segmentation is followed in part", matches("segmentation", 0.4, 0.2, 0.9)),
+    ("good", "The layout is followed: 80 %", matches("layout", 0.8, 0.2, 0.9)),
+    ("bad", "Enlarged images are not better than", {"sr-lpips-difference": 0.1}),
+    ("good", "Filled holes are better than", {"inpainting-lpips-difference": -0.1}),
+    ("fair", "was trained on all of these images", {"ssim": (0.4, {"trained_on": "all of these images"})}),
     ("bad", "costs 7.0 dB", {"smoothness-psnr": (20.0, {"drop": -7.0})}),
     ("fair", "costs 4.0 dB", {"smoothness-psnr": (20.0, {"drop": -4.0})}),
     ("good", "The space is smooth", {"smoothness-psnr": (22.0, {"drop": -1.0, "curve": [[0, 23.0]]})}),
@@ -72,6 +90,7 @@ SILENT = {
     "largest-variance-ratio": (2.0, {"channel": 0}), "outlier-channels": (1.0, {"large": [1], "small": []}),
     "active-channels": 1.0, "channel-rank": (9.0, {"dims": 16}), "posterior-std": 0.2, **prefixes(16, 8, 20.0),
     "separation-object": 0.3, "equivariance-shift": 0.5, **mixtures(20.0, (1, 1.42), (20, 1.3), (100, 1.3)),
+    "layout-match": 0.4, "sr-psnr-difference": -1.0,
     "probe-accuracy": (0.4, {"majority": 0.1}), "diffusion-loss": (0.9, {"independent": 1.0}),
     "encode-images-per-second": 500.0, "effective-rank": 12.0, "ssim": 0.4, "parameters": 1e9,
 }  # fmt: skip
@@ -120,6 +139,22 @@ def test_a_value_on_the_threshold_belongs_to_the_better_side():
     assert verdict(made_up(latent_std=2.0)) == []
 
 
+def test_nothing_is_judged_of_too_few_images():
+    few = {"gfd-vgg16": (281.1, {"alike": 12.0, "spread": 253.0, "n": 24}), "active-channels": (0.2, {"n": 24})}
+    found = verdict(made_up(**few, **{"codebook-usage": (0.95, {"n": 600}), "psnr": (15.0, {"n": 24})}))
+    words = {finding.sentence: finding.kind for finding in found}
+    told = "Too few images (24) to judge samples, active channels; measure on 100 or more."
+    assert words.pop(told) == "fair"
+    assert list(words.values()) == ["bad", "good"]  # PSNR is a mean, which 24 images tell
+
+
+def test_what_is_within_chance_is_not_followed():
+    metrics = made_up(**matches("layout", 0.5, 0.4, 0.9))
+    assert verdict(metrics)[0].kind == "fair"
+    metrics["latent space"]["layout-match"]["interval"] = (0.35, 0.65)
+    assert verdict(metrics)[0].kind == "bad"
+
+
 def test_experience_tells_what_was_significant():
     rows = [
         {"metric": "rfd-vgg16", "spearman": 0.9, "interval": [0.6, 0.98], "n": 12, "significant": True},
@@ -129,10 +164,10 @@ def test_experience_tells_what_was_significant():
     evidence = {"about": "12 tokenizers on emoji", "predictors": rows}
     words = experience(made_up(**{"rfd-vgg16": 3.0, "gmm-nll@5": 1.4}), evidence)
     assert "12 tokenizers on emoji" in words
-    assert "rfd-vgg16 0.90 (0.60 to 0.98, 12 tokenizers)" in words
+    assert "tokenizers with a lower rfd-vgg16 (rank correlation 0.90, between 0.60 and 0.98" in words
     assert "probe" not in words  # not measured here
     assert "gmm-nll" not in words
-    assert "none went along" in experience(made_up(**{"gmm-nll@5": 1.4}), evidence)
+    assert "none of the numbers here went along" in experience(made_up(**{"gmm-nll@5": 1.4}), evidence)
     assert experience(made_up(psnr=20.0), evidence) == ""
 
 

@@ -1,4 +1,4 @@
-"""The one error that a user is meant to read."""
+"""The errors that a user is meant to read."""
 
 
 class LatelierError(Exception):
@@ -7,3 +7,7 @@ class LatelierError(Exception):
     The command line prints the sentence and exits with code 2; anything else that escapes is a bug and keeps its
     traceback.
     """
+
+
+class NotMeasurable(LatelierError):
+    """A number that these images, or this model, do not allow: it is left out, and everything else is measured."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,17 @@ from latelier.analysis.statistics import draw_channel_maps
 from latelier.conditioning.condition import components
 from latelier.data.loader import ImageDataset
 from latelier.data.sources import open_source
+from latelier.errors import NotMeasurable
+from latelier.evaluation import generation, results
 from latelier.evaluation.conditions import condition_grid, evaluate_conditions
 from latelier.evaluation.cost import measure_cost, measure_sampling
-from latelier.evaluation.features import load_extractor
-from latelier.evaluation.generation import (
-    describe_sampling,
-    evaluate_generation,
-    generate_images,
-    measure_convergence,
-    nearest,
-)
+from latelier.evaluation.features import check_features, load_extractor
+from latelier.evaluation.generation import evaluate_generation, generate_images, measure_convergence, nearest
 from latelier.evaluation.metrics import METRICS
 from latelier.evaluation.reconstruction import SHOWN, draw_errors, evaluate_reconstruction
-from latelier.evaluation.references import reference_key
+from latelier.evaluation.references import describe_images, reference_key
 from latelier.evaluation.regions import MOST_TRAINING
-from latelier.evaluation.results import ERRORS, Measurement, Result, is_main, rank, write_measurements
+from latelier.evaluation.results import LEFT_OUT, Measurement, Result, is_main, left_out, rank
 from latelier.images import make_pairs, save_png
 from latelier.keyed_random import KeyedRandom
 from latelier.opening import best_device, open_codec, open_images, open_run
@@ -38,8 +34,10 @@ from latelier.receipt import make_receipt
 from latelier.recipe import Recipe
 from latelier.report.figures import CHANNELS, MAP
 from latelier.report.run import write_report
+from latelier.terminal import counted, say
 from latelier.tokenizers.codec import Codec
 
+Row = Mapping[str, Any]
 CHANNEL_IMAGES = 8  # in the image of channels
 NEAREST_SHOWN = 16
 NEAREST_SEARCHED = 2_000
@@ -52,58 +50,99 @@ def evaluate(recipe: Recipe) -> list[Measurement]:
     All processes take part in what is measured of many images; the numbers are those of one process, which alone
     returns them.
     """
+    check_features(recipe.evaluate)
     codec, held_out = open_codec(recipe).to(best_device()), open_images(recipe, "val")
     trained = (recipe.folder / "pipeline" / "model_index.json").is_file()  # a denoiser, too
     pipeline = open_run(recipe.folder)[0] if trained else None
-    measured = _write(recipe, "reconstruction", _reconstruction(recipe, codec, held_out))
+    about = describe_images(recipe, held_out, "val")
+    if is_main(True):
+        results.forget_left_out(recipe.folder / "metrics.json")
+        if "trained_on" in about:
+            say(f"Trained on {about['trained_on']} ({about['reference']}): their numbers say little about others.")
+    recipe = measurable(recipe, held_out, trained)
+    measured = _write(recipe, "reconstruction", _reconstruction(recipe, codec, held_out, about))
     shown: list[Tensor] = []
     if pipeline is not None:
         measured += _write(recipe, "generation", _generation(recipe, pipeline, shown))
     if not is_main(True):
         return []
-    measured += evaluate_latents(recipe, codec, held_out)
+    measured += evaluate_latents(recipe, codec, held_out, about)
     draw_figures(recipe, codec, held_out)
     if "cost" in recipe.evaluate.metrics:
         measured += _write(recipe, "cost", measure_cost(codec, *recipe.data.image_size))
     if pipeline is not None:
-        _save_nearest(recipe, shown[0])
-        measured += _write(recipe, "generation", _speed(recipe, pipeline))
-        measured += _write(recipe, "tasks", _tasks(recipe, pipeline, held_out))
-        measured += measure_convergence(recipe, codec, held_out)
+        if recipe.data.channels in (1, 3):
+            _save_nearest(recipe, shown[0])
+        measured += _attempt(recipe, "generation", _speed, pipeline)
+        measured += _attempt(recipe, "tasks", _tasks, pipeline, held_out, about)
+        measured += _attempt(recipe, "convergence", measure_convergence, codec, held_out)
     write_report(recipe.folder)
-    return measured
+    return [measurement for measurement in measured if LEFT_OUT not in measurement.receipt]
 
 
-def evaluate_latents(recipe: Recipe, codec: Codec, held_out: ImageDataset) -> list[Measurement]:
-    """The measures of the latent space that the recipe asks for, each written as soon as it is there."""
-    settings, found = recipe.evaluate, []
-    _write(recipe, "latent space", [])
+def _attempt(recipe: Recipe, section: str, measure: Callable[..., list[Measurement]], *on: Any) -> list[Measurement]:
+    try:
+        return _write(recipe, section, measure(recipe, *on))
+    except NotMeasurable as error:
+        return _write(recipe, section, [left_out(section, error)])
+
+
+def measurable(recipe: Recipe, held_out: ImageDataset, trained: bool) -> Recipe:
+    """The recipe without the metrics of images that its images do not allow; metrics.json says why."""
+    counts = {"reconstruction": _count(recipe, held_out)}
+    counts |= {"generation": _count(recipe, open_images(recipe))} if trained else {}
+    kept = []
+    for name in recipe.evaluate.metrics:
+        group, n = METRICS[name].group, counts.get(METRICS[name].group)
+        if n and (why := METRICS[name].lacks(n, recipe.data.channels, recipe.data.image_size)):
+            _write(recipe, group, [left_out(name, why)])
+        else:
+            kept.append(name)
+    return recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"metrics": kept})})
+
+
+def _count(recipe: Recipe, images: ImageDataset) -> int:
+    """How many images are measured; of streams, which may not know their length, at most."""
+    most = recipe.evaluate.samples
+    return most if recipe.data.streaming else min(most, len(images))
+
+
+def evaluate_latents(recipe: Recipe, codec: Codec, held_out: ImageDataset, images: Row) -> list[Measurement]:
+    """The measures of the latent space that the recipe asks for, each written as soon as it is there, or left out.
+
+    `images` is what receipts say of them, see `describe_images`.
+    """
+    settings, found = recipe.evaluate, list[Measurement]()
     names = [name for name, metric in METRICS.items() if metric.group == "latents" and name in settings.metrics]
     if not names:
         return []
-    sample = collect(codec, held_out.once(settings.batch, limit=settings.samples), settings.samples)
-    reference = {"reference": f"{recipe.data.source}, held out", "image_size": sample.image_size}
-    common = {**reference, **make_receipt(tokenizer=codec.hash(), data=held_out.fingerprint)}
+    batches = counted("encoding", held_out.once(settings.batch, limit=settings.samples), _count(recipe, held_out))
+    sample = collect(codec, batches, settings.samples)
+    common = {**images, "image_size": sample.image_size, **make_receipt(tokenizer=codec.hash())}
     sides: tuple[LatentSample, LatentSample, dict[str, Any]] | None = None
-    for name in names:
+    for number, name in enumerate(names, 1):
+        say(f"Measuring {name} ({number} of {len(names)})")
         metric, given, about = METRICS[name], {"sample": sample, "codec": codec}, common
-        if name == "map":
-            save_png(draw_latent_map(sample, held_out.class_names, settings.seed), recipe.folder / MAP)
-            continue
         if "train" in metric.takes:  # mixtures, probes and the small denoiser first learn from other images
             sides = sides or two_sides(recipe, codec, held_out, sample)
             given |= {"train": sides[0], "sample": sides[1]}
             about = {**common, **sides[2]}
         options = {key: getattr(settings, key) for key in metric.settings}
-        results = metric.load()(*(given[key] for key in metric.takes), **options)
-        found += wrap(results, {"n": len(given["sample"]), **about})
+        try:
+            if name == "map":
+                save_png(draw_latent_map(sample, held_out.class_names, settings.seed), recipe.folder / MAP)
+            else:
+                measured = metric.load()(*(given[key] for key in metric.takes), **options)
+                found += wrap(measured, {"n": len(given["sample"]), **about})
+        except NotMeasurable as error:
+            found.append(left_out(name, error))
         _write(recipe, "latent space", found)
     return found
 
 
-def wrap(results: Mapping[str, Result], common: Mapping[str, Any]) -> list[Measurement]:
+def wrap(found: Mapping[str, Result], common: Mapping[str, Any]) -> list[Measurement]:
     """Results with their receipts: what they have in common, and details."""
-    return [Measurement(name, r.value, {**common, **r.details}, r.interval) for name, r in results.items()]
+    return [Measurement(name, r.value, {**common, **r.details}, r.interval) for name, r in found.items()]
 
 
 def two_sides(
@@ -144,7 +183,7 @@ def draw_figures(recipe: Recipe, codec: Codec, held_out: ImageDataset) -> None:
             z = codec.encode(images.to(codec.device)).cpu()
         save_png(draw_channel_maps(images, z), folder / CHANNELS)
     if {"l1", "psnr"} & {*metrics}:
-        draw_errors(codec, held_out.once(SHOWN, limit=SHOWN), folder / ERRORS)
+        draw_errors(codec, held_out.once(SHOWN, limit=SHOWN), folder / results.ERRORS)
 
 
 def save_reconstructions(codec: Codec, dataset: ImageDataset, out: Path) -> None:
@@ -155,15 +194,16 @@ def save_reconstructions(codec: Codec, dataset: ImageDataset, out: Path) -> None
     save_png(make_pairs(images, result, columns=min(8, len(images))), out)
 
 
-def _reconstruction(recipe: Recipe, codec: Codec, held_out: ImageDataset) -> list[Measurement]:
+def _reconstruction(recipe: Recipe, codec: Codec, held_out: ImageDataset, about: Row) -> list[Measurement]:
     """The held-out images through the tokenizer."""
     settings = recipe.evaluate
+    batches = held_out.once(settings.batch, *rank(), limit=settings.samples, whole=True)
     return evaluate_reconstruction(
         codec,
-        held_out.once(settings.batch, *rank(), limit=settings.samples, whole=True),
+        counted("reconstructing", batches, _count(recipe, held_out) // rank()[1], is_main(True)),
         settings,
-        f"{recipe.data.source}, held out",
-        {"data": held_out.fingerprint},
+        about["reference"],
+        {key: value for key, value in about.items() if key != "reference"},
         key=reference_key(held_out, settings.samples),
         shared=True,
     )
@@ -175,7 +215,8 @@ def _generation(recipe: Recipe, pipeline: LatentDiffusionPipeline, shown: list[T
     process, processes = rank()
 
     def drawn() -> Iterator[Tensor]:
-        for images in generate_images(pipeline, recipe, min(settings.samples, len(training)), process, processes):
+        batches = generate_images(pipeline, recipe, min(settings.samples, len(training)), process, processes)
+        for images in counted("sampling", batches, _count(recipe, training) // processes, process == 0):
             if not shown:
                 shown.append(images[:NEAREST_SHOWN].cpu())
             yield images
@@ -211,7 +252,7 @@ def _speed(recipe: Recipe, pipeline: LatentDiffusionPipeline) -> list[Measuremen
     return measure_sampling(pipeline, references, recipe, _sampled(recipe, pipeline, training))
 
 
-def _tasks(recipe: Recipe, pipeline: LatentDiffusionPipeline, held_out: ImageDataset) -> list[Measurement]:
+def _tasks(recipe: Recipe, pipeline: LatentDiffusionPipeline, held_out: ImageDataset, about: Row) -> list[Measurement]:
     """Whether the denoiser follows its conditions, where they are more than a class; images to look at."""
     if set(components(pipeline.conditioner)) <= {"classes"}:
         return []
@@ -221,29 +262,29 @@ def _tasks(recipe: Recipe, pipeline: LatentDiffusionPipeline, held_out: ImageDat
     (recipe.folder / "samples" / "conditions.txt").write_text("\n".join(captions))
     return evaluate_conditions(
         pipeline,
-        held_out.once(settings.batch, limit=settings.samples),
+        counted("drawing", held_out.once(settings.batch, limit=settings.samples), _count(recipe, held_out)),
         lambda: training.once(settings.batch, limit=MOST_TRAINING),
         recipe.sample,
         settings,
-        _about(recipe, pipeline, f"{recipe.data.source}, held out", held_out),
+        _about(recipe, pipeline, about),
     )
 
 
 def _sampled(recipe: Recipe, pipeline: LatentDiffusionPipeline, training: ImageDataset) -> dict[str, Any]:
     """What receipts say of samples that are compared with training images."""
-    about = _about(recipe, pipeline, f"{recipe.data.source}, training images", training)
-    return {**about, **describe_sampling(recipe.sample)}
+    about = _about(recipe, pipeline, describe_images(recipe, training, "train"))
+    return {**about, **generation.describe_sampling(recipe.sample)}
 
 
-def _about(recipe: Recipe, pipeline: LatentDiffusionPipeline, reference: str, data: ImageDataset) -> dict[str, Any]:
-    """What receipts of a pipeline's images say of it and of what they are compared with."""
+def _about(recipe: Recipe, pipeline: LatentDiffusionPipeline, images: Row) -> dict[str, Any]:
+    """What receipts of a pipeline's images say of it and of the images that they are compared with."""
     section = recipe.denoiser
     about = {"ema": section.ema if section else None, "images_trained": section.images if section else None}
-    return {"reference": reference, "data": data.fingerprint, "tokenizer": pipeline.codec.hash(), **about}
+    return {**images, "tokenizer": pipeline.codec.hash(), **about}
 
 
 def _write(recipe: Recipe, section: str, measured: list[Measurement]) -> list[Measurement]:
     """Measurements into a section of metrics.json."""
-    if is_main(True):
-        write_measurements(recipe.folder / "metrics.json", measured, section)
+    if measured and is_main(True):
+        results.write_measurements(recipe.folder / "metrics.json", measured, section)
     return measured

@@ -32,6 +32,7 @@ from latelier.errors import LatelierError
 from latelier.images import make_grid, save_png
 from latelier.layers import fast_bf16
 from latelier.recipe import Prefixes, Recipe, Sample, first_problem
+from latelier.terminal import PATIENCE, Lines, is_screen
 from latelier.tokenizers import TOKENIZERS
 from latelier.tokenizers.codec import Codec, decode_within
 
@@ -203,7 +204,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         if not shown:
             yield None
             return
-        with self.progress_bar(total=1) as bar:
+        how = ("sampling", 1, 0, PATIENCE, "evaluations")
+        with self.progress_bar(total=1) if is_screen() else nullcontext(Lines(*how)) as bar:
 
             def advance(_: int, evaluations: int) -> None:
                 bar.total = evaluations * batches
@@ -214,20 +216,17 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
 def _check_scheduler(scheduler: Scheduler, process: Flow | DDPM) -> None:
     """Refuse a scheduler, put in place by a user, of another process: it would draw, but no images."""
-    name, config, prediction = type(scheduler).__name__, scheduler.config, scheduler.config.get("prediction_type")
-    if isinstance(process, Flow):
-        sigmas = config.get("use_flow_sigmas") and prediction == "flow_prediction"
-        fits, known = bool(sigmas) or name.startswith("FlowMatch") or isinstance(scheduler, ReverseSDE), "a flow process"
-        advice = "use a scheduler for flows, such as FlowMatchEulerDiscreteScheduler"
-    else:
+    name, config, flow = type(scheduler).__name__, scheduler.config, isinstance(process, Flow)
+    for_flows = name.startswith("FlowMatch") or isinstance(scheduler, ReverseSDE) or config.get("use_flow_sigmas")
+    predicts = "flow_prediction" if flow else process.scheduler().config["prediction_type"]
+    fits = bool(for_flows) == flow and config.get("prediction_type", predicts) == predicts
+    if isinstance(process, DDPM):
         levels, own = getattr(scheduler, "alphas_cumprod", torch.zeros(0)), process.alphas_cumprod
-        same = len(levels) == len(own) and torch.allclose(levels.cpu(), own)
-        wanted = process.scheduler().config["prediction_type"]
-        fits = same and prediction == wanted and not config.get("use_flow_sigmas")
-        known = f"a ddpm process that predicts {wanted}, with the noise levels of {process.beta_schedule} betas"
-        advice = "make it from the scheduler that was there: DDIMScheduler.from_config(pipeline.scheduler.config)"
+        fits &= len(levels) == len(own) and torch.allclose(levels.cpu(), own)
     if not fits:
-        raise LatelierError(f"pipeline.scheduler = {name} is of another process than this model: {known}; {advice}.")
+        kind = "flow" if flow else f"ddpm, with its own noise levels and a prediction of {predicts}"
+        advice = "FlowMatchEulerDiscreteScheduler()" if flow else "DDIMScheduler.from_config(pipeline.scheduler.config)"
+        raise LatelierError(f"pipeline.scheduler = {name} is of another process than this model: {kind}; use {advice}.")
 
 
 def choose_settings(sample: Sample | None, settings: Mapping[str, Any]) -> Sample:

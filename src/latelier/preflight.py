@@ -83,7 +83,8 @@ def try_denoiser(recipe: Recipe, count: bool = False) -> Iterator[Trial]:
     objective = denoiser_loop.build_objective(recipe, codec, dataset)
     batch = to_device(next(dataset.stream(_micro_batch(recipe.denoiser))), codec.device)
     if codec.mean is None:  # as in the run, though there of thousands of images
-        codec = Codec(codec.tokenizer, *latent_statistics(codec, dataset, FEW, recipe.seed), precision=codec.precision)
+        mean, std = latent_statistics(codec, dataset, FEW, recipe.seed)
+        codec = Codec(codec.tokenizer, mean, std, precision=codec.precision)
     with torch.no_grad():
         batch = next(encode_batches(codec, iter([batch]), codec.device))
         if objective.conditioner is not None:

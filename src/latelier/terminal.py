@@ -10,9 +10,11 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from types import FrameType
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -20,15 +22,52 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 console = Console(stderr=True)  # where messages and progress go: standard error
 
 Handler = Callable[[int, FrameType | None], None]
+PATIENCE = 5.0  # seconds before work that is mostly quick shows a bar
+T = TypeVar("T")
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def say(words: str) -> None:
+    """One line, however long, as it is."""
+    console.print(words, highlight=False, markup=False, soft_wrap=True)
+
+
+def is_screen() -> bool:
+    """Whether bars can move where messages go; files and pipes get `Lines`."""
+    return console.is_terminal or console.is_jupyter
+
+
+class Lines:
+    """Progress as plain lines: at once or after `patience` seconds, 10 seconds later, and then every 30."""
+
+    def __init__(self, title: str, total: int, done: int = 0, patience: float = 0.0, unit: str = "images"):
+        self.title, self.total, self.done, self.unit = title, total, done, unit
+        self._from, self._begin, self._waits = done, time.monotonic(), iter((10.0,))
+        self._next = self._begin + patience
+        self.update(0)
+
+    def update(self, more: int, words: str = "") -> None:
+        """So much more is done; a line is printed if one is due, `words` at its end."""
+        self.done, now = self.done + more, time.monotonic()
+        if now >= self._next:
+            self._next = now + next(self._waits, 30.0)
+            speed = (self.done - self._from) / max(now - self._begin, 1e-9)
+            parts = [f"{self.title}: {self.done:,} of {self.total:,} {self.unit}"]
+            if speed:
+                left = timedelta(seconds=round(max(0, self.total - self.done) / speed))
+                parts += [f"{speed:,.1f} a second", f"{left} left"]
+            say(", ".join([*parts, words] if words else parts))
 
 
 @contextmanager
 def images_bar(title: str, total: int, shown: bool = True, patience: float = 0.0) -> Iterator[Callable[[int], None]]:
-    """A bar with speed and time left, shown when the work takes longer than `patience` seconds.
+    """A bar with speed and time left, or `Lines`, shown when the work takes longer than `patience` seconds.
 
     Yields a function to be called with how many more images are done.
     """
+    if shown and not is_screen():
+        yield Lines(title, total, patience=patience).update
+        return
     speed = TextColumn("{task.fields[speed]}")
     columns = (TextColumn(f"[bold]{title}"), BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn())
     bar = Progress(*columns, console=console, disable=not shown, transient=patience > 0)
@@ -44,6 +83,14 @@ def images_bar(title: str, total: int, shown: bool = True, patience: float = 0.0
     finally:
         if bar.live.is_started:
             bar.stop()
+
+
+def counted(title: str, batches: Iterable[T], total: int, shown: bool = True) -> Iterator[T]:
+    """Batches, images or dicts with `image`, with a bar that appears if they take long."""
+    with images_bar(title, total, shown, PATIENCE) as advance:
+        for batch in batches:
+            yield batch
+            advance(len(batch["image"] if isinstance(batch, dict) else batch))  # type: ignore[arg-type]
 
 
 class Stopped(BaseException):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from latelier.analysis.sample import PIXELS, LatentSample
 from latelier.analysis.smoothness import original_maps, vgg16
-from latelier.errors import LatelierError
+from latelier.errors import NotMeasurable
 from latelier.evaluation.results import Result
 from latelier.keyed_random import KeyedRandom
 from latelier.weights import LPIPS_WEIGHTS
@@ -44,12 +44,12 @@ def perceptual_compression(sample: LatentSample, clusters: int = 64, seed: int =
     assert sample.images is not None
     channels, (height, width) = sample.images.shape[1], sample.image_size
     if channels not in (1, 3) or min(height, width) < LEAST_SIDE:
-        raise LatelierError(
+        raise NotMeasurable(
             f"VGG16 finds clusters in images of 1 or 3 channels and at least {LEAST_SIDE} pixels a side, not of "
             f"{channels} channels, {height} x {width}; take compression out of evaluate.metrics."
         )
     if len(sample) < LEAST_IMAGES:
-        raise LatelierError(f"Compression needs at least {LEAST_IMAGES} images, but there are only {len(sample)}.")
+        raise NotMeasurable(f"Compression needs at least {LEAST_IMAGES} images, but there are only {len(sample)}.")
     network, kept = vgg16(sample), dict[str, Regions]()
     for rows in sample.parts(PIXELS):
         taps = original_maps(sample, network, rows)  # 5 x (b, k, i, j)
@@ -116,12 +116,12 @@ def measure_spread(
     owners, images = images.unique(return_inverse=True)
     n, count = len(x), int(clusters.max()) + 1
     if count < 2 or n <= count:
-        raise LatelierError(
+        raise NotMeasurable(
             f"Within and separation need at least 2 clusters, and more regions than clusters, not {count} clusters of "
             f"{n} regions; evaluate on more, or more varied, images."
         )
     if not x.var(0).sum() > 0:
-        raise LatelierError(f"The latents of all {n} regions are equal, or not finite; there is nothing to compare.")
+        raise NotMeasurable(f"The latents of all {n} regions are equal, or not finite; there is nothing to compare.")
     estimate = torch.cat(within_and_separation(x, clusters, torch.ones(1, len(x)))).tolist()
     weights = image_weights(len(owners), seed)  # (r, p)
     resampled = within_and_separation(x, clusters, weights, images)  # 2 x (r,)

@@ -17,7 +17,7 @@ from latelier.analysis.sample import LatentSample
 from latelier.data.records import permuted_index
 from latelier.denoisers.dit import DiT
 from latelier.diffusion.process import Flow
-from latelier.errors import LatelierError
+from latelier.errors import NotMeasurable
 from latelier.evaluation.results import Result, mean_with_interval
 from latelier.keyed_random import KeyedRandom, fold_in
 from latelier.tokenizers.codec import Codec
@@ -41,7 +41,7 @@ def diffusion_difficulty(train: LatentSample, sample: LatentSample, codec: Codec
     """
     if not len(train) or not len(sample):
         there = f"there are {len(train)} to learn from and {len(sample)} to measure on"
-        raise LatelierError(f"difficulty learns from some images and is measured on others, but {there}.")
+        raise NotMeasurable(f"difficulty learns from some images and is measured on others, but {there}.")
     room = max(1, BYTES // (4 * train.mean[0].numel()))
     z = train.latents(slice(0, min(STEPS * BATCH, room)))  # (m, c, *grid)
     held_out = sample.on_scale_of(train).latents(slice(0, min(HELD_OUT, room)))  # (n, c, *grid)

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from latelier.analysis.sample import PIXELS, LatentSample
-from latelier.errors import LatelierError
+from latelier.errors import NotMeasurable
 from latelier.evaluation.reconstruction import SETTINGS, psnr
 from latelier.evaluation.results import Result, mean_with_interval
 from latelier.tokenizers.codec import Codec
@@ -120,7 +120,7 @@ class Tally:
         """The error, whose interval takes the variances as known, and the PSNR; both are means over images."""
         errors, unit = torch.cat(self.errors), self._unit()  # (n, k), (k,)
         if not unit.sum() > 0:
-            raise LatelierError(f"The latents of {len(errors)} images are all equal, or not finite: nothing moves.")
+            raise NotMeasurable(f"The latents of {len(errors)} images are all equal, or not finite: nothing moves.")
         value, interval = mean_with_interval(errors.sum(1) / unit.sum())
         about = {**about, "moves": [move.words for move in self.group]}
         by_channel = (errors.mean(0) / unit.clamp(min=1e-12)).tolist()

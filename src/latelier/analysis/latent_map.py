@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 
 from latelier.analysis.sample import LatentSample
-from latelier.errors import LatelierError
+from latelier.errors import NotMeasurable
 from latelier.report.figures import COLOURS, STYLE, make_panels
 from latelier.report.page import INK
 from latelier.terminal import console
@@ -41,10 +41,10 @@ def draw_latent_map(sample: LatentSample, class_names: Sequence[str] | None = No
     """
     sample = sample.first(MOST_POINTS)
     if len(sample) < 3:
-        raise LatelierError(f"A map needs at least 3 images, not {len(sample)}.")
+        raise NotMeasurable(f"A map needs at least 3 images, not {len(sample)}.")
     x, labels = sample.flat(), sample.labels.numpy()  # (n, d), (n,)
     if not np.isfinite(x).all():
-        raise LatelierError("The latents of some images are not finite, so that no map of them can be drawn.")
+        raise NotMeasurable("The latents of some images are not finite, so that no map of them can be drawn.")
     maps = {"Principal components": principal_map(x, seed)}
     if find_spec("umap"):
         maps["UMAP"] = neighbour_map(x, seed)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from latelier.analysis.clustering import RESAMPLES
 from latelier.analysis.sample import MOST_DIMS, LatentSample, random_share
-from latelier.errors import LatelierError
+from latelier.errors import NotMeasurable
 from latelier.evaluation.results import Result, mean_with_interval
 from latelier.keyed_random import KeyedRandom
 
@@ -97,7 +97,7 @@ def affordable_modes(modes: Sequence[int], n: int) -> tuple[list[int], list[int]
     """Numbers of modes that n images carry, ascending, always with 1, and those that they do not; an error if all."""
     carried = [k for k in modes if k * IMAGES_PER_MODE <= n]
     if not carried:
-        raise LatelierError(
+        raise NotMeasurable(
             f"A mixture needs {IMAGES_PER_MODE} images for each mode, but evaluate.modes {modes} met only {n} "
             "images to fit to; give it more images, or fewer modes."
         )
@@ -112,7 +112,7 @@ def principal_space(x: np.ndarray, others: np.ndarray, seed: int, explained: flo
 
     total = others.var(0, dtype=np.float64).sum()
     if not (total > 0 and x.var(0, dtype=np.float64).sum() > 0):
-        raise LatelierError(f"The latents of {len(x)} images are equal, or not finite; there are no modes to find.")
+        raise NotMeasurable(f"The latents of {len(x)} images are equal, or not finite; there are no modes to find.")
     most = max(1, min(MOST_DIMS, len(x) // IMAGES_PER_DIM, x.shape[1]))
     axes = PCA(most, random_state=seed % 2**32).fit(x).components_  # (most, d)
     variance = ((others - others.mean(0)) @ axes.T).var(0, dtype=np.float64)  # (most,)
@@ -160,7 +160,7 @@ def _two_sides(train: LatentSample | None, sample: LatentSample, seed: int) -> t
         away = random_share(len(sample), HELD_OUT, seed, "gmm-held-out")  # (n,)
         train, sample, how = sample[~away], sample[away], f"{1 - HELD_OUT:.0%} of the same images, by chance"
     if min(len(train), len(sample)) < 2:
-        raise LatelierError(
+        raise NotMeasurable(
             f"Mixtures are fitted to images and evaluated on others, but there are {len(train)} and {len(sample)}; "
             "give at least 2 on each side."
         )

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from latelier.analysis.sample import PIXELS, LatentSample
-from latelier.errors import LatelierError
+from latelier.errors import NotMeasurable
 from latelier.evaluation.distributions import FeatureStatistics
 from latelier.evaluation.features import FeatureExtractor, load_extractor
 from latelier.evaluation.reconstruction import SETTINGS, psnr
@@ -46,7 +46,7 @@ def smoothness(
     """
     levels = sorted({0.0, *noise_levels})
     if len(levels) < 2:
-        raise LatelierError("evaluate.noise_levels has no level above 0; smoothness needs one, such as 0.3.")
+        raise NotMeasurable("evaluate.noise_levels has no level above 0; smoothness needs one, such as 0.3.")
     if not {*METRICS} & {*metrics}:
         return {}
     quality, scaled = Quality(sample, metrics, features, len(levels)), sample.scaled(codec)
@@ -138,7 +138,7 @@ def lengths_of(wanted: Sequence[int] | None, channels: int) -> list[int]:
     lengths = quarters if wanted is None else {*wanted, channels}
     if max(lengths) > channels:
         longest = f"evaluate.prefix_lengths has {max(lengths)}"
-        raise LatelierError(f"{longest}, but the latents have only {channels} channels.")
+        raise NotMeasurable(f"{longest}, but the latents have only {channels} channels.")
     return sorted(lengths)
 
 

@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from latelier.analysis.sample import LatentSample
-from latelier.errors import LatelierError
+from latelier.errors import NotMeasurable
 from latelier.evaluation.distributions import FeatureStatistics
 from latelier.evaluation.results import Result, mean_with_interval
 from latelier.images import make_columns
@@ -57,11 +57,11 @@ def posterior_statistics(sample: LatentSample) -> dict[str, Result]:
     the values of all channels, from 0. An error for fewer than two images, or latents that are equal or not finite.
     """
     if len(sample) < 2:
-        raise LatelierError(f"The spread of latents needs at least 2 images, not {len(sample)}.")
+        raise NotMeasurable(f"The spread of latents needs at least 2 images, not {len(sample)}.")
     spread = Spread(sample)
     variance = spread.raw_variance()  # (c,)
     if not (variance.isfinite().all() and variance.max() > 0):
-        raise LatelierError(f"The latents of {len(sample)} images are equal, or not finite.")
+        raise NotMeasurable(f"The latents of {len(sample)} images are equal, or not finite.")
     _, channels, positions = spread.powers.shape
     about = {"latent_scale": sample.scale.origin, "latent_channels": channels, "latent_positions": positions}
     about["variational"] = spread.variational
@@ -196,7 +196,7 @@ def spectrum(sample: LatentSample) -> dict[str, Result]:
     sample = sample.first(MOST_IMAGES)
     n = len(sample)
     if n < 2:
-        raise LatelierError(f"A spectrum needs at least 2 images, not {n}.")
+        raise NotMeasurable(f"A spectrum needs at least 2 images, not {n}.")
     whole = covariance_eigenvalues(sample.z.flatten(1))  # (min(n, d),)
     covariance = channel_covariance(sample.z)  # (c, c)
     channels = torch.linalg.eigvalsh(covariance).flip(0).clamp(min=0)  # (c,)
@@ -221,7 +221,7 @@ def covariance_eigenvalues(x: Float[Tensor, "n d"]) -> Float[Tensor, " r"]:
     x = x - x.mean(0, dtype=torch.float64)  # (n, d)
     product = x.T @ x if x.shape[1] <= len(x) else x @ x.T  # (r, r)
     if not (product.trace() > 0 and product.trace().isfinite()):
-        raise LatelierError(f"The latents of {len(x)} vectors are equal, or not finite; they have no spectrum.")
+        raise NotMeasurable(f"The latents of {len(x)} vectors are equal, or not finite; they have no spectrum.")
     return torch.linalg.eigvalsh(product).flip(0).clamp(min=0) / (len(x) - 1)
 
 
@@ -279,7 +279,7 @@ def hoyer(values: Float[Tensor, "c n"]) -> Float[Tensor, " c"]:
 def draw_channel_maps(images: Float[Tensor, "b c h w"], z: Float[Tensor, "b k *grid"]) -> Image.Image:
     """Images in [-1, 1], and below each how large its latents are: the mean over groups of neighbouring channels."""
     if z.ndim != 4:
-        raise LatelierError("1-D latents have no place in the image, so there are no maps of their channels.")
+        raise NotMeasurable("1-D latents have no place in the image, so there are no maps of their channels.")
     maps = []
     for group in z.abs().chunk(min(GROUPS, z.shape[1]), dim=1):
         mean = group.mean(1, keepdim=True)  # (b, 1, h / f, w / f)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from latelier.conditioning.condition import components
 from latelier.data import corruptions as masks
-from latelier.errors import LatelierError
+from latelier.errors import LatelierError, NotMeasurable
 from latelier.evaluation.distributions import FeatureStatistics
 from latelier.evaluation.features import CLIPScore, FeatureExtractor, load_extractor
 from latelier.evaluation.generation import describe_sampling
@@ -179,7 +179,7 @@ class CaptionMatch:
 
     def update(self, batch: Mapping[str, Any], drawn: Tensor, original: Tensor) -> None:
         if "caption" not in batch:
-            raise LatelierError("clip-score cannot be measured: the records have no 'caption'; see data.caption_key.")
+            raise NotMeasurable("clip-score cannot be measured: the records have no 'caption'; see data.caption_key.")
         for scores, images in zip(self._scores.values(), (drawn, original)):
             scores.append(self._clip(images, batch["caption"]))
 

@@ -85,12 +85,20 @@ class GroupedStatistics:
             statistics.update(x[group == i])
         self._counted += len(x)
 
-    def whole(self) -> FeatureStatistics:
+    def whole(self, first: int = 0, last: int = GROUPS) -> FeatureStatistics:
+        """The statistics of all groups, or of some."""
         self.flush()
         whole = FeatureStatistics(len(self.groups[0].total), self.groups[0].total.device)
-        for group in self.groups:
+        for group in self.groups[first:last]:
             whole.n, whole.total, whole.outer = whole.n + group.n, whole.total + group.total, whole.outer + group.outer
         return whole
+
+    def scale(self) -> dict[str, float]:
+        """What a Fréchet distance to this set compares with: `alike`, about that of as many other images of its kind,
+        by its two halves (chance adds something like 1 / n); and `spread`, the least of copies of a single image.
+        """
+        one, other = self.whole(0, GROUPS // 2), self.whole(GROUPS // 2)
+        return {"alike": one.distance(other) / 2, "spread": self.whole().covariance.trace().item()}
 
     def distance(self, other: GroupedStatistics) -> tuple[float, Interval]:
         """Fréchet distance to another set and its 95 % interval, None where groups have fewer than 2 images; groups of

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from latelier import weights
-from latelier.errors import LatelierError
+from latelier.errors import LatelierError, NotMeasurable
 from latelier.evaluation.inception import DIMS, LAYERS, Inception
 from latelier.images import to_uint8
 from latelier.losses.perceptual import LPIPS
@@ -61,7 +61,7 @@ class FeatureExtractor:
         `inception` also `spatial` `(b, 2023)` and `logits` `(b, 1008)`.
         """
         if images.shape[1] not in (1, 3):
-            raise LatelierError(
+            raise NotMeasurable(
                 f"The {self.name} features are defined for 1 or 3 channels, not {images.shape[1]}; take the metrics "
                 "that need features (rfd, gfd, precision, recall and the like) out of evaluate.metrics."
             )
@@ -104,6 +104,11 @@ def check_features(evaluate: Evaluate) -> None:
     kinds = [_parse(name)[0] for name in _distinct(evaluate.features)]
     for metric in (name for name in evaluate.metrics if name in NEEDS and OF_INCEPTION not in kinds):
         raise LatelierError(_needs_inception(metric, evaluate.features))
+    if "cmmd" in evaluate.metrics and "clip" not in kinds:
+        raise LatelierError(
+            f"cmmd is defined for CLIP's embeddings only, but evaluate.features = {evaluate.features}; add clip to it, "
+            "or ask for kid, which is defined in any features."
+        )
 
 
 def inception_of(extractors: Sequence[FeatureExtractor], metric: str) -> FeatureExtractor:

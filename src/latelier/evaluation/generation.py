@@ -19,11 +19,20 @@ from torch import Tensor
 from latelier.data.latents import encode_batches
 from latelier.data.loader import ImageDataset
 from latelier.denoisers.objective import DenoisingObjective
-from latelier.errors import LatelierError
+from latelier.errors import LatelierError, NotMeasurable
 from latelier.evaluation.distributions import DISCREPANCIES, GROUPS, precision_recall, subset_mmd
 from latelier.evaluation.features import NEEDS, FeatureExtractor, check_features, inception_of, load_extractors
+from latelier.evaluation.metrics import METRICS
 from latelier.evaluation.reconstruction import FRECHET_INTERVAL, read_images
-from latelier.evaluation.references import FeatureCollector, FeatureSet, Key, collect, reference_key, reference_sets
+from latelier.evaluation.references import (
+    FeatureCollector,
+    FeatureSet,
+    Key,
+    collect,
+    describe_images,
+    reference_key,
+    reference_sets,
+)
 from latelier.evaluation.results import Measurement, is_main, mean_with_interval, size_warning, write_measurements
 from latelier.opening import held_out_records, open_images, snapshot_folder
 from latelier.pipeline import LatentDiffusionPipeline
@@ -32,7 +41,6 @@ from latelier.recipe import Evaluate, Recipe, Sample
 from latelier.tokenizers.codec import Codec
 
 NEIGHBOURS = 3  # of precision and recall
-FID_SAMPLES = 50_000
 PASSES = 4  # times, each with noise of its own, at which convergence meets each held-out latent
 CLIP = "clip"  # how extractors' names begin that CMMD is defined in
 KEPT = {"gfd": "features", "fid50k": "features", "sfid": "spatial", "inception-score": "logits"}
@@ -57,7 +65,7 @@ def evaluate_generation(
     wanted = set(KEPT) & set(evaluate.metrics)
     if not wanted:
         return []
-    _check(evaluate)
+    check_features(evaluate)
     spaces = _spaces(wanted, load_extractors(evaluate.features, device))
     collectors = [collector for collector, _ in spaces]
     ours = collect(collectors, read_images(({"image": batch} for batch in samples), evaluate.samples), shared)
@@ -100,26 +108,6 @@ def describe_sampling(sample: Sample) -> dict[str, Any]:
     return {name: value for name, value in sample.model_dump().items() if name not in ("count", "batch")}
 
 
-def _check(evaluate: Evaluate) -> None:
-    """Refuse early what cannot be measured, before images are drawn."""
-    check_features(evaluate)
-    if "cmmd" in evaluate.metrics and not any(name.startswith(CLIP) for name in evaluate.features):
-        raise LatelierError(
-            f"cmmd is defined for CLIP's embeddings only, but evaluate.features = {evaluate.features}; add clip to it, "
-            "or ask for kid, which is defined in any features."
-        )
-    if "fid50k" in evaluate.metrics:
-        _check_fid(evaluate.samples, "evaluate.samples asks for")
-
-
-def _check_fid(n: int, who: str) -> None:
-    if n < FID_SAMPLES:
-        raise LatelierError(
-            f"fid50k needs {FID_SAMPLES:,} images on each side, but {who} {n:,}; what fewer images give is called "
-            "gfd-inception, with n in its receipt: ask for gfd."
-        )
-
-
 def _spaces(wanted: set[str], extractors: Sequence[FeatureExtractor]) -> list[tuple[FeatureCollector, set[str]]]:
     """The extractors in their order, and what is measured in each."""
     chosen = {extractor.name: wanted & {"gfd", "kid"} for extractor in extractors}
@@ -144,11 +132,12 @@ def _measure(
         value, interval = ours.sums[output].distance(theirs.sums[output])
         described = extractor.describe(output)
         warning = size_warning(min(ours.n, theirs.n), described["dims"])
-        receipt = {**about, **described, **warning, "interval": FRECHET_INTERVAL}
+        scale = theirs.sums[output].scale() if interval else {}
+        receipt = {**about, **described, **scale, **warning, "interval": FRECHET_INTERVAL}
         result.extend(Measurement(name, value, receipt, interval) for name in names)
 
-    if "fid50k" in wanted:
-        _check_fid(min(ours.n, theirs.n), "there are")
+    if "fid50k" in wanted and (why := METRICS["fid50k"].lacks(min(ours.n, theirs.n), 3, (1, 1))):
+        raise LatelierError(f"fid50k: {why}; what fewer images give is called gfd-inception: ask for gfd.")
     if names := [f"gfd-{extractor.name}"] * ("gfd" in wanted) + ["fid50k"] * ("fid50k" in wanted):
         frechet(names, "features")
     if "sfid" in wanted:
@@ -219,13 +208,13 @@ def measure_convergence(recipe: Recipe, codec: Codec, held_out: ImageDataset) ->
         return []
     folders = {images: snapshot_folder(recipe.folder, images) for images in section.snapshots_at()}
     if missing := [f"{images:,}" for images, folder in folders.items() if not folder.is_dir()]:
-        raise LatelierError(
+        raise NotMeasurable(
             f"{recipe.folder} has no snapshots at {' and '.join(missing)} images, which convergence needs; they are "
             "kept while the denoiser is trained. Train it anew, or take convergence out of evaluate.metrics."
         )
     pipeline = LatentDiffusionPipeline.from_pretrained(recipe.folder / "pipeline").to(codec.device)
     shared = {
-        "reference": f"{recipe.data.source}, held out", "data": held_out.fingerprint, "passes": PASSES,
+        **describe_images(recipe, held_out, "val"), "passes": PASSES,
         "seed": settings.seed, "precision": section.precision,
         "latent_shape": list(codec.latent_shape(*recipe.data.image_size)),
         "architecture": type(codec.tokenizer).__name__, "loss": section.loss, "cosine_weight": section.cosine_weight,
@@ -286,8 +275,7 @@ def _distance(recipe: Recipe, pipeline: LatentDiffusionPipeline, about: Mapping[
     """The Fréchet distance of the pipeline's samples, measured as gfd is, in the first features."""
     settings, training = recipe.evaluate, open_images(recipe)
     first = settings.model_copy(update={"metrics": ["gfd"], "features": settings.features[:1]})
-    data = {"reference": f"{recipe.data.source}, training images", "data": training.fingerprint}
-    receipt = {**about, **data, **describe_sampling(recipe.sample)}
+    receipt = {**about, **describe_images(recipe, training, "train"), **describe_sampling(recipe.sample)}
     references = training.once(settings.batch, limit=settings.samples)
     samples = generate_images(pipeline, recipe, min(settings.samples, len(training)))
     key = reference_key(training, settings.samples)

@@ -24,6 +24,9 @@ class Metric:
     """What is known of a metric."""
 
     group: Group  # the section of reports and of `metrics.json` follows from it
+    images: int = 1  # that it needs, on each side; measures of latents count for themselves
+    side: int = 1  # of images, in pixels, that it needs
+    networks: bool = False  # whether it looks at grey images and colours only
     function: str = ""  # `module:function`; empty for the map, and for what is measured in one pass over images
     takes: Words = ("sample",)  # positional arguments
     settings: Words = ()  # keys of `evaluate` that are passed by name
@@ -33,6 +36,15 @@ class Metric:
     inspect: bool = False  # whether `latelier inspect` measures it by default
     features: Words = ()  # beginnings of results that carry the extractor's name: `rfd-vgg16`
 
+    def lacks(self, images: int, channels: int, size: tuple[int, int]) -> str:
+        """Why it cannot be measured on so many images like these, or nothing."""
+        if images < self.images:
+            return f"it needs {self.images:,} images, and there are {images:,}"
+        if min(size) < self.side:
+            return f"it needs images of at least {self.side} pixels a side, not {size[0]} x {size[1]}"
+        needs = f"it is defined for 1 or 3 channels, not {channels}"
+        return needs if self.networks and channels not in (1, 3) else ""
+
     def load(self) -> Callable[..., Any]:
         """The function."""
         module, name = self.function.split(":")
@@ -41,17 +53,18 @@ class Metric:
 
 def _latents(function: str, takes: Words = ("sample",), settings: Words = (), **about: Any) -> Metric:
     """A metric of latents, by its function in `latelier.analysis`."""
-    return Metric("latents", f"latelier.analysis.{function}", takes, settings, inspect=True, **about)
+    function = f"latelier.analysis.{function}"
+    return Metric("latents", function=function, takes=takes, settings=settings, inspect=True, **about)
 
 
 METRICS: dict[str, Metric] = {
     # of reconstructions, measured in one pass
     "l1": Metric("reconstruction", better={"l1": "lower"}, units={"l1": "of [-1, 1]"}, inspect=True),
     "psnr": Metric("reconstruction", better={"psnr": "higher"}, units={"psnr": "dB"}, inspect=True),
-    "ssim": Metric("reconstruction", better={"ssim": "higher"}, inspect=True),
-    "ms-ssim": Metric("reconstruction", better={"ms-ssim": "higher"}, inspect=True),
-    "lpips": Metric("reconstruction", better={"lpips": "lower"}, inspect=True),
-    "rfd": Metric("reconstruction", better={"rfd": "lower"}, inspect=True, features=("rfd",)),
+    "ssim": Metric("reconstruction", side=11, better={"ssim": "higher"}, inspect=True),
+    "ms-ssim": Metric("reconstruction", side=176, better={"ms-ssim": "higher"}, inspect=True),
+    "lpips": Metric("reconstruction", side=16, networks=True, better={"lpips": "lower"}, inspect=True),
+    "rfd": Metric("reconstruction", 2, networks=True, better={"rfd": "lower"}, inspect=True, features=("rfd",)),
     # of latents: functions of one sample that is encoded once
     "smoothness": _latents(
         "smoothness:smoothness", ("sample", "codec"), ("noise_levels", "metrics", "features", "seed"),
@@ -98,23 +111,23 @@ METRICS: dict[str, Metric] = {
     ),
     "map": Metric("latents", inspect=True),  # a figure, no number: `analysis.latent_map`
     # of samples
-    "gfd": Metric("generation", better={"gfd": "lower"}, features=("gfd",)),
-    "fid50k": Metric("generation", better={"fid50k": "lower"}),
-    "sfid": Metric("generation", better={"sfid": "lower"}),
-    "kid": Metric("generation", better={"kid": "lower"}, features=("kid",)),
-    "cmmd": Metric("generation", better={"cmmd": "lower"}, features=("cmmd",)),
-    "inception-score": Metric("generation", better={"inception-score": "higher"}),
-    "precision": Metric("generation", better={"precision": "higher"}),
-    "recall": Metric("generation", better={"recall": "higher"}),
+    "gfd": Metric("generation", 2, networks=True, better={"gfd": "lower"}, features=("gfd",)),
+    "fid50k": Metric("generation", 50_000, networks=True, better={"fid50k": "lower"}),
+    "sfid": Metric("generation", 2, networks=True, better={"sfid": "lower"}),
+    "kid": Metric("generation", 2, networks=True, better={"kid": "lower"}, features=("kid",)),
+    "cmmd": Metric("generation", 2, networks=True, better={"cmmd": "lower"}, features=("cmmd",)),
+    "inception-score": Metric("generation", 20, networks=True, better={"inception-score": "higher"}),
+    "precision": Metric("generation", 4, networks=True, better={"precision": "higher"}),
+    "recall": Metric("generation", 4, networks=True, better={"recall": "higher"}),
     "convergence": Metric("generation", better={"convergence": "lower"}),
     # of the tokenizer itself
     "cost": Metric(
-        "cost", "latelier.evaluation.cost:measure_cost", ("codec",),
+        "cost", function="latelier.evaluation.cost:measure_cost", takes=("codec",),
         better={
             "gflop": "lower", "parameters": "lower", "size-mib": "lower", "memory-gb": "lower",
             "encode-images-per-second": "higher", "decode-images-per-second": "higher",
         },
-        headline=("parameters", "gflop-encode", "gflop-decode"), inspect=True,
+        units={"gflop": "for an image"}, headline=("parameters", "gflop-encode", "gflop-decode"), inspect=True,
     ),
 }  # fmt: skip
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from latelier.errors import LatelierError
 from latelier.evaluation.features import load_extractors
+from latelier.evaluation.metrics import METRICS
 from latelier.evaluation.references import FeatureCollector, FeatureSet, Key, open_sets, store_sets
 from latelier.evaluation.results import Measurement, gather_in_order, is_main, mean_with_interval, size_warning
 from latelier.images import make_columns, round_to_8_bit, save_png, to_uint8
@@ -145,7 +146,7 @@ def ssim(images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]) 
     """Structural similarity of each image: 8-bit levels, range 255, Gaussian window 11 x 11 of sigma 1.5."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    _check_sides(images, SSIM_WINDOW, "SSIM", "take ssim out of evaluate.metrics.")
+    _check_size(images, "ssim")
     x, y = _levels(images), _levels(reference)  # (b, c, h, w)
     how: dict[str, Any] = {"data_range": 255.0, "kernel_size": SSIM_WINDOW, "reduction": "none"}
     return structural_similarity_index_measure(x, y, **how).reshape(-1)  # type: ignore[union-attr]  # (b,)
@@ -157,18 +158,15 @@ def ms_ssim(images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"
     """
     from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
-    advice = "take ms-ssim out of evaluate.metrics. With fewer scales it would be another number."
-    least = SSIM_WINDOW * 2 ** (MS_SSIM_SCALES - 1)  # halved four times, a window still fits
-    _check_sides(images, least, f"MS-SSIM of {MS_SSIM_SCALES} scales", advice)
+    _check_size(images, "ms-ssim")  # halved four times, a window still fits
     x, y = _levels(images), _levels(reference)  # (b, c, h, w)
     how: dict[str, Any] = {"data_range": 255.0, "kernel_size": SSIM_WINDOW, "reduction": "none", "normalize": "relu"}
     return multiscale_structural_similarity_index_measure(x, y, **how).reshape(-1)  # (b,)
 
 
-def _check_sides(images: Tensor, least: int, name: str, advice: str) -> None:
-    height, width = images.shape[-2:]
-    if min(height, width) < least:
-        raise LatelierError(f"{name} needs images of at least {least} pixels a side, not {height} x {width}; {advice}")
+def _check_size(images: Tensor, name: str) -> None:
+    if why := METRICS[name].lacks(1, 3, (images.shape[-2], images.shape[-1])):
+        raise LatelierError(f"{name} cannot be measured: {why}; take it out of evaluate.metrics.")
 
 
 def _levels(images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What is kept of the features of a set of images, and the cache of those that others are compared with.
+"""Which images numbers refer to, what is kept of their features, and the cache of those that others are compared with.
 
 It is in `$LATELIER_CACHE/references` (by default `~/.cache/latelier/references`); files are named by a hash of data,
 transform, extractor with its weights, and how many images.
@@ -20,15 +20,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from latelier.data.folder import FolderSource
 from latelier.data.loader import ImageDataset
+from latelier.data.sources import BUILT_IN, Selection, open_source
 from latelier.errors import LatelierError
 from latelier.evaluation.distributions import GROUPS, GroupedStatistics, InceptionScore
 from latelier.evaluation.features import FeatureExtractor
 from latelier.evaluation.results import agreed, gather_in_order, is_main
 from latelier.publish import write_whole
+from latelier.recipe import Data, Recipe, load_recipe
 from latelier.terminal import console
+from latelier.tokenizers.pretrained import PretrainedSection
 
 ENVIRONMENT = "LATELIER_CACHE"
+SELECTING = ("source", "split", "val_split", "val_fraction", "classes", "boxes", "streaming")  # keys of `data`
 MOST_VECTORS = 50_000  # 0.4 GB of 2,048 numbers each
 FORMAT = 1  # of the files; another one is another key
 Key = Mapping[str, Any]
@@ -132,6 +137,55 @@ def reference_sets(
     if is_main(shared):
         store_sets(missing, key, found)
     return {**cached, **found}
+
+
+def describe_images(recipe: Recipe, images: ImageDataset, split: str) -> dict[str, Any]:
+    """What receipts say of a split of a recipe's images: `data`, their fingerprint; `reference`, their source and what
+    they are to the run's models; and `trained_on`, how many of the held-out ones were trained on, if any.
+    """
+    where = (split == "val" and recipe.data.val_source) or recipe.data.source
+    seen = [_share_seen(recipe.data, images, split, where, training) for training in _trained_on(recipe)]
+    most = max((share or 0.0 for share in seen), default=0.0)
+    words, count = ("training images", "all") if most == 1 else ("partly training images", f"{most:.0%}")
+    if not most:
+        words, count = ("perhaps training images", "perhaps some") if None in seen else ("held out", "")
+    # Nobody knows what a tokenizer from elsewhere was trained on.
+    about = {"reference": f"{where}, {words}" if seen else where, "data": images.fingerprint}
+    return about | ({"trained_on": f"{count} of these images"} if seen and count and split == "val" else {})
+
+
+def _trained_on(recipe: Recipe) -> list[Data]:
+    """What a run's models were trained on: its folder's recipe says so, and that beside its pretrained tokenizer."""
+    own = load_recipe(recipe.folder) if (recipe.folder / "recipe.yaml").is_file() else recipe
+    found = [own.data] if own.denoiser is not None or own.tokenizer.kind != "pretrained" else []
+    if isinstance(own.tokenizer, PretrainedSection):
+        place = Path(own.tokenizer.path)
+        found += [load_recipe(folder).data for folder in (place, place.parent) if (folder / "recipe.yaml").is_file()]
+    return found
+
+
+def _share_seen(data: Data, images: ImageDataset, split: str, where: str, training: Data) -> float | None:
+    """The share of a split's images that are among the training images of a recipe; None where that is not known."""
+    keys = SELECTING if split == "val" else (*SELECTING, "length")
+    same = data.val_source is None and all(getattr(data, key) == getattr(training, key) for key in keys)
+    if same or (where == training.source and where in BUILT_IN):  # splits have no image in common
+        return float(split == "train")
+    try:
+        ours, theirs = _identities(images.source), _identities(open_source(training, "train"))
+    except LatelierError:  # they are not here any more, or a stream of unknown length
+        return None
+    unknown = where == training.source and not Path(where).expanduser().is_dir()
+    return len(ours & theirs) / len(ours) or (None if unknown else 0.0)
+
+
+def _identities(source: Any) -> set[Any]:
+    """Of each image what tells it from all others: its file, or its name in a source."""
+    whole = source
+    while isinstance(whole, Selection):
+        whole = whole.source
+    if isinstance(whole, FolderSource):
+        return {whole.root.resolve() / source.name(i) for i in range(len(source))}
+    return {(whole.fingerprint, source.name(i)) for i in range(len(source))}
 
 
 def reference_key(images: ImageDataset, count: int) -> Key:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
-from latelier.errors import LatelierError
+from latelier.errors import NotMeasurable
 from latelier.evaluation.results import Measurement
 
 SIDE = 24  # pixels of a template
@@ -37,7 +37,7 @@ def read_regions(batch: Mapping[str, Any], input_name: str) -> list[list[Region]
     """The regions of each image of a batch: of `boxes` and `box_labels`, or of `segmentation`."""
     for key in ("boxes", "box_labels") if input_name == "layouts" else ("segmentation",):
         if key not in batch:
-            raise LatelierError(f"Drawn {input_name} cannot be evaluated: the records have no {key!r}.")
+            raise NotMeasurable(f"Drawn {input_name} cannot be evaluated: the records have no {key!r}.")
     if input_name == "segmentations":
         return [map_regions(ids) for ids in batch["segmentation"]]
     size = (batch["image"].shape[2], batch["image"].shape[3])
@@ -91,7 +91,7 @@ class Templates:
             if seen >= most:
                 break
         if not sums:
-            raise LatelierError(f"Drawn {input_name} cannot be evaluated: none of {seen} training images has a region.")
+            raise NotMeasurable(f"Drawn {input_name} cannot be evaluated: none of {seen} training images has a region.")
         labels = sorted(sums)
         return cls(torch.tensor(labels), torch.stack([sums[k] / counts[k] for k in labels]), seen)
 
@@ -169,7 +169,7 @@ class RegionMatch:
         name = f"{self._input.removesuffix('s')}-match"
         regions = sum(total for _, total in self._counts[""])
         if about["n"] < 2 or not regions:
-            raise LatelierError(
+            raise NotMeasurable(
                 f"{name} needs 2 images and a region of a class that training images show, not {about['n']} "
                 f"images with {regions}; raise evaluate.samples."
             )

@@ -16,9 +16,12 @@ from typing import Any, TypeVar
 from jaxtyping import Float
 from torch import Tensor
 
+from latelier.errors import NotMeasurable
 from latelier.publish import write_whole
+from latelier.terminal import say
 
 T = TypeVar("T")
+LEFT_OUT = "left out"  # in the receipt of what could not be measured, with the reason
 ERRORS = "error-map.png"  # beside metrics.json, see `reconstruction.draw_errors`
 
 
@@ -58,12 +61,30 @@ def size_warning(n: int, dims: int) -> dict[str, str]:
     return {"warning": f"n = {n} is below the feature dimension {dims}; compare only at equal n"}
 
 
+def left_out(metric: str, why: NotMeasurable | str) -> Measurement:
+    """A measurement without a number: the sentence that says why, in the receipt and on the terminal."""
+    if is_main(True):
+        say(f"{metric} is left out: {why}")
+    return Measurement(metric, math.nan, {LEFT_OUT: str(why)})
+
+
+def forget_left_out(path: Path) -> None:
+    """Take what an earlier evaluation left out from `metrics.json`: this one may measure it."""
+    if path.is_file():
+        content = json.loads(path.read_text())
+        for title, entries in content.items():
+            content[title] = {k: v for k, v in entries.items() if LEFT_OUT not in (v.get("receipt") or {})}
+        write_whole(path, json.dumps(content, indent=2))
+
+
 def write_measurements(path: str | Path, measurements: list[Measurement], section: str) -> None:
     """Merge measurements into `metrics.json`: `{section: {name: {value, interval, receipt}}}`, never half written."""
     path = Path(path)
     content = json.loads(path.read_text()) if path.is_file() else {}
     entries = content.setdefault(section, {})
     for entry in map(asdict, measurements):
+        if LEFT_OUT in entry["receipt"]:
+            entry["value"] = None
         entries[entry.pop("name")] = entry
     write_whole(path, json.dumps(content, indent=2, default=str))
 

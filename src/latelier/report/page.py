@@ -67,7 +67,7 @@ def number(content: Any) -> float | None:
 def digits(value: Any) -> str:
     """Four significant digits, never in powers of ten for everyday sizes."""
     if not isinstance(value, int | float):
-        return str(value)
+        return MISSING if value is None else str(value)
     if not math.isfinite(value) or value == 0 or not 1e-4 <= abs(value) < 1e7:
         return f"{value:.4g}"
     return f"{value:.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"

@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 
 from latelier.errors import LatelierError
-from latelier.evaluation.metrics import METRICS, better, unit
+from latelier.evaluation.metrics import METRICS, better, heading, unit
+from latelier.evaluation.results import LEFT_OUT
 from latelier.publish import write_whole
 from latelier.report.figures import CHANNELS, ERRORS, MAP
 from latelier.report.page import Chart, at_a_glance, bar_chart, digits, line_chart, number, render, short
@@ -51,12 +52,14 @@ def write_report(folder: Path) -> Path:
     measures, skipped = Measures(metrics), _read_lines(folder / "skipped.jsonl")
     rows = skipped[:MOST_SKIPPED]
     columns = list(dict.fromkeys(key for row in rows for key in row))
+    receipts = Measures({title: entries for title, entries in metrics.items() if title != "generation"}).receipts
+    of = next((f" ({receipt['reference']})" for receipt in receipts.values() if "reference" in receipt), "")
     sections = {
         "Samples": _samples(folder / "samples"),
-        "Reconstructions": _reconstructions(folder),
+        "Reconstructions": _reconstructions(folder, of),
         "Noise on latents": _noise(measures),
         "Channels": _prefixes(measures) + _channels(measures),
-        "Latent space": _latent_space(folder, measures),
+        "Latent space": _latent_space(folder, measures, of),
         "Metrics": _metrics(metrics),
         "Training": [_training(stage, rows) for stage, rows in log.items()],
         "Previews": _previews(folder / "previews"),
@@ -67,7 +70,7 @@ def write_report(folder: Path) -> Path:
         "title": str(recipe.get("name", folder.resolve().name)), "sentence": _sentence(recipe),
         "findings": verdict(metrics), "experience": experience(metrics), "tiles": _tiles(log, metrics),
     }  # fmt: skip
-    filled = {heading: content for heading, content in sections.items() if content}
+    filled = {title: content for title, content in sections.items() if content}
     return write_whole(folder / "report.html", render("run.html.j2", **head, sections=filled))
 
 
@@ -106,25 +109,41 @@ def _tiles(log: Mapping[str, list[Row]], metrics: Row) -> list[tuple[str, str]]:
         for name, entry in entries.items():
             value = number(entry.get("value"))
             if value is not None and "@" not in name and (title not in LONG or name in headlines):
-                tiles.append((at_a_glance(value), name))
+                tiles.append((at_a_glance(value), " · ".join(filter(None, (heading(name), unit(name))))))
     return tiles
 
 
 def _samples(folder: Path) -> Row:
-    """The grid (or single images), the conditions, and the nearest training images."""
+    """The grid (or single images, with their classes), the conditions, and the nearest training images."""
     files = {name: folder / f"{name}.png" for name in ("grid", "nearest", "conditions")}
     found: Row = {name: path if path.is_file() else None for name, path in files.items()}
     singles = [] if found["grid"] else [path for path in sorted(folder.glob("*.png")) if path not in files.values()]
+    labelled = _labelled(folder)[:MOST_THUMBS]
     captions = text.read_text().replace("\n", " · ") if (text := folder / "conditions.txt").is_file() else ""
-    return {**found, "singles": singles[:MOST_THUMBS], "captions": captions} if singles or any(found.values()) else {}
+    if not singles and not any(found.values()):
+        return {}
+    return {**found, "singles": singles[:MOST_THUMBS], "labelled": labelled, "captions": captions}
 
 
-def _reconstructions(folder: Path) -> list[tuple[Path, str]]:
-    """The final ones and their errors; while training goes on, the last preview."""
+def _labelled(folder: Path) -> list[tuple[Path, str]]:
+    """The last samples and their classes, where the model is conditioned on nothing else."""
+    files = (folder / "settings.json", folder.parent / "pipeline" / "conditioner" / "config.json")
+    settings, config = (_dict(json.loads(file.read_text())) if file.is_file() else {} for file in files)
+    if not settings or config.get("_class_name") != "ClassConditioner":
+        return []
+    known = list(map(str, config["names"] or range(config["num_classes"])))
+    asked = [str(one) for one in settings["classes"] or range(config["num_classes"])]
+    labels = [one if one in known else known[int(one)] for one in asked]
+    paths = (folder / f"{settings['seed'] + i:06d}.png" for i in range(settings["count"]))
+    return [(path, labels[i % len(labels)]) for i, path in enumerate(paths) if path.is_file()]
+
+
+def _reconstructions(folder: Path, images: str) -> list[tuple[Path, str]]:
+    """The final ones, of `images`, and their errors; while training goes on, the last preview."""
     words = "Originals, reconstructions, and where they differ: the same scale for every tokenizer."
     final, errors = folder / "reconstructions.png", folder / ERRORS
     if final.is_file():
-        found = [(final, "Held-out originals above their reconstructions.")]
+        found = [(final, f"Originals above their reconstructions{images}.")]
         return [*found, (errors, words)] if errors.is_file() else found
     previews = _preview_files(folder / "previews", "tokenizer")[-1:]
     return [(path, f"Originals above their reconstructions, after {short(seen)} images.") for seen, path in previews]
@@ -179,9 +198,9 @@ def _channels(measures: Measures) -> Charts:
     return _group("One bar for each channel; the line is their median, outliers have another colour.", charts)
 
 
-def _latent_space(folder: Path, measures: Measures) -> Row:
+def _latent_space(folder: Path, measures: Measures, of: str) -> Row:
     """Images of latents; mixtures over their number of modes, a small denoiser's loss over time, spectra."""
-    map_words = "One point for each held-out image: its latents, in two dimensions."
+    map_words = f"One point for each image{of}: its latents, in two dimensions."
     channel_words = "Images, and below each how large its latents are: means over groups of neighbouring channels."
     images = [(folder / MAP, map_words, "figure map"), (folder / CHANNELS, channel_words, "big")]
     modes = sorted((measures.about(name, "modes"), y) for name, y in measures.begin("gmm-nll@").items())
@@ -217,14 +236,17 @@ def _row(name: str, entry: Row) -> Row:
     return {
         "name": name, "value": digits(entry.get("value")), "summary": summary or "receipt", "receipt": receipt,
         "about": "; ".join(filter(None, [f"{side} is better" if side else "", unit(name)])),
-        "interval": " to ".join(map(digits, interval or ())), "warning": str(receipt.get("warning", "")),
+        "interval": " to ".join(map(digits, interval or ())),
+        "warning": str(receipt.get(LEFT_OUT) or receipt.get("warning", "")),
     }  # fmt: skip
 
 
 def _training(stage: str, rows: list[Row]) -> tuple[str, list[Chart], list[Chart]]:
-    """Curves of loss terms, the whole loss first, then of the machine."""
+    """Curves of loss terms, the whole loss first if it is not one of them, then of the machine."""
     names = dict.fromkeys(key for row in rows for key in row if key not in NOT_CURVES)
     terms = sorted((name for name in names if name not in MACHINE), key=lambda name: (name != "loss", name))
+    if any(all(row.get(name) == row.get("loss") for row in rows) for name in terms[1:]):
+        terms.remove("loss")
 
     def curves(names: Iterable[str]) -> Iterator[Chart | None]:
         for name in names:

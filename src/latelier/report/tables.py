@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from latelier.evaluation.metrics import better, heading, plain
+from latelier.evaluation.results import LEFT_OUT
 from latelier.report.page import MISSING, column_texts, in_words, number, short
 
 Verdict = Literal["reproduced", "reversed", "undecided"]
@@ -86,10 +87,11 @@ class Ordering:
         return [pair for pair in self.pairs if pair.verdict == verdict]
 
 
-def read_metrics(folder: Path) -> dict[str, dict[str, Any]]:
-    """The entries of a folder's metrics.json by name, whatever their section."""
-    sections = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    return {name: entry for section in sections.values() for name, entry in section.items()}
+def read_metrics(folder: Path, left_out: bool = False) -> dict[str, dict[str, Any]]:
+    """The entries of a folder's metrics.json by name, whatever their section; or those of what was left out."""
+    sections = json.loads((folder / "metrics.json").read_text(encoding="utf-8")).values()
+    every = {name: entry for section in sections for name, entry in section.items()}
+    return {name: entry for name, entry in every.items() if (LEFT_OUT in (entry.get("receipt") or {})) == left_out}
 
 
 def steps_of(name: str) -> int | None:

@@ -21,6 +21,9 @@ Kind = Literal["good", "fair", "bad"]
 KINDS: tuple[Kind, ...] = ("bad", "fair", "good")  # in the order of the page
 
 FEW_IMAGES = 500  # a share of 0.5 is known to 4 % then (95 %)
+LEAST_IMAGES, LEAST_FOR_MEANS = 100, 10  # fewer say nothing of a distribution, or of a mean over images
+ALIKE, FAR = 0.1, 0.5  # of the way from other training images (0) to copies of a single image (1)
+FOLLOWED, AT_CHANCE = 0.5, 0.1  # of the way from the conditions of other images (0) to the originals (1)
 GOOD_PSNR, BAD_PSNR = 26.0, 20.0  # dB: errors of a twentieth and a tenth of the range from black to white
 TOKENIZER_BOUND, DENOISER_BOUND = 0.5, 0.1  # of the samples' Fréchet distance lies in reconstruction
 LARGE_SCALE, OFF_SCALE = 2.0, 1.25  # raw standard deviation, or one divided by it; the same with a configured factor
@@ -63,6 +66,7 @@ class Measures:
         found = {name: number(entry.get("value")) for name, entry in every.items()}
         self.values = {name: v for name, v in found.items() if v is not None}
         self.receipts: dict[str, dict[str, Any]] = {name: entry.get("receipt") or {} for name, entry in every.items()}
+        self.intervals = {name: entry.get("interval") for name, entry in every.items()}
 
     def __getitem__(self, name: str) -> float:
         """The value of a metric."""
@@ -88,8 +92,19 @@ Rule = Callable[[Measures], Findings]
 
 def verdict(metrics: Mapping[str, Any]) -> list[Finding]:
     """What the content of a metrics.json says of a latent space; bad findings first."""
-    measures = Measures(metrics)
-    found = [finding for rule in RULES if (finding := next(rule(measures), None)) is not None]
+    m, found = Measures(metrics), list[Finding]()
+    unsure: dict[str, int] = {}  # what too few images were there to judge, and how many
+    for rule, question in RULES.items():
+        if (finding := next(rule(m), None)) is None or (rule is images and unsure):
+            continue
+        n = min((n for name in finding.evidence if isinstance(n := m.about(name, "n"), int)), default=LEAST_IMAGES)
+        if question and n < (LEAST_FOR_MEANS if rule in OF_MEANS else LEAST_IMAGES):
+            unsure[question] = n
+        else:
+            found.append(finding)
+    if unsure:
+        words = f"Too few images ({min(unsure.values())}) to judge {', '.join(unsure)}; measure on {LEAST_IMAGES} or "
+        found.append(Finding("fair", f"{words}more.", {"n": float(min(unsure.values()))}))
     return sorted(found, key=lambda finding: KINDS.index(finding.kind))
 
 
@@ -104,6 +119,55 @@ def images(m: Measures) -> Findings:
     if n < FEW_IMAGES:
         words = f"All this was measured on {n} images: small differences are chance. Measure on more before choosing."
         yield Finding("fair", words, {"n": float(n)})
+
+
+def seen(m: Measures) -> Findings:
+    """Whether what was measured are training images."""
+    for name in m.values:
+        if trained_on := m.about(name, "trained_on"):
+            words = f"The run was trained on {trained_on}: their numbers say little about images that it has not seen."
+            yield Finding("fair", words, {name: m[name]})
+
+
+def samples(m: Measures) -> Findings:
+    """Whether samples are like training images, between what could not be better and what could hardly be worse."""
+    for name, gfd in m.begin("gfd-").items():
+        alike, spread = m.number(name, "alike"), m.number(name, "spread")
+        place = (gfd - alike) / (spread - alike) if spread > alike else math.nan
+        evidence = {name: gfd, "other training images": alike, "copies of one image": spread}
+        words = f"their Fréchet distance is {_near(gfd)}, as many other training images have about {_near(alike)}, and "
+        words += f"copies of a single image {_near(spread)} or more"
+        if place > ALIKE:
+            told = "no better than one image over and over" if place >= 1 else "not like the training images yet"
+            yield Finding("bad" if place >= FAR else "fair", f"Samples are {told}: {words}.", evidence)
+        elif place <= ALIKE:
+            yield Finding("good", f"Samples are like the training images: {words}.", evidence)
+
+
+def followed(m: Measures) -> Findings:
+    """Whether layouts and label maps are followed, between the regions of other images and the originals."""
+    for kind in ("layout", "segmentation"):
+        match, chance, real = (m[f"{kind}-match{end}"] for end in ("", "-chance", "-real"))
+        share = (match - chance) / (real - chance) if real > chance else math.nan
+        least, _ = m.intervals.get(f"{kind}-match") or (match, match)
+        words = f"{100 * match:.0f} % of the regions show their class, with the {kind} of another image "
+        words += f"{100 * chance:.0f} % would, and in the originals {100 * real:.0f} %"
+        evidence = {f"{kind}-match": match, f"{kind}-match-chance": chance, f"{kind}-match-real": real}
+        if share < AT_CHANCE or least <= chance:
+            yield Finding("bad", f"The {kind} is not followed: {words}.", evidence)
+        elif share >= AT_CHANCE:
+            told: tuple[Kind, str] = ("good", "") if share >= FOLLOWED else ("fair", " in part")
+            yield Finding(told[0], f"The {kind} is followed{told[1]}: {words}.", evidence)
+
+
+def tasks(m: Measures) -> Findings:
+    """Whether enlarging and inpainting beat what needs no model, in LPIPS, which sees what people do."""
+    for task, what in {"sr": "Enlarged images are", "inpainting": "Filled holes are"}.items():
+        if (name := f"{task}-lpips-difference") in m.values:
+            _, most = m.intervals.get(name) or (0.0, m[name])
+            words = f"{what}{' not' * (most >= 0)} better than without a model: LPIPS differs by {_near(m[name])} from "
+            words += f"{'bicubic enlargement' if task == 'sr' else 'one colour'}, and below 0 is better."
+            yield Finding("bad" if most >= 0 else "good", words, {name: m[name]})
 
 
 def detail(m: Measures) -> Findings:
@@ -131,7 +195,7 @@ def limit(m: Measures) -> Findings:
         if share >= TOKENIZER_BOUND:
             yield Finding("bad", f"The tokenizer is the bottleneck: {words}. Improve it first.", evidence)
         elif share <= DENOISER_BOUND:
-            yield Finding("good", f"The tokenizer is not the bottleneck: {words}.", evidence)
+            yield Finding("fair", f"The denoiser is the bottleneck, not the tokenizer: {words}.", evidence)
 
 
 def scale(m: Measures) -> Findings:
@@ -308,10 +372,14 @@ def cost(m: Measures) -> Findings:
         yield Finding("fair", words, {"encode-images-per-second": speed})
 
 
-RULES: tuple[Rule, ...] = (
-    detail, limit, smoothness, scale, outliers, silent, active, redundancy, noise, order, codes, likeness, equivariance,
-    modes, classes, difficulty, cost, images,
-)  # fmt: skip
+RULES: dict[Rule, str] = {  # and what each judges
+    seen: "", samples: "samples", followed: "conditions", tasks: "enlarging and inpainting", detail: "reconstructions",
+    limit: "what limits samples", smoothness: "smoothness", scale: "the scale of latents", outliers: "large channels",
+    silent: "silent channels", active: "active channels", redundancy: "redundancy", noise: "the posterior's noise",
+    order: "the order of channels", codes: "the codebook", likeness: "likeness", equivariance: "equivariance",
+    modes: "modes", classes: "classes", difficulty: "difficulty", cost: "speed", images: "",
+}  # fmt: skip
+OF_MEANS = (tasks, detail, smoothness, noise, order, equivariance)  # over images, which few images tell
 
 
 def experience(metrics: Mapping[str, Any], evidence: Mapping[str, Any] | None = None) -> str:
@@ -324,13 +392,15 @@ def experience(metrics: Mapping[str, Any], evidence: Mapping[str, Any] | None = 
     rows = [row for row in evidence["predictors"] if row["metric"] in here]
     if not rows:
         return ""
-    words = f"Our own experiments: {evidence['about']}. Of the measures here, "
-    sure = []
-    for row in rows:
-        low, high = row["interval"]
-        if row["significant"]:
-            sure.append(f"{row['metric']} {row['spearman']:.2f} ({low:.2f} to {high:.2f}, {row['n']} tokenizers)")
+    tried = evidence["about"].partition(";")[0]
+    words = f"In our own experiments ({tried}; a denoiser was trained equally long on each), "
+    sure = [
+        f"a {'lower' if row['spearman'] > 0 else 'higher'} {row['metric']} (rank correlation {row['spearman']:.2f}, "
+        f"between {row['interval'][0]:.2f} and {row['interval'][1]:.2f} with 95 % confidence)"
+        for row in rows
+        if row["significant"]
+    ]  # of a distance: the smaller, the better the samples
     if not sure:
-        return f"{words}none went along with generation beyond chance."
-    words += f"beyond chance went along with generation (below 0: against it): {'; '.join(sure)}"
-    return f"{words}. Of the others it is not known."
+        return f"{words}none of the numbers here went along with better samples beyond chance."
+    words += f"tokenizers with {'; with '.join(sure)} got better samples. Of the other numbers here no such "
+    return f"{words}connection is known."

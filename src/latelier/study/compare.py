@@ -19,6 +19,7 @@ from accelerate import PartialState
 
 from latelier import __version__
 from latelier.errors import LatelierError
+from latelier.evaluation.results import LEFT_OUT
 from latelier.opening import open_images, open_pretrained
 from latelier.recipe import Recipe
 from latelier.report.comparison import write_comparison
@@ -222,6 +223,11 @@ def show(candidates: Mapping[str, Candidate], where: str, out: Path, failed: Map
         about = "Every tokenizer met the same images with the same seeds, noise and budget of learning. Names lead to "
         about += "its own report. "
         about += "".join(f"{name} is missing, it failed: {reason} " for name, reason in failed.items())
+        reasons: dict[str, list[str]] = {}
+        for name, candidate in candidates.items():
+            for metric, entry in read_metrics(candidate.folder, left_out=True).items():
+                reasons.setdefault(f"{metric} is left out ({entry['receipt'][LEFT_OUT].rstrip('.')})", []).append(name)
+        about += " ".join(f"{reason} of {', '.join(names)}." for reason, names in reasons.items())
         title = f"{len(shown)} tokenizers on {where}"
         page = write_comparison(out, title, about, shown, _columns(shown), None, facts="What they are")
     PartialState().wait_for_everyone()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from latelier.report.figures import CHANNELS, ERRORS, MAP
 from latelier.report.verdict import Finding, experience, verdict
 from latelier.tokenizers.pretrained import PretrainedSection
 
-MS_SSIM_SIDE = 176  # pixels: after four halvings a window of 11 still fits (Wang et al. 2003)
 WRITTEN = ("metrics.json", "verdict.json", "report.html", MAP, CHANNELS, ERRORS)
 
 
@@ -75,14 +73,8 @@ def inspection_recipe(tokenizer: str, source: str, size: int, samples: int, out:
         "evaluate": {"samples": samples, "probe_samples": samples},
     }
     tree = apply_overrides(tree, options)
-    tree["evaluate"].setdefault("metrics", suited(tree["data"]["image_size"]))
+    tree["evaluate"].setdefault("metrics", [name for name, metric in METRICS.items() if metric.inspect])
     return build_recipe(tree)
-
-
-def suited(size: Any) -> list[str]:
-    """The measures of an inspection that images of this size (a side, or height and width) allow."""
-    side = min(size) if isinstance(size, Sequence) else size
-    return [name for name, m in METRICS.items() if m.inspect and (name != "ms-ssim" or side >= MS_SSIM_SIDE)]
 
 
 def read_verdict(out: Path) -> list[Finding]:

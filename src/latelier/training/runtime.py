@@ -27,7 +27,7 @@ from latelier.layers import fast_bf16
 from latelier.losses.terms import LossTerms
 from latelier.opening import best_device
 from latelier.recipe import Recipe, Training
-from latelier.terminal import console, handled_by, stop_now
+from latelier.terminal import Lines, console, handled_by, is_screen, stop_now
 from latelier.training import checkpoint
 from latelier.training.step import FiniteCheck, NotFinite, clip_gradients, learning_rate
 
@@ -80,7 +80,7 @@ class Stage:
         self._sums: dict[str, tuple[Tensor | float, float]] = {}
         self._steps = 0
         self._clock = time.monotonic()
-        self._seconds = 0.0
+        self._seconds, self._loss = 0.0, ""
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
@@ -152,6 +152,8 @@ class Stage:
         self._bar.update(self._task, completed=self.images)
         if self.due(self.training.log_every):
             self._log()
+        if self._lines is not None:
+            self._lines.update(self.training.batch, self._loss)
 
     def _count(self, name: str, value: Tensor, weight: float) -> None:
         """Add to a logged mean."""
@@ -175,8 +177,9 @@ class Stage:
         self._board = _tensorboard(self.folder / "tensorboard" / self.name) if main else None
         self._bar = Progress(
             SpinnerColumn(), TextColumn("[bold]{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"),
-            TimeRemainingColumn(), console=console, disable=not main, refresh_per_second=2,
+            TimeRemainingColumn(), console=console, disable=not (main and is_screen()), refresh_per_second=2,
         )  # fmt: skip
+        self._lines = None if not main or is_screen() else Lines(self.name, self.training.images, self.images)
         self._task = self._bar.add_task(self.name, total=self.training.images, completed=self.images, status="")
         self._clock = time.monotonic()
         try:
@@ -233,8 +236,8 @@ class Stage:
             for key, value in record.items():
                 if isinstance(value, float):
                     self._board.add_scalar(key, value, self.images)
-        status = f"{self.images:,} images  loss {row['loss']:.4f}  {speed:,.0f} img/s"
-        self._bar.update(self._task, status=status)
+        self._loss = f"loss {row['loss']:.4f}"
+        self._bar.update(self._task, status=f"{self.images:,} images  {self._loss}  {speed:,.0f} img/s")
 
     def _refuse(self, error: NotFinite) -> NoReturn:
         batch, images = error.step
