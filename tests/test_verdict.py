@@ -90,7 +90,7 @@ SILENT = {
     "largest-variance-ratio": (2.0, {"channel": 0}), "outlier-channels": (1.0, {"large": [1], "small": []}),
     "active-channels": 1.0, "channel-rank": (9.0, {"dims": 16}), "posterior-std": 0.2, **prefixes(16, 8, 20.0),
     "separation-object": 0.3, "equivariance-shift": 0.5, **mixtures(20.0, (1, 1.42), (20, 1.3), (100, 1.3)),
-    "layout-match": 0.4, "sr-psnr-difference": -1.0,
+    **matches("layout", 0.2, 0.3, 0.3), "sr-psnr-difference": -1.0,
     "probe-accuracy": (0.4, {"majority": 0.1}), "diffusion-loss": (0.9, {"independent": 1.0}),
     "encode-images-per-second": 500.0, "effective-rank": 12.0, "ssim": 0.4, "parameters": 1e9,
 }  # fmt: skip

@@ -20,19 +20,12 @@ from latelier.data.latents import encode_batches
 from latelier.data.loader import ImageDataset
 from latelier.denoisers.objective import DenoisingObjective
 from latelier.errors import LatelierError, NotMeasurable
+from latelier.evaluation import references
 from latelier.evaluation.distributions import DISCREPANCIES, GROUPS, precision_recall, subset_mmd
 from latelier.evaluation.features import NEEDS, FeatureExtractor, check_features, inception_of, load_extractors
 from latelier.evaluation.metrics import METRICS
 from latelier.evaluation.reconstruction import FRECHET_INTERVAL, read_images
-from latelier.evaluation.references import (
-    FeatureCollector,
-    FeatureSet,
-    Key,
-    collect,
-    describe_images,
-    reference_key,
-    reference_sets,
-)
+from latelier.evaluation.references import FeatureCollector, FeatureSet, Key, collect, reference_key, reference_sets
 from latelier.evaluation.results import Measurement, is_main, mean_with_interval, size_warning, write_measurements
 from latelier.opening import held_out_records, open_images, snapshot_folder
 from latelier.pipeline import LatentDiffusionPipeline
@@ -214,7 +207,7 @@ def measure_convergence(recipe: Recipe, codec: Codec, held_out: ImageDataset) ->
         )
     pipeline = LatentDiffusionPipeline.from_pretrained(recipe.folder / "pipeline").to(codec.device)
     shared = {
-        **describe_images(recipe, held_out, "val"), "passes": PASSES,
+        **references.describe_images(recipe, held_out, "val"), "passes": PASSES,
         "seed": settings.seed, "precision": section.precision,
         "latent_shape": list(codec.latent_shape(*recipe.data.image_size)),
         "architecture": type(codec.tokenizer).__name__, "loss": section.loss, "cosine_weight": section.cosine_weight,
@@ -275,9 +268,9 @@ def _distance(recipe: Recipe, pipeline: LatentDiffusionPipeline, about: Mapping[
     """The Fréchet distance of the pipeline's samples, measured as gfd is, in the first features."""
     settings, training = recipe.evaluate, open_images(recipe)
     first = settings.model_copy(update={"metrics": ["gfd"], "features": settings.features[:1]})
-    receipt = {**about, **describe_images(recipe, training, "train"), **describe_sampling(recipe.sample)}
-    references = training.once(settings.batch, limit=settings.samples)
+    receipt = {**about, **references.describe_images(recipe, training, "train"), **describe_sampling(recipe.sample)}
+    real = training.once(settings.batch, limit=settings.samples)
     samples = generate_images(pipeline, recipe, min(settings.samples, len(training)))
     key = reference_key(training, settings.samples)
-    (measured,) = evaluate_generation(samples, references, first, receipt, pipeline.device, key)
+    (measured,) = evaluate_generation(samples, real, first, receipt, pipeline.device, key)
     return replace(measured, name=f"convergence-{measured.name}@{about['images_trained']}")

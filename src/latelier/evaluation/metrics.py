@@ -42,8 +42,7 @@ class Metric:
             return f"it needs {self.images:,} images, and there are {images:,}"
         if min(size) < self.side:
             return f"it needs images of at least {self.side} pixels a side, not {size[0]} x {size[1]}"
-        needs = f"it is defined for 1 or 3 channels, not {channels}"
-        return needs if self.networks and channels not in (1, 3) else ""
+        return f"it is for 1 or 3 channels, not {channels}" if self.networks and channels not in (1, 3) else ""
 
     def load(self) -> Callable[..., Any]:
         """The function."""

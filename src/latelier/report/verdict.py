@@ -130,7 +130,7 @@ def seen(m: Measures) -> Findings:
 
 
 def samples(m: Measures) -> Findings:
-    """Whether samples are like training images, between what could not be better and what could hardly be worse."""
+    """Whether samples are like training images, between what could not be better and what is hardly worse."""
     for name, gfd in m.begin("gfd-").items():
         alike, spread = m.number(name, "alike"), m.number(name, "spread")
         place = (gfd - alike) / (spread - alike) if spread > alike else math.nan
@@ -148,16 +148,17 @@ def followed(m: Measures) -> Findings:
     """Whether layouts and label maps are followed, between the regions of other images and the originals."""
     for kind in ("layout", "segmentation"):
         match, chance, real = (m[f"{kind}-match{end}"] for end in ("", "-chance", "-real"))
-        share = (match - chance) / (real - chance) if real > chance else math.nan
+        share = (match - chance) / (real - chance) if real > chance else math.nan  # else not even originals show it
         least, _ = m.intervals.get(f"{kind}-match") or (match, match)
         words = f"{100 * match:.0f} % of the regions show their class, with the {kind} of another image "
         words += f"{100 * chance:.0f} % would, and in the originals {100 * real:.0f} %"
         evidence = {f"{kind}-match": match, f"{kind}-match-chance": chance, f"{kind}-match-real": real}
-        if share < AT_CHANCE or least <= chance:
+        if share < AT_CHANCE or (least <= chance < real):
             yield Finding("bad", f"The {kind} is not followed: {words}.", evidence)
-        elif share >= AT_CHANCE:
-            told: tuple[Kind, str] = ("good", "") if share >= FOLLOWED else ("fair", " in part")
-            yield Finding(told[0], f"The {kind} is followed{told[1]}: {words}.", evidence)
+        elif share < FOLLOWED:
+            yield Finding("fair", f"The {kind} is followed in part: {words}.", evidence)
+        elif share >= FOLLOWED:
+            yield Finding("good", f"The {kind} is followed: {words}.", evidence)
 
 
 def tasks(m: Measures) -> Findings:
