@@ -24,9 +24,6 @@ class Metric:
     """What is known of a metric."""
 
     group: Group  # the section of reports and of `metrics.json` follows from it
-    images: int = 1  # that it needs, on each side; measures of latents count for themselves
-    side: int = 1  # of images, in pixels, that it needs
-    networks: bool = False  # whether it looks at grey images and colours only
     function: str = ""  # `module:function`; empty for the map, and for what is measured in one pass over images
     takes: Words = ("sample",)  # positional arguments
     settings: Words = ()  # keys of `evaluate` that are passed by name
@@ -35,6 +32,9 @@ class Metric:
     headline: Words = ()  # results that stand in front of a report
     inspect: bool = False  # whether `latelier inspect` measures it by default
     features: Words = ()  # beginnings of results that carry the extractor's name: `rfd-vgg16`
+    images: int = 1  # that it needs, on each side; measures of latents count for themselves
+    side: int = 1  # of images, in pixels, that it needs
+    networks: bool = False  # whether it looks at grey images and colours only
 
     def lacks(self, images: int, channels: int, size: tuple[int, int]) -> str:
         """Why it cannot be measured on so many images like these, or nothing."""
@@ -52,8 +52,7 @@ class Metric:
 
 def _latents(function: str, takes: Words = ("sample",), settings: Words = (), **about: Any) -> Metric:
     """A metric of latents, by its function in `latelier.analysis`."""
-    function = f"latelier.analysis.{function}"
-    return Metric("latents", function=function, takes=takes, settings=settings, inspect=True, **about)
+    return Metric("latents", f"latelier.analysis.{function}", takes, settings, inspect=True, **about)
 
 
 METRICS: dict[str, Metric] = {
@@ -63,7 +62,7 @@ METRICS: dict[str, Metric] = {
     "ssim": Metric("reconstruction", side=11, better={"ssim": "higher"}, inspect=True),
     "ms-ssim": Metric("reconstruction", side=176, better={"ms-ssim": "higher"}, inspect=True),
     "lpips": Metric("reconstruction", side=16, networks=True, better={"lpips": "lower"}, inspect=True),
-    "rfd": Metric("reconstruction", 2, networks=True, better={"rfd": "lower"}, inspect=True, features=("rfd",)),
+    "rfd": Metric("reconstruction", images=2, networks=True, better={"rfd": "lower"}, inspect=True, features=("rfd",)),
     # of latents: functions of one sample that is encoded once
     "smoothness": _latents(
         "smoothness:smoothness", ("sample", "codec"), ("noise_levels", "metrics", "features", "seed"),
@@ -110,18 +109,18 @@ METRICS: dict[str, Metric] = {
     ),
     "map": Metric("latents", inspect=True),  # a figure, no number: `analysis.latent_map`
     # of samples
-    "gfd": Metric("generation", 2, networks=True, better={"gfd": "lower"}, features=("gfd",)),
-    "fid50k": Metric("generation", 50_000, networks=True, better={"fid50k": "lower"}),
-    "sfid": Metric("generation", 2, networks=True, better={"sfid": "lower"}),
-    "kid": Metric("generation", 2, networks=True, better={"kid": "lower"}, features=("kid",)),
-    "cmmd": Metric("generation", 2, networks=True, better={"cmmd": "lower"}, features=("cmmd",)),
-    "inception-score": Metric("generation", 20, networks=True, better={"inception-score": "higher"}),
-    "precision": Metric("generation", 4, networks=True, better={"precision": "higher"}),
-    "recall": Metric("generation", 4, networks=True, better={"recall": "higher"}),
+    "gfd": Metric("generation", images=2, networks=True, better={"gfd": "lower"}, features=("gfd",)),
+    "fid50k": Metric("generation", images=50_000, networks=True, better={"fid50k": "lower"}),
+    "sfid": Metric("generation", images=2, networks=True, better={"sfid": "lower"}),
+    "kid": Metric("generation", images=2, networks=True, better={"kid": "lower"}, features=("kid",)),
+    "cmmd": Metric("generation", images=2, networks=True, better={"cmmd": "lower"}, features=("cmmd",)),
+    "inception-score": Metric("generation", images=20, networks=True, better={"inception-score": "higher"}),
+    "precision": Metric("generation", images=4, networks=True, better={"precision": "higher"}),
+    "recall": Metric("generation", images=4, networks=True, better={"recall": "higher"}),
     "convergence": Metric("generation", better={"convergence": "lower"}),
     # of the tokenizer itself
     "cost": Metric(
-        "cost", function="latelier.evaluation.cost:measure_cost", takes=("codec",),
+        "cost", "latelier.evaluation.cost:measure_cost", ("codec",),
         better={
             "gflop": "lower", "parameters": "lower", "size-mib": "lower", "memory-gb": "lower",
             "encode-images-per-second": "higher", "decode-images-per-second": "higher",
