@@ -187,7 +187,7 @@ def test_inspect_judges_a_trained_tokenizer(monkeypatch, capsys, tmp_path, recip
     assert code == 0, error
     assert "report.html" in shown.replace("\n", "")
     assert "fair: All this was measured on" in shown
-    assert "Our own experiments" in shown
+    assert "In our own experiments" in shown
     findings = json.loads((out / "verdict.json").read_text())
     assert all(finding["sentence"] in shown for finding in findings)
     measured = json.loads((out / "metrics.json").read_text())

@@ -102,8 +102,7 @@ def test_saved_and_loaded_whole(tmp_path):
 
 
 def test_sections_that_do_not_go_composite():
-    twice = DenoiserSection(condition=["class", "class"]).condition
-    refused("names a kind twice: class, class", build_conditioner, twice, SPEC)
+    refused("names a kind twice: class, class", DenoiserSection, condition=["class", "class"])
     refused("the data has no classes", build_conditioner, DenoiserSection().condition, data_spec())
 
 

@@ -10,7 +10,7 @@ import pytest
 from latelier.errors import LatelierError
 from latelier.publish import publish
 from latelier.recipe import load_recipe
-from latelier.run_folder import claimed, digest, locked
+from latelier.training.run_folder import claimed, digest, locked
 from tiny import tiny_recipe
 
 
@@ -87,7 +87,7 @@ def test_what_killed_commands_left_is_removed(tmp_path):
     assert sorted(p.name for p in recipe.folder.rglob("*")) == [".lock", "checkpoints", "recipe.yaml"]
 
 
-HOLD = "import sys; from pathlib import Path; from latelier.run_folder import locked\n"
+HOLD = "import sys; from pathlib import Path; from latelier.training.run_folder import locked\n"
 HOLD += "with locked(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
 
 

@@ -83,7 +83,7 @@ def run(recipe: RecipePath, overrides: Overrides = None, accept_changes: Accept 
 @train_app.command("tokenizer", epilog="Example:  latelier train tokenizer my.yaml tokenizer.images=4M")
 def train_tokenizer_command(recipe: RecipePath, overrides: Overrides = None, accept_changes: Accept = False) -> None:
     """Stage 1: train the tokenizer, and compute the statistics of its latents."""
-    from latelier.run_folder import claimed
+    from latelier.training.run_folder import claimed
     from latelier.training.tokenizer_loop import train_tokenizer
 
     with claimed(_load(recipe, overrides), accept_changes) as chosen:
@@ -93,8 +93,8 @@ def train_tokenizer_command(recipe: RecipePath, overrides: Overrides = None, acc
 @train_app.command("denoiser", epilog="Example:  latelier train denoiser my.yaml denoiser.size=B")
 def train_denoiser_command(recipe: RecipePath, overrides: Overrides = None, accept_changes: Accept = False) -> None:
     """Stage 2: train the denoiser on the run's tokenizer."""
-    from latelier.run_folder import claimed
     from latelier.training.denoiser_loop import train_denoiser
+    from latelier.training.run_folder import claimed
 
     with claimed(_load(recipe, overrides), accept_changes) as chosen:
         console.print(f"Pipeline: {train_denoiser(chosen)}")
@@ -107,8 +107,8 @@ def encode(
     overwrite: Annotated[bool, typer.Option(help="Replace a cache of other images or another tokenizer.")] = False,
 ) -> None:
     """Encode the training images into the latent cache."""
-    from latelier.run_folder import claimed
     from latelier.training.denoiser_loop import encode_latents
+    from latelier.training.run_folder import claimed
 
     with claimed(_load(recipe, overrides)) as chosen:
         cache = encode_latents(chosen, overwrite=overwrite)
@@ -228,7 +228,7 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
     from latelier.evaluate import evaluate as evaluate_run
     from latelier.opening import join_processes
     from latelier.run import show_measurements
-    from latelier.run_folder import locked
+    from latelier.training.run_folder import locked
 
     loaded = _load(recipe, overrides)
     with locked(loaded.folder, join_processes().is_main_process and loaded.folder.is_dir()):

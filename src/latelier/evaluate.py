@@ -34,9 +34,9 @@ from latelier.receipt import make_receipt
 from latelier.recipe import Recipe
 from latelier.report.figures import CHANNELS, MAP
 from latelier.report.run import write_report
-from latelier.run_folder import digest
 from latelier.terminal import counted, say
 from latelier.tokenizers.codec import Codec
+from latelier.training.run_folder import digest
 
 Row = Mapping[str, Any]
 CHANNEL_IMAGES = 8  # in the image of channels

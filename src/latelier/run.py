@@ -28,10 +28,10 @@ from latelier.opening import best_device, held_out_records, join_processes, open
 from latelier.pipeline import LatentDiffusionPipeline, choose_settings, make_previews
 from latelier.preflight import check_sources
 from latelier.recipe import Recipe
-from latelier.run_folder import claimed
 from latelier.terminal import console
 from latelier.tokenizers.codec import Codec
 from latelier.training.denoiser_loop import train_denoiser
+from latelier.training.run_folder import claimed
 from latelier.training.tokenizer_loop import train_tokenizer
 
 
