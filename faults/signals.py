@@ -18,7 +18,7 @@ from typing import NamedTuple
 from faults import tiny
 from faults.harness import Command, Outcome, latelier, spread
 
-MOMENTS, IN_SAMPLE, PATIENCE, AT_ONCE = 10, 1, 10.0, 2.0
+MOMENTS, IN_SAMPLE, PATIENCE, AT_ONCE = 3, 1, 10.0, 2.0
 WORKERS = {"data": {"in_memory": False, "workers": 2}}
 
 

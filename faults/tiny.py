@@ -75,9 +75,13 @@ def contents(run: Path) -> dict[str, str]:
 
 
 def difference(run: Path, whole: dict[str, str], unused: str = "") -> str:
-    """What differs from an uninterrupted run, but for one file, or was left behind by a kill; empty for nothing."""
+    """What differs from an uninterrupted run, but for one file, or was left behind by a kill; empty for nothing.
+
+    A signal writes a checkpoint of its own, so of checkpoints those are compared that both have.
+    """
     found = contents(run)
-    wrong = [name for name in {**whole, **found} if whole.get(name) != found.get(name) and name != unused]
+    names = {n for n in {**whole, **found} if not n.startswith("checkpoints") or (n in whole and n in found)}
+    wrong = [name for name in names if whole.get(name) != found.get(name) and name != unused]
     if wrong:
         return f"differs: {', '.join(sorted(wrong)[:4])}{' ...' * (len(wrong) > 4)}"
     left = [str(p.relative_to(run)) for p in run.rglob(".*") if p.name.endswith((".tmp", ".old"))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def resume(folder: Path, stage: str, accelerator: Accelerator, ema: EMAModel | N
             for parameter, name in zip(ema.shadow_params, names):
                 parameter.copy_(shadow[name])
             ema.optimization_step = facts["ema_step"]
-    except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
+    except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
         raise LatelierError(
             f"The checkpoint {path} does not fit this recipe ({str(error).splitlines()[0]}); "
             "give the recipe another name, or delete the folder to begin anew."
