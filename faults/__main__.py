@@ -65,15 +65,12 @@ def _import_everything() -> None:
     for name in (*ours, *LIBRARIES):
         if not name.endswith(("__main__", "__init__")):
             importlib.import_module(name)
-    import yaml
-
     from latelier.data.builtin import list_emoji
     from latelier.report.page import _environment
 
     list_emoji()
     for template in _environment().list_templates(["j2"]):
         _environment().get_template(template)
-    yaml.SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     gc.collect()
     gc.freeze()  # forks need not go through all this either
 
