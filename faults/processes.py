@@ -11,6 +11,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 from faults import tiny
@@ -30,7 +31,9 @@ def outcomes(sample: bool) -> list[Outcome]:
         tiny.write_recipe(root / "one")
         one = latelier(["run", "tiny.yaml"], root / "one", prepare=tiny.light)
         found = [_equal(root, count) for count in ((2,) if sample else (2, 4))]
-        faults = ((_killed, "kill"), (_hanging, "stop"), (_asked, "SIGTERM"))
+        killed = partial(_lost, "a process of two is killed", signal.SIGKILL)
+        hanging = partial(_lost, "a process of two hangs", signal.SIGSTOP)
+        faults = ((killed, "kill"), (hanging, "stop"), (_asked, "SIGTERM"))
         for number in range(1 if sample else TIMES):
             moment = chance.uniform(0.3, 1.2) * one.seconds
             found += [fault(root / f"{name}-{number}", moment) for fault, name in faults]
@@ -68,32 +71,21 @@ def _far(one: Path, other: Path) -> str:
     return ""
 
 
-def _killed(folder: Path, moment: float) -> Outcome:
+def _lost(row: str, number: signal.Signals, folder: Path, moment: float) -> Outcome:
+    """The second process dies or stops; launchers kill what is left of it."""
     tiny.write_recipe(folder)
     commands = _group(folder)
     time.sleep(moment)
     finished = not all(command.running() for command in commands)
-    commands[1].signal(signal.SIGKILL)
+    commands[1].signal(number)
     rest = commands[0].wait(60 * WAIT + PATIENCE)
     failure = "" if finished else rest.refused()
     commands[1].wait(0)
-    return Outcome("a process of two is killed", f"after {moment:.2f} s", failure or _goes_on(folder))
-
-
-def _hanging(folder: Path, moment: float) -> Outcome:
-    tiny.write_recipe(folder)
-    commands = _group(folder)
-    time.sleep(moment)
-    finished = not all(command.running() for command in commands)
-    commands[1].signal(signal.SIGSTOP)
-    rest = commands[0].wait(60 * WAIT + PATIENCE)
-    failure = "" if finished else rest.refused()
-    commands[1].wait(0)  # launchers kill what is left
-    return Outcome("a process of two hangs", f"after {moment:.2f} s", failure or _goes_on(folder))
+    return Outcome(row, f"after {moment:.2f} s", failure or _goes_on(folder))
 
 
 def _asked(folder: Path, moment: float) -> Outcome:
-    """Schedulers ask all processes; where only one hears it, training ends for all, too."""
+    """Schedulers ask all processes."""
     tiny.write_recipe(folder)
     commands = _group(folder)
     time.sleep(moment)

@@ -200,8 +200,6 @@ def build_conditioner(sections: Sequence[Any], spec: DataSpec) -> ModelMixin | N
     """One conditioner for all sections of a recipe, or None; an error if two sections do not go together."""
     kinds = [section.kind for section in sections]
     built = [importlib.import_module(CONDITIONERS[section.kind]).build(section, spec) for section in sections]
-    if len(set(kinds)) < len(kinds):
-        raise LatelierError(f"denoiser.condition names a kind twice: {', '.join(kinds)}.")
     widths = {kind: conditioner.token_width for kind, conditioner in zip(kinds, built) if conditioner.token_width}
     if len(set(widths.values())) > 1:
         found = ", ".join(f"{kind} {width}" for kind, width in widths.items())

@@ -292,7 +292,7 @@ def _read_about(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
-        whole = about.pop("sha256", None) in (None, _hash(about))  # None: of before 0.2
+        whole = about.pop("sha256", None) in (None, _hash(about))  # None: from before it was written
     except (ValueError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
