@@ -44,7 +44,7 @@ def explain(error: BaseException) -> str | None:
         if about is not None:
             return f"{error.filename or 'A file'} could not be written or read: {about}, and run this command again."
         return f"{error.filename or 'A file'}: {os.strerror(error.errno).lower()}; check the path."
-    if any(words in small for words in _WRITING):
+    if failed_to_write(error):
         return f"A file could not be written ({text}); free some space and run the same command again."
     if kind == "SafetensorError":
         return f"A .safetensors file is damaged ({text}); make it again, or download it again."
@@ -58,6 +58,11 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, UnicodeDecodeError | RecursionError) or kind == "JSONDecodeError":
         return f"A file is not what its name says ({kind}: {text[:200]}); check the files that you named."
     return None
+
+
+def failed_to_write(error: BaseException) -> bool:
+    """Whether a native writer, which raises no `OSError`, found its disk full."""
+    return any(words in str(error).lower() for words in _WRITING)
 
 
 def _of_group() -> bool:

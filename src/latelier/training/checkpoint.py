@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from latelier import publish
-from latelier.errors import LatelierError, explain
+from latelier.errors import LatelierError, failed_to_write, first_line
 from latelier.terminal import console
 
 
@@ -50,14 +50,13 @@ def save(
             for old in checkpoints(folder, stage)[:-keep]:
                 shutil.rmtree(old)
     except (OSError, RuntimeError, SafetensorError) as error:
-        if explain(error) is None:
+        if isinstance(error, RuntimeError) and not failed_to_write(error):
             raise
         shutil.rmtree(final.with_name(f".{final.name}.tmp"), ignore_errors=True)
         last = checkpoints(folder, stage)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         kept = f"the last good checkpoint, {last[-1]}, stays" if last else "there was no earlier checkpoint"
         raise LatelierError(
-            f"The checkpoint at {images:,} images could not be written to {root} ({reason}); {kept}. "
+            f"The checkpoint at {images:,} images could not be written to {root} ({first_line(error)}); {kept}. "
             "Free some space and run the same command again."
         ) from None
     accelerator.wait_for_everyone()
@@ -87,7 +86,7 @@ def resume(folder: Path, stage: str, accelerator: Accelerator, ema: EMAModel | N
             ema.optimization_step = facts["ema_step"]
     except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
         raise LatelierError(
-            f"The checkpoint {path} does not fit this recipe ({str(error).splitlines()[0]}); "
+            f"The checkpoint {path} does not fit this recipe ({first_line(error)}); "
             "give the recipe another name, or delete the folder to begin anew."
         ) from None
     return facts["images"]
