@@ -1,7 +1,9 @@
 """Every autoencoder of the installed diffusers through the codec: as diffusers gives it, or refused in a sentence."""
 
+import importlib.util
 import inspect as python
 import re
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -118,6 +120,17 @@ def test_all_autoencoders_are_known():
     assert not missing, f"no entry in diffusers_classes.py: {', '.join(sorted(missing))}"
     assert set(TINY) == set(CLASSES)
     assert {*CLASSES, *REFUSED} <= found_classes()
+
+
+def test_the_documentation_lists_them():
+    root = Path(__file__).parents[1]
+    spec = importlib.util.spec_from_file_location("recipe_table", root / "docs" / "recipe_table.py")
+    hook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hook)
+    page = hook.on_page_markdown((root / "docs" / "autoencoders.md").read_text())
+    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == [*CLASSES, *REFUSED]
+    assert (root / "README.md").read_text().count(f"{len(CLASSES)} autoencoder") == 2
+    assert f"{len(CLASSES)} autoencoder classes of diffusers" in (root / "CHANGELOG.md").read_text()
 
 
 def build(name):
