@@ -26,7 +26,14 @@ from latelier.layers import fast_bf16
 from latelier.publish import MANIFEST, damage
 from latelier.sections import open_model
 from latelier.tokenizers import TokenizerInfo, model_class, tokenizer_info
-from latelier.tokenizers.statistics import fit_statistic, load_statistics, save_statistics
+from latelier.tokenizers.statistics import (
+    NORMS,
+    REMEASURE,
+    fit_statistic,
+    load_statistics,
+    rms_normalise,
+    save_statistics,
+)
 
 
 class Point:
@@ -60,6 +67,7 @@ class Codec:
         std: standard deviation of sampled latents, in the same shape.
         receipt: how the statistics were measured; stored with them.
         precision: `bf16` runs the tokenizer under autocast, `fp32` does not, `auto` takes what the device is fast at.
+        norm: `rms`: latents have root mean square 1 at each position, and no spread; `rms-both`: what is decoded too.
     """
 
     def __init__(
@@ -69,11 +77,12 @@ class Codec:
         std: Float[Tensor, " c *grid"] | None = None,
         receipt: dict[str, Any] | None = None,
         precision: str = "fp32",
+        norm: str | None = None,
     ):
         self.tokenizer = tokenizer
         self.mean = None if mean is None else mean.detach()
         self.std = None if std is None else std.detach()
-        self.receipt, self.precision = receipt or {}, precision
+        self.receipt, self.precision, self.norm = receipt or {}, precision, norm
 
     def posterior(self, images: Float[Tensor, "b c h w"]) -> Posterior:
         """The distribution of raw latents, float32.
@@ -85,9 +94,13 @@ class Codec:
         with self._autocast():
             output = self.tokenizer.encode(images.contiguous(memory_format=self._memory_format))
         distribution = getattr(output, "latent_dist", None)
-        if distribution is None:
-            latents = output.latents if hasattr(output, "latents") else output.latent
-            return Point(latents.float().contiguous())
+        if distribution is None or self.norm:
+            if distribution is not None:
+                latents = distribution.mode()
+            else:
+                latents = output.latents if hasattr(output, "latents") else output.latent
+            latents = latents.float().contiguous()
+            return Point(rms_normalise(latents) if self.norm else latents)
         return DiagonalGaussianDistribution(distribution.parameters.float().contiguous())
 
     def encode(
@@ -120,6 +133,7 @@ class Codec:
 
     def decode_raw(self, z: Float[Tensor, "b k *grid"]) -> Float[Tensor, "b c h w"]:
         """Images of raw latents, float32, not clamped."""
+        z = rms_normalise(z) if self.norm == "rms-both" else z
         with self._autocast():
             if z.ndim == 4:
                 z = z.contiguous(memory_format=self._memory_format)
@@ -191,13 +205,18 @@ class Codec:
             digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
         for tensor in (self.mean, self.std):
             digest.update(b"" if tensor is None else tensor.cpu().numpy().tobytes())
+        digest.update((self.norm or "").encode())
         return digest.hexdigest()[:16]
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Weights and config as diffusers writes them, and the statistics beside them."""
         self.tokenizer.save_pretrained(folder)
-        if self.mean is not None and self.std is not None:
-            save_statistics(folder, self.mean, self.std, self.receipt)
+        mean, std, receipt = self.mean, self.std, self.receipt
+        if self.norm:  # which lies with the statistics, those that change nothing if there are no others
+            receipt = {**receipt, "norm": self.norm}
+            mean, std = (torch.zeros(self.channels), torch.ones(self.channels)) if mean is None else (mean, std)
+        if mean is not None and std is not None:
+            save_statistics(folder, mean, std, receipt)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, precision: str = "fp32", **kwargs: Any) -> Codec:
@@ -221,8 +240,13 @@ class Codec:
             tokenizer = open_model(model_class(AutoencoderKL.load_config(str(path), **kwargs)), path, **kwargs)
             info = tokenizer_info(tokenizer)
             shape = info.latent_shape(info.factor, info.factor)
-        mean, std, about = load_statistics(folder, shape) or (None, None, None)
-        return cls(tokenizer, mean, std, about, precision)
+        mean, std, about = load_statistics(folder, shape) or (None, None, {})
+        norm = about.pop("norm", None)
+        if norm not in NORMS:
+            raise LatelierError(
+                f"{folder} says that its latents have the norm {norm!r}, which is not known; {REMEASURE}."
+            )
+        return cls(tokenizer, mean, std, about, precision, norm)
 
     @property
     def _memory_format(self) -> torch.memory_format:
