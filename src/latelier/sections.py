@@ -302,9 +302,8 @@ class TrainedTokenizer(Training):
         kinds = [term.kind for term in self.regularise]
         if len(set(kinds)) < len(kinds):
             raise LatelierError(f"tokenizer.regularise names a kind twice: {', '.join(kinds)}.")
-        for key in ("kl_weight", "sample_posterior"):
+        for key, value in (("kl_weight", "0"), ("sample_posterior", "false")):
             if self.norm and getattr(self, key, None):
-                value = type(getattr(self, key))(0)
                 raise LatelierError(f"tokenizer.regularise: norm stands in place of a posterior; set {key}: {value}.")
         for number in range(len(self.phases)):
             name, phase = self.phase(number + 1)

@@ -19,12 +19,10 @@ from torch import Tensor
 from latelier.errors import LatelierError
 from latelier.keyed_random import KeyedRandom
 
-FAR = 2**62  # stands for an unbounded count of images, with which a check tries the end of training
 
-
-def step_uniform(seed: int, purpose: str, seen: float, count: int) -> list[float]:
+def step_uniform(seed: int, purpose: str, seen: int, count: int) -> list[float]:
     """Uniform numbers of the step that begins at `seen` images, for all its processes and micro-batches."""
-    return KeyedRandom(seed, torch.tensor([int(min(seen, FAR))])).uniform(purpose, count)[0].tolist()
+    return KeyedRandom(seed, torch.tensor([seen])).uniform(purpose, count)[0].tolist()
 
 
 def move(x: Float[Tensor, "b c h w"], size: tuple[int, int], turns: int = 0) -> Float[Tensor, "b c i j"]:
@@ -54,7 +52,7 @@ class Equivariance:
     rotate: bool = True
     anisotropic: bool = False
 
-    def draw(self, seen: float, grid: tuple[int, int]) -> tuple[str, tuple[int, int], int]:
+    def draw(self, seen: int, grid: tuple[int, int]) -> tuple[str, tuple[int, int], int]:
         """What is moved (`latents`, `image`, or nothing, `""`), the grid that it is shrunk to, and quarter turns."""
         first, second, row, column, turn = step_uniform(self.seed, "equivariance", seen, 5)
         what = "latents" if first < self.probability else "image" if second < self.image_probability else ""
@@ -90,7 +88,7 @@ class Shrinking:
     weight: float = 0.25
     factors: Sequence[int] = (2, 4)
 
-    def draw(self, seen: float) -> int:
+    def draw(self, seen: int) -> int:
         """The factor of the step that begins at `seen` images."""
         (number,) = step_uniform(self.seed, "scale", seen, 1)
         return self.factors[int(number * len(self.factors))]

@@ -98,35 +98,50 @@ TERMS = dict.fromkeys(("align", "equivariance", "scale", "noise", "norm"), __nam
 
 
 class Noise(nn.Module):
-    """Noise on latents, see `NoiseTerm`; drawn for each image by its `sample_id`."""
+    """Noise on latents, see `NoiseTerm`; drawn for each image by its `sample_id`.
+
+    With `unit` std the level is in units of each channel's running deviation up to the step before, the same for all
+    processes and micro-batches; checkpoints hold its sums. The first micro-batch of all has its own deviation.
+    """
 
     moments: Tensor
+    step: Tensor
+    begun: Tensor
 
     def __init__(self, seed: int, channels: int, law: str = "uniform", level: float = 0.5, unit: str = "std"):
         super().__init__()
-        self.seed, self.law, self.level = seed, law, level
-        if unit == "std":  # running mean and mean square; checkpoints hold them
-            self.register_buffer("moments", torch.zeros(2, channels))
-        self.unit = unit
+        self.seed, self.law, self.level, self.unit = seed, law, level, unit
+        if unit == "std":
+            self.register_buffer("moments", torch.zeros(2, channels))  # running mean and mean square
+            self.register_buffer("step", torch.zeros(3, channels))  # micro-batches of the step under way, their sums
+            self.register_buffer("begun", torch.tensor(-1))  # images seen before it
 
-    def forward(self, z: Float[Tensor, "b c *grid"], sample_id: Int[Tensor, " b"]) -> Float[Tensor, "b c *grid"]:
+    def forward(
+        self, z: Float[Tensor, "b c *grid"], sample_id: Int[Tensor, " b"], seen: int
+    ) -> Float[Tensor, "b c *grid"]:
         """z + sigma s eps, or (1 - tau) z + tau level s eps (l-DeTok), with s = 1 or the channel's deviation."""
         rng, ones = KeyedRandom(self.seed, sample_id, z.device), (1,) * (z.ndim - 1)
-        eps = rng.normal("latent noise", *z.shape[1:]) * self._scale(z).view(-1, *ones[1:])  # (b, c, *grid)
+        eps = rng.normal("latent noise", *z.shape[1:])  # (b, c, *grid)
+        if self.unit == "std":
+            eps = eps * self._deviation(z, seen).view(-1, *ones[1:])
         if self.law == "half-normal":
             return z + self.level * rng.normal("latent noise level", *ones).abs() * eps
         u = rng.uniform("latent noise level", *ones)  # (b, 1, ...)
         return (1 - u) * z + u * self.level * eps if self.law == "interpolate" else z + u * self.level * eps
 
     @torch.no_grad()
-    def _scale(self, z: Float[Tensor, "b c *grid"]) -> Float[Tensor, " c"]:
-        """The unit of each channel; the batch at hand counts, over all processes."""
-        if self.unit == "raw":
-            return z.new_ones(z.shape[1])
+    def _deviation(self, z: Float[Tensor, "b c *grid"], seen: int) -> Float[Tensor, " c"]:
+        """The running deviation of each channel; this batch is added to what the next step sees."""
         values = z.float().transpose(0, 1).flatten(1)  # (c, n)
-        now = reduce(torch.stack([values.mean(1), values.square().mean(1)]), reduction="mean")
-        self.moments.lerp_(now, 1 - STD_DECAY if self.moments[1].any() else 1.0)
-        mean, square = self.moments
+        now = reduce(torch.stack([values.mean(1), values.square().mean(1)]), reduction="mean")  # over processes
+        if self.begun != seen:
+            if self.step[0].any():
+                whole = self.step[1:] / self.step[0]
+                self.moments.lerp_(whole, 1 - STD_DECAY if self.moments[1].any() else 1.0)
+            self.step.zero_()
+            self.begun.fill_(seen)
+        self.step += torch.cat([torch.ones_like(now[:1]), now])
+        mean, square = self.moments if self.moments[1].any() else now
         return (square - mean.square()).clamp(min=1e-12).sqrt()
 
 
@@ -196,7 +211,7 @@ class Regularisers(nn.Module):
         elif self.align is not None:  # DDP waits for a gradient of every weight
             z = z + 0.0 * self.align.project.weight.sum()
         if self.noise is not None and self.training:
-            z = self.noise(z, batch["sample_id"])
+            z = self.noise(z, batch["sample_id"], batch["seen"])
         result = Regularised(z, images, z, images, losses)
         if self.equivariance is not None:
             what, grid, turns = self.equivariance.draw(batch["seen"], self._grid(batch["image"]))
