@@ -251,11 +251,11 @@ def teacher(tmp_path_factory):
 
 def everything(kind, teacher):
     """A tokenizer's section with all the terms that fit."""
-    align, noise = {"kind": "align", "teacher": teacher, "until": 24}, {"kind": "noise", "law": "interpolate"}
+    align, noise = {"kind": "align", "teacher": teacher, "until": 16}, {"kind": "noise", "law": "interpolate"}
     moves = [{"kind": "equivariance", "least": 0.5}, {"kind": "scale", "factors": [2]}]
     game = {"layers": 1, "channels": 8, "start": 8}
     if kind == "conv":
-        return {**CONV, "regularise": [align, noise, *moves], "adversarial": game}
+        return {**CONV, "images": 24, "regularise": [align, noise, *moves], "adversarial": game}
     if kind == "vq":
         vq = {"preset": "vq-f8-small", "kl_weight": 0}
         return {**CONV, **vq, "regularise": ["norm", noise, *moves]}
@@ -264,8 +264,8 @@ def everything(kind, teacher):
     if kind == "maetok":
         shared = {key: value for key, value in CONV.items() if key not in ("model", "preset")}
         return {**shared, **MAETOK, "image_size": 64, "regularise": ["norm", noise]}
-    whole = {"name": "whole", "images": 24, "mask_ratio": 0, "regularise": ["norm", align, *moves]}
-    masked = {"mask_ratio": 0.5, "kl_weight": 0, "sample_posterior": False, "images": 32}
+    whole = {"name": "whole", "images": 16, "mask_ratio": 0, "regularise": ["norm", align, *moves]}
+    masked = {"mask_ratio": 0.5, "kl_weight": 0, "sample_posterior": False, "images": 24}
     return {**masked, "regularise": ["norm", align, noise], "phases": [whole]}
 
 
