@@ -16,7 +16,8 @@ TOKENIZER = {  # masked pretraining on noisy latents, then decoder tuning, moved
     "ema": 0, "regularise": [{"kind": "noise", "level": 0.3}],
     "phases": [
         {"name": "tuning", "images": 32, "train": "decoder", "mask_ratio": 0, "kl_weight": 0, "lr": 1e-3,
-         "sample_posterior": False, "regularise": [{"kind": "equivariance", "least": 0.5}], "adversarial": {"layers": 1, "channels": 8, "start": 8, "ahead": 8}},
+         "sample_posterior": False, "regularise": [{"kind": "equivariance", "least": 0.5}],
+         "adversarial": {"layers": 1, "channels": 8, "start": 8, "ahead": 8}},
     ],
 }  # fmt: skip
 
