@@ -59,6 +59,7 @@ class _Settings(Section):
     height: Side
     width: Side
     dropped: list[str]
+    norm: Literal["rms", "rms-both"] | None
 
 
 class LatentDiffusionPipeline(DiffusionPipeline):
@@ -83,12 +84,12 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     def __init__(
         self, tokenizer: ModelMixin, denoiser: ModelMixin, conditioner: ModelMixin | None, scheduler: Scheduler,
         process: dict[str, Any] | None = None, statistics: dict[str, list[Any]] | None = None, height: int = 64,
-        width: int = 64, dropped: list[str] | None = None,
+        width: int = 64, dropped: list[str] | None = None, norm: str | None = None,
     ):  # fmt: skip
         super().__init__()
         self.register_modules(tokenizer=tokenizer, denoiser=denoiser, conditioner=conditioner, scheduler=scheduler)
         dropped = ["classes"] if dropped is None else dropped
-        about = {"process": process or {}, "statistics": statistics or {}, "dropped": dropped}
+        about = {"process": process or {}, "statistics": statistics or {}, "dropped": dropped, "norm": norm}
         self.register_to_config(**about, height=height, width=width)
 
     @classmethod
@@ -102,7 +103,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         """
         mean, std, about = codec.mean, codec.std, describe_process(process)
         statistics = {} if mean is None or std is None else {"mean": mean.tolist(), "std": std.tolist()}
-        return cls(codec.tokenizer, denoiser, conditioner, process.scheduler(), about, statistics, *image_size, dropped)
+        parts = (codec.tokenizer, denoiser, conditioner, process.scheduler())
+        return cls(*parts, about, statistics, *image_size, dropped, codec.norm)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **options: Any) -> LatentDiffusionPipeline:  # type: ignore[override]
@@ -150,7 +152,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         """The tokenizer with its statistics."""
         statistics = self.config["statistics"]
         mean, std = (torch.tensor(statistics[name]) if statistics else None for name in ("mean", "std"))
-        return Codec(self.tokenizer, mean, std)
+        return Codec(self.tokenizer, mean, std, norm=self.config["norm"])
 
     @property
     def process(self) -> Flow | DDPM:

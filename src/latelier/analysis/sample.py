@@ -88,7 +88,7 @@ class LatentSample:
         """The codec, with this sample's scale where it has no statistics."""
         if codec.std is not None:
             return codec
-        return Codec(codec.tokenizer, self.scale.mean, self.scale.std, precision=codec.precision)
+        return Codec(codec.tokenizer, self.scale.mean, self.scale.std, precision=codec.precision, norm=codec.norm)
 
     def about(self) -> dict[str, Any]:
         """What receipts say of whole latents."""

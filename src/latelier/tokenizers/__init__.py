@@ -49,7 +49,7 @@ class TokenizerInfo:
         decoder_size: `(h, w)` of the only images that 1-D latents decode to; None for latents on a grid.
         value_range: what the class calls black and white; outside of the codec that is always -1 and 1.
         decoder_modules: the modules that turn latents into images; all others belong to the encoder.
-        middle: the layers on both sides of the latent.
+        middle: the layers on both sides of the latent, the encoder's last one first.
         head: the layers next to the pixels of the decoded image.
         last_layer: the weight nearest to the pixels, where gradients of loss terms are compared.
         variance_layer: the layer whose second half of outputs is the log-variance; None without a posterior.
@@ -156,7 +156,10 @@ def build_objective(
         dataset: the training images; MAETok's targets learn words from their captions.
     """
     freeze(tokenizer, section.train)
-    return _module(section).objective(section, tokenizer, perceptual, seed, dataset)
+    objective = _module(section).objective(section, tokenizer, perceptual, seed, dataset)
+    if section.regularise and not hasattr(objective, "regularise"):
+        raise LatelierError(f"tokenizer.kind = {section.kind} takes no `regularise`; leave it out.")
+    return objective
 
 
 def _module(section: Kind | TrainedTokenizer) -> ModuleType:
@@ -185,6 +188,14 @@ def last_layer(tokenizer: nn.Module) -> Tensor:
     if name is None:
         raise LatelierError(f"{type(tokenizer).__name__} does not say its last layer; set adversarial.adaptive: false.")
     return tokenizer.get_parameter(name)
+
+
+def encoder_layer(tokenizer: nn.Module) -> Tensor:
+    """The encoder's last weight, where gradients of what acts on latents are compared; an error if it is not known."""
+    names = tokenizer_info(tokenizer).middle
+    if not names:
+        raise LatelierError(f"{type(tokenizer).__name__} does not say its encoder's last layer; set adaptive: false.")
+    return tokenizer.get_parameter(f"{names[0]}.weight")
 
 
 def freeze(tokenizer: nn.Module, train: str | list[str]) -> None:

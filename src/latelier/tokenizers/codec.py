@@ -26,8 +26,17 @@ from latelier.publish import MANIFEST, damage
 from latelier.sections import open_model
 from latelier.tokenizers import TokenizerInfo, model_class, tokenizer_info
 from latelier.tokenizers.diffusers_classes import CLASSES, PLAIN, DiffusersClass
-from latelier.tokenizers.posterior import Posterior
-from latelier.tokenizers.statistics import Statistics, fit_statistic, load_statistics, read_statistics, save_statistics
+from latelier.tokenizers.posterior import Point, Posterior
+from latelier.tokenizers.statistics import (
+    NORMS,
+    REMEASURE,
+    Statistics,
+    fit_statistic,
+    load_statistics,
+    read_statistics,
+    rms_normalise,
+    save_statistics,
+)
 from latelier.tokenizers.wrapped import Method, Wrapped
 
 
@@ -42,6 +51,7 @@ class Codec:
         std: standard deviation of sampled latents, in the same shape.
         receipt: how the statistics were measured; stored with them.
         precision: `bf16` runs the tokenizer under autocast, `fp32` does not, `auto` takes what the device is fast at.
+        norm: `rms`: latents have root mean square 1 at each position, and no spread; `rms-both`: what is decoded too.
     """
 
     def __init__(
@@ -51,11 +61,12 @@ class Codec:
         std: Float[Tensor, " c *grid"] | None = None,
         receipt: dict[str, Any] | None = None,
         precision: str = "fp32",
+        norm: str | None = None,
     ):
         self.tokenizer = tokenizer
         self.mean = None if mean is None else mean.detach()
         self.std = None if std is None else std.detach()
-        self.receipt, self.precision = receipt or {}, precision
+        self.receipt, self.precision, self.norm = receipt or {}, precision, norm
 
     @classmethod
     def wrap(
@@ -93,7 +104,8 @@ class Codec:
         self.latent_shape(*images.shape[-2:])
         x = self._scale_pixels(images, (-1.0, 1.0), self.info.value_range)
         with self._autocast():
-            return self._class.encode(self.tokenizer, self._laid_out(x))
+            posterior = self._class.encode(self.tokenizer, self._laid_out(x))
+        return Point(rms_normalise(posterior.mode())) if self.norm else posterior
 
     def encode(
         self, images: Float[Tensor, "b c h w"], generator: torch.Generator | None = None
@@ -125,6 +137,7 @@ class Codec:
 
     def decode_raw(self, z: Float[Tensor, "b k *grid"]) -> Float[Tensor, "b c h w"]:
         """Images of raw latents, float32, not clamped."""
+        z = rms_normalise(z) if self.norm == "rms-both" else z
         with self._autocast():
             images = self._class.decode(self.tokenizer, self._laid_out(z)).float().contiguous()
         return self._scale_pixels(images, self.info.value_range, (-1.0, 1.0))
@@ -205,13 +218,18 @@ class Codec:
             digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
         for tensor in (self.mean, self.std):
             digest.update(b"" if tensor is None else tensor.cpu().numpy().tobytes())
+        digest.update((self.norm or "").encode())
         return digest.hexdigest()[:16]
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Weights and config as diffusers writes them, and the statistics beside them."""
         self.tokenizer.save_pretrained(folder)
-        if self.mean is not None and self.std is not None:
-            save_statistics(folder, self.mean, self.std, self.receipt)
+        mean, std, receipt = self.mean, self.std, self.receipt
+        if self.norm:  # which lies with the statistics, those that change nothing if there are no others
+            receipt = {**receipt, "norm": self.norm}
+            mean, std = (torch.zeros(self.channels), torch.ones(self.channels)) if mean is None else (mean, std)
+        if mean is not None and std is not None:
+            save_statistics(folder, mean, std, receipt)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, precision: str = "fp32", **kwargs: Any) -> Codec:
@@ -243,8 +261,11 @@ class Codec:
             carried: Statistics | None = None
             if (own := CLASSES.get(type(tokenizer).__name__, PLAIN).statistics(tokenizer)) is not None:
                 carried = (*read_statistics(dict(zip(("mean", "std"), own)), shape), {"origin": "the model's own"})
-        mean, std, about = load_statistics(folder, shape) or carried or (None, None, None)
-        return cls(tokenizer, mean, std, about, precision)
+        mean, std, about = load_statistics(folder, shape) or carried or (None, None, {})
+        norm = about.pop("norm", None)
+        if norm not in NORMS:
+            raise LatelierError(f"{folder} says that its latents have a norm {norm!r}, not known here; {REMEASURE}.")
+        return cls(tokenizer, mean, std, about, precision, norm)
 
     @property
     def _class(self) -> DiffusersClass:
