@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 TOKENIZERS = {
     "vmae": "latelier.tokenizers.vmae",
     "maetok": "latelier.tokenizers.maetok",
+    "rae": "latelier.tokenizers.rae",
     "dcae": "latelier.tokenizers.dcae",
     "conv": "latelier.tokenizers.conv",
     "identity": "latelier.tokenizers.conv",
