@@ -65,7 +65,7 @@ class RAE(ModelMixin, ConfigMixin):
     """A frozen encoder with a decoder.
 
     Args:
-        encoder: its description, see `rae_encoder`.
+        encoder_config: what describes the encoder, see `rae_encoder`.
         image_size: `(h, w)` in pixels of the images that the decoder is trained on.
         patch_size: pixels along the side of a patch that the decoder makes of one token; the encoder sees images of its
             own patch times this grid.
@@ -83,7 +83,7 @@ class RAE(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        encoder: Mapping[str, Any],
+        encoder_config: Mapping[str, Any],
         image_size: Sequence[int] = (256, 256),
         patch_size: int = 16,
         layers: int | list[int] = 1,
@@ -100,13 +100,13 @@ class RAE(ModelMixin, ConfigMixin):
         check_whole(decoder_hidden=decoder_hidden)
         check_whole(0, decoder_depth=decoder_depth)
         self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
-        self.encoder = build_encoder(encoder, layers, combine, affine).requires_grad_(False).eval()
+        self.encoder = build_encoder(encoder_config, layers, combine, affine).requires_grad_(False).eval()
         self.decoder = RAEDecoder(
-            encoder["dim"], len(encoder["mean"]), self.grid, patch_size, decoder_dim, decoder_depth, decoder_heads,
-            decoder_hidden,
+            encoder_config["dim"], len(encoder_config["mean"]), self.grid, patch_size, decoder_dim, decoder_depth,
+            decoder_heads, decoder_hidden,
         )  # fmt: skip
         for name in ("mean", "std"):
-            numbers = torch.tensor(encoder[name], dtype=torch.float32).view(-1, 1, 1)  # (c, 1, 1)
+            numbers = torch.tensor(encoder_config[name], dtype=torch.float32).view(-1, 1, 1)  # (c, 1, 1)
             self.register_buffer(f"pixel_{name}", numbers, persistent=False)
 
     @property
@@ -114,8 +114,8 @@ class RAE(ModelMixin, ConfigMixin):
         """Sizes and layer names."""
         return TokenizerInfo(
             factor=self.config["patch_size"],
-            latent_channels=self.config["encoder"]["dim"],
-            image_channels=len(self.config["encoder"]["mean"]),
+            latent_channels=self.config["encoder_config"]["dim"],
+            image_channels=len(self.config["encoder_config"]["mean"]),
             middle=("decoder.embed",),
             head=("decoder.norm", "decoder.head"),
             last_layer="decoder.head.weight",
@@ -135,7 +135,7 @@ class RAE(ModelMixin, ConfigMixin):
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "b c h w"]) -> EncoderOutput:
         """`latent` `(b, d, h / p, w / p)`: the encoder's tokens of images in [-1, 1]."""
-        patch, own = self.config["patch_size"], self.config["encoder"]["patch"]
+        patch, own = self.config["patch_size"], self.config["encoder_config"]["patch"]
         grid = (images.shape[2] // patch, images.shape[3] // patch)
         pixels = (images.float() + 1) / 2
         if (size := (grid[0] * own, grid[1] * own)) != tuple(images.shape[2:]):

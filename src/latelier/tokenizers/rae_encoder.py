@@ -108,12 +108,10 @@ class ViTEncoder(nn.Module):
         about: see the module.
         layers: k: the last k blocks; or a list of blocks, of which 1 is the first.
         combine: `mean` or `sum` of several blocks, each normalised first (RAEv2).
-        affine: keep the gains and biases of the final norm (RAEv2); without, each token has mean 0 and variance 1 (RAE).
+        affine: keep gains and biases of the final norm (RAEv2); without, each token has mean 0, variance 1 (RAE).
     """
 
-    def __init__(
-        self, model: nn.Module, about: Mapping[str, Any], layers: int | list[int], combine: str, affine: bool
-    ):
+    def __init__(self, model: nn.Module, about: Mapping[str, Any], layers: int | list[int], combine: str, affine: bool):
         super().__init__()
         config: Any = model.config
         self.model, self.name, self.combine, self.affine = model, about["name"], combine, affine
@@ -182,8 +180,8 @@ class ViTEncoder(nn.Module):
         most = 2 + (getattr(self.model.config, "num_register_tokens", None) or 0)
         if tokens.ndim != 3 or not count <= tokens.shape[1] <= count + most:
             raise LatelierError(
-                f"tokenizer.encoder = {self.name} gives {tuple(tokens.shape[1:])} for {count} patches, which is not one "
-                f"token for each; {ADVICE}."
+                f"tokenizer.encoder = {self.name} gives {tuple(tokens.shape[1:])} for {count} patches, not one token "
+                f"for each; {ADVICE}."
             )
         return tokens[:, -count:]
 
