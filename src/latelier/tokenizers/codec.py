@@ -26,6 +26,7 @@ from latelier.layers import fast_bf16
 from latelier.publish import MANIFEST, damage
 from latelier.sections import open_model
 from latelier.tokenizers import TokenizerInfo, model_class, tokenizer_info
+from latelier.tokenizers.pretrained import correct_positions
 from latelier.tokenizers.statistics import fit_statistic, load_statistics, save_statistics
 
 
@@ -219,6 +220,7 @@ class Codec:
         refuse_damage(folder)
         with reading(f"No tokenizer can be opened at {path}", advice):
             tokenizer = open_model(model_class(AutoencoderKL.load_config(str(path), **kwargs)), path, **kwargs)
+            correct_positions(tokenizer)
             info = tokenizer_info(tokenizer)
             shape = info.latent_shape(info.factor, info.factor)
         mean, std, about = load_statistics(folder, shape) or (None, None, None)

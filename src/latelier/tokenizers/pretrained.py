@@ -5,6 +5,7 @@ For another class of diffusers, add an entry to `DIFFUSERS` that makes a `Tokeni
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
@@ -84,6 +85,36 @@ def _consistency(config: Mapping[str, Any]) -> TokenizerInfo:
     )
 
 
+def _rae(config: Mapping[str, Any]) -> TokenizerInfo:
+    """AutoencoderRAE: one size of images, in [0, 1]; its own statistics are inside."""
+    side = config["patch_size"] * (config["encoder_input_size"] // config["encoder_patch_size"])
+    return TokenizerInfo(
+        factor=config["patch_size"],
+        latent_channels=config["encoder_hidden_size"],
+        image_channels=config["num_channels"],
+        decoder_size=(side, side),
+        value_range=(0.0, 1.0),
+        middle=("decoder.decoder_embed",),
+        head=("decoder.decoder_norm", "decoder.decoder_pred"),
+        last_layer="decoder.decoder_pred.weight",
+        statistics="element",
+    )
+
+
+def correct_positions(tokenizer: Any) -> Any:
+    """Put right AutoencoderRAE's fixed positions, which diffusers scales to a grid of 16 x 16; others stay as they are.
+
+    The table is not saved, so this is done after each loading. On 16 x 16 patches nothing changes.
+    """
+    if type(tokenizer).__name__ == "AutoencoderRAE":
+        from latelier.layers import sincos_positions
+
+        table = tokenizer.decoder.decoder_pos_embed  # (1, 1 + n, d), the first for CLS
+        side = math.isqrt(table.shape[1] - 1)
+        table[:, 1:] = sincos_positions(table.shape[2], (side, side)).to(table)
+    return tokenizer
+
+
 DIFFUSERS: dict[str, Callable[[Mapping[str, Any]], TokenizerInfo]] = {
     "AutoencoderKL": _kl,
     "VQModel": _vq,
@@ -91,4 +122,5 @@ DIFFUSERS: dict[str, Callable[[Mapping[str, Any]], TokenizerInfo]] = {
     "AutoencoderTiny": _tiny,
     "AsymmetricAutoencoderKL": _asymmetric,
     "ConsistencyDecoderVAE": _consistency,
+    "AutoencoderRAE": _rae,
 }

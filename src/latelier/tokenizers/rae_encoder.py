@@ -31,6 +31,7 @@ VGG_CHANNELS = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512)  # of VGG16's co
 VGG_POOLED = (2, 4, 7)  # convolutions with a pooling before them
 VGG16 = {"name": "vgg16", "kind": "vgg16", "patch": 8, "dim": VGG_CHANNELS[-1], "config": {}}
 VGG16 |= {"mean": list(IMAGENET[0]), "std": list(IMAGENET[1])}
+UNUSED = ("pooler.", "head.", "vision_model.head.")  # weights that no token needs
 LEFT_OUT = ("id2label", "label2id", "transformers_version", "architectures", "torch_dtype", "dtype")
 ADVICE = "name a plain vision transformer, such as DINOv2, SigLIP, MAE or CLIP, a vmae or maetok run, or vgg16"
 
@@ -62,7 +63,8 @@ def open_encoder(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     mean, std = read_statistics(name, model.config)
     config = {k: v for k, v in model.config.to_diff_dict().items() if k not in LEFT_OUT}
     about = {"name": name, "kind": "transformers", "patch": patch, "dim": dim, "mean": mean, "std": std}
-    return {**about, "config": config}, {f"model.{key}": tensor for key, tensor in model.state_dict().items()}
+    kept = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(UNUSED)}
+    return {**about, "config": config}, {f"model.{key}": tensor for key, tensor in kept.items()}
 
 
 def _open_tokenizer(name: str, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -95,9 +97,11 @@ def build_encoder(about: Mapping[str, Any], layers: int | list[int], combine: st
         return ViTEncoder(model, about, layers, combine, affine)
     transformers = importlib.import_module("transformers")
     settings = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
-    if hasattr(settings, "mask_ratio"):
-        settings.mask_ratio = 0.0
-    return ViTEncoder(transformers.AutoModel.from_config(settings), about, layers, combine, affine)
+    settings.mask_ratio, settings.vision_use_head = 0.0, False  # of MAE and SigLIP, others do not read them
+    model = transformers.AutoModel.from_config(settings)
+    if hasattr(model, "pooler"):
+        model.pooler = None
+    return ViTEncoder(model, about, layers, combine, affine)
 
 
 class ViTEncoder(nn.Module):
@@ -126,6 +130,7 @@ class ViTEncoder(nn.Module):
         if not chosen or not all(1 <= number <= depth for number in chosen):
             raise LatelierError(f"tokenizer.layers = {layers}, but the encoder {self.name} has {depth} blocks.")
         names = {id(module): name for name, module in model.named_modules()}
+        self.depth = depth
         self.numbers, self._blocks, self._norm = chosen, names[id(blocks[0])], names[id(norm)]
         resizes = self._accepts("interpolate_pos_encoding")
         self._options = {"interpolate_pos_encoding": True} if resizes else {}
