@@ -19,7 +19,8 @@ from torch import Tensor
 from latelier.errors import LatelierError
 from latelier.images import round_to_8_bit, to_uint8
 from latelier.keyed_random import KeyedRandom
-from latelier.tokenizers.codec import Codec, Point
+from latelier.tokenizers.codec import Codec
+from latelier.tokenizers.posterior import Point
 from latelier.tokenizers.statistics import fit_statistic
 
 PIXELS = 2**20  # of images that are decoded, and looked at by a network, at once

@@ -16,7 +16,7 @@ from latelier.convert import Converted, count_blocks, load_exactly, need, read_c
 from latelier.errors import LatelierError, reading
 from latelier.terminal import console
 from latelier.tokenizers.codec import Codec
-from latelier.tokenizers.pretrained import correct_positions
+from latelier.tokenizers.diffusers_classes import correct_positions
 from latelier.tokenizers.rae import RAE
 from latelier.tokenizers.rae_encoder import open_encoder
 from latelier.tokenizers.statistics import read_statistics
