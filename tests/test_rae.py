@@ -24,8 +24,8 @@ from latelier.tokenizers.vmae import VMAE as VMAEModel
 from latelier.training.tokenizer_loop import train_tokenizer
 from test_training import assert_same, newest, train_in_two_parts
 from tiny import MAETOK, VMAE, needs_lpips, refused, tiny_recipe
+from tiny import RAE as RAE_MODEL
 
-SMALL = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2, "decoder_hidden": 32}
 VIT = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
 SIZES = {**VIT, "intermediate_size": 24, "image_size": 32, "patch_size": 16}
 ENCODERS = {  # class, its config, tokens before those of the patches
@@ -39,7 +39,7 @@ ENCODERS = {  # class, its config, tokens before those of the patches
 
 
 def section(encoder, **changes):
-    return RAESection(kind="rae", preset="vit-tiny-p8", encoder=str(encoder), **{"model": SMALL, **changes})
+    return RAESection(kind="rae", preset="vit-tiny-p8", encoder=str(encoder), **{"model": RAE_MODEL, **changes})
 
 
 def images(count=2, size=32):
@@ -166,7 +166,7 @@ def rae_recipe(folder, teacher, **changes):
             "crops": False, "round_fakes": True, "norm": "batch", "augment": ["color", "translation"]}  # fmt: skip
     tree = tiny_recipe(folder, denoiser=None).model_dump()
     changes = {"images": 32, "batch": 8, "lr": 1e-3, "ema": 0.9, "precision": "fp32", "perceptual_weight": 0,
-               "checkpoint_every": 8, "model": SMALL, "adversarial": game, **changes}  # fmt: skip
+               "checkpoint_every": 8, "model": RAE_MODEL, "adversarial": game, **changes}  # fmt: skip
     return build_recipe({**tree, "tokenizer": {"kind": "rae", "preset": "vit-tiny-p8", "encoder": teacher, **changes}})
 
 
@@ -242,7 +242,7 @@ def test_wrong_input_is_one_sentence(tmp_path, teacher):
     refused("layers = 3, but the encoder .* has 2 blocks", build, section(teacher, layers=3), 3, (32, 32))
     refused("decoder_dim = 18 makes no table", build, section(teacher, model={"decoder_dim": 18}), 3, (32, 32))
     refused("Image size 32 x 32 is not divisible by the tokenizer's factor 24", train_tokenizer,
-            rae_recipe(tmp_path, teacher, model={**SMALL, "patch_size": 24}))  # fmt: skip
+            rae_recipe(tmp_path, teacher, model={**RAE_MODEL, "patch_size": 24}))  # fmt: skip
     refused("adversarial.taps means nothing to kind 'patch'", rae_recipe, tmp_path, teacher,
             adversarial={"taps": "last"})  # fmt: skip
     refused("tokenizer.train = 'all' is not allowed", rae_recipe, tmp_path, teacher, train="all")

@@ -54,7 +54,7 @@ class Teacher:
     def __init__(self, name: str, device: torch.device | str = "cpu"):
         self.name, self.model = name, load_vision(name)
         config = self.model.config
-        self.dim, self.patch, self._native = patch_sizes(name, config)
+        self.dim, self.patch, self._native = _sizes(name, config)
         self.mean, self.std = (torch.tensor(numbers).view(3, 1, 1) for numbers in read_statistics(name, config))
         resizes = "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters
         self._options = {"interpolate_pos_encoding": True} if resizes else {}
@@ -156,7 +156,7 @@ def read_statistics(name: str, config: Any) -> tuple[list[float], list[float]]:
     return list(content.get("image_mean") or mean), list(content.get("image_std") or std)
 
 
-def patch_sizes(name: str, config: Any) -> tuple[int, int, tuple[int, int]]:
+def _sizes(name: str, config: Any) -> tuple[int, int, tuple[int, int]]:
     """Width, patch, and the grid that a model was trained with."""
     dim, *sides = (getattr(config, key, None) for key in ("hidden_size", "patch_size", "image_size"))
     pairs = [(side, side) if isinstance(side, int) else tuple(side or ()) for side in sides]

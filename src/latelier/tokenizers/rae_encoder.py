@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from latelier.errors import LatelierError
-from latelier.losses.teachers import IMAGENET, load_vision, patch_sizes, read_statistics
+from latelier.losses.teachers import IMAGENET, Teacher
 from latelier.weights import load_lpips
 
 NORMS = ("layernorm", "norm", "post_layernorm")  # names of the norm after a ViT's last block
@@ -33,6 +33,7 @@ VGG16 = {"name": "vgg16", "kind": "vgg16", "patch": 8, "dim": VGG_CHANNELS[-1], 
 VGG16 |= {"mean": list(IMAGENET[0]), "std": list(IMAGENET[1])}
 UNUSED = ("pooler.", "head.", "vision_model.head.")  # weights that no token needs
 LEFT_OUT = ("id2label", "label2id", "transformers_version", "architectures", "torch_dtype", "dtype")
+FORBIDDEN = ("auto_map", "attn_implementation", "quantization_config")  # a stranger's could fetch code, or packages
 ADVICE = "name a plain vision transformer, such as DINOv2, SigLIP, MAE or CLIP, a vmae or maetok run, or vgg16"
 
 
@@ -53,18 +54,17 @@ def open_encoder(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if (place / "config.json").is_file() and "_class_name" in (place / "config.json").read_text(errors="replace"):
             return _open_tokenizer(name, place)
     try:
-        model = load_vision(name)
-        dim, patch, _ = patch_sizes(name, model.config)
+        vision = Teacher(name)
     except LatelierError as error:
         reason = str(error).removeprefix("The teacher ").rstrip(".")
         raise LatelierError(
             f"tokenizer.encoder: {reason}, or name the folder of a vmae or maetok run, or vgg16."
         ) from None
-    mean, std = read_statistics(name, model.config)
-    config = {k: v for k, v in model.config.to_diff_dict().items() if k not in LEFT_OUT}
-    about = {"name": name, "kind": "transformers", "patch": patch, "dim": dim, "mean": mean, "std": std}
-    kept = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(UNUSED)}
-    return {**about, "config": config}, {f"model.{key}": tensor for key, tensor in kept.items()}
+    config = {k: v for k, v in vision.model.config.to_diff_dict().items() if k not in LEFT_OUT}
+    about = {"name": name, "kind": "transformers", "patch": vision.patch, "dim": vision.dim, "config": config}
+    about |= {"mean": vision.mean.flatten().tolist(), "std": vision.std.flatten().tolist()}
+    weights = vision.model.state_dict().items()
+    return about, {f"model.{key}": tensor for key, tensor in weights if not key.startswith(UNUSED)}
 
 
 def _open_tokenizer(name: str, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -89,12 +89,11 @@ def build_encoder(about: Mapping[str, Any], layers: int | list[int], combine: st
         if layers != 1 or affine:
             raise LatelierError("tokenizer.layers and final_norm mean nothing to the encoder vgg16; leave them out.")
         return VGGEncoder()
-    config = dict(about["config"])
+    config = {key: value for key, value in about["config"].items() if key[0] != "_" and key not in FORBIDDEN}
     if about["kind"] == "latelier":
         from latelier.tokenizers import model_class
 
-        model: Any = model_class(config)(**{k: v for k, v in config.items() if k[0] != "_"})
-        return ViTEncoder(model, about, layers, combine, affine)
+        return ViTEncoder(model_class(about["config"])(**config), about, layers, combine, affine)
     transformers = importlib.import_module("transformers")
     settings = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
     settings.mask_ratio, settings.vision_use_head = 0.0, False  # of MAE and SigLIP, others do not read them
@@ -135,7 +134,8 @@ class ViTEncoder(nn.Module):
         resizes = self._accepts("interpolate_pos_encoding")
         self._options = {"interpolate_pos_encoding": True} if resizes else {}
         flexible = (hasattr(m, "interpolate_pos_encoding") or "Rope" in type(m).__name__ for m in model.modules())
-        self._only = None if self.ours or resizes or any(flexible) else patch_sizes(self.name, config)[2]
+        side = None if self.ours or resizes or any(flexible) else config.image_size // about["patch"]
+        self._only = side and (side, side)
 
     def forward(self, pixels: Float[Tensor, "b c i j"], grid: tuple[int, int]) -> Float[Tensor, "b n d"]:
         """Tokens in raster order of normalised images, whose size is that of the grid times the patch."""
