@@ -12,7 +12,7 @@ from pydantic_core import PydanticUndefined
 from latelier import recipe
 from latelier.conditioning import condition, layout, spatial, text
 from latelier.denoisers import dit, objective, unet, uvit
-from latelier.tokenizers import conv, dcae, maetok, maetok_targets, pretrained, vmae
+from latelier.tokenizers import conv, dcae, maetok, maetok_targets, pretrained, rae, vmae
 
 MARK = "<!-- recipe tables -->"
 
@@ -63,6 +63,11 @@ MEANINGS: dict[type[BaseModel], dict[str, str]] = {
         "method": "`structured`: any prefix of the channels decodes (DC-AE 1.5); `plain`: it does not",
         "init": "an `AutoencoderDC`, folder or Hub name to start from",
         "reconstruction": "absolute or squared pixel error",
+        "perceptual_weight": "weight of LPIPS; 0 disables it",
+    },
+    rae.RAESection: {
+        "preset": names(rae.PRESETS),
+        "init": "a `RAE`, folder or Hub name to start from",
         "perceptual_weight": "weight of LPIPS; 0 disables it",
     },
     maetok_targets.Masking: {"low": "smallest mask ratio", "high": "largest mask ratio"},
@@ -160,6 +165,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "tokenizer, kind: maetok": maetok.MAETokSection,
     "tokenizer.mask (maetok)": maetok_targets.Masking,
     "tokenizer.targets (maetok)": maetok_targets.TargetSection,
+    "tokenizer, kind: rae": rae.RAESection,
     "tokenizer, kind: conv": conv.ConvSection,
     "tokenizer, kind: dcae": dcae.DCAESection,
     "prefixes (dcae, denoiser)": recipe.Prefixes,
