@@ -285,12 +285,12 @@ def inspect(
     from latelier.study.inspect import inspect as inspect_tokenizer
     from latelier.study.inspect import read_experience, read_verdict
 
-    report = inspect_tokenizer(tokenizer, data, size, samples, out, overrides or [])
+    inspect_tokenizer(tokenizer, data, size, samples, out, overrides or [])
     for finding in read_verdict(out):
         console.print(f"{finding.kind}: {finding.sentence}", highlight=False, markup=False, soft_wrap=True)
     if known := read_experience(out):
         console.print(known, highlight=False, markup=False, soft_wrap=True)
-    console.print(f"Report: {report}")
+    console.print(f"Report: {out / 'report.html'}")
 
 
 @app.command(epilog="Example:  latelier compare runs/one runs/two stabilityai/sd-vae-ft-mse --data photos --size 256")
@@ -309,7 +309,8 @@ def compare(
     from latelier.study.compare import divide_words
 
     chosen, changes = divide_words(tokenizers)
-    console.print(f"Comparison: {compare_tokenizers(chosen, data, size, samples, out, changes, name or [])}")
+    compare_tokenizers(chosen, data, size, samples, out, changes, name or [])
+    console.print(f"Comparison: {out / 'comparison.html'}")
 
 
 @app.command(epilog="Example:  latelier study ldmae_tokenizers --variant emoji")

@@ -15,6 +15,7 @@ from latelier.analysis.statistics import draw_channel_maps
 from latelier.conditioning.condition import components
 from latelier.data.loader import ImageDataset
 from latelier.data.sources import open_source
+from latelier.data.tensors import IN_MEMORY
 from latelier.errors import NotMeasurable
 from latelier.evaluation import generation, results
 from latelier.evaluation.conditions import condition_grid, evaluate_conditions
@@ -45,14 +46,16 @@ NEAREST_SEARCHED = 2_000
 RECONSTRUCTIONS_SHOWN = 16
 
 
-def evaluate(recipe: Recipe) -> list[Measurement]:
+def evaluate(recipe: Recipe, codec: Codec | None = None, held_out: ImageDataset | None = None) -> list[Measurement]:
     """Measure a trained run; numbers and receipts go to metrics.json, images and plots to report.html.
+
+    Its tokenizer and held-out images may be given; otherwise they are those of the recipe.
 
     All processes take part in what is measured of many images; the numbers are those of one process, which alone
     returns them.
     """
     check_features(recipe.evaluate)
-    codec, held_out = open_codec(recipe).to(best_device()), open_images(recipe, "val")
+    codec, held_out = codec or open_codec(recipe).to(best_device()), held_out or open_images(recipe, "val")
     trained = (recipe.folder / "pipeline" / "model_index.json").is_file()  # a denoiser, too
     pipeline = open_run(recipe.folder)[0] if trained else None
     about = describe_images(recipe, held_out, "val")
@@ -169,6 +172,8 @@ def two_sides(
 
 def same_images(recipe: Recipe, held_out: ImageDataset) -> bool:
     """Whether the held-out images are the training images, which they are where `val_source` says so."""
+    if recipe.data.source == IN_MEMORY:
+        return True
     if recipe.data.val_source is None:
         return False
     return open_source(recipe.data.model_copy(update={"length": None})).fingerprint == held_out.source.fingerprint

@@ -90,7 +90,11 @@ def tokenizer_info(tokenizer: nn.Module) -> TokenizerInfo:
     if hasattr(type(tokenizer), "info"):
         return tokenizer.info  # type: ignore[return-value]
     if "patch_size" not in config or "latent_channels" not in config:
-        why = f"{known.REFUSED[name]}; name another" if name in known.REFUSED else "it has no property `info`"
+        why = (
+            f"{known.REFUSED[name]}; name another"
+            if name in known.REFUSED
+            else "it has no property `info`, see TokenizerInfo"
+        )
         raise LatelierError(f"{name} is no image tokenizer that can be opened: {why}.")
     return known.PLAIN.info(config)
 

@@ -27,7 +27,7 @@ from latelier.sections import open_model
 from latelier.tokenizers import TokenizerInfo, model_class, tokenizer_info
 from latelier.tokenizers.diffusers_classes import CLASSES, PLAIN, DiffusersClass
 from latelier.tokenizers.posterior import Posterior
-from latelier.tokenizers.statistics import fit_statistic, load_statistics, read_statistics, save_statistics
+from latelier.tokenizers.statistics import Statistics, fit_statistic, load_statistics, read_statistics, save_statistics
 from latelier.tokenizers.wrapped import Method, Wrapped
 
 
@@ -60,26 +60,29 @@ class Codec:
     @classmethod
     def wrap(
         cls, module: torch.nn.Module, encode: Method = "encode", decode: Method = "decode", *, factor: int,
-        channels: int, mean: Tensor | None = None, std: Tensor | None = None, precision: str = "fp32", **sizes: Any,
+        channels: int, value_range: tuple[float, float] = (-1.0, 1.0), mean: Tensor | None = None,
+        std: Tensor | None = None, precision: str = "fp32", **sizes: Any,
     ) -> Codec:  # fmt: skip
         """A codec of any module.
 
         Args:
             module: what has the weights.
-            encode: a function, or the name of a method, of images `(b, c, h, w)` in `value_range` to latents
-                `(b, channels, *grid)`, or to what diffusers' encoders return.
+            encode: a function, or the name of a method, of images `(b, c, h, w)` to latents `(b, channels, *grid)`, or
+                to what diffusers' encoders return.
             decode: of latents to images.
             factor: pixels along one side of a latent position.
             channels: of the latents.
+            value_range: what `encode` and `decode` call black and white; the codec's images are in [-1, 1].
             mean, std, precision: see the class.
-            sizes: other fields of `TokenizerInfo`: `value_range`, by default (-1, 1), `image_channels`,
-                `latent_tokens` and `decoder_size` of 1-D latents, `decoder_modules`, `statistics`, ...
+            sizes: other fields of `TokenizerInfo`: `image_channels`, `latent_tokens` and `decoder_size` of 1-D latents,
+                `decoder_modules`, `statistics`, ...
 
         Raises:
             LatelierError: for a method that the module lacks, and once latents have another shape than was said.
         """
         functions = callable(encode) or callable(decode)
-        info = TokenizerInfo(factor, channels, **{"needs_numbers": functions, **sizes})
+        low, high = map(float, value_range)
+        info = TokenizerInfo(factor, channels, value_range=(low, high), **{"needs_numbers": functions, **sizes})
         return cls(Wrapped(module, encode, decode, info), mean, std, None, precision)
 
     def posterior(self, images: Float[Tensor, "b c h w"]) -> Posterior:
@@ -143,6 +146,11 @@ class Codec:
     def info(self) -> TokenizerInfo:
         """Factor, channels and layers of the tokenizer."""
         return tokenizer_info(self.tokenizer)
+
+    @property
+    def name(self) -> str:
+        """Of the tokenizer's class."""
+        return str(self.tokenizer.config.get("_class_name") or type(self.tokenizer).__name__)
 
     @property
     def factor(self) -> int:
@@ -234,10 +242,10 @@ class Codec:
             tokenizer = open_model(model_class(AutoencoderKL.load_config(str(path), **kwargs)), path, **kwargs)
             info = tokenizer_info(tokenizer)
             shape = info.latent_shape(info.factor, info.factor)
-            own = CLASSES.get(type(tokenizer).__name__, PLAIN).statistics(tokenizer)
-            if own is not None:
-                own = (*read_statistics({"mean": own[0], "std": own[1]}, shape), {"origin": "the model's own"})
-        mean, std, about = load_statistics(folder, shape) or own or (None, None, None)
+            carried: Statistics | None = None
+            if (own := CLASSES.get(type(tokenizer).__name__, PLAIN).statistics(tokenizer)) is not None:
+                carried = (*read_statistics(dict(zip(("mean", "std"), own)), shape), {"origin": "the model's own"})
+        mean, std, about = load_statistics(folder, shape) or carried or (None, None, None)
         return cls(tokenizer, mean, std, about, precision)
 
     @property

@@ -110,7 +110,7 @@ def _decode_ltx(model: Any, z: Tensor) -> Tensor:
 def configured_statistics(model: Any) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]] | None:
     """`latents_mean` and `latents_std` of a config, or of buffers, as diffusers' pipelines use them.
 
-    None where there are none, or they are 0 and 1. A `scaling_factor` alone is not taken for statistics: often it is the
+    None where there are none, or they are 0 and 1. A `scaling_factor` alone is no statistics: it often is the
     class's default, which nobody measured, and it is one number for all channels.
     """
     config, buffers = model.config, dict(model.named_buffers())

@@ -249,17 +249,23 @@ def import_tokenizer(recipe: Recipe, dataset: ImageDataset, folder: Path) -> Pat
 def save_codec(
     codec: Codec, dataset: ImageDataset, recipe: Recipe, folder: Path, accelerator: Accelerator | None, images: int = 0
 ) -> None:
-    """Measure the latent statistics over the training set, and publish the tokenizer with them."""
-    if codec.mean is None:
-        mean, std = latent_statistics(codec, dataset, STATISTICS_IMAGES, recipe.seed, accelerator)
-        about = {"images": min(STATISTICS_IMAGES, len(dataset)), "data": dataset.fingerprint, "sampled": True}
-        codec = Codec(codec.tokenizer, mean, std, about, codec.precision)
+    """Publish the tokenizer with its latent statistics."""
+    codec = with_statistics(codec, dataset, recipe.seed, accelerator)
     if accelerator is None or accelerator.is_main_process:
         with publish(folder, images=images) as temporary:
             codec.save_pretrained(temporary)
         console.print(f"Tokenizer saved in {folder}.")
     if accelerator is not None:
         accelerator.wait_for_everyone()
+
+
+def with_statistics(codec: Codec, dataset: ImageDataset, seed: int, accelerator: Accelerator | None) -> Codec:
+    """The codec; its latent statistics are measured over the training set if it has none."""
+    if codec.mean is not None:
+        return codec
+    mean, std = latent_statistics(codec, dataset, STATISTICS_IMAGES, seed, accelerator)
+    about = {"images": min(STATISTICS_IMAGES, len(dataset)), "data": dataset.fingerprint, "sampled": True}
+    return Codec(codec.tokenizer, mean, std, about, codec.precision)
 
 
 @torch.no_grad()
