@@ -240,6 +240,13 @@ def test_wrong_input_is_one_sentence(tmp_path, teacher):
         refused(sentence, build, section(encoder), 3, (32, 32))
     refused("takes images of 3 channels, not 1; change data.channels", build, section(teacher), 1, (32, 32))
     refused("layers = 3, but the encoder .* has 2 blocks", build, section(teacher, layers=3), 3, (32, 32))
+    rigid = build(section(teacher), 3, (32, 32))
+    rigid.encoder._options = {}  # of one size, as the library's models without interpolation
+    refused(
+        r"takes no images of 36 x 36 pixels \(ValueError: .*; change data.image_size", rigid.encode, images(size=48)
+    )
+    refused("Unknown key 'tokenizer.model.layers'; known: patch_size", rae_recipe, tmp_path, teacher,
+            model={"layers": 2})  # fmt: skip
     refused("decoder_dim = 18 makes no table", build, section(teacher, model={"decoder_dim": 18}), 3, (32, 32))
     refused("Image size 32 x 32 is not divisible by the tokenizer's factor 24", train_tokenizer,
             rae_recipe(tmp_path, teacher, model={**RAE_MODEL, "patch_size": 24}))  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from diffusers import AutoencoderRAE
 from torch import Tensor
 
-from latelier.convert import Converted, count_blocks, load_exactly, need, read_checkpoint, rename
+from latelier.convert import Converted, count_blocks, load_exactly, need, read_checkpoint
 from latelier.errors import LatelierError, reading
 from latelier.terminal import console
 from latelier.tokenizers.codec import Codec
@@ -21,19 +20,6 @@ from latelier.tokenizers.rae import RAE
 from latelier.tokenizers.rae_encoder import open_encoder
 from latelier.tokenizers.statistics import read_statistics
 
-RENAMED = {
-    "decoder_embed.": "embed.",
-    "trainable_cls_token": "cls_token",
-    "decoder_norm.": "norm.",
-    "decoder_pred.": "head.",
-}
-IN_BLOCKS = {
-    "attention.output.dense.": "attn.proj.",
-    "intermediate.dense.": "mlp.fc1.",
-    "output.dense.": "mlp.fc2.",
-    "layernorm_before.": "norm1.",
-    "layernorm_after.": "norm2.",
-}
 HEADS = {768: 12, 1024: 16, 1152: 16}  # of the released sizes, by width
 TYPES = {"dinov2_with_registers": "dinov2", "vit_mae": "mae", "siglip_vision_model": "siglip2"}  # diffusers' names
 ASIDE = ("layernorm.", "post_layernorm.", "vision_model.post_layernorm.", "pooler.", "head.")  # they drop, or never use
@@ -80,21 +66,29 @@ def convert(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
     return Converted(model, codec=Codec(model, mean, std, {"source": path.name}))
 
 
+def decoder_names(depth: int, diffusers: bool = False) -> dict[str, list[str]]:
+    """`RAEDecoder`'s names to the original's, or diffusers'; ours has queries, keys and values in one tensor."""
+    attention = "attention" if diffusers else "attention.attention"
+    qkv = ("to_q", "to_k", "to_v") if diffusers else ("query", "key", "value")
+    blocks = {
+        "attn.qkv": [f"{attention}.{part}" for part in qkv],
+        "attn.proj": ["attention.to_out.0" if diffusers else "attention.output.dense"],
+        "mlp.fc1": ["intermediate.dense"], "mlp.fc2": ["output.dense"],
+        "norm1": ["layernorm_before"], "norm2": ["layernorm_after"],
+    }  # fmt: skip
+    layers = {"embed": ["decoder_embed"], "norm": ["decoder_norm"], "head": ["decoder_pred"]}
+    for i in range(depth):
+        layers |= {f"blocks.{i}.{k}": [f"decoder_layers.{i}.{name}" for name in v] for k, v in blocks.items()}
+    names = {f"{k}.{part}": [f"{name}.{part}" for name in v] for k, v in layers.items() for part in ("weight", "bias")}
+    return {"cls_token": ["trainable_cls_token"], **names}
+
+
 def decoder_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The original's tensors by the names of `RAEDecoder`; queries, keys and values are packed."""
-    ours: dict[str, Tensor] = {}
-    for name, tensor in weights.items():
-        found = re.fullmatch(r"decoder_layers\.(\d+)\.(.*)", name)
-        if not found:
-            ours[rename(name, RENAMED)] = tensor
-        elif query := re.fullmatch(r"attention\.attention\.query\.(weight|bias)", found[2]):
-            parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
-            packed = torch.cat([need(weights, part, "RAE") for part in parts])  # (3 d, d) or (3 d,)
-            ours[f"blocks.{found[1]}.attn.qkv.{query[1]}"] = packed
-        elif not re.match(r"attention\.attention\.(key|value)\.", found[2]):
-            ours[f"blocks.{found[1]}.{rename(found[2], IN_BLOCKS)}"] = tensor
-    ours.pop("decoder_pos_embed", None)  # fixed
-    return ours
+    """The original's tensors by the names of `RAEDecoder`; unknown ones keep theirs, fixed positions are dropped."""
+    names = decoder_names(count_blocks(weights, "decoder_layers."))
+    known = {"decoder_pos_embed", *(name for parts in names.values() for name in parts)}
+    ours = {new: torch.cat([need(weights, name, "RAE") for name in parts]) for new, parts in names.items()}
+    return ours | {name: tensor for name, tensor in weights.items() if name not in known}
 
 
 def to_diffusers(codec: Codec) -> AutoencoderRAE:
@@ -107,9 +101,9 @@ def to_diffusers(codec: Codec) -> AutoencoderRAE:
     if not isinstance(model, RAE):
         raise LatelierError(f"{type(model).__name__} is no RAE, so it is no AutoencoderRAE; {advice}.")
     config, encoder = model.config, model.config["encoder_config"]
-    theirs = TYPES.get(encoder["config"].get("model_type", ""))
-    depth = model.encoder.depth if theirs else 0
-    if theirs is None or config["affine"] or config["layers"] not in (1, [depth]) or len(set(model.grid)) > 1:
+    kind = TYPES.get(encoder["config"].get("model_type", ""))
+    depth = model.encoder.depth if kind else 0
+    if kind is None or config["affine"] or config["layers"] not in (1, [depth]) or len(set(model.grid)) > 1:
         raise LatelierError(
             f"AutoencoderRAE has DINOv2 with registers, MAE and SigLIP2, their last layer, without gains, on square "
             f"images; {encoder['name']} with layers = {config['layers']} is another, so {advice}."
@@ -123,7 +117,7 @@ def to_diffusers(codec: Codec) -> AutoencoderRAE:
         statistics = {"latents_mean": mean.cpu(), "latents_std": std.cpu() - EPSILON}
     with reading(f"{encoder['name']} cannot be saved as AutoencoderRAE", advice):
         other = AutoencoderRAE(
-            encoder_type=theirs, encoder_hidden_size=encoder["dim"], encoder_patch_size=encoder["patch"],
+            encoder_type=kind, encoder_hidden_size=encoder["dim"], encoder_patch_size=encoder["patch"],
             encoder_num_hidden_layers=depth, **{f"decoder_{key}": value for key, value in sizes.items()},
             patch_size=config["patch_size"], encoder_input_size=grid * encoder["patch"],
             encoder_norm_mean=encoder["mean"], encoder_norm_std=encoder["std"], **statistics,
@@ -131,7 +125,9 @@ def to_diffusers(codec: Codec) -> AutoencoderRAE:
         _check_same(model.encoder.model.config, other.encoder.config)
         kept = {k: v for k, v in model.encoder.model.state_dict().items() if not k.startswith(ASIDE)}
         load_exactly(other.encoder, kept, tuple(k for k in other.encoder.state_dict() if k.startswith(ASIDE)))
-        load_exactly(other.decoder, _their_names(model.decoder.state_dict()))
+        own, names = model.decoder.state_dict(), decoder_names(config["decoder_depth"], diffusers=True)
+        parts = ((theirs, own[name].chunk(len(theirs))) for name, theirs in names.items())
+        load_exactly(other.decoder, {name: part for theirs, chunks in parts for name, part in zip(theirs, chunks)})
     if grid != BASE:
         console.print(f"diffusers decodes a grid of {grid} x {grid} with wrong positions; only latelier corrects them.")
     return correct_positions(other.eval())
@@ -143,20 +139,3 @@ def _check_same(ours: Any, theirs: Any) -> None:
         have, want = (getattr(config, key, None) for config in (ours, theirs))
         if have != want:
             raise LatelierError(f"its encoder has {key} = {have}, and diffusers' {want}")
-
-
-def _their_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`RAEDecoder`'s tensors by the names of diffusers."""
-    outer = {new: old for old, new in RENAMED.items()}
-    inner = {new: old for old, new in IN_BLOCKS.items()} | {"attn.proj.": "attention.to_out.0."}
-    theirs: dict[str, Tensor] = {}
-    for name, tensor in weights.items():
-        found = re.fullmatch(r"blocks\.(\d+)\.(.*)", name)
-        if not found:
-            theirs[rename(name, outer)] = tensor
-        elif found[2].startswith("attn.qkv."):
-            for part, third in zip("qkv", tensor.chunk(3)):
-                theirs[f"decoder_layers.{found[1]}.attention.to_{part}.{found[2].removeprefix('attn.qkv.')}"] = third
-        else:
-            theirs[f"decoder_layers.{found[1]}.{rename(found[2], inner)}"] = tensor
-    return theirs

@@ -26,7 +26,7 @@ from latelier.keyed_random import KeyedRandom
 from latelier.layers import TransformerBlock, init_linear, resized, run_block, sincos_positions, unpatchify
 from latelier.losses.reconstruction import ReconstructionLoss
 from latelier.losses.terms import LossTerms
-from latelier.sections import TrainedTokenizer, Weight, open_init, preset_arguments
+from latelier.sections import TrainedTokenizer, Weight, hint, open_init, preset_arguments
 from latelier.tokenizers import TokenizerInfo
 from latelier.tokenizers.rae_encoder import VGG16, build_encoder, open_encoder
 
@@ -204,6 +204,9 @@ def build(section: RAESection, channels: int, image_size: Sequence[int]) -> RAE:
     """
     if section.init:
         return open_init(RAE, section.init)
+    for key in section.model:
+        if key not in (known := list(PRESETS["vit-b"])):  # what else the constructor takes are keys of the section
+            raise LatelierError(f"Unknown key 'tokenizer.model.{key}'; {hint(str(key), known)}")
     arguments = preset_arguments(RAE, PRESETS, section.preset, section.model)
     if (width := arguments["decoder_dim"]) % 4:
         raise LatelierError(f"tokenizer.model.decoder_dim = {width} makes no table of positions; use a multiple of 4.")

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from latelier.errors import LatelierError
+from latelier.errors import LatelierError, first_line
 from latelier.losses.teachers import IMAGENET, Teacher
 from latelier.weights import load_lpips
 
@@ -133,18 +133,9 @@ class ViTEncoder(nn.Module):
         self.numbers, self._blocks, self._norm = chosen, names[id(blocks[0])], names[id(norm)]
         resizes = self._accepts("interpolate_pos_encoding")
         self._options = {"interpolate_pos_encoding": True} if resizes else {}
-        flexible = (hasattr(m, "interpolate_pos_encoding") or "Rope" in type(m).__name__ for m in model.modules())
-        side = None if self.ours or resizes or any(flexible) else config.image_size // about["patch"]
-        self._only = side and (side, side)
 
     def forward(self, pixels: Float[Tensor, "b c i j"], grid: tuple[int, int]) -> Float[Tensor, "b n d"]:
         """Tokens in raster order of normalised images, whose size is that of the grid times the patch."""
-        if self._only not in (None, tuple(grid)):
-            wanted = " x ".join(map(str, self._only or ()))
-            raise LatelierError(
-                f"tokenizer.encoder = {self.name} sees {wanted} patches only, and the image has {grid[0]} x {grid[1]}; "
-                "change data.image_size or tokenizer.model.patch_size."
-            )
         norm: Any = self.model.get_submodule(self._norm)
         tokens = []
         for states in self._states(pixels, grid[0] * grid[1]):  # each (b, m, d)
@@ -173,6 +164,11 @@ class ViTEncoder(nn.Module):
                 self.model(pixel_values=pixels, noise=noise, **self._options)
             else:
                 self.model(pixel_values=pixels, **self._options)
+        except ValueError as error:
+            raise LatelierError(
+                f"tokenizer.encoder = {self.name} takes no images of {pixels.shape[2]} x {pixels.shape[3]} pixels "
+                f"({first_line(error)}); change data.image_size or tokenizer.model.patch_size."
+            ) from None
         finally:
             for hook in hooks:
                 hook.remove()
