@@ -1,4 +1,4 @@
-"""mkdocs hook: the tables of recipe keys, made from the pydantic models."""
+"""mkdocs hook: tables of recipe keys, made from the pydantic models, and of the autoencoders that open."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pydantic_core import PydanticUndefined
 from latelier import recipe
 from latelier.conditioning import condition, layout, spatial, text
 from latelier.denoisers import dit, objective, unet, uvit
-from latelier.tokenizers import conv, dcae, maetok, maetok_targets, pretrained, rae, vmae
+from latelier.tokenizers import conv, dcae, diffusers_classes, maetok, maetok_targets, pretrained, rae, vmae
 
-MARK = "<!-- recipe tables -->"
+MARK, AUTOENCODERS = "<!-- recipe tables -->", "<!-- autoencoders -->"
 
 
 def names(presets: dict[str, dict]) -> str:
@@ -88,8 +88,8 @@ MEANINGS: dict[type[BaseModel], dict[str, str]] = {
         "kl": "to N(0, 1), or with a free mean",
     },
     pretrained.PretrainedSection: {
-        "path": "a folder or Hub name",
-        "subfolder": "subfolder, such as `vae`",
+        "path": "a run folder, a tokenizer folder or a Hub name; see [autoencoders](autoencoders.md)",
+        "subfolder": "where the tokenizer is inside `path`: `vae` in most diffusers pipelines",
     },
     recipe.Training: {
         "images": "training length in images seen",
@@ -188,7 +188,17 @@ SECTIONS: dict[str, type[BaseModel]] = {
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Put the tables where the page asks for them."""
+    markdown = markdown.replace(AUTOENCODERS, autoencoders()) if AUTOENCODERS in markdown else markdown
     return markdown.replace(MARK, tables()) if MARK in markdown else markdown
+
+
+def autoencoders() -> str:
+    """Classes of diffusers that a codec opens, and those that are refused, with the reason."""
+    opened, refused = diffusers_classes.CLASSES, diffusers_classes.REFUSED
+    rows = ["| class | of, and how it is used |", "|---|---|"]
+    rows += [f"| `{name}` | {one.about} |" for name, one in opened.items()]
+    rows += ["", "| refused | because |", "|---|---|", *(f"| `{name}` | {why} |" for name, why in refused.items())]
+    return "\n".join(rows)
 
 
 def tables() -> str:

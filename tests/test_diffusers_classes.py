@@ -1,7 +1,9 @@
 """Every autoencoder of the installed diffusers through the codec: as diffusers gives it, or refused in a sentence."""
 
+import importlib.util
 import inspect as python
 import re
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -15,7 +17,7 @@ from latelier.tokenizers import tokenizer_info
 from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.diffusers_classes import CLASSES, REFUSED
 
-ELSEWHERE = {"AutoencoderRAE"}  # classes that have a tokenizer kind of their own
+ELSEWHERE = {"AutoencoderRAE"}  # has images in [0, 1] and one size: tests/test_rae_checkpoint.py
 DOWN, UP = "DownEncoderBlock2D", "UpDecoderBlock2D"
 KL = {
     "block_out_channels": [4, 8], "down_block_types": [DOWN] * 2, "up_block_types": [UP] * 2, "norm_num_groups": 2,
@@ -114,10 +116,21 @@ def found_classes():
 
 
 def test_all_autoencoders_are_known():
-    missing = found_classes() - {*CLASSES, *REFUSED, *ELSEWHERE}
+    missing = found_classes() - {*CLASSES, *REFUSED}
     assert not missing, f"no entry in diffusers_classes.py: {', '.join(sorted(missing))}"
-    assert set(TINY) == set(CLASSES)
+    assert {*TINY, *ELSEWHERE} == set(CLASSES)
     assert {*CLASSES, *REFUSED} <= found_classes()
+
+
+def test_the_documentation_lists_them():
+    root = Path(__file__).parents[1]
+    spec = importlib.util.spec_from_file_location("recipe_table", root / "docs" / "recipe_table.py")
+    hook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hook)
+    page = hook.on_page_markdown((root / "docs" / "autoencoders.md").read_text())
+    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == [*CLASSES, *REFUSED]
+    assert (root / "README.md").read_text().count(f"{len(CLASSES)} autoencoder") == 2
+    assert f"{len(CLASSES)} autoencoder classes of diffusers" in (root / "CHANGELOG.md").read_text()
 
 
 def build(name):

@@ -60,7 +60,7 @@ class Codec:
     @classmethod
     def wrap(
         cls, module: torch.nn.Module, encode: Method = "encode", decode: Method = "decode", *, factor: int,
-        channels: int, value_range: tuple[float, float] = (-1.0, 1.0), mean: Tensor | None = None,
+        channels: int, value_range: tuple[float | int, float | int] = (-1.0, 1.0), mean: Tensor | None = None,
         std: Tensor | None = None, precision: str = "fp32", **sizes: Any,
     ) -> Codec:  # fmt: skip
         """A codec of any module.
@@ -80,9 +80,8 @@ class Codec:
         Raises:
             LatelierError: for a method that the module lacks, and once latents have another shape than was said.
         """
-        functions = callable(encode) or callable(decode)
         low, high = map(float, value_range)
-        info = TokenizerInfo(factor, channels, value_range=(low, high), **{"needs_numbers": functions, **sizes})
+        info = TokenizerInfo(factor, channels, value_range=(low, high), **{"needs_numbers": True, **sizes})
         return cls(Wrapped(module, encode, decode, info), mean, std, None, precision)
 
     def posterior(self, images: Float[Tensor, "b c h w"]) -> Posterior:
