@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 TOKENIZERS = {
     "vmae": "latelier.tokenizers.vmae",
     "maetok": "latelier.tokenizers.maetok",
-    "rae": "latelier.tokenizers.rae",
     "dcae": "latelier.tokenizers.dcae",
     "conv": "latelier.tokenizers.conv",
+    "rae": "latelier.tokenizers.rae",
     "identity": "latelier.tokenizers.conv",
     "pretrained": "latelier.tokenizers.pretrained",
 }
