@@ -13,7 +13,7 @@ from latelier import recipe
 from latelier.conditioning import condition, layout, spatial, text
 from latelier.denoisers import dit, objective, unet, uvit
 from latelier.losses import regularise
-from latelier.tokenizers import conv, dcae, diffusers_classes, maetok, maetok_targets, pretrained, vmae
+from latelier.tokenizers import conv, dcae, diffusers_classes, maetok, maetok_targets, pretrained, rae, vmae
 
 MARK, AUTOENCODERS = "<!-- recipe tables -->", "<!-- autoencoders -->"
 
@@ -65,6 +65,11 @@ MEANINGS: dict[type[BaseModel], dict[str, str]] = {
         "method": "`structured`: any prefix of the channels decodes (DC-AE 1.5); `plain`: it does not",
         "init": "an `AutoencoderDC`, folder or Hub name to start from",
         "reconstruction": "absolute or squared pixel error",
+        "perceptual_weight": "weight of LPIPS; 0 disables it",
+    },
+    rae.RAESection: {
+        "preset": names(rae.PRESETS),
+        "init": "a `RAE`, folder or Hub name to start from",
         "perceptual_weight": "weight of LPIPS; 0 disables it",
     },
     maetok_targets.Masking: {"low": "smallest mask ratio", "high": "largest mask ratio"},
@@ -170,6 +175,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "tokenizer, kind: maetok": maetok.MAETokSection,
     "tokenizer.mask (maetok)": maetok_targets.Masking,
     "tokenizer.targets (maetok)": maetok_targets.TargetSection,
+    "tokenizer, kind: rae": rae.RAESection,
     "tokenizer, kind: conv": conv.ConvSection,
     "tokenizer, kind: dcae": dcae.DCAESection,
     "prefixes (dcae, denoiser)": recipe.Prefixes,

@@ -5,7 +5,7 @@ import pytest
 from latelier.recipe import TrainedTokenizer, build_recipe, load_recipe, recipe_files
 from latelier.run import run
 from latelier.tokenizers.conv import PRESETS
-from tiny import DCAE, MAETOK, VMAE
+from tiny import DCAE, MAETOK, RAE, VMAE
 
 SMALL_TRAINING = {"images": 16, "batch": 8, "micro_batch": None, "log_every": 8, "compile": False, "warmup": 0}
 ELSEWHERE = ("cost", "smoothness", "compression", "difficulty", "probe", "gmm")  # slow, and tested by themselves
@@ -39,6 +39,8 @@ def shrink(recipe, folder, teacher="none"):
         tree["data"] |= {"image_size": 64}
         tree["tokenizer"] |= {**SMALL_TRAINING, "model": MAETOK["model"]}
         tree["tokenizer"]["targets"] = [small_target(target, teacher) for target in tree["tokenizer"]["targets"]]
+    elif recipe.tokenizer.kind == "rae":
+        tree["tokenizer"] |= {**SMALL_TRAINING, "model": RAE, "encoder": teacher}
     elif recipe.tokenizer.kind == "dcae":
         tree["tokenizer"] |= {**SMALL_TRAINING, "model": DCAE}
         tree["tokenizer"]["prefixes"] = tree["tokenizer"]["prefixes"] and {"first": 2, "step": 2}

@@ -166,11 +166,13 @@ class TransformerBlock(nn.Module):
     Both branches have learned gains that begin at `layer_scale` (LayerScale, Touvron et al. 2021); None: no gains.
     """
 
-    def __init__(self, dim: int, heads: int, mlp_ratio: float = 4.0, layer_scale: float | None = None):
+    def __init__(
+        self, dim: int, heads: int, mlp_ratio: float = 4.0, layer_scale: float | None = None, eps: float = 1e-6
+    ):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = Attention(dim, heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
         self.scale1, self.scale2 = (
             None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale)) for _ in range(2)

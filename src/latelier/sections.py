@@ -244,10 +244,14 @@ class Adversarial(Section):
     augment_share: Unit = Field(1.0, description="probability of each change, drawn for each image")
     consistency: Weight = Field(0.0, description="of the squared change of the logits when images are augmented")
     teacher: str = Field("facebook/dino-vits16", description="dino: Hub name or folder of a ViT of `transformers`")
+    taps: Literal["first", "last"] = Field("first", description="dino: the fifth tap; first is MAETok's, last RAE's")
+    class_token: bool = Field(True, description="dino: add the CLS token to each patch (MAETok); RAE does not")
+    crops: bool = Field(True, description="dino: crop half of the larger images (MAETok); RAE resizes all of them")
+    round_fakes: bool = Field(False, description="it learns from reconstructions rounded to 8 bit (RAE)")
 
     @model_validator(mode="after")
     def _check(self) -> Adversarial:
-        for key in {"patch": ("teacher",), "dino": ("layers", "channels")}[self.kind]:
+        for key in {"patch": ("teacher", "taps", "class_token", "crops"), "dino": ("layers", "channels")}[self.kind]:
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise LatelierError(f"tokenizer.adversarial.{key} means nothing to kind {self.kind!r}; leave it out.")
         return self

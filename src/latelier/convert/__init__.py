@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 KINDS = {
     "vmae": "latelier.convert.vmae:convert",
     "maetok": "latelier.convert.maetok:convert",
+    "rae": "latelier.convert.rae:convert",
     "sit": "latelier.convert.dit:convert_sit",
     "lightning-dit": "latelier.convert.dit:convert_lightning_dit",
     "maetok-sit": "latelier.convert.dit:convert_maetok_sit",

@@ -34,6 +34,7 @@ TOKENIZERS = {
     "maetok": "latelier.tokenizers.maetok",
     "dcae": "latelier.tokenizers.dcae",
     "conv": "latelier.tokenizers.conv",
+    "rae": "latelier.tokenizers.rae",
     "identity": "latelier.tokenizers.conv",
     "pretrained": "latelier.tokenizers.pretrained",
 }

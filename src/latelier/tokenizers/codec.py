@@ -188,9 +188,10 @@ class Codec:
         info = self.info
         check_size((height, width), info.factor)
         if info.decoder_size not in (None, (height, width)):
+            also = f", or use tokenizer.resized({(height, width)})" if hasattr(self.tokenizer, "resized") else ""
             raise LatelierError(
                 f"This tokenizer decodes to {' x '.join(map(str, info.decoder_size or ()))} pixels, whatever the size "
-                f"of the image, here {height} x {width}; resize it, or use tokenizer.resized({(height, width)})."
+                f"of the image, here {height} x {width}; resize it{also}."
             )
         return info.latent_shape(height, width)
 

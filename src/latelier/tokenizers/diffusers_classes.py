@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from latelier.errors import LatelierError
+from latelier.layers import sincos_positions
 from latelier.tokenizers import TokenizerInfo
 from latelier.tokenizers.posterior import Point, Posterior, read_posterior
 
@@ -250,6 +251,36 @@ def _ltx(config: Config) -> TokenizerInfo:
     return TokenizerInfo(factor, config["latent_channels"], config["in_channels"])
 
 
+def _rae(config: Config) -> TokenizerInfo:
+    """One size of images, in [0, 1]; the statistics are applied inside."""
+    side = config["patch_size"] * (config["encoder_input_size"] // config["encoder_patch_size"])
+    return TokenizerInfo(
+        factor=config["patch_size"],
+        latent_channels=config["encoder_hidden_size"],
+        image_channels=config["num_channels"],
+        decoder_size=(side, side),
+        value_range=(0.0, 1.0),
+        last_layer="decoder.decoder_pred.weight",
+        statistics="element",
+    )
+
+
+def correct_positions(model: Any) -> Any:
+    """Put right AutoencoderRAE's table of positions, which is wrong on every grid but 16 x 16.
+
+    diffusers 0.42 scales the grid to 16 x 16; the decoders were trained with whole numbers. The table is fixed and not
+    saved, so this cannot be done once and for all.
+    """
+    table = model.decoder.decoder_pos_embed  # (1, 1 + n, d), the first row for CLS
+    side = math.isqrt(table.shape[1] - 1)
+    table[:, 1:] = sincos_positions(table.shape[2], (side, side)).to(table)
+    return model
+
+
+def _decode_rae(model: Any, z: Tensor) -> Tensor:
+    return decode_image(correct_positions(model), z)
+
+
 @dataclass(frozen=True)
 class DiffusersClass:
     """How a class is used: one of diffusers, or `PLAIN`, every other.
@@ -288,6 +319,8 @@ CLASSES: dict[str, DiffusersClass] = {
     "AsymmetricAutoencoderKL": DiffusersClass("inpainting with a larger decoder; decodes without a mask", _asymmetric),
     "ConsistencyDecoderVAE": DiffusersClass("DALL-E 3's decoder; the same noise for every image", _consistency,
                                             decode=_decode_noise),
+    "AutoencoderRAE": DiffusersClass("representation autoencoders of one image size", _rae, decode=_decode_rae,
+                                     statistics=lambda model: None),
     "AutoencoderKLFlux2": DiffusersClass("FLUX.2; latents in 2 x 2 patches", _flux2, _encode_patches, _decode_patches,
                                          _batch_norm),
     "AutoencoderKLTemporalDecoder": DiffusersClass("Stable Video Diffusion; one frame", _temporal_decoder,

@@ -155,8 +155,9 @@ def prepare_discriminator(training: TrainedTokenizer, recipe: Recipe, accelerato
         return None
     discriminator = build_discriminator(
         recipe.data.channels, recipe.seed, game.kind, game.layers, game.channels, game.norm, game.teacher,
-        loss=game.loss, lecam=game.lecam, lecam_decay=game.lecam_decay, consistency=game.consistency,
-        augment=game.augment, augment_share=game.augment_share,
+        game.taps, game.class_token, loss=game.loss, lecam=game.lecam, lecam_decay=game.lecam_decay,
+        consistency=game.consistency, augment=game.augment, augment_share=game.augment_share, crops=game.crops,
+        round_fakes=game.round_fakes,
     )  # fmt: skip
     if game.norm == "batch" and accelerator.num_processes > 1 and accelerator.device.type != "cpu":  # has none
         discriminator = torch.nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
