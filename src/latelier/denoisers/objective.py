@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -82,7 +83,7 @@ def build_transformer(
         return open_init(cls, section.init, wanted)
     arguments: dict[str, Any] = {"patch_size": section.patch}
     arguments |= preset_arguments(cls, sizes, section.size, section.model, "denoiser")
-    if section.process.kind == "ddpm":
+    if section.process.kind == "ddpm" and "time_scale" in inspect.signature(cls).parameters:
         arguments.setdefault("time_scale", 1000.0)
     return cls(**{**arguments, **wanted, "grid": tuple(grid)})
 
