@@ -1,6 +1,7 @@
 """DDT, the transformer with a wide head: parity with RAE's DiT-DH, grids, conditions, prefixes, sizes."""
 
 import json
+from functools import partial
 
 import pytest
 import synth
@@ -32,6 +33,8 @@ def test_golden_of_dit_dh():
     kept = [(name, shape) for name, shape in keys if name != "pos_embed" and "_rope." not in name]
     weak = from_official("dit-dh", synth.synthetic_state_dict(kept, golden.meta["weight_seed"] + 100), **config)
     golden.check("weak", weak.model(x, t, weak.conditioner(label)))
+    guide = partial(weak.model, condition=weak.conditioner(label))
+    golden.check("autoguided", guided(model, conditioner(label), None, 1.42, weak=guide)(x, t))
 
     one = conditioner({"label": torch.tensor([3])})
     for time in (0.9, 0.3):  # classifier-free guidance at 1.5 on [0.5, 1]

@@ -186,7 +186,11 @@ class Process(Section):
 
     kind: Literal["flow", "ddpm"] = "flow"
     t_distribution: Literal["uniform", "logit-normal"] = Field("logit-normal", description="flow: density of t")
-    shift: float = Field(1.0, gt=0, description="flow: t' = shift t / (1 + (shift - 1) t) in training")
+    shift: Annotated[float, Field(gt=0)] | Literal["dimension"] = Field(
+        1.0,
+        description="flow: t' = shift t / (1 + (shift - 1) t) in training; `dimension`: sqrt(m / 4096) for latents of "
+        "m numbers, at least 1, in training and sampling",
+    )
     prediction: Literal["velocity", "epsilon", "v", "sample"] | None = Field(None, description="ddpm: what is learned")
     beta_schedule: Literal["linear", "scaled_linear", "cosine"] = "scaled_linear"
     beta_start: float = Field(0.0015, gt=0, lt=1)

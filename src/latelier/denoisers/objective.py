@@ -56,7 +56,7 @@ class DenoiserSection(Training):
 
     @model_validator(mode="after")
     def _check(self) -> DenoiserSection:
-        build_process(**self.process.model_dump())
+        build_process(**self.process.model_dump(), latent_shape=(1,))
         kinds = [condition.kind for condition in self.condition]
         if len(set(kinds)) < len(kinds):
             raise LatelierError(f"denoiser.condition names a kind twice: {', '.join(kinds)}.")

@@ -20,7 +20,8 @@ from latelier.data.latents import LatentCache, encode_batches
 from latelier.data.loader import ImageDataset
 from latelier.denoisers import build_denoiser, vector_width
 from latelier.denoisers.objective import DenoiserSection, DenoisingObjective
-from latelier.diffusion.process import build_process
+from latelier.diffusion.autoguidance import SNAPSHOTS, open_guide
+from latelier.diffusion.process import Flow, build_process
 from latelier.errors import LatelierError
 from latelier.images import make_grid, save_png
 from latelier.opening import held_out_records, open_codec, open_images, snapshot_folder
@@ -135,7 +136,11 @@ def build_objective(recipe: Recipe, codec: Codec, dataset: ImageDataset) -> Deno
         latent_shape=shape, factor=codec.factor, image_channels=codec.image_channels,
         vector_width=vector_width(section), prefers_tokens=section.kind == "unet", seed=recipe.seed,
     )  # fmt: skip
-    if recipe.sample.guidance != 1 and not any(condition.dropout for condition in section.condition):
+    if (
+        recipe.sample.guidance != 1
+        and not recipe.sample.guide
+        and not any(condition.dropout for condition in section.condition)
+    ):
         raise LatelierError(
             f"sample.guidance = {recipe.sample.guidance}, but this denoiser is trained without dropping its "
             "conditions, so it cannot be guided; set sample.guidance to 1, or the `dropout` of a condition above 0."
@@ -148,12 +153,28 @@ def build_objective(recipe: Recipe, codec: Codec, dataset: ImageDataset) -> Deno
         vector=any(not part.token_width and not part.spatial_channels for part in conditioners),
     )  # fmt: skip
     _check_channels(recipe, shape[0], denoiser.config.get("prefix_channels", False))
-    return DenoisingObjective(
-        denoiser, conditioner, build_process(**section.process.model_dump()), seed=recipe.seed + 1,
+    objective = DenoisingObjective(
+        denoiser, conditioner, build_process(**section.process.model_dump(), latent_shape=shape), seed=recipe.seed + 1,
         dropout=[condition.dropout for condition in section.condition], loss=section.loss,
         cosine_weight=section.cosine_weight, sample_posterior=section.sample_posterior,
         prefixes=random_prefixes(section.prefixes, shape[0]),
     )  # fmt: skip
+    _check_guide(recipe, codec, objective)
+    return objective
+
+
+def _check_guide(recipe: Recipe, codec: Codec, objective: DenoisingObjective) -> None:
+    """Refuse a guide that cannot guide this denoiser, before it is trained; a tokenizer may not be trained yet."""
+    guide, section = recipe.sample.guide, denoiser_section(recipe)
+    if guide is None:
+        return
+    if not guide.startswith(f"{SNAPSHOTS}/"):
+        open_guide(guide, make_pipeline(recipe, codec, objective), check_latents=codec.mean is not None)
+    elif guide.removeprefix(f"{SNAPSHOTS}/") not in (known := list(map(str, section.snapshots_at()))):
+        raise LatelierError(
+            f"sample.guide = {guide}, but denoiser.snapshots = {section.snapshots} keeps weights at "
+            f"{', '.join(known) or 'no number of'} images; choose one of these, or keep more."
+        )
 
 
 def _check_channels(recipe: Recipe, channels: int, allowed: bool) -> None:
@@ -230,9 +251,11 @@ def _prepared(
 def make_pipeline(recipe: Recipe, codec: Codec, objective: DenoisingObjective) -> LatentDiffusionPipeline:
     """Everything that sampling needs, in one object that saves and loads whole."""
     dropped = [name for name, share in zip(components(objective.conditioner), objective.dropout) if share]
+    process, by_dimension = objective.process, denoiser_section(recipe).process.shift == "dimension"
     return LatentDiffusionPipeline.build(
-        codec, objective.denoiser, objective.conditioner, objective.process, recipe.data.image_size, dropped
-    )
+        codec, objective.denoiser, objective.conditioner, process, recipe.data.image_size, dropped,
+        process.shift if by_dimension and isinstance(process, Flow) else 1.0,
+    )  # fmt: skip
 
 
 def save_preview(
@@ -241,12 +264,14 @@ def save_preview(
     """Samples of the averaged weights on noise that stays the same through training.
 
     A denoiser that is trained on prefixes of the channels shows a row of images for each of `shown_lengths`, drawn
-    with that number of channels from the same noise, the fewest on top.
+    with that number of channels from the same noise, the fewest on top. A weaker model, which may not be there yet,
+    guides no previews.
     """
     prefixes = denoiser_section(recipe).prefixes
     lengths = [recipe.sample.channels] if prefixes is None else shown_lengths(prefixes, codec.channels)
     count = PREVIEW_SAMPLES if prefixes is None else PREVIEW_COLUMNS
-    changes = {"steps": min(PREVIEW_STEPS, recipe.sample.steps), "count": count, "batch": count}
+    changes: dict[str, Any] = {"steps": min(PREVIEW_STEPS, recipe.sample.steps), "count": count, "batch": count}
+    changes |= {"guidance": 1.0} if recipe.sample.guide else {}
     images = []
     with averaged(objective, ema):
         pipeline = make_pipeline(recipe, codec, objective)
