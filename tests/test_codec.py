@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 from diffusers import AutoencoderKL, VQModel
+from safetensors.torch import save_file
 
 from latelier.errors import LatelierError
 from latelier.publish import publish
-from latelier.tokenizers.codec import Codec
+from latelier.tokenizers.codec import Codec, decode_tiled, encode_tiled
 from latelier.tokenizers.conv import PRESETS, ConvSection, IdentityTokenizer, build
 
 
@@ -115,3 +116,53 @@ def test_weights_that_are_not_finite(tokenizers, tmp_path):
     Codec(tokenizers["kl"]).save_pretrained(tmp_path)
     with pytest.raises(LatelierError, match=r"encoder\.conv_in\.bias is not finite"):
         Codec.from_pretrained(tmp_path)
+
+
+@pytest.fixture
+def elements(tokenizers):
+    """A codec with statistics of each element of latents on a 8 x 12 grid, and without any."""
+    plain = Codec(tokenizers["kl"])
+    raw = torch.randn(64, *plain.latent_shape(16, 24)) * torch.rand(4, 8, 12) * 3 + torch.randn(4, 8, 12)
+    return Codec(plain.tokenizer, raw.mean(0), raw.std(0), {"images": 64}), plain, raw
+
+
+def test_statistics_of_elements(elements, tmp_path):
+    codec, plain, raw = elements
+    z = codec.normalise(raw)
+    torch.testing.assert_close(z.mean(0), torch.zeros(4, 8, 12), atol=1e-5, rtol=0)
+    torch.testing.assert_close(z.std(0), torch.ones(4, 8, 12))
+    torch.testing.assert_close(codec.scale(raw), raw / raw.std(0))
+    torch.testing.assert_close(codec.decode(z[:2]), plain.decode(raw[:2]))
+    padded = torch.cat([raw[:2, :1], torch.zeros(2, 3, 8, 12)], 1)
+    torch.testing.assert_close(codec.decode(z[:2, :1], channels=1), plain.decode(padded))
+    torch.testing.assert_close(decode_tiled(codec, z[:1], 8, 4), decode_tiled(plain, raw[:1], 8, 4))
+    images = torch.rand(1, 3, 16, 24) * 2 - 1
+    torch.testing.assert_close(encode_tiled(codec, images, 8, 4), codec.normalise(encode_tiled(plain, images, 8, 4)))
+    with pytest.raises(LatelierError, match=r"each element of a grid of 8 x 12, not 8 x 8; take images"):
+        codec.encode(images[..., :16])
+    Codec(codec.tokenizer, torch.zeros(4), torch.ones(4)).save_pretrained(tmp_path)
+    codec.save_pretrained(tmp_path)  # in place of those of channels
+    again = Codec.from_pretrained(tmp_path)
+    assert torch.equal(torch.stack([again.mean, again.std]), torch.stack([codec.mean, codec.std]))
+    assert again.receipt == {"images": 64}
+    assert again.hash() == codec.hash() != plain.hash()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({"mean": torch.zeros(4, 8, 12), "std": torch.zeros(4, 8, 12)}, "a std is not above 0"),
+        ({"mean": torch.full((4, 8, 12), torch.nan), "std": torch.ones(4, 8, 12)}, "not all finite"),
+        ({"mean": torch.zeros(3, 8, 12), "std": torch.ones(3, 8, 12)}, r"\(3, 8, 12\), not \(4,\)"),
+        ({"mean": torch.zeros(4, 96), "std": torch.ones(4, 96)}, r"\(4, 96\), not \(4,\)"),
+        ({"mean": torch.zeros(4, 8, 12)}, "std"),
+        (b"no tensors", "holds no statistics of these latents"),
+    ],
+)
+def test_damaged_statistics_of_elements(elements, tmp_path, tensors, words):
+    elements[0].save_pretrained(tmp_path)
+    file = tmp_path / "latent_statistics.safetensors"
+    file.write_bytes(tensors) if isinstance(tensors, bytes) else save_file(tensors, file)
+    with pytest.raises(LatelierError, match=words) as error:
+        Codec.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)

@@ -97,6 +97,18 @@ def test_measured_statistics_are_of_sampled_latents():
     assert torch.equal(sample.pixels(slice(0, 12)), images)
 
 
+def test_scales_of_elements_are_those_of_channels_where_channels_are_measured():
+    raw = torch.randn(300, 2, 2, 3) * torch.rand(2, 2, 3) + torch.randn(2, 2, 3)
+    elements, channels = Pixels(), Pixels()
+    by_element = Codec(elements, raw.mean(0), raw.std(0, correction=0))
+    by_channel = Codec(channels, raw.mean((0, 2, 3)), raw.std((0, 2, 3), correction=0))
+    one, other = (collect(codec, [{"image": raw}], 300) for codec in (by_element, by_channel))
+    torch.testing.assert_close(one.z.std(0, correction=0), torch.ones(2, 6))
+    for measure in (spread, channel_statistics):
+        for name, result in measure(one).items():
+            assert result.value == pytest.approx(measure(other)[name].value, rel=1e-4)
+
+
 def test_the_same_noise_at_each_level_and_in_each_batching():
     z = batches(batch=6)[0]["image"]
     clean, *noisy = noisy_latents(z, [0.0, 0.5, 1.0], seed=3, first=0)

@@ -38,7 +38,8 @@ from latelier.recipe import Prefixes, Process, Recipe, Sample, Section, first_pr
 from latelier.sections import Side, check_config, check_weights, open_model
 from latelier.terminal import PATIENCE, Lines, is_screen
 from latelier.tokenizers import TOKENIZERS
-from latelier.tokenizers.codec import Codec, decode_within, read_statistics, refuse_damage
+from latelier.tokenizers.codec import Codec, decode_within, refuse_damage
+from latelier.tokenizers.statistics import read_statistics
 
 # diffusers opens a saved pipeline's components only from modules that are imported already.
 for _module in (*TOKENIZERS.values(), *DENOISERS.values(), *CONDITIONERS.values()):
@@ -55,7 +56,7 @@ class _Settings(Section):
     """What a saved pipeline says beside its components."""
 
     process: Process
-    statistics: dict[str, list[float]]
+    statistics: dict[str, list[Any]]
     height: Side
     width: Side
     dropped: list[str]
@@ -84,7 +85,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
     def __init__(
         self, tokenizer: ModelMixin, denoiser: ModelMixin, conditioner: ModelMixin | None, scheduler: Scheduler,
-        process: dict[str, Any] | None = None, statistics: dict[str, list[float]] | None = None, height: int = 64,
+        process: dict[str, Any] | None = None, statistics: dict[str, list[Any]] | None = None, height: int = 64,
         width: int = 64, dropped: list[str] | None = None, shift: float = 1.0,
     ):  # fmt: skip
         super().__init__()
@@ -143,9 +144,9 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             raise LatelierError(first_problem(error).rstrip(".")) from None
         build_process(**settings.process.model_dump())
         codec = Codec(self.tokenizer)
-        codec.latent_shape(settings.height, settings.width)
+        shape = codec.latent_shape(settings.height, settings.width)
         if settings.statistics:
-            read_statistics(settings.statistics, codec.channels)
+            read_statistics(settings.statistics, shape)
         if self.conditioner is not None:
             check_weights(self.conditioner)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -27,6 +28,7 @@ from latelier.keyed_random import KeyedRandom
 from latelier.publish import sync, write_whole
 from latelier.terminal import images_bar
 from latelier.tokenizers.codec import Codec
+from latelier.tokenizers.statistics import Moments
 
 INDEX_FILE = "cache.json"
 PIXELS_AT_ONCE = 64 * 256 * 256  # of a forward pass that measures statistics
@@ -165,29 +167,32 @@ def sample_posterior(batch: dict[str, Any], rng: KeyedRandom) -> Float[Tensor, "
 @torch.no_grad()
 def latent_statistics(
     codec: Codec, dataset: Images, limit: int, seed: int, accelerator: Accelerator | None = None
-) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
+) -> tuple[Float[Tensor, " c *grid"], Float[Tensor, " c *grid"]]:
     """Mean and standard deviation, per channel, of raw latents sampled from their posteriors; float64 sums.
 
-    The images are the first `limit` of the training stream, cropped and flipped as in training, for any number of
-    processes. A constant channel gets a deviation of 1e-6, so that it can be normalised.
+    They are per element, `(c, *grid)`, where the tokenizer's `info.statistics` says so. The images are the first
+    `limit` of the training stream, cropped and flipped as in training, for any number of processes. What is constant
+    gets a deviation of 1e-6, so that it can be normalised.
     """
     process, processes = _rank(accelerator)
     limit = min(limit, len(dataset))
     height, width = dataset.shape[1:]
     size = processes * max(1, min(64, PIXELS_AT_ONCE // (height * width)))
-    sums = torch.zeros(3, codec.latent_shape(height, width)[0], dtype=torch.float64)  # count, sum, sum of squares
+    shape, element = codec.latent_shape(height, width), codec.info.statistics == "element"
+    moments = Moments(math.prod(shape) if element else shape[0])
     for batch in islice(dataset.stream(size, 0, process, processes, 1), -(-limit // size)):
         posterior = codec.posterior(batch["image"].to(codec.device))
         rng = KeyedRandom(seed, batch["sample_id"], posterior.mean.device)
         z = posterior.mean + posterior.std * rng.normal("statistics", *posterior.mean.shape[1:])  # (b, c, *grid)
         z = z[(batch["sample_id"] < limit).to(z.device)]
-        z = z.transpose(0, 1).flatten(1).cpu().double()  # (c, n)
-        sums += torch.stack([torch.ones_like(z).sum(1), z.sum(1), (z * z).sum(1)])
+        moments.add(z.flatten(1).T if element else z.transpose(0, 1).flatten(1))  # (k, n)
     if accelerator is not None and processes > 1:
-        sums = accelerator.reduce(sums.to(accelerator.device), reduction="sum").cpu()
-    count, total, squares = sums
-    mean = total / count
-    return mean.float(), (squares / count - mean**2).clamp(min=1e-12).sqrt().float()
+        own = moments.sums.to(accelerator.device)
+        moments = Moments(own.shape[1])
+        for sums in accelerator.gather(own[None]).cpu():  # (p, 3, k)
+            moments.merge(sums)
+    mean, std = moments.mean_and_std()
+    return (mean.view(shape), std.view(shape)) if element else (mean, std)
 
 
 def _start(folder: Path, codec: Codec, dataset: Images, key: dict, shards: int, is_main: bool) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from latelier.errors import LatelierError
 
@@ -53,6 +53,7 @@ class TokenizerInfo:
         last_layer: the weight nearest to the pixels, where gradients of loss terms are compared.
         variance_layer: the layer whose second half of outputs is the log-variance; None without a posterior.
         channels_last: whether the channels_last memory layout is faster (convolutions).
+        statistics: what normalised latents have mean 0 and variance 1 of: each channel, or each element `(c, *grid)`.
     """
 
     factor: int
@@ -67,6 +68,7 @@ class TokenizerInfo:
     last_layer: str | None = None
     variance_layer: str | None = None
     channels_last: bool = False
+    statistics: Literal["channel", "element"] = "channel"
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """`(c, *grid)` of the latents of an image."""

@@ -26,9 +26,7 @@ from latelier.layers import fast_bf16
 from latelier.publish import MANIFEST, damage
 from latelier.sections import open_model
 from latelier.tokenizers import TokenizerInfo, model_class, tokenizer_info
-
-STATISTICS_FILE = "latent_statistics.json"
-REMEASURE = "delete it to go on without, or take the file that was written with the weights"
+from latelier.tokenizers.statistics import fit_statistic, load_statistics, save_statistics
 
 
 class Point:
@@ -57,8 +55,9 @@ class Codec:
     Args:
         tokenizer: a diffusers-style autoencoder: `encode(images)` gives `latent_dist`, `latents` or `latent`, and
             `decode(z)` gives `sample`.
-        mean: `(c,)` mean of the latents over the training set; None leaves latents as they are.
-        std: `(c,)` standard deviation of sampled latents.
+        mean: mean of the latents over the training set, `(c,)`, or `(c, *grid)` for each element of latents of one
+            size; None leaves latents as they are.
+        std: standard deviation of sampled latents, in the same shape.
         receipt: how the statistics were measured; stored with them.
         precision: `bf16` runs the tokenizer under autocast, `fp32` does not, `auto` takes what the device is fast at.
     """
@@ -66,8 +65,8 @@ class Codec:
     def __init__(
         self,
         tokenizer: torch.nn.Module,
-        mean: Float[Tensor, " c"] | None = None,
-        std: Float[Tensor, " c"] | None = None,
+        mean: Float[Tensor, " c *grid"] | None = None,
+        std: Float[Tensor, " c *grid"] | None = None,
         receipt: dict[str, Any] | None = None,
         precision: str = "fp32",
     ):
@@ -108,11 +107,19 @@ class Codec:
         Raises:
             LatelierError: if the latents have fewer channels.
         """
-        if channels is not None and not 0 < channels <= latents.shape[1]:
+        return self.decode_raw(self.raw(latents, channels))
+
+    def raw(self, latents: Float[Tensor, "b k *grid"], channels: int | None = None) -> Float[Tensor, "b c *grid"]:
+        """Raw latents of normalised ones; arguments and errors are those of `decode`."""
+        if channels is None:
+            return self.denormalise(latents)
+        if not 0 < channels <= latents.shape[1]:
             raise LatelierError(f"channels = {channels} is not a prefix of {latents.shape[1]} latent channels.")
-        z = self.denormalise(latents if channels is None else latents[:, :channels])  # (b, k, *grid)
-        if channels is not None:
-            z = torch.cat([z, z.new_zeros(len(z), self.channels - channels, *z.shape[2:])], dim=1)  # (b, c, *grid)
+        z = self.denormalise(latents[:, :channels])  # (b, k, *grid)
+        return torch.cat([z, z.new_zeros(len(z), self.channels - channels, *z.shape[2:])], dim=1)  # (b, c, *grid)
+
+    def decode_raw(self, z: Float[Tensor, "b k *grid"]) -> Float[Tensor, "b c h w"]:
+        """Images of raw latents, float32, not clamped."""
         with self._autocast():
             if z.ndim == 4:
                 z = z.contiguous(memory_format=self._memory_format)
@@ -120,15 +127,15 @@ class Codec:
 
     def normalise(self, z: Float[Tensor, "b c *grid"]) -> Float[Tensor, "b c *grid"]:
         """Raw to normalised latents."""
-        return z if self.mean is None else (z - self._like(self.mean, z)) / self._like(self.std, z)
+        return z if self.mean is None else (z - fit_statistic(self.mean, z)) / fit_statistic(self.std, z)
 
     def denormalise(self, z: Float[Tensor, "b c *grid"]) -> Float[Tensor, "b c *grid"]:
         """Normalised to raw latents."""
-        return z if self.mean is None else z * self._like(self.std, z) + self._like(self.mean, z)
+        return z if self.mean is None else z * fit_statistic(self.std, z) + fit_statistic(self.mean, z)
 
     def scale(self, std: Float[Tensor, "b c *grid"]) -> Float[Tensor, "b c *grid"]:
         """Standard deviations of raw latents to those of normalised ones."""
-        return std if self.std is None else std / self._like(self.std, std)
+        return std if self.std is None else std / fit_statistic(self.std, std)
 
     @property
     def info(self) -> TokenizerInfo:
@@ -190,8 +197,7 @@ class Codec:
         """Weights and config as diffusers writes them, and the statistics beside them."""
         self.tokenizer.save_pretrained(folder)
         if self.mean is not None and self.std is not None:
-            content = {"mean": self.mean.tolist(), "std": self.std.tolist(), **self.receipt}
-            (Path(folder) / STATISTICS_FILE).write_text(json.dumps(content, indent=2))
+            save_statistics(folder, self.mean, self.std, self.receipt)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, precision: str = "fp32", **kwargs: Any) -> Codec:
@@ -213,13 +219,9 @@ class Codec:
         refuse_damage(folder)
         with reading(f"No tokenizer can be opened at {path}", advice):
             tokenizer = open_model(model_class(AutoencoderKL.load_config(str(path), **kwargs)), path, **kwargs)
-            channels = tokenizer_info(tokenizer).latent_channels
-        if not (folder / STATISTICS_FILE).is_file():
-            return cls(tokenizer, precision=precision)
-        with reading(f"{folder / STATISTICS_FILE} holds no statistics of these latents", REMEASURE):
-            content = json.loads((folder / STATISTICS_FILE).read_text(encoding="utf-8"))
-            mean, std = read_statistics(content, channels)
-        about = {key: value for key, value in content.items() if key not in ("mean", "std")}
+            info = tokenizer_info(tokenizer)
+            shape = info.latent_shape(info.factor, info.factor)
+        mean, std, about = load_statistics(folder, shape) or (None, None, None)
         return cls(tokenizer, mean, std, about, precision)
 
     @property
@@ -231,21 +233,6 @@ class Codec:
         if self.precision == "fp32" or (self.precision == "auto" and not fast_bf16(device)):
             return nullcontext()
         return torch.autocast(device, torch.bfloat16)
-
-    @staticmethod
-    def _like(statistic: Tensor, z: Tensor) -> Tensor:
-        """Statistics of the channels that are there: all, or a prefix."""
-        return statistic[: z.shape[1]].to(z).view(-1, *[1] * (z.ndim - 2))
-
-
-def read_statistics(content: dict[str, Any], channels: int) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
-    """`mean` and `std` of latents from a file; an error if they are not numbers by which latents can be divided."""
-    mean, std = (torch.tensor(content[key], dtype=torch.float32) for key in ("mean", "std"))
-    if mean.shape != (channels,) or std.shape != (channels,):
-        raise LatelierError(f"mean and std have shapes {tuple(mean.shape)} and {tuple(std.shape)}, not ({channels},)")
-    if not bool((mean.isfinite() & std.isfinite() & (std > 0)).all()):
-        raise LatelierError("mean and std are not all finite, or a std is not above 0")
-    return mean, std
 
 
 def refuse_damage(folder: Path) -> None:
@@ -288,7 +275,7 @@ def decode_tiled(
         LatelierError: for 1-D latents, and for an overlap that is as large as the tile.
     """
     _check_tiles(latents.shape[1:], tile, overlap)
-    return _tiled(lambda part: codec.decode(part, channels), latents, (tile, overlap), (1, codec.factor))
+    return _tiled(codec.decode_raw, codec.raw(latents, channels), (tile, overlap), (1, codec.factor))
 
 
 def decode_within(
@@ -306,7 +293,8 @@ def encode_tiled(codec: Codec, images: Float[Tensor, "b c h w"], tile: int, over
     Arguments and errors are those of `decode_tiled`; the tokenizer's factor must divide the image size.
     """
     _check_tiles(codec.latent_shape(images.shape[-2], images.shape[-1]), tile, overlap)
-    return _tiled(codec.encode, images, (tile, overlap), (codec.factor, 1))
+    raw = _tiled(lambda part: codec.posterior(part).mode(), images, (tile, overlap), (codec.factor, 1))
+    return codec.normalise(raw)
 
 
 def starts(length: int, window: int, stride: int) -> list[int]:
