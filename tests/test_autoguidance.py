@@ -11,13 +11,13 @@ from latelier.conditioning.condition import ClassConditioner
 from latelier.denoisers.ddt import DDT
 from latelier.denoisers.dit import DiT
 from latelier.diffusion.process import build_process
+from latelier.diffusion.sampling import sample_latents
 from latelier.opening import open_codec, open_images
 from latelier.pipeline import LatentDiffusionPipeline
-from latelier.recipe import Sample, dump
+from latelier.recipe import dump
 from latelier.tokenizers.codec import Codec
 from latelier.training.denoiser_loop import build_objective, make_pipeline, save_snapshot
 from latelier.training.tokenizer_loop import train_tokenizer
-from sampled import sampled
 from test_ddt import SMALL
 from test_dit import randomise
 from tiny import autoencoder, refused, tiny_recipe
@@ -63,11 +63,11 @@ def test_every_kind_of_folder_guides(models, name):
     at_half = partial(denoiser, condition=conditioner(label))
     cond = strong.conditioner(label)
 
-    def predict(x, t, _=None):  # steps at t = 1 and 0.5, of which the interval has the first
+    def predict(x, t):  # steps at t = 1 and 0.5, of which the interval has the first
         c = strong.denoiser(x, t, cond)
         return c if t[0] < 0.6 else at_half(x, t) + 1.6 * (c - at_half(x, t))
 
-    torch.testing.assert_close(drawn, sampled(predict, strong.process, Sample(steps=2), (4, 8, 8), range(2)))
+    torch.testing.assert_close(drawn, sample_latents(predict, strong.process.scheduler(2), (4, 8, 8), [0, 1]))
     plain = pipeline(**TOLD).images
     assert not torch.allclose(drawn, plain)
     assert torch.equal(pipeline(guide=at, guidance=1.0, **TOLD).images, plain)
