@@ -11,7 +11,7 @@ from pydantic_core import PydanticUndefined
 
 from latelier import recipe
 from latelier.conditioning import condition, layout, spatial, text
-from latelier.denoisers import ddt, dit, objective, unet, uvit
+from latelier.denoisers import align, ddt, dit, objective, unet, uvit
 from latelier.tokenizers import conv, dcae, maetok, maetok_targets, pretrained, vmae
 
 MARK = "<!-- recipe tables -->"
@@ -169,6 +169,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "Training keys of tokenizer and denoiser": recipe.Training,
     "denoiser": objective.DenoiserSection,
     "denoiser.process": recipe.Process,
+    "denoiser.align": align.Align,
     "denoiser.condition, kind: class": condition.ClassCondition,
     "denoiser.condition, kind: text": text.TextCondition,
     "denoiser.condition, kind: layout": layout.LayoutCondition,
