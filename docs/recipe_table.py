@@ -12,6 +12,7 @@ from pydantic_core import PydanticUndefined
 from latelier import recipe
 from latelier.conditioning import condition, layout, spatial, text
 from latelier.denoisers import align, ddt, dit, objective, unet, uvit
+from latelier.losses import regularise
 from latelier.tokenizers import conv, dcae, maetok, maetok_targets, pretrained, vmae
 
 MARK = "<!-- recipe tables -->"
@@ -40,6 +41,7 @@ MEANINGS: dict[type[BaseModel], dict[str, str]] = {
     },
     recipe.TrainedTokenizer: {
         "method": "a named set of default values, such as a paper's; see the table of the kind",
+        "regularise": "see [Regularise a latent space](regularise.md); a kind, a section, or a list",
         "phases": "sections with `name`, `images` and the keys that change; see [phases](vmae.md#training-in-phases)",
     },
     vmae.VMAESection: {
@@ -86,6 +88,9 @@ MEANINGS: dict[type[BaseModel], dict[str, str]] = {
         "path": "a folder or Hub name",
         "subfolder": "subfolder, such as `vae`",
     },
+    regularise.AlignTerm: {"weight": "of the term; if adaptive, its gradient's share of the reconstruction's"},
+    regularise.ScaleTerm: {"weight": "of the term"},
+    regularise.NoiseTerm: {"level": "see `law`"},
     recipe.Training: {
         "images": "training length in images seen",
         "lr": "learning rate; never scaled automatically",
@@ -157,6 +162,11 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "data": recipe.Data,
     "tokenizer: keys of all trained kinds": recipe.TrainedTokenizer,
     "tokenizer.adversarial": recipe.Adversarial,
+    "tokenizer.regularise, kind: align": regularise.AlignTerm,
+    "tokenizer.regularise, kind: equivariance": regularise.EquivarianceTerm,
+    "tokenizer.regularise, kind: scale": regularise.ScaleTerm,
+    "tokenizer.regularise, kind: noise": regularise.NoiseTerm,
+    "tokenizer.regularise, kind: norm": regularise.NormTerm,
     "tokenizer, kind: vmae": vmae.VMAESection,
     "tokenizer, kind: maetok": maetok.MAETokSection,
     "tokenizer.mask (maetok)": maetok_targets.Masking,

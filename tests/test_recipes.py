@@ -24,7 +24,9 @@ def shrink(recipe, folder, teacher="none"):
     if recipe.tokenizer.kind == "pretrained":
         tree["tokenizer"] = {"kind": "conv", "preset": "kl-f8-small", "perceptual_weight": 0, **SMALL_TRAINING}
     if isinstance(recipe.tokenizer, TrainedTokenizer):
-        tree["tokenizer"] |= {"image_size": recipe.tokenizer.image_size and 16}
+        tree["tokenizer"] |= {"image_size": recipe.tokenizer.image_size and 16, "init": None}
+        for section in (tree["tokenizer"], *tree["tokenizer"]["phases"]):
+            section["regularise"] = [small_term(term, teacher) for term in section.get("regularise", ())]
         if recipe.tokenizer.adversarial:
             tree["tokenizer"]["adversarial"] |= small_game(tree["tokenizer"]["adversarial"], teacher)
         for phase in tree["tokenizer"]["phases"]:
@@ -67,6 +69,12 @@ def shrink(recipe, folder, teacher="none"):
 def small_game(section, teacher):
     """A small discriminator that begins at once."""
     return {"start": 8, "teacher": teacher} if section.get("kind") == "dino" else SMALL_GAME
+
+
+def small_term(term, teacher):
+    """The same regulariser, from a small teacher, for images that are no smaller than LPIPS can see."""
+    changes = {"align": {"teacher": teacher}, "equivariance": {"least": 0.5}}
+    return {**term, **changes.get(term["kind"], {})}
 
 
 def small_target(section, teacher):

@@ -13,11 +13,11 @@ from latelier.training import denoiser_loop, tokenizer_loop
 from latelier.training.runtime import Stage, make_accelerator
 from tiny import colour_extractor, tiny_recipe
 
-TOKENIZER = {  # masked pretraining, then decoder tuning against a discriminator
-    "ema": 0,
+TOKENIZER = {  # masked pretraining on noisy latents, then decoder tuning, moved, against a discriminator
+    "ema": 0, "regularise": [{"kind": "noise", "level": 0.3}],
     "phases": [
         {"name": "tuning", "images": 32, "train": "decoder", "mask_ratio": 0, "kl_weight": 0, "lr": 1e-3,
-         "sample_posterior": False, "adversarial": {"layers": 1, "channels": 8, "start": 8, "ahead": 8}},
+         "sample_posterior": False, "regularise": [{"kind": "equivariance", "least": 0.5}], "adversarial": {"layers": 1, "channels": 8, "start": 8, "ahead": 8}},
     ],
 }  # fmt: skip
 

@@ -61,6 +61,7 @@ class _Settings(Section):
     width: Side
     dropped: list[str]
     shift: Annotated[float, Field(gt=0)]
+    norm: Literal["rms", "rms-both"] | None
 
 
 class LatentDiffusionPipeline(DiffusionPipeline):
@@ -86,12 +87,12 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     def __init__(
         self, tokenizer: ModelMixin, denoiser: ModelMixin, conditioner: ModelMixin | None, scheduler: Scheduler,
         process: dict[str, Any] | None = None, statistics: dict[str, list[Any]] | None = None, height: int = 64,
-        width: int = 64, dropped: list[str] | None = None, shift: float = 1.0,
+        width: int = 64, dropped: list[str] | None = None, norm: str | None = None, shift: float = 1.0,
     ):  # fmt: skip
         super().__init__()
         self.register_modules(tokenizer=tokenizer, denoiser=denoiser, conditioner=conditioner, scheduler=scheduler)
         dropped = ["classes"] if dropped is None else dropped
-        about = {"process": process or {}, "statistics": statistics or {}, "dropped": dropped}
+        about = {"process": process or {}, "statistics": statistics or {}, "dropped": dropped, "norm": norm}
         self.register_to_config(**about, height=height, width=width, shift=shift)
         self._guide: tuple[str, Guide] | None = None  # the last one, by its folder
 
@@ -106,7 +107,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         """
         mean, std, about = codec.mean, codec.std, describe_process(process)
         statistics = {} if mean is None or std is None else {"mean": mean.tolist(), "std": std.tolist()}
-        scheduler, rest = process.scheduler(), (*image_size, dropped, shift)
+        scheduler, rest = process.scheduler(), (*image_size, dropped, codec.norm, shift)
         return cls(codec.tokenizer, denoiser, conditioner, scheduler, about, statistics, *rest)
 
     @classmethod
@@ -155,7 +156,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         """The tokenizer with its statistics."""
         statistics = self.config["statistics"]
         mean, std = (torch.tensor(statistics[name]) if statistics else None for name in ("mean", "std"))
-        return Codec(self.tokenizer, mean, std)
+        return Codec(self.tokenizer, mean, std, norm=self.config["norm"])
 
     @property
     def process(self) -> Flow | DDPM:

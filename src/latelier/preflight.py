@@ -131,7 +131,7 @@ def try_denoiser(recipe: Recipe, count: bool = False) -> Iterator[Trial]:
     batch = to_device(next(dataset.stream(_micro_batch(recipe.denoiser))), codec.device)
     if codec.mean is None:  # as in the run, though there of thousands of images
         mean, std = latent_statistics(codec, dataset, FEW, recipe.seed)
-        codec = Codec(codec.tokenizer, mean, std, precision=codec.precision)
+        codec = Codec(codec.tokenizer, mean, std, precision=codec.precision, norm=codec.norm)
     with torch.no_grad():
         batch = next(encode_batches(codec, iter([batch]), codec.device))
         batch |= objective.to(codec.device).prepare(batch, codec, seen=0)
@@ -146,7 +146,7 @@ def _codec(recipe: Recipe) -> Codec:
     if isinstance(recipe.tokenizer, PretrainedSection):
         return open_pretrained(recipe.tokenizer).to(best_device())
     tokenizer = tokenizer_loop.fit(build_tokenizer(recipe.tokenizer, recipe.data), recipe.data.image_size)
-    codec = Codec(tokenizer, precision="auto")
+    codec = Codec(tokenizer, precision="auto", norm=getattr(recipe.tokenizer, "norm", None))
     codec.latent_shape(*recipe.data.image_size)
     return codec.to(best_device())
 
@@ -179,7 +179,8 @@ def _try(
                     weights = (adversarial.weight, adversarial.adaptive)
                     add_adversarial_loss(terms, discriminator, last, batch["sample_id"], *weights)
                 if seen >= first:
-                    others = discriminator(batch["image"], terms.reconstruction.detach(), batch["sample_id"])
+                    real = batch["image"] if terms.target is None else terms.target
+                    others = discriminator(real, terms.reconstruction.detach(), batch["sample_id"])
         losses = {**terms.losses, **(others.losses if others else {})}
         if bad := [k for k, v in losses.items() if not torch.isfinite(v.detach()).all()]:
             raise LatelierError(f"{name}: the loss term {', '.join(bad)} is not finite on the very first step.")
@@ -190,7 +191,9 @@ def _try(
             ema.step(checkpoint.trained(objective))
         return {key: value.item() for key, value in losses.items()}
 
-    late = first / training.images  # the share of training without the discriminator
+    # The share of training without the discriminator, or, without one, with an alignment that ends.
+    ends = next((t.until for t in getattr(training, "regularise", ()) if t.kind == "align"), None) or 0
+    late = (first if discriminator else ends) / training.images
     end = 10**15  # images: whatever starts late has started; an integer, as codebooks count in integers
     shares = {0: min(1.0, late), end: max(0.0, 1 - late)}
     images = len(batch["sample_id"]) * accelerator.num_processes

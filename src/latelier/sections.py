@@ -264,6 +264,12 @@ class Adversarial(Section):
         return self
 
 
+def parse_terms(value: Any) -> Any:
+    """A kind, a section, or a list of these, to a list of sections."""
+    items = value if isinstance(value, list) else [] if value is None else [value]
+    return [{"kind": item} if isinstance(item, str) else item for item in items]
+
+
 class TrainedTokenizer(Training):
     """Settings that all tokenizers trained here share.
 
@@ -286,6 +292,9 @@ class TrainedTokenizer(Training):
     perceptual_weight: Weight = Field(0.5, description="of LPIPS (VGG16); 0 leaves it out")
     perceptual_every: int = Field(1, ge=1, description="n: LPIPS on every n-th image only, since it costs most")
     adversarial: Adversarial | None = Field(None, description="a discriminator; none by default")
+    regularise: Annotated[
+        list[Annotated[Kind, ByKind("latelier.losses.regularise:TERMS")]], BeforeValidator(parse_terms)
+    ] = Field([], description="regularisers of the latent space: a kind, a section, or a list")
     phases: list[dict[str, Any]] = Field([], description="what follows: `name`, `images`, and any key that changes")
 
     @model_validator(mode="before")
@@ -301,9 +310,22 @@ class TrainedTokenizer(Training):
 
     @model_validator(mode="after")
     def _check_phases(self) -> TrainedTokenizer:
+        kinds = [term.kind for term in self.regularise]
+        if len(set(kinds)) < len(kinds):
+            raise LatelierError(f"tokenizer.regularise names a kind twice: {', '.join(kinds)}.")
+        for key, value in (("kl_weight", "0"), ("sample_posterior", "false")):
+            if self.norm and getattr(self, key, None):
+                raise LatelierError(f"tokenizer.regularise: norm stands in place of a posterior; set {key}: {value}.")
         for number in range(len(self.phases)):
-            self.phase(number + 1)
+            name, phase = self.phase(number + 1)
+            if phase.norm != self.norm:
+                raise LatelierError(f"tokenizer.regularise: phase {name!r} must have the same norm as the others.")
         return self
+
+    @property
+    def norm(self) -> str | None:
+        """How latents are normalised at each position, see `Codec`."""
+        return next((term.form for term in self.regularise if term.kind == "norm"), None)  # type: ignore[attr-defined]
 
     def phase(self, number: int) -> tuple[str, TrainedTokenizer]:
         """Name and resolved section of a phase; 0 is this section itself.

@@ -19,7 +19,8 @@ from torch import Tensor
 from latelier.errors import LatelierError
 from latelier.images import round_to_8_bit, to_uint8
 from latelier.keyed_random import KeyedRandom
-from latelier.tokenizers.codec import Codec, Point
+from latelier.tokenizers.codec import Codec
+from latelier.tokenizers.posterior import Point
 from latelier.tokenizers.statistics import fit_statistic
 
 PIXELS = 2**20  # of images that are decoded, and looked at by a network, at once
@@ -87,7 +88,7 @@ class LatentSample:
         """The codec, with this sample's scale where it has no statistics."""
         if codec.std is not None:
             return codec
-        return Codec(codec.tokenizer, self.scale.mean, self.scale.std, precision=codec.precision)
+        return Codec(codec.tokenizer, self.scale.mean, self.scale.std, precision=codec.precision, norm=codec.norm)
 
     def about(self) -> dict[str, Any]:
         """What receipts say of whole latents."""

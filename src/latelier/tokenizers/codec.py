@@ -13,11 +13,10 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from jaxtyping import Float
 from torch import Tensor
 
@@ -26,27 +25,18 @@ from latelier.layers import fast_bf16
 from latelier.publish import MANIFEST, damage
 from latelier.sections import open_model
 from latelier.tokenizers import TokenizerInfo, model_class, tokenizer_info
-from latelier.tokenizers.statistics import fit_statistic, load_statistics, save_statistics
-
-
-class Point:
-    """A posterior without spread: the latents of a deterministic tokenizer."""
-
-    def __init__(self, mean: Float[Tensor, "b c *grid"]):
-        self.mean = mean
-        self.logvar = torch.full_like(mean, -30.0)
-        self.std = torch.zeros_like(mean)
-
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """The point itself."""
-        return self.mean
-
-    def mode(self) -> Tensor:
-        """The point itself."""
-        return self.mean
-
-
-Posterior: TypeAlias = Point | DiagonalGaussianDistribution
+from latelier.tokenizers.diffusers_classes import CLASSES, PLAIN, DiffusersClass
+from latelier.tokenizers.posterior import Point, Posterior
+from latelier.tokenizers.statistics import (
+    NORMS,
+    REMEASURE,
+    fit_statistic,
+    load_statistics,
+    read_statistics,
+    rms_normalise,
+    save_statistics,
+)
+from latelier.tokenizers.wrapped import Method, Wrapped
 
 
 class Codec:
@@ -60,6 +50,7 @@ class Codec:
         std: standard deviation of sampled latents, in the same shape.
         receipt: how the statistics were measured; stored with them.
         precision: `bf16` runs the tokenizer under autocast, `fp32` does not, `auto` takes what the device is fast at.
+        norm: `rms`: latents have root mean square 1 at each position, and no spread; `rms-both`: what is decoded too.
     """
 
     def __init__(
@@ -69,11 +60,37 @@ class Codec:
         std: Float[Tensor, " c *grid"] | None = None,
         receipt: dict[str, Any] | None = None,
         precision: str = "fp32",
+        norm: str | None = None,
     ):
         self.tokenizer = tokenizer
         self.mean = None if mean is None else mean.detach()
         self.std = None if std is None else std.detach()
-        self.receipt, self.precision = receipt or {}, precision
+        self.receipt, self.precision, self.norm = receipt or {}, precision, norm
+
+    @classmethod
+    def wrap(
+        cls, module: torch.nn.Module, encode: Method = "encode", decode: Method = "decode", *, factor: int,
+        channels: int, mean: Tensor | None = None, std: Tensor | None = None, precision: str = "fp32", **sizes: Any,
+    ) -> Codec:  # fmt: skip
+        """A codec of any module.
+
+        Args:
+            module: what has the weights.
+            encode: a function, or the name of a method, of images `(b, c, h, w)` in `value_range` to latents
+                `(b, channels, *grid)`, or to what diffusers' encoders return.
+            decode: of latents to images.
+            factor: pixels along one side of a latent position.
+            channels: of the latents.
+            mean, std, precision: see the class.
+            sizes: other fields of `TokenizerInfo`: `value_range`, by default (-1, 1), `image_channels`,
+                `latent_tokens` and `decoder_size` of 1-D latents, `decoder_modules`, `statistics`, ...
+
+        Raises:
+            LatelierError: for a method that the module lacks, and once latents have another shape than was said.
+        """
+        functions = callable(encode) or callable(decode)
+        info = TokenizerInfo(factor, channels, **{"needs_numbers": functions, **sizes})
+        return cls(Wrapped(module, encode, decode, info), mean, std, None, precision)
 
     def posterior(self, images: Float[Tensor, "b c h w"]) -> Posterior:
         """The distribution of raw latents, float32.
@@ -82,13 +99,10 @@ class Codec:
             LatelierError: if the tokenizer has no latents for images of this size, see `latent_shape`.
         """
         self.latent_shape(*images.shape[-2:])
+        x = self._scale_pixels(images, (-1.0, 1.0), self.info.value_range)
         with self._autocast():
-            output = self.tokenizer.encode(images.contiguous(memory_format=self._memory_format))
-        distribution = getattr(output, "latent_dist", None)
-        if distribution is None:
-            latents = output.latents if hasattr(output, "latents") else output.latent
-            return Point(latents.float().contiguous())
-        return DiagonalGaussianDistribution(distribution.parameters.float().contiguous())
+            posterior = self._class.encode(self.tokenizer, self._laid_out(x))
+        return Point(rms_normalise(posterior.mode())) if self.norm else posterior
 
     def encode(
         self, images: Float[Tensor, "b c h w"], generator: torch.Generator | None = None
@@ -120,10 +134,10 @@ class Codec:
 
     def decode_raw(self, z: Float[Tensor, "b k *grid"]) -> Float[Tensor, "b c h w"]:
         """Images of raw latents, float32, not clamped."""
+        z = rms_normalise(z) if self.norm == "rms-both" else z
         with self._autocast():
-            if z.ndim == 4:
-                z = z.contiguous(memory_format=self._memory_format)
-            return self.tokenizer.decode(z).sample.float().contiguous()
+            images = self._class.decode(self.tokenizer, self._laid_out(z)).float().contiguous()
+        return self._scale_pixels(images, self.info.value_range, (-1.0, 1.0))
 
     def normalise(self, z: Float[Tensor, "b c *grid"]) -> Float[Tensor, "b c *grid"]:
         """Raw to normalised latents."""
@@ -173,6 +187,11 @@ class Codec:
         return info.latent_shape(height, width)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights; images and latents are cast to it, and what comes out is float32."""
+        return next((p.dtype for p in self.tokenizer.parameters() if p.is_floating_point()), torch.float32)
+
+    @property
     def device(self) -> torch.device:
         """Where the tokenizer is."""
         return next((p.device for p in self.tokenizer.parameters()), torch.device("cpu"))
@@ -191,27 +210,37 @@ class Codec:
             digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
         for tensor in (self.mean, self.std):
             digest.update(b"" if tensor is None else tensor.cpu().numpy().tobytes())
+        digest.update((self.norm or "").encode())
         return digest.hexdigest()[:16]
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Weights and config as diffusers writes them, and the statistics beside them."""
         self.tokenizer.save_pretrained(folder)
-        if self.mean is not None and self.std is not None:
-            save_statistics(folder, self.mean, self.std, self.receipt)
+        mean, std, receipt = self.mean, self.std, self.receipt
+        if self.norm:  # which lies with the statistics, those that change nothing if there are no others
+            receipt = {**receipt, "norm": self.norm}
+            mean, std = (torch.zeros(self.channels), torch.ones(self.channels)) if mean is None else (mean, std)
+        if mean is not None and std is not None:
+            save_statistics(folder, mean, std, receipt)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, precision: str = "fp32", **kwargs: Any) -> Codec:
-        """Open one of our folders, or any diffusers autoencoder from a folder or the Hub.
+        """Open a run's tokenizer, or any diffusers autoencoder of images from a folder or the Hub.
+
+        Its statistics are those beside the weights, else those that the model itself carries (`latents_mean` and
+        `latents_std`, FLUX.2's batch normalisation), else none. A `scaling_factor` is not taken for statistics.
 
         Args:
-            path: folder or Hub name.
+            path: a run folder, a tokenizer folder, or a Hub name.
             precision: see the class.
-            kwargs: passed to diffusers (`subfolder`, `revision`, ...).
+            kwargs: passed to diffusers: `subfolder`, where the tokenizer is inside `path`, such as `vae` of a
+                pipeline; `torch_dtype`, `revision`, ...
 
         Raises:
             LatelierError: if there is no tokenizer that can be opened.
         """
-        folder = Path(path, kwargs.get("subfolder", ""))
+        path = path if kwargs.get("subfolder") else tokenizer_folder(path)
+        folder = Path(path, kwargs.get("subfolder") or "")
         advice = (
             "give a run's folder tokenizer/ (train it first if it is not there), or a diffusers autoencoder's folder "
             "or Hub name"
@@ -221,18 +250,41 @@ class Codec:
             tokenizer = open_model(model_class(AutoencoderKL.load_config(str(path), **kwargs)), path, **kwargs)
             info = tokenizer_info(tokenizer)
             shape = info.latent_shape(info.factor, info.factor)
-        mean, std, about = load_statistics(folder, shape) or (None, None, None)
-        return cls(tokenizer, mean, std, about, precision)
+            own = CLASSES.get(type(tokenizer).__name__, PLAIN).statistics(tokenizer)
+            if own is not None:
+                own = (*read_statistics({"mean": own[0], "std": own[1]}, shape), {"origin": "the model's own"})
+        mean, std, about = load_statistics(folder, shape) or own or (None, None, {})
+        norm = about.pop("norm", None)
+        if norm not in NORMS:
+            raise LatelierError(f"{folder} says that its latents have a norm {norm!r}, not known here; {REMEASURE}.")
+        return cls(tokenizer, mean, std, about, precision, norm)
 
     @property
-    def _memory_format(self) -> torch.memory_format:
-        return torch.channels_last if self.info.channels_last else torch.contiguous_format
+    def _class(self) -> DiffusersClass:
+        return CLASSES.get(type(self.tokenizer).__name__, PLAIN)
+
+    def _laid_out(self, x: Tensor) -> Tensor:
+        """In the weights' dtype and the memory layout that suits them."""
+        channels_last = x.ndim == 4 and self.info.channels_last
+        return x.to(self.dtype).contiguous(
+            memory_format=torch.channels_last if channels_last else torch.contiguous_format
+        )
+
+    @staticmethod
+    def _scale_pixels(x: Tensor, old: tuple[float, float], new: tuple[float, float]) -> Tensor:
+        return x if old == new else (x - old[0]) * ((new[1] - new[0]) / (old[1] - old[0])) + new[0]
 
     def _autocast(self):
         device = self.device.type
         if self.precision == "fp32" or (self.precision == "auto" and not fast_bf16(device)):
             return nullcontext()
         return torch.autocast(device, torch.bfloat16)
+
+
+def tokenizer_folder(path: str | Path) -> str | Path:
+    """The tokenizer inside a run folder; any other folder or name is the tokenizer's own."""
+    inside = Path(path, "tokenizer")
+    return inside if inside.is_dir() else path
 
 
 def refuse_damage(folder: Path) -> None:

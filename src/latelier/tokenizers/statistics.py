@@ -16,6 +16,7 @@ from latelier.errors import LatelierError, reading
 
 STATISTICS_FILE = "latent_statistics.json"  # of channels
 ELEMENTS_FILE = "latent_statistics.safetensors"  # of elements; the receipt is its metadata
+NORMS = (None, "rms", "rms-both")  # of each position before the statistics; both: of what is decoded too
 REMEASURE = "delete it to go on without, or take the file that was written with the weights"
 Statistics = tuple[Tensor, Tensor, dict[str, Any]]  # mean and std, (c,) or (c, *grid), and how they were measured
 
@@ -61,6 +62,11 @@ def read_statistics(content: dict[str, Any], shape: tuple[int, ...]) -> tuple[Te
     if not bool((mean.isfinite() & std.isfinite() & (std > 0)).all()):
         raise LatelierError("mean and std are not all finite, or a std is not above 0")
     return mean, std
+
+
+def rms_normalise(z: Float[Tensor, "b c *grid"]) -> Float[Tensor, "b c *grid"]:
+    """z / sqrt(mean over channels of z^2 + 1e-6), so that |z|^2 = c at each position (GAE, PAE)."""
+    return z * (z.float().square().mean(1, keepdim=True) + 1e-6).rsqrt().to(z.dtype)
 
 
 def fit_statistic(statistic: Tensor, z: Float[Tensor, "b k *grid"]) -> Tensor:

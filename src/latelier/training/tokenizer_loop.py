@@ -105,8 +105,9 @@ def train_phase(recipe: Recipe, number: int, before: int, accelerator: Accelerat
                 # Discriminator: tell the images from what the tokenizer has just made of them.
                 if discriminate:
                     with stage.accumulate(discriminator, last):
+                        real = batch["image"] if terms.target is None else terms.target
                         fake = terms.reconstruction.detach()
-                        stage.backward(discriminator(batch["image"], fake, batch["sample_id"]), total="d_total")
+                        stage.backward(discriminator(real, fake, batch["sample_id"]), total="d_total")
             stage.clip(objective)
             if discriminate:
                 stage.clip(discriminator, "d_grad_norm")
@@ -139,7 +140,7 @@ def train_phase(recipe: Recipe, number: int, before: int, accelerator: Accelerat
     accelerator.free_memory()
     if number == len(recipe.tokenizer.phases):  # type: ignore[union-attr]
         tokenizer = fit(tokenizer, recipe.data.image_size)
-        codec = Codec(tokenizer, precision=training.precision)
+        codec = Codec(tokenizer, precision=training.precision, norm=training.norm)
         save_codec(codec, open_images(recipe), recipe, folder, accelerator, images=stage.images)
     elif accelerator.is_main_process:
         with publish(folder, images=stage.images) as temporary:
@@ -252,7 +253,7 @@ def save_codec(
     if codec.mean is None:
         mean, std = latent_statistics(codec, dataset, STATISTICS_IMAGES, recipe.seed, accelerator)
         about = {"images": min(STATISTICS_IMAGES, len(dataset)), "data": dataset.fingerprint, "sampled": True}
-        codec = Codec(codec.tokenizer, mean, std, about, codec.precision)
+        codec = Codec(codec.tokenizer, mean, std, about, codec.precision, codec.norm)
     if accelerator is None or accelerator.is_main_process:
         with publish(folder, images=images) as temporary:
             codec.save_pretrained(temporary)
@@ -266,7 +267,8 @@ def save_preview(folder: Path, stage: Stage, tokenizer: nn.Module, images: torch
     """Images above their reconstructions, nothing masked, through the posterior's mean."""
     images = images[:PREVIEW_IMAGES]
     tokenizer.eval()
-    codec = Codec(tokenizer, precision=stage.training.precision)
+    training: Any = stage.training
+    codec = Codec(tokenizer, precision=training.precision, norm=training.norm)
     pairs = make_pairs(images, codec.decode(codec.encode(images)).clamp(-1, 1), columns=min(8, len(images)))
     save_png(pairs, folder / "previews" / f"{stage.name}-{stage.images:012d}.png")
     tokenizer.train()
