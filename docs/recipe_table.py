@@ -11,7 +11,7 @@ from pydantic_core import PydanticUndefined
 
 from latelier import recipe
 from latelier.conditioning import condition, layout, spatial, text
-from latelier.denoisers import dit, objective, unet, uvit
+from latelier.denoisers import align, ddt, dit, objective, unet, uvit
 from latelier.losses import regularise
 from latelier.tokenizers import conv, dcae, diffusers_classes, maetok, maetok_targets, pretrained, rae, vmae
 
@@ -112,9 +112,10 @@ MEANINGS: dict[type[BaseModel], dict[str, str]] = {
         "keep_checkpoints": "how many checkpoints are kept",
     },
     objective.DenoiserSection: {
-        "kind": "transformers: [DiT, SiT, LightningDiT](dit.md), [U-ViT, USiT](dcae.md#u-vit-and-usit-denoisers); "
-        "`unet`: [LDM](ldm.md#u-net-denoisers)",
-        "size": f"transformers: {names(dit.SIZES)}; U-ViTs: {names(uvit.SIZES)}; U-Nets: {names(unet.SIZES)}",
+        "kind": "transformers: [DiT, SiT, LightningDiT](dit.md), [DDT](dit.md#ddt-head-dit-dh), "
+        "[U-ViT, USiT](dcae.md#u-vit-and-usit-denoisers); `unet`: [LDM](ldm.md#u-net-denoisers)",
+        "size": f"transformers: {names(dit.SIZES)}; DDT: {names(ddt.SIZES)}; U-ViTs: {names(uvit.SIZES)}; U-Nets: "
+        f"{names(unet.SIZES)}",
         "patch": "side of a transformer's token in latent positions",
         "init": "a `DiT` or U-Net, folder or Hub name, to start from",
         "condition": "what the denoiser is conditioned on: `none`, a kind, a section, or a list of these; see "
@@ -128,7 +129,7 @@ MEANINGS: dict[type[BaseModel], dict[str, str]] = {
     },
     recipe.Sample: {
         "steps": "sampling steps",
-        "guidance": "scale w of classifier-free guidance; 1 is no guidance",
+        "guidance": "scale w of classifier-free guidance, or of the weaker model `guide`; 1 is no guidance",
         "sampler": "see [sampling](sampling.md#samplers)",
         "count": "number of images",
         "batch": "images per forward pass",
@@ -184,6 +185,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "Training keys of tokenizer and denoiser": recipe.Training,
     "denoiser": objective.DenoiserSection,
     "denoiser.process": recipe.Process,
+    "denoiser.align": align.Align,
     "denoiser.condition, kind: class": condition.ClassCondition,
     "denoiser.condition, kind: text": text.TextCondition,
     "denoiser.condition, kind: layout": layout.LayoutCondition,

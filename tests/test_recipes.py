@@ -51,6 +51,12 @@ def shrink(recipe, folder, teacher="none"):
         tree["denoiser"] |= {**SMALL_TRAINING, "model": {"dim": 32, "depth": 1, "heads": 2}}
         tree["denoiser"]["condition"] = [small_condition(c) for c in tree["denoiser"]["condition"]]
         tree["denoiser"]["prefixes"] = tree["denoiser"]["prefixes"] and {"first": 2, "step": 2}
+        if recipe.denoiser.kind == "ddt":
+            tree["denoiser"]["model"] |= {"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2}
+        if recipe.denoiser.align:
+            tree["denoiser"]["align"] |= {"teacher": teacher, "depth": 1, "width": 8}
+        if recipe.sample.guide:
+            tree["denoiser"]["snapshots"], tree["sample"]["guide"] = 2, "snapshots/8"
         if recipe.denoiser.kind in ("uvit", "usit"):
             tree["denoiser"]["model"]["depth"] = 2
         if recipe.denoiser.kind == "unet":

@@ -8,6 +8,7 @@ import torch
 
 from latelier import evaluate
 from latelier.evaluation import generation, reconstruction
+from latelier.recipe import Recipe
 from latelier.training import denoiser_loop, tokenizer_loop
 from latelier.training.runtime import Stage, make_accelerator
 from tiny import colour_extractor, tiny_recipe
@@ -32,6 +33,12 @@ def remember(self, objective, *rest, original=Stage.clip):
         TRAINED.append(objective)
 
 
+def two_stages(folder: Path) -> Recipe:
+    """The recipe that one process and two train."""
+    align = {"teacher": str(folder / "tiny"), "depth": 1, "width": 8, "until": 32}  # its own tokenizer, half the time
+    return tiny_recipe(folder, tokenizer=TOKENIZER, denoiser={"ema": 0, "align": align}, evaluate=EVALUATE)
+
+
 def digest() -> str:
     """Hash of this process's trained weights."""
     content = b"".join(p.detach().numpy().tobytes() for model in TRAINED for p in model.parameters())
@@ -48,7 +55,7 @@ def see_colours() -> None:
 def main(folder: Path) -> None:
     """Both stages, on this process."""
     torch.set_num_threads(1)
-    recipe = tiny_recipe(folder, tokenizer=TOKENIZER, denoiser={"ema": 0}, evaluate=EVALUATE)
+    recipe = two_stages(folder)
     Stage.clip = remember
     for name, section, train in (
         ("tokenizer", recipe.tokenizer, tokenizer_loop.train_tokenizer),

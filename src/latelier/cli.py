@@ -153,6 +153,9 @@ def sample(
     count: Annotated[int, _number(help="How many images.")] = 16,
     steps: Steps = None,
     guidance: Annotated[float | None, typer.Option(min=0, help="Scale of classifier-free guidance; 1 is none.")] = None,
+    guide: Annotated[
+        str | None, typer.Option(help="Weaker model that --guidance leads away from: a run, or snapshots/IMAGES.")
+    ] = None,
     sampler: Annotated[str | None, typer.Option(help="ddim, plms, dpm++, unipc, euler, heun, sde, dopri5, ...")] = None,
     size: Annotated[int | None, _pixels(help="Side in pixels; default: the size of training.")] = None,
     channels: Annotated[int | None, _number(help="Draw only the first channels of the latents.")] = None,
@@ -178,7 +181,7 @@ def sample(
             raise LatelierError(f"--input {text!r} is not NAME=VALUE, such as low_resolution=small.png.")
         inputs.setdefault(name, []).append(value)
     settings = {"count": count, "steps": steps, "guidance": guidance, "sampler": sampler, "channels": channels}
-    settings |= {"tile": tile, "tile_stride": tile_stride, "seed": seed}
+    settings |= {"tile": tile, "tile_stride": tile_stride, "seed": seed, "guide": guide}
     console.print(f"Grid: {sample_to_folder(run, inputs, settings, size, out, preview, preview_channels)}")
 
 

@@ -279,7 +279,7 @@ def _tasks(recipe: Recipe, pipeline: LatentDiffusionPipeline, held_out: ImageDat
 def _sampled(recipe: Recipe, pipeline: LatentDiffusionPipeline, training: ImageDataset) -> dict[str, Any]:
     """What receipts say of samples that are compared with training images."""
     about = _about(recipe, pipeline, describe_images(recipe, training, "train"))
-    return {**about, **generation.describe_sampling(recipe.sample)}
+    return {**about, **generation.describe_sampling(recipe.sample, pipeline)}
 
 
 def _about(recipe: Recipe, pipeline: LatentDiffusionPipeline, images: Row) -> dict[str, Any]:

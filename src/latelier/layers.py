@@ -349,10 +349,16 @@ def init_linear(module: nn.Module) -> None:
 
 
 def run_block(model: Any, block: nn.Module, *inputs: Any) -> Tensor:
-    """`block(*inputs)`; where the model checkpoints gradients, activations are computed again in the backward pass."""
-    if model.gradient_checkpointing and torch.is_grad_enabled():
-        return model._gradient_checkpointing_func(block, *inputs)
-    return block(*inputs)
+    """`block(*inputs)`; where the model checkpoints gradients, activations are computed again in the backward pass.
+
+    `model.taps` has lists, by block, to which outputs are appended.
+    """
+    checkpointed = model.gradient_checkpointing and torch.is_grad_enabled()
+    x = model._gradient_checkpointing_func(block, *inputs) if checkpointed else block(*inputs)
+    taps = model.__dict__.get("taps", {})
+    if block in taps:
+        taps[block].append(x)
+    return x
 
 
 def fast_bf16(device: str) -> bool:

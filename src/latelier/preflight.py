@@ -134,8 +134,7 @@ def try_denoiser(recipe: Recipe, count: bool = False) -> Iterator[Trial]:
         codec = Codec(codec.tokenizer, mean, std, precision=codec.precision, norm=codec.norm)
     with torch.no_grad():
         batch = next(encode_batches(codec, iter([batch]), codec.device))
-        if objective.conditioner is not None:
-            batch |= objective.conditioner.to(codec.device).prepare(batch, codec)
+        batch |= objective.to(codec.device).prepare(batch, codec, seen=0)
     yield _try("denoiser", recipe.denoiser, objective, batch, count)
 
 

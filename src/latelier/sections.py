@@ -44,6 +44,13 @@ def parse_size(value: Any) -> Any:
     return (value, value) if isinstance(value, int) else value
 
 
+def parse_shift(value: Any) -> Any:
+    """A number above 0, or `dimension`."""
+    if value != "dimension" and (not isinstance(value, int | float) or not 0 < value < math.inf):
+        raise ValueError("a number above 0, or dimension")
+    return value
+
+
 Count = Annotated[int, BeforeValidator(parse_count), Field(ge=0, description="a count such as 64k, 2M or 1000")]
 PositiveCount = Annotated[int, BeforeValidator(parse_count), Field(ge=1, description="a count such as 64k, 2M or 1000")]
 Side = Annotated[int, Field(ge=1, le=2**16)]
@@ -186,7 +193,11 @@ class Process(Section):
 
     kind: Literal["flow", "ddpm"] = "flow"
     t_distribution: Literal["uniform", "logit-normal"] = Field("logit-normal", description="flow: density of t")
-    shift: float = Field(1.0, gt=0, description="flow: t' = shift t / (1 + (shift - 1) t) in training")
+    shift: Annotated[float | Literal["dimension"], BeforeValidator(parse_shift)] = Field(
+        1.0,
+        description="flow: t' = shift t / (1 + (shift - 1) t) in training; `dimension`: sqrt(m / 4096) for latents of "
+        "m numbers, at least 1, in training and sampling",
+    )
     prediction: Literal["velocity", "epsilon", "v", "sample"] | None = Field(None, description="ddpm: what is learned")
     beta_schedule: Literal["linear", "scaled_linear", "cosine"] = "scaled_linear"
     beta_start: float = Field(0.0015, gt=0, lt=1)

@@ -36,6 +36,7 @@ KINDS = {
     "sit": "latelier.convert.dit:convert_sit",
     "lightning-dit": "latelier.convert.dit:convert_lightning_dit",
     "maetok-sit": "latelier.convert.dit:convert_maetok_sit",
+    "dit-dh": "latelier.convert.dit:convert_dit_dh",
     "dcae": "latelier.convert.dcae:convert",
     "dcae-sit": "latelier.convert.dit:convert_dcae_sit",
     "usit": "latelier.convert.dit:convert_usit",
