@@ -117,7 +117,7 @@ def test_schema_knows_every_section_of_every_kind():
     kinds = [section["title"] for section in found["properties"]["tokenizer"]["oneOf"]]
     assert kinds == [f"{name}Section" for name in ("VMAE", "MAETok", "DCAE", "Conv", "RAE", "Identity", "Pretrained")]
     denoisers = found["properties"]["denoiser"]["anyOf"][0]["oneOf"]
-    assert [section["title"] for section in denoisers] == ["DiTSection", "UViTSection", "UNetSection"]
+    assert [section["title"] for section in denoisers] == ["DiTSection", "DDTSection", "UViTSection", "UNetSection"]
     assert len(denoisers[0]["properties"]["condition"]["items"]["oneOf"]) == 7
 
 

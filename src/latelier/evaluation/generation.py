@@ -96,7 +96,7 @@ def generate_images(
         yield pipeline(sample=settings, records=inputs, output_type="pt", progress=False).images
 
 
-def describe_sampling(sample: Sample, pipeline: LatentDiffusionPipeline) -> dict[str, Any]:
+def describe_sampling(sample: Sample, pipeline: Any) -> dict[str, Any]:
     """What receipts say of how images were sampled."""
     said = {name: value for name, value in sample.model_dump().items() if name not in ("count", "batch")}
     return {**said, "shift": pipeline.sampling_shift(sample)}
