@@ -22,6 +22,7 @@ from latelier.data.tables import StreamSource
 from latelier.errors import LatelierError
 from latelier.evaluation.features import check_features
 from latelier.losses.discriminator import Discriminator, add_adversarial_loss
+from latelier.losses.teachers import open_teacher
 from latelier.opening import best_device, open_images, open_pretrained
 from latelier.recipe import Adversarial, Recipe, TrainedTokenizer, Training
 from latelier.terminal import console
@@ -85,6 +86,8 @@ def check_sources(recipe: Recipe) -> dict[str, Source | StreamSource]:
             )
         if "text" in asked:
             next(open_images(recipe, split).captions(), None)  # refuses images without a caption
+    if recipe.denoiser and recipe.denoiser.align:
+        open_teacher(recipe.denoiser.align.teacher)  # refused now, not after the tokenizer is trained
     return sources
 
 
