@@ -74,7 +74,7 @@ def nearest(x: Float[Tensor, "n d"]) -> Int[Tensor, " n"]:
     return torch.cat(found)
 
 
-def slerp(a: Float[Tensor, "b *d"], b: Float[Tensor, "b *d"], alpha: float) -> Float[Tensor, "b *d"]:
+def slerp(a: Float[Tensor, "b c *grid"], b: Float[Tensor, "b c *grid"], alpha: float) -> Tensor:
     """sin((1 - alpha) w) / sin w a + sin(alpha w) / sin w b, w the angle between them; a line where it is almost 0."""
     x, y = a.flatten(1).double(), b.flatten(1).double()
     angle = F.cosine_similarity(x, y, dim=1).clamp(-1, 1).acos()[:, None]  # (b, 1)

@@ -38,7 +38,9 @@ def spatial_structure(sample: LatentSample) -> dict[str, Result]:
         return {}
     grid = (sample.mean.shape[2], sample.mean.shape[3])
     if min(grid) < SMALLEST:
-        raise NotMeasurable(f"structure needs a grid of at least {SMALLEST} positions a side, not {grid[0]} x {grid[1]}.")
+        raise NotMeasurable(
+            f"structure needs a grid of at least {SMALLEST} positions a side, not {grid[0]} x {grid[1]}."
+        )
     step = max(1, CHUNK // (grid[0] * grid[1]) ** 2)
     parts = [measure(z.transpose(1, 2), grid) for z in sample.z.split(step)]
     details = {"n": len(sample), "grid": list(grid), "distances": list(thresholds(grid)), **sample.about()}

@@ -105,7 +105,7 @@ def mixture_variance(
 ) -> float:
     """The same of a mixture of Gaussians, without knowing the class, by Monte Carlo; the sum over numbers.
 
-    v = E[eps - z | x_t] of class k is -mu_k + (t I - (1 - t) S_k) ((1 - t)² S_k + t² I)^-1 (x_t - (1 - t) mu_k); classes
+    E[eps - z | x_t] of class k is (t I - (1 - t) S_k) ((1 - t)² S_k + t² I)^-1 (x_t - (1 - t) mu_k) - mu_k, and classes
     are weighed by their posterior. Draws are stratified over t and over classes.
     """
     rng = KeyedRandom(seed, torch.arange(draws))
@@ -129,9 +129,7 @@ def mixture_variance(
     return float((eps - z - velocity).square().sum(1).mean())
 
 
-def _interval(
-    classes: list[Tensor], value: float, seed: int, about: dict[str, Any]
-) -> tuple[float, float] | None:
+def _interval(classes: list[Tensor], value: float, seed: int, about: dict[str, Any]) -> tuple[float, float] | None:
     """Normal, around the value: images drawn again make every class look narrower, so their mean is not used."""
     n, channels, positions = sum(map(len, classes)), *classes[0].shape[1:]
     if 2 * RESAMPLES * ITERATIONS * n * channels * positions * (channels + positions) > MOST_WORK:
