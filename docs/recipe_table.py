@@ -1,4 +1,4 @@
-"""mkdocs hook: the tables of recipe keys, made from the pydantic models."""
+"""mkdocs hook: tables of recipe keys, made from the pydantic models, and of the autoencoders that open."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pydantic_core import PydanticUndefined
 
 from latelier import recipe
 from latelier.conditioning import condition, layout, spatial, text
-from latelier.denoisers import dit, objective, unet, uvit
-from latelier.tokenizers import conv, dcae, maetok, maetok_targets, pretrained, vmae
+from latelier.denoisers import align, ddt, dit, objective, unet, uvit
+from latelier.losses import regularise
+from latelier.tokenizers import conv, dcae, diffusers_classes, maetok, maetok_targets, pretrained, rae, vmae
 
-MARK = "<!-- recipe tables -->"
+MARK, AUTOENCODERS = "<!-- recipe tables -->", "<!-- autoencoders -->"
 
 
 def names(presets: dict[str, dict]) -> str:
@@ -40,6 +41,7 @@ MEANINGS: dict[type[BaseModel], dict[str, str]] = {
     },
     recipe.TrainedTokenizer: {
         "method": "a named set of default values, such as a paper's; see the table of the kind",
+        "regularise": "see [Regularise a latent space](regularise.md); a kind, a section, or a list",
         "phases": "sections with `name`, `images` and the keys that change; see [phases](vmae.md#training-in-phases)",
     },
     vmae.VMAESection: {
@@ -65,6 +67,11 @@ MEANINGS: dict[type[BaseModel], dict[str, str]] = {
         "reconstruction": "absolute or squared pixel error",
         "perceptual_weight": "weight of LPIPS; 0 disables it",
     },
+    rae.RAESection: {
+        "preset": names(rae.PRESETS),
+        "init": "a `RAE`, folder or Hub name to start from",
+        "perceptual_weight": "weight of LPIPS; 0 disables it",
+    },
     maetok_targets.Masking: {"low": "smallest mask ratio", "high": "largest mask ratio"},
     maetok_targets.TargetSection: {
         "kind": "what is predicted: `hog`, features of a teacher, or the `caption`",
@@ -83,9 +90,12 @@ MEANINGS: dict[type[BaseModel], dict[str, str]] = {
         "kl": "to N(0, 1), or with a free mean",
     },
     pretrained.PretrainedSection: {
-        "path": "a folder or Hub name",
-        "subfolder": "subfolder, such as `vae`",
+        "path": "a run folder, a tokenizer folder or a Hub name; see [autoencoders](autoencoders.md)",
+        "subfolder": "where the tokenizer is inside `path`: `vae` in most diffusers pipelines",
     },
+    regularise.AlignTerm: {"weight": "of the term; if adaptive, its gradient's share of the reconstruction's"},
+    regularise.ScaleTerm: {"weight": "of the term"},
+    regularise.NoiseTerm: {"level": "see `law`"},
     recipe.Training: {
         "images": "training length in images seen",
         "lr": "learning rate; never scaled automatically",
@@ -102,9 +112,10 @@ MEANINGS: dict[type[BaseModel], dict[str, str]] = {
         "keep_checkpoints": "how many checkpoints are kept",
     },
     objective.DenoiserSection: {
-        "kind": "transformers: [DiT, SiT, LightningDiT](dit.md), [U-ViT, USiT](dcae.md#u-vit-and-usit-denoisers); "
-        "`unet`: [LDM](ldm.md#u-net-denoisers)",
-        "size": f"transformers: {names(dit.SIZES)}; U-ViTs: {names(uvit.SIZES)}; U-Nets: {names(unet.SIZES)}",
+        "kind": "transformers: [DiT, SiT, LightningDiT](dit.md), [DDT](dit.md#ddt-head-dit-dh), "
+        "[U-ViT, USiT](dcae.md#u-vit-and-usit-denoisers); `unet`: [LDM](ldm.md#u-net-denoisers)",
+        "size": f"transformers: {names(dit.SIZES)}; DDT: {names(ddt.SIZES)}; U-ViTs: {names(uvit.SIZES)}; U-Nets: "
+        f"{names(unet.SIZES)}",
         "patch": "side of a transformer's token in latent positions",
         "init": "a `DiT` or U-Net, folder or Hub name, to start from",
         "condition": "what the denoiser is conditioned on: `none`, a kind, a section, or a list of these; see "
@@ -118,7 +129,7 @@ MEANINGS: dict[type[BaseModel], dict[str, str]] = {
     },
     recipe.Sample: {
         "steps": "sampling steps",
-        "guidance": "scale w of classifier-free guidance; 1 is no guidance",
+        "guidance": "scale w of classifier-free guidance, or of the weaker model `guide`; 1 is no guidance",
         "sampler": "see [sampling](sampling.md#samplers)",
         "count": "number of images",
         "batch": "images per forward pass",
@@ -156,10 +167,16 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "data": recipe.Data,
     "tokenizer: keys of all trained kinds": recipe.TrainedTokenizer,
     "tokenizer.adversarial": recipe.Adversarial,
+    "tokenizer.regularise, kind: align": regularise.AlignTerm,
+    "tokenizer.regularise, kind: equivariance": regularise.EquivarianceTerm,
+    "tokenizer.regularise, kind: scale": regularise.ScaleTerm,
+    "tokenizer.regularise, kind: noise": regularise.NoiseTerm,
+    "tokenizer.regularise, kind: norm": regularise.NormTerm,
     "tokenizer, kind: vmae": vmae.VMAESection,
     "tokenizer, kind: maetok": maetok.MAETokSection,
     "tokenizer.mask (maetok)": maetok_targets.Masking,
     "tokenizer.targets (maetok)": maetok_targets.TargetSection,
+    "tokenizer, kind: rae": rae.RAESection,
     "tokenizer, kind: conv": conv.ConvSection,
     "tokenizer, kind: dcae": dcae.DCAESection,
     "prefixes (dcae, denoiser)": recipe.Prefixes,
@@ -168,6 +185,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "Training keys of tokenizer and denoiser": recipe.Training,
     "denoiser": objective.DenoiserSection,
     "denoiser.process": recipe.Process,
+    "denoiser.align": align.Align,
     "denoiser.condition, kind: class": condition.ClassCondition,
     "denoiser.condition, kind: text": text.TextCondition,
     "denoiser.condition, kind: layout": layout.LayoutCondition,
@@ -182,7 +200,17 @@ SECTIONS: dict[str, type[BaseModel]] = {
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Put the tables where the page asks for them."""
+    markdown = markdown.replace(AUTOENCODERS, autoencoders()) if AUTOENCODERS in markdown else markdown
     return markdown.replace(MARK, tables()) if MARK in markdown else markdown
+
+
+def autoencoders() -> str:
+    """Classes of diffusers that a codec opens, and those that are refused, with the reason."""
+    opened, refused = diffusers_classes.CLASSES, diffusers_classes.REFUSED
+    rows = ["| class | of, and how it is used |", "|---|---|"]
+    rows += [f"| `{name}` | {one.about} |" for name, one in opened.items()]
+    rows += ["", "| refused | because |", "|---|---|", *(f"| `{name}` | {why} |" for name, why in refused.items())]
+    return "\n".join(rows)
 
 
 def tables() -> str:

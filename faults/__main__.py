@@ -31,18 +31,24 @@ def main(words: list[str]) -> int:
     sample, chosen = "--sample" in words, [word for word in words if not word.startswith("--")] or SECTIONS
     if os.access("/dev/shm", os.W_OK):  # a run waits for the disk a fifth of its time
         tempfile.tempdir = "/dev/shm"
-    os.environ["LATELIER_CACHE"] = tempfile.mkdtemp(prefix="latelier-faults-cache-")
-    _import_everything()
-    found: list[Outcome] = []
-    for name in chosen:
-        begin = time.monotonic()
-        found += importlib.import_module(f"faults.{name}").outcomes(sample)
-        print(f"{name}: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(prefix="latelier-faults-cache-") as cache:
+        os.environ["LATELIER_CACHE"] = cache
+        found = _inject(chosen, sample)
     print(table(found))
     failed = [one for one in found if one.failure]
     for one in failed:
         print(f"\n{one.row}: {one.what}\n  {one.failure}")
     return int(bool(failed))
+
+
+def _inject(sections: list[str], sample: bool) -> list[Outcome]:
+    _import_everything()
+    found: list[Outcome] = []
+    for name in sections:
+        begin = time.monotonic()
+        found += importlib.import_module(f"faults.{name}").outcomes(sample)
+        print(f"{name}: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
+    return found
 
 
 def table(found: list[Outcome]) -> str:

@@ -131,7 +131,7 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {  # of checkpoints to convert
                       "x_embedder.proj.weight": (0, 0, 0, 0), "final_layer.linear.weight": (0, 0),
                       "from_latent.weight": (0, 0), "blocks.0.mlp.fc1.weight": (0, 0), "main.0.weight": (0, 0, 0, 0)},
 }  # fmt: skip
-KINDS = """vmae maetok sit lightning-dit maetok-sit dcae dcae-sit usit uvit ldm ldm-kl ldm-vq patchgan ldm-unet
+KINDS = """vmae maetok rae sit lightning-dit maetok-sit dcae dcae-sit usit uvit ldm ldm-kl ldm-vq patchgan ldm-unet
 ldm-text"""
 
 

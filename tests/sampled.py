@@ -12,7 +12,7 @@ def initial_noise(shape, seeds):
 
 
 def scheduler(process, sample):
-    return process.scheduler(sample.steps, sample.sampler, sample.shift, sample.eta, sample.last_step)
+    return process.scheduler(sample.steps, sample.sampler, sample.shift or 1.0, sample.eta, sample.last_step)
 
 
 def sampled(model, process, sample, shape, seeds, cond=None, uncond=None, loss_guidance=None, watch=None, **options):

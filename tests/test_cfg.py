@@ -1,5 +1,7 @@
 """Classifier-free guidance."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -50,6 +52,22 @@ def test_interval_acts_on_each_image(case):
     t = torch.tensor([0.3, 0.6])
     expected = x + t[:, None, None, None] + torch.tensor([4.0, 1.0])[:, None, None, None]
     torch.testing.assert_close(guided(model, cond, uncond, 4.0, (0.0, 0.5))(x, t), expected)
+
+
+def test_autoguidance_is_one_pass_of_each_model_and_costs_nothing_at_one(case):
+    model, x, _, cond, _ = case
+    weak, asked = Adder(), torch.tensor([0.3, 0.6])
+    away = partial(weak, condition=Condition(torch.full((2, 1), 3.0)))
+    for told in (cond, None):  # an unconditional model can be guided too
+        strong = model(x, asked, told)
+        model.calls = model.rows = weak.calls = weak.rows = 0
+        u = x + asked[:, None, None, None] + 3
+        guidance = guided(model, told, None, 1.5, (0.5, 1.0), weak=away)(x, asked)
+        torch.testing.assert_close(guidance[1], (u + 1.5 * (strong - u))[1])
+        torch.testing.assert_close(guidance[0], strong[0])  # outside of the interval
+        assert (model.calls, model.rows, weak.calls, weak.rows) == (1, 2, 1, 2)
+        assert torch.equal(guided(model, told, None, 1.0, weak=away)(x, asked), strong)
+        assert weak.calls == 1
 
 
 def test_first_channels_only(case):

@@ -99,6 +99,26 @@ def test_bad_recipes(monkeypatch, capsys, tmp_path, recipe_file, folder_of_image
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("denoiser.align={teacher: nothing}", "denoiser.align.depth = 8, but the denoiser has 1 blocks"),
+        ("denoiser.align={teacher: nothing, depth: 1}", "The teacher 'nothing' cannot be loaded"),
+        ("denoiser.align={form: best}", "denoiser.align.form = 'best' is not allowed"),
+        ("denoiser.process={kind: ddpm, shift: dimension}", "denoiser.process.shift = 'dimension' is for"),
+        ("denoiser.process.shift=large", "denoiser.process.shift = 'large' is not allowed"),
+        ("denoiser.process.shift=-1", "denoiser.process.shift = -1 is not allowed"),
+        ("sample.guide=nowhere", "sample.guide = nowhere cannot be opened (there is no trained model in it)"),
+        ("sample.guide=snapshots/8", "denoiser.snapshots = 0 keeps weights at no number of images"),
+    ],
+)
+def test_what_check_finds_in_a_denoiser(monkeypatch, capsys, recipe_file, override, words):
+    monkeypatch.setattr("latelier.preflight.try_tokenizer", lambda recipe: [])
+    code, _, error = call(monkeypatch, capsys, "check", str(recipe_file), override)
+    assert code == 2
+    assert words in error
+
+
 def test_denoiser_that_does_not_fit(monkeypatch, capsys, recipe_file):
     code, _, _ = call(monkeypatch, capsys, "train", "tokenizer", str(recipe_file))
     assert code == 0

@@ -176,8 +176,8 @@ def test_overview_draws_what_there_is(tmp_path):
 def test_all_kinds_stand_on_one_page(workshop, tmp_path, monkeypatch):
     tokenizers = [str(workshop / name) for name in ("grids", "masked", "rows", "codes")]
     asked = (tokenizers, str(workshop / "photos"), 32, 12, tmp_path / "out", [METRICS, "data.workers=0"])
-    page = compare.compare(*asked)
-    assert page == tmp_path / "out" / "comparison.html"
+    content, page = compare.compare(*asked), tmp_path / "out" / "comparison.html"
+    assert content == json.loads((page.parent / "comparison.json").read_text())
     html = page.read_text()
     links = set(re.findall(r'href="([^"#:]+)"', html))
     assert links == {f"{name}/report.html" for name in ("grids", "masked", "rows", "codes")}
@@ -185,7 +185,6 @@ def test_all_kinds_stand_on_one_page(workshop, tmp_path, monkeypatch):
     titles = re.findall("<h2>(.*?)</h2>", html)
     assert titles[:2] == ["What they are", "At a glance"]
     assert {"Reconstruction", "Distribution", "Images"} <= set(titles)
-    content = json.loads((page.parent / "comparison.json").read_text())
     assert [one["facts"]["latent"] for one in content["runs"]] == ["4 x 8 x 8", "4 x 4 x 4", "4 x 6", "3 x 8 x 8"]
     receipts = [one["metrics"]["psnr"]["receipt"] for one in content["runs"]]
     assert {receipt["n"] for receipt in receipts} == {12}
@@ -198,11 +197,11 @@ def test_all_kinds_stand_on_one_page(workshop, tmp_path, monkeypatch):
     assert not {"ms-ssim", "gmm"} & {name for one in content["runs"] for name in one["metrics"]}
     assert "(grids/report.html)" in (page.parent / "table.md").read_text()
 
-    again = []
+    again, shown = [], []
     monkeypatch.setattr(compare, "inspect", lambda tokenizer, *rest: again.append(tokenizer))
-    monkeypatch.setattr(compare, "show", lambda candidates, where, out, failed: out / ", ".join(candidates))
-    assert compare.compare(*asked).name == "grids, masked, rows, codes"
-    assert again == []  # nothing is measured twice
+    monkeypatch.setattr(compare, "show", lambda candidates, *rest: shown.extend(candidates) or page)
+    compare.compare(*asked)
+    assert (shown, again) == (["grids", "masked", "rows", "codes"], [])  # nothing is measured twice
     (page.parent / "masked" / "report.html").unlink()
     compare.compare(*asked)
     assert again == [tokenizers[1]]

@@ -46,6 +46,9 @@ class Fake:
         self.conditioner, self.draw, self.calls = conditioner, draw, []
         self.codec = Codec(torch.nn.Identity())
 
+    def sampling_shift(self, sample):
+        return 1.0
+
     def __call__(self, records, sample, output_type, progress):
         assert output_type == "pt"
         assert progress is False

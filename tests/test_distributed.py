@@ -16,7 +16,7 @@ from latelier.recipe import dump
 from latelier.training.denoiser_loop import train_denoiser
 from latelier.training.tokenizer_loop import train_tokenizer
 from tiny import colour_extractor, tiny_recipe
-from two_processes import EVALUATE, TOKENIZER
+from two_processes import EVALUATE, two_stages
 
 HERE = Path(__file__).parent
 
@@ -25,7 +25,12 @@ def test_two_processes_equal_one(tmp_path, monkeypatch):
     two, one = tmp_path / "two", tmp_path / "one"
     two.mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    environment = {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
+    }
     done = subprocess.run(
         [*command, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(HERE / "two_processes.py"), str(two)],
         env=environment, capture_output=True, text=True, timeout=240, check=False,
@@ -36,7 +41,7 @@ def test_two_processes_equal_one(tmp_path, monkeypatch):
 
     assert (two / "tokenizer-0.txt").read_text().startswith("3 ")  # two phases and a discriminator
     assert_evaluated_as_by_one(two, monkeypatch)
-    recipe = tiny_recipe(one, tokenizer=TOKENIZER, denoiser={"ema": 0})
+    recipe = two_stages(one)
     train_tokenizer(recipe)
     train_denoiser(recipe)
     for part in ("tokenizer", "pipeline/denoiser", "pipeline/conditioner"):
@@ -62,7 +67,7 @@ def assert_evaluated_as_by_one(folder, monkeypatch):
         monkeypatch.setattr(module, "load_extractors", lambda names, device: [colour_extractor()])
     monkeypatch.setattr(evaluate, "load_extractor", lambda name: colour_extractor())
     monkeypatch.setenv("LATELIER_CACHE", str(folder / "another"))
-    evaluate.evaluate(tiny_recipe(folder, tokenizer=TOKENIZER, denoiser={"ema": 0}, evaluate=EVALUATE))
+    evaluate.evaluate(two_stages(folder))
     by_one = json.loads(file.read_text())
     for section in ("reconstruction", "generation"):
         assert list(by_one[section]) == list(by_two[section])

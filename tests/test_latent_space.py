@@ -10,6 +10,7 @@ from latelier.analysis import clustering
 from latelier.analysis.clustering import measure_spread, perceptual_compression, regions, within_and_separation
 from latelier.analysis.sample import collect
 from latelier.analysis.smoothness import area_weights, noisy_latents, prefix_quality, smoothness
+from latelier.analysis.statistics import channel_statistics, posterior_statistics
 from latelier.losses.perceptual import LPIPS
 from latelier.tokenizers.codec import Codec
 from tiny import needs_lpips, refused
@@ -95,6 +96,17 @@ def test_measured_statistics_are_of_sampled_latents():
     variance = (2 * images).transpose(0, 1).flatten(1).var(1, correction=0) + 9
     assert torch.allclose(sample.scale.std, variance.sqrt(), rtol=1e-4)
     assert torch.equal(sample.pixels(slice(0, 12)), images)
+
+
+def test_scales_of_elements_are_those_of_channels_where_channels_are_measured():
+    raw = torch.randn(300, 3, 2, 4) * torch.rand(3, 2, 4) + torch.randn(3, 2, 4)
+    by_element = Codec(Linear(), raw.mean(0), raw.std(0, correction=0))
+    by_channel = Codec(Linear(), raw.mean((0, 2, 3)), raw.std((0, 2, 3), correction=0))
+    one, other = (collect(codec, [{"image": raw}], 300) for codec in (by_element, by_channel))
+    torch.testing.assert_close(one.z.std(0, correction=0), torch.ones(3, 8))
+    for measure in (posterior_statistics, channel_statistics):
+        for name, result in measure(one).items():
+            assert result.value == pytest.approx(measure(other)[name].value, rel=1e-4)
 
 
 def test_the_same_noise_at_each_level_and_in_each_batching():

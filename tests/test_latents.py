@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -23,6 +24,7 @@ from latelier.keyed_random import KeyedRandom
 from latelier.recipe import Data
 from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.conv import IdentityTokenizer
+from latelier.tokenizers.statistics import Moments
 from tiny import refused
 
 MAPS = Path("/proc/self/maps")
@@ -74,6 +76,14 @@ class NoisyPixels(IdentityTokenizer):
     def encode(self, images):
         parameters = torch.cat([images, torch.full_like(images, 0.5).log() * 2], 1)
         return type("Output", (), {"latent_dist": DiagonalGaussianDistribution(parameters)})()
+
+
+class Elements(NoisyPixels):
+    """Noisy pixels whose statistics are of elements."""
+
+    @property
+    def info(self):
+        return replace(super().info, statistics="element")
 
 
 class Numbered:
@@ -269,6 +279,32 @@ def test_statistics_are_those_of_sampled_latents():
     torch.testing.assert_close(few, shown.mean((0, 2, 3)))
 
 
+def test_statistics_of_elements_are_exact(tmp_path):
+    images = Images()
+    mean, std = latent_statistics(Codec(Elements()), images, 20, seed=0)
+    ids = torch.arange(20)
+    shown = torch.stack([images.image(i) for i in permuted_index(ids, 23, 0).tolist()])
+    noise = KeyedRandom(0, ids).normal("statistics", *shown.shape[1:])
+    z = shown + 0.5 * noise  # (n, c, h, w)
+    torch.testing.assert_close(mean, z.mean(0))
+    torch.testing.assert_close(std, z.std(0, correction=0))
+    cache = write(tmp_path, codec := Codec(Elements(), mean, std.clamp(min=0.1)), dtype=torch.float32)
+    batch = cache.gather(torch.tensor([3]))
+    torch.testing.assert_close(batch["mean"][0], (images.image(3) - mean) / codec.std)
+    torch.testing.assert_close(batch["std"][0], 0.5 / codec.std)
+
+
+def test_moments_do_not_lose_digits_of_a_large_mean():
+    values = torch.randn(2, 1000, dtype=torch.float64) + 1e9
+    parts = [Moments(2) for _ in range(3)]
+    for part, columns in zip(parts, values.split((300, 700, 0), 1)):
+        part.add(columns)
+    for part in parts[1:]:
+        parts[0].merge(part.sums)
+    _, std = parts[0].mean_and_std()
+    torch.testing.assert_close(std, values.std(1, correction=0).float())
+
+
 def test_two_processes_write_what_one_writes(tmp_path, codec):
     script = tmp_path / "two.py"
     script.write_text(
@@ -281,9 +317,9 @@ def test_two_processes_write_what_one_writes(tmp_path, codec):
         "images = Images()\n"
         f"cache = write({str(tmp_path / 'two')!r}, codec, images, accelerator=accelerator)\n"
         "assert images.asked == list(range(accelerator.process_index, 4, 2))\n"
-        "mean, std = latent_statistics(Codec(NoisyPixels()), Images(), 20, 0, accelerator)\n"
+        "found = [latent_statistics(Codec(kind()), Images(), 20, 0, accelerator) for kind in (NoisyPixels, Elements)]\n"
         "if accelerator.is_main_process:\n"
-        f"    open({str(tmp_path / 'two.json')!r}, 'w').write(json.dumps([mean.tolist(), std.tolist()]))\n"
+        f"    open({str(tmp_path / 'two.json')!r}, 'w').write(json.dumps([[x.tolist() for x in s] for s in found]))\n"
         "torch.distributed.destroy_process_group()\n"
     )
     with socket.socket() as free:
@@ -298,8 +334,10 @@ def test_two_processes_write_what_one_writes(tmp_path, codec):
         assert process.returncode == 0, errors
     one, two = write(tmp_path / "one", codec), LatentCache.open(tmp_path / "two", KEY)
     assert [s["sha256"] for s in one.about["shards"]] == [s["sha256"] for s in two.about["shards"]]
-    expected = latent_statistics(Codec(NoisyPixels()), Images(), 20, 0)
-    torch.testing.assert_close(torch.tensor(json.loads((tmp_path / "two.json").read_text())), torch.stack(expected))
+    for kind, found in zip((NoisyPixels, Elements), json.loads((tmp_path / "two.json").read_text())):
+        expected = latent_statistics(Codec(kind()), Images(), 20, 0)
+        torch.testing.assert_close(torch.tensor(found[0]), expected[0])
+        torch.testing.assert_close(torch.tensor(found[1]), expected[1])
 
 
 @pytest.mark.skipif(not MAPS.is_file(), reason="the list of mapped files is Linux's")

@@ -131,7 +131,7 @@ def test_samples_of_a_run_as_an_archive(tmp_path, colours, monkeypatch):
     recipe = tiny_recipe(tmp_path, evaluate={"metrics": ["gfd"], "samples": 10, "batch": 4})
     train_tokenizer(recipe)
     train_denoiser(recipe)
-    found = values(evaluate.evaluate(recipe, tmp_path / "samples.npz"))
+    found = values(evaluate.evaluate(recipe, npz=tmp_path / "samples.npz"))
     stored = np.load(tmp_path / "samples.npz")
     assert stored["arr_0"].shape == (10, 32, 32, 3)
     assert stored["arr_1"].tolist()[:5] == [0, 1, 2, 3, 0]

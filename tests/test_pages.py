@@ -86,7 +86,8 @@ def inspected(folder):
     tree = {"name": "pixels", "runs": str(folder), "data": data, "tokenizer": {"kind": "identity"}}
     run.complete(build_recipe({**tree, "evaluate": {"metrics": []}}))
     metrics = "evaluate.metrics=[l1,psnr,spectrum,channels,posterior,equivariance,smoothness]"
-    return inspection.inspect(str(folder / "pixels"), "emoji", 8, 64, folder / "judged", [metrics])
+    inspection.inspect(str(folder / "pixels"), "emoji", 8, 64, folder / "judged", [metrics])
+    return folder / "judged" / "report.html"
 
 
 def visit(browser, path):

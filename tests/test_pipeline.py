@@ -58,6 +58,20 @@ def draw(pipeline, **kwargs):
     return pipeline(**{"steps": 3, "output_type": "pt", "precision": "fp32", "progress": False, **kwargs}).images
 
 
+def test_statistics_of_elements_are_kept(tmp_path):
+    plain = make()
+    mean, std = torch.randn(4, 8, 12), torch.rand(4, 8, 12) + 0.5
+    codec = Codec(plain.tokenizer, mean, std)
+    LatentDiffusionPipeline.build(codec, plain.denoiser, None, build_process("flow"), (16, 24)).save_pretrained(
+        tmp_path
+    )
+    again = LatentDiffusionPipeline.from_pretrained(tmp_path)
+    assert torch.equal(again.codec.mean, mean)
+    assert torch.equal(again.codec.std, std)
+    with pytest.raises(LatelierError, match="of each element of a grid of 8 x 12, not 16 x 24"):
+        draw(again, count=1, height=32, width=48)
+
+
 @pytest.mark.parametrize("condition", [True, False])
 @pytest.mark.parametrize("kind", ["flow", "ddpm"])
 @pytest.mark.parametrize("statistics", [True, False])

@@ -152,5 +152,7 @@ def test_entries_of_diffusers_classes_are_what_the_models_do(model):
 
 
 def test_a_class_without_an_entry_is_refused():
-    refused("tokenizer class Linear needs an entry", tokenizer_info, nn.Linear(1, 1))
+    refused(
+        "Linear is no image tokenizer that can be opened: it has no property `info`", tokenizer_info, nn.Linear(1, 1)
+    )
     refused("AutoencoderTiny does not say its last layer", last_layer, AutoencoderTiny(latent_channels=4))

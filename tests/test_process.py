@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from latelier import recipe
 from latelier.diffusion.process import DDPM, Flow, build_process, describe_process
-from latelier.diffusion.schedulers import ReverseSDE, flow_sigmas
+from latelier.diffusion.schedulers import ReverseSDE, flow_sigmas, shifted
 from tiny import refused
 
 PROCESSES = [
@@ -154,6 +154,24 @@ def test_shares_of_data_and_noise(process):
     torch.testing.assert_close(process.noise(z, t, eps), alpha * z + sigma * eps)
 
 
+def test_shift_by_dimension():
+    """sqrt(m / 4096); composed shifts multiply, 0 and 1 stay, odds are multiplied, and so the SNR is divided by a^2."""
+    shapes = {(768, 16, 16): 6.928203, (768, 32, 32): 13.856406, (1024, 16, 16): 8, (4, 32, 32): 1, (4, 8, 8): 1}
+    for shape, alpha in shapes.items():
+        assert build_process(shift="dimension", latent_shape=shape).shift == pytest.approx(alpha, abs=1e-6)
+    t = torch.linspace(0, 1, 11, dtype=torch.float64)
+    moved = shifted(t, 6.928203)
+    assert (moved[0], moved[-1]) == (0, 1)
+    assert (moved.diff() > 0).all()
+    torch.testing.assert_close(shifted(shifted(t, 2.0), 3.0), shifted(t, 6.0))
+    snr = (((1 - s[1:]) / s[1:]) ** 2 for s in (t, moved))
+    torch.testing.assert_close(next(snr) / 6.928203**2, next(snr))
+    process = recipe.Process(shift="dimension")
+    uniform = torch.rand(5)
+    times = build_process(**process.model_dump(), latent_shape=(1024, 16, 16)).sample_t(uniform)
+    torch.testing.assert_close(times, shifted(Flow().sample_t(uniform), 8.0))
+
+
 def test_build_process():
     assert build_process(**recipe.Process(shift=2.0).model_dump()) == Flow("logit-normal", 2.0)
     assert build_process(kind="ddpm", prediction="v") == DDPM(prediction="v")
@@ -167,6 +185,8 @@ def test_build_process():
     [
         (lambda: build_process(prediction="v"), "prediction = 'v' is not for a flow"),
         (lambda: build_process("ddpm", prediction="velocity"), "is for a flow"),
+        (lambda: build_process("ddpm", shift="dimension", latent_shape=(4, 8, 8)), "shift = 'dimension' is for"),
+        (lambda: build_process(shift="dimension"), "a number where no latents are known"),
         (lambda: Flow().scheduler(sampler="ddim"), "'ddim' does not go with a flow.*auto, euler, heun, dpm.*sde"),
         (lambda: Flow().scheduler(eta=0.5), "eta = 0.5 acts in the ddim sampler only"),
         (lambda: DDPM().scheduler(shift=2.0), "shift = 2.0 acts in flow processes only"),

@@ -115,9 +115,9 @@ def test_schema_knows_every_section_of_every_kind():
     found = schema()
     assert {"data", "tokenizer", "denoiser", "sample", "evaluate"} <= set(found["properties"])
     kinds = [section["title"] for section in found["properties"]["tokenizer"]["oneOf"]]
-    assert kinds == [f"{name}Section" for name in ("VMAE", "MAETok", "DCAE", "Conv", "Identity", "Pretrained")]
+    assert kinds == [f"{name}Section" for name in ("VMAE", "MAETok", "DCAE", "Conv", "RAE", "Identity", "Pretrained")]
     denoisers = found["properties"]["denoiser"]["anyOf"][0]["oneOf"]
-    assert [section["title"] for section in denoisers] == ["DiTSection", "UViTSection", "UNetSection"]
+    assert [section["title"] for section in denoisers] == ["DiTSection", "DDTSection", "UViTSection", "UNetSection"]
     assert len(denoisers[0]["properties"]["condition"]["items"]["oneOf"]) == 7
 
 

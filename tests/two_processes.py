@@ -8,15 +8,17 @@ import torch
 
 from latelier import evaluate
 from latelier.evaluation import generation, reconstruction
+from latelier.recipe import Recipe
 from latelier.training import denoiser_loop, tokenizer_loop
 from latelier.training.runtime import Stage, make_accelerator
 from tiny import colour_extractor, tiny_recipe
 
-TOKENIZER = {  # masked pretraining, then decoder tuning against a discriminator
-    "ema": 0,
+TOKENIZER = {  # masked pretraining on noisy latents, then decoder tuning, moved, against a discriminator
+    "ema": 0, "regularise": [{"kind": "noise", "level": 0.3}],
     "phases": [
         {"name": "tuning", "images": 32, "train": "decoder", "mask_ratio": 0, "kl_weight": 0, "lr": 1e-3,
-         "sample_posterior": False, "adversarial": {"layers": 1, "channels": 8, "start": 8, "ahead": 8}},
+         "sample_posterior": False, "regularise": [{"kind": "equivariance", "least": 0.5}],
+         "adversarial": {"layers": 1, "channels": 8, "start": 8, "ahead": 8}},
     ],
 }  # fmt: skip
 
@@ -29,6 +31,12 @@ def remember(self, objective, *rest, original=Stage.clip):
     original(self, objective, *rest)
     if not any(objective is one for one in TRAINED):
         TRAINED.append(objective)
+
+
+def two_stages(folder: Path) -> Recipe:
+    """The recipe that one process and two train."""
+    align = {"teacher": str(folder / "tiny"), "depth": 1, "width": 8, "until": 32}  # its own tokenizer, half the time
+    return tiny_recipe(folder, tokenizer=TOKENIZER, denoiser={"ema": 0, "align": align}, evaluate=EVALUATE)
 
 
 def digest() -> str:
@@ -47,7 +55,7 @@ def see_colours() -> None:
 def main(folder: Path) -> None:
     """Both stages, on this process."""
     torch.set_num_threads(1)
-    recipe = tiny_recipe(folder, tokenizer=TOKENIZER, denoiser={"ema": 0}, evaluate=EVALUATE)
+    recipe = two_stages(folder)
     Stage.clip = remember
     for name, section, train in (
         ("tokenizer", recipe.tokenizer, tokenizer_loop.train_tokenizer),

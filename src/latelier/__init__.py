@@ -30,6 +30,8 @@ _PUBLIC = {
     "LossGuidance": "latelier.diffusion.loss_guidance",
     "upscale": "latelier.run",
     "inpaint": "latelier.run",
+    "inspect": "latelier.study.inspect",
+    "compare": "latelier.study.compare",
     "LatentCache": "latelier.data.latents",
     "LatelierError": "latelier.errors",
     "Recipe": "latelier.recipe",

@@ -153,6 +153,9 @@ def sample(
     count: Annotated[int, _number(help="How many images.")] = 16,
     steps: Steps = None,
     guidance: Annotated[float | None, typer.Option(min=0, help="Scale of classifier-free guidance; 1 is none.")] = None,
+    guide: Annotated[
+        str | None, typer.Option(help="Weaker model that --guidance leads away from: a run, or snapshots/IMAGES.")
+    ] = None,
     sampler: Annotated[str | None, typer.Option(help="ddim, plms, dpm++, unipc, euler, heun, sde, dopri5, ...")] = None,
     size: Annotated[int | None, _pixels(help="Side in pixels; default: the size of training.")] = None,
     channels: Annotated[int | None, _number(help="Draw only the first channels of the latents.")] = None,
@@ -178,7 +181,7 @@ def sample(
             raise LatelierError(f"--input {text!r} is not NAME=VALUE, such as low_resolution=small.png.")
         inputs.setdefault(name, []).append(value)
     settings = {"count": count, "steps": steps, "guidance": guidance, "sampler": sampler, "channels": channels}
-    settings |= {"tile": tile, "tile_stride": tile_stride, "seed": seed}
+    settings |= {"tile": tile, "tile_stride": tile_stride, "seed": seed, "guide": guide}
     console.print(f"Grid: {sample_to_folder(run, inputs, settings, size, out, preview, preview_channels)}")
 
 
@@ -236,7 +239,7 @@ def evaluate(
 
     loaded = _load(recipe, overrides)
     with locked(loaded.folder, join_processes().is_main_process and loaded.folder.is_dir()):
-        show_measurements(evaluate_run(loaded, npz))
+        show_measurements(evaluate_run(loaded, npz=npz))
 
 
 @app.command(epilog="Example:  latelier measure samples.npz VIRTUAL_imagenet256_labeled.npz --protocol adm-imagenet256")
@@ -313,12 +316,12 @@ def inspect(
     from latelier.study.inspect import inspect as inspect_tokenizer
     from latelier.study.inspect import read_experience, read_verdict
 
-    report = inspect_tokenizer(tokenizer, data, size, samples, out, overrides or [])
+    inspect_tokenizer(tokenizer, data, size, samples, out, overrides or [])
     for finding in read_verdict(out):
         console.print(f"{finding.kind}: {finding.sentence}", highlight=False, markup=False, soft_wrap=True)
     if known := read_experience(out):
         console.print(known, highlight=False, markup=False, soft_wrap=True)
-    console.print(f"Report: {report}")
+    console.print(f"Report: {out / 'report.html'}")
 
 
 @app.command(epilog="Example:  latelier compare runs/one runs/two stabilityai/sd-vae-ft-mse --data photos --size 256")
@@ -337,7 +340,8 @@ def compare(
     from latelier.study.compare import divide_words
 
     chosen, changes = divide_words(tokenizers)
-    console.print(f"Comparison: {compare_tokenizers(chosen, data, size, samples, out, changes, name or [])}")
+    compare_tokenizers(chosen, data, size, samples, out, changes, name or [])
+    console.print(f"Comparison: {out / 'comparison.html'}")
 
 
 @app.command(epilog="Example:  latelier study ldmae_tokenizers --variant emoji")

@@ -17,6 +17,7 @@ from latelier.conditioning.condition import components
 from latelier.conditioning.inputs import cycle_rows
 from latelier.data.loader import ImageDataset
 from latelier.data.sources import open_source
+from latelier.data.tensors import IN_MEMORY
 from latelier.errors import LatelierError, NotMeasurable
 from latelier.evaluation import generation, results
 from latelier.evaluation.archives import write_images
@@ -48,8 +49,12 @@ NEAREST_SEARCHED = 2_000
 RECONSTRUCTIONS_SHOWN = 16
 
 
-def evaluate(recipe: Recipe, npz: Path | None = None) -> list[Measurement]:
+def evaluate(
+    recipe: Recipe, codec: Codec | None = None, held_out: ImageDataset | None = None, npz: Path | None = None
+) -> list[Measurement]:
     """Measure a trained run; numbers and receipts go to metrics.json, images and plots to report.html.
+
+    Its tokenizer and held-out images may be given; otherwise they are those of the recipe.
 
     All processes take part in what is measured of many images; the numbers are those of one process, which alone
     returns them. The samples of one process can be kept in `npz`, in the form of the ADM evaluator.
@@ -59,7 +64,7 @@ def evaluate(recipe: Recipe, npz: Path | None = None) -> list[Measurement]:
         raise LatelierError(
             f"--npz {npz} writes the samples of one process, not of {rank()[1]}; start it without others."
         )
-    codec, held_out = open_codec(recipe).to(best_device()), open_images(recipe, "val")
+    codec, held_out = codec or open_codec(recipe).to(best_device()), held_out or open_images(recipe, "val")
     trained = (recipe.folder / "pipeline" / "model_index.json").is_file()  # a denoiser, too
     pipeline = open_run(recipe.folder)[0] if trained else None
     about = describe_images(recipe, held_out, "val")
@@ -179,6 +184,8 @@ def two_sides(
 
 def same_images(recipe: Recipe, held_out: ImageDataset) -> bool:
     """Whether the held-out images are the training images, which they are where `val_source` says so."""
+    if recipe.data.source == IN_MEMORY:
+        return True
     if recipe.data.val_source is None:
         return False
     return open_source(recipe.data.model_copy(update={"length": None})).fingerprint == held_out.source.fingerprint
@@ -304,7 +311,7 @@ def _tasks(recipe: Recipe, pipeline: LatentDiffusionPipeline, held_out: ImageDat
 def _sampled(recipe: Recipe, pipeline: LatentDiffusionPipeline, training: ImageDataset) -> dict[str, Any]:
     """What receipts say of samples that are compared with training images."""
     about = _about(recipe, pipeline, describe_images(recipe, training, "train"))
-    return {**about, **generation.describe_sampling(recipe.sample)}
+    return {**about, **generation.describe_sampling(recipe.sample, pipeline)}
 
 
 def _about(recipe: Recipe, pipeline: LatentDiffusionPipeline, images: Row) -> dict[str, Any]:

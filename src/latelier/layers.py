@@ -166,11 +166,13 @@ class TransformerBlock(nn.Module):
     Both branches have learned gains that begin at `layer_scale` (LayerScale, Touvron et al. 2021); None: no gains.
     """
 
-    def __init__(self, dim: int, heads: int, mlp_ratio: float = 4.0, layer_scale: float | None = None):
+    def __init__(
+        self, dim: int, heads: int, mlp_ratio: float = 4.0, layer_scale: float | None = None, eps: float = 1e-6
+    ):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = Attention(dim, heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
         self.scale1, self.scale2 = (
             None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale)) for _ in range(2)
@@ -347,10 +349,16 @@ def init_linear(module: nn.Module) -> None:
 
 
 def run_block(model: Any, block: nn.Module, *inputs: Any) -> Tensor:
-    """`block(*inputs)`; where the model checkpoints gradients, activations are computed again in the backward pass."""
-    if model.gradient_checkpointing and torch.is_grad_enabled():
-        return model._gradient_checkpointing_func(block, *inputs)
-    return block(*inputs)
+    """`block(*inputs)`; where the model checkpoints gradients, activations are computed again in the backward pass.
+
+    `model.taps` has lists, by block, to which outputs are appended.
+    """
+    checkpointed = model.gradient_checkpointing and torch.is_grad_enabled()
+    x = model._gradient_checkpointing_func(block, *inputs) if checkpointed else block(*inputs)
+    taps = model.__dict__.get("taps", {})
+    if block in taps:
+        taps[block].append(x)
+    return x
 
 
 def fast_bf16(device: str) -> bool:

@@ -13,17 +13,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from jaxtyping import Float
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from torch import Tensor
 
 from latelier.conditioning import CONDITIONERS
 from latelier.conditioning.inputs import Inputs
 from latelier.denoisers import DENOISERS
+from latelier.diffusion.autoguidance import Guide, open_guide
 from latelier.diffusion.cfg import guided
 from latelier.diffusion.loss_guidance import LossGuidance
 from latelier.diffusion.process import DDPM, Flow, build_process, describe_process
@@ -37,7 +38,8 @@ from latelier.recipe import Prefixes, Process, Recipe, Sample, Section, first_pr
 from latelier.sections import Side, check_config, check_weights, open_model
 from latelier.terminal import PATIENCE, Lines, is_screen
 from latelier.tokenizers import TOKENIZERS
-from latelier.tokenizers.codec import Codec, decode_within, read_statistics, refuse_damage
+from latelier.tokenizers.codec import Codec, decode_within, refuse_damage
+from latelier.tokenizers.statistics import read_statistics
 
 # diffusers opens a saved pipeline's components only from modules that are imported already.
 for _module in (*TOKENIZERS.values(), *DENOISERS.values(), *CONDITIONERS.values()):
@@ -54,10 +56,12 @@ class _Settings(Section):
     """What a saved pipeline says beside its components."""
 
     process: Process
-    statistics: dict[str, list[float]]
+    statistics: dict[str, list[Any]]
     height: Side
     width: Side
     dropped: list[str]
+    shift: Annotated[float, Field(gt=0)]
+    norm: Literal["rms", "rms-both"] | None
 
 
 class LatentDiffusionPipeline(DiffusionPipeline):
@@ -74,6 +78,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         statistics: `mean` and `std` of the latents, one number per channel; empty leaves latents as they are.
         height, width: default size of the images, in pixels.
         dropped: inputs that training dropped at times, so that guidance can leave them out; by default `classes`.
+        shift: of the times that a flow's samplers visit, where a call does not say it.
     """
 
     _optional_components = ["conditioner"]  # noqa: RUF012
@@ -81,27 +86,29 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
     def __init__(
         self, tokenizer: ModelMixin, denoiser: ModelMixin, conditioner: ModelMixin | None, scheduler: Scheduler,
-        process: dict[str, Any] | None = None, statistics: dict[str, list[float]] | None = None, height: int = 64,
-        width: int = 64, dropped: list[str] | None = None,
+        process: dict[str, Any] | None = None, statistics: dict[str, list[Any]] | None = None, height: int = 64,
+        width: int = 64, dropped: list[str] | None = None, norm: str | None = None, shift: float = 1.0,
     ):  # fmt: skip
         super().__init__()
         self.register_modules(tokenizer=tokenizer, denoiser=denoiser, conditioner=conditioner, scheduler=scheduler)
         dropped = ["classes"] if dropped is None else dropped
-        about = {"process": process or {}, "statistics": statistics or {}, "dropped": dropped}
-        self.register_to_config(**about, height=height, width=width)
+        about = {"process": process or {}, "statistics": statistics or {}, "dropped": dropped, "norm": norm}
+        self.register_to_config(**about, height=height, width=width, shift=shift)
+        self._guide: tuple[str, Guide] | None = None  # the last one, by its folder
 
     @classmethod
     def build(
         cls, codec: Codec, denoiser: ModelMixin, conditioner: ModelMixin | None, process: Flow | DDPM,
-        image_size: tuple[int, int], dropped: list[str] | None = None,
+        image_size: tuple[int, int], dropped: list[str] | None = None, shift: float = 1.0,
     ) -> LatentDiffusionPipeline:  # fmt: skip
         """A pipeline of a codec, with its statistics, and what was trained with `process` on its latents.
 
-        `image_size` is the height and width in pixels that `__call__` draws by default.
+        `image_size` is the height and width in pixels that `__call__` draws by default, `shift` that of its samplers.
         """
         mean, std, about = codec.mean, codec.std, describe_process(process)
         statistics = {} if mean is None or std is None else {"mean": mean.tolist(), "std": std.tolist()}
-        return cls(codec.tokenizer, denoiser, conditioner, process.scheduler(), about, statistics, *image_size, dropped)
+        scheduler, rest = process.scheduler(), (*image_size, dropped, codec.norm, shift)
+        return cls(codec.tokenizer, denoiser, conditioner, scheduler, about, statistics, *rest)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **options: Any) -> LatentDiffusionPipeline:  # type: ignore[override]
@@ -138,9 +145,9 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             raise LatelierError(first_problem(error).rstrip(".")) from None
         build_process(**settings.process.model_dump())
         codec = Codec(self.tokenizer)
-        codec.latent_shape(settings.height, settings.width)
+        shape = codec.latent_shape(settings.height, settings.width)
         if settings.statistics:
-            read_statistics(settings.statistics, codec.channels)
+            read_statistics(settings.statistics, shape)
         if self.conditioner is not None:
             check_weights(self.conditioner)
 
@@ -149,7 +156,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         """The tokenizer with its statistics."""
         statistics = self.config["statistics"]
         mean, std = (torch.tensor(statistics[name]) if statistics else None for name in ("mean", "std"))
-        return Codec(self.tokenizer, mean, std)
+        return Codec(self.tokenizer, mean, std, norm=self.config["norm"])
 
     @property
     def process(self) -> Flow | DDPM:
@@ -176,7 +183,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             inpainting: pairs of an image and its mask, whose holes are white.
 
         Settings are those of a recipe's `sample`: `steps` (50), `guidance` (1 is none), `guidance_interval`,
-        `guidance_channels`, `channels`, `shift`, `eta`, `last_step`, `seed`, `tile_stride`, see `recipe.Sample`, and
+        `guidance_channels`, `guide`, `channels`, `shift`, `eta`, `last_step`, `seed`, `tile_stride`, see
+        `recipe.Sample`, and
 
             count: how many images; default the length of the longest list.
             sampler: `euler`, `heun`, `dpm++`, `unipc` for any process; `ddim`, `ddpm`, `plms` for a ddpm process;
@@ -203,7 +211,10 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             raise LatelierError(f"output_type = {output_type!r} is not known; allowed: {', '.join(OUTPUTS)}.")
         settings, inputs = _divide(inputs_and_settings, sample, records or {}, negative_prompts)
         dropped = self.config["dropped"]
-        inputs = inputs.check(self.conditioner, settings.guidance, dropped)
+        guide = None if settings.guide is None or settings.guidance == 1 else self._open_guide(settings.guide)
+        if guide is not None and negative_prompts:
+            raise LatelierError("negative_prompts and guide both say what guidance leads away from; leave one out.")
+        inputs = inputs.check(self.conditioner, 1.0 if guide else settings.guidance, dropped)
         codec, process = self.codec, self.process
         codec.precision = precision
         size = (self.config["height"] if height is None else height, self.config["width"] if width is None else width)
@@ -213,17 +224,21 @@ class LatentDiffusionPipeline(DiffusionPipeline):
                 raise LatelierError(f"channels = {settings.channels} is not a prefix of {shape[0]} latent channels.")
             shape = (settings.channels, *shape[1:])
         device, drawn = self._execution_device, []
-        denoiser = tiled(self.denoiser, settings.tile, settings.tile_stride, settings.batch)
+        tiles = (settings.tile, settings.tile_stride, settings.batch)
+        denoiser = tiled(self.denoiser, *tiles)
         batches = range(settings.seed, settings.seed + settings.count, settings.batch)
         with self._bar(progress, len(batches)) as advance:
             for first in batches:
                 seeds = list(range(first, min(first + settings.batch, batches.stop)))
-                cond, uncond, record = inputs.conditions(
-                    self.conditioner, seeds, settings.seed, size, codec, None if settings.guidance == 1 else dropped
-                )
-                predict = guided(
-                    denoiser, cond, uncond, settings.guidance, settings.guidance_interval, settings.guidance_channels
-                )
+                asked = (seeds, settings.seed, size, codec)
+                leaves_out = None if guide or settings.guidance == 1 else dropped
+                cond, uncond, record = inputs.conditions(self.conditioner, *asked, leaves_out)
+                weak = None
+                if guide is not None:
+                    told, _, _ = inputs.conditions(guide.conditioner, *asked, None)
+                    weak = partial(tiled(guide.denoiser, *tiles), condition=told)
+                how = (settings.guidance, settings.guidance_interval, settings.guidance_channels)
+                predict = guided(denoiser, cond, uncond, *how, weak)
                 if loss_guidance is not None:
                     predict = loss_guidance.rows([seed - settings.seed for seed in seeds]).guide(predict, process)
                 if callback is not None:
@@ -240,14 +255,25 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
     def _scheduler(self, process: Flow | DDPM, settings: Sample) -> Scheduler:
         """A scheduler with its timesteps set: a copy of the pipeline's own, or the one that the settings name."""
-        wanted = (settings.steps, settings.sampler, settings.shift, settings.eta, settings.last_step)
+        shift = self.sampling_shift(settings)
+        wanted = (settings.steps, settings.sampler, shift, settings.eta, settings.last_step)
         named = process.scheduler(*wanted)  # refuses settings that do not fit, for the pipeline's own too
         if settings.sampler != "auto":
             return named
         _check_scheduler(self.scheduler, process)
         own = type(self.scheduler).from_config(self.scheduler.config)
-        process.set_timesteps(own, settings.steps, settings.shift)
+        process.set_timesteps(own, settings.steps, shift)
         return own
+
+    def sampling_shift(self, settings: Sample) -> float:
+        """The shift of the times that samplers visit: that of the settings, or else the pipeline's."""
+        return self.config["shift"] if settings.shift is None else settings.shift
+
+    def _open_guide(self, name: str) -> Guide:
+        """The weaker model of a folder, opened once."""
+        if self._guide is None or self._guide[0] != name:
+            self._guide = name, open_guide(name, self)
+        return self._guide[1]
 
     def _autocast(self, precision: str) -> AbstractContextManager:
         device = self._execution_device.type

@@ -22,6 +22,7 @@ from latelier.data.tables import StreamSource
 from latelier.errors import LatelierError
 from latelier.evaluation.features import check_features
 from latelier.losses.discriminator import Discriminator, add_adversarial_loss
+from latelier.losses.teachers import open_teacher
 from latelier.opening import best_device, open_images, open_pretrained
 from latelier.recipe import Adversarial, Recipe, TrainedTokenizer, Training
 from latelier.terminal import console
@@ -85,6 +86,8 @@ def check_sources(recipe: Recipe) -> dict[str, Source | StreamSource]:
             )
         if "text" in asked:
             next(open_images(recipe, split).captions(), None)  # refuses images without a caption
+    if recipe.denoiser and recipe.denoiser.align:
+        open_teacher(recipe.denoiser.align.teacher)  # refused now, not after the tokenizer is trained
     return sources
 
 
@@ -131,11 +134,10 @@ def try_denoiser(recipe: Recipe, count: bool = False) -> Iterator[Trial]:
     batch = to_device(next(dataset.stream(_micro_batch(recipe.denoiser))), codec.device)
     if codec.mean is None:  # as in the run, though there of thousands of images
         mean, std = latent_statistics(codec, dataset, FEW, recipe.seed)
-        codec = Codec(codec.tokenizer, mean, std, precision=codec.precision)
+        codec = Codec(codec.tokenizer, mean, std, precision=codec.precision, norm=codec.norm)
     with torch.no_grad():
         batch = next(encode_batches(codec, iter([batch]), codec.device))
-        if objective.conditioner is not None:
-            batch |= objective.conditioner.to(codec.device).prepare(batch, codec)
+        batch |= objective.to(codec.device).prepare(batch, codec, seen=0)
     yield _try("denoiser", recipe.denoiser, objective, batch, count)
 
 
@@ -147,7 +149,7 @@ def _codec(recipe: Recipe) -> Codec:
     if isinstance(recipe.tokenizer, PretrainedSection):
         return open_pretrained(recipe.tokenizer).to(best_device())
     tokenizer = tokenizer_loop.fit(build_tokenizer(recipe.tokenizer, recipe.data), recipe.data.image_size)
-    codec = Codec(tokenizer, precision="auto")
+    codec = Codec(tokenizer, precision="auto", norm=getattr(recipe.tokenizer, "norm", None))
     codec.latent_shape(*recipe.data.image_size)
     return codec.to(best_device())
 
@@ -180,7 +182,8 @@ def _try(
                     weights = (adversarial.weight, adversarial.adaptive)
                     add_adversarial_loss(terms, discriminator, last, batch["sample_id"], *weights)
                 if seen >= first:
-                    others = discriminator(batch["image"], terms.reconstruction.detach(), batch["sample_id"])
+                    real = batch["image"] if terms.target is None else terms.target
+                    others = discriminator(real, terms.reconstruction.detach(), batch["sample_id"])
         losses = {**terms.losses, **(others.losses if others else {})}
         if bad := [k for k, v in losses.items() if not torch.isfinite(v.detach()).all()]:
             raise LatelierError(f"{name}: the loss term {', '.join(bad)} is not finite on the very first step.")
@@ -191,7 +194,9 @@ def _try(
             ema.step(checkpoint.trained(objective))
         return {key: value.item() for key, value in losses.items()}
 
-    late = first / training.images  # the share of training without the discriminator
+    # The share of training without the discriminator, or, without one, with an alignment that ends.
+    ends = next((t.until for t in getattr(training, "regularise", ()) if t.kind == "align"), None) or 0
+    late = (first if discriminator else ends) / training.images
     end = 10**15  # images: whatever starts late has started; an integer, as codebooks count in integers
     shares = {0: min(1.0, late), end: max(0.0, 1 - late)}
     images = len(batch["sample_id"]) * accelerator.num_processes

@@ -218,8 +218,7 @@ def reconstruct(tokenizer: str, images: list[Path], out: Path, size: int, channe
         images: files and folders, of which images are cropped to squares of side `size`.
         channels: decode only the first k latent channels, a row of images for each k; nothing decodes all.
     """
-    inside = Path(tokenizer) / "tokenizer"
-    codec = Codec.from_pretrained(inside if inside.is_dir() else tokenizer, precision="auto").to(best_device())
+    codec = Codec.from_pretrained(tokenizer, precision="auto").to(best_device())
     codec.latent_shape(size, size)
     originals = _read_images(images, codec.image_channels, size)
     with torch.no_grad():

@@ -44,6 +44,13 @@ def parse_size(value: Any) -> Any:
     return (value, value) if isinstance(value, int) else value
 
 
+def parse_shift(value: Any) -> Any:
+    """A number above 0, or `dimension`."""
+    if value != "dimension" and (not isinstance(value, int | float) or not 0 < value < math.inf):
+        raise ValueError("a number above 0, or dimension")
+    return value
+
+
 Count = Annotated[int, BeforeValidator(parse_count), Field(ge=0, description="a count such as 64k, 2M or 1000")]
 PositiveCount = Annotated[int, BeforeValidator(parse_count), Field(ge=1, description="a count such as 64k, 2M or 1000")]
 Side = Annotated[int, Field(ge=1, le=2**16)]
@@ -186,7 +193,11 @@ class Process(Section):
 
     kind: Literal["flow", "ddpm"] = "flow"
     t_distribution: Literal["uniform", "logit-normal"] = Field("logit-normal", description="flow: density of t")
-    shift: float = Field(1.0, gt=0, description="flow: t' = shift t / (1 + (shift - 1) t) in training")
+    shift: Annotated[float | Literal["dimension"], BeforeValidator(parse_shift)] = Field(
+        1.0,
+        description="flow: t' = shift t / (1 + (shift - 1) t) in training; `dimension`: sqrt(m / 4096) for latents of "
+        "m numbers, at least 1, in training and sampling",
+    )
     prediction: Literal["velocity", "epsilon", "v", "sample"] | None = Field(None, description="ddpm: what is learned")
     beta_schedule: Literal["linear", "scaled_linear", "cosine"] = "scaled_linear"
     beta_start: float = Field(0.0015, gt=0, lt=1)
@@ -244,13 +255,23 @@ class Adversarial(Section):
     augment_share: Unit = Field(1.0, description="probability of each change, drawn for each image")
     consistency: Weight = Field(0.0, description="of the squared change of the logits when images are augmented")
     teacher: str = Field("facebook/dino-vits16", description="dino: Hub name or folder of a ViT of `transformers`")
+    taps: Literal["first", "last"] = Field("first", description="dino: the fifth tap; first is MAETok's, last RAE's")
+    class_token: bool = Field(True, description="dino: add the CLS token to each patch (MAETok); RAE does not")
+    crops: bool = Field(True, description="dino: crop half of the larger images (MAETok); RAE resizes all of them")
+    round_fakes: bool = Field(False, description="it learns from reconstructions rounded to 8 bit (RAE)")
 
     @model_validator(mode="after")
     def _check(self) -> Adversarial:
-        for key in {"patch": ("teacher",), "dino": ("layers", "channels")}[self.kind]:
+        for key in {"patch": ("teacher", "taps", "class_token", "crops"), "dino": ("layers", "channels")}[self.kind]:
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise LatelierError(f"tokenizer.adversarial.{key} means nothing to kind {self.kind!r}; leave it out.")
         return self
+
+
+def parse_terms(value: Any) -> Any:
+    """A kind, a section, or a list of these, to a list of sections."""
+    items = value if isinstance(value, list) else [] if value is None else [value]
+    return [{"kind": item} if isinstance(item, str) else item for item in items]
 
 
 class TrainedTokenizer(Training):
@@ -275,6 +296,9 @@ class TrainedTokenizer(Training):
     perceptual_weight: Weight = Field(0.5, description="of LPIPS (VGG16); 0 leaves it out")
     perceptual_every: int = Field(1, ge=1, description="n: LPIPS on every n-th image only, since it costs most")
     adversarial: Adversarial | None = Field(None, description="a discriminator; none by default")
+    regularise: Annotated[
+        list[Annotated[Kind, ByKind("latelier.losses.regularise:TERMS")]], BeforeValidator(parse_terms)
+    ] = Field([], description="regularisers of the latent space: a kind, a section, or a list")
     phases: list[dict[str, Any]] = Field([], description="what follows: `name`, `images`, and any key that changes")
 
     @model_validator(mode="before")
@@ -290,9 +314,22 @@ class TrainedTokenizer(Training):
 
     @model_validator(mode="after")
     def _check_phases(self) -> TrainedTokenizer:
+        kinds = [term.kind for term in self.regularise]
+        if len(set(kinds)) < len(kinds):
+            raise LatelierError(f"tokenizer.regularise names a kind twice: {', '.join(kinds)}.")
+        for key, value in (("kl_weight", "0"), ("sample_posterior", "false")):
+            if self.norm and getattr(self, key, None):
+                raise LatelierError(f"tokenizer.regularise: norm stands in place of a posterior; set {key}: {value}.")
         for number in range(len(self.phases)):
-            self.phase(number + 1)
+            name, phase = self.phase(number + 1)
+            if phase.norm != self.norm:
+                raise LatelierError(f"tokenizer.regularise: phase {name!r} must have the same norm as the others.")
         return self
+
+    @property
+    def norm(self) -> str | None:
+        """How latents are normalised at each position, see `Codec`."""
+        return next((term.form for term in self.regularise if term.kind == "norm"), None)  # type: ignore[attr-defined]
 
     def phase(self, number: int) -> tuple[str, TrainedTokenizer]:
         """Name and resolved section of a phase; 0 is this section itself.

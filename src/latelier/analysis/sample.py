@@ -19,7 +19,9 @@ from torch import Tensor
 from latelier.errors import LatelierError
 from latelier.images import round_to_8_bit, to_uint8
 from latelier.keyed_random import KeyedRandom
-from latelier.tokenizers.codec import Codec, Point
+from latelier.tokenizers.codec import Codec
+from latelier.tokenizers.posterior import Point
+from latelier.tokenizers.statistics import fit_statistic
 
 PIXELS = 2**20  # of images that are decoded, and looked at by a network, at once
 IN_MEMORY = 2**30  # bytes of one array; larger ones lie in a temporary file
@@ -32,11 +34,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Scale:
-    """Mean and standard deviation of each latent channel, `(c,)`, and where they are from."""
+    """Mean and standard deviation of each latent channel, `(c,)`, or element, and where they are from."""
 
-    mean: Float[Tensor, " c"]
-    std: Float[Tensor, " c"]
+    mean: Float[Tensor, " c *grid"]
+    std: Float[Tensor, " c *grid"]
     origin: str
+
+    def of_channels(self) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
+        """Mean and standard deviation of each channel; those of elements add up by the law of total variance."""
+        mean, std = self.mean.view(len(self.mean), -1), self.std.view(len(self.std), -1)  # (c, 1) or (c, l)
+        return mean.mean(1), (std.square().mean(1) + mean.var(1, correction=0)).sqrt()
 
 
 @dataclass
@@ -61,8 +68,8 @@ class LatentSample:
 
     def latents(self, rows: slice = slice(None)) -> Float[Tensor, "b c *grid"]:
         """Normalised posterior means."""
-        like = (-1, *[1] * (self.mean.ndim - 2))
-        return (self.mean[rows] - self.scale.mean.view(like)) / self.scale.std.view(like)
+        mean = self.mean[rows]
+        return (mean - fit_statistic(self.scale.mean, mean)) / fit_statistic(self.scale.std, mean)
 
     def std(self, rows: slice) -> Float[Tensor, "b c *grid"]:
         """Standard deviations of the posteriors, raw; 0 of points."""
@@ -81,7 +88,7 @@ class LatentSample:
         """The codec, with this sample's scale where it has no statistics."""
         if codec.std is not None:
             return codec
-        return Codec(codec.tokenizer, self.scale.mean, self.scale.std, precision=codec.precision)
+        return Codec(codec.tokenizer, self.scale.mean, self.scale.std, precision=codec.precision, norm=codec.norm)
 
     def about(self) -> dict[str, Any]:
         """What receipts say of whole latents."""

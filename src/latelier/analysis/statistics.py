@@ -73,7 +73,8 @@ class Spread:
     """Sums over images, from which all the measures follow; float64."""
 
     def __init__(self, sample: LatentSample):
-        self.n, self.mean, self.std = len(sample), sample.scale.mean.double(), sample.scale.std.double()
+        self.n = len(sample)
+        self.mean, self.std = (statistic.double() for statistic in sample.scale.of_channels())  # (c,)
         self.variational = sample.logvar is not None and bool((sample.logvar > NO_SPREAD).any())
         self.powers = torch.zeros(())  # (4, c, l): sums of the first to fourth powers of normalised means
         self.widths = torch.zeros(())  # (2, c, l): sums of normalised standard deviations and their squares
@@ -255,7 +256,8 @@ def channel_statistics(sample: LatentSample) -> dict[str, Result]:
     one that is not 0. Details have both for every channel.
     """
     sample = sample.first()
-    raw = sample.z * sample.scale.std[:, None] + sample.scale.mean[:, None]  # (n, c, l)
+    mean, std = (statistic.view(len(statistic), -1) for statistic in (sample.scale.mean, sample.scale.std))
+    raw = sample.z * std + mean  # (n, c, l)
     values = raw.transpose(0, 1).flatten(1).double()  # (c, n l)
     variance = values.var(1, correction=0)  # (c,)
     sparsity = hoyer(values - values.mean(1, keepdim=True))  # (c,)

@@ -32,9 +32,11 @@ if TYPE_CHECKING:
 KINDS = {
     "vmae": "latelier.convert.vmae:convert",
     "maetok": "latelier.convert.maetok:convert",
+    "rae": "latelier.convert.rae:convert",
     "sit": "latelier.convert.dit:convert_sit",
     "lightning-dit": "latelier.convert.dit:convert_lightning_dit",
     "maetok-sit": "latelier.convert.dit:convert_maetok_sit",
+    "dit-dh": "latelier.convert.dit:convert_dit_dh",
     "dcae": "latelier.convert.dcae:convert",
     "dcae-sit": "latelier.convert.dit:convert_dcae_sit",
     "usit": "latelier.convert.dit:convert_usit",

@@ -7,13 +7,16 @@ the converted model speaks our convention while the weights stay as they are.
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from torch import Tensor
 
 from latelier.convert import Converted, class_conditioner, count_blocks, load_exactly, need, rename
+from latelier.denoisers.ddt import DDT, HEAD
 from latelier.denoisers.dit import SWITCHES, DiT
 from latelier.denoisers.uvit import UViT
+from latelier.errors import LatelierError
 
 RENAMED = {
     "x_embedder.proj.": "x_embed.", "x_embedder.": "x_embed.",
@@ -22,6 +25,10 @@ RENAMED = {
     "final_layer.linear.": "head.",
 }  # fmt: skip
 FIXED = ("pos_embed", "feat_rope.")  # computed by the constructor
+DDT_FIXED = ("pos_embed", "enc_feat_rope.", "dec_feat_rope.")
+DDT_RENAMED = {
+    "s_embedder.proj.": "s_embed.", "s_projector.": "s_project.", "t_embedder.W": "t_embed.frequencies", **RENAMED,
+}  # fmt: skip
 UVIT_RENAMED = {"patch_embed.proj.": "x_embed.", "decoder_pred.": "head."}
 
 
@@ -50,6 +57,37 @@ def convert_lightning_dit(weights: dict[str, Tensor], config: dict[str, Any]) ->
     """LightningDiT (Yao et al. 2025)."""
     switches = {**SWITCHES["lightning-dit"], "qk_norm": "blocks.0.attn.q_norm.weight" in weights}
     return _convert(weights, config, {**switches, "reversed_time": True})
+
+
+def convert_dit_dh(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
+    """DiT-DH of RAE (Zheng et al. 2025), whose blocks are numbered through: those of the head come last.
+
+    `num_heads` of transformer and head, if they are not those of the released models.
+    """
+    embed = need(weights, "s_embedder.proj.weight", "DiT-DH")  # (d, c, p, p)
+    wide = need(weights, "x_embedder.proj.weight", "DiT-DH")  # (e, c, p, p)
+    (dim, channels, patch, _), decoder_dim = embed.shape, wide.shape[0]
+    if wide.shape[2] != patch:
+        raise LatelierError(
+            f"This DiT-DH has patches of {patch} and of {wide.shape[2]} in its head; one size is known."
+        )
+    blocks = count_blocks(weights, "blocks.")
+    depth = sum(len(weights[f"blocks.{i}.norm1.weight"]) == dim for i in range(blocks))
+    depth = depth if dim != decoder_dim else blocks - HEAD["decoder_depth"]
+    heads, decoder_heads = config.get("num_heads") or (_heads(weights, dim), HEAD["decoder_heads"])
+    model = DDT(
+        channels, _grid(weights, {"input": config.get("input_size", 16)}, patch, flat=False), patch, dim, depth, heads,
+        decoder_dim, blocks - depth, decoder_heads, qk_norm="blocks.0.attn.q_norm.weight" in weights,
+    )  # fmt: skip
+    ours = {}
+    for name, value in weights.items():
+        if not name.startswith((*DDT_FIXED, "y_embedder.")):
+            name = rename(name, DDT_RENAMED).replace("adaLN_modulation.1.", "modulation.")
+            if (number := re.match(r"blocks\.(\d+)\.", name)) and int(number[1]) >= depth:
+                name = f"decoder_blocks.{int(number[1]) - depth}.{name[number.end() :]}"
+            ours[name] = value
+    ours["s_embed.weight"] = ours["s_embed.weight"].flatten(1)
+    return _filled(model, ours, weights.get("y_embedder.embedding_table.weight"), config)
 
 
 def convert_uvit(weights: dict[str, Tensor], config: dict[str, Any]) -> Converted:
@@ -92,7 +130,9 @@ def _convert_uvit(weights: dict[str, Tensor], config: dict[str, Any], **switches
     return _filled(model, ours, table, config)
 
 
-def _filled(model: DiT | UViT, ours: dict[str, Tensor], table: Tensor | None, config: dict[str, Any]) -> Converted:
+def _filled(
+    model: DiT | DDT | UViT, ours: dict[str, Tensor], table: Tensor | None, config: dict[str, Any]
+) -> Converted:
     """The model with its weights, and the conditioner of its class embedding."""
     ours["x_embed.weight"] = ours["x_embed.weight"].flatten(1)
     load_exactly(model, ours, optional=FIXED)

@@ -43,9 +43,8 @@ class EmojiSource:
     """
 
     def __init__(self, split: str = "train"):
-        everything = list_emoji()
-        self.class_names: list[str] | None = sorted({emoji.category for emoji in everything})
-        self._emoji = [e for e in everything if (name_hash(e.path.stem) < HELD_OUT) == (split == "val")]
+        self.class_names: list[str] | None = sorted({emoji.category for emoji in list_emoji()})
+        self._emoji = _split_emoji(split == "val")
         self.labels: list[int] | None = [self.class_names.index(emoji.category) for emoji in self._emoji]
         self.fingerprint = digest("emoji", emoji_versions(), split)
 
@@ -84,6 +83,11 @@ def list_emoji() -> tuple[Emoji, ...]:
             name = (emoji.name or emoji.short_name).replace("_", " ").strip()
             found.append(Emoji(path, name.lower() if name.isupper() else name, category))  # names of flags stay
     return tuple(sorted(found))
+
+
+@cache
+def _split_emoji(held_out: bool) -> list[Emoji]:
+    return [emoji for emoji in list_emoji() if (name_hash(emoji.path.stem) < HELD_OUT) == held_out]
 
 
 @lru_cache(maxsize=4096)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -27,6 +28,7 @@ from latelier.keyed_random import KeyedRandom
 from latelier.publish import sync, write_whole
 from latelier.terminal import images_bar
 from latelier.tokenizers.codec import Codec
+from latelier.tokenizers.statistics import Moments
 
 INDEX_FILE = "cache.json"
 PIXELS_AT_ONCE = 64 * 256 * 256  # of a forward pass that measures statistics
@@ -37,8 +39,10 @@ Plan = Iterator[tuple[Int[Tensor, " b"], Int[Tensor, " b"], Bool[Tensor, " b"]]]
 class LatentCache:
     """Posteriors of a dataset's images, from a complete cache; `write` makes one, `open` checks it.
 
-    `about` is the content of its `cache.json`.
+    `about` is the content of its `cache.json`. Where `features` says so, batches have the features that were kept.
     """
+
+    features: Callable[[], bool] = staticmethod(lambda: False)
 
     def __init__(self, folder: Path, about: dict[str, Any]):
         self.folder, self.about, self.latent_shape = folder, about, tuple(about["latent_shape"])
@@ -75,7 +79,7 @@ class LatentCache:
     def write(
         cls, folder: str | Path, codec: Codec, dataset: Images, key: dict[str, Any], flip: bool, batch: int,
         accelerator: Accelerator | None = None, shard_size: int = 4096, dtype: torch.dtype = torch.float16,
-        overwrite: bool = False,
+        overwrite: bool = False, features: Callable[[Tensor], Tensor] | None = None,
     ) -> LatentCache:  # fmt: skip
         """Encode a dataset, or what is still missing of it after an interruption, and open the cache.
 
@@ -87,6 +91,7 @@ class LatentCache:
                 else is refused.
             flip: encode the mirror images too.
             batch, shard_size: images per forward pass, and per file.
+            features: images to what else is kept of them and of their mirror images, see `features` of the class.
         """
         folder = Path(folder)
         process, processes = _rank(accelerator)
@@ -105,7 +110,7 @@ class LatentCache:
             mine = [i for i in range(process, len(shards), processes) if not (folder / shards[i]["file"]).is_file()]
             with images_bar("encoding", len(dataset) * len(mine) // len(shards), process == 0) as advance:
                 for i in mine:
-                    tensors = _encode(codec, dataset.once(batch, i, len(shards)), about, advance)
+                    tensors = _encode(codec, dataset.once(batch, i, len(shards)), about, advance, features)
                     _save_shard(folder / shards[i]["file"], tensors)
             wait()
             if process == 0:
@@ -139,13 +144,16 @@ class LatentCache:
         side = torch.zeros_like(row) if flipped is None else flipped.long()  # (b,)
         b, known = len(positions), self._shards[0]
         record: dict[str, Any] = {name: torch.empty(b, *self.latent_shape) for name in ("mean", "std")}
+        names = ("mean", "std", "features") if self.features() else ("mean", "std")
+        if "features" in names:
+            record["features"] = torch.empty(b, *known["features"].shape[2:])
         record["index"] = self.index[positions]
         record |= {"label": torch.empty(b, dtype=torch.long)} if "label" in known else {}
         record |= {"caption": [""] * b} if "caption" in known else {}
         for number in shard.unique().tolist():
             where = (shard == number).nonzero()[:, 0]  # positions in the batch
             tensors, rows = self._shards[number], row[where]
-            for name in ("mean", "std"):  # image, mirror image, image, ...: (n, c, *grid), or (2 n, c, *grid)
+            for name in names:  # image, mirror image, image, ...: (n, c, *grid), or (2 n, c, *grid)
                 stored = tensors[name].flatten(0, 1)
                 record[name][where] = stored[rows * (1 + self.flip) + side[where]].float()
             if "label" in known:
@@ -165,29 +173,32 @@ def sample_posterior(batch: dict[str, Any], rng: KeyedRandom) -> Float[Tensor, "
 @torch.no_grad()
 def latent_statistics(
     codec: Codec, dataset: Images, limit: int, seed: int, accelerator: Accelerator | None = None
-) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
+) -> tuple[Float[Tensor, " c *grid"], Float[Tensor, " c *grid"]]:
     """Mean and standard deviation, per channel, of raw latents sampled from their posteriors; float64 sums.
 
-    The images are the first `limit` of the training stream, cropped and flipped as in training, for any number of
-    processes. A constant channel gets a deviation of 1e-6, so that it can be normalised.
+    They are per element, `(c, *grid)`, where the tokenizer's `info.statistics` says so. The images are the first
+    `limit` of the training stream, cropped and flipped as in training, for any number of processes. What is constant
+    gets a deviation of 1e-6, so that it can be normalised.
     """
     process, processes = _rank(accelerator)
     limit = min(limit, len(dataset))
     height, width = dataset.shape[1:]
     size = processes * max(1, min(64, PIXELS_AT_ONCE // (height * width)))
-    sums = torch.zeros(3, codec.latent_shape(height, width)[0], dtype=torch.float64)  # count, sum, sum of squares
+    shape, element = codec.latent_shape(height, width), codec.info.statistics == "element"
+    moments = Moments(math.prod(shape) if element else shape[0])
     for batch in islice(dataset.stream(size, 0, process, processes, 1), -(-limit // size)):
         posterior = codec.posterior(batch["image"].to(codec.device))
         rng = KeyedRandom(seed, batch["sample_id"], posterior.mean.device)
         z = posterior.mean + posterior.std * rng.normal("statistics", *posterior.mean.shape[1:])  # (b, c, *grid)
         z = z[(batch["sample_id"] < limit).to(z.device)]
-        z = z.transpose(0, 1).flatten(1).cpu().double()  # (c, n)
-        sums += torch.stack([torch.ones_like(z).sum(1), z.sum(1), (z * z).sum(1)])
+        moments.add(z.flatten(1).T if element else z.transpose(0, 1).flatten(1))  # (k, n)
     if accelerator is not None and processes > 1:
-        sums = accelerator.reduce(sums.to(accelerator.device), reduction="sum").cpu()
-    count, total, squares = sums
-    mean = total / count
-    return mean.float(), (squares / count - mean**2).clamp(min=1e-12).sqrt().float()
+        own = moments.sums.to(accelerator.device)
+        moments = Moments(own.shape[1])
+        for sums in accelerator.gather(own[None]).cpu():  # (p, 3, k)
+            moments.merge(sums)
+    mean, std = moments.mean_and_std()
+    return (mean.view(shape), std.view(shape)) if element else (mean, std)
 
 
 def _start(folder: Path, codec: Codec, dataset: Images, key: dict, shards: int, is_main: bool) -> dict[str, Any]:
@@ -217,8 +228,9 @@ def _finish(folder: Path, about: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def _encode(
-    codec: Codec, batches: Iterator[dict[str, Any]], about: dict[str, Any], advance: Callable[[int], None]
-) -> dict[str, Tensor]:
+    codec: Codec, batches: Iterator[dict[str, Any]], about: dict[str, Any], advance: Callable[[int], None],
+    features: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """One shard's tensors."""
     dtype, flip = getattr(torch, about["key"]["dtype"]), about["key"]["flip"]
     empty = torch.empty(0, 1 + flip, *about["latent_shape"], dtype=dtype)
@@ -226,9 +238,13 @@ def _encode(
     captions: list[str] = []
     for batch in batches:
         images = batch["image"].to(codec.device)  # (b, c, h, w)
-        sides = [codec.posterior(side) for side in ((images, images.flip(-1)) if flip else (images,))]
+        seen = (images, images.flip(-1)) if flip else (images,)
+        sides = [codec.posterior(side) for side in seen]
         columns["mean"].append(torch.stack([codec.normalise(s.mean) for s in sides], 1).to("cpu", dtype))
         columns["std"].append(torch.stack([codec.scale(s.std) for s in sides], 1).to("cpu", dtype))
+        if features is not None:
+            made = torch.stack([features(side) for side in seen], 1)  # (b, 1 or 2, n, k)
+            columns.setdefault("features", []).append(made.to("cpu", dtype))
         columns["index"].append(batch["index"])
         if "label" in batch:
             columns.setdefault("label", []).append(batch["label"])

@@ -24,6 +24,7 @@ DENOISERS = {
     "dit": "latelier.denoisers.dit",
     "sit": "latelier.denoisers.dit",
     "lightning-dit": "latelier.denoisers.dit",
+    "ddt": "latelier.denoisers.ddt",
     "uvit": "latelier.denoisers.uvit",
     "usit": "latelier.denoisers.uvit",
     "unet": "latelier.denoisers.unet",

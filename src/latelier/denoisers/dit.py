@@ -114,10 +114,8 @@ class DiT(ModelMixin, ConfigMixin):
         check_whole(in_channels=in_channels, patch_size=patch_size, dim=dim, heads=heads)
         check_whole(0, depth=depth)
         self.grid = tuple(g // patch_size for g in grid)
-        if rope and dim // heads % (2 * len(self.grid)):
-            raise LatelierError(
-                f"heads = {heads} are {dim // heads} wide, but rope needs a multiple of {2 * len(grid)}."
-            )
+        if rope:
+            check_rope(dim, heads, len(self.grid))
         if norm not in ("rms", "layer") or mlp not in ("swiglu", "gelu"):
             raise LatelierError(f"norm = {norm!r} is not rms or layer, or mlp = {mlp!r} not swiglu or gelu.")
         volume = patch_size ** len(self.grid)
@@ -162,29 +160,23 @@ class DiT(ModelMixin, ConfigMixin):
         c = self.t_embed((1 - t if self.config["reversed_time"] else t) * self.config["time_scale"])  # (b, d)
         if condition is not None and condition.vector is not None:
             c = c + condition.vector
-        c, rope = F.silu(c), self._rope(grid, x.device)
+        c = F.silu(c)[:, None]  # (b, 1, d)
+        width = self.config["dim"] // self.config["heads"]
+        rope = cached_rope(self, width, grid, x.device) if self.config["rope"] else None
         context = (None, None) if condition is None else (condition.tokens, condition.mask)
         for block in self.blocks:
             x = run_block(self, block, x, c, rope, *context)
-        shift, scale = self.modulation(c)[:, None].chunk(2, dim=-1)  # (b, 1, d)
+        shift, scale = self.modulation(c).chunk(2, dim=-1)  # (b, 1, d)
         x = self.head(modulate(self.final_norm(x), shift, scale))  # (b, n, p p c)
         prediction = unpatchify(x, p, grid)[:, :channels].float()  # (b, c, *grid)
         return -prediction if self.config["reversed_time"] else prediction
-
-    def _rope(self, grid: tuple[int, ...], device: torch.device) -> Tensor | None:
-        if not self.config["rope"]:
-            return None
-        cached = getattr(self, "_rope_cache", None)
-        if cached is None or cached[0] != (grid, device):
-            table = rope_table(self.config["dim"] // self.config["heads"], grid, self.grid)
-            self._rope_cache = cached = ((grid, device), table.to(device))
-        return cached[1]
 
 
 class Block(nn.Module):
     """Attention and MLP, each shifted, scaled and gated by the condition (adaLN-zero).
 
-    With a context, cross-attention lies between them, its output zero at the start (PixArt, Chen et al. 2024).
+    `c` has one row for all tokens, or one for each (DDT). With a context, cross-attention lies between them, its output
+    zero at the start (PixArt, Chen et al. 2024).
     """
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float, norm: str, mlp: str, qk_norm: bool, context: int = 0):
@@ -200,21 +192,35 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b n d"],
-        c: Float[Tensor, "b d"],
+        c: Float[Tensor, "b rows d"],
         rope: Tensor | None,
         tokens: Float[Tensor, "b m k"] | None = None,
         mask: Bool[Tensor, "b m"] | None = None,
     ) -> Float[Tensor, "b n d"]:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, dim=-1)  # (b, 1, d)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, dim=-1)  # (b, rows, d)
         x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), rope)
         if self.cross is not None and tokens is not None:
             x = x + self.cross(x, tokens, mask)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
-def modulate(x: Float[Tensor, "b n d"], shift: Float[Tensor, "b 1 d"], scale: Float[Tensor, "b 1 d"]) -> Tensor:
+def modulate(x: Float[Tensor, "b n d"], shift: Float[Tensor, "b rows d"], scale: Float[Tensor, "b rows d"]) -> Tensor:
     """x (1 + scale) + shift."""
     return torch.addcmul(shift.to(x.dtype), x, 1 + scale.to(x.dtype))
+
+
+def check_rope(dim: int, heads: int, axes: int) -> None:
+    """Refuse heads of which an axis of the grid cannot rotate an equal, even part."""
+    if dim // heads % (2 * axes):
+        raise LatelierError(f"heads = {heads} are {dim // heads} wide, but rope needs a multiple of {2 * axes}.")
+
+
+def cached_rope(model: Any, head_dim: int, grid: tuple[int, ...], device: torch.device) -> Tensor:
+    """`rope_table` of a grid, made once for each width of heads."""
+    cache = model.__dict__.setdefault("_ropes", {})
+    if cache.get(head_dim, (None,))[0] != (grid, device):
+        cache[head_dim] = (grid, device), rope_table(head_dim, grid, model.grid).to(device)
+    return cache[head_dim][1]
 
 
 def _norm(kind: str, dim: int) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from latelier.conditioning import parse_conditions
 from latelier.conditioning.condition import Condition
 from latelier.data.latents import sample_posterior
+from latelier.denoisers.align import Align, Alignment, tapped
 from latelier.diffusion.process import DDPM, Flow, build_process
 from latelier.errors import LatelierError
 from latelier.keyed_random import KeyedRandom
@@ -49,13 +51,14 @@ class DenoiserSection(Training):
     )
     sample_posterior: bool = Field(True, description="draw z anew each time; false uses the posterior's mean")
     cache: bool = Field(True, description="encode once to disk; false encodes on the fly, with all augmentations")
+    align: Align | None = Field(None, description="a middle block learns a vision model's features (REPA, iREPA)")
     snapshots: int = Field(
         0, ge=0, description="n: keep the averaged weights n times on the way, at equal distances, the last at the end"
     )
 
     @model_validator(mode="after")
     def _check(self) -> DenoiserSection:
-        build_process(**self.process.model_dump())
+        build_process(**self.process.model_dump(), latent_shape=(1,))
         kinds = [condition.kind for condition in self.condition]
         if len(set(kinds)) < len(kinds):
             raise LatelierError(f"denoiser.condition names a kind twice: {', '.join(kinds)}.")
@@ -82,7 +85,7 @@ def build_transformer(
         return open_init(cls, section.init, wanted)
     arguments: dict[str, Any] = {"patch_size": section.patch}
     arguments |= preset_arguments(cls, sizes, section.size, section.model, "denoiser")
-    if section.process.kind == "ddpm":
+    if section.process.kind == "ddpm" and "time_scale" in inspect.signature(cls).parameters:
         arguments.setdefault("time_scale", 1000.0)
     return cls(**{**arguments, **wanted, "grid": tuple(grid)})
 
@@ -108,6 +111,7 @@ class DenoisingObjective(nn.Module):
         sample_posterior: draw z from the posterior anew each time.
         prefixes: augmented training (DC-AE 1.5): each step learns a random prefix of the channels, on whose length the
             denoiser is not conditioned, with its own noise and time; the loss is the mean over these channels.
+        align: aligns a block of the denoiser with `features` of the batch.
     """
 
     def __init__(
@@ -121,11 +125,19 @@ class DenoisingObjective(nn.Module):
         cosine_weight: float = 0.0,
         sample_posterior: bool = True,
         prefixes: RandomPrefixes | None = None,
+        align: Alignment | None = None,
     ):
         super().__init__()
         self.denoiser, self.conditioner, self.process = denoiser, conditioner, process
         self.seed, self.dropout, self.loss, self.cosine_weight = seed, tuple(dropout), loss, cosine_weight
-        self.sample_posterior, self.prefixes = sample_posterior, prefixes
+        self.sample_posterior, self.prefixes, self.align = sample_posterior, prefixes, align
+
+    def prepare(self, batch: dict[str, Any], codec: Any, seen: int) -> dict[str, Tensor]:
+        """What is made from images before the step at `seen` images, without gradients: condition, `features`."""
+        made = {} if self.conditioner is None else self.conditioner.prepare(batch, codec)  # type: ignore[operator]
+        if self.align is not None and self.align.acts(seen) and "features" not in batch:
+            made["features"] = self.align.features(batch["image"])
+        return made
 
     def forward(self, batch: dict[str, Any]) -> LossTerms:
         """L = E |f(x_t, t, condition) - target|^p + w mean(1 - cos), with z ~ q(z | image), x_t = noise(z, t, eps).
@@ -135,27 +147,36 @@ class DenoisingObjective(nn.Module):
         rng = KeyedRandom(self.seed, batch["sample_id"], batch["mean"].device)
         z = sample_posterior(batch, rng) if self.sample_posterior else batch["mean"]  # (b, c, *grid)
         condition = None if self.conditioner is None else self.conditioner(batch, self._drop(rng))
+        align, features = self.align, None
+        if align is not None and align.acts(batch["seen"]):
+            features = batch["features"]
         if self.prefixes is None:
-            losses = self._errors(z, rng, condition)
+            losses = self._errors(z, rng, condition, features)
         else:
             lengths = self.prefixes.draw(self.seed, batch["seen"])
-            each = [self._errors(z[:, :k], rng, condition, f" {i}" * (i > 0)) for i, k in enumerate(lengths)]
+            inputs = (rng, condition, features)
+            each = [self._errors(z[:, :k], *inputs, f" {i}" * (i > 0)) for i, k in enumerate(lengths)]
             losses = {name: torch.stack([errors[name] for errors in each]).mean() for name in each[0]}
-        weights = {"l1": 1.0, "mse": 1.0, "cosine": self.cosine_weight}
+        weights = {"l1": 1.0, "mse": 1.0, "cosine": self.cosine_weight, "align": align.weight if align else 0.0}
         return LossTerms(losses, {name: weights[name] for name in losses})
 
     def _errors(
-        self, z: Float[Tensor, "b c *grid"], rng: KeyedRandom, condition: Condition | None, again: str = ""
-    ) -> dict[str, Tensor]:
+        self, z: Float[Tensor, "b c *grid"], rng: KeyedRandom, condition: Condition | None,
+        features: Float[Tensor, "b n k"] | None = None, again: str = "",
+    ) -> dict[str, Tensor]:  # fmt: skip
         """Errors of the prediction for latents, or for a prefix of their channels; `again` names further draws."""
         eps = rng.normal("noise" + again, *z.shape[1:])
         t = self.process.sample_t(rng.uniform("time" + again))  # (b,)
-        prediction = self.denoiser(self.process.noise(z, t, eps), t, condition).float()
+        depth = self.align.depth if self.align is not None and features is not None else None
+        with tapped(self.denoiser, depth) as hidden:
+            prediction = self.denoiser(self.process.noise(z, t, eps), t, condition).float()
         target = self.process.target(z, t, eps)
         name, distance = ("l1", F.l1_loss) if self.loss == "l1" else ("mse", F.mse_loss)
         losses = {name: distance(prediction, target)}
         if self.cosine_weight:
             losses["cosine"] = (1 - F.cosine_similarity(prediction, target, dim=1)).mean()
+        if self.align is not None:
+            losses["align"] = self.align(hidden[0] if hidden else None, features)
         return losses
 
     def _drop(self, rng: KeyedRandom) -> Bool[Tensor, "b ..."] | None:

@@ -98,6 +98,11 @@ class UViT(ModelMixin, ConfigMixin):
                     nn.init.zeros_(module.bias)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """All blocks in their order."""
+        return [*self.in_blocks, self.mid_block, *self.out_blocks]
+
     def forward(
         self, x_t: Float[Tensor, "b c *grid"], t: Float[Tensor, " b"], condition: Condition | None = None
     ) -> Float[Tensor, "b c *grid"]:

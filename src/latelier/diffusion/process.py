@@ -8,6 +8,7 @@ DDPM   x_t = sqrt(a_k) z + sqrt(1 - a_k) eps       target eps, v or z           
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -144,10 +145,21 @@ class DDPM:
 
 
 def build_process(
-    kind: str = "flow", t_distribution: Any = "logit-normal", shift: float = 1.0, prediction: str | None = None,
+    kind: str = "flow", t_distribution: Any = "logit-normal", shift: float | str = 1.0, prediction: str | None = None,
     beta_schedule: Any = "scaled_linear", beta_start: float = 0.0015, beta_end: float = 0.0195,
+    latent_shape: tuple[int, ...] | None = None,
 ) -> Flow | DDPM:  # fmt: skip
-    """The process of a recipe's `denoiser.process`, or of a saved pipeline's config."""
+    """The process of a recipe's `denoiser.process`, or of a saved pipeline's config.
+
+    `shift: dimension` is that of `latent_shape`, `(c, *grid)`; a saved process has the number.
+    """
+    if isinstance(shift, str):
+        if kind != "flow" or latent_shape is None:
+            raise LatelierError(
+                "denoiser.process.shift = 'dimension' is for training a flow; leave it out with kind: ddpm, and give a "
+                "number where no latents are known."
+            )
+        shift = dimension_shift(latent_shape)
     if kind == "flow":
         if prediction not in (None, "velocity"):
             raise LatelierError(
@@ -160,6 +172,15 @@ def build_process(
             "denoiser.process.prediction = 'velocity' is for a flow; with kind: ddpm choose epsilon, v or sample."
         )
     return DDPM(beta_schedule, beta_start, beta_end, prediction or "epsilon")  # type: ignore[arg-type]
+
+
+def dimension_shift(latent_shape: tuple[int, ...]) -> float:
+    """alpha = sqrt(m / 4096) for latents of m numbers (Zheng et al. 2025, "RAE", section 4; Esser et al. 2024).
+
+    Noise of one level hides less of a latent of more numbers, so times move towards noise. The reference asserts that
+    alpha is 1 or more; here smaller latents are not shifted.
+    """
+    return max(1.0, math.sqrt(math.prod(latent_shape) / 4096))
 
 
 def describe_process(process: Flow | DDPM) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def evaluate_conditions(
             metric.update(batch, drawn.to(device), batch["image"].to(device))
     if n == 0:
         raise LatelierError("There are no held-out records to draw; see data.val_source and data.val_fraction.")
-    settings = {name: value for name, value in describe_sampling(sample).items() if name != "classes"}
+    settings = {name: value for name, value in describe_sampling(sample, pipeline).items() if name != "classes"}
     about = make_receipt(n=n, image_size=size, **{**settings, **receipt})
     return [measurement for metric in metrics for measurement in metric.compute(about)]
 

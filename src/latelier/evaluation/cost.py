@@ -55,15 +55,15 @@ class Cost:
 
 @torch.no_grad()
 def count_cost(codec: Codec, height: int, width: int) -> Cost:
-    """Count parameters, bytes and operations for images of `height` x `width` pixels; weights are not read or moved."""
+    """Count parameters, bytes and operations of images of `height` x `width` pixels, from shapes if they suffice."""
     tokenizer, parts = codec.tokenizer, decoder_parts(codec.tokenizer)
     parameters = {name: p.numel() for name, p in tokenizer.named_parameters()}
-    decoder = sum(n for name, n in parameters.items() if name.split(".")[0] in parts)
+    decoder = sum(n for name, n in parameters.items() if name.removeprefix("module.").split(".")[0] in parts)
     tensors = tokenizer.state_dict().values()
     stored = sum(t.numel() * (4 if t.is_floating_point() else t.element_size()) for t in tensors)
-    shadow = Codec(without_memory(tokenizer).float())
-    images = torch.empty(1, codec.image_channels, height, width, device="meta")
-    latents = torch.empty(1, *codec.latent_shape(height, width), device="meta")
+    shadow = Codec(tokenizer) if codec.info.needs_numbers else Codec(without_memory(tokenizer).float())
+    images = torch.zeros(1, codec.image_channels, height, width, device=shadow.device)
+    latents = torch.zeros(1, *codec.latent_shape(height, width), device=shadow.device)
     encode, layers = _count(shadow.tokenizer, lambda: shadow.encode(images))
     decode, _ = _count(shadow.tokenizer, lambda: shadow.decode(latents))
     totals = (float(sum(encode.values())), float(sum(decode.values())), PAPER_BATCH * layers)

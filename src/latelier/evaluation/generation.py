@@ -96,9 +96,10 @@ def generate_images(
         yield pipeline(sample=settings, records=inputs, output_type="pt", progress=False).images
 
 
-def describe_sampling(sample: Sample) -> dict[str, Any]:
+def describe_sampling(sample: Sample, pipeline: Any) -> dict[str, Any]:
     """What receipts say of how images were sampled."""
-    return {name: value for name, value in sample.model_dump().items() if name not in ("count", "batch")}
+    said = {name: value for name, value in sample.model_dump().items() if name not in ("count", "batch")}
+    return {**said, "shift": pipeline.sampling_shift(sample)}
 
 
 def _spaces(wanted: set[str], extractors: Sequence[FeatureExtractor]) -> list[tuple[FeatureCollector, set[str]]]:
@@ -268,7 +269,11 @@ def _distance(recipe: Recipe, pipeline: LatentDiffusionPipeline, about: Mapping[
     """The Fréchet distance of the pipeline's samples, measured as gfd is, in the first features."""
     settings, training = recipe.evaluate, open_images(recipe)
     first = settings.model_copy(update={"metrics": ["gfd"], "features": settings.features[:1]})
-    receipt = {**about, **references.describe_images(recipe, training, "train"), **describe_sampling(recipe.sample)}
+    receipt = {
+        **about,
+        **references.describe_images(recipe, training, "train"),
+        **describe_sampling(recipe.sample, pipeline),
+    }
     real = training.once(settings.batch, limit=settings.samples)
     samples = generate_images(pipeline, recipe, min(settings.samples, len(training)))
     key = reference_key(training, settings.samples)

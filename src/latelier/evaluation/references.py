@@ -23,6 +23,7 @@ from torch import Tensor
 from latelier.data.folder import FolderSource
 from latelier.data.loader import ImageDataset
 from latelier.data.sources import BUILT_IN, Selection, open_source
+from latelier.data.tensors import IN_MEMORY
 from latelier.errors import LatelierError
 from latelier.evaluation.distributions import GROUPS, GroupedStatistics, InceptionScore
 from latelier.evaluation.features import FeatureExtractor
@@ -167,6 +168,8 @@ def _trained_on(recipe: Recipe) -> list[Data]:
 def _share_seen(data: Data, images: ImageDataset, split: str, where: str, training: Data) -> float | None:
     """The share of a split's images that are among the training images of a recipe; None where that is not known."""
     keys = SELECTING if split == "val" else (*SELECTING, "length")
+    if where == IN_MEMORY:
+        return None
     same = data.val_source is None and all(getattr(data, key) == getattr(training, key) for key in keys)
     if same or (where == training.source and where in BUILT_IN):  # splits have no image in common
         return float(split == "train")

@@ -54,16 +54,20 @@ def consistency_loss(
 
 
 def adaptive_weight(
-    reconstruction_loss: Float[Tensor, ""], adversarial_loss: Float[Tensor, ""], last_layer: Tensor
+    reconstruction_loss: Float[Tensor, ""],
+    other_loss: Float[Tensor, ""],
+    last_layer: Tensor,
+    limit: float = ADAPTIVE_LIMIT,
 ) -> Float[Tensor, ""]:
-    """lambda = |grad of reconstruction| / (|grad of adversarial| + 1e-4) at the last layer's weight, at most 1e4.
+    """lambda = |grad of reconstruction| / (|grad of the other| + 1e-4) at the layer's weight, at most `limit`.
 
-    Taming Transformers, equation 7. Gradients are averaged over processes first, so that all use the same lambda.
+    Taming Transformers, equation 7, of the adversarial loss. Gradients are averaged over processes first, so that all
+    use the same lambda.
     """
     ours = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)[0].float()
-    theirs = torch.autograd.grad(adversarial_loss, last_layer, retain_graph=True)[0].float()
+    theirs = torch.autograd.grad(other_loss, last_layer, retain_graph=True)[0].float()
     ours, theirs = reduce(torch.stack([ours, theirs]), reduction="mean")
-    return (ours.norm() / (theirs.norm() + ADAPTIVE_EPSILON)).clamp(0, ADAPTIVE_LIMIT).detach()
+    return (ours.norm() / (theirs.norm() + ADAPTIVE_EPSILON)).clamp(0, limit).detach()
 
 
 class PatchGAN(nn.Module):

@@ -1,4 +1,4 @@
-"""A discriminator on the features of a frozen vision transformer, MAETok's.
+"""A discriminator on the features of a frozen vision transformer, MAETok's and RAE's.
 
 At several depths of a self-supervised ViT (DINO), a small trainable head classifies every patch as of an image or a
 reconstruction. The ViT is not registered, so that optimisers, checkpoints and DDP only see the heads. Sauer et al.
@@ -30,25 +30,33 @@ class DinoDiscriminator(nn.Module):
     Args:
         teacher: the ViT: a name on the Hugging Face Hub or a folder, see `Teacher`.
         in_channels: of the images, 1 or 3; a gray channel is repeated.
-        norm: `batch` as in the paper; `group` does not mix the images of a batch.
+        norm: `batch` as in the papers; `group` does not mix the images of a batch.
+        taps: `first`: a head reads the embedded patches (MAETok); `last`: a second one the last block (RAE).
+        class_token: add the CLS token to each patch (MAETok).
     """
 
-    def __init__(self, teacher: str, in_channels: int = 3, norm: str = "group"):
+    def __init__(
+        self, teacher: str, in_channels: int = 3, norm: str = "group", taps: str = "first", class_token: bool = True
+    ):
         super().__init__()
         if in_channels not in (1, 3):
             raise LatelierError(
                 f"tokenizer.adversarial.kind = 'dino' takes images of 1 or 3 channels, not {in_channels}; "
                 "use kind: patch."
             )
-        self.features = FrozenFeatures(teacher)
+        self.features = FrozenFeatures(teacher, taps, class_token)
         self.heads = nn.ModuleList(Head(self.features.dim, norm) for _ in self.features.taps)
 
     def forward(
-        self, images: Float[Tensor, "b c h w"], numbers: Float[Tensor, "b 3"] | None = None
+        self, images: Float[Tensor, "b c h w"], numbers: Float[Tensor, "b 3"] | None = None, crops: bool = True
     ) -> Float[Tensor, "b 1 n"]:
-        """Logits of all patches at all depths, positive where a patch looks like an image; for `numbers` see `view`."""
-        images = images.expand(-1, 3, -1, -1)  # (b, 3, h, w)
-        taps = self.features(view(images, self.features.size, numbers))  # each (b, d, n)
+        """Logits of all patches at all depths, positive where a patch looks like an image.
+
+        For `numbers` see `view`; without `crops` all images are resized, bilinearly (RAE).
+        """
+        images, size = images.expand(-1, 3, -1, -1), self.features.size  # (b, 3, h, w)
+        resized = view(images, size, numbers) if crops else F.interpolate(images, size, mode="bilinear")
+        taps = self.features(resized)  # each (b, d, n)
         return torch.cat([head(x) for head, x in zip(self.heads, taps, strict=True)], dim=2)
 
 
@@ -59,18 +67,18 @@ class FrozenFeatures:
     `(h, w)` and reads the depths `taps`: 0 before the first block, k after k blocks.
     """
 
-    def __init__(self, teacher: str):
-        opened = Teacher(teacher)
+    def __init__(self, teacher: str, taps: str = "first", class_token: bool = True):
+        opened, self.class_token = Teacher(teacher), class_token
         self.name, self.vit, self.dim = teacher, opened.model, opened.dim
         self.mean, self.std = opened.mean, opened.std  # (3, 1, 1) each
         config = self.vit.config
         side = config.image_size
         self.size: tuple[int, int] = (side, side) if isinstance(side, int) else (side[0], side[1])
         self.patches = (self.size[0] // opened.patch) * (self.size[1] // opened.patch)
-        self.taps = tapped(config.num_hidden_layers)
+        self.taps = tapped(config.num_hidden_layers, taps)
 
     def __call__(self, images: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b d n"]]:
-        """Patch tokens with the CLS token added to each, at every tapped depth, of images in [-1, 1]."""
+        """Patch tokens, with the CLS token added to each if wanted, at every tapped depth, of images in [-1, 1]."""
         if self.mean.device != images.device:
             self.vit.to(images.device)
             self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
@@ -86,7 +94,8 @@ class FrozenFeatures:
                 "at every depth; name a plain vision transformer, such as facebook/dino-vits16."
             )
         patches = tokens[:, -self.patches :]
-        return patches if tokens.shape[1] == self.patches else patches + tokens[:, :1]
+        plain = not self.class_token or tokens.shape[1] == self.patches
+        return patches if plain else patches + tokens[:, :1]
 
 
 class Head(nn.Module):
@@ -113,9 +122,13 @@ class FloatWeight(nn.Conv1d):
         return self._conv_forward(x, weight, self.bias)
 
 
-def tapped(depth: int) -> list[int]:
-    """Before the first block and after four evenly spread ones, the last included; of 12: 0, 3, 6, 9, 12."""
-    return [0, *sorted({-(-depth * k // TAPS) for k in range(1, TAPS + 1)})]
+def tapped(depth: int, fifth: str = "first") -> list[int]:
+    """After four evenly spread blocks, the last included, and before the first (MAETok) or after the last again (RAE).
+
+    Of 12 blocks: 0, 3, 6, 9, 12, or 3, 6, 9, 12, 12.
+    """
+    spread = sorted({-(-depth * k // TAPS) for k in range(1, TAPS + 1)})
+    return [0, *spread] if fifth == "first" else [*spread, depth]
 
 
 def view(

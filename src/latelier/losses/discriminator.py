@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from latelier.images import round_to_8_bit
 from latelier.keyed_random import KeyedRandom
 from latelier.losses.adversarial import (
     PatchGAN,
@@ -42,6 +43,8 @@ class Discriminator(nn.Module):
         lecam: weight of LeCAM regularisation; `lecam_decay` is that of its running means.
         consistency: weight of the squared change of the logits under augmentation.
         augment: changes of DiffAugment; `augment_share` is the probability of each, `cutout` the side of its holes.
+        crops: whether a discriminator on DINO's features sees crops of larger images.
+        round_fakes: it learns from reconstructions as a PNG holds them (RAE).
     """
 
     averages: Tensor
@@ -57,8 +60,11 @@ class Discriminator(nn.Module):
         augment: Sequence[str] = (),
         augment_share: float = 1.0,
         cutout: float = 0.5,
+        crops: bool = True,
+        round_fakes: bool = False,
     ):
         super().__init__()
+        self.crops, self.round_fakes = crops, round_fakes
         self.network, self.seed, self.loss = network, seed, loss
         self.lecam, self.lecam_decay, self.consistency = lecam, lecam_decay, consistency
         self.augment, self.augment_share, self.cutout = tuple(augment), augment_share, cutout
@@ -68,6 +74,7 @@ class Discriminator(nn.Module):
         self, real: Float[Tensor, "b c h w"], fake: Float[Tensor, "b c h w"], sample_id: Int[Tensor, " b"]
     ) -> LossTerms:
         """Loss terms of the discriminator's step, on images and on reconstructions without gradients."""
+        fake = round_to_8_bit(fake) if self.round_fakes else fake
         with parametrize.cached():  # spectral norms are updated once for each batch
             on_real, on_fake = self.logits(real, sample_id), self.logits(fake, sample_id)
             augmented = []
@@ -104,7 +111,7 @@ class Discriminator(nn.Module):
             images = self.augmented(images, sample_id)
         if isinstance(self.network, DinoDiscriminator):  # the view is drawn on the CPU, where it is used
             view = KeyedRandom(self.seed, sample_id).uniform("view", 3)  # (b, 3)
-            return self.network(images, view).float()
+            return self.network(images, view, self.crops).float()
         return self.network(images).float()  # (b, 1, i, j)
 
     def augmented(self, images: Float[Tensor, "b c h w"], sample_id: Int[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
@@ -125,15 +132,21 @@ def build_discriminator(
     width: int = 64,
     norm: str = "group",
     teacher: str = "facebook/dino-vits16",
+    taps: str = "first",
+    class_token: bool = True,
     **settings,
 ) -> Discriminator:
     """A discriminator with fresh weights for images of `channels` channels.
 
-    `kind` is `patch` (PatchGAN; `layers`, `width`) or `dino` (heads on features of `teacher`), `settings` go to
-    `Discriminator`.
+    `kind` is `patch` (PatchGAN; `layers`, `width`) or `dino` (heads on features of `teacher`; `taps`, `class_token`),
+    `settings` go to `Discriminator`.
     """
     dino = kind == "dino"
-    network = DinoDiscriminator(teacher, channels, norm) if dino else PatchGAN(channels, width, layers, norm)
+    network = (
+        DinoDiscriminator(teacher, channels, norm, taps, class_token)
+        if dino
+        else PatchGAN(channels, width, layers, norm)
+    )
     return Discriminator(network, seed, cutout=CUTOUT[kind], **settings)
 
 

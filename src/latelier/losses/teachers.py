@@ -1,7 +1,7 @@
-"""Frozen vision models whose features a tokenizer learns to predict: DINOv2, SigLIP, CLIP, any ViT of `transformers`.
+"""Frozen vision models whose features are learned: DINOv2, SigLIP, CLIP, any ViT of `transformers`, VGG16, our own.
 
-A teacher gives one vector for each patch of *our* grid. The image is resized so that its own patches are as many, and
-its position table is interpolated; a model of one image size has its map of features resampled instead.
+A teacher gives one vector for each patch of *our* grid. For a ViT the image is resized so that its own patches are as
+many, and its position table is interpolated; where a model's map of features has another size, it is resampled.
 
 Features are the last hidden state after the final norm, without CLS and registers. MAETok's released code normalises
 images of all teachers with ImageNet's statistics; here each gets those that its checkpoint was trained with.
@@ -12,8 +12,9 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from latelier.errors import LatelierError
 from latelier.layers import fast_bf16
+from latelier.losses.perceptual import LPIPS, SCALE, SHIFT
 from latelier.weights import ENVIRONMENT, quiet
 
 # Classes that hold only the vision half of a model; other kinds are opened by AutoModel.
@@ -36,26 +38,124 @@ STATISTICS = {
     "clip_vision_model": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "siglip_vision_model": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
+VGG_CHANNELS, VGG_LEAST = 512, 16  # of relu4_3; pixels below which VGG16's pooling leaves nothing
 UNREADABLE = (OSError, ValueError, ImportError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError)
 
 
+@runtime_checkable
+class Features(Protocol):
+    """What `open_teacher` returns; no module, so that an objective neither trains nor saves it.
+
+    Attributes:
+        name, dim: what a recipe calls it, width of its features.
+    """
+
+    name: str
+    dim: int
+
+    def __call__(self, images: Float[Tensor, "b c h w"], grid: tuple[int, int]) -> Float[Tensor, "b n d"]:
+        """Features of images in [-1, 1]: float32, without gradients, one for each cell of a grid in raster order."""
+        ...
+
+
+def open_teacher(name: str, device: torch.device | str = "cpu", normalise: Literal["own", "none"] = "own") -> Features:
+    """A frozen model that gives features on any grid; a call moves it to where its images are.
+
+    Args:
+        name: `vgg16`, the network of LPIPS (512 channels of relu4_3 at 1/8 of the image's side); the folder of a run
+            or of a tokenizer trained here (its normalised latents); or a ViT of `transformers`, see `Teacher`.
+        device: where it begins.
+        normalise: `own`: images get the mean and standard deviation that the model was trained with; `none`: it sees
+            them in [-1, 1], as in VA-VAE's released code.
+
+    Raises:
+        LatelierError: if there is no such model, or its latents lie on no grid.
+    """
+    if name == "vgg16":
+        return MapTeacher(name, *_vgg16(device, normalise))
+    folder = Path(name).expanduser()
+    for place in (folder, folder / "tokenizer"):
+        if (place / "config.json").is_file() and "_class_name" in (place / "config.json").read_text(errors="replace"):
+            return MapTeacher(name, *_latents(name, place, device))
+    try:
+        return Teacher(name, device, normalise)
+    except LatelierError as error:
+        advice = "or choose vgg16, or the folder of a tokenizer trained here"
+        raise LatelierError(f"{str(error).rstrip('.')}; {advice}.") from None
+
+
+class MapTeacher:
+    """A function from images to a map of features, resampled to the grid that is asked for."""
+
+    def __init__(self, name: str, dim: int, features: Callable[[Tensor], Tensor]):
+        self.name, self.dim, self.features = name, dim, features
+
+    @torch.no_grad()
+    def __call__(self, images: Float[Tensor, "b c h w"], grid: tuple[int, int]) -> Float[Tensor, "b n d"]:
+        """See `Features`."""
+        kind = images.device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=fast_bf16(kind)):
+            return _to_grid(self.features(images.float()), grid)
+
+
+def _vgg16(device: torch.device | str, normalise: str) -> tuple[int, Callable[[Tensor], Tensor]]:
+    """Channels and map of VGG16's relu4_3; an error for images that it cannot see."""
+    model = LPIPS("vgg").to(device)
+    shift, scale = (torch.tensor(numbers).view(3, 1, 1) for numbers in (SHIFT, SCALE))
+
+    def features(images: Tensor) -> Tensor:
+        channels, height, width = images.shape[1:]
+        if channels not in (1, 3) or min(height, width) < VGG_LEAST:
+            raise LatelierError(
+                f"The teacher vgg16 looks at images of 1 or 3 channels and {VGG_LEAST} pixels a side or more, not at "
+                f"{channels} x {height} x {width}; use larger images, or another teacher."
+            )
+        if normalise == "none":  # takes back what the network does first
+            images = images * scale.to(images) + shift.to(images)
+        return model.to(images.device).features(images)[3]  # (b, 512, h / 8, w / 8)
+
+    return VGG_CHANNELS, features
+
+
+def _latents(name: str, folder: Path, device: torch.device | str) -> tuple[int, Callable[[Tensor], Tensor]]:
+    """Channels and map of a tokenizer's normalised latents; an error if they lie on no grid."""
+    from latelier.tokenizers.codec import Codec  # which imports much
+
+    codec = Codec.from_pretrained(folder).to(device)
+    codec.tokenizer.requires_grad_(False).eval()
+    if codec.info.latent_tokens is not None:
+        raise LatelierError(
+            f"The teacher {name} has 1-D latents, which belong to no place in the image; use a tokenizer with a grid."
+        )
+    return codec.channels, lambda images: codec.to(images.device).encode(images)
+
+
+def _to_grid(planes: Float[Tensor, "b d i j"], grid: tuple[int, int]) -> Float[Tensor, "b n d"]:
+    """A map of features as tokens in raster order, resampled if the grid is another."""
+    if tuple(planes.shape[2:]) != tuple(grid):
+        planes = F.interpolate(planes.float(), grid, mode="bilinear", antialias=True)
+    return planes.float().flatten(2).transpose(1, 2)  # (b, n, d)
+
+
 class Teacher:
-    """A frozen vision transformer; no module, so that an objective neither trains nor saves it.
+    """A frozen vision transformer.
 
     Args:
         name: a Hub name, a folder of `save_pretrained`, or the name of a folder in `$LATELIER_WEIGHTS`.
         device: where it runs; in bf16 where the hardware is fast at that, else in float32.
+        normalise: see `open_teacher`.
 
     Attributes:
         dim, patch: width of the features, side of its own patches in pixels.
         mean, std: `(3, 1, 1)` for images in [0, 1].
     """
 
-    def __init__(self, name: str, device: torch.device | str = "cpu"):
+    def __init__(self, name: str, device: torch.device | str = "cpu", normalise: Literal["own", "none"] = "own"):
         self.name, self.model = name, load_vision(name)
         config = self.model.config
         self.dim, self.patch, self._native = _sizes(name, config)
-        self.mean, self.std = (torch.tensor(numbers).view(3, 1, 1) for numbers in read_statistics(name, config))
+        statistics = read_statistics(name, config) if normalise == "own" else ([0.5] * 3, [0.5] * 3)
+        self.mean, self.std = (torch.tensor(numbers).view(3, 1, 1) for numbers in statistics)
         resizes = "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters
         self._options = {"interpolate_pos_encoding": True} if resizes else {}
         self._flexible = resizes or any(
@@ -87,8 +187,7 @@ class Teacher:
         tokens = self._patches(tokens, rows * columns).float()  # (b, rows columns, d)
         if (rows, columns) == tuple(grid):
             return tokens
-        planes = tokens.transpose(1, 2).unflatten(2, (rows, columns))  # (b, d, rows, columns)
-        return F.interpolate(planes, grid, mode="bilinear", antialias=True).flatten(2).transpose(1, 2)
+        return _to_grid(tokens.transpose(1, 2).unflatten(2, (rows, columns)), grid)
 
     def preprocess(self, images: Float[Tensor, "b c h w"], size: tuple[int, int]) -> Float[Tensor, "b 3 i j"]:
         """Images in [-1, 1] at a size in pixels, with the teacher's mean and standard deviation."""

@@ -17,11 +17,13 @@ class LossTerms:
         losses: unweighted scalar terms, by name.
         weights: the weight of each; a term without a weight is logged and not trained on.
         reconstruction: of a tokenizer's objective: `(b, c, h, w)` with its graph, for the adversarial loss.
+        target: what it is to equal, where that is not the batch's image.
     """
 
     losses: dict[str, Tensor]
     weights: dict[str, float]
     reconstruction: Float[Tensor, "b c h w"] | None = None
+    target: Float[Tensor, "b c h w"] | None = None
 
     @property
     def total(self) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, field_validator
@@ -20,13 +21,23 @@ class Sample(Section):
 
     steps: int = Field(50, ge=1)
     guidance: float = Field(1.0, ge=0)
+    guide: Annotated[str, BeforeValidator(lambda v: str(v) if isinstance(v, Path) else v)] | None = Field(
+        None,
+        description="autoguidance: folder of a weaker model (run, pipeline, denoiser), or `snapshots/<images>` of this "
+        "run, that takes the place of the null condition",
+    )
     guidance_interval: tuple[Unit, Unit] = Field((0.0, 1.0), description="noise levels t at which guidance acts")
     guidance_channels: int | None = Field(None, ge=1, description="guide only the first channels (LightningDiT: 3)")
     channels: int | None = Field(
         None, ge=1, description="sample only the first k latent channels (a denoiser trained with `prefixes`)"
     )
     sampler: Literal["auto", "euler", "heun", "ddpm", "ddim", "plms", "dpm++", "unipc", "sde", "dopri5"] = "auto"
-    shift: float = Field(1.0, gt=0, description="flow: spends more steps near noise when above 1")
+    shift: float | None = Field(
+        None,
+        gt=0,
+        description="flow: spends more steps near noise when above 1; default 1, or that of training where "
+        "`denoiser.process.shift` is `dimension`",
+    )
     last_step: Unit = Field(0.04, description="sde: where the noisy steps end and one step without noise follows")
     eta: Unit = Field(0.0, description="ddim: 0 deterministic, 1 ancestral")
     tile: int | None = Field(None, ge=1, description="tiled sampling: side of a tile, in latent positions")

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from torch import Tensor
 
 from latelier import __version__
+from latelier.data.loader import ImageDataset
 from latelier.errors import LatelierError
 from latelier.evaluation.results import LEFT_OUT
 from latelier.opening import open_images, open_pretrained
@@ -26,7 +28,7 @@ from latelier.report.comparison import write_comparison
 from latelier.report.figures import ERRORS, MAP
 from latelier.report.overview import BITS, NUMBERS
 from latelier.report.tables import RunSummary, read_metrics
-from latelier.study.inspect import inspect, inspection_recipe
+from latelier.study.inspect import as_images, inspect, inspection_recipe, kept_or_temporary
 from latelier.study.study import file_name
 from latelier.terminal import console
 from latelier.tokenizers.codec import Codec
@@ -54,7 +56,7 @@ class Candidate:
     """One tokenizer of a comparison."""
 
     folder: Path  # of its inspection
-    tokenizer: str  # a run folder, a tokenizer folder or a Hub name
+    tokenizer: Codec | str | Path  # a run folder, a tokenizer folder or a Hub name
     settings: dict[str, Any]  # what its measures depend on
     facts: dict[str, Any]  # what it is, in words and numbers
     factor: int  # what the sides of images must be multiples of
@@ -62,31 +64,49 @@ class Candidate:
 
 
 def compare(
-    tokenizers: Sequence[str], source: str, size: int, samples: int, out: Path, options: Sequence[str] = (),
+    tokenizers: Sequence[str] | Mapping[str, Codec | str | Path], images: str | Path | Tensor | ImageDataset,
+    size: int = 256, samples: int = 2000, out: str | Path | None = None, options: Sequence[str] = (),
     names: Sequence[str] = (),
-) -> Path:  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
     """Inspect tokenizers on the same images and write the comparison of all that could be measured.
 
     One that fails does not stop the others; it is named at the end.
 
     Args:
-        tokenizers: run folders, tokenizer folders, or diffusers Hub names; at least two.
-        source, size, samples, options: as in `inspect`, for every tokenizer.
-        out: gets a folder for each tokenizer, and `comparison.html`, `table.md`, `comparison.json` and figures.
+        tokenizers: run folders, tokenizer folders, or diffusers Hub names; or short names with these or with codecs.
+            At least two.
+        images, size, samples, options: as in `inspect`, for every tokenizer.
+        out: gets a folder for each tokenizer, and `comparison.html`, `table.md`, `comparison.json` and figures; None
+            keeps nothing.
         names: short names, in the order of the tokenizers; by default from their paths.
 
     Returns:
-        The path of `comparison.html`.
+        The content of `comparison.json`.
 
     Raises:
         LatelierError: before anything is measured, for fewer than two tokenizers, wrong options, images that cannot
             be opened, and a size that does not fit all; afterwards, for tokenizers that failed.
     """
-    chosen = dict(zip(short_names(tokenizers, names), tokenizers))
-    rest = (source, size, samples)
-    recipes = {name: inspection_recipe(one, *rest, out / name, list(options)) for name, one in chosen.items()}
+    if isinstance(tokenizers, Mapping):
+        given = dict(tokenizers)
+        chosen = dict(zip(short_names([f"{name}" for name in given], list(given)), given.values()))
+    else:
+        chosen = dict(zip(short_names(tokenizers, names), tokenizers))
+    with kept_or_temporary(out) as folder:
+        page = _compare(chosen, as_images(images), size, samples, folder, list(options))
+        return json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
+
+
+def _compare(
+    chosen: Mapping[str, Codec | str | Path], images: str | ImageDataset, size: int, samples: int, out: Path,
+    options: list[str],
+) -> Path:  # fmt: skip
+    """The path of `comparison.html`; see `compare`."""
+    rest = (images, size, samples)
+    recipes = {name: inspection_recipe(one, *rest, out / name, options) for name, one in chosen.items()}
     first = next(iter(recipes.values()))
-    data = open_images(first, "val").fingerprint  # changes when other images would be seen
+    held_out = images if isinstance(images, ImageDataset) else open_images(first, "val")
+    data = held_out.fingerprint  # changes when other images would be seen
     failed: dict[str, str] = {}
     opened: dict[str, Candidate] = {}
     for name, recipe in recipes.items():
@@ -96,12 +116,12 @@ def compare(
     for number, (name, candidate) in enumerate(opened.items(), 1):
         console.rule(f"{name} ({number} of {len(opened)})")
         with _noting(failed, name):
-            _measure(candidate, *rest, list(options))
+            _measure(candidate, *rest, options)
     reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
     measured = {name: candidate for name, candidate in opened.items() if name not in failed}
     if not measured:
         raise LatelierError(f"No tokenizer could be measured ({reasons}).")
-    page = show(measured, f"{source} at {_pixels(first.data.image_size)}", out, failed)
+    page = show(measured, f"{first.data.source} at {_pixels(first.data.image_size)}", out, failed)
     if failed:
         raise LatelierError(f"{len(failed)} of {len(chosen)} tokenizers failed ({reasons}). The others are in {page}.")
     return page
@@ -168,11 +188,11 @@ def _noting(failed: dict[str, str], name: str) -> Iterator[None]:
         console.print(f"{name} failed: {failed[name]}", style="bold red", highlight=False, markup=False)
 
 
-def _open(recipe: Recipe, tokenizer: str, data: str) -> Candidate:
+def _open(recipe: Recipe, tokenizer: Codec | str | Path, data: str) -> Candidate:
     """Read a tokenizer's weights and config, without measuring anything."""
     assert isinstance(recipe.tokenizer, PretrainedSection)
-    codec, size = open_pretrained(recipe.tokenizer), recipe.data.image_size
-    only_size = _only_size(codec)
+    codec = tokenizer if isinstance(tokenizer, Codec) else open_pretrained(recipe.tokenizer)
+    size, only_size = recipe.data.image_size, codec.info.decoder_size
     chosen = json.loads(recipe.model_dump_json(include={"seed", "data", "evaluate"}))
     settings = {"tokenizer": codec.hash(), "data": data, "settings": chosen, "latelier": __version__}
     fits = only_size in (None, size) and not any(side % codec.factor for side in size)
@@ -180,18 +200,12 @@ def _open(recipe: Recipe, tokenizer: str, data: str) -> Candidate:
     return Candidate(recipe.folder, tokenizer, settings, facts, codec.factor, only_size)
 
 
-def _only_size(codec: Codec) -> tuple[int, int] | None:
-    """The only size of images, if latents are a sequence, which does not tell a size."""
-    size = codec.tokenizer.config.get("image_size")
-    return None if size is None or len(codec.latent_shape(*size)) == 3 else (size[0], size[1])
-
-
 def describe(codec: Codec, size: tuple[int, int]) -> dict[str, Any]:
     """What a tokenizer is: class, factor, shape of its latents, and how much it compresses `(h, w)` pixels."""
     shape, pixels = codec.latent_shape(*size), math.prod(size)
     numbers = math.prod(shape)
     facts: dict[str, Any] = {
-        "class": type(codec.tokenizer).__name__, "factor": codec.factor, "latent": " x ".join(map(str, shape)),
+        "class": codec.name, "factor": codec.factor, "latent": " x ".join(map(str, shape)),
         "numbers in a latent": numbers, NUMBERS: round(numbers / pixels, 5),
         "image numbers per latent number": round(codec.image_channels * pixels / numbers, 3),
     }  # fmt: skip
@@ -200,7 +214,7 @@ def describe(codec: Codec, size: tuple[int, int]) -> dict[str, Any]:
     return facts
 
 
-def _measure(candidate: Candidate, source: str, size: int, samples: int, options: list[str]) -> None:
+def _measure(candidate: Candidate, images: str | ImageDataset, size: int, samples: int, options: list[str]) -> None:
     """Inspect a tokenizer, unless its numbers are there and were made by the same settings."""
     folder, file = candidate.folder, candidate.folder / SETTINGS
     there = all((folder / name).is_file() for name in (SETTINGS, "metrics.json", "report.html"))
@@ -209,7 +223,7 @@ def _measure(candidate: Candidate, source: str, size: int, samples: int, options
         return
     if PartialState().is_main_process:
         file.unlink(missing_ok=True)
-    inspect(candidate.tokenizer, source, size, samples, folder, options)
+    inspect(candidate.tokenizer, images, size, samples, folder, options)
     if PartialState().is_main_process:
         file.write_text(json.dumps(candidate.settings, indent=2))
     PartialState().wait_for_everyone()

@@ -17,7 +17,7 @@ import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from latelier.errors import LatelierError
 
@@ -34,6 +34,7 @@ TOKENIZERS = {
     "maetok": "latelier.tokenizers.maetok",
     "dcae": "latelier.tokenizers.dcae",
     "conv": "latelier.tokenizers.conv",
+    "rae": "latelier.tokenizers.rae",
     "identity": "latelier.tokenizers.conv",
     "pretrained": "latelier.tokenizers.pretrained",
 }
@@ -47,12 +48,15 @@ class TokenizerInfo:
         factor: pixels along one side of a latent position; image sizes must be multiples of it.
         latent_tokens: length of 1-D latents; None for latents on a grid.
         decoder_size: `(h, w)` of the only images that 1-D latents decode to; None for latents on a grid.
+        value_range: what the class calls black and white; outside of the codec that is always -1 and 1.
         decoder_modules: the modules that turn latents into images; all others belong to the encoder.
-        middle: the layers on both sides of the latent.
+        middle: the layers on both sides of the latent, the encoder's last one first.
         head: the layers next to the pixels of the decoded image.
         last_layer: the weight nearest to the pixels, where gradients of loss terms are compared.
         variance_layer: the layer whose second half of outputs is the log-variance; None without a posterior.
         channels_last: whether the channels_last memory layout is faster (convolutions).
+        needs_numbers: whether it cannot run on the meta device, on which operations are counted.
+        statistics: what normalised latents have mean 0 and variance 1 of: each channel, or each element `(c, *grid)`.
     """
 
     factor: int
@@ -67,6 +71,8 @@ class TokenizerInfo:
     last_layer: str | None = None
     variance_layer: str | None = None
     channels_last: bool = False
+    needs_numbers: bool = False
+    statistics: Literal["channel", "element"] = "channel"
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """`(c, *grid)` of the latents of an image."""
@@ -78,14 +84,19 @@ class TokenizerInfo:
 def tokenizer_info(tokenizer: nn.Module) -> TokenizerInfo:
     """The `info` of a tokenizer's class, or the entry of a class of diffusers; an error for a class without either."""
     name, config = type(tokenizer).__name__, getattr(tokenizer, "config", {})
-    entries = importlib.import_module(TOKENIZERS["pretrained"]).DIFFUSERS
-    if name in entries:
-        return entries[name](config)
+    known = importlib.import_module("latelier.tokenizers.diffusers_classes")
+    if name in known.CLASSES:
+        return known.CLASSES[name].info(config)
     if hasattr(type(tokenizer), "info"):
         return tokenizer.info  # type: ignore[return-value]
     if "patch_size" not in config or "latent_channels" not in config:
-        raise LatelierError(f"The tokenizer class {name} needs an entry, or a property `info`; see TokenizerInfo.")
-    return TokenizerInfo(config["patch_size"], config["latent_channels"], config.get("in_channels", 3))
+        why = (
+            f"{known.REFUSED[name]}; name another"
+            if name in known.REFUSED
+            else "it has no property `info`, see TokenizerInfo"
+        )
+        raise LatelierError(f"{name} is no image tokenizer that can be opened: {why}.")
+    return known.PLAIN.info(config)
 
 
 def model_class(config: dict[str, Any]) -> type[ModelMixin]:
@@ -94,6 +105,9 @@ def model_class(config: dict[str, Any]) -> type[ModelMixin]:
 
     name = config.get("_class_name", "")
     found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    refused = importlib.import_module("latelier.tokenizers.diffusers_classes").REFUSED
+    if isinstance(name, str) and name in refused:
+        raise LatelierError(f"{name} is no image tokenizer: {refused[name]}")
     if isinstance(found, type) and issubclass(found, diffusers.ModelMixin):
         return found
     for model in own_classes():
@@ -143,7 +157,10 @@ def build_objective(
         dataset: the training images; MAETok's targets learn words from their captions.
     """
     freeze(tokenizer, section.train)
-    return _module(section).objective(section, tokenizer, perceptual, seed, dataset)
+    objective = _module(section).objective(section, tokenizer, perceptual, seed, dataset)
+    if section.regularise and not hasattr(objective, "regularise"):
+        raise LatelierError(f"tokenizer.kind = {section.kind} takes no `regularise`; leave it out.")
+    return objective
 
 
 def _module(section: Kind | TrainedTokenizer) -> ModuleType:
@@ -172,6 +189,14 @@ def last_layer(tokenizer: nn.Module) -> Tensor:
     if name is None:
         raise LatelierError(f"{type(tokenizer).__name__} does not say its last layer; set adversarial.adaptive: false.")
     return tokenizer.get_parameter(name)
+
+
+def encoder_layer(tokenizer: nn.Module) -> Tensor:
+    """The encoder's last weight, where gradients of what acts on latents are compared; an error if it is not known."""
+    names = tokenizer_info(tokenizer).middle
+    if not names:
+        raise LatelierError(f"{type(tokenizer).__name__} does not say its encoder's last layer; set adaptive: false.")
+    return tokenizer.get_parameter(f"{names[0]}.weight")
 
 
 def freeze(tokenizer: nn.Module, train: str | list[str]) -> None:

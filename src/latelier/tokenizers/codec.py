@@ -13,11 +13,10 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from jaxtyping import Float
 from torch import Tensor
 
@@ -26,29 +25,19 @@ from latelier.layers import fast_bf16
 from latelier.publish import MANIFEST, damage
 from latelier.sections import open_model
 from latelier.tokenizers import TokenizerInfo, model_class, tokenizer_info
-
-STATISTICS_FILE = "latent_statistics.json"
-REMEASURE = "delete it to go on without, or take the file that was written with the weights"
-
-
-class Point:
-    """A posterior without spread: the latents of a deterministic tokenizer."""
-
-    def __init__(self, mean: Float[Tensor, "b c *grid"]):
-        self.mean = mean
-        self.logvar = torch.full_like(mean, -30.0)
-        self.std = torch.zeros_like(mean)
-
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """The point itself."""
-        return self.mean
-
-    def mode(self) -> Tensor:
-        """The point itself."""
-        return self.mean
-
-
-Posterior: TypeAlias = Point | DiagonalGaussianDistribution
+from latelier.tokenizers.diffusers_classes import CLASSES, PLAIN, DiffusersClass
+from latelier.tokenizers.posterior import Point, Posterior
+from latelier.tokenizers.statistics import (
+    NORMS,
+    REMEASURE,
+    Statistics,
+    fit_statistic,
+    load_statistics,
+    read_statistics,
+    rms_normalise,
+    save_statistics,
+)
+from latelier.tokenizers.wrapped import Method, Wrapped
 
 
 class Codec:
@@ -57,24 +46,54 @@ class Codec:
     Args:
         tokenizer: a diffusers-style autoencoder: `encode(images)` gives `latent_dist`, `latents` or `latent`, and
             `decode(z)` gives `sample`.
-        mean: `(c,)` mean of the latents over the training set; None leaves latents as they are.
-        std: `(c,)` standard deviation of sampled latents.
+        mean: mean of the latents over the training set, `(c,)`, or `(c, *grid)` for each element of latents of one
+            size; None leaves latents as they are.
+        std: standard deviation of sampled latents, in the same shape.
         receipt: how the statistics were measured; stored with them.
         precision: `bf16` runs the tokenizer under autocast, `fp32` does not, `auto` takes what the device is fast at.
+        norm: `rms`: latents have root mean square 1 at each position, and no spread; `rms-both`: what is decoded too.
     """
 
     def __init__(
         self,
         tokenizer: torch.nn.Module,
-        mean: Float[Tensor, " c"] | None = None,
-        std: Float[Tensor, " c"] | None = None,
+        mean: Float[Tensor, " c *grid"] | None = None,
+        std: Float[Tensor, " c *grid"] | None = None,
         receipt: dict[str, Any] | None = None,
         precision: str = "fp32",
+        norm: str | None = None,
     ):
         self.tokenizer = tokenizer
         self.mean = None if mean is None else mean.detach()
         self.std = None if std is None else std.detach()
-        self.receipt, self.precision = receipt or {}, precision
+        self.receipt, self.precision, self.norm = receipt or {}, precision, norm
+
+    @classmethod
+    def wrap(
+        cls, module: torch.nn.Module, encode: Method = "encode", decode: Method = "decode", *, factor: int,
+        channels: int, value_range: tuple[float | int, float | int] = (-1.0, 1.0), mean: Tensor | None = None,
+        std: Tensor | None = None, precision: str = "fp32", **sizes: Any,
+    ) -> Codec:  # fmt: skip
+        """A codec of any module.
+
+        Args:
+            module: what has the weights.
+            encode: a function, or the name of a method, of images `(b, c, h, w)` to latents `(b, channels, *grid)`, or
+                to what diffusers' encoders return.
+            decode: of latents to images.
+            factor: pixels along one side of a latent position.
+            channels: of the latents.
+            value_range: what `encode` and `decode` call black and white; the codec's images are in [-1, 1].
+            mean, std, precision: see the class.
+            sizes: other fields of `TokenizerInfo`: `image_channels`, `latent_tokens` and `decoder_size` of 1-D latents,
+                `decoder_modules`, `statistics`, ...
+
+        Raises:
+            LatelierError: for a method that the module lacks, and once latents have another shape than was said.
+        """
+        low, high = map(float, value_range)
+        info = TokenizerInfo(factor, channels, value_range=(low, high), **{"needs_numbers": True, **sizes})
+        return cls(Wrapped(module, encode, decode, info), mean, std, None, precision)
 
     def posterior(self, images: Float[Tensor, "b c h w"]) -> Posterior:
         """The distribution of raw latents, float32.
@@ -83,13 +102,10 @@ class Codec:
             LatelierError: if the tokenizer has no latents for images of this size, see `latent_shape`.
         """
         self.latent_shape(*images.shape[-2:])
+        x = self._scale_pixels(images, (-1.0, 1.0), self.info.value_range)
         with self._autocast():
-            output = self.tokenizer.encode(images.contiguous(memory_format=self._memory_format))
-        distribution = getattr(output, "latent_dist", None)
-        if distribution is None:
-            latents = output.latents if hasattr(output, "latents") else output.latent
-            return Point(latents.float().contiguous())
-        return DiagonalGaussianDistribution(distribution.parameters.float().contiguous())
+            posterior = self._class.encode(self.tokenizer, self._laid_out(x))
+        return Point(rms_normalise(posterior.mode())) if self.norm else posterior
 
     def encode(
         self, images: Float[Tensor, "b c h w"], generator: torch.Generator | None = None
@@ -108,32 +124,45 @@ class Codec:
         Raises:
             LatelierError: if the latents have fewer channels.
         """
-        if channels is not None and not 0 < channels <= latents.shape[1]:
+        return self.decode_raw(self.raw(latents, channels))
+
+    def raw(self, latents: Float[Tensor, "b k *grid"], channels: int | None = None) -> Float[Tensor, "b c *grid"]:
+        """Raw latents of normalised ones; arguments and errors are those of `decode`."""
+        if channels is None:
+            return self.denormalise(latents)
+        if not 0 < channels <= latents.shape[1]:
             raise LatelierError(f"channels = {channels} is not a prefix of {latents.shape[1]} latent channels.")
-        z = self.denormalise(latents if channels is None else latents[:, :channels])  # (b, k, *grid)
-        if channels is not None:
-            z = torch.cat([z, z.new_zeros(len(z), self.channels - channels, *z.shape[2:])], dim=1)  # (b, c, *grid)
+        z = self.denormalise(latents[:, :channels])  # (b, k, *grid)
+        return torch.cat([z, z.new_zeros(len(z), self.channels - channels, *z.shape[2:])], dim=1)  # (b, c, *grid)
+
+    def decode_raw(self, z: Float[Tensor, "b k *grid"]) -> Float[Tensor, "b c h w"]:
+        """Images of raw latents, float32, not clamped."""
+        z = rms_normalise(z) if self.norm == "rms-both" else z
         with self._autocast():
-            if z.ndim == 4:
-                z = z.contiguous(memory_format=self._memory_format)
-            return self.tokenizer.decode(z).sample.float().contiguous()
+            images = self._class.decode(self.tokenizer, self._laid_out(z)).float().contiguous()
+        return self._scale_pixels(images, self.info.value_range, (-1.0, 1.0))
 
     def normalise(self, z: Float[Tensor, "b c *grid"]) -> Float[Tensor, "b c *grid"]:
         """Raw to normalised latents."""
-        return z if self.mean is None else (z - self._like(self.mean, z)) / self._like(self.std, z)
+        return z if self.mean is None else (z - fit_statistic(self.mean, z)) / fit_statistic(self.std, z)
 
     def denormalise(self, z: Float[Tensor, "b c *grid"]) -> Float[Tensor, "b c *grid"]:
         """Normalised to raw latents."""
-        return z if self.mean is None else z * self._like(self.std, z) + self._like(self.mean, z)
+        return z if self.mean is None else z * fit_statistic(self.std, z) + fit_statistic(self.mean, z)
 
     def scale(self, std: Float[Tensor, "b c *grid"]) -> Float[Tensor, "b c *grid"]:
         """Standard deviations of raw latents to those of normalised ones."""
-        return std if self.std is None else std / self._like(self.std, std)
+        return std if self.std is None else std / fit_statistic(self.std, std)
 
     @property
     def info(self) -> TokenizerInfo:
         """Factor, channels and layers of the tokenizer."""
         return tokenizer_info(self.tokenizer)
+
+    @property
+    def name(self) -> str:
+        """Of the tokenizer's class."""
+        return str(self.tokenizer.config.get("_class_name") or type(self.tokenizer).__name__)
 
     @property
     def factor(self) -> int:
@@ -159,11 +188,17 @@ class Codec:
         info = self.info
         check_size((height, width), info.factor)
         if info.decoder_size not in (None, (height, width)):
+            also = f", or use tokenizer.resized({(height, width)})" if hasattr(self.tokenizer, "resized") else ""
             raise LatelierError(
                 f"This tokenizer decodes to {' x '.join(map(str, info.decoder_size or ()))} pixels, whatever the size "
-                f"of the image, here {height} x {width}; resize it, or use tokenizer.resized({(height, width)})."
+                f"of the image, here {height} x {width}; resize it{also}."
             )
         return info.latent_shape(height, width)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights; images and latents are cast to it, and what comes out is float32."""
+        return next((p.dtype for p in self.tokenizer.parameters() if p.is_floating_point()), torch.float32)
 
     @property
     def device(self) -> torch.device:
@@ -184,28 +219,37 @@ class Codec:
             digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
         for tensor in (self.mean, self.std):
             digest.update(b"" if tensor is None else tensor.cpu().numpy().tobytes())
+        digest.update((self.norm or "").encode())
         return digest.hexdigest()[:16]
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Weights and config as diffusers writes them, and the statistics beside them."""
         self.tokenizer.save_pretrained(folder)
-        if self.mean is not None and self.std is not None:
-            content = {"mean": self.mean.tolist(), "std": self.std.tolist(), **self.receipt}
-            (Path(folder) / STATISTICS_FILE).write_text(json.dumps(content, indent=2))
+        mean, std, receipt = self.mean, self.std, self.receipt
+        if self.norm:  # which lies with the statistics, those that change nothing if there are no others
+            receipt = {**receipt, "norm": self.norm}
+            mean, std = (torch.zeros(self.channels), torch.ones(self.channels)) if mean is None else (mean, std)
+        if mean is not None and std is not None:
+            save_statistics(folder, mean, std, receipt)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, precision: str = "fp32", **kwargs: Any) -> Codec:
-        """Open one of our folders, or any diffusers autoencoder from a folder or the Hub.
+        """Open a run's tokenizer, or any diffusers autoencoder of images from a folder or the Hub.
+
+        Its statistics are those beside the weights, else those that the model itself carries (`latents_mean` and
+        `latents_std`, FLUX.2's batch normalisation), else none. A `scaling_factor` is not taken for statistics.
 
         Args:
-            path: folder or Hub name.
+            path: a run folder, a tokenizer folder, or a Hub name.
             precision: see the class.
-            kwargs: passed to diffusers (`subfolder`, `revision`, ...).
+            kwargs: passed to diffusers: `subfolder`, where the tokenizer is inside `path`, such as `vae` of a
+                pipeline; `torch_dtype`, `revision`, ...
 
         Raises:
             LatelierError: if there is no tokenizer that can be opened.
         """
-        folder = Path(path, kwargs.get("subfolder", ""))
+        path = path if kwargs.get("subfolder") else tokenizer_folder(path)
+        folder = Path(path, kwargs.get("subfolder") or "")
         advice = (
             "give a run's folder tokenizer/ (train it first if it is not there), or a diffusers autoencoder's folder "
             "or Hub name"
@@ -213,18 +257,31 @@ class Codec:
         refuse_damage(folder)
         with reading(f"No tokenizer can be opened at {path}", advice):
             tokenizer = open_model(model_class(AutoencoderKL.load_config(str(path), **kwargs)), path, **kwargs)
-            channels = tokenizer_info(tokenizer).latent_channels
-        if not (folder / STATISTICS_FILE).is_file():
-            return cls(tokenizer, precision=precision)
-        with reading(f"{folder / STATISTICS_FILE} holds no statistics of these latents", REMEASURE):
-            content = json.loads((folder / STATISTICS_FILE).read_text(encoding="utf-8"))
-            mean, std = read_statistics(content, channels)
-        about = {key: value for key, value in content.items() if key not in ("mean", "std")}
-        return cls(tokenizer, mean, std, about, precision)
+            info = tokenizer_info(tokenizer)
+            shape = info.latent_shape(info.factor, info.factor)
+            carried: Statistics | None = None
+            if (own := CLASSES.get(type(tokenizer).__name__, PLAIN).statistics(tokenizer)) is not None:
+                carried = (*read_statistics(dict(zip(("mean", "std"), own)), shape), {"origin": "the model's own"})
+        mean, std, about = load_statistics(folder, shape) or carried or (None, None, {})
+        norm = about.pop("norm", None)
+        if norm not in NORMS:
+            raise LatelierError(f"{folder} says that its latents have a norm {norm!r}, not known here; {REMEASURE}.")
+        return cls(tokenizer, mean, std, about, precision, norm)
 
     @property
-    def _memory_format(self) -> torch.memory_format:
-        return torch.channels_last if self.info.channels_last else torch.contiguous_format
+    def _class(self) -> DiffusersClass:
+        return CLASSES.get(type(self.tokenizer).__name__, PLAIN)
+
+    def _laid_out(self, x: Tensor) -> Tensor:
+        """In the weights' dtype and the memory layout that suits them."""
+        channels_last = x.ndim == 4 and self.info.channels_last
+        return x.to(self.dtype).contiguous(
+            memory_format=torch.channels_last if channels_last else torch.contiguous_format
+        )
+
+    @staticmethod
+    def _scale_pixels(x: Tensor, old: tuple[float, float], new: tuple[float, float]) -> Tensor:
+        return x if old == new else (x - old[0]) * ((new[1] - new[0]) / (old[1] - old[0])) + new[0]
 
     def _autocast(self):
         device = self.device.type
@@ -232,20 +289,11 @@ class Codec:
             return nullcontext()
         return torch.autocast(device, torch.bfloat16)
 
-    @staticmethod
-    def _like(statistic: Tensor, z: Tensor) -> Tensor:
-        """Statistics of the channels that are there: all, or a prefix."""
-        return statistic[: z.shape[1]].to(z).view(-1, *[1] * (z.ndim - 2))
 
-
-def read_statistics(content: dict[str, Any], channels: int) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
-    """`mean` and `std` of latents from a file; an error if they are not numbers by which latents can be divided."""
-    mean, std = (torch.tensor(content[key], dtype=torch.float32) for key in ("mean", "std"))
-    if mean.shape != (channels,) or std.shape != (channels,):
-        raise LatelierError(f"mean and std have shapes {tuple(mean.shape)} and {tuple(std.shape)}, not ({channels},)")
-    if not bool((mean.isfinite() & std.isfinite() & (std > 0)).all()):
-        raise LatelierError("mean and std are not all finite, or a std is not above 0")
-    return mean, std
+def tokenizer_folder(path: str | Path) -> str | Path:
+    """The tokenizer inside a run folder; any other folder or name is the tokenizer's own."""
+    inside = Path(path, "tokenizer")
+    return inside if inside.is_dir() else path
 
 
 def refuse_damage(folder: Path) -> None:
@@ -288,7 +336,7 @@ def decode_tiled(
         LatelierError: for 1-D latents, and for an overlap that is as large as the tile.
     """
     _check_tiles(latents.shape[1:], tile, overlap)
-    return _tiled(lambda part: codec.decode(part, channels), latents, (tile, overlap), (1, codec.factor))
+    return _tiled(codec.decode_raw, codec.raw(latents, channels), (tile, overlap), (1, codec.factor))
 
 
 def decode_within(
@@ -306,7 +354,8 @@ def encode_tiled(codec: Codec, images: Float[Tensor, "b c h w"], tile: int, over
     Arguments and errors are those of `decode_tiled`; the tokenizer's factor must divide the image size.
     """
     _check_tiles(codec.latent_shape(images.shape[-2], images.shape[-1]), tile, overlap)
-    return _tiled(codec.encode, images, (tile, overlap), (codec.factor, 1))
+    raw = _tiled(lambda part: codec.posterior(part).mode(), images, (tile, overlap), (codec.factor, 1))
+    return codec.normalise(raw)
 
 
 def starts(length: int, window: int, stride: int) -> list[int]:

@@ -23,6 +23,7 @@ from latelier.errors import LatelierError
 from latelier.keyed_random import KeyedRandom
 from latelier.losses.codebook import CodebookUse, perplexity, quantise
 from latelier.losses.reconstruction import ReconstructionLoss, mean_kl
+from latelier.losses.regularise import Regularisers, build_regularisers
 from latelier.losses.terms import LossTerms
 from latelier.sections import Count, Kind, TrainedTokenizer, Weight, open_init, preset_arguments
 from latelier.tokenizers import TokenizerInfo
@@ -212,7 +213,9 @@ def objective(
         "codebook_restart", "input_noise",
     )  # fmt: skip
     loss = ReconstructionLoss(section.reconstruction, perceptual, section.perceptual_weight, section.perceptual_every)
-    return ConvObjective(tokenizer, loss, seed, **{name: getattr(section, name) for name in names})
+    regularise = build_regularisers(section, tokenizer, seed, dataset)
+    settings = {name: getattr(section, name) for name in names}
+    return ConvObjective(tokenizer, loss, seed, regularise=regularise, **settings)
 
 
 class ConvObjective(nn.Module):
@@ -244,12 +247,14 @@ class ConvObjective(nn.Module):
         codebook_window: int = 10_000,
         codebook_restart: int = 0,
         input_noise: float = 0.0,
+        regularise: Regularisers | None = None,
     ):
         super().__init__()
         self.tokenizer, self.reconstruction_loss, self.seed = tokenizer, reconstruction_loss, seed
         self.kl, self.kl_weight, self.kl_per_pixel, self.input_noise = kl, kl_weight, kl_per_pixel, input_noise
         self.codebook_weight, self.codebook_beta, self.codebook_form = codebook_weight, codebook_beta, codebook_form
         self.codebook_window, self.codebook_restart = codebook_window, codebook_restart
+        self.regularise = regularise or Regularisers()
         if isinstance(tokenizer, VQModel):
             self.use = CodebookUse(tokenizer.config["num_vq_embeddings"], seed)
 
@@ -258,35 +263,47 @@ class ConvObjective(nn.Module):
 
         `batch["image"]` is `(b, c, h, w)`, `sample_id` keys the random numbers, `seen` counts images.
         """
-        x = batch["image"]
+        x = self.regularise.images(batch)  # (b, c, h, w)
         rng = KeyedRandom(self.seed, batch["sample_id"], x.device)
         noisy = x + self.input_noise * rng.normal("input", *x.shape[1:]) if self.input_noise else x
         quantised = isinstance(self.tokenizer, VQModel)
-        y, latent_losses = self._codes(noisy, batch) if quantised else self._posterior(noisy, rng)
-        losses = self.reconstruction_loss(y, x, batch["sample_id"]) | latent_losses
+        z, of_latents = (self.tokenizer.encode(noisy).latents.float(), {}) if quantised else self._drawn(noisy, rng)
+        latent = self.regularise(z, x, batch)
+        if quantised:
+            y, of_latents = self._codes(latent.z, batch)
+        else:
+            y = self._decode(latent.z)  # (b, c, h, w)
+        losses = self.reconstruction_loss(y, latent.target, batch["sample_id"]) | of_latents
         weights = {
-            "l1": 1.0, "l2": 1.0, "kl": self.kl_weight / (x[0].numel() if self.kl_per_pixel else 1),
+            "l1": 1.0, "l2": 1.0, "kl": self.kl_weight / (latent.target[0].numel() if self.kl_per_pixel else 1),
             "codebook": self.codebook_weight, "lpips": self.reconstruction_loss.perceptual_weight,
         }  # fmt: skip
-        return LossTerms(losses, {k: w for k, w in weights.items() if k in losses}, reconstruction=y)
+        terms = LossTerms(losses, {k: w for k, w in weights.items() if k in losses}, reconstruction=y)
+        return self.regularise.add(terms, latent, batch, self.tokenizer, self._decode, self.reconstruction_loss)
 
-    def _posterior(
+    def _drawn(
         self, images: Float[Tensor, "b c h w"], rng: KeyedRandom
-    ) -> tuple[Float[Tensor, "b c h w"], dict[str, Tensor]]:
-        """Reconstruction through the posterior, and its KL."""
+    ) -> tuple[Float[Tensor, "b k i j"], dict[str, Tensor]]:
+        """A draw of the posterior, or its mean where there is no KL, and the KL."""
         posterior = self.tokenizer.encode(images).latent_dist
         mean, logvar = posterior.mean.float(), posterior.logvar.float()  # (b, k, h/f, w/f)
         if not self.kl_weight:
-            return self.tokenizer.decode(mean).sample.float(), {}
+            return mean, {}
         z = mean + (0.5 * logvar).exp() * rng.normal("posterior", *mean.shape[1:])
-        return self.tokenizer.decode(z).sample.float(), {"kl": mean_kl(mean, logvar, self.kl)}
+        return z, {"kl": mean_kl(mean, logvar, self.kl)}
+
+    def _decode(self, z: Float[Tensor, "b k i j"]) -> Float[Tensor, "b c h w"]:
+        """Images of latents, of a VQModel through the nearest codes."""
+        if not isinstance(self.tokenizer, VQModel):
+            return self.tokenizer.decode(z).sample.float()
+        codes = quantise(z, self.tokenizer.quantize.embedding.weight).z
+        return self.tokenizer.decode(codes, force_not_quantize=True).sample.float()
 
     def _codes(
-        self, images: Float[Tensor, "b c h w"], batch: dict[str, Any]
+        self, latents: Float[Tensor, "b k i j"], batch: dict[str, Any]
     ) -> tuple[Float[Tensor, "b c h w"], dict[str, Tensor]]:
         """Reconstruction through the nearest codes, the codebook's loss, and, for the log, how much of it is used."""
         seen, codebook = batch["seen"], self.tokenizer.quantize.embedding.weight  # (codes, k)
-        latents = self.tokenizer.encode(images).latents.float()  # (b, k, h/f, w/f)
         if self.codebook_restart and self.training and codebook.requires_grad:
             self.use.restart(codebook.data, latents, batch["sample_id"], seen, self.codebook_restart)
         quantised = quantise(latents, codebook, self.codebook_beta, self.codebook_form)

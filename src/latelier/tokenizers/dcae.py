@@ -17,11 +17,13 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import AutoencoderDC
+from jaxtyping import Float
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from latelier.errors import LatelierError
 from latelier.losses.reconstruction import ReconstructionLoss
+from latelier.losses.regularise import Regularisers, build_regularisers
 from latelier.losses.terms import LossTerms
 from latelier.prefixes import RandomPrefixes, keep_prefix, random_prefixes
 from latelier.sections import Prefixes, TrainedTokenizer, Weight, open_init, preset_arguments
@@ -120,7 +122,7 @@ def objective(
     """The objective of a recipe's section; an error if its prefixes do not fit the latents."""
     loss = ReconstructionLoss(section.reconstruction, perceptual, section.perceptual_weight, section.perceptual_every)
     prefixes = random_prefixes(section.prefixes, tokenizer.config["latent_channels"])
-    return DCAEObjective(tokenizer, loss, seed, prefixes)
+    return DCAEObjective(tokenizer, loss, seed, prefixes, build_regularisers(section, tokenizer, seed, dataset))
 
 
 class DCAEObjective(nn.Module):
@@ -132,10 +134,11 @@ class DCAEObjective(nn.Module):
         reconstruction_loss: ReconstructionLoss,
         seed: int,
         prefixes: RandomPrefixes | None = None,
+        regularise: Regularisers | None = None,
     ):
         super().__init__()
         self.tokenizer, self.reconstruction_loss, self.seed = tokenizer, reconstruction_loss, seed
-        self.prefixes = prefixes
+        self.prefixes, self.regularise = prefixes, regularise or Regularisers()
 
     def train(self, mode: bool = True) -> DCAEObjective:
         """Batch norms with frozen weights keep their statistics."""
@@ -150,13 +153,18 @@ class DCAEObjective(nn.Module):
 
         `batch["image"]` is `(b, c, h, w)`; `seen` keys the lengths.
         """
-        x = batch["image"]
-        z = self.tokenizer.encode(x).latent  # (b, k, h/f, w/f)
+        x = self.regularise.images(batch)  # (b, c, h, w)
+        latent = self.regularise(self.tokenizer.encode(x).latent, x, batch)
+        z = latent.z  # (b, k, h/f, w/f)
         lengths = [z.shape[1]] if self.prefixes is None else self.prefixes.draw(self.seed, batch["seen"])
-        decoded = [self.tokenizer.decode(keep_prefix(z, length)).sample.float() for length in lengths]  # (b, c, h, w)
-        each = [self.reconstruction_loss(y, x, batch["sample_id"]) for y in decoded]
+        decoded = [self._decode(keep_prefix(z, length)) for length in lengths]  # (b, c, h, w)
+        each = [self.reconstruction_loss(y, latent.target, batch["sample_id"]) for y in decoded]
         losses = {name: torch.stack([terms[name] for terms in each]).mean() for name in each[0]}
         weights = {name: self.reconstruction_loss.perceptual_weight if name == "lpips" else 1.0 for name in losses}
         if self.prefixes is not None:
             losses["prefix"] = z.new_tensor(lengths, dtype=torch.float32).mean()  # in the log only
-        return LossTerms(losses, weights, reconstruction=decoded[0])
+        terms = LossTerms(losses, weights, reconstruction=decoded[0])
+        return self.regularise.add(terms, latent, batch, self.tokenizer, self._decode, self.reconstruction_loss)
+
+    def _decode(self, z: Float[Tensor, "b k i j"]) -> Float[Tensor, "b c h w"]:
+        return self.tokenizer.decode(z).sample.float()

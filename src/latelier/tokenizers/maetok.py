@@ -26,6 +26,7 @@ from latelier.errors import LatelierError, check_whole
 from latelier.keyed_random import KeyedRandom
 from latelier.layers import TransformerBlock, init_linear, patchify, resize_positions, resized, run_block, unpatchify
 from latelier.losses.reconstruction import ReconstructionLoss, gaussian_kl
+from latelier.losses.regularise import Regularisers, build_regularisers
 from latelier.losses.terms import LossTerms
 from latelier.sections import Count, TrainedTokenizer, Weight, open_init, preset_arguments
 from latelier.tokenizers import TokenizerInfo
@@ -264,7 +265,9 @@ def objective(
     targets = build_targets(section.targets, config["patch_size"], config["in_channels"], dataset)
     loss = ReconstructionLoss("mse", perceptual, section.perceptual_weight, section.perceptual_every)
     mask = MaskShare(**section.mask.model_dump()) if section.mask.high else None
-    return MAETokObjective(tokenizer, loss, seed, mask, targets, section.kl_weight, section.perceptual_warmup)
+    regularise = build_regularisers(section, tokenizer, seed, dataset)
+    settings = (section.kl_weight, section.perceptual_warmup, regularise)
+    return MAETokObjective(tokenizer, loss, seed, mask, targets, *settings)
 
 
 class MAETokObjective(nn.Module):
@@ -292,6 +295,7 @@ class MAETokObjective(nn.Module):
         targets: Sequence[Target] = (),
         kl_weight: float = 0.0,
         perceptual_warmup: int = 0,
+        regularise: Regularisers | None = None,
     ):
         super().__init__()
         if kl_weight and not tokenizer.config["variational"]:
@@ -301,6 +305,7 @@ class MAETokObjective(nn.Module):
             )
         self.tokenizer, self.reconstruction_loss, self.seed = tokenizer, reconstruction_loss, seed
         self.mask, self.targets, self.kl_weight, self.perceptual_warmup = mask, targets, kl_weight, perceptual_warmup
+        self.regularise = regularise or Regularisers()
         self.auxiliary = nn.ModuleDict({target.name: auxiliary_decoder(tokenizer, target) for target in targets})
         if mask is None:
             tokenizer.mask_token.requires_grad_(False)  # nothing stands in for a missing patch
@@ -318,6 +323,7 @@ class MAETokObjective(nn.Module):
             share = self.mask.draw(self.seed, batch["seen"])
             mask = draw_mask(rng.uniform("mask", grid[0] * grid[1]), share)  # (b, n)
         z, losses = self._latents(images, mask, rng)
+        z = self.regularise(z.transpose(1, 2), images, batch).z.transpose(1, 2)  # (b, l, c)
         reconstruction = self.tokenizer.decode_tokens(z, grid, rng).float()  # (b, c, h, w)
 
         rise = min(1.0, batch["seen"] / self.perceptual_warmup) if self.perceptual_warmup else 1.0

@@ -24,7 +24,7 @@ from latelier.data.tables import StreamSource
 from latelier.errors import LatelierError
 from latelier.keyed_random import KeyedRandom
 from latelier.losses.hog import hog, hog_width
-from latelier.losses.teachers import Teacher, find_pretrained
+from latelier.losses.teachers import Features, find_pretrained, open_teacher
 from latelier.sections import Count, Section, Unit
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class TargetSection(Section):
         None, description="by default mse for hog, cosine for features, cross-entropy for captions"
     )
     teacher: str | None = Field(
-        None, description="Hub name or folder of a vision model of `transformers`; of a tokenizer for captions"
+        None, description="a vision model, see `open_teacher`: Hub name, folder, vgg16; of a tokenizer for captions"
     )
     cache: bool = Field(True, description="keep an image's features in memory, where images are not augmented")
     dim: int = Field(192, ge=1, description="width of the auxiliary decoder")
@@ -181,7 +181,7 @@ class FeatureTarget(Target):
     def __init__(
         self,
         name: str,
-        teacher: Teacher,
+        teacher: Features,
         shown: Callable[[Mapping[str, Any]], list[int] | None] | None = None,
         **settings: Any,
     ):
@@ -274,7 +274,7 @@ def build_targets(
         else:
             assert section.teacher is not None  # the section has checked it
             shown = image_numbers(dataset) if section.cache and dataset is not None else None
-            targets.append(FeatureTarget(name, Teacher(section.teacher), shown, **settings))
+            targets.append(FeatureTarget(name, open_teacher(section.teacher), shown, **settings))
     return targets
 
 

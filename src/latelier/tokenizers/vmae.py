@@ -36,6 +36,7 @@ from latelier.layers import (
     unpatchify,
 )
 from latelier.losses.reconstruction import ReconstructionLoss, gaussian_kl
+from latelier.losses.regularise import Regularisers, build_regularisers
 from latelier.losses.terms import LossTerms
 from latelier.sections import TrainedTokenizer, Unit, Weight, open_init, preset_arguments
 from latelier.tokenizers import TokenizerInfo
@@ -230,6 +231,7 @@ def objective(
     return VMAEObjective(
         tokenizer, seed, section.mask_ratio, section.visible_weight, section.kl, section.kl_weight, section.fixed_std,
         section.sample_posterior, perceptual, section.perceptual_weight, section.perceptual_every,
+        build_regularisers(section, tokenizer, seed, dataset),
     )  # fmt: skip
 
 
@@ -256,11 +258,13 @@ class VMAEObjective(nn.Module):
         perceptual: nn.Module | None = None,
         perceptual_weight: float = 0.5,
         perceptual_every: int = 1,
+        regularise: Regularisers | None = None,
     ):
         super().__init__()
         self.tokenizer, self.seed, self.mask_ratio = tokenizer, seed, mask_ratio
         self.kl, self.fixed_std, self.sample_posterior = kl, fixed_std, sample_posterior
         self.reconstruction_loss = ReconstructionLoss(None, perceptual, perceptual_weight, perceptual_every)
+        self.regularise = regularise or Regularisers()
         if not mask_ratio:
             tokenizer.mask_token.requires_grad_(False)  # nothing stands in for a missing patch
         v = visible_weight if mask_ratio else 1.0
@@ -268,40 +272,62 @@ class VMAEObjective(nn.Module):
 
     def forward(self, batch: dict[str, Any]) -> LossTerms:
         """Terms of `batch["image"]` `(b, c, h, w)`; `sample_id` keys the random numbers."""
-        images, p = batch["image"], self.tokenizer.config["patch_size"]
+        images, p = self.regularise.images(batch), self.tokenizer.config["patch_size"]
         patches = (images.shape[2] // p) * (images.shape[3] // p)
         rng = KeyedRandom(self.seed, batch["sample_id"], images.device)
         keep = visible_patches(rng.uniform("mask", patches), self.mask_ratio) if self.mask_ratio else None
         tokens = patches if keep is None else keep.shape[1]
         latent = (tokens, self.tokenizer.config["latent_channels"])
         noise = rng.normal("posterior", *latent) if self.sample_posterior else None
-        return self.terms(images, keep, noise, batch["sample_id"])
+        return self.terms(images, keep, noise, batch)
 
     def terms(
         self,
         images: Float[Tensor, "b c h w"],
         keep: Int[Tensor, "b k"] | None,
         noise: Float[Tensor, "b k l"] | None,
-        sample_id: Int[Tensor, " b"] | None = None,
+        batch: dict[str, Any] | None = None,
     ) -> LossTerms:
         """L = (1 - v) MSE(masked) + v MSE(visible) + w_p LPIPS + w_kl KL (LDMAE), mask and posterior's noise given."""
+        batch = batch or {"sample_id": None}
         p = self.tokenizer.config["patch_size"]
         grid = (images.shape[2] // p, images.shape[3] // p)
         mean, logvar = self.tokenizer.moments(images, keep).float().chunk(2, dim=-1)  # (b, k, c)
         logvar = logvar.clamp(-30, 20)
         z = mean if noise is None else mean + (0.5 * logvar).exp() * noise
-        reconstruction = self.tokenizer.decode_tokens(z, grid, keep).float()  # (b, c, h, w)
+        latents = z.transpose(1, 2)  # (b, c, k)
+        latent = self.regularise(latents if keep is not None else latents.unflatten(2, grid), images, batch, keep)
+        reconstruction = self._decode(latent.z, keep, grid)  # (b, c, h, w)
 
-        squared = patch_errors(reconstruction, images, p)  # (b, n)
         losses = {"kl": gaussian_kl(mean, logvar, self.kl, self.fixed_std).sum(-1).mean()}
+        losses |= self._measure(reconstruction, latent.target, batch["sample_id"], keep)
+        terms = LossTerms(losses, {name: self.weights[name] for name in losses}, reconstruction=reconstruction)
+        return self.regularise.add(terms, latent, batch, self.tokenizer, self._decode, self._measure)
+
+    def _decode(
+        self, z: Float[Tensor, "b l *grid"], keep: Int[Tensor, "b k"] | None = None, grid: tuple[int, ...] = ()
+    ) -> Float[Tensor, "b c h w"]:
+        """Images of latents on a grid, or of the visible patches of one, `(b, c, k)`, with its rows and columns."""
+        rows, columns = z.shape[2:] if keep is None else grid
+        return self.tokenizer.decode_tokens(z.flatten(2).transpose(1, 2), (rows, columns), keep).float()
+
+    def _measure(
+        self,
+        reconstruction: Float[Tensor, "b c h w"],
+        images: Float[Tensor, "b c h w"],
+        sample_id: Int[Tensor, " b"] | None,
+        keep: Int[Tensor, "b k"] | None = None,
+    ) -> dict[str, Tensor]:
+        """Errors of visible and masked patches, and LPIPS."""
+        squared = patch_errors(reconstruction, images, self.tokenizer.config["patch_size"])  # (b, n)
+        losses = {}
         if keep is None:
             losses["mse_visible"] = squared.mean()
         else:
             visible = torch.zeros_like(squared).scatter(1, keep, 1.0)
             losses["mse_visible"] = (squared * visible).sum() / visible.sum()
             losses["mse_masked"] = (squared * (1 - visible)).sum() / (1 - visible).sum()
-        losses |= self.reconstruction_loss(reconstruction, images, sample_id)
-        return LossTerms(losses, {name: self.weights[name] for name in losses}, reconstruction=reconstruction)
+        return losses | self.reconstruction_loss(reconstruction, images, sample_id)
 
 
 def visible_patches(order: Float[Tensor, "b n"], mask_ratio: float) -> Int[Tensor, "b k"]:

@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from torch import nn
 
 from latelier.conditioning import CACHED
 from latelier.conditioning.condition import DataSpec, build_conditioner, components
 from latelier.data.latents import LatentCache, encode_batches
 from latelier.data.loader import ImageDataset
 from latelier.denoisers import build_denoiser, vector_width
+from latelier.denoisers.align import Alignment, build_alignment
 from latelier.denoisers.objective import DenoiserSection, DenoisingObjective
-from latelier.diffusion.process import build_process
+from latelier.diffusion.autoguidance import SNAPSHOTS, open_guide
+from latelier.diffusion.process import Flow, build_process
 from latelier.errors import LatelierError
 from latelier.images import make_grid, save_png
 from latelier.opening import held_out_records, open_codec, open_images, snapshot_folder
@@ -60,8 +61,7 @@ def train_denoiser(recipe: Recipe, accelerator: Accelerator | None = None) -> Pa
 
     if accelerator.is_main_process:
         drop_snapshots(recipe.folder, stage.images)
-    conditioner = accelerator.unwrap_model(objective).conditioner
-    stream = latent_stream(recipe, codec, dataset, stage, conditioner)
+    stream = latent_stream(recipe, codec, dataset, stage, accelerator.unwrap_model(objective))
     snapshots = training.snapshots_at()
     with stage.running():
         while stage.images < training.images:
@@ -135,7 +135,11 @@ def build_objective(recipe: Recipe, codec: Codec, dataset: ImageDataset) -> Deno
         latent_shape=shape, factor=codec.factor, image_channels=codec.image_channels,
         vector_width=vector_width(section), prefers_tokens=section.kind == "unet", seed=recipe.seed,
     )  # fmt: skip
-    if recipe.sample.guidance != 1 and not any(condition.dropout for condition in section.condition):
+    if (
+        recipe.sample.guidance != 1
+        and not recipe.sample.guide
+        and not any(condition.dropout for condition in section.condition)
+    ):
         raise LatelierError(
             f"sample.guidance = {recipe.sample.guidance}, but this denoiser is trained without dropping its "
             "conditions, so it cannot be guided; set sample.guidance to 1, or the `dropout` of a condition above 0."
@@ -148,12 +152,29 @@ def build_objective(recipe: Recipe, codec: Codec, dataset: ImageDataset) -> Deno
         vector=any(not part.token_width and not part.spatial_channels for part in conditioners),
     )  # fmt: skip
     _check_channels(recipe, shape[0], denoiser.config.get("prefix_channels", False))
-    return DenoisingObjective(
-        denoiser, conditioner, build_process(**section.process.model_dump()), seed=recipe.seed + 1,
+    objective = DenoisingObjective(
+        denoiser, conditioner, build_process(**section.process.model_dump(), latent_shape=shape), seed=recipe.seed + 1,
         dropout=[condition.dropout for condition in section.condition], loss=section.loss,
         cosine_weight=section.cosine_weight, sample_posterior=section.sample_posterior,
         prefixes=random_prefixes(section.prefixes, shape[0]),
+        align=None if section.align is None else build_alignment(section.align, denoiser, shape),
     )  # fmt: skip
+    _check_guide(recipe, codec, objective)
+    return objective
+
+
+def _check_guide(recipe: Recipe, codec: Codec, objective: DenoisingObjective) -> None:
+    """Refuse a guide that cannot guide this denoiser, before it is trained; a tokenizer may not be trained yet."""
+    guide, section = recipe.sample.guide, denoiser_section(recipe)
+    if guide is None:
+        return
+    if not guide.startswith(f"{SNAPSHOTS}/"):
+        open_guide(guide, make_pipeline(recipe, codec, objective), check_latents=codec.mean is not None)
+    elif guide.removeprefix(f"{SNAPSHOTS}/") not in (known := list(map(str, section.snapshots_at()))):
+        raise LatelierError(
+            f"sample.guide = {guide}, but denoiser.snapshots = {section.snapshots} keeps weights at "
+            f"{', '.join(known) or 'no number of'} images; choose one of these, or keep more."
+        )
 
 
 def _check_channels(recipe: Recipe, channels: int, allowed: bool) -> None:
@@ -171,14 +192,17 @@ def _check_channels(recipe: Recipe, channels: int, allowed: bool) -> None:
 def encode_latents(recipe: Recipe, accelerator: Accelerator | None = None, overwrite: bool = False) -> LatentCache:
     """Encode the training images once, or resume; a stale cache is refused."""
     accelerator = accelerator or Accelerator()
-    codec = open_codec(recipe).to(accelerator.device)
-    return open_cache(recipe, codec, open_images(recipe), accelerator, overwrite)
+    codec, dataset = open_codec(recipe).to(accelerator.device), open_images(recipe)
+    aligned = recipe.denoiser is not None and recipe.denoiser.align is not None
+    align = build_objective(recipe, codec, dataset).align if aligned else None
+    return open_cache(recipe, codec, dataset, accelerator, overwrite, align)
 
 
 def open_cache(
-    recipe: Recipe, codec: Codec, dataset: ImageDataset, accelerator: Accelerator, overwrite: bool = False
-) -> LatentCache:
-    """The run's latent cache, written if it is not there."""
+    recipe: Recipe, codec: Codec, dataset: ImageDataset, accelerator: Accelerator, overwrite: bool = False,
+    align: Alignment | None = None,
+) -> LatentCache:  # fmt: skip
+    """The run's latent cache, written if it is not there, with the features that `align` keeps."""
     folder = recipe.folder / "latents"
     data = recipe.data
     key = {
@@ -186,43 +210,49 @@ def open_cache(
         "data": dataset.fingerprint,
         "transform": f"center crop {data.image_size[0]}x{data.image_size[1]}, background {data.background}",
     }
+    kept = align if align is not None and align.cache else None
+    key |= kept.key() if kept else {}
     batch = min(64, max(1, 64 * 256**2 // (data.image_size[0] * data.image_size[1])))
     return LatentCache.write(
-        folder, codec, dataset, key, dataset.flips_latents, batch, accelerator, overwrite=overwrite
-    )
+        folder, codec, dataset, key, dataset.flips_latents, batch, accelerator, overwrite=overwrite,
+        features=kept and kept.features,
+    )  # fmt: skip
 
 
 def latent_stream(
-    recipe: Recipe, codec: Codec, dataset: ImageDataset, stage: Stage, conditioner: nn.Module | None
+    recipe: Recipe, codec: Codec, dataset: ImageDataset, stage: Stage, objective: DenoisingObjective
 ) -> Iterator[dict[str, Any]]:
-    """Micro-batches of normalised latents and of all that the conditioner needs.
+    """Micro-batches of normalised latents and of all that the conditioner and the alignment need.
 
     Latents come from the cache, or are encoded on the fly with all augmentations. Images, boxes and maps are read
-    beside cached latents, if the conditioner asks for more than labels and captions.
+    beside cached latents, if the conditioner asks for more than labels and captions, or features are not cached.
     """
     accelerator, training = stage.accelerator, stage.training
     place = (stage.images, accelerator.process_index, accelerator.num_processes, stage.accumulation)
     if not denoiser_section(recipe).cache:
         batches = encode_batches(codec, dataset.stream(training.batch, *place), accelerator.device)
-        return _prepared(batches, conditioner, codec, accelerator)
-    latents = open_cache(recipe, codec, dataset, accelerator)
+        return _prepared(batches, objective, codec, stage)
+    align = objective.align
+    latents = open_cache(recipe, codec, dataset, accelerator, align=align)
+    if align is not None and align.cache:
+        latents.features = lambda: align.acts(stage.images)
     batches = latents.stream(training.batch, *place, seed=recipe.seed)
-    if any(name not in CACHED for name in components(conditioner)):
+    asked = any(name not in CACHED for name in components(objective.conditioner))
+    if asked or (align is not None and not align.cache):
         plan = latents.plan(training.batch, *place, seed=recipe.seed)
         records = dataset.follow((latents.index[positions], flips.tolist()) for _, positions, flips in plan)
         batches = ({**batch, **record} for record, batch in zip(records, batches))  # captions may be mirrored
-    return _prepared(batches, conditioner, codec, accelerator)
+    return _prepared(batches, objective, codec, stage)
 
 
 def _prepared(
-    batches: Iterator[dict[str, Any]], conditioner: nn.Module | None, codec: Codec, accelerator: Accelerator
+    batches: Iterator[dict[str, Any]], objective: DenoisingObjective, codec: Codec, stage: Stage
 ) -> Iterator[dict[str, Any]]:
-    """Batches with what the conditioner makes of them before the step; images are not needed any more."""
+    """Batches with what the objective makes of them before the step; images are not needed any more."""
     for batch in batches:
-        batch = to_device(batch, accelerator.device)
-        if conditioner is not None:
-            with torch.no_grad(), accelerator.autocast():
-                batch |= conditioner.prepare(batch, codec)
+        batch = to_device(batch, stage.accelerator.device)
+        with torch.no_grad(), stage.accelerator.autocast():
+            batch |= objective.prepare(batch, codec, stage.images)
         batch.pop("image", None)
         yield batch
 
@@ -230,9 +260,11 @@ def _prepared(
 def make_pipeline(recipe: Recipe, codec: Codec, objective: DenoisingObjective) -> LatentDiffusionPipeline:
     """Everything that sampling needs, in one object that saves and loads whole."""
     dropped = [name for name, share in zip(components(objective.conditioner), objective.dropout) if share]
+    process, by_dimension = objective.process, denoiser_section(recipe).process.shift == "dimension"
     return LatentDiffusionPipeline.build(
-        codec, objective.denoiser, objective.conditioner, objective.process, recipe.data.image_size, dropped
-    )
+        codec, objective.denoiser, objective.conditioner, process, recipe.data.image_size, dropped,
+        process.shift if by_dimension and isinstance(process, Flow) else 1.0,
+    )  # fmt: skip
 
 
 def save_preview(
@@ -241,12 +273,14 @@ def save_preview(
     """Samples of the averaged weights on noise that stays the same through training.
 
     A denoiser that is trained on prefixes of the channels shows a row of images for each of `shown_lengths`, drawn
-    with that number of channels from the same noise, the fewest on top.
+    with that number of channels from the same noise, the fewest on top. A weaker model, which may not be there yet,
+    guides no previews.
     """
     prefixes = denoiser_section(recipe).prefixes
     lengths = [recipe.sample.channels] if prefixes is None else shown_lengths(prefixes, codec.channels)
     count = PREVIEW_SAMPLES if prefixes is None else PREVIEW_COLUMNS
-    changes = {"steps": min(PREVIEW_STEPS, recipe.sample.steps), "count": count, "batch": count}
+    changes: dict[str, Any] = {"steps": min(PREVIEW_STEPS, recipe.sample.steps), "count": count, "batch": count}
+    changes |= {"guidance": 1.0} if recipe.sample.guide else {}
     images = []
     with averaged(objective, ema):
         pipeline = make_pipeline(recipe, codec, objective)

@@ -105,8 +105,9 @@ def train_phase(recipe: Recipe, number: int, before: int, accelerator: Accelerat
                 # Discriminator: tell the images from what the tokenizer has just made of them.
                 if discriminate:
                     with stage.accumulate(discriminator, last):
+                        real = batch["image"] if terms.target is None else terms.target
                         fake = terms.reconstruction.detach()
-                        stage.backward(discriminator(batch["image"], fake, batch["sample_id"]), total="d_total")
+                        stage.backward(discriminator(real, fake, batch["sample_id"]), total="d_total")
             stage.clip(objective)
             if discriminate:
                 stage.clip(discriminator, "d_grad_norm")
@@ -139,7 +140,7 @@ def train_phase(recipe: Recipe, number: int, before: int, accelerator: Accelerat
     accelerator.free_memory()
     if number == len(recipe.tokenizer.phases):  # type: ignore[union-attr]
         tokenizer = fit(tokenizer, recipe.data.image_size)
-        codec = Codec(tokenizer, precision=training.precision)
+        codec = Codec(tokenizer, precision=training.precision, norm=training.norm)
         save_codec(codec, open_images(recipe), recipe, folder, accelerator, images=stage.images)
     elif accelerator.is_main_process:
         with publish(folder, images=stage.images) as temporary:
@@ -154,8 +155,9 @@ def prepare_discriminator(training: TrainedTokenizer, recipe: Recipe, accelerato
         return None
     discriminator = build_discriminator(
         recipe.data.channels, recipe.seed, game.kind, game.layers, game.channels, game.norm, game.teacher,
-        loss=game.loss, lecam=game.lecam, lecam_decay=game.lecam_decay, consistency=game.consistency,
-        augment=game.augment, augment_share=game.augment_share,
+        game.taps, game.class_token, loss=game.loss, lecam=game.lecam, lecam_decay=game.lecam_decay,
+        consistency=game.consistency, augment=game.augment, augment_share=game.augment_share, crops=game.crops,
+        round_fakes=game.round_fakes,
     )  # fmt: skip
     if game.norm == "batch" and accelerator.num_processes > 1 and accelerator.device.type != "cpu":  # has none
         discriminator = torch.nn.SyncBatchNorm.convert_sync_batchnorm(discriminator)
@@ -248,11 +250,8 @@ def import_tokenizer(recipe: Recipe, dataset: ImageDataset, folder: Path) -> Pat
 def save_codec(
     codec: Codec, dataset: ImageDataset, recipe: Recipe, folder: Path, accelerator: Accelerator | None, images: int = 0
 ) -> None:
-    """Measure the latent statistics over the training set, and publish the tokenizer with them."""
-    if codec.mean is None:
-        mean, std = latent_statistics(codec, dataset, STATISTICS_IMAGES, recipe.seed, accelerator)
-        about = {"images": min(STATISTICS_IMAGES, len(dataset)), "data": dataset.fingerprint, "sampled": True}
-        codec = Codec(codec.tokenizer, mean, std, about, codec.precision)
+    """Publish the tokenizer with its latent statistics."""
+    codec = with_statistics(codec, dataset, recipe.seed, accelerator)
     if accelerator is None or accelerator.is_main_process:
         with publish(folder, images=images) as temporary:
             codec.save_pretrained(temporary)
@@ -261,12 +260,22 @@ def save_codec(
         accelerator.wait_for_everyone()
 
 
+def with_statistics(codec: Codec, dataset: ImageDataset, seed: int, accelerator: Accelerator | None) -> Codec:
+    """The codec; its latent statistics are measured over the training set if it has none."""
+    if codec.mean is not None:
+        return codec
+    mean, std = latent_statistics(codec, dataset, STATISTICS_IMAGES, seed, accelerator)
+    about = {"images": min(STATISTICS_IMAGES, len(dataset)), "data": dataset.fingerprint, "sampled": True}
+    return Codec(codec.tokenizer, mean, std, about, codec.precision, codec.norm)
+
+
 @torch.no_grad()
 def save_preview(folder: Path, stage: Stage, tokenizer: nn.Module, images: torch.Tensor) -> None:
     """Images above their reconstructions, nothing masked, through the posterior's mean."""
     images = images[:PREVIEW_IMAGES]
     tokenizer.eval()
-    codec = Codec(tokenizer, precision=stage.training.precision)
+    training: Any = stage.training
+    codec = Codec(tokenizer, precision=training.precision, norm=training.norm)
     pairs = make_pairs(images, codec.decode(codec.encode(images)).clamp(-1, 1), columns=min(8, len(images)))
     save_png(pairs, folder / "previews" / f"{stage.name}-{stage.images:012d}.png")
     tokenizer.train()
