@@ -138,7 +138,7 @@ class SceneSource:
         self.labels: list[int] | None = None
         self.box_names, self.segmentation_classes = names, 1 + len(names)
         self.size, self._length, self._purpose, self._seed = size, length, f"scene {split}", seed
-        self.backgrounds = backgrounds
+        self._backgrounds = backgrounds
         self.fingerprint = digest("scenes", VERSION, emoji_versions(), size, length, split, seed, names, backgrounds)
 
     def __len__(self) -> int:
@@ -148,7 +148,7 @@ class SceneSource:
         if not 0 <= index < self._length:
             raise IndexError(index)
         style, objects = self._scene(index)
-        image = draw_background(self.size, style._replace(kind="plain") if self.backgrounds == "plain" else style)
+        image = draw_background(self.size, style._replace(kind="plain") if self._backgrounds == "plain" else style)
         nearness = np.zeros(self.size, np.uint8)
         segmentation = np.zeros(self.size, np.uint8 if self.segmentation_classes <= 256 else np.int32)
         for number, placed in enumerate(objects):
@@ -180,7 +180,7 @@ class SceneSource:
         for i in range(rng.integers(OBJECTS[0], OBJECTS[1] + 1)):
             emoji, label = self._pool[rng.integers(len(self._pool))]
             side = max(4, round(min(self.size) * rng.uniform(*(OTHER_SIZE if i else MAIN_SIZE))))
-            image = sprite(emoji, side)
+            image = _sprite(emoji, side)
             for _ in range(TRIES):
                 x0 = int(rng.integers(self.size[1] - image.width + 1))
                 y0 = int(rng.integers(self.size[0] - image.height + 1))
@@ -229,7 +229,7 @@ def draw_background(size: tuple[int, int], style: Style) -> Image.Image:
     return Image.fromarray(colours.round().astype(np.uint8))
 
 
-def sprite(emoji: Emoji, side: int) -> Image.Image:
+def _sprite(emoji: Emoji, side: int) -> Image.Image:
     """The emoji at a size, cropped to its opaque pixels."""
     image = _decoded(emoji).resize((side, side), Image.Resampling.BICUBIC)
     box = image.getchannel("A").point(IS_OPAQUE).getbbox()
