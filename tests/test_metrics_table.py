@@ -11,8 +11,8 @@ LOWER = """
 l1 lpips rfd-vgg16 rfd-clip-tiny gfd-vgg16 gfd-inception@10 fid50k sfid kid-inception cmmd-clip convergence-loss@64
 convergence-gfd-dinov2-small@64 sr-lpips sr-lpips-difference bicubic-lpips inpainting-lpips inpainting-lpips-difference
 mean-fill-lpips inpainting-fd-vgg16 mean-fill-fd-dinov2-small within-object smoothness-lpips smoothness-rfd-vgg16
-prefix-lpips@4 prefix-rfd-vgg16@4 gmm-nll@10 gmm-modes diffusion-loss viv viv-free high-frequency interpolation-vgg16 continuity-lpips
-uniformity-cv uniformity-gini equivariance-shift outlier-channels dead-codes
+prefix-lpips@4 prefix-rfd-vgg16@4 gmm-nll@10 gmm-modes diffusion-loss viv viv-free high-frequency
+interpolation-vgg16 continuity-lpips uniformity-cv uniformity-gini equivariance-shift outlier-channels dead-codes
 largest-variance-ratio parameters size-mib gflop-encode gflop-decode gflop-paper memory-gb
 """
 HIGHER = """
