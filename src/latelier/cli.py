@@ -226,7 +226,11 @@ def inpaint(
 
 
 @app.command(epilog="Example:  latelier evaluate runs/quickstart evaluate.samples=1000")
-def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
+def evaluate(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    npz: Annotated[Path | None, _file(help="Keep the samples in this file, as the ADM evaluator reads them.")] = None,
+) -> None:
     """Evaluate a trained run: reconstruction, latents, generation. Writes metrics.json and the report."""
     from latelier.evaluate import evaluate as evaluate_run
     from latelier.opening import join_processes
@@ -235,7 +239,31 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
 
     loaded = _load(recipe, overrides)
     with locked(loaded.folder, join_processes().is_main_process and loaded.folder.is_dir()):
-        show_measurements(evaluate_run(loaded))
+        show_measurements(evaluate_run(loaded, npz=npz))
+
+
+@app.command(epilog="Example:  latelier measure samples.npz VIRTUAL_imagenet256_labeled.npz --protocol adm-imagenet256")
+def measure(
+    images: Annotated[Path, typer.Argument(help="A folder of images, or an .npz with arr_0.")],
+    reference: Annotated[Path, typer.Argument(help="The same, or an .npz with statistics: mu, sigma.")],
+    features: Annotated[Strings, typer.Option(help="Extractor, as in evaluate.features; repeat for several.")] = None,
+    metric: Annotated[
+        Strings, typer.Option(help="gfd, kid, psnr, ...; repeat for several. Default: what fits.")
+    ] = None,
+    size: Annotated[int | None, _pixels(help="Crop the images of folders to squares of this side.")] = None,
+    protocol: Annotated[str | None, typer.Option(help="adm-imagenet256, rfid-imagenet-val50k, ...")] = None,
+    out: Annotated[Path | None, _file(help="A .json file for the numbers, with their receipts.")] = None,
+) -> None:
+    """Compare two sets of images: FID and the like, and PSNR, SSIM, LPIPS where their names pair up."""
+    from latelier.evaluation.measure import measure as measure_images
+    from latelier.evaluation.results import write_measurements
+    from latelier.opening import best_device
+    from latelier.run import show_measurements
+
+    found = measure_images(images, reference, features or ["vgg16"], metric or [], size, protocol, device=best_device())
+    show_measurements(found)
+    if out is not None:
+        write_measurements(out, found, "measured")
 
 
 @app.command(epilog="Example:  latelier report runs/quickstart")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from latelier.analysis.latent_map import draw_latent_map
 from latelier.analysis.sample import LatentSample, collect
 from latelier.analysis.statistics import draw_channel_maps
 from latelier.conditioning.condition import components
+from latelier.conditioning.inputs import cycle_rows
 from latelier.data.loader import ImageDataset
 from latelier.data.sources import open_source
 from latelier.data.tensors import IN_MEMORY
-from latelier.errors import NotMeasurable
+from latelier.errors import LatelierError, NotMeasurable
 from latelier.evaluation import generation, results
+from latelier.evaluation.archives import write_images
 from latelier.evaluation.conditions import condition_grid, evaluate_conditions
 from latelier.evaluation.cost import measure_cost, measure_sampling
 from latelier.evaluation.features import check_features, load_extractor
@@ -27,9 +30,9 @@ from latelier.evaluation.reconstruction import SHOWN, draw_errors, evaluate_reco
 from latelier.evaluation.references import describe_images, reference_key
 from latelier.evaluation.regions import MOST_TRAINING
 from latelier.evaluation.results import LEFT_OUT, Measurement, Result, is_main, left_out, rank
-from latelier.images import make_pairs, save_png
+from latelier.images import make_pairs, save_png, to_uint8
 from latelier.keyed_random import KeyedRandom
-from latelier.opening import best_device, open_codec, open_images, open_run
+from latelier.opening import best_device, held_out_records, open_codec, open_images, open_run
 from latelier.pipeline import LatentDiffusionPipeline
 from latelier.receipt import make_receipt
 from latelier.recipe import Recipe
@@ -46,15 +49,21 @@ NEAREST_SEARCHED = 2_000
 RECONSTRUCTIONS_SHOWN = 16
 
 
-def evaluate(recipe: Recipe, codec: Codec | None = None, held_out: ImageDataset | None = None) -> list[Measurement]:
+def evaluate(
+    recipe: Recipe, codec: Codec | None = None, held_out: ImageDataset | None = None, npz: Path | None = None
+) -> list[Measurement]:
     """Measure a trained run; numbers and receipts go to metrics.json, images and plots to report.html.
 
     Its tokenizer and held-out images may be given; otherwise they are those of the recipe.
 
     All processes take part in what is measured of many images; the numbers are those of one process, which alone
-    returns them.
+    returns them. The samples of one process can be kept in `npz`, in the form of the ADM evaluator.
     """
     check_features(recipe.evaluate)
+    if npz is not None and rank()[1] > 1:
+        raise LatelierError(
+            f"--npz {npz} writes the samples of one process, not of {rank()[1]}; start it without others."
+        )
     codec, held_out = codec or open_codec(recipe).to(best_device()), held_out or open_images(recipe, "val")
     trained = (recipe.folder / "pipeline" / "model_index.json").is_file()  # a denoiser, too
     pipeline = open_run(recipe.folder)[0] if trained else None
@@ -67,7 +76,10 @@ def evaluate(recipe: Recipe, codec: Codec | None = None, held_out: ImageDataset 
     measured = _write(recipe, "reconstruction", _reconstruction(recipe, codec, held_out, about))
     shown: list[Tensor] = []
     if pipeline is not None:
-        measured += _write(recipe, "generation", _generation(recipe, pipeline, shown))
+        with nullcontext() if npz is None else write_images(npz, _labels(recipe, pipeline)) as keep:
+            measured += _write(recipe, "generation", _generation(recipe, pipeline, shown, keep))
+    elif npz is not None:
+        raise LatelierError(f"{recipe.folder} has no denoiser, so there are no samples to write to {npz}.")
     if not is_main(True):
         return []
     measured += evaluate_latents(recipe, codec, held_out, about)
@@ -215,8 +227,12 @@ def _reconstruction(recipe: Recipe, codec: Codec, held_out: ImageDataset, about:
     )
 
 
-def _generation(recipe: Recipe, pipeline: LatentDiffusionPipeline, shown: list[Tensor]) -> list[Measurement]:
-    """Compare fresh samples with training images; the first samples of this process are appended to `shown`."""
+def _generation(
+    recipe: Recipe, pipeline: LatentDiffusionPipeline, shown: list[Tensor], keep: Callable[[Tensor], None] | None
+) -> list[Measurement]:
+    """Compare fresh samples with training images; the first samples of this process are appended to `shown`, and `keep`
+    is called with the 8-bit levels `(b, h, w, c)` of all.
+    """
     settings, training = recipe.evaluate, open_images(recipe)
     process, processes = rank()
 
@@ -225,6 +241,8 @@ def _generation(recipe: Recipe, pipeline: LatentDiffusionPipeline, shown: list[T
         for images in counted("sampling", batches, _count(recipe, training) // processes, process == 0):
             if not shown:
                 shown.append(images[:NEAREST_SHOWN].cpu())
+            if keep is not None:
+                keep(to_uint8(images).permute(0, 2, 3, 1))
             yield images
 
     samples = drawn()
@@ -239,7 +257,21 @@ def _generation(recipe: Recipe, pipeline: LatentDiffusionPipeline, shown: list[T
     )
     if not shown and process == 0:  # nothing was measured of them
         next(samples, None)
+    if keep is not None:  # nor of the rest
+        list(samples)
     return measured
+
+
+def _labels(recipe: Recipe, pipeline: LatentDiffusionPipeline) -> list[int] | None:
+    """The classes of `evaluate.samples` samples, as `generate_images` asks for them; None without classes."""
+    known = components(pipeline.conditioner)
+    if "classes" not in known or "label" in held_out_records(recipe, pipeline)(0, 1):
+        return None
+    rows: list[int] = []
+    for settings in generation.batches(recipe.sample, _count(recipe, open_images(recipe))):
+        names = settings.classes or range(known["classes"].config["num_classes"])
+        rows += known["classes"].inputs(cycle_rows(list(names), range(settings.count)))["label"].tolist()
+    return rows
 
 
 def _save_nearest(recipe: Recipe, shown: Tensor) -> None:

@@ -18,21 +18,25 @@ from typing import Any
 MANIFEST = "manifest.json"
 
 
-def write_whole(path: Path, content: str | bytes) -> Path:
-    """A file, and its folder, that is the old one or the new one, never a part of either."""
-    data = content.encode() if isinstance(content, str) else content
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A file that is the old one or the new one, never a part of either: write to the path that this yields."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield partial
+        sync(partial)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def write_whole(path: Path, content: str | bytes) -> Path:
+    """A file with this content, and its folder; the old one or the new one, never a part of either."""
+    with replaced(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
 
 

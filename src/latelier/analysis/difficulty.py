@@ -30,14 +30,16 @@ TIMES = 8  # at which the loss is measured
 HELD_OUT = 512  # images on which it is measured, at most
 BYTES = 2**29  # of latents that are held at once
 FLOW = Flow("logit-normal")
+PATHS, SEGMENTS = 64, 50  # sampled with Euler's method, as in "Diffusing in the Right Space" (2026)
 
 
 def diffusion_difficulty(train: LatentSample, sample: LatentSample, codec: Codec, seed: int = 0) -> dict[str, Result]:
     """Train the small denoiser on some latents (9,600, or half a GiB, at most), and measure it on at most 512 others.
 
     `diffusion-loss`: mean squared error of the velocity for each number of a latent, lower is easier, with a 95 %
-    interval over images. Details have `constant` and `independent`, to read it against, and `by_time`. The codec says
-    where and how precisely the denoiser runs. An error if there are no images on one of the sides.
+    interval over images. Details have `constant` and `independent`, to read it against, and `by_time`.
+    `path-straightness` and `path-efficiency` are of 64 samples that the denoiser draws, see `path_shape`. The codec
+    says where and how precisely the denoiser runs. An error if there are no images on one of the sides.
     """
     if not len(train) or not len(sample):
         there = f"there are {len(train)} to learn from and {len(sample)} to measure on"
@@ -57,7 +59,38 @@ def diffusion_difficulty(train: LatentSample, sample: LatentSample, codec: Codec
         "precision": codec.precision, "constant": constant.mean().item(), "independent": independent_loss(z),
         "by_time": [[t, y] for t, y in zip(times().tolist(), losses.mean(0).tolist())],
     }  # fmt: skip
-    return {"diffusion-loss": Result(mean, interval, details)}
+    shapes = path_shape(sample_paths(model, tuple(z.shape[1:]), seed, codec))
+    about = {"n": PATHS, "segments": SEGMENTS, "sampler": "euler", "denoiser": "that of diffusion-loss", "seed": seed}
+    paths = {f"path-{name}": Result(*mean_with_interval(values), about) for name, values in shapes.items()}
+    return {"diffusion-loss": Result(mean, interval, details), **paths}
+
+
+@torch.no_grad()
+def sample_paths(model: DiT, shape: tuple[int, ...], seed: int, codec: Codec) -> Float[Tensor, "m n d"]:
+    """Noise, the states between, and latents: `SEGMENTS` + 1 states of each sample, from t = 1 to 0."""
+    x = KeyedRandom(seed, torch.arange(PATHS), codec.device).normal("difficulty path", *shape)  # (n, c, *grid)
+    states = [x.flatten(1).cpu()]
+    for step in range(SEGMENTS):
+        t = torch.full((PATHS,), 1 - step / SEGMENTS).to(x)
+        with codec._autocast():
+            velocity = predict(model, x, t)
+        x = x - velocity / SEGMENTS
+        states.append(x.flatten(1).cpu())
+    return torch.stack(states)
+
+
+def path_shape(states: Float[Tensor, "m n d"]) -> dict[str, Float[Tensor, " n"]]:
+    """Of paths x_0 ... x_M with steps D_i = x_(i+1) - x_i ("Diffusing in the Right Space", equations 10 and 11):
+
+    straightness   mean of cos(D_i, D_(i+1)), 1 for lines
+    efficiency     |x_M - x_0| / sum_i |D_i|, 1 for lines
+
+    Both depend on mean and scale of the latents, not on their simplicity alone: N(0, I) has the efficiency 0.
+    """
+    steps = states.double().diff(dim=0)  # (m - 1, n, d)
+    straightness = torch.cosine_similarity(steps[:-1], steps[1:], dim=2).mean(0)  # (n,)
+    length = steps.norm(dim=2).sum(0)  # (n,)
+    return {"straightness": straightness, "efficiency": (states[-1] - states[0]).double().norm(dim=1) / length}
 
 
 def build_denoiser(shape: tuple[int, ...], seed: int) -> DiT:

@@ -104,8 +104,29 @@ METRICS: dict[str, Metric] = {
         units={"probe": "share of images", "knn": "share of images"}, headline=("probe-accuracy",),
     ),
     "difficulty": _latents(
-        "difficulty:diffusion_difficulty", ("train", "sample", "codec"), ("seed",), better={"diffusion": "lower"},
+        "difficulty:diffusion_difficulty", ("train", "sample", "codec"), ("seed",),
+        better={"diffusion": "lower", "path": "higher"},
         units={"diffusion-loss": "squared error of the velocity"}, headline=("diffusion-loss",),
+    ),
+    "viv": _latents(
+        "velocity:velocity_variance", ("sample",), ("seed",), better={"viv": "lower"},
+        units={"viv": "squared velocity per number"}, headline=("viv",), images=4,
+    ),
+    "neighbours": _latents(
+        "neighbours:label_neighbours", ("sample",), ("seed",), better={"neighbours": "higher"},
+        units={"neighbours": "share of images"}, headline=("neighbours-10",), images=12,
+    ),
+    "structure": _latents("structure:spatial_structure", better={"structure": "higher"}, headline=("structure-lds",)),
+    "frequency": _latents(
+        "frequency:high_frequencies", better={"high-frequency": "lower"}, units={"high-frequency": "share of energy"},
+    ),
+    "interpolation": _latents(
+        "interpolation:interpolation", ("sample", "codec"), ("metrics", "features", "seed"),
+        better={"interpolation": "lower", "continuity": "lower"}, features=("interpolation",), images=2, networks=True,
+    ),
+    "uniformity": _latents(
+        "uniformity:uniformity", ("sample",), ("seed",), images=10,
+        better={"uniformity-cv": "lower", "uniformity-gini": "lower", "uniformity-entropy": "higher"},
     ),
     "map": Metric("latents", inspect=True),  # a figure, no number: `analysis.latent_map`
     # of samples

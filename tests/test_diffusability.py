@@ -1,0 +1,164 @@
+"""Measures of a latent space on laws whose values are known in closed form, and one golden."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import synth
+import torch
+
+from latelier.analysis import frequency, interpolation, neighbours, structure, uniformity, velocity
+from latelier.analysis.difficulty import path_shape
+from latelier.analysis.sample import LatentSample, Scale
+
+HALF_PI = math.pi / 2
+
+
+def sample(z, labels=None):
+    """A sample whose normalised latents are `z`."""
+    scale = Scale(torch.zeros(z.shape[1]), torch.ones(z.shape[1]), "the test's")
+    labels = torch.full((len(z),), -1) if labels is None else labels
+    return LatentSample(z.float(), None, labels, torch.arange(len(z)), (len(z),), scale, (32, 32))
+
+
+def gaussian(n, channels, positions, seed=0):
+    """`(n, c, s)` with a covariance that is the product of diagonal ones."""
+    noise = torch.randn(n, len(channels), len(positions), generator=torch.Generator().manual_seed(seed)).double()
+    return noise * torch.tensor(channels).double().sqrt()[:, None] * torch.tensor(positions).double().sqrt()
+
+
+def test_the_velocity_variance_of_a_matrix_normal():
+    z = gaussian(4000, (4.0, 1.0), (1.0, 1.0, 0.25))
+    assert velocity.per_number(z) == pytest.approx(1.963495, rel=0.02)  # (pi / 2) 3 * 2.5 / 6
+    assert velocity.per_number(3 * z + 7) == pytest.approx(3 * velocity.per_number(z))
+    channels, positions = velocity.kronecker_eigenvalues(z)
+    assert float((channels[:, None] * positions).sum()) == pytest.approx(6 * velocity.variance(z))
+    few = velocity.per_number(gaussian(8, (4.0,) * 4, (1.0,) * 16))  # few images: too small, as the note says
+    assert 0.75 * 2 * HALF_PI < few < 2 * HALF_PI
+
+
+def test_viv_within_classes_and_of_all_images():
+    labels = torch.arange(2000) % 2
+    z = gaussian(2000, (1.0, 1.0), (1.0, 1.0)) * 0.5 + torch.where(labels == 1, 2.0, -2.0)[:, None, None]
+    found = velocity.velocity_variance(sample(z, labels))
+    inner, free = found["viv"], found["viv-free"]
+    assert inner.value == pytest.approx(HALF_PI * 0.5, rel=0.02)
+    assert inner.interval[0] < inner.value < inner.interval[1] < free.value
+    assert inner.details["shape"] == pytest.approx(1, abs=0.02)
+    mixed = velocity.velocity_variance(sample(z, labels[torch.randperm(2000)]))
+    assert mixed["viv"].value == pytest.approx(free.value, rel=0.02)  # wrong labels tell nothing
+    assert set(velocity.velocity_variance(sample(z))) == {"viv-free"}
+
+
+@pytest.mark.parametrize(
+    ("mean", "inner", "expected"),
+    [(0, 1.0, HALF_PI), (1, 1e-9, 1.017602), (1, 0.25, 1.686202), (2, 0.25, 2.770465), (1, 1.0, 2.215425)],
+)
+def test_the_velocity_variance_of_a_mixture(mean, inner, expected):
+    means = torch.tensor([[-1.0 * mean], [1.0 * mean]])
+    value = velocity.mixture_variance(means, torch.full((2, 1, 1), inner), torch.ones(2), 10_000, 0)
+    assert value == pytest.approx(expected, rel=0.04)
+
+
+def test_neighbours_of_orthogonal_classes_and_of_random_labels():
+    labels = torch.arange(120) % 3
+    z = torch.eye(3)[labels][:, :, None] + 0.01 * gaussian(120, (1.0,) * 3, (1.0, 1.0))
+    found = neighbours.label_neighbours(sample(z, labels))
+    assert [found[name].value for name in ("neighbours-10", "neighbours-1")] == [1, 1]
+    assert found["neighbours-10"].details["chance"] == pytest.approx(39 / 119)
+    alike = neighbours.consistency(torch.ones(3000, 4), torch.arange(3000) % 3, 10)  # all distances are ties
+    assert alike.mean() == pytest.approx(999 / 2999, abs=0.02)
+    assert neighbours.label_neighbours(sample(z)) == {}
+
+
+def columns():
+    return torch.arange(16).repeat(16)
+
+
+TOKENS = {  # name: tokens of a 16 x 16 grid, then lds, cds, srss of the left half, rmsc
+    "equal": (torch.ones(256, 2), 0, 0, 0, 0),
+    "halves": (torch.eye(2)[(columns() >= 8).long()], 0.551057, 0.049889, 1, 0.707107),
+    "checkerboard": (torch.eye(2)[(columns() + torch.arange(256) // 16) % 2], -0.517899, -2 / 42, -0.507350, 0.707107),
+    "turning": (
+        torch.stack([(math.pi / 30 * columns()).cos(), (math.pi / 30 * columns()).sin()], 1),
+        0.252447, 0.015791, 0.373396, 0.460867,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_spatial_structure_in_closed_form(name):
+    tokens, *expected = TOKENS[name]
+    found = structure.measure(tokens[None], (16, 16), (columns() < 8)[None])
+    assert [found[key].item() for key in ("lds", "cds", "srss", "rmsc")] == pytest.approx(expected, abs=1e-5)
+
+
+def test_spatial_structure_of_the_official_code():
+    stored = np.load(Path(__file__).parent / "golden" / "spatial_metrics.npz")
+    normal = synth.normal
+    blocks = normal((3, 4, 1, 4, 1, 8), 741, "spatial/blocks").repeat(4, 2).repeat(4, 4).reshape(3, 256, 8)
+    tokens = normal((3, 256, 8), 740, "spatial/tokens") + 2 * blocks
+    mask = normal((3, 4, 1, 4, 1), 742, "spatial/mask").repeat(4, 2).repeat(4, 4).reshape(3, 256) > 0
+    found = structure.measure(torch.from_numpy(tokens), (16, 16), torch.from_numpy(mask))
+    for name, about in json.loads(bytes(stored["meta"]))["outputs"].items():
+        np.testing.assert_allclose(found[name].numpy(), stored[name], 1e-4, about["suggested_atol"])
+
+
+def test_structure_of_a_sample():
+    found = structure.spatial_structure(sample(TOKENS["halves"][0].T.reshape(1, 2, 16, 16).repeat(3, 1, 1, 1)))
+    assert found["structure-lds"].value == pytest.approx(0.551057, abs=1e-5)
+    assert structure.spatial_structure(sample(torch.randn(4, 2, 16))) == {}
+
+
+@pytest.mark.parametrize(("side", "quarter", "half"), [(8, 0.84375, 0.4375), (16, 0.859375, 0.46875)])
+def test_high_frequencies_of_white_noise(side, quarter, half):
+    assert frequency.above((side, side), 0.25).double().mean() == pytest.approx(quarter)
+    assert frequency.above((side, side), 0.5).double().mean() == pytest.approx(half)
+    noise = torch.randn(400, 2, side, side, generator=torch.Generator().manual_seed(0))
+    found = frequency.high_frequencies(sample(noise))["high-frequency"]
+    assert found.value == pytest.approx(quarter, abs=0.01)
+    assert found.interval[0] < found.value < found.interval[1]
+    assert frequency.dct(noise).square().sum() == pytest.approx(noise.square().sum().item(), rel=1e-4)
+    coarse = noise[:, :, : side // 2, : side // 2].repeat_interleave(2, 2).repeat_interleave(2, 3)
+    upsampled = frequency.high_frequencies(sample(coarse))["high-frequency"].value
+    assert upsampled < 0.7 * quarter
+    if side == 16:
+        assert upsampled == pytest.approx(0.529611, abs=0.01)
+    assert frequency.high_frequencies(sample(torch.ones(4, 2, side, side)))["high-frequency"].value < 1e-12
+
+
+def test_slerp_keeps_the_norm_and_meets_both_ends():
+    a, b = torch.tensor([[1.0, 0, 0], [0, 2, 0]]), torch.tensor([[0.0, 1, 0], [0, 2, 0]])
+    middle = interpolation.slerp(a, b, 0.5)
+    torch.testing.assert_close(middle, torch.tensor([[0.5**0.5, 0.5**0.5, 0], [0, 2, 0]]))
+    torch.testing.assert_close(interpolation.slerp(a, b, 0.0), a)
+    torch.testing.assert_close(interpolation.slerp(a, b, 1.0), b)
+    assert interpolation.nearest(torch.tensor([[1.0, 0], [0, 1], [5, 0.1]])).tolist() == [2, 2, 0]
+
+
+def test_evenness_of_densities():
+    found = uniformity.evenness(torch.ones(50))
+    assert [found["cv"], found["gini"], found["entropy"]] == pytest.approx([0, 0, 1], abs=1e-12)
+    found = uniformity.evenness(torch.eye(50)[7])
+    assert [found["cv"], found["gini"], found["entropy"]] == pytest.approx([7, 49 / 50, 0])
+    two = uniformity.uniformity(sample(torch.randn(60, 2, 4, generator=torch.Generator().manual_seed(0))))
+    assert 0 < two["uniformity-gini"].value < 0.5 < two["uniformity-entropy"].value < 1
+
+
+def test_shapes_of_paths():
+    t = torch.linspace(0, 1, 51)[:, None, None].double()
+    noise = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(0)).double()
+
+    def path(mu, variance):  # of the exact flow of a Gaussian, t = 1 the latent
+        found = path_shape(t * mu + ((1 - t).square() + t.square() * variance).sqrt() * noise)
+        return [found["straightness"].mean().item(), found["efficiency"].mean().item()]
+
+    assert path_shape(t * noise)["efficiency"].mean().item() == pytest.approx(1)
+    assert path(0, 1) == pytest.approx([47 / 49, 0], abs=1e-5)
+    assert path(0, 0.25) == pytest.approx([0.959184, 0.825665], abs=1e-3)
+    angle = t * HALF_PI
+    circle = path_shape(torch.cat([angle.cos(), angle.sin()], 2))
+    assert circle["straightness"].item() == pytest.approx(math.cos(HALF_PI / 50))
+    assert circle["efficiency"].item() == pytest.approx(0.900316, abs=1e-4)
