@@ -41,9 +41,9 @@ def normal(count, seed=0, size=(4, 2)):
 def measure(train, held_out, codec=None, seed=0):
     codec = codec or Codec(Given(), torch.zeros(3), torch.ones(3))
     samples = [collect(codec, [{"image": part} for part in side.split(50)], 10_000) for side in (train, held_out)]
-    (found,) = diffusion_difficulty(*samples, codec, seed).items()
-    assert found[0] == "diffusion-loss"
-    return found[1]
+    found = diffusion_difficulty(*samples, codec, seed)
+    assert list(found) == ["diffusion-loss", "path-straightness", "path-efficiency"]
+    return found["diffusion-loss"]
 
 
 def test_noise_costs_what_independent_numbers_cost(short, monkeypatch):

@@ -39,7 +39,8 @@ def interpolation(
     """
     if sample.images is None or len(sample) < 2:
         raise NotMeasurable(f"interpolation needs at least 2 images, not {len(sample)}.")
-    codec, found = sample.scaled(codec), {}
+    codec = sample.scaled(codec)
+    found: dict[str, Result] = {}
     about = {"latents": "posterior mean, normalised", "latent_scale": sample.scale.origin}
     if "rfd" in metrics:
         found |= _between(sample, codec, features[0], about)
@@ -51,7 +52,7 @@ def interpolation(
 def _between(sample: LatentSample, codec: Codec, features: str, about: dict) -> dict[str, Result]:
     extractor = load_extractor(features)
     partner = nearest(sample.latents().flatten(1))  # (n,)
-    ours, theirs = FeatureStatistics(extractor.dim), FeatureStatistics(extractor.dim)
+    ours, theirs = FeatureStatistics(extractor.dims), FeatureStatistics(extractor.dims)
     for rows in sample.parts(PIXELS):
         z = sample.latents(rows).to(sample.device)  # (b, c, *grid)
         other = torch.cat([sample.latents(slice(i, i + 1)) for i in partner[rows].tolist()]).to(z)
@@ -59,7 +60,7 @@ def _between(sample: LatentSample, codec: Codec, features: str, about: dict) -> 
         ours.update(extractor(images))
         theirs.update(extractor(sample.pixels(rows)))
     details = {**about, "n": len(sample), "alpha": ALPHA, "neighbour": "nearest other image, cosine"}
-    details |= {"path": "slerp", "extractor": extractor.name, **size_warning(len(sample), extractor.dim)}
+    details |= {"path": "slerp", "extractor": extractor.name, **size_warning(len(sample), extractor.dims)}
     return {f"interpolation-{extractor.name}": Result(ours.distance(theirs), None, details)}
 
 

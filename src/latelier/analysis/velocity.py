@@ -131,7 +131,7 @@ def mixture_variance(
 
 def _interval(classes: list[Tensor], value: float, seed: int, about: dict[str, Any]) -> tuple[float, float] | None:
     """Normal, around the value: images drawn again make every class look narrower, so their mean is not used."""
-    n, channels, positions = sum(map(len, classes)), *classes[0].shape[1:]
+    n, (channels, positions) = sum(map(len, classes)), classes[0].shape[1:]
     if 2 * RESAMPLES * ITERATIONS * n * channels * positions * (channels + positions) > MOST_WORK:
         about["note"] = "no interval: the latents are too large to be fitted again and again"
         return None

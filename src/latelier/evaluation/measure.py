@@ -152,18 +152,20 @@ def open_images(path: str | Path, size: int | None = None) -> ImageSet:
     if not files:
         raise LatelierError(f"There are no images in {path}.")
     first = _pixels(files[0], size)
-    sides = (first.shape[1], first.shape[2])
+    size_of_all = (first.shape[1], first.shape[2])
 
     def images(batch: int) -> Batches:
         for start in range(0, len(files), batch):
             rows = [_pixels(file, size) for file in files[start : start + batch]]
             for file, row in zip(files[start:], rows):
-                if row.shape[1:] != sides:
-                    raise LatelierError(f"{file} is {_by(row.shape[1:])}, the first image {_by(sides)}; use --size.")
+                if row.shape[1:] != size_of_all:
+                    raise LatelierError(
+                        f"{file} is {_by(row.shape[1:])}, the first image {_by(size_of_all)}; use --size."
+                    )
             yield to_float(torch.stack(rows))
 
     names = [str(file.relative_to(path).with_suffix("")) for file in files]
-    return ImageSet(path, len(files), sides, names, images, {})
+    return ImageSet(path, len(files), size_of_all, names, images, {})
 
 
 def _pixels(file: Path, size: int | None) -> Tensor:

@@ -50,7 +50,9 @@ class RAESection(TrainedTokenizer):
 
     kind: Literal["rae"]
     preset: str = "vit-xl"
-    encoder: str = Field("facebook/dinov2-with-registers-base", description="a ViT, a run of vmae or maetok, or vgg16")
+    encoder: str = Field(
+        "facebook/dinov2-with-registers-base", description="a ViT, a vmae or maetok run, vgg16, vgg16-relu3_3"
+    )
     layers: int | list[int] = Field(1, description="the last k blocks, or their numbers, of which 1 is the first")
     combine: Literal["mean", "sum"] = Field("mean", description="of several layers, each normalised")
     final_norm: Literal["plain", "affine"] = Field("plain", description="with or without the encoder's gain and bias")

@@ -22,15 +22,19 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from latelier.errors import LatelierError, first_line
+from latelier.errors import LatelierError, check_whole, first_line
 from latelier.losses.teachers import IMAGENET, Teacher
 from latelier.weights import load_lpips
 
 NORMS = ("layernorm", "norm", "post_layernorm")  # names of the norm after a ViT's last block
 VGG_CHANNELS = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512)  # of VGG16's convolutions up to relu4_3
 VGG_POOLED = (2, 4, 7)  # convolutions with a pooling before them
-VGG16 = {"name": "vgg16", "kind": "vgg16", "patch": 8, "dim": VGG_CHANNELS[-1], "config": {}}
+VGG16: dict[str, Any] = {"name": "vgg16", "kind": "vgg16", "patch": 8, "dim": VGG_CHANNELS[-1], "config": {}}
 VGG16 |= {"mean": list(IMAGENET[0]), "std": list(IMAGENET[1])}
+VGG_LAYERS: dict[str, dict[str, Any]] = {
+    "vgg16": VGG16,
+    "vgg16-relu3_3": {**VGG16, "patch": 4, "dim": 256, "config": {"convolutions": 7}},
+}
 UNUSED = ("pooler.", "head.", "vision_model.head.")  # weights that no token needs
 LEFT_OUT = ("id2label", "label2id", "transformers_version", "architectures", "torch_dtype", "dtype")
 FORBIDDEN = ("auto_map", "attn_implementation", "quantization_config")  # a stranger's could fetch code, or packages
@@ -41,14 +45,16 @@ def open_encoder(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Description and weights of an encoder.
 
     Args:
-        name: `vgg16`; the folder of a run or tokenizer of kind vmae or maetok; a folder or Hub name of a ViT.
+        name: `vgg16` (relu4_3) or `vgg16-relu3_3`; the folder of a run or tokenizer of kind vmae or maetok; a folder or
+            Hub name of a ViT.
 
     Raises:
         LatelierError: if there is none, or it has no grid of patches.
     """
-    if name == "vgg16":
-        arrays, names = load_lpips("vgg"), VGGEncoder().state_dict()
-        return dict(VGG16), {name: torch.from_numpy(arrays[name].copy()) for name in names}
+    if name in VGG_LAYERS:
+        about = {**VGG_LAYERS[name], "name": name}
+        arrays, names = load_lpips("vgg"), VGGEncoder(**about["config"]).state_dict()
+        return about, {key: torch.from_numpy(arrays[key].copy()) for key in names}
     folder = Path(name).expanduser()
     for place in (folder, folder / "tokenizer"):
         if (place / "config.json").is_file() and "_class_name" in (place / "config.json").read_text(errors="replace"):
@@ -88,7 +94,7 @@ def build_encoder(about: Mapping[str, Any], layers: int | list[int], combine: st
     if about["kind"] == "vgg16":
         if layers != 1 or affine:
             raise LatelierError("tokenizer.layers and final_norm mean nothing to the encoder vgg16; leave them out.")
-        return VGGEncoder()
+        return VGGEncoder(**about["config"])
     config = {key: value for key, value in about["config"].items() if key[0] != "_" and key not in FORBIDDEN}
     if about["kind"] == "latelier":
         from latelier.tokenizers import model_class
@@ -191,17 +197,19 @@ class ViTEncoder(nn.Module):
 
 
 class VGGEncoder(nn.Module):
-    """VGG16's features at relu4_3, normalised over channels: one token for 8 x 8 pixels."""
+    """VGG16's features, normalised over channels: one token for 8 x 8 pixels at relu4_3, 4 x 4 at relu3_3."""
 
-    def __init__(self) -> None:
+    def __init__(self, convolutions: int = len(VGG_CHANNELS)):
         super().__init__()
-        for number, (narrow, wide) in enumerate(zip((3, *VGG_CHANNELS), VGG_CHANNELS)):
+        check_whole(convolutions=convolutions)
+        self.convolutions = min(convolutions, len(VGG_CHANNELS))
+        for number, (narrow, wide) in enumerate(zip((3, *VGG_CHANNELS), VGG_CHANNELS[:convolutions])):
             self.add_module(f"conv{number}", nn.Conv2d(narrow, wide, 3, padding=1))
 
     def forward(self, pixels: Float[Tensor, "b 3 i j"], grid: tuple[int, int]) -> Float[Tensor, "b n d"]:
-        """Tokens in raster order of normalised images of 8 pixels for each cell of the grid."""
+        """Tokens in raster order of normalised images of 8 or 4 pixels for each cell of the grid."""
         x = pixels
-        for number in range(len(VGG_CHANNELS)):
+        for number in range(self.convolutions):
             if number in VGG_POOLED:
                 x = F.max_pool2d(x, 2)  # (b, k, i / 2, j / 2)
             x = self.get_submodule(f"conv{number}")(x).relu()  # (b, k, i, j)
