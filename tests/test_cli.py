@@ -102,7 +102,7 @@ def test_bad_recipes(monkeypatch, capsys, tmp_path, recipe_file, folder_of_image
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("denoiser.align={teacher: nothing}", "denoiser.align.depth = 8, but the denoiser has 1 blocks"),
+        ("denoiser.align={teacher: vgg16}", "denoiser.align.depth = 8, but the denoiser has 1 blocks"),
         ("denoiser.align={teacher: nothing, depth: 1}", "The teacher 'nothing' cannot be loaded"),
         ("denoiser.align={form: best}", "denoiser.align.form = 'best' is not allowed"),
         ("denoiser.process={kind: ddpm, shift: dimension}", "denoiser.process.shift = 'dimension' is for"),

@@ -10,9 +10,9 @@ from latelier.run import run
 from latelier.tokenizers.conv import PRESETS
 from tiny import DCAE, MAETOK, RAE, VMAE, colour_extractor
 
-SMALL_TRAINING = {"images": 16, "batch": 8, "micro_batch": None, "log_every": 8, "compile": False, "warmup": 0}
+SMALL_TRAINING = {"images": 8, "batch": 8, "micro_batch": None, "log_every": 8, "compile": False, "warmup": 0}
 MEASURED = ("psnr", "gfd", "convergence")  # all others are tested by themselves
-SMALL_GAME = {"layers": 1, "channels": 8, "start": 8}
+SMALL_GAME = {"layers": 1, "channels": 8, "start": 0, "ahead": 0}
 
 
 def shrink(recipe, folder, teacher="none"):
@@ -59,7 +59,8 @@ def shrink(recipe, folder, teacher="none"):
         if recipe.denoiser.align:
             tree["denoiser"]["align"] |= {"teacher": teacher, "depth": 1, "width": 8}
         if recipe.sample.guide:
-            tree["denoiser"]["snapshots"], tree["sample"]["guide"] = 2, "snapshots/8"
+            tree["denoiser"] |= {"images": 16, "snapshots": 2}
+            tree["sample"]["guide"] = "snapshots/8"
         if recipe.denoiser.kind in ("uvit", "usit"):
             tree["denoiser"]["model"]["depth"] = 2
         if recipe.denoiser.kind == "unet":
@@ -73,7 +74,7 @@ def shrink(recipe, folder, teacher="none"):
 
 def small_game(section, teacher):
     """A small discriminator that begins at once."""
-    return {"start": 8, "teacher": teacher} if section.get("kind") == "dino" else SMALL_GAME
+    return {"start": 0, "ahead": 0, "teacher": teacher} if section.get("kind") == "dino" else SMALL_GAME
 
 
 def small_term(term, teacher):
