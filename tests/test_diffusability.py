@@ -11,7 +11,10 @@ import torch
 
 from latelier.analysis import frequency, interpolation, neighbours, structure, uniformity, velocity
 from latelier.analysis.difficulty import path_shape
-from latelier.analysis.sample import LatentSample, Scale
+from latelier.analysis.sample import LatentSample, Scale, collect
+from latelier.tokenizers.codec import Codec
+from latelier.tokenizers.conv import IdentityTokenizer
+from tiny import colour_extractor
 
 HALF_PI = math.pi / 2
 
@@ -136,6 +139,21 @@ def test_slerp_keeps_the_norm_and_meets_both_ends():
     torch.testing.assert_close(interpolation.slerp(a, b, 0.0), a)
     torch.testing.assert_close(interpolation.slerp(a, b, 1.0), b)
     assert interpolation.nearest(torch.tensor([[1.0, 0], [0, 1], [5, 0.1]])).tolist() == [2, 2, 0]
+
+
+def test_interpolation_between_equal_images_is_reconstruction(monkeypatch):
+    monkeypatch.setattr(interpolation, "load_extractor", lambda name: colour_extractor())
+    images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    codec = Codec(IdentityTokenizer())
+
+    def distance(images):
+        found = interpolation.interpolation(collect(codec, [{"image": images}], 100), codec, ["rfd"], ["any"])
+        assert list(found) == ["interpolation-colour"]
+        return found["interpolation-colour"].value
+
+    assert distance(torch.cat([images, images])) == pytest.approx(0, abs=1e-6)  # each has its equal as neighbour
+    assert distance(images) > 1  # levels: means of two images have less spread
+    assert interpolation.interpolation(collect(codec, [{"image": images}], 100), codec, ["psnr"], ["any"]) == {}
 
 
 def test_evenness_of_densities():
