@@ -55,16 +55,6 @@ def test_viv_within_classes_and_of_all_images():
     assert set(velocity.velocity_variance(sample(z))) == {"viv-free"}
 
 
-@pytest.mark.parametrize(
-    ("mean", "inner", "expected"),
-    [(0, 1.0, HALF_PI), (1, 1e-9, 1.017602), (1, 0.25, 1.686202), (2, 0.25, 2.770465), (1, 1.0, 2.215425)],
-)
-def test_the_velocity_variance_of_a_mixture(mean, inner, expected):
-    means = torch.tensor([[-1.0 * mean], [1.0 * mean]])
-    value = velocity.mixture_variance(means, torch.full((2, 1, 1), inner), torch.ones(2), 10_000, 0)
-    assert value == pytest.approx(expected, rel=0.04)
-
-
 def test_neighbours_of_orthogonal_classes_and_of_random_labels():
     labels = torch.arange(120) % 3
     z = torch.eye(3)[labels][:, :, None] + 0.01 * gaussian(120, (1.0,) * 3, (1.0, 1.0))
@@ -80,13 +70,13 @@ def columns():
     return torch.arange(16).repeat(16)
 
 
-TOKENS = {  # name: tokens of a 16 x 16 grid, then lds, cds, srss of the left half, rmsc
-    "equal": (torch.ones(256, 2), 0, 0, 0, 0),
-    "halves": (torch.eye(2)[(columns() >= 8).long()], 0.551057, 0.049889, 1, 0.707107),
-    "checkerboard": (torch.eye(2)[(columns() + torch.arange(256) // 16) % 2], -0.517899, -2 / 42, -0.507350, 0.707107),
+TOKENS = {  # name: tokens of a 16 x 16 grid, then lds, cds, rmsc
+    "equal": (torch.ones(256, 2), 0, 0, 0),
+    "halves": (torch.eye(2)[(columns() >= 8).long()], 0.551057, 0.049889, 0.707107),
+    "checkerboard": (torch.eye(2)[(columns() + torch.arange(256) // 16) % 2], -0.517899, -2 / 42, 0.707107),
     "turning": (
         torch.stack([(math.pi / 30 * columns()).cos(), (math.pi / 30 * columns()).sin()], 1),
-        0.252447, 0.015791, 0.373396, 0.460867,
+        0.252447, 0.015791, 0.460867,
     ),
 }  # fmt: skip
 
@@ -94,8 +84,8 @@ TOKENS = {  # name: tokens of a 16 x 16 grid, then lds, cds, srss of the left ha
 @pytest.mark.parametrize("name", TOKENS)
 def test_spatial_structure_in_closed_form(name):
     tokens, *expected = TOKENS[name]
-    found = structure.measure(tokens[None], (16, 16), (columns() < 8)[None])
-    assert [found[key].item() for key in ("lds", "cds", "srss", "rmsc")] == pytest.approx(expected, abs=1e-5)
+    found = structure.measure(tokens[None], (16, 16))
+    assert [found[key].item() for key in ("lds", "cds", "rmsc")] == pytest.approx(expected, abs=1e-5)
 
 
 def test_spatial_structure_of_the_official_code():
@@ -103,10 +93,10 @@ def test_spatial_structure_of_the_official_code():
     normal = synth.normal
     blocks = normal((3, 4, 1, 4, 1, 8), 741, "spatial/blocks").repeat(4, 2).repeat(4, 4).reshape(3, 256, 8)
     tokens = normal((3, 256, 8), 740, "spatial/tokens") + 2 * blocks
-    mask = normal((3, 4, 1, 4, 1), 742, "spatial/mask").repeat(4, 2).repeat(4, 4).reshape(3, 256) > 0
-    found = structure.measure(torch.from_numpy(tokens), (16, 16), torch.from_numpy(mask))
-    for name, about in json.loads(bytes(stored["meta"]))["outputs"].items():
-        np.testing.assert_allclose(found[name].numpy(), stored[name], 1e-4, about["suggested_atol"])
+    found = structure.measure(torch.from_numpy(tokens), (16, 16))
+    outputs = json.loads(bytes(stored["meta"]))["outputs"]
+    for name, values in found.items():
+        np.testing.assert_allclose(values.numpy(), stored[name], 1e-4, outputs[name]["suggested_atol"])
 
 
 def test_structure_of_a_sample():
@@ -123,7 +113,7 @@ def test_high_frequencies_of_white_noise(side, quarter, half):
     found = frequency.high_frequencies(sample(noise))["high-frequency"]
     assert found.value == pytest.approx(quarter, abs=0.01)
     assert found.interval[0] < found.value < found.interval[1]
-    assert frequency.dct(noise).square().sum() == pytest.approx(noise.square().sum().item(), rel=1e-4)
+    assert [energy for _, energy in found.details["spectrum"]] == pytest.approx([1] * (2 * side - 1), abs=0.25)
     coarse = noise[:, :, : side // 2, : side // 2].repeat_interleave(2, 2).repeat_interleave(2, 3)
     upsampled = frequency.high_frequencies(sample(coarse))["high-frequency"].value
     assert upsampled < 0.7 * quarter
@@ -143,17 +133,16 @@ def test_slerp_keeps_the_norm_and_meets_both_ends():
 
 def test_interpolation_between_equal_images_is_reconstruction(monkeypatch):
     monkeypatch.setattr(interpolation, "load_extractor", lambda name: colour_extractor())
-    images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    images = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     codec = Codec(IdentityTokenizer())
 
     def distance(images):
-        found = interpolation.interpolation(collect(codec, [{"image": images}], 100), codec, ["rfd"], ["any"])
-        assert list(found) == ["interpolation-colour"]
+        found = interpolation.interpolation(collect(codec, [{"image": images}], 100), codec, ["any"])
+        assert list(found) == ["interpolation-colour"]  # LPIPS needs larger images
         return found["interpolation-colour"].value
 
     assert distance(torch.cat([images, images])) == pytest.approx(0, abs=1e-6)  # each has its equal as neighbour
     assert distance(images) > 1  # levels: means of two images have less spread
-    assert interpolation.interpolation(collect(codec, [{"image": images}], 100), codec, ["psnr"], ["any"]) == {}
 
 
 def test_evenness_of_densities():

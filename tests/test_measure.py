@@ -90,6 +90,10 @@ def test_the_statistics_of_a_reference(tmp_path, colours, monkeypatch):
     assert values(found)["gfd-inception"] == pytest.approx(expected)
     assert set(values(found)) == {"gfd-inception", "precision", "recall"}
     assert len(found[0].receipt["reference_sha256"]) == 64
+    one = measure.measure(a, tmp_path / "reference.npz", ["inception"], ["recall"])
+    assert [found.name for found in one] == ["recall"]
+    asked = (a, tmp_path / "reference.npz", ["inception"], ["kid"])
+    refused("'kid' cannot be measured .* allowed: gfd, precision, recall", measure.measure, *asked)
     refused("vgg16", measure.measure, a, tmp_path / "reference.npz")
     refused("statistics and no images", measure.measure, _without_images(tmp_path), a)
 
@@ -105,6 +109,7 @@ def test_what_does_not_fit_is_one_sentence(tmp_path, colours):
     refused(r"differ \(000\)", measure.measure, a, b, metrics=["psnr"], size=8)
     refused("adm-imagenet256, adm-imagenet512", measure.measure, a, b, protocol="adm")
     refused("takes 50,000 images", measure.measure, a, b, protocol="adm-imagenet256")
+    refused("'psnrr' cannot be measured", measure.measure, a, a, metrics=["psnrr"])
     refused("neither a folder of images nor an .npz", measure.measure, tmp_path / "nowhere", b)
     for name, arrays in {
         "float": {"arr_0": np.zeros((2, 8, 8, 3))},

@@ -268,9 +268,9 @@ class Adversarial(Section):
         return self
 
 
-def parse_terms(value: Any) -> Any:
-    """A kind, a section, or a list of these, to a list of sections."""
-    items = value if isinstance(value, list) else [] if value is None else [value]
+def parse_kinds(value: Any) -> Any:
+    """`none`, a kind, a section, or a list of these, to a list of sections."""
+    items = value if isinstance(value, list) else [] if value in (None, "none") else [value]
     return [{"kind": item} if isinstance(item, str) else item for item in items]
 
 
@@ -297,7 +297,7 @@ class TrainedTokenizer(Training):
     perceptual_every: int = Field(1, ge=1, description="n: LPIPS on every n-th image only, since it costs most")
     adversarial: Adversarial | None = Field(None, description="a discriminator; none by default")
     regularise: Annotated[
-        list[Annotated[Kind, ByKind("latelier.losses.regularise:TERMS")]], BeforeValidator(parse_terms)
+        list[Annotated[Kind, ByKind("latelier.losses.regularise:TERMS")]], BeforeValidator(parse_kinds)
     ] = Field([], description="regularisers of the latent space: a kind, a section, or a list")
     phases: list[dict[str, Any]] = Field([], description="what follows: `name`, `images`, and any key that changes")
 

@@ -7,10 +7,7 @@ more so with many channels (Skorokhodov et al. 2025, "Improving the Diffusabilit
 
 from __future__ import annotations
 
-import math
-
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from latelier.analysis.sample import LatentSample
@@ -27,10 +24,14 @@ def high_frequencies(sample: LatentSample) -> dict[str, Result]:
     grids relative to it), and `spectrum`: the mean energy of a coefficient for each u + v, white noise being 1. Nothing
     for 1-D latents.
     """
+    from scipy.fft import dctn
+
     if sample.mean.ndim != 4 or min(sample.mean.shape[2:]) < 2:
         return {}
     grid = (sample.mean.shape[2], sample.mean.shape[3])
-    energy = torch.cat([dct(z.unflatten(2, grid)).square().mean(1) for z in sample.z.double().split(256)])  # (n, h, w)
+    planes = (z.unflatten(2, grid).double().numpy() for z in sample.z.split(256))  # (b, c, h, w)
+    spectra = (torch.from_numpy(dctn(plane, axes=(-2, -1), norm="ortho")) for plane in planes)
+    energy = torch.cat([spectrum.square().mean(1) for spectrum in spectra])  # (n, h, w)
     high = above(grid, RHO)  # (h, w)
     total = energy.sum((1, 2))
     value = float(energy[:, high].sum() / total.sum())
@@ -42,21 +43,7 @@ def high_frequencies(sample: LatentSample) -> dict[str, Result]:
     return {"high-frequency": Result(value, interval, {**details, "spectrum": curve, **sample.about()})}
 
 
-def dct(x: Float[Tensor, "*b h w"]) -> Float[Tensor, "*b h w"]:
-    """Orthonormal two-dimensional DCT-II."""
-    rows, columns = (_basis(side).to(x) for side in x.shape[-2:])
-    return rows @ x @ columns.T
-
-
 def above(grid: tuple[int, int], rho: float) -> Tensor:
     """Coefficients `(h, w)` with u + v > rho (h - 1 + w - 1)."""
     u, v = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
     return u + v > rho * (grid[0] + grid[1] - 2)
-
-
-def _basis(n: int) -> Float[Tensor, "n n"]:
-    """Rows are the cosines of frequency k."""
-    k, i = torch.arange(n).double()[:, None], torch.arange(n).double()
-    basis = math.sqrt(2 / n) * torch.cos(math.pi * (2 * i + 1) * k / (2 * n))
-    basis[0] /= math.sqrt(2)
-    return basis

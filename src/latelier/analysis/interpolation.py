@@ -25,26 +25,23 @@ from latelier.tokenizers.codec import Codec
 ALPHA = 0.5
 RADII = (0.1, 0.5, 1.0, 2.0)  # rho; weighed by 1 / rho
 MOST_IMAGES = 64  # for continuity, which decodes each eight times
+LEAST_SIDE = 16  # pixels
 NEARLY_STRAIGHT = 1e-6  # sine of the angle below which slerp is a line
 
 
 @torch.no_grad()
-def interpolation(
-    sample: LatentSample, codec: Codec, metrics: list[str], features: list[str], seed: int = 0
-) -> dict[str, Result]:
+def interpolation(sample: LatentSample, codec: Codec, features: list[str], seed: int = 0) -> dict[str, Result]:
     """`interpolation-<extractor>`, the Fréchet distance between originals and images decoded half-way to the nearest
     other latent (cosine, slerp), and `continuity-lpips` of at most 64 images; lower is better for both.
 
-    Which of them follows from `rfd` and `lpips` being in `metrics`. Grey or coloured images only.
+    Grey or coloured images only; no continuity below 16 pixels, which LPIPS needs.
     """
     if sample.images is None or len(sample) < 2:
         raise NotMeasurable(f"interpolation needs at least 2 images, not {len(sample)}.")
     codec = sample.scaled(codec)
-    found: dict[str, Result] = {}
     about = {"latents": "posterior mean, normalised", "latent_scale": sample.scale.origin}
-    if "rfd" in metrics:
-        found |= _between(sample, codec, features[0], about)
-    if "lpips" in metrics and min(sample.image_size) >= 16:
+    found = _between(sample, codec, features[0], about)
+    if min(sample.image_size) >= LEAST_SIDE:
         found |= {"continuity-lpips": _continuity(sample, codec, seed, about)}
     return found
 

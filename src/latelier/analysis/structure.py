@@ -6,7 +6,6 @@ distances are Manhattan's on the grid, and values are means over images:
 
     lds    similarity of 4-neighbours, less that of pairs at 6 or more
     cds    how fast similarity falls with the distance, 1 to 8: the slope, its sign turned
-    srss   for tokens of an object: similarity to its tokens at 1, less that to the background's at 6 or more
     rmsc   how unlike the tokens are: root mean square distance of unit tokens to their mean
 
 The distances are those of a 16 x 16 grid; on others they scale with the side.
@@ -16,7 +15,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from latelier.analysis.sample import LatentSample
@@ -57,27 +56,19 @@ def thresholds(grid: tuple[int, int]) -> tuple[int, int, int]:
     return near, far, max(2, round(END * scale))
 
 
-def measure(
-    tokens: Float[Tensor, "n t c"], grid: tuple[int, int], mask: Bool[Tensor, "n t"] | None = None
-) -> dict[str, Float[Tensor, " n"]]:
-    """All values of each image, `srss` only with a mask of objects; NaN where one is not defined."""
+def measure(tokens: Float[Tensor, "n t c"], grid: tuple[int, int]) -> dict[str, Float[Tensor, " n"]]:
+    """All values of each image."""
     unit = F.normalize(tokens.double(), dim=2)  # (n, t, c)
     similarity = unit @ unit.transpose(1, 2)  # (n, t, t)
     distance = distances(grid)  # (t, t)
     near, far, end = thresholds(grid)
     close, remote = (distance >= 1) & (distance <= near), distance >= far
     by_distance = torch.stack([similarity[:, distance == d].mean(1) for d in range(1, end + 1)], 1)  # (n, d)
-    found = {
+    return {
         "lds": similarity[:, close].mean(1) - similarity[:, remote].mean(1),
         "cds": -_slope(by_distance),
         "rmsc": (unit - unit.mean(1, keepdim=True)).square().sum(2).mean(1).sqrt(),
     }
-    if mask is not None:
-        inside = _mean(similarity, close & mask[:, None] & mask[:, :, None])  # (n, t)
-        outside = _mean(similarity, remote & ~mask[:, None] & mask[:, :, None])  # (n, t)
-        defined = (mask.sum(1) >= 2) & ~mask.all(1)  # (n,)
-        found["srss"] = torch.where(defined, (inside - outside).nanmean(1), torch.nan)
-    return found
 
 
 def distances(grid: tuple[int, int]) -> Float[Tensor, "t t"]:
@@ -92,8 +83,3 @@ def _slope(y: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
     x = torch.arange(y.shape[1], dtype=y.dtype)
     x = x - x.mean()
     return (y * x).sum(1) / x.square().sum()
-
-
-def _mean(similarity: Float[Tensor, "n t t"], pairs: Bool[Tensor, "n t t"]) -> Float[Tensor, "n t"]:
-    """Over the pairs of each anchor; NaN without any."""
-    return (similarity * pairs).sum(2) / pairs.sum(2)

@@ -100,35 +100,6 @@ def _inverse(values: Float[Tensor, " k"], basis: Float[Tensor, "k k"]) -> Float[
     return basis / values.clamp(min=FLOOR * float(values.mean())) @ basis.T
 
 
-def mixture_variance(
-    means: Float[Tensor, "k d"], covariances: Float[Tensor, "k d d"], shares: Float[Tensor, " k"], draws: int, seed: int
-) -> float:
-    """The same of a mixture of Gaussians, without knowing the class, by Monte Carlo; the sum over numbers.
-
-    E[eps - z | x_t] of class k is (t I - (1 - t) S_k) ((1 - t)² S_k + t² I)^-1 (x_t - (1 - t) mu_k) - mu_k, and classes
-    are weighed by their posterior. Draws are stratified over t and over classes.
-    """
-    rng = KeyedRandom(seed, torch.arange(draws))
-    values, bases = torch.linalg.eigh(covariances.double())  # (k, d), (k, d, d)
-    mu, share, d = means.double(), shares.double() / shares.sum(), means.shape[1]
-    t = (torch.arange(draws, dtype=torch.float64) + rng.uniform("viv time").double()) / draws  # (n,)
-    position = (torch.arange(draws) * 0.618034 + 0.5) % 1  # spread over classes independently of t
-    k = torch.searchsorted(share.cumsum(0), position.double()).clamp(max=len(share) - 1)  # (n,)
-    inner = values[k].clamp(min=0).sqrt() * rng.normal("viv latent", d).double()  # (n, d)
-    z = mu[k] + torch.einsum("nij,nj->ni", bases[k], inner)  # (n, d)
-    eps = rng.normal("viv noise", d).double()  # (n, d)
-    x_t, t = torch.lerp(z, eps, t[:, None]), t[:, None]  # (n, d), (n, 1)
-    best, scores = [], []
-    for centre, eigenvalues, basis, weight in zip(mu, values, bases, share):
-        y = (x_t - (1 - t) * centre) @ basis  # (n, d), in the class's eigenbasis
-        spread = (1 - t).square() * eigenvalues + t.square()  # (n, d)
-        best.append(((t - (1 - t) * eigenvalues) / spread * y) @ basis.T - centre)
-        scores.append(weight.log() - 0.5 * (y.square() / spread + spread.log()).sum(1))
-    posterior = torch.stack(scores).softmax(0)  # (k, n)
-    velocity = torch.einsum("kn,knd->nd", posterior, torch.stack(best))  # (n, d)
-    return float((eps - z - velocity).square().sum(1).mean())
-
-
 def _interval(classes: list[Tensor], value: float, seed: int, about: dict[str, Any]) -> tuple[float, float] | None:
     """Normal, around the value: images drawn again make every class look narrower, so their mean is not used."""
     n, (channels, positions) = sum(map(len, classes)), classes[0].shape[1:]

@@ -17,8 +17,6 @@ This file imports no model, so that recipes and `--help` stay fast.
 
 from __future__ import annotations
 
-from typing import Any
-
 CONDITIONERS = {
     "class": "latelier.conditioning.condition",
     "text": "latelier.conditioning.text",
@@ -30,9 +28,3 @@ CONDITIONERS = {
 }
 # What a latent cache holds beside latents; conditioners with any other input need the images' records.
 CACHED = ("classes", "prompts")
-
-
-def parse_conditions(value: Any) -> Any:
-    """`none`, a kind, a section, or a list of these, to a list of sections."""
-    items = value if isinstance(value, list) else [] if value in (None, "none") else [value]
-    return [{"kind": item} if isinstance(item, str) else item for item in items]

@@ -103,7 +103,7 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         path = self.paths[index]
-        record: dict[str, Any] = {"image": _open(path)}
+        record: dict[str, Any] = {"image": open_file(path)}
         if self.labels is not None:
             record["label"] = self.labels[index]
         if self._captions is not None:
@@ -112,9 +112,9 @@ class FolderSource:
             record |= self._boxes.entries(path, record["image"])
         if self._segmentation is not None:
             file = self._segmentation[path]
-            record["segmentation"] = self._label_maps.read(_open(file), str(file))
+            record["segmentation"] = self._label_maps.read(open_file(file), str(file))
         if self._maps is not None:
-            record["map"] = read_map(_open(self._maps[path]), str(self._maps[path]))
+            record["map"] = read_map(open_file(self._maps[path]), str(self._maps[path]))
         return record
 
     def captions(self, indices: Iterable[int]) -> Iterator[str]:
@@ -272,7 +272,8 @@ def _partners(key: str, folder: Path, paths: list[Path], roots: list[Path]) -> d
     return found
 
 
-def _open(path: Path) -> Any:
+def open_file(path: Path) -> Any:
+    """An image, not decoded yet, or a memory-mapped array."""
     if not path.is_file():
         raise FileNotFoundError("it is a link that leads nowhere, or no file")  # a pipe might never end
     if (size := path.stat().st_size) > LARGEST_FILE:

@@ -12,7 +12,6 @@ from jaxtyping import Bool, Float
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
-from latelier.conditioning import parse_conditions
 from latelier.conditioning.condition import Condition
 from latelier.data.latents import sample_posterior
 from latelier.denoisers.align import Align, Alignment, tapped
@@ -21,13 +20,24 @@ from latelier.errors import LatelierError
 from latelier.keyed_random import KeyedRandom
 from latelier.losses.terms import LossTerms
 from latelier.prefixes import RandomPrefixes
-from latelier.sections import ByKind, Model, Prefixes, Process, Section, Training, Weight, open_init, preset_arguments
+from latelier.sections import (
+    ByKind,
+    Model,
+    Prefixes,
+    Process,
+    Section,
+    Training,
+    Weight,
+    open_init,
+    parse_kinds,
+    preset_arguments,
+)
 
 if TYPE_CHECKING:
     Conditions = list[Any]
 else:
     Conditions = Annotated[
-        list[Annotated[Section, ByKind("latelier.conditioning:CONDITIONERS")]], BeforeValidator(parse_conditions)
+        list[Annotated[Section, ByKind("latelier.conditioning:CONDITIONERS")]], BeforeValidator(parse_kinds)
     ]
 
 

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from latelier.data.folder import _open, list_images
+from latelier.data.folder import list_images, open_file
 from latelier.data.reading import UNREADABLE
 from latelier.data.transforms import Transform, to_float
 from latelier.errors import LatelierError, first_line
@@ -26,6 +26,7 @@ from latelier.evaluation.archives import Archive
 from latelier.evaluation.distributions import FeatureStatistics, frechet_distance, precision_recall
 from latelier.evaluation.features import OF_INCEPTION, FeatureExtractor, load_extractor
 from latelier.evaluation.generation import NEIGHBOURS, evaluate_generation
+from latelier.evaluation.metrics import METRICS
 from latelier.evaluation.reconstruction import image_metrics, measure_mean
 from latelier.evaluation.references import FeatureCollector, collect
 from latelier.evaluation.results import Measurement, mean_with_interval
@@ -36,8 +37,9 @@ from latelier.recipe import Evaluate
 Batches = Iterator[Float[Tensor, "b c h w"]]
 OF_SETS = ("gfd", "kid", "precision", "recall")
 OF_PAIRS = ("psnr", "ssim", "lpips")
-IMAGE_METRICS = ("l1", "psnr", "ssim", "ms-ssim", "lpips")
-STATISTICS = {"fid": ("mu", "sigma", "features"), "sfid": ("mu_s", "sigma_s", "spatial")}
+OF_RUNS = ("fid50k", "convergence")  # which need a run, or are another name
+OF_IMAGES = {name for name, metric in METRICS.items() if metric.group == "reconstruction"} - {"rfd"}
+STATISTICS = {"gfd": ("mu", "sigma", "features"), "sfid": ("mu_s", "sigma_s", "spatial")}
 
 
 @dataclass(frozen=True)
@@ -87,14 +89,15 @@ def measure(
         theirs: the same, or an `.npz` with statistics (`mu`, `sigma`).
         features: extractors, as in `evaluate.features`.
         metrics: of `gfd`, `kid`, `cmmd`, `precision`, `recall`, `inception-score`, `sfid`; where names pair up also
-            `psnr`, `ssim`, `lpips`, `ms-ssim`, `l1`. By default the common ones of both kinds that apply.
+            `psnr`, `ssim`, `lpips`, `ms-ssim`, `l1`; against statistics `gfd`, `sfid`, `precision`, `recall`. By
+            default the common ones that apply.
         size: crop images of folders to squares of this side (as ADM does); None: all must have one size.
         protocol: a name in `PROTOCOLS`.
         batch, seed, device: of the networks; seed of KID's subsets.
 
     Raises:
-        LatelierError: for what cannot be read, sizes that differ, pairs that do not match, too few images, or a
-            protocol that does not fit.
+        LatelierError: for what cannot be read, sizes that differ, pairs that do not match, a metric that does not
+            apply, or a protocol that does not fit.
     """
     fixed = _protocol(protocol)
     if fixed is not None:
@@ -107,10 +110,14 @@ def measure(
     paired = a.names is not None and a.names == b.names
     if fixed is not None:
         _check_protocol(str(protocol), fixed, a, b, paired)
-    wanted = tuple(metrics) or OF_SETS + OF_PAIRS * paired
-    single = [name for name in wanted if name in IMAGE_METRICS]
-    if single and not paired:
-        raise LatelierError(f"{', '.join(single)} compare pairs of images, but {_unpaired(a, b)}.")
+    offered = _offered(b, paired)
+    for name in metrics:
+        if name in OF_IMAGES and not paired:
+            raise LatelierError(f"{name} compares pairs of images, but {_unpaired(a, b)}.")
+        if name not in offered:
+            raise LatelierError(f"{name!r} cannot be measured against {theirs}; allowed: {', '.join(offered)}.")
+    wanted = tuple(metrics) or tuple(name for name in offered if b.statistics or name in OF_SETS + OF_PAIRS)
+    single = [name for name in wanted if name in OF_IMAGES]
     about = {"images": str(ours), "reference": str(theirs), "image_size": list(a.size), "protocol": protocol or "none"}
     found: list[Measurement] = []
     if b.statistics:
@@ -171,7 +178,7 @@ def open_images(path: str | Path, size: int | None = None) -> ImageSet:
 def _pixels(file: Path, size: int | None) -> Tensor:
     """`(3, h, w)` 8-bit levels; cropped as ADM does."""
     try:
-        image = _open(file)
+        image = open_file(file)
         sides = (size, size) if size is not None else _sides(image)
         return Transform(sides, flip=False).pixels(image)[0]
     except UNREADABLE as error:
@@ -182,25 +189,37 @@ def _sides(image: Any) -> tuple[int, int]:
     return image.shape[:2] if hasattr(image, "shape") else (image.height, image.width)
 
 
+def _offered(b: ImageSet, paired: bool) -> list[str]:
+    """What can be measured against a reference."""
+    if b.statistics:
+        found = [
+            name for name, (mean, covariance, _) in STATISTICS.items() if {mean, covariance} <= b.statistics.keys()
+        ]
+        return found + ["precision", "recall"] * bool(b.count)
+    of_sets = [name for name, metric in METRICS.items() if metric.group == "generation" and name not in OF_RUNS]
+    return of_sets + [name for name in METRICS if name in OF_IMAGES and paired]
+
+
 def _against_statistics(
     a: ImageSet, b: ImageSet, extractor: FeatureExtractor, wanted: Sequence[str], about: dict[str, Any], batch: int
 ) -> list[Measurement]:
     """FID and sFID by a reference's statistics; precision and recall by the images that it has."""
-    kept = {"features", "vectors"} | ({"spatial"} if "mu_s" in b.statistics else set())
+    kept = {"features", "vectors"} | ({"spatial"} if "sfid" in wanted else set())
     ours = collect([FeatureCollector(extractor, kept)], a.read(batch), False)[extractor.name]
     receipt = make_receipt(n=ours.n, **about, reference_sha256=sha256(b.path), **extractor.describe())
     found = []
     for name, (mean, covariance, output) in STATISTICS.items():
-        if mean in b.statistics and covariance in b.statistics and output in ours.sums:
+        if name in wanted:
             whole: FeatureStatistics = ours.sums[output].whole()
             value = frechet_distance(whole.mean, whole.covariance, b.statistics[mean], b.statistics[covariance])
-            shown = "gfd-inception" if name == "fid" else name
+            shown = f"{name}-{extractor.name}" if name == "gfd" else name
             found.append(Measurement(shown, value, {**receipt, "statistics": "of the file"}))
-    if b.count and {"precision", "recall"} & set(wanted):
+    if {"precision", "recall"} & set(wanted):
         theirs = collect([FeatureCollector(extractor, {"vectors"})], b.read(batch), False)[extractor.name]
         inside = precision_recall(ours.vectors, theirs.vectors, NEIGHBOURS)
         held = {**receipt, "n_reference": theirs.n, "neighbours": NEIGHBOURS}
-        found += [Measurement(name, mean_with_interval(x)[0], held) for name, x in zip(("precision", "recall"), inside)]
+        shares = zip(("precision", "recall"), inside)
+        found += [Measurement(name, mean_with_interval(x)[0], held) for name, x in shares if name in wanted]
     return found
 
 

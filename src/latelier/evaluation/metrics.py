@@ -121,7 +121,7 @@ METRICS: dict[str, Metric] = {
         "frequency:high_frequencies", better={"high-frequency": "lower"}, units={"high-frequency": "share of energy"},
     ),
     "interpolation": _latents(
-        "interpolation:interpolation", ("sample", "codec"), ("metrics", "features", "seed"),
+        "interpolation:interpolation", ("sample", "codec"), ("features", "seed"),
         better={"interpolation": "lower", "continuity": "lower"}, features=("interpolation",), images=2, networks=True,
     ),
     "uniformity": _latents(
