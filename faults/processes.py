@@ -35,7 +35,7 @@ def outcomes(sample: bool) -> list[Outcome]:
         hanging = partial(_lost, "a process of two hangs", signal.SIGSTOP)
         faults = ((killed, "kill"), (hanging, "stop"), (_asked, "SIGTERM"))
         for number in range(1 if sample else TIMES):
-            moment = chance.uniform(0.3, 1.2) * one.seconds
+            moment = chance.uniform(0.3, 0.9) * one.seconds
             found += [fault(root / f"{name}-{number}", moment) for fault, name in faults]
         return found if sample else [*found, *(_full(root / f"full-{n}", chance) for n in range(TIMES))]
 
@@ -72,13 +72,16 @@ def _far(one: Path, other: Path) -> str:
 
 
 def _lost(row: str, number: signal.Signals, folder: Path, moment: float) -> Outcome:
-    """The second process dies or stops; launchers kill what is left of it."""
+    """The second process dies or stops; launchers kill what is left of it.
+
+    A fault that comes after the last thing that the first one waits for is none: that one ends with its report.
+    """
     tiny.write_recipe(folder)
     commands = _group(folder)
     time.sleep(moment)
-    finished = not all(command.running() for command in commands)
     commands[1].signal(number)
     rest = commands[0].wait(60 * WAIT + PATIENCE)
+    finished = (folder / "runs" / "tiny" / "report.html").is_file() and rest.clean() == ""
     failure = "" if finished else rest.refused()
     commands[1].wait(0)
     return Outcome(row, f"after {moment:.2f} s", failure or _goes_on(folder))
