@@ -244,16 +244,18 @@ def _found(wanted: list[str], known: Iterable[str]) -> list[str]:
 
 def _facts(folder: Path, planned: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What a run has cost."""
-    seconds = {stage: sum(row["seconds"] for row in rows) for stage, rows in read_log(folder / "log.jsonl").items()}
-    denoiser = seconds.pop("denoiser", None)
+    log = read_log(folder / "log.jsonl")
     facts: dict[str, Any] = {}
-    for stage, took in (("tokenizer", sum(seconds.values())), ("denoiser", denoiser)):
+    for stage in ("tokenizer", "denoiser"):
+        rows = [rows for name, rows in log.items() if (name == "denoiser") == (stage == "denoiser")]  # of each phase
+        took = sum(row["seconds"] for phase in rows for row in phase)
         if stage in planned:
-            facts[f"{stage}: images"] = planned[stage]["images"]
+            images = sum(phase[-1]["images"] for phase in rows) or planned[stage]["images"]  # it may have ended early
+            facts[f"{stage}: images"] = images
             facts[f"{stage}: training GFLOP an image"] = float(f"{planned[stage]['flops_per_image'] / 1e9:.3g}")
-            facts[f"{stage}: training minutes"] = round((took or 0.0) / 60, 2)
+            facts[f"{stage}: training minutes"] = round(took / 60, 2)
             if took:
-                facts[f"{stage}: training images/s"] = round(planned[stage]["images"] / took, 2)
+                facts[f"{stage}: training images/s"] = round(images / took, 2)
     return facts
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -64,7 +63,7 @@ def train_denoiser(recipe: Recipe, accelerator: Accelerator | None = None) -> Pa
     stream = latent_stream(recipe, codec, dataset, stage, accelerator.unwrap_model(objective))
     snapshots = training.snapshots_at()
     with stage.running():
-        while stage.images < training.images:
+        while not stage.ended:
             stage.set_learning_rate(optimizer)
             for batch, last in stage.micro_batches(stream):
                 with stage.accumulate(objective, last):
@@ -282,7 +281,7 @@ def save_preview(
     changes: dict[str, Any] = {"steps": min(PREVIEW_STEPS, recipe.sample.steps), "count": count, "batch": count}
     changes |= {"guidance": 1.0} if recipe.sample.guide else {}
     images = []
-    with averaged(objective, ema):
+    with checkpoint.averaged(objective, ema):
         pipeline = make_pipeline(recipe, codec, objective)
         records = held_out_records(recipe, pipeline)(0, count)
         for length in lengths:
@@ -295,25 +294,9 @@ def save_preview(
     save_png(grid, stage.folder / "previews" / f"{stage.name}-{stage.images:012d}.png")
 
 
-@contextmanager
-def averaged(objective: DenoisingObjective, ema: EMAModel | None) -> Iterator[None]:
-    """Evaluation with the averaged weights in place of the last ones, if there are any; training goes on unchanged."""
-    parameters = checkpoint.trained(objective)
-    if ema is not None:
-        ema.store(parameters)
-        ema.copy_to(parameters)
-    objective.eval()
-    try:
-        yield
-    finally:
-        objective.train()
-        if ema is not None:
-            ema.restore(parameters)
-
-
 def save_snapshot(folder: Path, images: int, objective: DenoisingObjective, ema: EMAModel | None) -> None:
     """Publish the averaged weights as `denoiser/snapshots/<images>`, a trained conditioner in it as `conditioner`."""
-    with publish(snapshot_folder(folder, images), images=images) as temporary, averaged(objective, ema):
+    with publish(snapshot_folder(folder, images), images=images) as temporary, checkpoint.averaged(objective, ema):
         objective.denoiser.save_pretrained(temporary)
         if objective.conditioner is not None and checkpoint.trained(objective.conditioner):
             objective.conditioner.save_pretrained(temporary / "conditioner")
