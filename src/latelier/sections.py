@@ -325,9 +325,7 @@ class TrainedTokenizer(Training):
         for number in range(len(self.phases)):
             name, phase = self.phase(number + 1)
             if number + 1 < len(self.phases) and "until_psnr" in self.phases[number]:
-                raise LatelierError(
-                    f"tokenizer.phases: {name!r} has until_psnr, but only the last may end early."
-                )
+                raise LatelierError(f"tokenizer.phases: {name!r} has until_psnr, but only the last may end early.")
             if phase.norm != self.norm:
                 raise LatelierError(f"tokenizer.regularise: phase {name!r} must have the same norm as the others.")
         return self

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,13 +27,22 @@ from latelier.report.figures import MAP
 from latelier.report.run import read_log
 from latelier.report.tables import Published, RunSummary, read_metrics
 from latelier.sections import Name, PositiveCount, Section, TrainedTokenizer, Training, first_problem
+from latelier.study.results import keep_result, read_result
 from latelier.terminal import console
+from latelier.training.run_folder import digest
 
 _FOLDERS = (Path(__file__).parents[1] / "studies", Path(__file__).parents[3] / "studies")
 PLAN = "plan.json"  # the settings of a run, what was planned from them, and whether it is done
 UNITS = ("images", "minutes", "flops")  # of a budget
 COUNTS = ("images", "warmup")  # of a stage, which a budget scales
-OWN = ("name", "folder", "budget", "columns", "baseline")  # overrides of these are the study's, not its runs'
+OWN = (
+    "name",
+    "folder",
+    "results",
+    "budget",
+    "columns",
+    "baseline",
+)  # overrides of these are the study's own
 
 
 class Spending(Section):
@@ -89,6 +99,9 @@ class Study(Section):
     baseline: str | None = Field(None, description="the run whose end the others' convergence is measured against")
     published: Published | None = Field(None, description="what a paper printed, to be compared by order")
     folder: str = Field("runs", description="in which a folder of the study's name is made")
+    results: str | None = Field(
+        None, description="folder, beside the study's file, that keeps the numbers of finished runs for other machines"
+    )
 
     @model_validator(mode="after")
     def _check_baseline(self) -> Study:
@@ -102,6 +115,10 @@ class Study(Section):
         """The study's own folder, with one run folder for each run."""
         return Path(self.folder) / self.name
 
+    def result(self, run: str) -> Path | None:
+        """Where the numbers of a finished run are kept, if the study keeps them."""
+        return Path(self.results) / file_name(run) if self.results else None
+
 
 def load_study(path: str | Path, variant: str | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Study:
     """Read a study file, and apply a variant and `a.b=c` overrides: of the study (`OWN`) or of every run's recipe.
@@ -111,6 +128,8 @@ def load_study(path: str | Path, variant: str | None = None, overrides: list[str
     """
     path = find_study(path)
     study = _validate(read_yaml(path), path)
+    if study.results:
+        study = study.model_copy(update={"results": str(path.parent / study.results)})
     if variant is not None:
         study = _vary(study, variant)
     own = [override for override in overrides if override.partition("=")[0].split(".")[0] in OWN]
@@ -166,7 +185,7 @@ def run_study(study: Study, only: list[str] | None = None) -> Path:
     for number, name in enumerate(chosen, 1):
         console.rule(f"{study.name}: {name} ({number} of {len(chosen)})")
         try:
-            _do(study, recipes[name])
+            _do(study, name, recipes[name])
         except LatelierError as error:
             failed[name] = str(error)
             console.print(f"[bold red]{name} failed:[/] {error}", highlight=False)
@@ -178,25 +197,52 @@ def run_study(study: Study, only: list[str] | None = None) -> Path:
     return page
 
 
-def _do(study: Study, recipe: Recipe) -> None:
+def _do(study: Study, name: str, recipe: Recipe) -> None:
     """One run, unless its result is there and was made by the same recipe."""
     file = recipe.folder / PLAN
     settings = {"recipe": recipe.model_dump(mode="json"), "budget": study.budget.model_dump(mode="json")}
+    if (kept := study.result(name)) and _is_done(kept, settings, file.is_file()):
+        return
     if not file.is_file():
         spent, facts = spend(recipe, study.budget)
         _write(file, {"settings": settings, "recipe": spent.model_dump(mode="json"), "facts": facts, "done": False})
     plan = json.loads(file.read_text())  # the main process's, should another have measured other times
-    if _training_part(plan["settings"]) != _training_part(settings):
+    if _digests(plan["settings"])[0] != _digests(settings)[0]:
         advice = "delete it, or give the study another name"
         raise LatelierError(f"{recipe.folder} was made by another recipe or budget; {advice}.")
-    if plan["done"] and plan["settings"] == settings:
+    if plan["done"] and _digests(plan["settings"]) == _digests(settings):
         console.print(f"{recipe.folder} is done.")
+        _keep(study, name, plan)
         return
     planned = {**plan["recipe"], **{key: settings["recipe"][key] for key in ("sample", "evaluate")}}
     plan |= {"settings": settings, "recipe": planned}
     _write(file, {**plan, "done": False})
     run.complete(build_recipe({**planned, "runs": str(recipe.folder.parent)}))
     _write(file, {**plan, "done": True})
+    _keep(study, name, plan)
+
+
+def _is_done(kept: Path, settings: dict[str, Any], begun: bool) -> bool:
+    """Whether a run's result makes doing it superfluous; one of another training is refused."""
+    if (result := read_result(kept)) is None:
+        return False
+    before, now = _digests(result[1]), _digests(settings)
+    if before[0] != now[0]:
+        advice = "delete it, or give the study other `results`"
+        raise LatelierError(f"{kept} was made by another recipe or budget; {advice}.")
+    again = "evaluated" if begun else "trained, since its weights are not here,"
+    words = f"but with other `sample` or `evaluate`, so the run is {again} anew"
+    console.print(f"The result is in {kept}, {'so the run is done' if before == now else words}.")
+    return before == now
+
+
+def _keep(study: Study, name: str, plan: dict[str, Any]) -> None:
+    """Put a finished run's numbers into the study's `results`, if it has some."""
+    if (folder := study.result(name)) and PartialState().is_main_process:
+        run = study.root / file_name(name)
+        content = {"run": name, "settings": plan["settings"], "facts": _facts(run, plan["facts"])}
+        keep_result(folder, run, content, digest(build_recipe(plan["recipe"])), _digests(plan["settings"])[1])
+    PartialState().wait_for_everyone()
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
@@ -207,11 +253,12 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     PartialState().wait_for_everyone()
 
 
-def _training_part(settings: dict[str, Any]) -> dict[str, Any]:
-    """What training depends on; images and metrics can be made anew."""
-    whole = build_recipe(settings["recipe"]).model_dump(mode="json")  # keys younger than the plan have their defaults
-    recipe = {k: v for k, v in whole.items() if k not in ("sample", "evaluate", "runs")}
-    return {"recipe": recipe, "budget": settings["budget"]}
+def _digests(settings: dict[str, Any]) -> tuple[str, str]:
+    """What tells trainings apart, and what tells numbers apart: images and metrics can be made anew."""
+    recipe = build_recipe(settings["recipe"])  # keys younger than the settings have their defaults
+    training = f"{digest(recipe)} {json.dumps(settings['budget'], sort_keys=True)}"
+    measured = recipe.model_dump_json(include={"sample", "evaluate"})
+    return training, hashlib.sha256(f"{training} {measured}".encode()).hexdigest()[:12]
 
 
 def show(study: Study) -> Path:
@@ -223,6 +270,8 @@ def show(study: Study) -> Path:
             files = {"reconstructions": "reconstructions.png", "samples": "samples/grid.png", "latent-map": MAP}
             images = {kind: folder / file for kind, file in files.items()}
             shown.append(RunSummary(name, read_metrics(folder), _facts(folder, plan["facts"]), images))
+        elif (kept := study.result(name)) and (result := read_result(kept)):  # its images are on another machine
+            shown.append(result[0])
     if not shown:
         raise LatelierError(f"No run of study {study.name} has a result yet.")
     known = dict.fromkeys(name for run in shown for name in run.metrics)
@@ -273,7 +322,8 @@ def _vary(study: Study, name: str) -> Study:
     runs = {run: merge(tree, variant.runs.get(run, {})) for run, tree in study.runs.items()} | variant.more
     changes = {"name": f"{study.name}-{name}", "base": merge(study.base, variant.base), "runs": runs}
     about, budget = variant.about or study.about, variant.budget or study.budget
-    return study.model_copy(update={**changes, "about": about, "budget": budget})
+    results = study.results and f"{study.results}-{name}"
+    return study.model_copy(update={**changes, "about": about, "budget": budget, "results": results})
 
 
 def merge(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
