@@ -17,6 +17,7 @@ from latelier.receipt import make_receipt
 from latelier.report.tables import RunSummary, read_metrics
 
 METRICS, RESULT = "metrics.json", "result.json"
+STUDY = "study.json"  # beside the runs: title, order, families and repeats
 
 
 def keep_result(folder: Path, run: Path, content: dict[str, Any], recipe: str, settings: str) -> None:

@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ from pydantic import Field, ValidationError, model_validator
 from latelier import run
 from latelier.errors import LatelierError
 from latelier.preflight import Trial, try_denoiser, try_tokenizer
+from latelier.publish import write_whole
 from latelier.recipe import Recipe, apply_overrides, as_numbers, build_recipe, read_yaml
 from latelier.report.comparison import write_comparison
 from latelier.report.figures import MAP
 from latelier.report.run import read_log
 from latelier.report.tables import Published, RunSummary, read_metrics
 from latelier.sections import Name, PositiveCount, Section, TrainedTokenizer, Training, first_problem
-from latelier.study.results import keep_result, read_result
+from latelier.study.results import STUDY, keep_result, read_result
 from latelier.terminal import console
 from latelier.training.run_folder import digest
 
@@ -35,14 +37,8 @@ _FOLDERS = (Path(__file__).parents[1] / "studies", Path(__file__).parents[3] / "
 PLAN = "plan.json"  # the settings of a run, what was planned from them, and whether it is done
 UNITS = ("images", "minutes", "flops")  # of a budget
 COUNTS = ("images", "warmup")  # of a stage, which a budget scales
-OWN = (
-    "name",
-    "folder",
-    "results",
-    "budget",
-    "columns",
-    "baseline",
-)  # overrides of these are the study's own
+# Overrides of these are the study's own.
+OWN = ("name", "folder", "results", "budget", "columns", "baseline", "families", "repeats")
 
 
 class Spending(Section):
@@ -98,6 +94,8 @@ class Study(Section):
     variants: dict[str, Variant] = Field({}, description="by name: the same on other data or at another scale")
     baseline: str | None = Field(None, description="the run whose end the others' convergence is measured against")
     published: Published | None = Field(None, description="what a paper printed, to be compared by order")
+    families: dict[str, list[str]] = Field({}, description="runs that are alike, by a name: analysed within, too")
+    repeats: dict[str, str] = Field({}, description="by the name of a run, the run that is its repeat: another seed")
     folder: str = Field("runs", description="in which a folder of the study's name is made")
     results: str | None = Field(
         None, description="folder, beside the study's file, that keeps the numbers of finished runs for other machines"
@@ -108,6 +106,9 @@ class Study(Section):
         if self.baseline is not None and self.baseline not in self.runs:
             known = ", ".join(self.runs)
             raise LatelierError(f"baseline = {self.baseline!r} is no run of study {self.name}; it has {known}.")
+        named = [*(run for family in self.families.values() for run in family), *chain(*self.repeats.items())]
+        if unknown := [run for run in named if run not in self.runs]:
+            raise LatelierError(f"families or repeats of study {self.name} name {unknown[0]!r}, which is no run of it.")
         return self
 
     @property
@@ -276,9 +277,15 @@ def show(study: Study) -> Path:
         raise LatelierError(f"No run of study {study.name} has a result yet.")
     known = dict.fromkeys(name for run in shown for name in run.metrics)
     columns = {title: _found(wanted, known) for title, wanted in study.columns.items()}
+    groups = {"families": study.families, "repeats": study.repeats}
+    if study.results:
+        names = [run.name for run in shown]
+        write_whole(Path(study.results) / STUDY, json.dumps({"title": study.title, "runs": names, **groups}, indent=1))
     budget = ", ".join(f"{stage} {amount}" for stage, amount in study.budget if amount is not None)
     about = f"{study.about.strip()} Budget of each run: {budget or 'as its recipe says'}."
-    return write_comparison(study.root, study.title, about, shown, columns, study.published, baseline=study.baseline)
+    return write_comparison(
+        study.root, study.title, about, shown, columns, study.published, baseline=study.baseline, groups=groups
+    )
 
 
 def _found(wanted: list[str], known: Iterable[str]) -> list[str]:
