@@ -8,16 +8,28 @@ import pytest
 import torch
 from scipy import stats
 from studies.analysis import predictors
-from studies.analysis.correlation import chance, correlate, holm, interval, needed, partial, pool, rho
-from studies.analysis.predictors import predict, prediction, target_of, unequal_budget, write_evidence
+from studies.analysis.correlation import chance, correlate, holm, interval, needed, partial, pool, reliability, rho
+from studies.analysis.inputs import StudyRuns, read_study, sign_of, target_of
+from studies.analysis.predictors import (
+    certainty,
+    predict,
+    prediction,
+    unequal_budget,
+    within_families,
+    write_evidence,
+    write_predictors,
+)
 
 from latelier.denoisers import build_denoiser
+from latelier.evaluation.results import NOT_REACHED
 from latelier.report.comparison import write_comparison
 from latelier.report.tables import RunSummary
 from latelier.report.verdict import EVIDENCE
+from latelier.study.results import STUDY, keep_result
 from latelier.study.study import build_run, load_study
 from latelier.tokenizers import build_tokenizer
 from latelier.tokenizers.codec import Codec
+from test_study import write_study
 from tiny import refused
 
 GFD = [9.0, 7.0, 8.0, 3.0, 5.0, 4.0, 1.0, 2.0]
@@ -267,6 +279,97 @@ def test_what_is_no_evidence_is_refused(tmp_path):
     refused(r"is not the comparison\.json of a study", write_evidence, [path], "nothing", out)
     refused("not none", write_evidence, [], "nothing", out)
     assert not out.exists()
+
+
+# -- results, families, repeats ----------------------------------------------------------------------------------------
+
+
+IMAGES_TO = "images-to-gfd-5"
+FAMILIES = {"odd": ["T0", "T2", "T4", "T6"], "even": ["T1", "T3", "T5", "T7"], "few": ["T0", "T1"]}
+
+
+def kept(folder, shown, **groups):
+    """The results of a study."""
+    for run in shown:
+        (run_folder := folder / "runs" / run.name).mkdir(parents=True)
+        (run_folder / "metrics.json").write_text(json.dumps({"all": run.metrics}))
+        keep_result(
+            folder / "kept" / run.name, run_folder, {"run": run.name, "settings": {}, "facts": run.facts}, "", ""
+        )
+    about = {"title": "Eight", "runs": [run.name for run in shown], "families": {}, "repeats": {}, **groups}
+    (folder / "kept" / STUDY).write_text(json.dumps(about))
+    return folder / "kept"
+
+
+def following():
+    """Eight runs: `psnr` goes with gfd, `ssim` with precision and with images to a quality that two never had."""
+    rise = [3.0, 1, 4, 2, 5, 8, 6, 7]
+    shown = runs(psnr=[-gfd for gfd in GFD], ssim=rise)
+    for run, level in zip(shown, rise):
+        run.metrics["precision"] = entry(level, sampler="euler")
+        missed = {NOT_REACHED: "gfd 5 was not reached"} if run.name in ("T1", "T3") else {}
+        run.metrics[IMAGES_TO] = entry(None if missed else 1000 - level, sampler="euler", **missed)
+    return shown
+
+
+def test_results_and_targets(tmp_path):
+    folder = kept(tmp_path, following(), families=FAMILIES)
+    text = write_predictors(folder, ["precision", "gfd", IMAGES_TO]).with_suffix(".md").read_text()
+    first, second, third = text.split("### Which measures predict ")[1:]
+    assert first.startswith("precision?")
+    assert "precision goes with these beyond chance: ssim (ρ = 1.00)" in first
+    assert "gfd-vgg16 goes with these beyond chance: psnr (ρ = 1.00)" in second
+    assert "goes with these beyond chance: ssim (ρ = 0.99)" in third  # two share the last rank
+    assert f"{IMAGES_TO} was not reached by T1, T3, which share the last rank" in third
+    assert "Within the families odd (4), even (4)" in first
+    assert "Fewer than 4 runs, so left out: few (2)" in first
+    assert (folder / "predictors-precision.svg").is_file()
+    refused(r"at least 6 runs with objects and measures that differ", write_predictors, folder, ["objects"])
+    refused(r"effective-rank has no better side", sign_of, "effective-rank")
+
+
+def test_within_families_an_order_between_them_does_not_count():
+    """`psnr` has the order of families, and within a family the other way round."""
+    shown = runs(psnr=[0.0] * 8)
+    for i, run in enumerate(shown):
+        run.metrics["gfd-vgg16"]["value"] = float(i)
+        run.metrics["psnr"]["value"] = 10.0 * (1 - i // 4) + i
+    families = {"a": ["T0", "T1", "T2", "T3"], "b": ["T4", "T5", "T6", "T7"]}
+    (across,) = predict([shown], "gfd-vgg16")
+    assert across.correlation.value > 0.5
+    words, table = within_families(StudyRuns("", shown, families))
+    assert table.rows[0][:2] == ["psnr ↑", "−0.90"]  # a perfect order counts as half a step below 1
+    assert words.startswith("Within the families a (4), b (4): ")
+    assert within_families(StudyRuns("", shown, {"a": ["T0", "T1"]})) == []
+
+
+def test_repeats_tell_noise_from_differences():
+    """Two runs with other seeds, 2 and 4 apart: noise² = (4 + 16) / 4; they are no further tokenizers."""
+    shown = runs(psnr=[-gfd for gfd in GFD])
+    for i, apart in ((0, 2.0), (3, -4.0)):
+        metrics = {**shown[i].metrics, "gfd-vgg16": entry(GFD[i] + apart), "psnr": entry(100.0 * apart)}
+        shown.append(RunSummary(f"T{i}, seed 1", metrics, shown[i].facts))
+    about = StudyRuns("", shown, {}, {"T0": "T0, seed 1", "T3": "T3, seed 1"})
+    assert [run.name for run in about.tokenizers] == [f"T{i}" for i in range(8)]
+    sure = reliability(np.array(GFD), [(9.0, 11.0), (3.0, -1.0)])
+    assert sure.noise == pytest.approx(math.sqrt(5))
+    assert sure.spread == pytest.approx(np.std(GFD, ddof=1))
+    assert sure.share == pytest.approx(1 - 5 / np.var(GFD, ddof=1))
+    (words,) = certainty(about)
+    spread = f"{np.std(GFD, ddof=1):.3g}"
+    assert f"has a standard deviation of 2.24 (2 repeated), between tokenizers of {spread}" in words
+    assert reliability(np.array(GFD), [(1.0, 9.0)]).share == 0
+    assert certainty(StudyRuns("", shown)) == []
+
+
+def test_groups_of_a_study_reach_its_comparison(tmp_path):
+    message = "families or repeats of study pair name 'Plane'"
+    for groups in ({"families": {"all": ["Plane"]}}, {"repeats": {"Plain": "Plane"}}):
+        refused(message, load_study, write_study(tmp_path, **groups))
+    groups = {"families": {"all": ["T0"]}, "repeats": {"T0": "T1"}}
+    write_comparison(tmp_path, "Eight", "", runs(psnr=GFD), {"All": ["psnr"]}, None, groups=groups)
+    about = read_study(tmp_path)
+    assert (about.families, about.repeats, len(about.tokenizers)) == (groups["families"], groups["repeats"], 7)
 
 
 # -- the study --------------------------------------------------------------------------------------------------------

@@ -8,11 +8,14 @@ import yaml
 
 from latelier.denoisers import build_denoiser
 from latelier.errors import LatelierError
+from latelier.evaluation.results import Measurement, write_measurements
+from latelier.publish import manifest
 from latelier.recipe import build_recipe
 from latelier.study import study as studies
 from latelier.study.study import Budget, build_run, length, load_study, run_study, spend
 from latelier.tokenizers import build_tokenizer
 from latelier.tokenizers.codec import Codec
+from latelier.training.run_folder import digest
 from tiny import CONV, refused, tiny_recipe
 
 PHASES = [{"name": "tuning", "images": 32, "warmup": 8, "train": "decoder", "mask_ratio": 0}]
@@ -60,6 +63,56 @@ def test_a_study_compares_and_goes_on(tmp_path, monkeypatch):
     assert trained == ["Plain", "masking", "Plain", "masking"]
     with pytest.raises(LatelierError, match=r"2 of 2 runs failed .*made by another recipe or budget"):
         run_study(load_study(path, overrides=["tokenizer.lr=1"]))
+
+
+def test_results_outlive_the_machine(tmp_path, monkeypatch, capfd):
+    """Numbers of finished runs stand beside the study's file; where run folders are gone they are done all the same."""
+    from latelier import run
+
+    path, trained = write_study(tmp_path, results="kept/pair", budget={}), []
+
+    def complete(recipe):
+        trained.append(recipe.name)
+        names = [name for name in ("psnr", "l1") if name in recipe.evaluate.metrics]
+        found = [Measurement(name, 20.0 + recipe.tokenizer.mask_ratio, {"recipe": digest(recipe)}) for name in names]
+        write_measurements(recipe.folder / "metrics.json", found, "reconstruction")
+
+    monkeypatch.setattr(run, "complete", complete)
+    monkeypatch.setattr(studies, "spend", lambda recipe, budget: (recipe, {}))
+    run_study(load_study(path), only=["Plain"])
+    kept, plain = tmp_path / "kept" / "pair", tmp_path / "pair" / "Plain"
+    assert (kept / "Plain" / "metrics.json").read_bytes() == (plain / "metrics.json").read_bytes()
+    about = manifest(kept / "Plain")
+    metrics = json.loads((plain / "metrics.json").read_text())["reconstruction"]
+    assert about["recipe"] == metrics["psnr"]["receipt"]["recipe"]
+    assert {"settings", "versions", "git", "device"} <= set(about)
+
+    (tmp_path / "pair").rename(tmp_path / "gone")  # another machine
+    page = run_study(load_study(path, overrides=["data.workers=0", f"folder={tmp_path / 'elsewhere'}"]))
+    assert trained == ["Plain", "masking"]
+    shown = {run["name"]: run for run in json.loads((page.parent / "comparison.json").read_text())["runs"]}
+    assert shown["Plain"]["metrics"] == metrics
+    assert list(shown) == ["Plain", "+ masking"]
+    assert sorted(folder.name for folder in kept.iterdir()) == ["Plain", "masking"]
+
+    message = r"2 of 2 runs failed .*kept/pair/Plain was made by another recipe or budget; delete it"
+    refused(message, run_study, load_study(path, overrides=["tokenizer.lr=1"]))
+    assert trained == ["Plain", "masking"]
+    capfd.readouterr()
+    run_study(load_study(path, overrides=["evaluate.metrics=[psnr]"]), only=["Plain"])
+    said = " ".join(capfd.readouterr().err.split())
+    assert "with other `sample` or `evaluate`, so the run is trained, since its weights are not here, anew" in said
+    assert trained == ["Plain", "masking", "Plain"]
+    assert list(json.loads((kept / "Plain" / "metrics.json").read_text())["reconstruction"]) == ["psnr"]
+
+    (kept / "Plain" / "metrics.json").write_text("{}")
+    refused(r"The result .*Plain is damaged \(it has 2 of .* delete it", run_study, load_study(path))
+
+
+def test_results_stand_beside_the_file(tmp_path):
+    study = load_study(write_study(tmp_path, results="kept"), "small")
+    assert study.results == str(tmp_path / "kept-small")
+    assert load_study(write_study(tmp_path, results="kept"), overrides=["results=here"]).results == "here"
 
 
 def test_a_failing_run_does_not_stop_the_others(tmp_path):
@@ -112,9 +165,9 @@ def test_plans_older_than_a_key_go_on(tmp_path):
     settings = {"recipe": build_run(study, "Plain").model_dump(mode="json"), "budget": budget}
     older = json.loads(json.dumps(settings))
     del older["recipe"]["denoiser"]["prefixes"]  # its default is what training did before there was the key
-    assert studies._training_part(older) == studies._training_part(settings)
+    assert studies._digests(older) == studies._digests(settings)
     older["recipe"]["denoiser"]["batch"] += 1
-    assert studies._training_part(older) != studies._training_part(settings)
+    assert studies._digests(older)[0] != studies._digests(settings)[0]
 
 
 def test_a_variant_may_have_runs_of_its_own(tmp_path):

@@ -351,7 +351,11 @@ def study(
     variant: Annotated[str | None, typer.Option(help="The same comparison on other data or at another scale.")] = None,
     only: Annotated[Strings, typer.Option(help="Train only this run now; repeat for several.")] = None,
 ) -> None:
-    """Train and evaluate several recipes at equal budget, and compare them. Resumes where it was stopped."""
+    """Train and evaluate several recipes at equal budget, and compare them. Resumes where it was stopped.
+
+    With `results: FOLDER` in the study's file, numbers of finished runs are kept there, beside that file. On another
+    machine these runs count as done.
+    """
     from latelier.study.study import load_study, run_study
 
     console.print(f"Comparison: {run_study(load_study(file, variant, overrides or ()), only)}")

@@ -34,6 +34,7 @@ from latelier.images import make_pairs, save_png, to_uint8
 from latelier.keyed_random import KeyedRandom
 from latelier.opening import best_device, held_out_records, open_codec, open_images, open_run
 from latelier.pipeline import LatentDiffusionPipeline
+from latelier.publish import manifest
 from latelier.receipt import make_receipt
 from latelier.recipe import Recipe
 from latelier.report.figures import CHANNELS, MAP
@@ -68,6 +69,8 @@ def evaluate(
     trained = (recipe.folder / "pipeline" / "model_index.json").is_file()  # a denoiser, too
     pipeline = open_run(recipe.folder)[0] if trained else None
     about = describe_images(recipe, held_out, "val")
+    ended = manifest(recipe.folder / "tokenizer") or {}
+    about |= {f"tokenizer_{key}": ended[key] for key in ("images", "psnr") if "psnr" in ended}  # of `until_psnr`
     if is_main(True):
         results.forget_left_out(recipe.folder / "metrics.json")
         if "trained_on" in about:

@@ -22,7 +22,7 @@ from latelier.errors import LatelierError
 from latelier.evaluate import evaluate
 from latelier.evaluation.features import check_features
 from latelier.evaluation.reconstruction import psnr
-from latelier.evaluation.results import Measurement, is_main
+from latelier.evaluation.results import NOT_REACHED, Measurement, is_main
 from latelier.images import make_columns, make_grid, save_png
 from latelier.opening import best_device, held_out_records, join_processes, open_run
 from latelier.pipeline import LatentDiffusionPipeline, choose_settings, make_previews
@@ -145,7 +145,8 @@ def show_measurements(measured: list[Measurement]) -> None:
     table = Table("metric", "value", "95 %", "n")
     for m in measured:
         interval = f"{m.interval[0]:.3f} to {m.interval[1]:.3f}" if m.interval else ""
-        table.add_row(m.name, f"{m.value:.4g}", interval, f"{m.receipt.get('n', '')}")
+        value = NOT_REACHED if NOT_REACHED in m.receipt else f"{m.value:.4g}"
+        table.add_row(m.name, value, interval, f"{m.receipt.get('n', '')}")
     console.print(table)
 
 

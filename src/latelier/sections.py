@@ -289,6 +289,8 @@ class TrainedTokenizer(Training):
     method: str | None = Field(None, description="a paper's name for a set of values; keys that are given win")
     init: str | None = Field(None, description="start from this folder or Hub name instead of random weights")
     model: dict[str, Any] = Field(default_factory=dict, description="overrides of the preset's architecture")
+    until_psnr: float | None = Field(None, gt=0, description="dB on held-out images at which the last phase ends")
+    psnr_every: Count = Field(0, description="images between two looks at it; default 2 % of `images`, at least 2,560")
     image_size: Size | None = Field(None, description="train at this size; by default that of `data`")
     train: Literal["all", "decoder", "middle", "head"] | list[str] = Field(
         "all", description="what learns: all, the decoder, the layers around the latent, those next to the pixels"
@@ -322,6 +324,8 @@ class TrainedTokenizer(Training):
                 raise LatelierError(f"tokenizer.regularise: norm stands in place of a posterior; set {key}: {value}.")
         for number in range(len(self.phases)):
             name, phase = self.phase(number + 1)
+            if number + 1 < len(self.phases) and "until_psnr" in self.phases[number]:
+                raise LatelierError(f"tokenizer.phases: {name!r} has until_psnr, but only the last may end early.")
             if phase.norm != self.norm:
                 raise LatelierError(f"tokenizer.regularise: phase {name!r} must have the same norm as the others.")
         return self
@@ -330,6 +334,11 @@ class TrainedTokenizer(Training):
     def norm(self) -> str | None:
         """How latents are normalised at each position, see `Codec`."""
         return next((term.form for term in self.regularise if term.kind == "norm"), None)  # type: ignore[attr-defined]
+
+    def ends_at(self, number: int) -> tuple[int, float | None]:
+        """The most images of a phase, and the PSNR in dB at which it ends sooner: the last phase only."""
+        phase = self.phase(number)[1]
+        return phase.images, phase.until_psnr if number == len(self.phases) else None
 
     def phase(self, number: int) -> tuple[str, TrainedTokenizer]:
         """Name and resolved section of a phase; 0 is this section itself.

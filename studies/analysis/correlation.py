@@ -80,6 +80,34 @@ def partial(x: Column, y: Column, given: Column) -> float | None:
     return float(np.clip((xy - xz * yz) / math.sqrt(rest), -1, 1)) if rest > SLACK else None
 
 
+@dataclass
+class Reliability:
+    """How far a quantity tells tokenizers apart.
+
+    Attributes:
+        noise: standard deviation between seeds.
+        spread: standard deviation between tokenizers, noise included.
+        pairs: repeated runs.
+    """
+
+    noise: float
+    spread: float
+    pairs: int
+
+    @property
+    def share(self) -> float:
+        """1 - noise² / spread², at least 0: the share of the variance that is not noise. No measure can be expected to
+        correlate more than its square root.
+        """
+        return max(0.0, 1 - (self.noise / self.spread) ** 2) if self.spread else 0.0
+
+
+def reliability(values: Column, pairs: Sequence[tuple[float, float]]) -> Reliability:
+    """Of the tokenizers' values, and of pairs of runs that differ in their seed: noise² = mean of (a - b)² / 2."""
+    noise = math.sqrt(float(np.mean([(a - b) ** 2 / 2 for a, b in pairs])))
+    return Reliability(noise, float(np.std(values, ddof=1)), len(pairs))
+
+
 def pool(values: Sequence[float], numbers: Sequence[int]) -> float:
     """The mean of correlations on Fisher's scale, weighted by n - 3; of a single one itself."""
     if len(values) == 1:

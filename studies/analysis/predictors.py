@@ -5,10 +5,12 @@ the denoisers are trained, at equal budget, and each measure is correlated with 
 
     latelier study judge data.source=photos
     python -m studies.analysis.predictors runs/judge
+    python -m studies.analysis.predictors results/judge --target objects --target gfd --target images-to-gfd-200
     python -m studies.analysis.predictors runs/judge --evidence "Imagenette, ten classes of photographs"
 
-The second line writes `predictors.html`, `predictors.md` and figures into the study's folder; the third also the file
-that the verdict of `latelier inspect` cites.
+The second line writes `predictors.html`, `predictors.md` and figures into the study's folder; the third asks
+the same of other targets and of a study's `results`; the fourth also writes the file that the verdict of
+`latelier inspect` cites.
 """
 
 from __future__ import annotations
@@ -30,11 +32,12 @@ from latelier.publish import write_whole
 from latelier.report.comparison import Section, write_sections
 from latelier.report.figures import COLOURS, STYLE, ImageFile, legend, make_panels, quiet, save_figure, styles
 from latelier.report.page import MISSING, SOFT, number
-from latelier.report.tables import MIXTURE, RunSummary, Table, at_steps, value
+from latelier.report.tables import MIXTURE, RunSummary, Table, value
 from latelier.report.verdict import EVIDENCE
 
 from .correlation import FEWEST as STUDY_FEWEST
-from .correlation import Correlation, Pair, correlate, holm, needed, partial, pool
+from .correlation import Correlation, Pair, correlate, holm, needed, partial, pool, reliability
+from .inputs import GENERATED, NEVER, StudyRuns, outcome, read_study, sign_of, target_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -78,11 +81,11 @@ class Predictor:
 
 
 def predict(studies: Sequence[Sequence[RunSummary]], target: str) -> list[Predictor]:
-    """Correlate every measure of the tokenizers with a distance of generation.
+    """Correlate every measure of the tokenizers with the quality of generation.
 
     Args:
-        studies: the runs of each; ranks are taken within a study.
-        target: such as `gfd-vgg16`; lower is better.
+        studies: the runs of each, or of each family; ranks are taken within one.
+        target: such as `gfd-vgg16`, with a better side.
 
     Returns:
         The largest correlation first, whatever its sign; without measures that fewer than six runs have, or that do
@@ -110,20 +113,14 @@ def measures(run: RunSummary) -> dict[str, float]:
     for name, entry in run.metrics.items():
         drawn = any(key in (entry.get("receipt") or {}) for key in DRAWN)
         single = number(entry.get("value"))
-        if drawn or single is None or name.startswith(("gfd", "convergence", *COSTS)):
+        generated = any(f"{name}-".startswith(f"{begin}-") for begin in GENERATED)
+        if drawn or single is None or generated or name.startswith(COSTS):
             continue
         if name.startswith(f"{MIXTURE}@"):
             mixtures.append(single)
         elif "@" not in name:
             found[name] = single
     return {**found, MIXTURE: min(mixtures)} if mixtures else found
-
-
-def target_of(shown: Sequence[RunSummary]) -> str | None:
-    """The distance of generation that most runs have: the recipe's own sampling, else that of the most steps."""
-    names = [name for run in shown for name in run.metrics if name.startswith("gfd") and value(run, name) is not None]
-    plain = [name for name in dict.fromkeys(names) if "@" not in name]
-    return max(plain or at_steps(shown, "gfd")[::-1], key=names.count, default=None)
 
 
 def unequal_budget(shown: Sequence[RunSummary]) -> str:
@@ -146,10 +143,10 @@ def _columns(studies: Sequence[Sequence[RunSummary]], name: str, target: str) ->
     """A measure and the target of each study's runs that have both; of both, larger is better."""
     columns = []
     for runs in studies:
-        pairs = [(measures(run).get(name), value(run, target)) for run in runs]
+        pairs = [(measures(run).get(name), outcome(run, target)) for run in runs]
         both = np.array([(x, y) for x, y in pairs if x is not None and y is not None], dtype=float).reshape(-1, 2)
         sign = -1 if better(name) == "lower" else 1
-        columns.append((sign * both[:, 0], -both[:, 1]))
+        columns.append((sign * both[:, 0], sign_of(target) * both[:, 1]))
     return columns
 
 
@@ -160,7 +157,7 @@ def _beyond(studies: Sequence[Sequence[RunSummary]], name: str, target: str) -> 
     if given is None or name.startswith(BEYOND):
         return None
     for runs, (x, y) in zip(studies, _columns(studies, name, target)):
-        kept = [run for run in runs if name in measures(run) and value(run, target) is not None]
+        kept = [run for run in runs if name in measures(run) and outcome(run, target) is not None]
         third = np.array([measures(run)[given] for run in kept if given in measures(run)], dtype=float)
         varies = len(third) == len(x) >= STUDY_FEWEST and all(np.ptp(column) > 0 for column in (x, y, third))
         if varies and (left := partial(x, y, third)) is not None:
@@ -172,57 +169,103 @@ def _beyond(studies: Sequence[Sequence[RunSummary]], name: str, target: str) -> 
 # -- the page -------------------------------------------------------------------------------------------------------
 
 
-def write_predictors(study: Path) -> Path:
-    """Write `predictors.html`, `predictors.md` and figures into the folder of a study, from its comparison.json.
+def write_predictors(study: Path, targets: Sequence[str] = ()) -> Path:
+    """Write `predictors.html`, `predictors.md` and figures into the folder of a study or of its results.
+
+    Args:
+        study: the folder.
+        targets: what is to be predicted, see `target_of`; by default the distance of generation.
 
     Raises:
-        LatelierError: for fewer than six runs with a distance of generation, or no measure that differs.
+        LatelierError: for fewer than six runs with a target, or no measure that differs.
     """
-    title, shown = _read_runs(study / "comparison.json")
-    if not (parts := prediction(study, shown)):
-        raise LatelierError(
-            f"{study} needs at least {FEWEST} runs with a distance of generation and measures that differ."
-        )
-    sections = [Section("Which measures predict generation?", parts)]
-    return write_sections(study / "predictors.html", study / "predictors.md", title, "", sections)
+    about, sections = read_study(study), []
+    for wanted in targets or ("",):
+        parts = prediction(study, about.tokenizers, wanted)
+        if not parts:
+            what = wanted or "a distance of generation"
+            raise LatelierError(f"{study} needs at least {FEWEST} runs with {what} and measures that differ.")
+        parts += [*within_families(about, wanted), *certainty(about, wanted)]
+        sections.append(Section(f"Which measures predict {wanted or 'generation'}?", parts))
+    return write_sections(study / "predictors.html", study / "predictors.md", about.title, "", sections)
 
 
-def prediction(folder: Path, shown: Sequence[RunSummary]) -> list[str | Table | ImageFile]:
-    """A verdict, a table and figures; nothing for fewer than six runs with a distance.
+def prediction(folder: Path, shown: Sequence[RunSummary], wanted: str = "") -> list[str | Table | ImageFile]:
+    """A verdict, a table and figures; nothing for fewer than six runs with the target.
 
     Args:
         folder: where figures are written.
         shown: the runs.
+        wanted: the target, see `target_of`.
     """
-    target = target_of(shown)
-    runs = [run for run in shown if target and value(run, target) is not None]
+    target = target_of(list(shown), wanted)
+    runs = [run for run in shown if target and outcome(run, target) is not None]
     if target is None or len(runs) < FEWEST or not (predictors := predict([runs], target)):
         return []
-    head = ["Measure", "Spearman's ρ", "95 % interval", "Runs", "p", "p, all counted", f"ρ beyond {BEYOND}"]
-    table = Table(head, [_row(predictor) for predictor in predictors])
-    table.bold = {(i, 1) for i, predictor in enumerate(predictors) if predictor.significant}
     words = f"ρ is above 0 where the better side of a measure goes with a better {target}; for a measure without an "
     words += "arrow, where larger values do. p is the chance of a correlation as large, on either side, if orders had "
     words += (
         f"nothing to do with each other; then for all {len(predictors)} measures together (Holm), bold below 0.05. "
     )
     words += f"“ρ beyond {BEYOND}” is what is left between tokenizers of equal {BEYOND}, without a test."
+    if never := [run.name for run in runs if outcome(run, target) == NEVER]:
+        words += f" {target} was not reached by {', '.join(never)}, which share the last rank."
     said = [verdict(predictors, target, len(runs)), *filter(None, [unequal_budget(runs)])]
-    return [*said, table, words, *_figures(folder, runs, predictors, target)]
+    return [*said, _table(predictors), words, *_figures(folder, runs, predictors, target, f"-{wanted}" * bool(wanted))]
 
 
-def verdict(predictors: Sequence[Predictor], target: str, n: int) -> str:
-    """What the correlations of n runs allow to say, in words."""
+def within_families(about: StudyRuns, wanted: str = "") -> list[str | Table]:
+    """The same within families, pooled as several studies are; nothing without families of enough runs."""
+    target = target_of(about.tokenizers, wanted)
+    known = [run for run in about.tokenizers if target and outcome(run, target) is not None]
+    measured = {name: [run for run in known if run.name in runs] for name, runs in about.families.items()}
+    kept = {name: runs for name, runs in measured.items() if len(runs) >= STUDY_FEWEST}
+    if target is None or not kept or not (predictors := predict(list(kept.values()), target)):
+        return []
+    said = ", ".join(f"{name} ({len(runs)})" for name, runs in kept.items())
+    words = f"Within the families {said}: ranks are taken within each, correlations averaged over them. "
+    if few := [f"{name} ({len(runs)})" for name, runs in measured.items() if name not in kept]:
+        words += f"Fewer than {STUDY_FEWEST} runs, so left out: {', '.join(few)}. "
+    return [words + verdict(predictors, target, sum(map(len, kept.values())), families=len(kept)), _table(predictors)]
+
+
+def certainty(about: StudyRuns, wanted: str = "") -> list[str]:
+    """How much of the differences between tokenizers is more than the seed's doing; nothing without repeats."""
+    target, runs = target_of(about.tokenizers, wanted), {run.name: run for run in about.runs}
+    both = [(runs[a], runs[b]) for a, b in about.repeats.items() if a in runs and b in runs]
+    found = [(outcome(a, target or ""), outcome(b, target or "")) for a, b in both]
+    pairs = [(a, b) for a, b in found if a is not None and b is not None and max(a, b) < NEVER]
+    values = [v for run in about.tokenizers if (v := outcome(run, target or "")) is not None and v < NEVER]
+    if not pairs or len(values) < 2:
+        return []
+    sure = reliability(np.array(values), pairs)
+    return [
+        f"Between seeds {target} has a standard deviation of {sure.noise:.3g} ({sure.pairs} repeated), between "
+        f"tokenizers of {sure.spread:.3g}: {sure.share:.0%} of the variance is more than noise, and correlations "
+        f"above {sure.share**0.5:.2f} cannot be expected."
+    ]
+
+
+def _table(predictors: Sequence[Predictor]) -> Table:
+    head = ["Measure", "Spearman's ρ", "95 % interval", "Runs", "p", "p, all counted", f"ρ beyond {BEYOND}"]
+    table = Table(head, [_row(predictor) for predictor in predictors])
+    table.bold = {(i, 1) for i, predictor in enumerate(predictors) if predictor.significant}
+    return table
+
+
+def verdict(predictors: Sequence[Predictor], target: str, n: int, families: int = 1) -> str:
+    """What the correlations of n runs, of so many families, allow to say, in words."""
     sure = [predictor for predictor in predictors if predictor.significant]
     if sure:
         found = "; ".join(f"{one.metric} (ρ = {_signed(one.correlation.value)})" for one in sure)
         return f"Of {len(predictors)} measures over {n} tokenizers, {target} goes with these beyond chance: {found}."
+    largest = f"No measure goes with {target} beyond chance: of {n} tokenizers and {len(predictors)} measures, the "
+    largest += f"largest correlation is {_signed(predictors[0].correlation.value)} ({predictors[0].metric})"
+    if families > 1:
+        return f"{largest}."
     least = needed(n, ALPHA / len(predictors))
     reach = f"only one of {least:.2f} or more would have been" if least else "not even equal orders would have been"
-    return (
-        f"No measure goes with {target} beyond chance: of {n} tokenizers and {len(predictors)} measures, the largest "
-        f"correlation is {_signed(predictors[0].correlation.value)} ({predictors[0].metric}), and {reach} enough."
-    )
+    return f"{largest}, and {reach} enough."
 
 
 def _row(predictor: Predictor) -> list[str]:
@@ -238,7 +281,7 @@ def _signed(correlation: float) -> str:
 
 
 def _figures(
-    folder: Path, shown: Sequence[RunSummary], predictors: Sequence[Predictor], target: str
+    folder: Path, shown: Sequence[RunSummary], predictors: Sequence[Predictor], target: str, end: str = ""
 ) -> list[ImageFile]:
     from matplotlib import rc_context
 
@@ -246,9 +289,9 @@ def _figures(
         words = (
             f"Rank correlation of each measure with {target}, and its 95 % interval; filled points are beyond chance"
         )
-        dots = save_figure(folder, "predictors", _dots(predictors, target), words)
+        dots = save_figure(folder, f"predictors{end}", _dots(predictors, target), words)
         words = f"The two measures that {target} goes with, or against, the most; one point for each tokenizer"
-        best = save_figure(folder, "best-predictors", _scatter(shown, predictors[:2], target), words)
+        best = save_figure(folder, f"best-predictors{end}", _scatter(shown, predictors[:2], target), words)
     return [dots, best]
 
 
@@ -333,19 +376,10 @@ def write_evidence(comparisons: Sequence[str | Path], data: str, out: str | Path
     return write_whole(Path(out), json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def _read_runs(path: Path) -> tuple[str, list[RunSummary]]:
-    """Title and runs of a comparison.json."""
-    try:
-        content = json.loads(path.read_text())
-        shown = [RunSummary(run["name"], run["metrics"], run["facts"]) for run in content["runs"]]
-        return str(content["title"]), shown
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LatelierError(f"{path} is not the comparison.json of a study ({error!r}).") from None
-
-
 def _read(path: Path) -> tuple[str, str, list[RunSummary]]:
     """Title, distance and runs of a study that is evidence."""
-    title, shown = _read_runs(path)
+    about = read_study(path)
+    title, shown = about.title, about.tokenizers
     target = target_of(shown)
     shown = [run for run in shown if target and value(run, target) is not None]
     if target is None or len(shown) < STUDY_FEWEST:
@@ -385,15 +419,18 @@ def _entry(predictor: Predictor) -> dict[str, Any]:
 
 
 def main(
-    studies: Annotated[list[Path], typer.Argument(help="Folders of studies, with their comparison.json.")],
+    studies: Annotated[list[Path], typer.Argument(help="Folders of studies, or of their results.")],
+    target: Annotated[
+        list[str] | None, typer.Option(help="objects, gfd, images-to-gfd-200, ...; repeat for several. Default: gfd.")
+    ] = None,
     evidence: Annotated[str, typer.Option(help="The images, in words: also write the file that verdicts cite.")] = "",
 ) -> None:
     """Correlate every measure of a study's tokenizers with generation."""
     try:
         for study in studies:
-            print(write_predictors(study))
+            print(write_predictors(study, target or ()))
         if evidence:
-            print(write_evidence([study / "comparison.json" for study in studies], evidence))
+            print(write_evidence(studies, evidence))
     except LatelierError as error:
         sys.exit(str(error))
 

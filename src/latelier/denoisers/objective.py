@@ -79,10 +79,18 @@ class DenoiserSection(Training):
             )
         return self
 
-    def snapshots_at(self) -> list[int]:
-        """Images seen at each snapshot, ascending; whole steps, so distances differ by a step at most."""
+    def snapshots_at(self, every: int = 0) -> list[int]:
+        """Images seen at each snapshot, ascending; whole steps, so distances differ by a step at most.
+
+        Besides those at equal distances there are those at multiples of `every` images and at the end, see
+        `evaluate.every`.
+        """
         steps, n = self.images // self.batch, self.snapshots
-        return [-(-k * steps // n) * self.batch for k in range(1, n + 1)]
+        places = {-(-k * steps // n) * self.batch for k in range(1, n + 1)}
+        if every:
+            more = range(every, self.images + 1, every)
+            places |= {-(-images // self.batch) * self.batch for images in more} | {self.images}
+        return sorted(places)
 
 
 def build_transformer(

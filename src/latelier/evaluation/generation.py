@@ -6,6 +6,8 @@ with all channels and conditions, so that a curve shows what the weights have le
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -21,14 +23,24 @@ from latelier.data.loader import ImageDataset
 from latelier.denoisers.objective import DenoisingObjective
 from latelier.errors import LatelierError, NotMeasurable
 from latelier.evaluation import references
+from latelier.evaluation.curves import reach
 from latelier.evaluation.distributions import DISCREPANCIES, GROUPS, precision_recall, subset_mmd
 from latelier.evaluation.features import NEEDS, FeatureExtractor, check_features, inception_of, load_extractors
-from latelier.evaluation.metrics import METRICS
+from latelier.evaluation.metrics import FOLLOWED, METRICS, better, plain
 from latelier.evaluation.reconstruction import FRECHET_INTERVAL, read_images
 from latelier.evaluation.references import FeatureCollector, FeatureSet, Key, collect, reference_key, reference_sets
-from latelier.evaluation.results import Measurement, is_main, mean_with_interval, size_warning, write_measurements
+from latelier.evaluation.results import (
+    AT_MOST,
+    NOT_REACHED,
+    Measurement,
+    is_main,
+    mean_with_interval,
+    size_warning,
+    write_measurements,
+)
 from latelier.opening import held_out_records, open_images, snapshot_folder
 from latelier.pipeline import LatentDiffusionPipeline
+from latelier.publish import MANIFEST, sha256
 from latelier.receipt import make_receipt
 from latelier.recipe import Evaluate, Recipe, Sample
 from latelier.tokenizers.codec import Codec
@@ -192,19 +204,21 @@ def nearest(
 
 
 def measure_convergence(recipe: Recipe, codec: Codec, held_out: ImageDataset) -> list[Measurement]:
-    """Measure every snapshot of the run's denoiser, if the recipe asks for `convergence`.
+    """Measure every snapshot of the run's denoiser, if the recipe asks for `convergence` or has measured `every`.
 
-    For each, by images seen, `convergence-loss@<images>` on held-out images, and, if gfd is wanted too,
-    `convergence-gfd-<features>@<images>` in the first of `evaluate.features`; metrics.json has them at once.
+    For each, by images seen, what it generates, see `measure_snapshot`, and for `convergence` the loss on held-out
+    images, `convergence-loss@<images>`; metrics.json has them at once. In the end `images_to` the levels of
+    `evaluate.quality`.
     """
     section, settings = recipe.denoiser, recipe.evaluate
-    if section is None or "convergence" not in settings.metrics:
+    losses = "convergence" in settings.metrics
+    if section is None or not (losses or settings.every):
         return []
-    folders = {images: snapshot_folder(recipe.folder, images) for images in section.snapshots_at()}
+    folders = {images: snapshot_folder(recipe.folder, images) for images in section.snapshots_at(settings.every)}
     if missing := [f"{images:,}" for images, folder in folders.items() if not folder.is_dir()]:
         raise NotMeasurable(
-            f"{recipe.folder} has no snapshots at {' and '.join(missing)} images, which convergence needs; they are "
-            "kept while the denoiser is trained. Train it anew, or take convergence out of evaluate.metrics."
+            f"{recipe.folder} has no snapshots at {' and '.join(missing)} images, which convergence and `every` need; "
+            "they are kept while the denoiser is trained. Train it anew, or take these two out of `evaluate`."
         )
     pipeline = LatentDiffusionPipeline.from_pretrained(recipe.folder / "pipeline").to(codec.device)
     shared = {
@@ -218,6 +232,10 @@ def measure_convergence(recipe: Recipe, codec: Codec, held_out: ImageDataset) ->
     found: list[Measurement] = []
     tokenizer = codec.hash()
     for images, folder in folders.items():
+        found += measure_snapshot(recipe, pipeline, images)
+        write_measurements(recipe.folder / "metrics.json", found, "convergence")
+        if not losses:
+            continue
         load_snapshot(pipeline, folder)
         about = {"images_trained": images, "of": section.images, "ema": section.ema, "tokenizer": tokenizer}
         objective = DenoisingObjective(
@@ -226,11 +244,9 @@ def measure_convergence(recipe: Recipe, codec: Codec, held_out: ImageDataset) ->
         )  # fmt: skip
         latents = held_out.once(settings.batch, limit=settings.samples)
         loss, n = held_out_loss(objective.eval(), codec, latents, lambda: pipeline._autocast(section.precision))
-        found.append(Measurement(f"convergence-loss@{images}", loss, make_receipt(n=n, **shared, **about)))
-        if "gfd" in settings.metrics:
-            found.append(_distance(recipe, pipeline, about))
+        found.append(Measurement(f"{FOLLOWED}loss@{images}", loss, make_receipt(n=n, **shared, **about)))
         write_measurements(recipe.folder / "metrics.json", found, "convergence")
-    return found
+    return found + images_to(found, settings.quality)
 
 
 def load_snapshot(pipeline: LatentDiffusionPipeline, folder: Path) -> None:
@@ -265,17 +281,71 @@ def held_out_loss(
     return total.item() / (PASSES * n), n
 
 
-def _distance(recipe: Recipe, pipeline: LatentDiffusionPipeline, about: Mapping[str, Any]) -> Measurement:
-    """The Fréchet distance of the pipeline's samples, measured as gfd is, in the first features."""
-    settings, training = recipe.evaluate, open_images(recipe)
-    first = settings.model_copy(update={"metrics": ["gfd"], "features": settings.features[:1]})
+def measure_snapshot(recipe: Recipe, pipeline: LatentDiffusionPipeline, images: int) -> list[Measurement]:
+    """What a snapshot of the run's denoiser generates: `convergence-<metric>@<images>` of each metric that is followed,
+    in the first of `evaluate.features`.
+
+    With `evaluate.every` there are `every_samples` samples, and no guide, which may not be there yet. What metrics.json
+    has of these very weights, measured in the same way, is not measured again.
+    """
+    settings, sample, training = recipe.evaluate, recipe.sample, open_images(recipe)
+    count = settings.every_samples if settings.every else settings.samples
+    if settings.every and sample.guide:
+        sample = sample.model_copy(update={"guide": None, "guidance": 1.0})
+    wanted = [name for name in settings.metrics if METRICS[name].followed]
+    wanted = [name for name in wanted if not METRICS[name].lacks(count, recipe.data.channels, recipe.data.image_size)]
+    if not wanted:
+        return []
+    first = settings.model_copy(update={"metrics": wanted, "features": settings.features[:1], "samples": count})
+    folder = snapshot_folder(recipe.folder, images)
     receipt = {
-        **about,
+        "images_trained": images,
+        "ema": recipe.denoiser and recipe.denoiser.ema,
+        "tokenizer": pipeline.codec.hash(),
+        "snapshot": sha256(folder / MANIFEST),  # which has the hashes of its weights
+        "asked": {"samples": count, "features": first.features[0]},
         **references.describe_images(recipe, training, "train"),
-        **describe_sampling(recipe.sample, pipeline),
+        **describe_sampling(sample, pipeline),
     }
-    real = training.once(settings.batch, limit=settings.samples)
-    samples = generate_images(pipeline, recipe, min(settings.samples, len(training)))
-    key = reference_key(training, settings.samples)
-    (measured,) = evaluate_generation(samples, real, first, receipt, pipeline.device, key)
-    return replace(measured, name=f"convergence-{measured.name}@{about['images_trained']}")
+    known = _known(recipe.folder / "metrics.json", receipt)
+    if all(any(f"{one.name}-".startswith(f"{FOLLOWED}{name}-") for one in known) for name in wanted):
+        return [replace(one, name=f"{one.name}@{images}") for one in known]
+    load_snapshot(pipeline, folder)
+    real = training.once(settings.batch, limit=count)
+    drawn = generate_images(pipeline, recipe.model_copy(update={"sample": sample}), min(count, len(training)))
+    found = evaluate_generation(drawn, real, first, receipt, pipeline.device, reference_key(training, count))
+    return [replace(one, name=f"{FOLLOWED}{one.name}@{images}") for one in found]
+
+
+def _known(path: Path, receipt: Mapping[str, Any]) -> list[Measurement]:
+    """What metrics.json has of a snapshot with such a receipt; names without the number of images."""
+    entries = json.loads(path.read_text()).get("convergence", {}) if path.is_file() else {}
+    wanted = json.loads(json.dumps(receipt, default=str)).items()
+    return [
+        Measurement(name.partition("@")[0], entry["value"], entry["receipt"], entry["interval"])
+        for name, entry in entries.items()
+        if wanted <= entry["receipt"].items()
+    ]
+
+
+def images_to(found: Sequence[Measurement], quality: Mapping[str, float]) -> list[Measurement]:
+    """Images seen until snapshots reach levels: `images-to-<metric>-<level>` (EP_FID of RAEv2, arXiv 2605.18324).
+
+    Linear in the logarithm of images between snapshots, on the best value so far. NaN where a level is not reached, and
+    the receipt says so; where the first snapshot is there already, its images are a bound, which the receipt says too.
+    """
+    result = []
+    for metric, level in quality.items():
+        ours = [one for one in found if plain(one.name.partition("@")[0].removeprefix(FOLLOWED)) == metric]
+        curve = sorted((int(one.receipt["images_trained"]), one.value) for one in ours)
+        if not curve:
+            continue
+        reached = reach(curve, level, better(metric) == "higher", logarithmic=True)
+        receipt = {**ours[-1].receipt, "level": level, "curve": curve, "interpolation": "linear in log images"}
+        if reached is None:
+            receipt[NOT_REACHED] = f"{metric} {level:g} was not reached by {curve[-1][0]:,} images"
+        elif reached.at_most:
+            receipt[AT_MOST] = True
+        name = f"images-to-{metric}-{level:g}"
+        result.append(Measurement(name, math.nan if reached is None else reached.images, receipt))
+    return result

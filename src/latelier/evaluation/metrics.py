@@ -35,6 +35,7 @@ class Metric:
     images: int = 1  # that it needs, on each side; measures of latents count for themselves
     side: int = 1  # of images, in pixels, that it needs
     networks: bool = False  # whether it looks at grey images and colours only
+    followed: bool = False  # whether it is measured at snapshots of a denoiser's training, by `evaluate_generation`
 
     def lacks(self, images: int, channels: int, size: tuple[int, int]) -> str:
         """Why it cannot be measured on so many images like these, or nothing."""
@@ -130,7 +131,9 @@ METRICS: dict[str, Metric] = {
     ),
     "map": Metric("latents", inspect=True),  # a figure, no number: `analysis.latent_map`
     # of samples
-    "gfd": Metric("generation", images=2, networks=True, better={"gfd": "lower"}, features=("gfd",)),
+    "gfd": Metric(
+        "generation", images=2, networks=True, better={"gfd": "lower"}, features=("gfd",), followed=True,
+    ),
     "fid50k": Metric("generation", images=50_000, networks=True, better={"fid50k": "lower"}),
     "sfid": Metric("generation", images=2, networks=True, better={"sfid": "lower"}),
     "kid": Metric("generation", images=2, networks=True, better={"kid": "lower"}, features=("kid",)),
@@ -152,14 +155,16 @@ METRICS: dict[str, Metric] = {
 
 # Results that no entry of `evaluate.metrics` asks for: whether conditions are followed, and how fast samples come.
 OTHERS: dict[str, Better] = {"fd": "lower", "layout-match": "higher", "segmentation-match": "higher"}
-OTHERS |= {"clip-score": "higher", "samples-per-second": "higher"}
+OTHERS |= {"clip-score": "higher", "samples-per-second": "higher", "images-to": "lower"}
+FOLLOWED = "convergence-"  # before the names of metrics that are followed through a training
 SIDES = ("sr", "bicubic", "inpainting", "mean-fill")  # images that follow conditions, and simple ones
 
 
 def better(name: str) -> Better | None:
     """Whether lower or higher values of a result are better; None where neither is."""
     known = {**OTHERS, **{begin: side for metric in METRICS.values() for begin, side in metric.better.items()}}
-    return _longest(next((name.removeprefix(f"{s}-") for s in SIDES if name.startswith(f"{s}-")), name), known)
+    name = next((name.removeprefix(f"{side}-") for side in SIDES if name.startswith(f"{side}-")), name)
+    return _longest(name.removeprefix(FOLLOWED), known) or _longest(name, known)
 
 
 def unit(name: str) -> str | None:

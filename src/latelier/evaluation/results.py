@@ -22,6 +22,8 @@ from latelier.terminal import say
 
 T = TypeVar("T")
 LEFT_OUT = "left out"  # in the receipt of what could not be measured, with the reason
+NOT_REACHED = "not reached"  # of images until a quality that training never had, in a sentence
+AT_MOST = "at most"  # true where the first measurement had reached it already
 ERRORS = "error-map.png"  # beside metrics.json, see `reconstruction.draw_errors`
 
 
@@ -83,7 +85,7 @@ def write_measurements(path: str | Path, measurements: list[Measurement], sectio
     content = json.loads(path.read_text()) if path.is_file() else {}
     entries = content.setdefault(section, {})
     for entry in map(asdict, measurements):
-        if LEFT_OUT in entry["receipt"]:
+        if math.isnan(entry["value"]):
             entry["value"] = None
         entries[entry.pop("name")] = entry
     write_whole(path, json.dumps(content, indent=2, default=str))

@@ -16,6 +16,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from latelier.errors import LatelierError, reading
+from latelier.evaluation.metrics import METRICS
 from latelier.recipe.data import Data
 from latelier.recipe.evaluate import Evaluate, Sample
 from latelier.sections import (
@@ -73,6 +74,15 @@ class Recipe(Section):
                 "evaluate.metrics has convergence, which is measured at snapshots of the denoiser's training; set "
                 "denoiser.snapshots to 2 or more."
             )
+        followed = [name for name in self.evaluate.metrics if METRICS[name].followed]
+        known = " or ".join(name for name, metric in METRICS.items() if metric.followed)
+        if self.evaluate.every and not (self.denoiser and followed):
+            lacks = f"evaluate.metrics has no {known}" if self.denoiser else "there is no denoiser"
+            raise LatelierError(f"evaluate.every measures {known} while the denoiser is trained, but {lacks}.")
+        for name in self.evaluate.quality:
+            if name not in followed or not (self.evaluate.every or "convergence" in self.evaluate.metrics):
+                advice = f"set evaluate.every, and have {known} in evaluate.metrics"
+                raise LatelierError(f"evaluate.quality: {name!r} is not followed through the training; {advice}.")
         return self
 
     @model_validator(mode="after")

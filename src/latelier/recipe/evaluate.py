@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, fie
 from pydantic_core import PydanticCustomError
 
 from latelier.evaluation.metrics import METRICS
-from latelier.sections import PositiveCount, Section, Seed, Unit, Weight
+from latelier.sections import Count, PositiveCount, Section, Seed, Unit, Weight
 
 # Names under which other libraries know a metric that is called otherwise here.
 _ELSEWHERE = {"rfid": "rfd", "gfid": "gfd"}
@@ -101,6 +101,11 @@ class Evaluate(Section):
     seed: Annotated[Seed, Field(description="of noise, clusters and the masks of inpainting")] = 0
     clip: str | None = Field(
         None, description="Hub name or folder of a CLIP, which scores how well samples fit their captions"
+    )
+    every: Count = Field(0, description="images: keep and measure snapshots of the denoiser during training")
+    every_samples: PositiveCount = Field(500, description="samples at each of these snapshots")
+    quality: dict[Metric, float] = Field(
+        {}, description="levels by metric, `{gfd: 200}`: how many images training takes to reach them"
     )
     sampling_steps: list[Annotated[int, Field(ge=1)]] = Field(
         [], description="numbers of sampling steps at which gfd and samples per second are measured; none by default"

@@ -41,6 +41,7 @@ class Section:
 def write_comparison(
     folder: Path, title: str, about: str, shown: list[RunSummary], columns: Mapping[str, Sequence[str]],
     published: Published | None, *, facts: str = "", baseline: str | None = None,
+    groups: Mapping[str, Any] | None = None,
 ) -> Path:  # fmt: skip
     """Write `table.md`, `comparison.html`, `comparison.json`, figures and images into a folder.
 
@@ -53,6 +54,7 @@ def write_comparison(
         published: what a paper printed, to compare orders with.
         facts: heading of the table of facts if that comes first; otherwise it says, further down, what each took.
         baseline: the run against whose end the others' convergence is measured.
+        groups: families and repeats of the runs, kept in `comparison.json`.
 
     Raises:
         LatelierError: if there is no run, or two of the same name.
@@ -83,6 +85,7 @@ def write_comparison(
     content = {
         "title": title,
         "about": about,
+        **(groups or {}),
         "columns": {name: better(name) for name in every},
         "runs": [{"name": run.name, "metrics": run.metrics, "facts": run.facts} for run in shown],
         "published": dataclasses.asdict(published) if published else None,

@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from latelier.errors import LatelierError
-from latelier.evaluation.metrics import METRICS, better, heading, unit
-from latelier.evaluation.results import LEFT_OUT
+from latelier.evaluation.metrics import FOLLOWED, METRICS, better, heading, unit
+from latelier.evaluation.results import AT_MOST, LEFT_OUT, NOT_REACHED
 from latelier.publish import write_whole
 from latelier.report.figures import CHANNELS, ERRORS, MAP
 from latelier.report.page import Chart, at_a_glance, bar_chart, digits, line_chart, number, render, short
@@ -60,6 +60,7 @@ def write_report(folder: Path) -> Path:
         "Noise on latents": _noise(measures),
         "Channels": _prefixes(measures) + _channels(measures),
         "Latent space": _latent_space(folder, measures, of),
+        "Convergence": _convergence(measures),
         "Metrics": _metrics(metrics),
         "Training": [_training(stage, rows) for stage, rows in log.items()],
         "Previews": _previews(folder / "previews"),
@@ -217,6 +218,21 @@ def _latent_space(folder: Path, measures: Measures, of: str) -> Row:
     return found if any(found.values()) else {}
 
 
+def _convergence(measures: Measures) -> Charts:
+    """What was measured while the denoiser was trained, and how many images a quality took."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for name, height in measures.begin(FOLLOWED).items():
+        curves.setdefault(name.partition("@")[0], []).append((measures.number(name, "images_trained"), height))
+    charts = [line_chart(heading(name).removeprefix(FOLLOWED), sorted(ps), False) for name, ps in curves.items()]
+    words = "The averaged weights, while the denoiser was trained. "
+    for name in (name for name in measures.receipts if name.startswith("images-to-")):
+        level = " ".join(name.removeprefix("images-to-").rsplit("-", 1))
+        bound = f"{AT_MOST} " if measures.about(name, AT_MOST) else ""
+        missed = measures.about(name, NOT_REACHED)
+        words += f"{missed}. " if missed else f"{level} was reached after {bound}{measures[name]:,.0f} images. "
+    return _group(words.strip(), charts)
+
+
 def _group(words: str, charts: Iterable[Chart | None]) -> Charts:
     """Charts below a sentence; nothing where there is none."""
     drawn = [chart for chart in charts if chart is not None]
@@ -237,7 +253,7 @@ def _row(name: str, entry: Row) -> Row:
         "name": name, "value": digits(entry.get("value")), "summary": summary or "receipt", "receipt": receipt,
         "about": "; ".join(filter(None, [f"{side} is better" if side else "", unit(name)])),
         "interval": " to ".join(map(digits, interval or ())),
-        "warning": str(receipt.get(LEFT_OUT) or receipt.get("warning", "")),
+        "warning": str(receipt.get(LEFT_OUT) or receipt.get(NOT_REACHED) or receipt.get("warning", "")),
     }  # fmt: skip
 
 

@@ -10,12 +10,13 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, combinations
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from latelier.evaluation.curves import Curve, Reached, reach
 from latelier.evaluation.metrics import better, heading, plain
-from latelier.evaluation.results import LEFT_OUT
+from latelier.evaluation.results import AT_MOST, LEFT_OUT, NOT_REACHED
 from latelier.report.page import MISSING, column_texts, in_words, number, short
 
 Verdict = Literal["reproduced", "reversed", "undecided"]
@@ -36,7 +37,6 @@ SAMPLING_RECEIPT = {
     "guidance": "guidance", "seed": "seed", "batch": "batch", "threads": "threads", "drawn_on": "drawn on",
     "device": "device",
 }  # fmt: skip
-Curve = list[tuple[int, float]]  # (images seen, value), ascending
 Curves = Mapping[str, Mapping[int, Curve]]  # by metric and the run's position
 Parts = list["str | Table"]  # paragraphs and tables
 
@@ -203,10 +203,17 @@ def measured(shown: Sequence[RunSummary], columns: Sequence[str]) -> Table:
     for j, name in enumerate(columns, start=1):
         values = [value(run, name) for run in shown]
         halves = [(ends[1] - ends[0]) / 2 if (ends := interval(run, name)) else None for run in shown]
-        for row, text, half in zip(table.rows, column_texts(values), column_texts(halves, like=values)):
+        texts = [_said(run, name, text) for run, text in zip(shown, column_texts(values))]
+        for row, text, half in zip(table.rows, texts, column_texts(halves, like=values)):
             row.append(text if half == MISSING or text == MISSING else f"{text} ± {half}")
         table.bold |= {(i, j) for i in best(values, name)}
     return table
+
+
+def _said(run: RunSummary, name: str, text: str) -> str:
+    """A value in words; what was not reached is no number, and what may have been reached sooner only a bound."""
+    receipt = run.metrics.get(name, {}).get("receipt") or {}
+    return NOT_REACHED if NOT_REACHED in receipt else f"{AT_MOST} {text}" if receipt.get(AT_MOST) else text
 
 
 def how_to_read(shown: Sequence[RunSummary], columns: Sequence[str]) -> str:
@@ -315,14 +322,6 @@ def _how_decided(orders: Sequence[Ordering]) -> str:
     return words.strip()
 
 
-@dataclass
-class Reached:
-    """When a curve is where another one ends, in images seen."""
-
-    images: float
-    at_most: bool = False  # the first snapshot was there already, so that it may have been sooner
-
-
 def convergence(shown: Sequence[RunSummary], curves: Curves, baseline: str | None) -> Parts:
     """With a baseline, who is sooner where it ends; and how to read the curves, as `comparable` gives them."""
     about = "A loss is that of the denoiser on its own tokenizer's latents, all channels, with the same noise and times"
@@ -361,18 +360,6 @@ def comparable(shown: Sequence[RunSummary], curves: Curves, baseline: str | None
     return {**curves, LOSS: {i: curve for i, curve in curves[LOSS].items() if _kind(shown[i]) == _kind(reference)}}
 
 
-def reach(curve: Curve, level: float) -> Reached | None:
-    """When the lowest value so far falls to a level, linear between snapshots; a curve may rise again by chance."""
-    images, lowest = [x for x, _ in curve], list(accumulate((y for _, y in curve), min))
-    for i, y in enumerate(lowest):
-        if y <= level and i == 0:
-            return Reached(float(images[0]), at_most=True)
-        if y <= level:
-            share = (lowest[i - 1] - level) / (lowest[i - 1] - y)
-            return Reached(images[i - 1] + share * (images[i] - images[i - 1]))
-    return None
-
-
 def speed_table(shown: Sequence[RunSummary], curves: Curves, baseline: int) -> Table:
     """The last values, the images seen at that of the run `baseline`, and how many times fewer (DC-AE 1.5) they are."""
     table = Table(["Run"], [[run.name] for run in shown])
@@ -382,7 +369,7 @@ def speed_table(shown: Sequence[RunSummary], curves: Curves, baseline: int) -> T
         what, level = name.removeprefix(CONVERGENCE), runs[baseline][-1][1]
         end = f"{heading(name).removeprefix(CONVERGENCE)} at the end"
         table.head += [end, f"images to the baseline's {what}", "sooner"]
-        reached = {i: reach(curve, level) for i, curve in runs.items()}
+        reached = {i: reach(curve, level, better(name) == "higher") for i, curve in runs.items()}
         reference = reached[baseline]
         assert reference is not None  # a curve reaches its own end
         last = column_texts([runs[i][-1][1] if i in runs else None for i in range(len(shown))])

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import copy
 import difflib
+import hashlib
 import json
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +22,23 @@ from pydantic import Field, ValidationError, model_validator
 from latelier import run
 from latelier.errors import LatelierError
 from latelier.preflight import Trial, try_denoiser, try_tokenizer
+from latelier.publish import write_whole
 from latelier.recipe import Recipe, apply_overrides, as_numbers, build_recipe, read_yaml
 from latelier.report.comparison import write_comparison
 from latelier.report.figures import MAP
 from latelier.report.run import read_log
 from latelier.report.tables import Published, RunSummary, read_metrics
 from latelier.sections import Name, PositiveCount, Section, TrainedTokenizer, Training, first_problem
+from latelier.study.results import STUDY, keep_result, read_result
 from latelier.terminal import console
+from latelier.training.run_folder import digest
 
 _FOLDERS = (Path(__file__).parents[1] / "studies", Path(__file__).parents[3] / "studies")
 PLAN = "plan.json"  # the settings of a run, what was planned from them, and whether it is done
 UNITS = ("images", "minutes", "flops")  # of a budget
 COUNTS = ("images", "warmup")  # of a stage, which a budget scales
-OWN = ("name", "folder", "budget", "columns", "baseline")  # overrides of these are the study's, not its runs'
+# Overrides of these are the study's own.
+OWN = ("name", "folder", "results", "budget", "columns", "baseline", "families", "repeats")
 
 
 class Spending(Section):
@@ -88,19 +94,31 @@ class Study(Section):
     variants: dict[str, Variant] = Field({}, description="by name: the same on other data or at another scale")
     baseline: str | None = Field(None, description="the run whose end the others' convergence is measured against")
     published: Published | None = Field(None, description="what a paper printed, to be compared by order")
+    families: dict[str, list[str]] = Field({}, description="runs that are alike, by a name: analysed within, too")
+    repeats: dict[str, str] = Field({}, description="by the name of a run, the run that is its repeat: another seed")
     folder: str = Field("runs", description="in which a folder of the study's name is made")
+    results: str | None = Field(
+        None, description="folder, beside the study's file, that keeps the numbers of finished runs for other machines"
+    )
 
     @model_validator(mode="after")
     def _check_baseline(self) -> Study:
         if self.baseline is not None and self.baseline not in self.runs:
             known = ", ".join(self.runs)
             raise LatelierError(f"baseline = {self.baseline!r} is no run of study {self.name}; it has {known}.")
+        named = [*(run for family in self.families.values() for run in family), *chain(*self.repeats.items())]
+        if unknown := [run for run in named if run not in self.runs]:
+            raise LatelierError(f"families or repeats of study {self.name} name {unknown[0]!r}, which is no run of it.")
         return self
 
     @property
     def root(self) -> Path:
         """The study's own folder, with one run folder for each run."""
         return Path(self.folder) / self.name
+
+    def result(self, run: str) -> Path | None:
+        """Where the numbers of a finished run are kept, if the study keeps them."""
+        return Path(self.results) / file_name(run) if self.results else None
 
 
 def load_study(path: str | Path, variant: str | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Study:
@@ -111,6 +129,8 @@ def load_study(path: str | Path, variant: str | None = None, overrides: list[str
     """
     path = find_study(path)
     study = _validate(read_yaml(path), path)
+    if study.results:
+        study = study.model_copy(update={"results": str(path.parent / study.results)})
     if variant is not None:
         study = _vary(study, variant)
     own = [override for override in overrides if override.partition("=")[0].split(".")[0] in OWN]
@@ -166,7 +186,7 @@ def run_study(study: Study, only: list[str] | None = None) -> Path:
     for number, name in enumerate(chosen, 1):
         console.rule(f"{study.name}: {name} ({number} of {len(chosen)})")
         try:
-            _do(study, recipes[name])
+            _do(study, name, recipes[name])
         except LatelierError as error:
             failed[name] = str(error)
             console.print(f"[bold red]{name} failed:[/] {error}", highlight=False)
@@ -178,25 +198,52 @@ def run_study(study: Study, only: list[str] | None = None) -> Path:
     return page
 
 
-def _do(study: Study, recipe: Recipe) -> None:
+def _do(study: Study, name: str, recipe: Recipe) -> None:
     """One run, unless its result is there and was made by the same recipe."""
     file = recipe.folder / PLAN
     settings = {"recipe": recipe.model_dump(mode="json"), "budget": study.budget.model_dump(mode="json")}
+    if (kept := study.result(name)) and _is_done(kept, settings, file.is_file()):
+        return
     if not file.is_file():
         spent, facts = spend(recipe, study.budget)
         _write(file, {"settings": settings, "recipe": spent.model_dump(mode="json"), "facts": facts, "done": False})
     plan = json.loads(file.read_text())  # the main process's, should another have measured other times
-    if _training_part(plan["settings"]) != _training_part(settings):
+    if _digests(plan["settings"])[0] != _digests(settings)[0]:
         advice = "delete it, or give the study another name"
         raise LatelierError(f"{recipe.folder} was made by another recipe or budget; {advice}.")
-    if plan["done"] and plan["settings"] == settings:
+    if plan["done"] and _digests(plan["settings"]) == _digests(settings):
         console.print(f"{recipe.folder} is done.")
+        _keep(study, name, plan)
         return
     planned = {**plan["recipe"], **{key: settings["recipe"][key] for key in ("sample", "evaluate")}}
     plan |= {"settings": settings, "recipe": planned}
     _write(file, {**plan, "done": False})
     run.complete(build_recipe({**planned, "runs": str(recipe.folder.parent)}))
     _write(file, {**plan, "done": True})
+    _keep(study, name, plan)
+
+
+def _is_done(kept: Path, settings: dict[str, Any], begun: bool) -> bool:
+    """Whether a run's result makes doing it superfluous; one of another training is refused."""
+    if (result := read_result(kept)) is None:
+        return False
+    before, now = _digests(result[1]), _digests(settings)
+    if before[0] != now[0]:
+        advice = "delete it, or give the study other `results`"
+        raise LatelierError(f"{kept} was made by another recipe or budget; {advice}.")
+    again = "evaluated" if begun else "trained, since its weights are not here,"
+    words = f"but with other `sample` or `evaluate`, so the run is {again} anew"
+    console.print(f"The result is in {kept}, {'so the run is done' if before == now else words}.")
+    return before == now
+
+
+def _keep(study: Study, name: str, plan: dict[str, Any]) -> None:
+    """Put a finished run's numbers into the study's `results`, if it has some."""
+    if (folder := study.result(name)) and PartialState().is_main_process:
+        run = study.root / file_name(name)
+        content = {"run": name, "settings": plan["settings"], "facts": _facts(run, plan["facts"])}
+        keep_result(folder, run, content, digest(build_recipe(plan["recipe"])), _digests(plan["settings"])[1])
+    PartialState().wait_for_everyone()
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
@@ -207,11 +254,12 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     PartialState().wait_for_everyone()
 
 
-def _training_part(settings: dict[str, Any]) -> dict[str, Any]:
-    """What training depends on; images and metrics can be made anew."""
-    whole = build_recipe(settings["recipe"]).model_dump(mode="json")  # keys younger than the plan have their defaults
-    recipe = {k: v for k, v in whole.items() if k not in ("sample", "evaluate", "runs")}
-    return {"recipe": recipe, "budget": settings["budget"]}
+def _digests(settings: dict[str, Any]) -> tuple[str, str]:
+    """What tells trainings apart, and what tells numbers apart: images and metrics can be made anew."""
+    recipe = build_recipe(settings["recipe"])  # keys younger than the settings have their defaults
+    training = f"{digest(recipe)} {json.dumps(settings['budget'], sort_keys=True)}"
+    measured = recipe.model_dump_json(include={"sample", "evaluate"})
+    return training, hashlib.sha256(f"{training} {measured}".encode()).hexdigest()[:12]
 
 
 def show(study: Study) -> Path:
@@ -223,13 +271,21 @@ def show(study: Study) -> Path:
             files = {"reconstructions": "reconstructions.png", "samples": "samples/grid.png", "latent-map": MAP}
             images = {kind: folder / file for kind, file in files.items()}
             shown.append(RunSummary(name, read_metrics(folder), _facts(folder, plan["facts"]), images))
+        elif (kept := study.result(name)) and (result := read_result(kept)):  # its images are on another machine
+            shown.append(result[0])
     if not shown:
         raise LatelierError(f"No run of study {study.name} has a result yet.")
     known = dict.fromkeys(name for run in shown for name in run.metrics)
     columns = {title: _found(wanted, known) for title, wanted in study.columns.items()}
+    groups = {"families": study.families, "repeats": study.repeats}
+    if study.results:
+        names = [run.name for run in shown]
+        write_whole(Path(study.results) / STUDY, json.dumps({"title": study.title, "runs": names, **groups}, indent=1))
     budget = ", ".join(f"{stage} {amount}" for stage, amount in study.budget if amount is not None)
     about = f"{study.about.strip()} Budget of each run: {budget or 'as its recipe says'}."
-    return write_comparison(study.root, study.title, about, shown, columns, study.published, baseline=study.baseline)
+    return write_comparison(
+        study.root, study.title, about, shown, columns, study.published, baseline=study.baseline, groups=groups
+    )
 
 
 def _found(wanted: list[str], known: Iterable[str]) -> list[str]:
@@ -244,16 +300,18 @@ def _found(wanted: list[str], known: Iterable[str]) -> list[str]:
 
 def _facts(folder: Path, planned: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What a run has cost."""
-    seconds = {stage: sum(row["seconds"] for row in rows) for stage, rows in read_log(folder / "log.jsonl").items()}
-    denoiser = seconds.pop("denoiser", None)
+    log = read_log(folder / "log.jsonl")
     facts: dict[str, Any] = {}
-    for stage, took in (("tokenizer", sum(seconds.values())), ("denoiser", denoiser)):
+    for stage in ("tokenizer", "denoiser"):
+        rows = [rows for name, rows in log.items() if (name == "denoiser") == (stage == "denoiser")]  # of each phase
+        took = sum(row["seconds"] for phase in rows for row in phase)
         if stage in planned:
-            facts[f"{stage}: images"] = planned[stage]["images"]
+            images = sum(phase[-1]["images"] for phase in rows) or planned[stage]["images"]  # it may have ended early
+            facts[f"{stage}: images"] = images
             facts[f"{stage}: training GFLOP an image"] = float(f"{planned[stage]['flops_per_image'] / 1e9:.3g}")
-            facts[f"{stage}: training minutes"] = round((took or 0.0) / 60, 2)
+            facts[f"{stage}: training minutes"] = round(took / 60, 2)
             if took:
-                facts[f"{stage}: training images/s"] = round(planned[stage]["images"] / took, 2)
+                facts[f"{stage}: training images/s"] = round(images / took, 2)
     return facts
 
 
@@ -271,7 +329,8 @@ def _vary(study: Study, name: str) -> Study:
     runs = {run: merge(tree, variant.runs.get(run, {})) for run, tree in study.runs.items()} | variant.more
     changes = {"name": f"{study.name}-{name}", "base": merge(study.base, variant.base), "runs": runs}
     about, budget = variant.about or study.about, variant.budget or study.budget
-    return study.model_copy(update={**changes, "about": about, "budget": budget})
+    results = study.results and f"{study.results}-{name}"
+    return study.model_copy(update={**changes, "about": about, "budget": budget, "results": results})
 
 
 def merge(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -120,23 +122,27 @@ def images_trained(folder: Path, stage: str) -> int:
     return (publish.manifest(found[-1]) or {})["images"] if found else 0
 
 
-def is_exported(folder: Path, images: int) -> bool:
-    """Whether a folder holds a finished export made after at least `images` images."""
-    return (publish.manifest(folder) or {}).get("images", -1) >= images
+def is_exported(folder: Path, images: int, psnr: float | None = None) -> bool:
+    """Whether a folder holds a finished export made after at least `images` images, or one that ended sooner because
+    it reached at least `psnr` dB.
+    """
+    facts = publish.manifest(folder) or {}
+    return facts.get("images", -1) >= images or (psnr is not None and (facts.get("psnr") or 0.0) >= psnr)
 
 
-def whole_export(run: Path, stage: str, folder: Path, images: int) -> bool:
-    """Whether a stage's export is there and as it was written; a damaged one is made again from the last checkpoint.
+def whole_export(run: Path, stage: str, folder: Path, images: int, psnr: float | None = None) -> bool:
+    """Whether a stage's export is there, see `is_exported`, and as it was written; a damaged one is made again from the
+    last checkpoint.
 
     Raises:
         LatelierError: if it is damaged and there is no such checkpoint.
     """
-    if not is_exported(folder, images):
+    if not is_exported(folder, images, psnr):
         return False
     wrong = publish.damage(folder)
     if wrong is None:
         return True
-    if images_trained(run, stage) < images:
+    if images_trained(run, stage) < min(images, (publish.manifest(folder) or {})["images"]):
         raise LatelierError(f"{folder} is damaged (it {wrong}); put back a copy, or delete it to train it again.")
     console.print(f"{folder} is damaged (it {wrong}); it is written again from the last checkpoint.")
     return False
@@ -177,6 +183,25 @@ def export_ema(objective: nn.Module, ema: EMAModel | None) -> None:
     """Put the averaged weights into the model, for good."""
     if ema is not None:
         ema.copy_to(trained(objective))
+
+
+@contextmanager
+def averaged(objective: nn.Module, ema: EMAModel | None, model: nn.Module | None = None) -> Iterator[None]:
+    """Evaluation with the averaged weights in place of the last ones, if there are any; training goes on unchanged.
+
+    `model` is the part of the objective that is evaluated, by default all of it.
+    """
+    parameters, model = trained(objective), model or objective
+    if ema is not None:
+        ema.store(parameters)
+        ema.copy_to(parameters)
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
+        if ema is not None:
+            ema.restore(parameters)
 
 
 def make_ema(objective: nn.Module, decay: float) -> EMAModel | None:

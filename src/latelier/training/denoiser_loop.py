@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,8 @@ from latelier.denoisers.objective import DenoiserSection, DenoisingObjective
 from latelier.diffusion.autoguidance import SNAPSHOTS, open_guide
 from latelier.diffusion.process import Flow, build_process
 from latelier.errors import LatelierError
+from latelier.evaluation.generation import measure_snapshot
+from latelier.evaluation.results import write_measurements
 from latelier.images import make_grid, save_png
 from latelier.opening import held_out_records, open_codec, open_images, snapshot_folder
 from latelier.pipeline import LatentDiffusionPipeline, shown_lengths
@@ -31,7 +32,8 @@ from latelier.publish import manifest, publish
 from latelier.recipe import Recipe
 from latelier.tokenizers.codec import Codec
 from latelier.training import checkpoint
-from latelier.training.runtime import Stage, compile_model, make_accelerator, to_device
+from latelier.training.run_folder import digest
+from latelier.training.runtime import Stage, compile_model, keep_random, make_accelerator, to_device
 from latelier.training.step import adamw, average_batch_norms, step
 
 PREVIEW_SAMPLES, PREVIEW_COLUMNS = 16, 8
@@ -62,9 +64,11 @@ def train_denoiser(recipe: Recipe, accelerator: Accelerator | None = None) -> Pa
     if accelerator.is_main_process:
         drop_snapshots(recipe.folder, stage.images)
     stream = latent_stream(recipe, codec, dataset, stage, accelerator.unwrap_model(objective))
-    snapshots = training.snapshots_at()
+    snapshots = training.snapshots_at(recipe.evaluate.every)
+    if accelerator.is_main_process:  # stopped between a snapshot and its measurement
+        measure_snapshots(recipe, codec, stage, accelerator.unwrap_model(objective))
     with stage.running():
-        while stage.images < training.images:
+        while not stage.ended:
             stage.set_learning_rate(optimizer)
             for batch, last in stage.micro_batches(stream):
                 with stage.accumulate(objective, last):
@@ -82,6 +86,7 @@ def train_denoiser(recipe: Recipe, accelerator: Accelerator | None = None) -> Pa
                     save_preview(recipe, codec, stage, accelerator.unwrap_model(objective), ema)
                 if stage.images in snapshots and accelerator.is_main_process:
                     save_snapshot(recipe.folder, stage.images, accelerator.unwrap_model(objective), ema)
+                    measure_snapshots(recipe, codec, stage, accelerator.unwrap_model(objective))
                 if stage.due(training.checkpoint_every) or stop:
                     stage.settle()
                     checkpoint.save(
@@ -170,7 +175,9 @@ def _check_guide(recipe: Recipe, codec: Codec, objective: DenoisingObjective) ->
         return
     if not guide.startswith(f"{SNAPSHOTS}/"):
         open_guide(guide, make_pipeline(recipe, codec, objective), check_latents=codec.mean is not None)
-    elif guide.removeprefix(f"{SNAPSHOTS}/") not in (known := list(map(str, section.snapshots_at()))):
+    elif guide.removeprefix(f"{SNAPSHOTS}/") not in (
+        known := list(map(str, section.snapshots_at(recipe.evaluate.every)))
+    ):
         raise LatelierError(
             f"sample.guide = {guide}, but denoiser.snapshots = {section.snapshots} keeps weights at "
             f"{', '.join(known) or 'no number of'} images; choose one of these, or keep more."
@@ -282,7 +289,7 @@ def save_preview(
     changes: dict[str, Any] = {"steps": min(PREVIEW_STEPS, recipe.sample.steps), "count": count, "batch": count}
     changes |= {"guidance": 1.0} if recipe.sample.guide else {}
     images = []
-    with averaged(objective, ema):
+    with checkpoint.averaged(objective, ema):
         pipeline = make_pipeline(recipe, codec, objective)
         records = held_out_records(recipe, pipeline)(0, count)
         for length in lengths:
@@ -295,28 +302,26 @@ def save_preview(
     save_png(grid, stage.folder / "previews" / f"{stage.name}-{stage.images:012d}.png")
 
 
-@contextmanager
-def averaged(objective: DenoisingObjective, ema: EMAModel | None) -> Iterator[None]:
-    """Evaluation with the averaged weights in place of the last ones, if there are any; training goes on unchanged."""
-    parameters = checkpoint.trained(objective)
-    if ema is not None:
-        ema.store(parameters)
-        ema.copy_to(parameters)
-    objective.eval()
-    try:
-        yield
-    finally:
-        objective.train()
-        if ema is not None:
-            ema.restore(parameters)
-
-
 def save_snapshot(folder: Path, images: int, objective: DenoisingObjective, ema: EMAModel | None) -> None:
     """Publish the averaged weights as `denoiser/snapshots/<images>`, a trained conditioner in it as `conditioner`."""
-    with publish(snapshot_folder(folder, images), images=images) as temporary, averaged(objective, ema):
+    with publish(snapshot_folder(folder, images), images=images) as temporary, checkpoint.averaged(objective, ema):
         objective.denoiser.save_pretrained(temporary)
         if objective.conditioner is not None and checkpoint.trained(objective.conditioner):
             objective.conditioner.save_pretrained(temporary / "conditioner")
+
+
+def measure_snapshots(recipe: Recipe, codec: Codec, stage: Stage, objective: DenoisingObjective) -> None:
+    """Measure the snapshots so far for `evaluate.every`, as far as metrics.json lacks them; training is not touched."""
+    if not recipe.evaluate.every:
+        return
+    with keep_random(stage.accelerator.device), checkpoint.averaged(objective, None):
+        pipeline = make_pipeline(recipe, codec, objective)
+        for images in denoiser_section(recipe).snapshots_at(recipe.evaluate.every):
+            if images <= stage.images and snapshot_folder(recipe.folder, images).is_dir():
+                found = measure_snapshot(recipe, pipeline, images)
+                for one in found:
+                    one.receipt["recipe"] = digest(recipe)
+                write_measurements(recipe.folder / "metrics.json", found, "convergence")
 
 
 def drop_snapshots(folder: Path, images: int) -> None:

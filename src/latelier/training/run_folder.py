@@ -32,9 +32,10 @@ LOCK, RECIPE = ".lock", "recipe.yaml"
 # What may change between two commands on a run folder: nothing here reaches the weights, but how long they are trained.
 MAY_CHANGE = re.compile(
     r"name|runs|sample\..*|evaluate\..*|data\.(workers|in_memory|max_skipped)"
-    r"|(tokenizer(\.phases\.\d+)?|denoiser)\.(images|log_every|preview_every|checkpoint_every|keep_checkpoints"
-    r"|micro_batch|compile)|denoiser\.snapshots"
+    r"|(tokenizer(\.phases\.\d+)?|denoiser)\.(images|until_psnr|psnr_every|log_every|preview_every|checkpoint_every"
+    r"|keep_checkpoints|micro_batch|compile)|denoiser\.snapshots"
 )
+LENGTHS = ("images", "until_psnr", "psnr_every")  # keys that say how long
 _held: dict[Path, tuple[IO[str], int]] = {}  # folders that this process has locked, and how often
 
 
@@ -131,7 +132,7 @@ def changed(recipe: Recipe) -> list[tuple[str, str]]:
 def digest(recipe: Recipe) -> str:
     """12 hex digits that change with everything that the weights depend on."""
     tree = _flat(json.loads(recipe.model_dump_json()))
-    kept = {k: v for k, v in tree.items() if k.endswith(".images") or not MAY_CHANGE.fullmatch(k)}
+    kept = {k: v for k, v in tree.items() if k.rpartition(".")[2] in LENGTHS or not MAY_CHANGE.fullmatch(k)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -164,8 +165,8 @@ def _finished(recipe: Recipe, stage: str) -> bool:
     if stage == "denoiser":
         return recipe.denoiser is not None and is_exported(recipe.folder / "pipeline", recipe.denoiser.images)
     section = recipe.tokenizer
-    last = section.phase(len(section.phases))[1].images if isinstance(section, TrainedTokenizer) else 0
-    return is_exported(recipe.folder / "tokenizer", last)
+    last = section.ends_at(len(section.phases)) if isinstance(section, TrainedTokenizer) else (0, None)
+    return is_exported(recipe.folder / "tokenizer", *last)
 
 
 def _write(recipe: Recipe, changes: list[str]) -> None:

@@ -67,6 +67,8 @@ class Stage:
         self.name, self.recipe, self.training, self.accelerator = name, recipe, training, accelerator
         self.folder = recipe.folder
         self.images = 0
+        self.measured: dict[str, float] = {}  # of the weights after this step, for the log
+        self.reached = False  # whether that ends training sooner than its images
         self.stopping: str | None = None
         self.micro = training.micro_batch or -(-training.batch // accelerator.num_processes)
         self.accumulation, rest = divmod(training.batch, self.micro * accelerator.num_processes)
@@ -80,7 +82,7 @@ class Stage:
         self._sums: dict[str, tuple[Tensor | float, float]] = {}
         self._steps = 0
         self._clock = time.monotonic()
-        self._seconds, self._loss = 0.0, ""
+        self._seconds, self._loss, self._seen = 0.0, "", ""
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
@@ -146,14 +148,17 @@ class Stage:
             self._refuse(error)
 
     def advance(self) -> None:
-        """One optimiser step is done: count it, move the bar, write the log when due."""
+        """One optimiser step is done: count it, move the bar, write the log when due, or if something was measured."""
         self.images += self.training.batch
         self._steps += 1
         self._bar.update(self._task, completed=self.images)
-        if self.due(self.training.log_every):
+        for name, value in self.measured.items():
+            self._sums[name] = (value, 1.0)
+            self._seen = f"  {name} {value:.2f}"
+        if self.measured or self.due(self.training.log_every):
             self._log()
         if self._lines is not None:
-            self._lines.update(self.training.batch, self._loss)
+            self._lines.update(self.training.batch, self._loss + self._seen)
 
     def _count(self, name: str, value: Tensor, weight: float) -> None:
         """Add to a logged mean."""
@@ -162,9 +167,12 @@ class Stage:
 
     def due(self, every: int) -> bool:
         """Whether a multiple of `every` images was passed by the last step, or training ended."""
-        return (
-            self.images >= self.training.images or self.images // every > (self.images - self.training.batch) // every
-        )
+        return self.ended or passes(self.images, self.training.batch, every)
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is left to train."""
+        return self.reached or self.images >= self.training.images
 
     # -- begin and end ------------------------------------------------------------------------------------------------
 
@@ -237,7 +245,7 @@ class Stage:
                 if isinstance(value, float):
                     self._board.add_scalar(key, value, self.images)
         self._loss = f"loss {row['loss']:.4f}"
-        self._bar.update(self._task, status=f"{self.images:,} images  {self._loss}  {speed:,.0f} img/s")
+        self._bar.update(self._task, status=f"{self.images:,} images  {self._loss}{self._seen}  {speed:,.0f} img/s")
 
     def _refuse(self, error: NotFinite) -> NoReturn:
         batch, images = error.step
@@ -252,6 +260,18 @@ class Stage:
         if self.stopping is not None:  # a second signal does not wait for the step
             stop_now(number, frame)
         self.stopping = signal.Signals(number).name
+
+
+@contextmanager
+def keep_random(device: torch.device) -> Iterator[None]:
+    """What is done meanwhile draws from the global generators without moving them for what is trained."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
+def passes(images: int, batch: int, every: int) -> bool:
+    """Whether the step that ends at `images` passes a multiple of `every`."""
+    return images // every > (images - batch) // every
 
 
 def to_device(batch: dict, device: torch.device) -> dict:

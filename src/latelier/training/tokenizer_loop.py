@@ -31,6 +31,7 @@ from latelier.tokenizers import (
 from latelier.tokenizers.codec import Codec, check_size
 from latelier.tokenizers.pretrained import PretrainedSection
 from latelier.training import checkpoint
+from latelier.training.psnr_goal import PsnrGoal
 from latelier.training.runtime import Stage, compile_model, make_accelerator
 from latelier.training.step import adamw, average_batch_norms, step
 
@@ -57,7 +58,8 @@ def train_phase(recipe: Recipe, number: int, before: int, accelerator: Accelerat
     """
     name, training = recipe.tokenizer.phase(number)  # type: ignore[union-attr]
     folder = phase_folder(recipe, number)
-    if checkpoint.whole_export(recipe.folder, name, folder, training.images):
+    images, until = recipe.tokenizer.ends_at(number)  # type: ignore[union-attr]
+    if checkpoint.whole_export(recipe.folder, name, folder, images, until):
         return
     _refuse_later_phases(recipe, number)
     dataset = open_images(recipe, size=training.image_size)
@@ -81,13 +83,18 @@ def train_phase(recipe: Recipe, number: int, before: int, accelerator: Accelerat
     if discriminator is not None:
         d_optimizer = adamw(discriminator, game.lr or training.lr, game.betas)
         discriminator, d_optimizer = accelerator.prepare(discriminator, d_optimizer)
+    held_out = open_images(recipe, "val", training.image_size) if until else None
+    every, precision = training.psnr_every, training.precision
+    goal = PsnrGoal(accelerator, until, held_out, images, training.batch, every, precision, training.norm)
     stage.images = checkpoint.resume(recipe.folder, stage.name, accelerator, ema, objective)
+    goal.check(stage.images, objective, ema)  # stopped between the look and the end
+    stage.reached = goal.reached
 
     stream = dataset.stream(
         training.batch, before + stage.images, accelerator.process_index, accelerator.num_processes, stage.accumulation
     )
     with stage.running():
-        while stage.images < training.images:
+        while not stage.ended:
             adversarial = discriminator is not None and stage.images >= game.start
             discriminate = discriminator is not None and stage.images >= game.start - game.ahead
             stage.set_learning_rate(optimizer)
@@ -120,6 +127,9 @@ def train_phase(recipe: Recipe, number: int, before: int, accelerator: Accelerat
                 average_batch_norms(discriminator, accelerator)
             if ema is not None:
                 ema.step(checkpoint.trained(objective))
+            with stage.paused():
+                stage.measured = goal.check(stage.images + training.batch, objective, ema)
+                stage.reached = goal.reached
             stage.advance()
 
             stop = stage.should_stop()
@@ -134,6 +144,7 @@ def train_phase(recipe: Recipe, number: int, before: int, accelerator: Accelerat
             if stop:
                 stage.exit_resumable()
 
+    goal.tell(name, stage.images)
     checkpoint.export_ema(objective, ema)
     checkpoint.refuse_non_finite(objective, f"The trained {name}", recipe.folder, name)
     tokenizer = accelerator.unwrap_model(objective).tokenizer.eval()
@@ -141,7 +152,7 @@ def train_phase(recipe: Recipe, number: int, before: int, accelerator: Accelerat
     if number == len(recipe.tokenizer.phases):  # type: ignore[union-attr]
         tokenizer = fit(tokenizer, recipe.data.image_size)
         codec = Codec(tokenizer, precision=training.precision, norm=training.norm)
-        save_codec(codec, open_images(recipe), recipe, folder, accelerator, images=stage.images)
+        save_codec(codec, open_images(recipe), recipe, folder, accelerator, stage.images, goal.psnr)
     elif accelerator.is_main_process:
         with publish(folder, images=stage.images) as temporary:
             tokenizer.save_pretrained(temporary)
@@ -248,12 +259,15 @@ def import_tokenizer(recipe: Recipe, dataset: ImageDataset, folder: Path) -> Pat
 
 
 def save_codec(
-    codec: Codec, dataset: ImageDataset, recipe: Recipe, folder: Path, accelerator: Accelerator | None, images: int = 0
-) -> None:
-    """Publish the tokenizer with its latent statistics."""
+    codec: Codec, dataset: ImageDataset, recipe: Recipe, folder: Path, accelerator: Accelerator | None, images: int = 0,
+    psnr: float | None = None,
+) -> None:  # fmt: skip
+    """Publish the tokenizer with its latent statistics; the manifest says the images seen and, if it was looked at for
+    `until_psnr`, the PSNR.
+    """
     codec = with_statistics(codec, dataset, recipe.seed, accelerator)
     if accelerator is None or accelerator.is_main_process:
-        with publish(folder, images=images) as temporary:
+        with publish(folder, images=images, **({} if psnr is None else {"psnr": psnr})) as temporary:
             codec.save_pretrained(temporary)
         console.print(f"Tokenizer saved in {folder}.")
     if accelerator is not None:
