@@ -12,10 +12,12 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.autoencoders.vq_model import VQEncoderOutput
+from PIL import Image
 
 from latelier.analysis import frequency, interpolation, neighbours, structure, uniformity, velocity
 from latelier.analysis.difficulty import path_shape
 from latelier.analysis.sample import LatentSample, Scale, collect
+from latelier.report import figures
 from latelier.tokenizers import TokenizerInfo
 from latelier.tokenizers.codec import Codec
 from latelier.tokenizers.conv import IdentityTokenizer
@@ -203,6 +205,23 @@ def test_high_frequencies_of_white_noise(side, quarter, half):
     if side == 16:
         assert upsampled == pytest.approx(0.529611, abs=0.01)
     assert frequency.high_frequencies(sample(torch.ones(4, 2, side, side)))["high-frequency"].value < 1e-12
+
+
+def test_spectra_of_latents_that_are_images(tmp_path):
+    """Pixels as latents have the spectrum of the images; channels may differ in mean and scale."""
+    draws = torch.Generator().manual_seed(0)
+    coarse = torch.randn(40, 3, 4, 4, generator=draws).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    noisy = coarse + 0.1 * torch.randn(40, 3, 8, 8, generator=draws)
+    images = (noisy * torch.tensor([0.1, 0.2, 0.3])[:, None, None] + 0.1).clamp(-1, 1)
+    found = frequency.high_frequencies(collect(Codec(IdentityTokenizer()), [{"image": images}], 40))["high-frequency"]
+    ours, theirs = (torch.tensor(found.details[name]) for name in ("log_spectrum", "image_log_spectrum"))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+    assert ours[:, 0].tolist() == list(range(1, 15))
+    first, second, third = (2 * math.cos(math.pi * k / 16) ** 2 for k in range(3))  # of nearest upsampling, an axis
+    expected = 10 * math.log10(third / second) * 2 / 3 + 10 * math.log10(second / first) / 3
+    assert float(ours[1, 1]) == pytest.approx(expected, abs=0.6)
+    figures.draw_spectrum(tmp_path, found.details)
+    assert Image.open(tmp_path / figures.SPECTRUM).width == 1800  # twice the page
 
 
 def test_slerp_keeps_the_norm_and_meets_both_ends():
