@@ -221,7 +221,8 @@ def test_spectra_of_latents_that_are_images(tmp_path):
     expected = 10 * math.log10(third / second) * 2 / 3 + 10 * math.log10(second / first) / 3
     assert float(ours[1, 1]) == pytest.approx(expected, abs=0.6)
     figures.draw_spectrum(tmp_path, found.details)
-    assert Image.open(tmp_path / figures.SPECTRUM).width == 1800  # twice the page
+    with Image.open(tmp_path / figures.SPECTRUM) as image:
+        assert image.width == 1800  # twice the page
 
 
 def test_slerp_keeps_the_norm_and_meets_both_ends():

@@ -13,8 +13,8 @@ from studies.analysis.predictors import predict, prediction, target_of, unequal_
 
 from latelier.denoisers import build_denoiser
 from latelier.report.comparison import write_comparison
+from latelier.report.diffusability import EVIDENCE
 from latelier.report.tables import RunSummary
-from latelier.report.verdict import EVIDENCE
 from latelier.study.study import build_run, load_study
 from latelier.tokenizers import build_tokenizer
 from latelier.tokenizers.codec import Codec

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import string
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,7 +58,12 @@ def readable_text(sample: LatentSample, codec: Codec) -> dict[str, Result]:
     even the smallest glyphs fit.
     """
     codec, size = sample.scaled(codec), sample.image_size
-    about = {"reference": "rendered letters and digits", "data": "built in", "image_size": list(size), "reader": READER}
+    about: dict[str, Any] = {
+        "reference": "rendered letters and digits",
+        "data": "built in",
+        "image_size": list(size),
+        "reader": READER,
+    }
     about |= {"alphabet": ALPHABET, "chance": 1 / len(ALPHABET)}
     found, means = {}, list[tuple[int, float, float]]()
     for height in HEIGHTS:
@@ -86,7 +92,7 @@ def draw_sheet(height: int, size: tuple[int, int]) -> Sheet | None:
     if min(down, across) < LEAST_ACROSS:
         return None
     order = KeyedRandom(0, torch.arange(ROUNDS)).uniform(f"text {height}", len(ALPHABET)).argsort(1)  # (r, a)
-    pages, places = [], []
+    pages, places = list[Tensor](), list[list[int]]()
     for (paper, ink), glyphs in zip(INKS, order):
         for chosen in glyphs.split(down * across):
             page = torch.full(size, paper)
@@ -101,7 +107,7 @@ def draw_sheet(height: int, size: tuple[int, int]) -> Sheet | None:
 def render(height: int) -> Float[Tensor, "a k l"]:
     """Ink of every glyph, in the middle of a cell with a margin of a quarter of the height to the next one."""
     font = _font(height)
-    boxes = [font.getbbox(glyph) for glyph in ALPHABET]
+    boxes = [[int(edge) for edge in font.getbbox(glyph)] for glyph in ALPHABET]
     margin = -(-height // 8)
     width, top = max(box[2] - box[0] for box in boxes) + 2 * margin, min(box[1] for box in boxes)
     cells = []
@@ -112,7 +118,7 @@ def render(height: int) -> Float[Tensor, "a k l"]:
     return torch.stack(cells)
 
 
-def _font(height: int) -> ImageFont.FreeTypeFont:
+def _font(height: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """Pillow's own font, as large as makes an H this high."""
     fonts = (ImageFont.load_default(size) for size in range(height, 3 * height))
     return next(font for font in fonts if (box := font.getbbox("H"))[3] - box[1] >= height)

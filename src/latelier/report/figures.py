@@ -90,6 +90,7 @@ def draw_spectrum(folder: Path, about: Mapping[str, Any]) -> None:
     figure of Skorokhodov et al. 2025). Latents that lie above the images have more fine detail than pixels have.
     """
     from matplotlib import rc_context
+    from matplotlib.ticker import MaxNLocator
 
     lines = {"latents": ("log_spectrum", COLOURS[0], "o"), "images": ("image_log_spectrum", COLOURS[1], "s")}
     with rc_context(STYLE):
@@ -98,7 +99,7 @@ def draw_spectrum(folder: Path, about: Mapping[str, Any]) -> None:
             if points := about.get(name):
                 axes.plot(*zip(*points), color=colour, marker=marker, markersize=4, linewidth=1.6, label=words)
         quiet(axes)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_title("Energy of the discrete cosine transform, dB relative to the lowest frequency")
         axes.set_xlabel(f"frequency u + v, on a grid of {' x '.join(map(str, about.get('grid') or ()))}")
         axes.legend(frameon=False, fontsize=8.5)

@@ -15,9 +15,11 @@ from latelier.errors import LatelierError
 from latelier.evaluation.metrics import METRICS, better, heading, unit
 from latelier.evaluation.results import LEFT_OUT
 from latelier.publish import write_whole
+from latelier.report.diffusability import experience
 from latelier.report.figures import CHANNELS, ERRORS, MAP, SPECTRUM
+from latelier.report.measures import Measures, read_entries
 from latelier.report.page import Chart, at_a_glance, bar_chart, digits, line_chart, number, render, short
-from latelier.report.verdict import Measures, experience, read_entries, verdict
+from latelier.report.verdict import verdict
 
 STAGES = ("tokenizer", "denoiser")
 MACHINE = {"grad_norm": "gradient norm", "lr": "learning rate", "images_per_second": "images per second",
