@@ -116,6 +116,51 @@ def test_fid_needs_fifty_thousand(monkeypatch):
     assert gfd.value == fid.value
 
 
+def relative(samples, training, held_out, evaluate, **options):
+    asked = evaluate.model_copy(update={"metrics": ["gfd", "fdr"], "samples": 150})
+    sides = ([{"image": part} for part in each.split(60)] for each in (training, held_out))
+    found = evaluate_generation(samples.split(60), next(sides), asked, {"seed": 1}, held_out=next(sides), **options)
+    return {m.name: m for m in found}
+
+
+def test_relative_distances_in_closed_form(several):
+    training, held_out = make_images(150, 0), make_images(150, 1, 0.1)
+    as_good = relative(held_out, training, held_out, several)
+    names = ("fdr-inception", "fdr-clip-tiny", "fdr")
+    assert list(as_good) == ["gfd-inception", "gfd-clip-tiny", *names]
+    assert [as_good[name].value for name in names] == [1, 1, 1]
+    memorised = relative(training, training, held_out, several)
+    assert [memorised[name].value for name in names] == pytest.approx([0, 0, 0], abs=1e-6)
+    moved = relative(round_to_8_bit(training) + 20 / 127.5, training, held_out, several)
+    receipt = moved["fdr-clip-tiny"].receipt
+    assert receipt["distance"] == pytest.approx(3 * 20**2, rel=1e-3)
+    assert moved["fdr-clip-tiny"].value == receipt["distance"] / receipt["held_out_distance"]
+    assert moved["fdr"].value == pytest.approx((moved["fdr-inception"].value + moved["fdr-clip-tiny"].value) / 2)
+    assert [receipt[n] for n in ("n", "n_reference", "n_held_out")] == [150, 150, 150]
+
+
+def test_relative_distances_without_enough_held_out_images(colours):
+    one = Evaluate(features="vgg16")
+    training = make_images(150, 0)
+    few = relative(make_images(150, 1), training, make_images(120, 2), one)
+    assert set(few) == {"gfd-colour", "fdr"}
+    assert "150" in few["fdr"].receipt["left out"]
+    assert "evaluate.samples=120" in few["fdr"].receipt["left out"]
+    less = relative(make_images(80, 1), training, make_images(80, 2), one)
+    assert "needs 100 images, and there are 80" in less["fdr"].receipt["left out"]
+    same = relative(make_images(150, 1), training, training, one)
+    assert "are the training images" in same["fdr"].receipt["left out"]
+
+
+def test_features_of_held_out_images_are_cached(colours):
+    one, training, held_out = Evaluate(features="vgg16"), make_images(150, 0), make_images(150, 1)
+    key = {"data": "held out"}
+    first = relative(make_images(150, 2), training, held_out, one, held_out_key=key)
+    again = relative(make_images(150, 2), training, held_out[:0], one, held_out_key=key)
+    assert again["fdr-colour"].value == first["fdr-colour"].value
+    assert again["fdr-colour"].receipt["held_out"] == "held out"
+
+
 @pytest.mark.parametrize(
     ("metric", "told"),
     [("cmmd", "CLIP's embeddings only"), ("sfid", "FID's Inception only"), ("fid50k", "FID's Inception only")],

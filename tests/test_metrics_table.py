@@ -11,15 +11,15 @@ LOWER = """
 l1 lpips rfd-vgg16 rfd-clip-tiny gfd-vgg16 gfd-inception@10 fid50k sfid kid-inception cmmd-clip convergence-loss@64
 convergence-gfd-dinov2-small@64 sr-lpips sr-lpips-difference bicubic-lpips inpainting-lpips inpainting-lpips-difference
 mean-fill-lpips inpainting-fd-vgg16 mean-fill-fd-dinov2-small within-object smoothness-lpips smoothness-rfd-vgg16
-prefix-lpips@4 prefix-rfd-vgg16@4 gmm-nll@10 gmm-modes diffusion-loss viv viv-free high-frequency
-interpolation-vgg16 continuity-lpips uniformity-cv uniformity-gini equivariance-shift outlier-channels dead-codes
-largest-variance-ratio parameters size-mib gflop-encode gflop-decode gflop-paper memory-gb
+prefix-lpips@4 prefix-rfd-vgg16@4 gmm-nll@10 gmm-modes diffusion-loss viv viv-free viv-mixture high-frequency fdr
+fdr-vgg16 interpolation-vgg16 continuity-lpips uniformity-cv uniformity-gini equivariance-shift outlier-channels
+dead-codes largest-variance-ratio parameters size-mib gflop-encode gflop-decode gflop-paper memory-gb
 """
 HIGHER = """
 psnr ssim ms-ssim inception-score precision recall sr-psnr sr-ssim sr-psnr-difference bicubic-psnr bicubic-ssim
 layout-match layout-match-chance layout-match-real segmentation-match segmentation-match-chance clip-score
 clip-score-real separation-object smoothness-psnr prefix-psnr@4 psnr-after-shift probe-accuracy knn-accuracy
-neighbours-10 structure-lds path-efficiency uniformity-entropy
+neighbours-10 structure-lds structure-srss path-efficiency text text@12 uniformity-entropy
 active-channels active-numbers codebook-usage codebook-perplexity samples-per-second@10 encode-images-per-second
 decode-images-per-second probe-pooled-accuracy
 """

@@ -23,8 +23,8 @@ from studies.analysis.predictors import (
 from latelier.denoisers import build_denoiser
 from latelier.evaluation.results import NOT_REACHED
 from latelier.report.comparison import write_comparison
+from latelier.report.diffusability import EVIDENCE
 from latelier.report.tables import RunSummary
-from latelier.report.verdict import EVIDENCE
 from latelier.study.results import STUDY, keep_result
 from latelier.study.study import build_run, load_study
 from latelier.tokenizers import build_tokenizer

@@ -4,8 +4,11 @@ from dataclasses import replace
 
 import pytest
 
+from latelier.report import diffusability
+from latelier.report.diffusability import experience
+from latelier.report.measures import KINDS, Measures
 from latelier.report.page import render
-from latelier.report.verdict import KINDS, RULES, Measures, experience, verdict
+from latelier.report.verdict import RULES, verdict
 
 
 def made_up(**sections):
@@ -30,6 +33,10 @@ def mixtures(needed, *likelihoods):
 
 def matches(kind, match, chance, real):
     return {f"{kind}-match": match, f"{kind}-match-chance": chance, f"{kind}-match-real": real}
+
+
+def letters(*shares):
+    return {f"text@{height}": (share, {"height": height}) for height, share in shares}
 
 
 SAID = [
@@ -73,8 +80,38 @@ SAID = [
     ("fair", "Only 70 % of the codes", {"codebook-usage": 0.7}),
     ("bad", "Only 3 % of the codes", {"codebook-usage": 0.03}),
     ("bad", "Images that look alike do not lie closer", {"separation-object": -0.01}),
-    ("good", "Latents move with the image", {"equivariance-shift": 0.05, "equivariance-flip": 0.01}),
+    ("fair", "Latents move with the image", {"equivariance-shift": 0.05, "equivariance-flip": 0.01}),
     ("fair", "(half shift): the error is 1.4", {"equivariance-shift": 0.05, "equivariance-half-shift": 1.4}),
+    ("fair", "predicted generation least of all measures. In our own", {"equivariance-shift": 1.4}),
+    ("good", "Velocities are hardly ambiguous: within a class no network gets below a loss of 0.50", {"viv": 0.5}),
+    ("fair", "Velocities are somewhat ambiguous", {"viv": (1.2, {"images_per_class": [20, 30]})}),
+    ("bad", "100 % of that of noise. In the study of 86 tokenizers", {"viv": 1.571}),
+    ("fair", "Classes of 6 images make it seem smaller", {"viv": (0.5, {"images_per_class": [6, 30]})}),
+    ("good", "60 % of the ten nearest images have the same label", {"neighbours-10": (0.6, {"chance": 0.1})}),
+    ("fair", "Classes partly lie together", {"neighbours-10": (0.4, {"chance": 0.1})}),
+    ("bad", "Classes do not lie together", {"neighbours-10": (0.12, {"chance": 0.1})}),
+    ("bad", "no spatial structure: the similarity of neighbouring positions", {"structure-lds": -0.01}),
+    (
+        "fair",
+        "positions of one object exceeds that of distant ones by 0.30",
+        {"structure-srss": 0.3, "structure-lds": 0.0},
+    ),
+    (
+        "good",
+        "30 % of their energy is fine detail, of noise 86.",
+        {"high-frequency": (0.3, {"white_noise": 0.86})},
+    ),
+    ("fair", "Latents are coarse and fine", {"high-frequency": (0.6, {"white_noise": 0.86})}),
+    ("bad", "Latents are as flat as noise", {"high-frequency": (0.86, {"white_noise": 0.86})}),
+    ("fair", "are 40 from the originals (Fréchet distance). Over 14", {"interpolation-vgg16": 40.0}),
+    ("fair", "a straightness of 0.950. In the study", {"path-straightness": 0.95, "path-efficiency": 0.8}),
+    ("fair", "Gini coefficient of 0.40", {"uniformity-gini": 0.4}),
+    ("good", "down to the smallest that were tried: at 6 pixels 95 %", letters((6, 0.95), (8, 0.99))),
+    ("fair", "from 12 pixels of height on: at 8 pixels 70 % are read", letters((6, 0.95), (8, 0.7), (12, 0.9))),
+    ("bad", "Letters are not readable: at 12 pixels 40 %", letters((8, 0.2), (12, 0.4))),
+    ("good", "Samples are 1.5 times as far", {"fdr": 1.5, "fdr-vgg16": 20.0}),
+    ("fair", "as held-out images are (fdr-vgg16)", {"fdr-vgg16": 5.0}),
+    ("bad", "Samples are 12 times as far", {"fdr-vgg16": 12.0}),
     ("good", "nearly one Gaussian", mixtures(1.0, (1, 1.42), (10, 1.41))),
     ("fair", "100 Gaussians, the most that were tried", mixtures(100.0, (1, 1.42), (10, 1.3), (100, 1.0))),
     ("good", "right in 80 % of the images, guessing in 10 %", {"probe-accuracy": (0.8, {"majority": 0.1})}),
@@ -169,6 +206,24 @@ def test_experience_tells_what_was_significant():
     assert "gmm-nll" not in words
     assert "none of the numbers here went along" in experience(made_up(**{"gmm-nll@5": 1.4}), evidence)
     assert experience(made_up(psnr=20.0), evidence) == ""
+
+
+def test_sentences_cite_our_own_experiments(monkeypatch):
+    rows = [
+        {"metric": "viv", "spearman": 0.9, "interval": [0.6, 0.98], "significant": True},
+        {"metric": "neighbours-10", "spearman": -0.2, "interval": [-0.6, 0.3], "significant": False},
+    ]
+    monkeypatch.setattr(diffusability, "read_evidence", lambda: {"about": "x", "predictors": rows})
+    assert diffusability.ours("viv") == "In our own experiments lower was better (rank correlation 0.90)."
+    assert "did not predict generation beyond chance (rank correlation -0.20)" in diffusability.ours("neighbours-10")
+    assert "was not measured yet" in diffusability.ours("high-frequency")
+
+
+def test_equivariance_is_no_virtue():
+    """The file that comes along: none of its errors went along with better samples."""
+    (finding,) = verdict(made_up(**{"equivariance-shift": 0.05}))
+    assert finding.kind == "fair"
+    assert "did not predict generation beyond chance" in finding.sentence
 
 
 def test_sentences_are_plain_text_on_the_page():

@@ -37,7 +37,7 @@ from latelier.pipeline import LatentDiffusionPipeline
 from latelier.publish import manifest
 from latelier.receipt import make_receipt
 from latelier.recipe import Recipe
-from latelier.report.figures import CHANNELS, MAP
+from latelier.report.figures import CHANNELS, MAP, draw_spectrum
 from latelier.report.run import write_report
 from latelier.terminal import counted, say
 from latelier.tokenizers.codec import Codec
@@ -80,13 +80,13 @@ def evaluate(
     shown: list[Tensor] = []
     if pipeline is not None:
         with nullcontext() if npz is None else write_images(npz, _labels(recipe, pipeline)) as keep:
-            measured += _write(recipe, "generation", _generation(recipe, pipeline, shown, keep))
+            measured += _write(recipe, "generation", _generation(recipe, pipeline, held_out, shown, keep))
     elif npz is not None:
         raise LatelierError(f"{recipe.folder} has no denoiser, so there are no samples to write to {npz}.")
     if not is_main(True):
         return []
     measured += evaluate_latents(recipe, codec, held_out, about)
-    draw_figures(recipe, codec, held_out)
+    draw_figures(recipe, codec, held_out, {one.name: one for one in measured})
     if "cost" in recipe.evaluate.metrics:
         measured += _write(recipe, "cost", measure_cost(codec, *recipe.data.image_size))
     if pipeline is not None:
@@ -194,8 +194,8 @@ def same_images(recipe: Recipe, held_out: ImageDataset) -> bool:
     return open_source(recipe.data.model_copy(update={"length": None})).fingerprint == held_out.source.fingerprint
 
 
-def draw_figures(recipe: Recipe, codec: Codec, held_out: ImageDataset) -> None:
-    """Reconstructions, maps of latent channels, and errors of single pixels, of a few images."""
+def draw_figures(recipe: Recipe, codec: Codec, held_out: ImageDataset, measured: Mapping[str, Measurement]) -> None:
+    """Reconstructions, maps of latent channels, and errors of single pixels, of a few images; spectra of all."""
     folder, metrics, count = recipe.folder, recipe.evaluate.metrics, recipe.evaluate.batch
     save_reconstructions(codec, held_out, folder / "reconstructions.png")
     if "channels" in metrics and len(codec.latent_shape(*recipe.data.image_size)) == 3:
@@ -203,6 +203,8 @@ def draw_figures(recipe: Recipe, codec: Codec, held_out: ImageDataset) -> None:
         with torch.no_grad():
             z = codec.encode(images.to(codec.device)).cpu()
         save_png(draw_channel_maps(images, z), folder / CHANNELS)
+    if (spectra := measured.get("high-frequency")) is not None:
+        draw_spectrum(folder, spectra.receipt)
     if {"l1", "psnr"} & {*metrics}:
         draw_errors(codec, held_out.once(SHOWN, limit=SHOWN), folder / results.ERRORS)
 
@@ -231,16 +233,17 @@ def _reconstruction(recipe: Recipe, codec: Codec, held_out: ImageDataset, about:
 
 
 def _generation(
-    recipe: Recipe, pipeline: LatentDiffusionPipeline, shown: list[Tensor], keep: Callable[[Tensor], None] | None
-) -> list[Measurement]:
-    """Compare fresh samples with training images; the first samples of this process are appended to `shown`, and `keep`
-    is called with the 8-bit levels `(b, h, w, c)` of all.
+    recipe: Recipe, pipeline: LatentDiffusionPipeline, held_out: ImageDataset, shown: list[Tensor],
+    keep: Callable[[Tensor], None] | None,
+) -> list[Measurement]:  # fmt: skip
+    """Compare fresh samples with training images, and with held-out ones; the first samples of this process
+    are appended to `shown`, and `keep` is called with the 8-bit levels `(b, h, w, c)` of all.
     """
     settings, training = recipe.evaluate, open_images(recipe)
-    process, processes = rank()
+    (process, processes), count = rank(), min(settings.samples, len(training))
 
     def drawn() -> Iterator[Tensor]:
-        batches = generate_images(pipeline, recipe, min(settings.samples, len(training)), process, processes)
+        batches = generate_images(pipeline, recipe, count, process, processes)
         for images in counted("sampling", batches, _count(recipe, training) // processes, process == 0):
             if not shown:
                 shown.append(images[:NEAREST_SHOWN].cpu())
@@ -257,6 +260,8 @@ def _generation(
         pipeline.device,
         key=reference_key(training, settings.samples),
         shared=True,
+        held_out=held_out.once(settings.batch, process, processes, limit=count, whole=True),
+        held_out_key=reference_key(held_out, count),
     )
     if not shown and process == 0:  # nothing was measured of them
         next(samples, None)

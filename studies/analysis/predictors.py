@@ -30,10 +30,10 @@ from latelier.errors import LatelierError
 from latelier.evaluation.metrics import Better, better, heading
 from latelier.publish import write_whole
 from latelier.report.comparison import Section, write_sections
+from latelier.report.diffusability import EVIDENCE
 from latelier.report.figures import COLOURS, STYLE, ImageFile, legend, make_panels, quiet, save_figure, styles
 from latelier.report.page import MISSING, SOFT, number
 from latelier.report.tables import MIXTURE, RunSummary, Table, value
-from latelier.report.verdict import EVIDENCE
 
 from .correlation import FEWEST as STUDY_FEWEST
 from .correlation import Correlation, Pair, correlate, holm, needed, partial, pool, reliability

@@ -1,8 +1,9 @@
 """Do the nearest neighbours of an image, by its latents, have its label?
 
 Label neighbourhood consistency ("Diffusing in the Right Space", 2026, arXiv 2606.03578): an image's feature is the mean
-of its normalised latents over positions, neighbours are by cosine. With one neighbour and features whose mean over the
-set is taken away it is the global semantic quality of PAE (2026, arXiv 2605.07915).
+of its normalised latents over the foreground of its label map, or over all positions, and neighbours are by cosine.
+With one neighbour and features whose mean over the set is taken away it is the global semantic quality of PAE (2026,
+arXiv 2605.07915).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from latelier.analysis.sample import LatentSample
+from latelier.analysis.sample import FOREGROUND, LatentSample
 from latelier.errors import NotMeasurable
 from latelier.evaluation.results import Result, mean_with_interval
 from latelier.keyed_random import KeyedRandom
@@ -31,7 +32,7 @@ def label_neighbours(sample: LatentSample, seed: int = 0) -> dict[str, Result]:
     sample = sample[sample.labels >= 0]
     if len(sample) < 3 or len(sample.labels.unique()) < 2:
         return {}
-    features = sample.z.mean(2)  # (n, c)
+    features = _features(sample)  # (n, c)
     counts = torch.bincount(sample.labels).double()  # (k,)
     n, found = len(sample), {}
     chance = float((counts * (counts - 1)).sum() / (n * (n - 1)))
@@ -40,8 +41,18 @@ def label_neighbours(sample: LatentSample, seed: int = 0) -> dict[str, Result]:
             raise NotMeasurable(f"neighbours looks at {k} other images, and there are {n - 1}.")
         shares = consistency(features - features.mean(0) if centred else features, sample.labels, k, seed)
         details = {"n": n, "chance": chance, "distance": "cosine", "centred": centred, "seed": seed, **sample.about()}
+        details |= {"positions": "all" if sample.foreground is None else f"{FOREGROUND}; all where none does"}
         found[f"neighbours-{k}"] = Result(*mean_with_interval(shares), details)
     return found
+
+
+def _features(sample: LatentSample) -> Float[Tensor, "n c"]:
+    """Means over the foreground, over all positions of images without one."""
+    if sample.foreground is None:
+        return sample.z.mean(2)
+    kept = sample.foreground.flatten(1)  # (n, l)
+    kept = (kept | ~kept.any(1, keepdim=True)).to(sample.z)
+    return (sample.z * kept[:, None]).sum(2) / kept.sum(1, keepdim=True)
 
 
 def consistency(

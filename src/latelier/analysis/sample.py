@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from latelier.errors import LatelierError
@@ -29,6 +30,7 @@ MOST_NUMBERS = 2**28  # latent numbers that the analyses of whole latents hold a
 MOST_DIMS = 512  # principal components that a mixture or a probe is given
 STATISTICS_IMAGES = 256  # what the scale of a codec without statistics is measured on
 OF_CODEC = "the codec's statistics"
+FOREGROUND = "positions that show an id above 0 of the label map"  # in receipts
 T = TypeVar("T")
 
 
@@ -59,6 +61,7 @@ class LatentSample:
     image_size: tuple[int, int]  # height and width
     images: Tensor | None = None  # 8-bit levels, or float32 in [-1, 1] where levels are not enough; None if not kept
     scaling_factor: float | None = None  # what the tokenizer's configuration says of its scale
+    foreground: Bool[Tensor, "n i j"] | None = None  # see `FOREGROUND`; None without label maps, and for 1-D latents
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # where networks run
     cut: bool = False  # whether images were left out for want of memory
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)  # what one measure leaves for the others
@@ -121,8 +124,9 @@ class LatentSample:
         batch = torch.repeat_interleave(torch.arange(len(self.sizes)), torch.tensor(self.sizes, dtype=torch.long))
         counts = torch.bincount(batch[chosen], minlength=len(self.sizes))
         fields = {"labels": self.labels[chosen], "index": self.index[chosen], "mean": self.mean[chosen]}
-        logvar, sizes = None if self.logvar is None else self.logvar[chosen], tuple(counts[counts > 0].tolist())
-        return replace(self, **fields, logvar=logvar, sizes=sizes, images=None, cache={})
+        logvar, foreground = (None if x is None else x[chosen] for x in (self.logvar, self.foreground))
+        sizes = tuple(counts[counts > 0].tolist())
+        return replace(self, **fields, logvar=logvar, foreground=foreground, sizes=sizes, images=None, cache={})
 
     def first(self, images: int | None = None) -> LatentSample:
         """The first images, no more than memory holds of their latents."""
@@ -155,13 +159,15 @@ def collect(
 ) -> LatentSample:  # fmt: skip
     """Encode at most `limit` images once; an error if there are none.
 
-    Batches are dicts with `image` `(b, c, h, w)` in [-1, 1], of one size, perhaps `label` (-1 for none) and `index`.
-    `images` says whether these are kept; those that are encoded already are found in `known` by their index. Statistics
-    that the codec lacks are measured on the first images.
+    Batches are dicts with `image` `(b, c, h, w)` in [-1, 1], of one size, perhaps `label` (-1 for none), `index` and
+    `segmentation` `(b, h, w)`, of which the foreground is kept if all have one. `images` says whether these are kept;
+    those that are encoded already are found in `known` by their index. Statistics that the codec lacks are measured on
+    the first images.
     """
     store = _Store(limit)
     row_of = {} if known is None else {number: row for row, number in enumerate(known.index.tolist())}
     sizes: list[int] = []
+    maps: list[Tensor] = []
     for batch in batches:
         read = sum(sizes)
         if read >= limit:
@@ -172,6 +178,8 @@ def collect(
         labels = torch.as_tensor(batch.get("label", torch.full((count,), -1)))[:count].long().cpu()
         rows = torch.tensor([row_of.get(number, -1) for number in index.tolist()], dtype=torch.long)  # (b,)
         columns = _encode(codec, pixels, rows, known)
+        if "segmentation" in batch and columns["mean"].ndim == 4:
+            maps.append(_foreground(batch["segmentation"][:count], columns["mean"].shape[2:]))
         if images:
             columns["images"] = _levels(pixels)
         store.add({**columns, "labels": labels, "index": index})
@@ -185,7 +193,8 @@ def collect(
         scale = measured_scale(found["mean"], found.get("logvar"), tuple(sizes))
     return LatentSample(
         found["mean"], found.get("logvar"), found["labels"], found["index"], tuple(sizes), scale, size,
-        found.get("images"), codec.tokenizer.config.get("scaling_factor"), codec.device,
+        found.get("images"), codec.tokenizer.config.get("scaling_factor"),
+        torch.cat(maps) if len(maps) == len(sizes) else None, codec.device,
     )  # fmt: skip
 
 
@@ -207,6 +216,11 @@ def _encode(codec: Codec, images: Tensor, rows: Int[Tensor, " b"], known: Latent
             if fresh.any():
                 merged[name][fresh] = found[name]
     return merged
+
+
+def _foreground(ids: Int[Tensor, "b h w"], grid: torch.Size) -> Bool[Tensor, "b i j"]:
+    """Positions of the latent that show anything but id 0, which is the background: max pooling."""
+    return F.adaptive_max_pool2d((ids > 0).float().cpu(), (grid[0], grid[1])) > 0
 
 
 def _levels(images: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ distances are Manhattan's on the grid, and values are means over images:
 
     lds    similarity of 4-neighbours, less that of pairs at 6 or more
     cds    how fast similarity falls with the distance, 1 to 8: the slope, its sign turned
+    srss   for tokens of the foreground: similarity to its tokens at 1, less that to the background's at 6 or more
     rmsc   how unlike the tokens are: root mean square distance of unit tokens to their mean
 
 The distances are those of a 16 x 16 grid; on others they scale with the side.
@@ -15,10 +16,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from latelier.analysis.sample import LatentSample
+from latelier.analysis.sample import FOREGROUND, LatentSample
 from latelier.errors import NotMeasurable
 from latelier.evaluation.results import Result, mean_with_interval
 
@@ -31,6 +32,7 @@ CHUNK = 2**24  # similarities that are held at once
 def spatial_structure(sample: LatentSample) -> dict[str, Result]:
     """`structure-lds`, `structure-cds` and `structure-rmsc` of normalised posterior means; higher is better.
 
+    `structure-srss` too where images have label maps, over those with foreground and background (`n` of the receipt).
     Nothing for 1-D latents, nor for grids of fewer than 4 positions a side.
     """
     if sample.mean.ndim != 4:
@@ -41,12 +43,15 @@ def spatial_structure(sample: LatentSample) -> dict[str, Result]:
             f"structure needs a grid of at least {SMALLEST} positions a side, not {grid[0]} x {grid[1]}."
         )
     step = max(1, CHUNK // (grid[0] * grid[1]) ** 2)
-    parts = [measure(z.transpose(1, 2), grid) for z in sample.z.split(step)]
+    masks = [None] * len(sample) if sample.foreground is None else sample.foreground.flatten(1).split(step)
+    parts = [measure(z.transpose(1, 2), grid, mask) for z, mask in zip(sample.z.split(step), masks)]
+    values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     details = {"n": len(sample), "grid": list(grid), "distances": list(thresholds(grid)), **sample.about()}
-    return {
-        f"structure-{name}": Result(*mean_with_interval(torch.cat([part[name] for part in parts])), details)
-        for name in ("lds", "cds", "rmsc")
-    }
+    found = {name: Result(*mean_with_interval(values[name]), details) for name in ("lds", "cds", "rmsc")}
+    if "srss" in values and len(rows := values["srss"][values["srss"].isfinite()]):
+        about = {**details, "n": len(rows), "foreground": FOREGROUND}
+        found["srss"] = Result(*mean_with_interval(rows), about)
+    return {f"structure-{name}": result for name, result in found.items()}
 
 
 def thresholds(grid: tuple[int, int]) -> tuple[int, int, int]:
@@ -56,19 +61,26 @@ def thresholds(grid: tuple[int, int]) -> tuple[int, int, int]:
     return near, far, max(2, round(END * scale))
 
 
-def measure(tokens: Float[Tensor, "n t c"], grid: tuple[int, int]) -> dict[str, Float[Tensor, " n"]]:
-    """All values of each image."""
+def measure(
+    tokens: Float[Tensor, "n t c"], grid: tuple[int, int], mask: Bool[Tensor, "n t"] | None = None
+) -> dict[str, Float[Tensor, " n"]]:
+    """All values of each image; `srss` only with a mask of the foreground, NaN where an image lacks one side."""
     unit = F.normalize(tokens.double(), dim=2)  # (n, t, c)
     similarity = unit @ unit.transpose(1, 2)  # (n, t, t)
     distance = distances(grid)  # (t, t)
     near, far, end = thresholds(grid)
     close, remote = (distance >= 1) & (distance <= near), distance >= far
     by_distance = torch.stack([similarity[:, distance == d].mean(1) for d in range(1, end + 1)], 1)  # (n, d)
-    return {
+    found = {
         "lds": similarity[:, close].mean(1) - similarity[:, remote].mean(1),
         "cds": -_slope(by_distance),
         "rmsc": (unit - unit.mean(1, keepdim=True)).square().sum(2).mean(1).sqrt(),
     }
+    if mask is not None:
+        inside = _mean(similarity, close & mask[:, None] & mask[:, :, None])  # (n, t)
+        outside = _mean(similarity, remote & ~mask[:, None] & mask[:, :, None])  # (n, t)
+        found["srss"] = (inside - outside).nanmean(1)  # over anchors that have both
+    return found
 
 
 def distances(grid: tuple[int, int]) -> Float[Tensor, "t t"]:
@@ -83,3 +95,8 @@ def _slope(y: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
     x = torch.arange(y.shape[1], dtype=y.dtype)
     x = x - x.mean()
     return (y * x).sum(1) / x.square().sum()
+
+
+def _mean(similarity: Float[Tensor, "n t t"], pairs: Bool[Tensor, "n t t"]) -> Float[Tensor, "n t"]:
+    """Over the pairs of each anchor; NaN without any."""
+    return (similarity * pairs).sum(2) / pairs.sum(2)

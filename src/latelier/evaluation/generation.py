@@ -34,6 +34,7 @@ from latelier.evaluation.results import (
     NOT_REACHED,
     Measurement,
     is_main,
+    left_out,
     mean_with_interval,
     size_warning,
     write_measurements,
@@ -46,9 +47,10 @@ from latelier.recipe import Evaluate, Recipe, Sample
 from latelier.tokenizers.codec import Codec
 
 NEIGHBOURS = 3  # of precision and recall
+ROUNDING = 1e-6  # of the features' variance: Fréchet distances below are 0
 PASSES = 4  # times, each with noise of its own, at which convergence meets each held-out latent
 CLIP = "clip"  # how extractors' names begin that CMMD is defined in
-KEPT = {"gfd": "features", "fid50k": "features", "sfid": "spatial", "inception-score": "logits"}
+KEPT = {"gfd": "features", "fid50k": "features", "fdr": "features", "sfid": "spatial", "inception-score": "logits"}
 KEPT |= dict.fromkeys(("kid", "cmmd", "precision", "recall"), "vectors")
 
 
@@ -56,12 +58,14 @@ KEPT |= dict.fromkeys(("kid", "cmmd", "precision", "recall"), "vectors")
 def evaluate_generation(
     samples: Iterable[Float[Tensor, "_ c h w"]], references: Iterable[Mapping[str, Any]], evaluate: Evaluate,
     receipt: Mapping[str, Any], device: torch.device | str = "cpu", key: Key | None = None, shared: bool = False,
+    held_out: Iterable[Mapping[str, Any]] = (), held_out_key: Key | None = None,
 ) -> list[Measurement]:  # fmt: skip
     """Compare generated images with real ones, at most `evaluate.samples` of each, as distributions of features.
 
     As far as `evaluate` names them: `gfd-<features>` and `kid-<features>` for each of the features, `cmmd-<features>`
     for each CLIP, `precision` and `recall` (k = 3) in the first; `sfid` and `inception-score` in the first that gives
-    what they need, `fid50k` in `inception`. Nothing on processes that only take part.
+    what they need, `fid50k` in `inception`. `fdr-<features>`, and `fdr` of several, compare with `held_out` images, see
+    `relative_distances`, which have a key of their own. Nothing on processes that only take part.
 
     Samples are batches of images in [-1, 1], references dicts with `image`, of which features are cached under `key`,
     see `reference_key`; `receipt` says how samples came about: reference, sampler, steps, guidance, ema, seed,
@@ -76,6 +80,10 @@ def evaluate_generation(
     ours = collect(collectors, read_images(({"image": batch} for batch in samples), evaluate.samples), shared)
     known = [FeatureCollector(c.extractor, {*c.kept} - {"logits"} or {"features"}) for c in collectors]
     theirs = reference_sets(known, read_images(references, evaluate.samples), key, shared)
+    yardstick: dict[str, FeatureSet] = {}
+    if "fdr" in wanted:
+        plain = [FeatureCollector(c.extractor, ("features",)) for c in collectors]
+        yardstick = reference_sets(plain, read_images(held_out, evaluate.samples), held_out_key, shared)
     if not is_main(shared):
         return []
     result: list[Measurement] = []
@@ -85,7 +93,43 @@ def evaluate_generation(
             raise LatelierError(f"Generation cannot be evaluated from {a.n} samples and {b.n} reference images.")
         about = make_receipt(n=a.n, n_reference=b.n, **receipt, **collector.extractor.describe())
         result += _measure(collector.extractor, metrics, a, b, about, evaluate.seed)
+    if "fdr" in wanted:
+        chosen = [collector.extractor for collector, metrics in spaces if "fdr" in metrics]
+        about = make_receipt(**receipt, held_out=(held_out_key or {}).get("data"))
+        result += relative_distances(chosen, ours, theirs, yardstick, about)
     return result
+
+
+def relative_distances(
+    extractors: Sequence[FeatureExtractor], samples: Mapping[str, FeatureSet], training: Mapping[str, FeatureSet],
+    held_out: Mapping[str, FeatureSet], receipt: Mapping[str, Any],
+) -> list[Measurement]:  # fmt: skip
+    """`fdr-<features>` = FD(samples, training images) / FD(held-out images, training images), and `fdr`, the plain mean
+    over several extractors: FDr^k (2026, arXiv 2604.28190). 1 is as far as held-out images are, 0 the training images.
+
+    The divisor is always measured here, on as many held-out images as there are samples: constants from elsewhere hold
+    for their weights and images only. Left out, with the reason, where there are fewer.
+    """
+    found: list[Measurement] = []
+    for extractor in extractors:
+        ours, theirs, real = (sets[extractor.name] for sets in (samples, training, held_out))
+        if why := METRICS["fdr"].lacks(min(ours.n, real.n), 3, (1, 1)):
+            return [left_out("fdr", f"{why} on the smaller side of samples and held-out images")]
+        if real.n < ours.n:
+            why = f"it needs as many held-out images as samples, and there are {real.n:,} for {ours.n:,}"
+            return [left_out("fdr", f"{why}; hold out more, or set evaluate.samples={real.n}")]
+        whole, *others = (each.sums["features"].whole() for each in (theirs, ours, real))
+        distance, divisor = (other.distance(whole) for other in others)
+        if not divisor > ROUNDING * float(whole.covariance.trace()):
+            return [left_out("fdr", "the held-out images are the training images; give others with data.val_source")]
+        about = {**receipt, "n": ours.n, "n_reference": theirs.n, "n_held_out": real.n, **extractor.describe()}
+        about |= {"distance": distance, "held_out_distance": divisor, **size_warning(ours.n, extractor.dims)}
+        found.append(Measurement(f"fdr-{extractor.name}", distance / divisor, about))
+    if len(found) > 1:
+        mean = sum(one.value for one in found) / len(found)
+        about = {**receipt, "n": found[0].receipt["n"], "features": [e.name for e in extractors], "mean": "plain"}
+        found.append(Measurement("fdr", mean, about))
+    return found
 
 
 def batches(sample: Sample, count: int) -> Iterator[Sample]:
@@ -116,7 +160,7 @@ def describe_sampling(sample: Sample, pipeline: Any) -> dict[str, Any]:
 
 def _spaces(wanted: set[str], extractors: Sequence[FeatureExtractor]) -> list[tuple[FeatureCollector, set[str]]]:
     """The extractors in their order, and what is measured in each."""
-    chosen = {extractor.name: wanted & {"gfd", "kid"} for extractor in extractors}
+    chosen = {extractor.name: wanted & {"gfd", "kid", "fdr"} for extractor in extractors}
     chosen[extractors[0].name] |= wanted & {"precision", "recall"}
     for extractor in extractors:
         if extractor.name.startswith(CLIP):

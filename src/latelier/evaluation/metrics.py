@@ -129,12 +129,17 @@ METRICS: dict[str, Metric] = {
         "uniformity:uniformity", ("sample",), ("seed",), images=10,
         better={"uniformity-cv": "lower", "uniformity-gini": "lower", "uniformity-entropy": "higher"},
     ),
+    "text": _latents(
+        "text:readable_text", ("sample", "codec"), better={"text": "higher"}, units={"text": "share of glyphs"},
+        headline=("text",),
+    ),
     "map": Metric("latents", inspect=True),  # a figure, no number: `analysis.latent_map`
     # of samples
     "gfd": Metric(
         "generation", images=2, networks=True, better={"gfd": "lower"}, features=("gfd",), followed=True,
     ),
     "fid50k": Metric("generation", images=50_000, networks=True, better={"fid50k": "lower"}),
+    "fdr": Metric("generation", images=100, networks=True, better={"fdr": "lower"}, features=("fdr",)),
     "sfid": Metric("generation", images=2, networks=True, better={"sfid": "lower"}),
     "kid": Metric("generation", images=2, networks=True, better={"kid": "lower"}, features=("kid",)),
     "cmmd": Metric("generation", images=2, networks=True, better={"cmmd": "lower"}, features=("cmmd",)),

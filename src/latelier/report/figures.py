@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8a8a8a", "#5b4a8a")  # Okabe & Ito 2008
 MARKERS = "osD^vPX"
-MAP, CHANNELS, ERRORS = "latent-map.png", "channels.png", "error-map.png"  # files of a run
+MAP, CHANNELS, ERRORS, SPECTRUM = "latent-map.png", "channels.png", "error-map.png", "spectrum.png"  # files of a run
 WIDTH = 9.0  # inches, 900 px at 100 dpi
 FLAT = 0.3  # levels up to here are what the areas under the curves are taken over
 STYLE: Any = {
@@ -83,6 +83,29 @@ def draw_convergence(folder: Path, shown: Sequence[RunSummary], curves: Curves) 
         figure = _lines(shown, drawn, _dress_convergence, above=0.6, across=3)
         words = "Quality of the averaged weights over images seen in the denoiser's training"
         return save_figure(folder, "convergence", figure, words)
+
+
+def draw_spectrum(folder: Path, about: Mapping[str, Any]) -> None:
+    """Spectra of latents and of images of the same size, by the receipt of `high-frequency`: one point each u + v (the
+    figure of Skorokhodov et al. 2025). Latents that lie above the images have more fine detail than pixels have.
+    """
+    from matplotlib import rc_context
+    from matplotlib.ticker import MaxNLocator
+
+    lines = {"latents": ("log_spectrum", COLOURS[0], "o"), "images": ("image_log_spectrum", COLOURS[1], "s")}
+    with rc_context(STYLE):
+        figure, (axes,) = make_panels(1, 1, height=3.4)
+        for words, (name, colour, marker) in lines.items():
+            if points := about.get(name):
+                axes.plot(*zip(*points), color=colour, marker=marker, markersize=4, linewidth=1.6, label=words)
+        quiet(axes)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_title("Energy of the discrete cosine transform, dB relative to the lowest frequency")
+        axes.set_xlabel(f"frequency u + v, on a grid of {' x '.join(map(str, about.get('grid') or ()))}")
+        axes.legend(frameon=False, fontsize=8.5)
+        stream = io.BytesIO()
+        figure.savefig(stream, format="png", dpi=200)
+    write_whole(folder / SPECTRUM, stream.getvalue())
 
 
 def save_figure(folder: Path, name: str, figure: Figure, words: str) -> ImageFile:

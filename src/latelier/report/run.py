@@ -15,9 +15,11 @@ from latelier.errors import LatelierError
 from latelier.evaluation.metrics import FOLLOWED, METRICS, better, heading, unit
 from latelier.evaluation.results import AT_MOST, LEFT_OUT, NOT_REACHED
 from latelier.publish import write_whole
-from latelier.report.figures import CHANNELS, ERRORS, MAP
+from latelier.report.diffusability import experience
+from latelier.report.figures import CHANNELS, ERRORS, MAP, SPECTRUM
+from latelier.report.measures import Measures, read_entries
 from latelier.report.page import Chart, at_a_glance, bar_chart, digits, line_chart, number, render, short
-from latelier.report.verdict import Measures, experience, read_entries, verdict
+from latelier.report.verdict import verdict
 
 STAGES = ("tokenizer", "denoiser")
 MACHINE = {"grad_norm": "gradient norm", "lr": "learning rate", "images_per_second": "images per second",
@@ -203,7 +205,11 @@ def _latent_space(folder: Path, measures: Measures, of: str) -> Row:
     """Images of latents; mixtures over their number of modes, a small denoiser's loss over time, spectra."""
     map_words = f"One point for each image{of}: its latents, in two dimensions."
     channel_words = "Images, and below each how large its latents are: means over groups of neighbouring channels."
-    images = [(folder / MAP, map_words, "figure map"), (folder / CHANNELS, channel_words, "big")]
+    spectrum_words = (
+        "Latents beside images of the same size. The flatter line has more fine detail, which is learnt late."
+    )
+    images = [(folder / MAP, map_words, "figure map"), (folder / SPECTRUM, spectrum_words, "figure big")]
+    images += [(folder / CHANNELS, channel_words, "big")]
     modes = sorted((measures.about(name, "modes"), y) for name, y in measures.begin("gmm-nll@").items())
     losses = [(t, y) for t, y in measures.about("diffusion-loss", "by_time") or ()]
     charts = [

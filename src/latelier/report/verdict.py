@@ -1,24 +1,19 @@
 """What the numbers of a latent space mean for someone who is about to train a denoiser on it, in sentences.
 
 Each rule answers one question from the content of `metrics.json`, or is silent where the numbers do not decide it.
-Thresholds stand above the rules, each with its reason; `docs/latent-space.md` has them in a table.
+Thresholds stand above the rules, each with its reason; `docs/latent-space.md` has them in a table. Rules on what is
+known to predict generation, or not to, are in `diffusability`.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
+from latelier.report import diffusability
+from latelier.report.measures import KINDS, Finding, Findings, Kind, Measures, Rule, near
 from latelier.report.page import number
-
-EVIDENCE = Path(__file__).with_name("evidence.json")  # written by `python -m studies.analysis.predictors`
-
-Kind = Literal["good", "fair", "bad"]
-KINDS: tuple[Kind, ...] = ("bad", "fair", "good")  # in the order of the page
 
 FEW_IMAGES = 500  # a share of 0.5 is known to 4 % then (95 %)
 LEAST_IMAGES, LEAST_FOR_MEANS = 100, 10  # fewer say nothing of a distribution, or of a mean over images
@@ -37,57 +32,11 @@ MANY_CHANNELS = 64  # DC-AE 1.5 (Chen et al. 2025, section 3): from here on, mor
 GAUSSIAN = 0.02  # nats per component that the best mixture gains over one Gaussian
 ENOUGH_MODES = 10  # must have been tried: with fewer images every mixture loses against one Gaussian
 TOLD_APART, NOT_TOLD_APART = 0.5, 0.1  # of the way from guessing the most frequent class to making no error
-EQUIVARIANT, UNRELATED = 0.1, 1.0  # error as a share of the variance; two unrelated images have 2
+READABLE = 0.9  # of the glyphs: a word of six letters then survives in every second case
+NEAR_REAL, FAR_REAL = 2.0, 10.0  # FDr; published models of ImageNet have 2.2 to 8.4 (2026)
 USED, HALF_USED = 0.9, 0.5  # of the codebook
 LEARNT, NOT_LEARNT = 0.25, 0.02  # of the loss of independent Gaussians that the small denoiser takes away
 SLOW_HOURS = 24.0  # to encode a million images
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One sentence about a latent space: `bad` (see to it before training), `fair` (know it) or `good`."""
-
-    kind: Kind
-    sentence: str
-    evidence: dict[str, float]  # the numbers that it rests on, by the names of their metrics
-
-
-def read_entries(metrics: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Sections of metrics.json and their entries, as far as they are what they should be."""
-    sections = {title: entries for title, entries in metrics.items() if isinstance(entries, dict)}
-    return {title: {k: v for k, v in entries.items() if isinstance(v, dict)} for title, entries in sections.items()}
-
-
-class Measures:
-    """Finite numbers and receipts of metrics.json by name; NaN is what is missing, and no comparison with it holds."""
-
-    def __init__(self, metrics: Mapping[str, Any]):
-        every = {name: entry for entries in read_entries(metrics).values() for name, entry in entries.items()}
-        found = {name: number(entry.get("value")) for name, entry in every.items()}
-        self.values = {name: v for name, v in found.items() if v is not None}
-        self.receipts: dict[str, dict[str, Any]] = {name: entry.get("receipt") or {} for name, entry in every.items()}
-        self.intervals = {name: entry.get("interval") for name, entry in every.items()}
-
-    def __getitem__(self, name: str) -> float:
-        """The value of a metric."""
-        return self.values.get(name, math.nan)
-
-    def about(self, name: str, key: str) -> Any:
-        """A field of a metric's receipt, None if it is missing."""
-        return self.receipts.get(name, {}).get(key)
-
-    def number(self, name: str, key: str) -> float:
-        """A number of a metric's receipt, if the metric itself is a number."""
-        found = number(self.about(name, key)) if name in self.values else None
-        return math.nan if found is None else found
-
-    def begin(self, start: str) -> dict[str, float]:
-        """The metrics whose names begin so."""
-        return {name: v for name, v in self.values.items() if name.startswith(start)}
-
-
-Findings = Iterator[Finding]  # of a rule: the first one counts, if there is any
-Rule = Callable[[Measures], Findings]
 
 
 def verdict(metrics: Mapping[str, Any]) -> list[Finding]:
@@ -106,11 +55,6 @@ def verdict(metrics: Mapping[str, Any]) -> list[Finding]:
         words = f"Too few images ({min(unsure.values())}) to judge {', '.join(unsure)}; measure on {LEAST_IMAGES} or "
         found.append(Finding("fair", f"{words}more.", {"n": float(min(unsure.values()))}))
     return sorted(found, key=lambda finding: KINDS.index(finding.kind))
-
-
-def _near(value: float) -> str:
-    """Three significant digits, which are enough for a sentence."""
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def images(m: Measures) -> Findings:
@@ -135,8 +79,8 @@ def samples(m: Measures) -> Findings:
         alike, spread = m.number(name, "alike"), m.number(name, "spread")
         place = (gfd - alike) / (spread - alike) if spread > alike else math.nan
         evidence = {name: gfd, "other training images": alike, "copies of one image": spread}
-        words = f"their Fréchet distance is {_near(gfd)}, as many other training images have about {_near(alike)}, and "
-        words += f"copies of a single image {_near(spread)} or more"
+        words = f"their Fréchet distance is {near(gfd)}, as many other training images have about {near(alike)}, and "
+        words += f"copies of a single image {near(spread)} or more"
         if place > ALIKE:
             told = "no better than one image over and over" if place >= 1 else "not like the training images yet"
             yield Finding("bad" if place >= FAR else "fair", f"Samples are {told}: {words}.", evidence)
@@ -166,7 +110,7 @@ def tasks(m: Measures) -> Findings:
     for task, what in {"sr": "Enlarged images are", "inpainting": "Filled holes are"}.items():
         if (name := f"{task}-lpips-difference") in m.values:
             _, most = m.intervals.get(name) or (0.0, m[name])
-            words = f"{what}{' not' * (most >= 0)} better than without a model: LPIPS differs by {_near(m[name])} from "
+            words = f"{what}{' not' * (most >= 0)} better than without a model: LPIPS differs by {near(m[name])} from "
             words += f"{'bicubic enlargement' if task == 'sr' else 'one colour'}, and below 0 is better."
             yield Finding("bad" if most >= 0 else "good", words, {name: m[name]})
 
@@ -183,16 +127,41 @@ def detail(m: Measures) -> Findings:
         yield Finding("bad", f"Reconstructions are rough: {error}. No denoiser brings it back.", {"psnr": psnr})
 
 
+def text(m: Measures) -> Findings:
+    """From which height on letters survive (TokBench, 2025: FID and PSNR do not tell)."""
+    shares = {height: m[name] for name in m.begin("text@") if isinstance(height := m.about(name, "height"), int)}
+    lost = sorted(height for height, share in shares.items() if share < READABLE)
+    kept = sorted(height for height, share in shares.items() if share >= READABLE and height > max(lost, default=0))
+    if not shares:
+        return
+    worst = lost[-1] if lost else min(shares)
+    evidence, told = {f"text@{worst}": shares[worst]}, f"at {worst} pixels {100 * shares[worst]:.0f} % are read right"
+    if not lost:
+        yield Finding("good", f"Letters stay readable down to the smallest that were tried: {told}.", evidence)
+    elif kept:
+        yield Finding("fair", f"Letters stay readable from {kept[0]} pixels of height on: {told}.", evidence)
+    else:
+        yield Finding("bad", f"Letters are not readable: {told}. Samples cannot show text either.", evidence)
+
+
+def relative(m: Measures) -> Findings:
+    """How far samples are, where held-out images have 1, in several feature spaces (FDr, 2026, arXiv 2604.28190)."""
+    for name, value in (m.begin("fdr") if "fdr" not in m.values else {"fdr": m["fdr"]}).items():
+        words = f"Samples are {near(value)} times as far from the training images as held-out images are"
+        kind: Kind = "good" if value <= NEAR_REAL else "bad" if value >= FAR_REAL else "fair"
+        yield Finding(kind, f"{words} ({name}).", {name: value})
+
+
 def limit(m: Measures) -> Findings:
     """What reconstruction leaves to samples: their Fréchet distance is hardly below that of reconstructions."""
     for name, rfd in m.begin("rfd-").items():
         samples = name.replace("rfd", "gfd", 1)
         if (gfd := m.values.get(samples)) is None:
-            words = f"A denoiser that generates latents perfectly would still have a {samples} near {_near(rfd)}: so "
+            words = f"A denoiser that generates latents perfectly would still have a {samples} near {near(rfd)}: so "
             yield Finding("fair", f"{words}far from the originals are their reconstructions.", {name: rfd})
             return
         share, evidence = rfd / max(gfd, 1e-12), {name: rfd, samples: gfd}
-        words = f"reconstructions alone have {_near(rfd)} of the Fréchet distance {_near(gfd)} of samples"
+        words = f"reconstructions alone have {near(rfd)} of the Fréchet distance {near(gfd)} of samples"
         if share >= TOKENIZER_BOUND:
             yield Finding("bad", f"The tokenizer is the bottleneck: {words}. Improve it first.", evidence)
         elif share <= DENOISER_BOUND:
@@ -206,8 +175,8 @@ def scale(m: Measures) -> Findings:
     if configured > 0:
         least, found, most = 1 / OFF_SCALE, configured * std, OFF_SCALE
     if std > 0 and not least <= found <= most:
-        words = f"Raw latents have a standard deviation of {_near(std)}, where noise has 1: diffusers' scaling_factor "
-        words += f"should be {_near(1 / std)}{f', but is {_near(configured)} here' if configured > 0 else ''}"
+        words = f"Raw latents have a standard deviation of {near(std)}, where noise has 1: diffusers' scaling_factor "
+        words += f"should be {near(1 / std)}{f', but is {near(configured)} here' if configured > 0 else ''}"
         evidence = {"latent-std": std} | ({"scaling_factor": configured} if configured > 0 else {})
         yield Finding("fair", f"{words}. latelier normalises by itself.", evidence)
 
@@ -312,18 +281,6 @@ def likeness(m: Measures) -> Findings:
         yield Finding("bad", f"{words}little.", {"separation-object": separation})
 
 
-def equivariance(m: Measures) -> Findings:
-    """Whether moved and scaled images have moved and scaled latents (EQ-VAE, Kouzelis et al. 2025)."""
-    errors = m.begin("equivariance-")
-    name, worst = max(errors.items(), key=lambda item: item[1], default=("", math.nan))
-    if worst <= EQUIVARIANT:
-        yield Finding("good", "Latents move with the image: shifts, flips and scales change little else.", errors)
-    elif worst >= UNRELATED:
-        what = name.removeprefix("equivariance-").replace("-", " ")
-        words = f"Latents do not follow the image ({what}): the error is {worst:.1f} of their variance, where "
-        yield Finding("fair", f"{words}unrelated images have 2. A denoiser must learn every place anew.", {name: worst})
-
-
 def modes(m: Measures) -> Findings:
     """How far latents are from one Gaussian (MAETok, Chen et al. 2025, section 3: fewer modes are learnt faster)."""
     points = sorted((k, name) for name in m.begin("gmm-nll@") if isinstance(k := m.about(name, "modes"), int))
@@ -374,34 +331,11 @@ def cost(m: Measures) -> Findings:
 
 
 RULES: dict[Rule, str] = {  # and what each judges
-    seen: "", samples: "samples", followed: "conditions", tasks: "enlarging and inpainting", detail: "reconstructions",
+    seen: "", samples: "samples", relative: "relative distances", followed: "conditions",
+    tasks: "enlarging and inpainting", detail: "reconstructions", text: "text",
     limit: "what limits samples", smoothness: "smoothness", scale: "the scale of latents", outliers: "large channels",
     silent: "silent channels", active: "active channels", redundancy: "redundancy", noise: "the posterior's noise",
-    order: "the order of channels", codes: "the codebook", likeness: "likeness", equivariance: "equivariance",
-    modes: "modes", classes: "classes", difficulty: "difficulty", cost: "speed", images: "",
+    order: "the order of channels", codes: "the codebook", likeness: "likeness", modes: "modes", classes: "classes",
+    difficulty: "difficulty", **diffusability.RULES, cost: "speed", images: "",
 }  # fmt: skip
-OF_MEANS = (tasks, detail, smoothness, noise, order, equivariance)  # over images, which few images tell
-
-
-def experience(metrics: Mapping[str, Any], evidence: Mapping[str, Any] | None = None) -> str:
-    """Which of the measures in metrics.json went along with generation in our own experiments; empty without any.
-
-    `evidence` is what `studies.analysis.predictors` writes; by default what comes along.
-    """
-    evidence = evidence or json.loads(EVIDENCE.read_text(encoding="utf-8"))
-    here = {name.partition("@")[0] for name in Measures(metrics).values}
-    rows = [row for row in evidence["predictors"] if row["metric"] in here]
-    if not rows:
-        return ""
-    tried = evidence["about"].partition(";")[0]
-    words = f"In our own experiments ({tried}; a denoiser was trained equally long on each), "
-    sure = [
-        f"a {'lower' if row['spearman'] > 0 else 'higher'} {row['metric']} (rank correlation {row['spearman']:.2f}, "
-        f"between {row['interval'][0]:.2f} and {row['interval'][1]:.2f} with 95 % confidence)"
-        for row in rows
-        if row["significant"]
-    ]  # of a distance: the smaller, the better the samples
-    if not sure:
-        return f"{words}none of the numbers here went along with better samples beyond chance."
-    words += f"tokenizers with {'; with '.join(sure)} got better samples. Of the other numbers here no such "
-    return f"{words}connection is known."
+OF_MEANS = (tasks, detail, text, smoothness, noise, order, *diffusability.OF_MEANS)  # which few images tell

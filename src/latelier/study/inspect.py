@@ -22,14 +22,16 @@ from latelier.evaluate import evaluate
 from latelier.evaluation.metrics import METRICS
 from latelier.opening import best_device, join_processes, open_images, open_pretrained
 from latelier.recipe import Recipe, apply_overrides, build_recipe, load_recipe
-from latelier.report.figures import CHANNELS, ERRORS, MAP
-from latelier.report.verdict import Finding, experience, verdict
+from latelier.report.diffusability import experience
+from latelier.report.figures import CHANNELS, ERRORS, MAP, SPECTRUM
+from latelier.report.measures import Finding
+from latelier.report.verdict import verdict
 from latelier.tokenizers.codec import Codec, tokenizer_folder
 from latelier.tokenizers.pretrained import PretrainedSection
 from latelier.training.run_folder import claimed
 from latelier.training.tokenizer_loop import with_statistics
 
-WRITTEN = ("metrics.json", "verdict.json", "report.html", MAP, CHANNELS, ERRORS)
+WRITTEN = ("metrics.json", "verdict.json", "report.html", MAP, CHANNELS, ERRORS, SPECTRUM)
 
 
 def inspect(
