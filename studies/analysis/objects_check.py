@@ -1,4 +1,4 @@
-"""Do `objects` and the Fréchet distance in VGG16 order images as their damage does? Held-out scenes, damaged on purpose.
+"""Do `objects` and the Fréchet distance in VGG16 tell damage? Held-out scenes, damaged on purpose.
 
     python -m studies.analysis.objects_check --images 400
 
