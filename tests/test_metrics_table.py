@@ -13,7 +13,7 @@ convergence-gfd-dinov2-small@64 sr-lpips sr-lpips-difference bicubic-lpips inpai
 mean-fill-lpips inpainting-fd-vgg16 mean-fill-fd-dinov2-small within-object smoothness-lpips smoothness-rfd-vgg16
 prefix-lpips@4 prefix-rfd-vgg16@4 gmm-nll@10 gmm-modes diffusion-loss viv viv-free viv-mixture high-frequency fdr
 fdr-vgg16 interpolation-vgg16 continuity-lpips uniformity-cv uniformity-gini equivariance-shift outlier-channels
-dead-codes largest-variance-ratio parameters size-mib gflop-encode gflop-decode gflop-paper memory-gb
+dead-codes largest-variance-ratio parameters size-mib gflop-encode gflop-decode gflop-paper memory-gb objects-copies
 """
 HIGHER = """
 psnr ssim ms-ssim inception-score precision recall sr-psnr sr-ssim sr-psnr-difference bicubic-psnr bicubic-ssim
@@ -21,7 +21,7 @@ layout-match layout-match-chance layout-match-real segmentation-match segmentati
 clip-score-real separation-object smoothness-psnr prefix-psnr@4 psnr-after-shift probe-accuracy knn-accuracy
 neighbours-10 structure-lds structure-srss path-efficiency text text@12 uniformity-entropy
 active-channels active-numbers codebook-usage codebook-perplexity samples-per-second@10 encode-images-per-second
-decode-images-per-second probe-pooled-accuracy
+decode-images-per-second probe-pooled-accuracy objects objects-counts objects-places objects-asked objects-reconstructed
 """
 NEITHER = """
 effective-rank channel-rank variance-first-quarter channel-sparsity kl-bits-per-pixel posterior-std latent-std

