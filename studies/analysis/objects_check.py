@@ -8,7 +8,7 @@ prints a Markdown table. Distances are to as many other scenes; each kind of dam
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from jaxtyping import Float
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from latelier.data.builtin import SceneSource
+from latelier.data.builtin import Backgrounds, SceneSource
 from latelier.evaluation.distributions import FeatureStatistics
 from latelier.evaluation.features import FeatureExtractor, load_extractor
 from latelier.evaluation.objects import Recogniser, measure_objects, paint, scramble
@@ -49,19 +49,21 @@ def damage(images: Images, kind: str, level: float) -> Images:
 
 
 def rows(
-    images: Images, others: Images, recogniser: Recogniser, extractor: FeatureExtractor | None
+    images: Images, others: Images, recogniser: Recogniser, extractor: FeatureExtractor
 ) -> Iterator[tuple[str, float, dict[str, float]]]:
     """Kind of damage, its level, and what is measured of images that are damaged so; first of the images themselves."""
 
+    def features(side: Images) -> FeatureStatistics:
+        statistics = FeatureStatistics(extractor.dims)
+        for part in side.split(50):
+            statistics.update(extractor(part))
+        return statistics
+
+    reference = features(others)
+
     def measure(damaged: Images) -> dict[str, float]:
         found = {name: result.value for name, result in measure_objects(damaged, recogniser).items()}
-        if extractor is not None:
-            sides = [FeatureStatistics(extractor.dims) for _ in range(2)]
-            for statistics, side in zip(sides, (damaged, others)):
-                for part in side.split(50):
-                    statistics.update(extractor(part))
-            found[f"fd-{extractor.name}"] = sides[0].distance(sides[1])
-        return found
+        return {**found, "fd-vgg16": features(damaged).distance(reference)}
 
     yield "none", 0, measure(images)
     for kind, levels in LEVELS.items():
@@ -69,21 +71,16 @@ def rows(
             yield kind, level, measure(damage(images, kind, level))
 
 
-def table(count: int, backgrounds: str, draw: Callable[[SceneSource, int], Tensor] = paint) -> str:
+def table(count: int, backgrounds: Backgrounds) -> str:
     """The Markdown table."""
-    source = SceneSource(SIZE, 2 * count + 400, "val", CLASSES, backgrounds)  # type: ignore[arg-type]
-    painted = [torch.stack([draw(source, i + start) for i in range(count)]) for start in (400, 400 + count)]
+    source = SceneSource(SIZE, 2 * count + 400, "val", CLASSES, backgrounds)
+    images, others = torch.stack([paint(source, i) for i in range(400, len(source))]).split(count)
     with torch.no_grad():
         recogniser = Recogniser(source)  # calibrated on the first 400
-        found = list(rows(*painted, recogniser, load_extractor("vgg16")))
+        found = list(rows(images, others, recogniser, load_extractor("vgg16")))
     shown = ["objects", "objects-counts", "objects-classes", "fd-vgg16"]
     about = ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in recogniser.about.items())
-    head = [
-        f"{backgrounds}: {about}",
-        "",
-        f"| damage | level | {' | '.join(shown)} |",
-        "|---|---|" + "---|" * len(shown),
-    ]
+    head = [f"{backgrounds}: {about}\n", f"| damage | level | {' | '.join(shown)} |", "|---|---|" + "---|" * len(shown)]
     return "\n".join(
         head + [f"| {k} | {np.round(x, 3):g} | {' | '.join(f'{v[n]:.3g}' for n in shown)} |" for k, x, v in found]
     )

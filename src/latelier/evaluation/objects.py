@@ -129,12 +129,12 @@ def measure_objects(
     about: dict[str, Any] = {**recogniser.about, "n": len(found)}
     results = {"objects": Result(*mean_with_interval(whole), about)}
     seen = [known_objects(training, i) for i in range(min(len(training), MOST_SCENES))] if training else []
-    for name, histogram in {"counts": _counts, "classes": _classes, "places": _places}.items():
-        ours, theirs, those = (
-            histogram(each, recogniser.finder) for each in (found, recogniser.known, seen[: len(found)])
-        )
-        alike = {"alike": _overlap(those, theirs)} if seen else {}  # what as many training scenes have
-        results[f"objects-{name}"] = Result(_overlap(ours, theirs), None, {**about, **alike})
+    ours, theirs, those = (
+        _distributions(rows, recogniser.finder) for rows in (found, recogniser.known, seen[: len(found)])
+    )
+    for name in ours:
+        alike = {"alike": _overlap(those[name], theirs[name])} if seen else {}  # what as many training scenes have
+        results[f"objects-{name}"] = Result(_overlap(ours[name], theirs[name]), None, {**about, **alike})
     several = [rows for rows in found if len(rows) > 1]
     if seen and several:
         by_chance = _mean(_copied([rows for rows in recogniser.known if len(rows) > 1], seen))
@@ -224,16 +224,9 @@ def _in_boxes(ours: Sequence[Found], asked: Sequence[Found]) -> bool:
 def _relations(ours: Sequence[Found], asked: Sequence[Found]) -> list[float]:
     """1 for each relation of the main object to another one that two objects of these classes have."""
     main, *others = asked
+    pairs = [(a.label, b.label, *relations_of([a.box, b.box])) for a, b in permutations(ours, 2)]
     wanted = zip(others, relations_of([one.box for one in asked]))
-    return [
-        float(
-            any(
-                (a.label, b.label) == (main.label, other.label) and relations_of([a.box, b.box]) == [relation]
-                for a, b in permutations(ours, 2)
-            )
-        )
-        for other, relation in wanted
-    ]
+    return [float((main.label, other.label, relation) in pairs) for other, relation in wanted]
 
 
 def _least_fit(ours: Sequence[Found], known: Sequence[Found]) -> float:
@@ -262,21 +255,16 @@ def _labels(objects: Sequence[Found]) -> tuple[int, ...]:
     return tuple(sorted(one.label for one in objects))
 
 
-def _counts(found: Rows, finder: SpriteFinder) -> Float[Tensor, " k"]:
-    return _shares([min(len(rows), OBJECTS[1] + 1) for rows in found], OBJECTS[1] + 2)
-
-
-def _classes(found: Rows, finder: SpriteFinder) -> Float[Tensor, " k"]:
-    return _shares([one.label for rows in found for one in rows], len(finder.classes))
-
-
-def _places(found: Rows, finder: SpriteFinder) -> Float[Tensor, " k"]:
-    def cell(low: int, high: int, length: int) -> int:
-        return min(max(int((low + high) / 2 / length * CELLS), 0), CELLS - 1)
-
-    h, w = finder.size
-    boxes = [one.box for rows in found for one in rows]
-    return _shares([cell(y0, y1, h) * CELLS + cell(x0, x1, w) for x0, y0, x1, y1 in boxes], CELLS**2)
+def _distributions(found: Rows, finder: SpriteFinder) -> dict[str, Float[Tensor, " _"]]:
+    """How many objects there are in an image, of which classes, and in which cells of a grid."""
+    objects = [one for rows in found for one in rows]
+    middles = torch.tensor([(y0 + y1, x0 + x1) for x0, y0, x1, y1 in (one.box for one in objects)]).view(-1, 2) / 2
+    cells = (middles / torch.tensor(finder.size) * CELLS).long().clamp(0, CELLS - 1)  # (m, 2)
+    return {
+        "counts": _shares([min(len(rows), OBJECTS[1] + 1) for rows in found], OBJECTS[1] + 2),
+        "classes": _shares([one.label for one in objects], len(finder.classes)),
+        "places": _shares((cells[:, 0] * CELLS + cells[:, 1]).tolist(), CELLS**2),
+    }
 
 
 def _shares(values: list[int], bins: int) -> Float[Tensor, " k"]:
