@@ -169,3 +169,18 @@ def test_directions_of_what_is_followed():
 )
 def test_what_cannot_be_followed(tmp_path, changes, message):
     refused(message, tiny_recipe, tmp_path, **changes)
+
+
+def test_objects_are_followed_in_scenes_and_left_out_elsewhere(run, tmp_path):
+    changes = {"evaluate": {**EVERY, "every": 64, "metrics": ["gfd", "objects"], "quality": {"objects": 0.9}}}
+    scenes = {"source": "scenes", "image_size": 32, "length": 16, "classes": ["owl", "key"], "flip": False}
+    recipe = tiny_recipe(tmp_path / "scenes", data=scenes, **changes)
+    train_tokenizer(recipe)
+    train_denoiser(recipe)
+    found = written(recipe)
+    assert list(found) == [f"{NAME}@64", "convergence-objects@64"]
+    assert found["convergence-objects@64"]["value"] < 0.9
+    assert found["convergence-objects@64"]["receipt"]["threshold"] > 0
+    other = like(run, tmp_path / "other", evaluate={**EVERY, "metrics": ["gfd", "objects"]})
+    train_denoiser(other)
+    assert not any("objects" in name for name in written(other))

@@ -40,8 +40,8 @@ def imports(text: str) -> set[str]:
 
 def test_a_researcher_reads_it_in_an_afternoon():
     biggest = ", ".join(f"{path} ({n})" for path, n in Counter(LINES).most_common(5))
-    assert len(LINES) <= 147, f"{len(LINES)} files"
-    assert sum(LINES.values()) <= 28_000, f"{sum(LINES.values())} lines; the biggest files are {biggest}"
+    assert len(LINES) <= 150, f"{len(LINES)} files"
+    assert sum(LINES.values()) <= 28_300, f"{sum(LINES.values())} lines; the biggest files are {biggest}"
     assert max(LINES.values()) <= 450, f"the biggest files are {biggest}"
 
 

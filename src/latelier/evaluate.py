@@ -27,7 +27,14 @@ from latelier.evaluation.cost import measure_cost, measure_sampling
 from latelier.evaluation.features import check_features, load_extractor
 from latelier.evaluation.generation import evaluate_generation, generate_images, measure_convergence, nearest
 from latelier.evaluation.metrics import METRICS
-from latelier.evaluation.objects import MOST_SAMPLES, Asked, Recogniser, check_scenes, known_objects, measure_objects
+from latelier.evaluation.objects import (
+    MOST_SAMPLES,
+    Asked,
+    check_scenes,
+    known_objects,
+    measure_objects,
+    open_recogniser,
+)
 from latelier.evaluation.reconstruction import SHOWN, draw_errors, evaluate_reconstruction
 from latelier.evaluation.references import describe_images, reference_key
 from latelier.evaluation.regions import MOST_TRAINING
@@ -292,7 +299,7 @@ def _objects(
     """Which objects reconstructions and samples show."""
     scenes, training = check_scenes(held_out.source), open_images(recipe)
     say("Measuring objects")
-    recogniser = Recogniser(scenes, recipe.data.flip)
+    recogniser = open_recogniser(scenes, recipe.data.flip)
     found = {
         "objects-reconstructed": recogniser.reconstructed(
             lambda images: codec.decode(codec.encode(images.to(codec.device)))

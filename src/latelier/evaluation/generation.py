@@ -27,6 +27,7 @@ from latelier.evaluation.curves import reach
 from latelier.evaluation.distributions import DISCREPANCIES, GROUPS, precision_recall, subset_mmd
 from latelier.evaluation.features import NEEDS, FeatureExtractor, check_features, inception_of, load_extractors
 from latelier.evaluation.metrics import FOLLOWED, METRICS, better, plain
+from latelier.evaluation.objects import measure_objects, open_recogniser, shows_objects
 from latelier.evaluation.reconstruction import FRECHET_INTERVAL, read_images
 from latelier.evaluation.references import FeatureCollector, FeatureSet, Key, collect, reference_key, reference_sets
 from latelier.evaluation.results import (
@@ -338,6 +339,8 @@ def measure_snapshot(recipe: Recipe, pipeline: LatentDiffusionPipeline, images: 
         sample = sample.model_copy(update={"guide": None, "guidance": 1.0})
     wanted = [name for name in settings.metrics if METRICS[name].followed]
     wanted = [name for name in wanted if not METRICS[name].lacks(count, recipe.data.channels, recipe.data.image_size)]
+    if "objects" in wanted and not shows_objects(training.source, recipe.data.channels):  # which evaluation will tell
+        wanted.remove("objects")
     if not wanted:
         return []
     first = settings.model_copy(update={"metrics": wanted, "features": settings.features[:1], "samples": count})
@@ -357,8 +360,23 @@ def measure_snapshot(recipe: Recipe, pipeline: LatentDiffusionPipeline, images: 
     load_snapshot(pipeline, folder)
     real = training.once(settings.batch, limit=count)
     drawn = generate_images(pipeline, recipe.model_copy(update={"sample": sample}), min(count, len(training)))
-    found = evaluate_generation(drawn, real, first, receipt, pipeline.device, reference_key(training, count))
+    kept: list[Tensor] = []
+    found = evaluate_generation(
+        _keep(drawn, kept), real, first, receipt, pipeline.device, reference_key(training, count)
+    )
+    if "objects" in wanted:
+        scenes: Any = open_images(recipe, "val").source
+        samples = torch.cat([*kept, *drawn])  # what no other metric has drawn, too
+        result = measure_objects(samples, open_recogniser(scenes, recipe.data.flip))["objects"]
+        found.append(Measurement("objects", result.value, make_receipt(**receipt, **result.details), result.interval))
     return [replace(one, name=f"{FOLLOWED}{one.name}@{images}") for one in found]
+
+
+def _keep(batches: Iterable[Tensor], kept: list[Tensor]) -> Iterator[Tensor]:
+    """The same batches, which are appended to `kept` as well."""
+    for batch in batches:
+        kept.append(batch)
+        yield batch
 
 
 def _known(path: Path, receipt: Mapping[str, Any]) -> list[Measurement]:

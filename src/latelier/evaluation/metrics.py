@@ -35,7 +35,7 @@ class Metric:
     images: int = 1  # that it needs, on each side; measures of latents count for themselves
     side: int = 1  # of images, in pixels, that it needs
     networks: bool = False  # whether it looks at grey images and colours only
-    followed: bool = False  # whether it is measured at snapshots of a denoiser's training, by `evaluate_generation`
+    followed: bool = False  # whether it is measured at snapshots of a denoiser's training, by `measure_snapshot`
 
     def lacks(self, images: int, channels: int, size: tuple[int, int]) -> str:
         """Why it cannot be measured on so many images like these, or nothing."""
@@ -147,7 +147,7 @@ METRICS: dict[str, Metric] = {
     "precision": Metric("generation", images=4, networks=True, better={"precision": "higher"}),
     "recall": Metric("generation", images=4, networks=True, better={"recall": "higher"}),
     "objects": Metric(
-        "generation", better={"objects": "higher", "objects-copies": "lower"},
+        "generation", followed=True, better={"objects": "higher", "objects-copies": "lower"},
         units={
             "objects": "share of images", "objects-relations": "share of relations",
             **dict.fromkeys(("objects-counts", "objects-classes", "objects-places"), "1 - total variation"),

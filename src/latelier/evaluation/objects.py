@@ -31,6 +31,7 @@ TILES = 8  # of scrambled images, along a side
 CELLS = 3  # along a side of the grid of places
 SAME_BOX, SAME_PLACE = 0.5, 0.85  # intersection over union of a box that was asked for, of a copy
 Rows = Sequence[Sequence[Found]]
+_recognisers: dict[tuple[str, bool], Recogniser] = {}
 Condition = Literal["class", "text", "layout"]
 
 
@@ -102,6 +103,14 @@ class Recogniser:
         return (few & (unexplained(images.float().cpu(), found) <= EMPTY)).double()
 
 
+def open_recogniser(originals: SceneSource, mirrored: bool = False) -> Recogniser:
+    """The recogniser of some scenes; a process calibrates it once."""
+    key = (check_scenes(originals).fingerprint, mirrored)
+    if key not in _recognisers:
+        _recognisers[key] = Recogniser(originals, mirrored)
+    return _recognisers[key]
+
+
 @torch.no_grad()
 def measure_objects(
     generated: Float[Tensor, "n 3 h w"], originals: SceneSource | Recogniser, training: SceneSource | None = None,
@@ -154,6 +163,14 @@ def check_scenes(source: Any, channels: int = 3) -> SceneSource:
         what = f"{wide[0]!r} is a category" if wide else f"there are {len(names)} classes"
         raise NotMeasurable(f"objects looks for single emoji, and {what}; name at most {MOST_CLASSES} in data.classes.")
     return source
+
+
+def shows_objects(source: Any, channels: int = 3) -> bool:
+    """Whether objects can be recognised in a source's images."""
+    try:
+        return bool(check_scenes(source, channels))
+    except NotMeasurable:
+        return False
 
 
 def known_objects(source: SceneSource, index: int) -> list[Found]:
