@@ -19,6 +19,7 @@ from tiny import colour_extractor, tiny_recipe
 from two_processes import EVALUATE, two_stages
 
 HERE = Path(__file__).parent
+FOLLOWED = [f"convergence-gfd-colour@{images}" for images in (40, 64)]
 
 
 def test_two_processes_equal_one(tmp_path, monkeypatch):
@@ -44,6 +45,8 @@ def test_two_processes_equal_one(tmp_path, monkeypatch):
     recipe = two_stages(one)
     train_tokenizer(recipe)
     train_denoiser(recipe)
+    ended = [json.loads((run / "tiny" / "tokenizer" / "manifest.json").read_text()) for run in (two, one)]
+    assert [about["images"] for about in ended] == [32, 32]
     for part in ("tokenizer", "pipeline/denoiser", "pipeline/conditioner"):
         assert_equal_weights(two, one, part)
 
@@ -61,6 +64,7 @@ def assert_evaluated_as_by_one(folder, monkeypatch):
     assert returned[1] == []
     assert returned[0][:7] == ["l1", "psnr", "rfd-colour", "gfd-colour", "kid-colour", "precision", "recall"]
     assert returned[0][7:9] == ["objects-reconstructed", "objects"]
+    assert [name for name in returned[0] if name.startswith("convergence-gfd")] == FOLLOWED
     file = folder / "tiny" / "metrics.json"
     by_two = json.loads(file.read_text())
     file.unlink()
@@ -70,14 +74,15 @@ def assert_evaluated_as_by_one(folder, monkeypatch):
     monkeypatch.setenv("LATELIER_CACHE", str(folder / "another"))
     evaluate.evaluate(two_stages(folder))
     by_one = json.loads(file.read_text())
-    for section in ("reconstruction", "generation"):
+    for section in ("reconstruction", "generation", "convergence"):
         assert list(by_one[section]) == list(by_two[section])
         for name, entry in by_one[section].items():
             assert (entry["value"], entry["interval"]) == (
                 by_two[section][name]["value"],
                 by_two[section][name]["interval"],
             ), name
-            assert entry["receipt"]["n"] == by_two[section][name]["receipt"]["n"] > 2 * EVALUATE["batch"]
+            least = EVALUATE["batch"] * (1 if section == "convergence" else 2)
+            assert entry["receipt"]["n"] == by_two[section][name]["receipt"]["n"] > least
 
 
 def test_the_documented_command_is_one_run_of_two_processes(tmp_path):

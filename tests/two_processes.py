@@ -13,10 +13,11 @@ from latelier.training import denoiser_loop, tokenizer_loop
 from latelier.training.runtime import Stage, make_accelerator
 from tiny import colour_extractor, tiny_recipe
 
-TOKENIZER = {  # masked pretraining on noisy latents, then decoder tuning, moved, against a discriminator
+TOKENIZER = {  # masked pretraining on noisy latents; decoder tuning, moved, against a discriminator, for 32 images
     "ema": 0, "regularise": [{"kind": "noise", "level": 0.3}],
     "phases": [
-        {"name": "tuning", "images": 32, "train": "decoder", "mask_ratio": 0, "kl_weight": 0, "lr": 1e-3,
+        {"name": "tuning", "images": 64, "until_psnr": 8.85, "psnr_every": 8, "train": "decoder", "mask_ratio": 0,
+         "kl_weight": 0, "lr": 1e-3,
          "sample_posterior": False, "regularise": [{"kind": "equivariance", "least": 0.5}],
          "adversarial": {"layers": 1, "channels": 8, "start": 8, "ahead": 8}},
     ],
@@ -24,6 +25,7 @@ TOKENIZER = {  # masked pretraining on noisy latents, then decoder tuning, moved
 
 EVALUATE = {"metrics": ["l1", "psnr", "rfd", "gfd", "kid", "precision", "recall", "objects"], "samples": 46, "batch": 5}
 SCENES = {"source": "scenes", "classes": ["banana", "rocket"], "flip": False, "val_fraction": 0.96}
+EVALUATE |= {"every": 40, "every_samples": 6}  # on the way, by the main process
 TRAINED: list[torch.nn.Module] = []  # what stepped, tokenizers and discriminators alike
 
 
@@ -57,6 +59,7 @@ def main(folder: Path) -> None:
     """Both stages, on this process."""
     torch.set_num_threads(1)
     recipe = two_stages(folder)
+    see_colours()
     Stage.clip = remember
     for name, section, train in (
         ("tokenizer", recipe.tokenizer, tokenizer_loop.train_tokenizer),
@@ -68,7 +71,6 @@ def main(folder: Path) -> None:
         (folder / f"{name}-{accelerator.process_index}.txt").write_text(digest())
         TRAINED.clear()
         accelerator.wait_for_everyone()
-    see_colours()
     measured = evaluate.evaluate(recipe)
     (folder / f"measured-{accelerator.process_index}.txt").write_text(" ".join(m.name for m in measured))
 
