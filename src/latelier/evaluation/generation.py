@@ -384,7 +384,9 @@ def _known(path: Path, receipt: Mapping[str, Any]) -> list[Measurement]:
     entries = json.loads(path.read_text()).get("convergence", {}) if path.is_file() else {}
     wanted = json.loads(json.dumps(receipt, default=str)).items()
     return [
-        Measurement(name.partition("@")[0], entry["value"], entry["receipt"], entry["interval"])
+        Measurement(
+            name.partition("@")[0], entry["value"], entry["receipt"], entry["interval"] and (*entry["interval"],)
+        )
         for name, entry in entries.items()
         if wanted <= entry["receipt"].items()
     ]
