@@ -6,11 +6,14 @@ import pytest
 import torch
 from studies.analysis.objects_check import LEVELS, damage
 
+from latelier.conditioning.condition import ClassConditioner
 from latelier.data.builtin import EmojiSource, SceneSource
-from latelier.evaluate import evaluate
+from latelier.data.sources import open_source
+from latelier.evaluate import _asked, evaluate
 from latelier.evaluation import objects as measured
 from latelier.evaluation.objects import Asked, Recogniser, known_objects, measure_objects, paint, scramble, unexplained
 from latelier.evaluation.sprites import Found, Places, SpriteFinder, iou
+from latelier.opening import held_out_records
 from latelier.pipeline import LatentDiffusionPipeline
 from latelier.training.denoiser_loop import train_denoiser
 from latelier.training.tokenizer_loop import train_tokenizer
@@ -124,6 +127,31 @@ def test_other_data_are_refused():
     refused("'Activities' is a category", measure_objects, torch.zeros(1, 3, 32, 32), SceneSource((32, 32), 4))
     refused("these are other data", measured.check_scenes, EmojiSource("val"))
     refused("these are 1 channels", measured.check_scenes, scenes(1)[0], 1)
+
+
+class Told(LatentDiffusionPipeline):
+    """A pipeline of which only the conditioner matters."""
+
+    def __init__(self, conditioner):
+        self.conditioner = conditioner
+
+
+@pytest.mark.parametrize(("name", "condition"), [("prompts", "text"), ("layouts", "layout"), ("classes", "class")])
+def test_samples_are_asked_for_held_out_scenes_in_turn(tmp_path, name, condition):
+    data = {"source": "scenes", "classes": CLASSES, "length": 20, "val_fraction": 0.25, "flip": False, "workers": 0}
+    recipe = tiny_recipe(tmp_path, data=data, denoiser=None, evaluate={"samples": 8}, sample={"batch": 3})
+    conditioner = ClassConditioner(4, 8)
+    conditioner.input_name = name
+    pipeline, source = Told(conditioner), open_source(recipe.data, "val")
+    asked = _asked(recipe, pipeline, source, 8)
+    assert asked.condition == condition
+    labels = [rows[0].label for rows in asked.objects]
+    if name == "classes":
+        assert labels == [0, 1, 2, 0, 1, 2, 0, 1]  # they start again in every batch
+    else:
+        records = held_out_records(recipe, pipeline)
+        given = [label for first in (0, 3, 6) for label in records(first, 3)["label"].tolist()]
+        assert labels == given[:8] == [source.objects(i % 5)[0].label for i in range(8)]
 
 
 def test_a_run_measures_it_on_the_samples_that_gfd_sees(tmp_path, monkeypatch):
