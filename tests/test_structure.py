@@ -41,7 +41,7 @@ def imports(text: str) -> set[str]:
 def test_a_researcher_reads_it_in_an_afternoon():
     biggest = ", ".join(f"{path} ({n})" for path, n in Counter(LINES).most_common(5))
     assert len(LINES) <= 145, f"{len(LINES)} files"
-    assert sum(LINES.values()) <= 26_700, f"{sum(LINES.values())} lines; the biggest files are {biggest}"
+    assert sum(LINES.values()) <= 27_300, f"{sum(LINES.values())} lines; the biggest files are {biggest}"
     assert max(LINES.values()) <= 450, f"the biggest files are {biggest}"
 
 

@@ -2,12 +2,14 @@
 
 import hashlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from latelier import evaluate
 from latelier.evaluation import generation, reconstruction
+from latelier.evaluation.metrics import METRICS
 from latelier.recipe import Recipe
 from latelier.training import denoiser_loop, tokenizer_loop
 from latelier.training.runtime import Stage, make_accelerator
@@ -22,7 +24,7 @@ TOKENIZER = {  # masked pretraining on noisy latents, then decoder tuning, moved
     ],
 }  # fmt: skip
 
-EVALUATE = {"metrics": ["l1", "psnr", "rfd", "gfd", "kid", "precision", "recall"], "samples": 46, "batch": 5}
+EVALUATE = {"metrics": ["l1", "psnr", "rfd", "gfd", "fdr", "kid", "precision", "recall"], "samples": 46, "batch": 5}
 TRAINED: list[torch.nn.Module] = []  # what stepped, tokenizers and discriminators alike
 
 
@@ -50,6 +52,7 @@ def see_colours() -> None:
     for module in (generation, reconstruction):
         module.load_extractors = lambda names, device: [colour_extractor()]
     evaluate.load_extractor = lambda name: colour_extractor()
+    METRICS["fdr"] = replace(METRICS["fdr"], images=2)
 
 
 def main(folder: Path) -> None:

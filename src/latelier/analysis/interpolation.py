@@ -93,11 +93,9 @@ def _continuity(sample: LatentSample, codec: Codec, seed: int, about: dict) -> R
         like = (-1, *[1] * (z.ndim - 1))
         step = direction * (z.flatten(1).norm(dim=1) / direction.flatten(1).norm(dim=1)).view(like)  # |z| long
         plain = network.features(codec.decode(z).clamp(-1, 1))
-        moved = ((z + s * rho * step for s in (1, -1)) for rho in RADII)
-        sides = [
-            [network.compare(network.features(codec.decode(x).clamp(-1, 1)), plain) for x in pair] for pair in moved
-        ]
-        values.append(torch.stack([(a + b) / 2 for a, b in sides], 1).cpu())
+        moved = [codec.decode(z + side * rho * step).clamp(-1, 1) for rho in RADII for side in (1, -1)]
+        distances = torch.stack([network.compare(network.features(x), plain) for x in moved], 1)  # (b, 2 radii)
+        values.append(distances.unflatten(1, (-1, 2)).mean(2).cpu())
     curves = torch.cat(values).double()  # (n, radii)
     weights = 1 / torch.tensor(RADII, dtype=torch.float64)
     mean, interval = mean_with_interval(curves @ (weights / weights.sum()))
