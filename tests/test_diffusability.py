@@ -14,7 +14,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.autoencoders.vq_model import VQEncoderOutput
 from PIL import Image
 
-from latelier.analysis import frequency, interpolation, neighbours, structure, uniformity, velocity
+from latelier.analysis import frequency, interpolation, neighbours, smoothness, structure, uniformity, velocity
 from latelier.analysis.difficulty import path_shape
 from latelier.analysis.sample import LatentSample, Scale, collect
 from latelier.report import figures
@@ -235,7 +235,7 @@ def test_slerp_keeps_the_norm_and_meets_both_ends():
 
 
 def test_interpolation_between_equal_images_is_reconstruction(monkeypatch):
-    monkeypatch.setattr(interpolation, "load_extractor", lambda name: colour_extractor())
+    monkeypatch.setattr(smoothness, "load_extractor", lambda name, device: colour_extractor())
     images = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     codec = Codec(IdentityTokenizer())
 

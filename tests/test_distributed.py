@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from latelier import evaluate
 from latelier.evaluation import generation, reconstruction
+from latelier.evaluation.metrics import METRICS
 from latelier.recipe import dump
 from latelier.training.denoiser_loop import train_denoiser
 from latelier.training.tokenizer_loop import train_tokenizer
@@ -62,8 +64,8 @@ def assert_evaluated_as_by_one(folder, monkeypatch):
     """The very numbers that one process finds for the same run, returned by only one of two."""
     returned = [(folder / f"measured-{i}.txt").read_text().split() for i in range(2)]
     assert returned[1] == []
-    assert returned[0][:7] == ["l1", "psnr", "rfd-colour", "gfd-colour", "kid-colour", "precision", "recall"]
-    assert returned[0][7:9] == ["objects-reconstructed", "objects"]
+    images = ["l1", "psnr", "rfd-colour", "gfd-colour", "kid-colour", "precision", "recall", "fdr-colour"]
+    assert returned[0][:10] == [*images, "objects-reconstructed", "objects"]
     assert [name for name in returned[0] if name.startswith("convergence-gfd")] == FOLLOWED
     file = folder / "tiny" / "metrics.json"
     by_two = json.loads(file.read_text())
@@ -71,6 +73,7 @@ def assert_evaluated_as_by_one(folder, monkeypatch):
     for module in (generation, reconstruction):
         monkeypatch.setattr(module, "load_extractors", lambda names, device: [colour_extractor()])
     monkeypatch.setattr(evaluate, "load_extractor", lambda name: colour_extractor())
+    monkeypatch.setitem(METRICS, "fdr", replace(METRICS["fdr"], images=2))
     monkeypatch.setenv("LATELIER_CACHE", str(folder / "another"))
     evaluate.evaluate(two_stages(folder))
     by_one = json.loads(file.read_text())

@@ -72,6 +72,18 @@ def test_codecs_and_tensors_are_inspected(toy, tmp_path):
     assert not (tmp_path / "kept" / "tokenizer").exists()
 
 
+def test_label_maps_and_spectra_of_scenes(toy, tmp_path):
+    codec, _ = toy
+    options = ["evaluate.metrics=[structure,neighbours,frequency,text]", "data.length=48", "data.val_fraction=0.5"]
+    found = latelier.inspect(codec, "scenes", 32, 24, tmp_path / "kept", options)["latent space"]
+    assert {"structure-srss", "structure-lds", "neighbours-10", "high-frequency", "text@6", "text"} <= set(found)
+    assert 0 < found["structure-srss"]["receipt"]["n"] <= 24
+    assert "label map" in found["neighbours-10"]["receipt"]["positions"]
+    assert found["text"]["receipt"]["reference"] == "rendered letters and digits"
+    assert (tmp_path / "kept" / "spectrum.png").is_file()
+    assert "Latents beside images of the same size" in (tmp_path / "kept" / "report.html").read_text()
+
+
 def test_memory_and_files_give_the_same_numbers(toy, tmp_path):
     codec, images = toy
     codec.tokenizer.eval()

@@ -2,12 +2,14 @@
 
 import hashlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from latelier import evaluate
 from latelier.evaluation import generation, reconstruction
+from latelier.evaluation.metrics import METRICS
 from latelier.recipe import Recipe
 from latelier.training import denoiser_loop, tokenizer_loop
 from latelier.training.runtime import Stage, make_accelerator
@@ -23,9 +25,9 @@ TOKENIZER = {  # masked pretraining on noisy latents; decoder tuning, moved, aga
     ],
 }  # fmt: skip
 
-EVALUATE = {"metrics": ["l1", "psnr", "rfd", "gfd", "kid", "precision", "recall", "objects"], "samples": 46, "batch": 5}
+EVALUATE = {"metrics": ["l1", "psnr", "rfd", "gfd", "fdr", "kid", "precision", "recall", "objects"]}
 SCENES = {"source": "scenes", "classes": ["banana", "rocket"], "flip": False, "val_fraction": 0.96}
-EVALUATE |= {"every": 40, "every_samples": 6}  # on the way, by the main process
+EVALUATE |= {"samples": 46, "batch": 5, "every": 40, "every_samples": 6}  # on the way, by the main process
 TRAINED: list[torch.nn.Module] = []  # what stepped, tokenizers and discriminators alike
 
 
@@ -53,6 +55,7 @@ def see_colours() -> None:
     for module in (generation, reconstruction):
         module.load_extractors = lambda names, device: [colour_extractor()]
     evaluate.load_extractor = lambda name: colour_extractor()
+    METRICS["fdr"] = replace(METRICS["fdr"], images=2)
 
 
 def main(folder: Path) -> None:

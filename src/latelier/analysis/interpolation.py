@@ -13,13 +13,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from latelier.analysis.sample import PIXELS, LatentSample
+from latelier.analysis.smoothness import extractor_of, original_vectors, vgg16
 from latelier.errors import NotMeasurable
 from latelier.evaluation.distributions import FeatureStatistics
-from latelier.evaluation.features import load_extractor
 from latelier.evaluation.results import Result, mean_with_interval, size_warning
 from latelier.images import round_to_8_bit
 from latelier.keyed_random import KeyedRandom
-from latelier.losses.perceptual import LPIPS
 from latelier.tokenizers.codec import Codec
 
 ALPHA = 0.5
@@ -47,7 +46,7 @@ def interpolation(sample: LatentSample, codec: Codec, features: list[str], seed:
 
 
 def _between(sample: LatentSample, codec: Codec, features: str, about: dict) -> dict[str, Result]:
-    extractor = load_extractor(features)
+    extractor = extractor_of(sample, features)
     partner = nearest(sample.latents().flatten(1))  # (n,)
     ours, theirs = FeatureStatistics(extractor.dims), FeatureStatistics(extractor.dims)
     for rows in sample.parts(PIXELS):
@@ -55,7 +54,7 @@ def _between(sample: LatentSample, codec: Codec, features: str, about: dict) -> 
         other = torch.cat([sample.latents(slice(i, i + 1)) for i in partner[rows].tolist()]).to(z)
         images = round_to_8_bit(codec.decode(slerp(z, other, ALPHA)).clamp(-1, 1))  # (b, c, h, w)
         ours.update(extractor(images))
-        theirs.update(extractor(sample.pixels(rows)))
+        theirs.update(original_vectors(sample, extractor, rows))
     details = {**about, "n": len(sample), "alpha": ALPHA, "neighbour": "nearest other image, cosine"}
     details |= {"path": "slerp", "extractor": extractor.name, **size_warning(len(sample), extractor.dims)}
     return {f"interpolation-{extractor.name}": Result(ours.distance(theirs), None, details)}
@@ -84,7 +83,7 @@ def slerp(a: Float[Tensor, "b c *grid"], b: Float[Tensor, "b c *grid"], alpha: f
 
 
 def _continuity(sample: LatentSample, codec: Codec, seed: int, about: dict) -> Result:
-    lpips = LPIPS("vgg").to(sample.device)
+    network = vgg16(sample)
     values: list[Tensor] = []  # of (b, radii)
     for rows in sample.parts(PIXELS, MOST_IMAGES):
         z = sample.latents(rows).to(sample.device)  # (b, c, *grid)
@@ -93,9 +92,10 @@ def _continuity(sample: LatentSample, codec: Codec, seed: int, about: dict) -> R
         )
         like = (-1, *[1] * (z.ndim - 1))
         step = direction * (z.flatten(1).norm(dim=1) / direction.flatten(1).norm(dim=1)).view(like)  # |z| long
-        plain = codec.decode(z).clamp(-1, 1)
-        sides = [[lpips(codec.decode(z + s * rho * step).clamp(-1, 1), plain) for s in (1, -1)] for rho in RADII]
-        values.append(torch.stack([(a + b) / 2 for a, b in sides], 1).cpu())
+        plain = network.features(codec.decode(z).clamp(-1, 1))
+        moved = [codec.decode(z + side * rho * step).clamp(-1, 1) for rho in RADII for side in (1, -1)]
+        distances = torch.stack([network.compare(network.features(x), plain) for x in moved], 1)  # (b, 2 radii)
+        values.append(distances.unflatten(1, (-1, 2)).mean(2).cpu())
     curves = torch.cat(values).double()  # (n, radii)
     weights = 1 / torch.tensor(RADII, dtype=torch.float64)
     mean, interval = mean_with_interval(curves @ (weights / weights.sum()))

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
 from latelier.errors import LatelierError
@@ -218,7 +218,7 @@ def _encode(codec: Codec, images: Tensor, rows: Int[Tensor, " b"], known: Latent
     return merged
 
 
-def _foreground(ids: Int[Tensor, "b h w"], grid: torch.Size) -> Bool[Tensor, "b i j"]:
+def _foreground(ids: Integer[Tensor, "b h w"], grid: torch.Size) -> Bool[Tensor, "b i j"]:
     """Positions of the latent that show anything but id 0, which is the background: max pooling."""
     return F.adaptive_max_pool2d((ids > 0).float().cpu(), (grid[0], grid[1])) > 0
 

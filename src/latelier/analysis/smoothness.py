@@ -151,11 +151,8 @@ class Quality:
         self.sample, self.names = sample, [name for name in ("psnr", "lpips") if name in metrics]
         self.extractor: FeatureExtractor | None = None
         if "rfd" in metrics:
-            self.extractor = sample.recall(
-                ("extractor", features[0]), lambda: load_extractor(features[0], sample.device)
-            )
+            self.extractor = extractor_of(sample, features[0])
         self.network = vgg16(sample, self.extractor) if "lpips" in self.names else None
-        self.shared = self.network is not None and self.extractor is not None and self.extractor.module is self.network
         self.key = ("quality", *self.names, self.extractor and self.extractor.name)
         self.values: dict[str, list[Tensor]] = {name: [] for name in self.names}  # of (b, versions)
         dims = self.extractor.dims if self.extractor else 0
@@ -188,7 +185,7 @@ class Quality:
         if self.network is not None:
             found["lpips"] = self.network.compare(maps, self._original(rows)[0]).cpu()
         if self.extractor is not None:
-            found["vector"] = self._vector(images, maps)
+            found["vector"] = _vector(self.extractor, images, maps)
         return found
 
     def _original(self, rows: slice) -> tuple[list[Tensor], Tensor]:
@@ -196,13 +193,26 @@ class Quality:
         maps = [] if self.network is None else original_maps(self.sample, self.network, rows)
         if self.extractor is None:
             return maps, torch.zeros(0)
-        key = ("vectors", self.extractor.name, self.shared, rows.start, rows.stop)
-        return maps, self.sample.recall(key, lambda: self._vector(self.sample.pixels(rows), maps))
+        return maps, original_vectors(self.sample, self.extractor, rows, maps)
 
-    def _vector(self, images: Tensor, maps: list[Tensor]) -> Tensor:
-        """The extractor's vectors: where it is the VGG16 of LPIPS, a mean of its last map."""
-        assert self.extractor is not None
-        return maps[-1].mean((2, 3)) if self.shared else self.extractor(images)  # (b, d)
+
+def extractor_of(sample: LatentSample, name: str) -> FeatureExtractor:
+    """A feature extractor, opened once for the sample."""
+    return sample.recall(("extractor", name), lambda: load_extractor(name, sample.device))
+
+
+def original_vectors(
+    sample: LatentSample, extractor: FeatureExtractor, rows: slice, maps: list[Tensor] | None = None
+) -> Float[Tensor, "b d"]:
+    """The extractor's vectors of some originals, whose maps may be known; kept."""
+    key = ("vectors", extractor.name, rows.start, rows.stop)
+    maps = maps or sample.cache.get(("maps", rows.start, rows.stop))
+    return sample.recall(key, lambda: _vector(extractor, sample.pixels(rows), maps))
+
+
+def _vector(extractor: FeatureExtractor, images: Tensor, maps: list[Tensor] | None) -> Float[Tensor, "b d"]:
+    """The extractor's vectors: where it is the VGG16 of LPIPS, a mean of its last map."""
+    return maps[-1].mean((2, 3)) if maps and isinstance(extractor.module, LPIPS) else extractor(images)
 
 
 def vgg16(sample: LatentSample, extractor: FeatureExtractor | None = None) -> LPIPS:

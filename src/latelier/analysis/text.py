@@ -58,12 +58,7 @@ def readable_text(sample: LatentSample, codec: Codec) -> dict[str, Result]:
     even the smallest glyphs fit.
     """
     codec, size = sample.scaled(codec), sample.image_size
-    about: dict[str, Any] = {
-        "reference": "rendered letters and digits",
-        "data": "built in",
-        "image_size": list(size),
-        "reader": READER,
-    }
+    about: dict[str, Any] = {"reference": "rendered letters and digits", "data": "built in", "reader": READER}
     about |= {"alphabet": ALPHABET, "chance": 1 / len(ALPHABET)}
     found, means = {}, list[tuple[int, float, float]]()
     for height in HEIGHTS:

@@ -63,17 +63,25 @@ def evaluate_reconstruction(
     new = [collector for collector in collectors if collector.name not in known]
     ours, theirs = ({collector.name: FeatureSet(collector.kept) for collector in collectors} for _ in range(2))
     values: dict[str, list[Tensor]] = {name: [] for name in metrics}
+    vgg16 = (extractor for extractor in extractors if isinstance(extractor.module, LPIPS) and "lpips" in metrics)
+    both: Any = next(vgg16, None)  # one pass of the network gives LPIPS and features
     n, size = 0, (0, 0)
 
     def compare(images: Tensor) -> dict[str, Any]:
         """Of a batch, errors of each image, features of the reconstructions, and of originals that are not known."""
         images = images.to(codec.device)
         reconstruction = codec.decode(codec.encode(images)).clamp(-1, 1)  # (b, c, h, w)
+        apart = {name: metric for name, metric in metrics.items() if both is None or name != "lpips"}
+        found = {name: metric(reconstruction, images) for name, metric in apart.items()}
+        ours: dict[str, Any] = {}
+        theirs: dict[str, Any] = {}
+        if both is not None:
+            found["lpips"], *vectors = both.module.distance_and_vectors(*map(round_to_8_bit, (reconstruction, images)))
+            ours[both.name], theirs[both.name] = ({"features": x} for x in vectors)
         return {
-            "n": len(images), "size": (images.shape[2], images.shape[3]),
-            "values": {name: metric(reconstruction, images) for name, metric in metrics.items()},
-            "ours": {collector.name: collector.extract(reconstruction) for collector in collectors},
-            "theirs": {collector.name: collector.extract(images) for collector in new},
+            "n": len(images), "size": (images.shape[2], images.shape[3]), "values": found,
+            "ours": {c.name: ours.get(c.name) or c.extract(reconstruction) for c in collectors},
+            "theirs": {c.name: theirs.get(c.name) or c.extract(images) for c in new},
         }  # fmt: skip
 
     for batch in gather_in_order(map(compare, read_images(batches, evaluate.samples)), shared):

@@ -68,8 +68,7 @@ class LPIPS(nn.Module):
     def forward(self, images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
         """Distance of each image in [-1, 1], of 1 or 3 channels, from its reference; gradients only in `images`."""
         self._check(images)
-        pieces = -(-images.numel() // images.shape[1] * CHANNELS // PIECE[images.device.type == "cuda"])
-        return _Pieces.apply(images, reference.detach(), self._distance, max(1, min(len(images), pieces)))
+        return _Pieces.apply(images, reference.detach(), self._distance, self._pieces(images))
 
     def features(self, images: Float[Tensor, "b c h w"]) -> list[Float[Tensor, "b k i j"]]:
         """The five tapped feature maps, after their ReLU, finest first (VGG16: relu1_2 ... relu5_3)."""
@@ -91,6 +90,23 @@ class LPIPS(nn.Module):
         """Distance of images whose `features` are known already."""
         distances = [_Distance.apply(x, y, getattr(self, f"head{i}")) for i, (x, y) in enumerate(zip(ours, theirs))]
         return torch.stack(distances).sum(0)  # (b,)
+
+    @torch.no_grad()
+    def distance_and_vectors(
+        self, images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]
+    ) -> tuple[Float[Tensor, " b"], Float[Tensor, "b k"], Float[Tensor, "b k"]]:
+        """The distance, and of both sides spatial means of the last feature maps, by one pass over each."""
+        pieces, found = self._pieces(images), list[tuple[Tensor, Tensor, Tensor]]()
+        for x, y in zip(images.tensor_split(pieces), reference.tensor_split(pieces)):
+            ours, theirs = self.features(x), self.features(y)
+            found.append((self.compare(ours, theirs), ours[-1].mean((2, 3)), theirs[-1].mean((2, 3))))
+        distances, vectors, others = map(torch.cat, zip(*found))
+        return distances, vectors, others
+
+    def _pieces(self, images: Tensor) -> int:
+        """How many pieces of a batch fit the caches."""
+        pieces = -(-images.numel() // images.shape[1] * CHANNELS // PIECE[images.device.type == "cuda"])
+        return max(1, min(len(images), pieces))
 
     def _distance(self, images: Float[Tensor, "b c h w"], reference: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
         """The definition, for one piece of a batch."""
