@@ -93,7 +93,7 @@ def test_results_outlive_the_machine(tmp_path, monkeypatch, capfd):
     shown = {run["name"]: run for run in json.loads((page.parent / "comparison.json").read_text())["runs"]}
     assert shown["Plain"]["metrics"] == metrics
     assert list(shown) == ["Plain", "+ masking"]
-    assert sorted(folder.name for folder in kept.iterdir()) == ["Plain", "masking"]
+    assert sorted(folder.name for folder in kept.iterdir()) == ["Plain", "masking", "study.json"]
 
     message = r"2 of 2 runs failed .*kept/pair/Plain was made by another recipe or budget; delete it"
     refused(message, run_study, load_study(path, overrides=["tokenizer.lr=1"]))
