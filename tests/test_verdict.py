@@ -98,7 +98,7 @@ SAID = [
     ),
     (
         "good",
-        "30 % of their energy is fine detail, of noise 86.",
+        "30 % of their energy is fine detail (noise: 86 %)",
         {"high-frequency": (0.3, {"white_noise": 0.86})},
     ),
     ("fair", "Latents are coarse and fine", {"high-frequency": (0.6, {"white_noise": 0.86})}),

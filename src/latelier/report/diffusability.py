@@ -70,7 +70,7 @@ def frequencies(m: Measures) -> Findings:
     share = value / noise if noise > 0 else math.nan
     if share >= 0:
         kind, told = _beside_noise(share, "mostly coarse", "coarse and fine", "as flat as noise")
-        words = f"Latents are {told}: {100 * value:.0f} % of their energy is fine detail, of noise {100 * noise:.0f}. "
+        words = f"Latents are {told}: {100 * value:.0f} % of their energy is fine detail (noise: {100 * noise:.0f} %). "
         words += f"{STUDY} less was better, but other measures predicted more. {ours('high-frequency')}"
         yield Finding(kind, words, {"high-frequency": value})
 
@@ -122,7 +122,7 @@ RULES: dict[Rule, str] = {  # and what each judges
     velocity: "velocities", neighbourhood: "neighbours", structure: "spatial structure", frequencies: "frequencies",
     between: "interpolation", paths: "paths", evenness: "uniformity", equivariance: "equivariance",
 }  # fmt: skip
-OF_MEANS = (structure, frequencies, equivariance)
+OF_MEANS = (structure, frequencies, paths, equivariance)
 
 
 def _beside_noise(share: float, good: str, fair: str, bad: str) -> tuple[Kind, str]:
