@@ -18,7 +18,7 @@ from tiny import colour_extractor, tiny_recipe
 TOKENIZER = {  # masked pretraining on noisy latents; decoder tuning, moved, against a discriminator, for 32 images
     "ema": 0, "regularise": [{"kind": "noise", "level": 0.3}],
     "phases": [
-        {"name": "tuning", "images": 64, "until_psnr": 8.85, "psnr_every": 8, "train": "decoder", "mask_ratio": 0,
+        {"name": "tuning", "images": 64, "until_psnr": 12.9, "psnr_every": 8, "train": "decoder", "mask_ratio": 0,
          "kl_weight": 0, "lr": 1e-3,
          "sample_posterior": False, "regularise": [{"kind": "equivariance", "least": 0.5}],
          "adversarial": {"layers": 1, "channels": 8, "start": 8, "ahead": 8}},
