@@ -36,3 +36,27 @@ def teacher(tmp_path_factory):
     )
     ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def dinov2(tmp_path_factory):
+    """A DINOv2 of two blocks for 16 patches of 7 x 7 pixels, with random norms and biases too."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(2)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    model = Dinov2Model(Dinov2Config(image_size=28, patch_size=7, **sizes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * (0.3 if parameter.ndim > 1 else 1.0))
+    folder = tmp_path_factory.mktemp("dinov2")
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def fp32(monkeypatch):
+    """Teachers in float32, on every machine."""
+    from latelier.losses import teachers
+
+    monkeypatch.setattr(teachers, "fast_bf16", lambda device: False)

@@ -353,7 +353,7 @@ def study(
 ) -> None:
     """Train and evaluate several recipes at equal budget, and compare them. Resumes where it was stopped.
 
-    With `results: FOLDER` in the study's file, numbers of finished runs are kept there, beside that file. On another
+    With `results: FOLDER` in the file, numbers of finished runs are kept there. On another
     machine these runs count as done.
     """
     from latelier.study.study import load_study, run_study

@@ -2,7 +2,7 @@
 
 Published evidence is that of "Diffusing in the Right Space" (2026, arXiv 2606.03578): 86 tokenizers of three families,
 whose reconstructions were about equally good, each with several denoisers. Ours is `evidence.json`, which is written by
-`python -m studies.analysis.predictors` and read anew for every sentence.
+`python -m studies.analysis.predictors`.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ class Study(Section):
     repeats: dict[str, str] = Field({}, description="by the name of a run, the run that is its repeat: another seed")
     folder: str = Field("runs", description="in which a folder of the study's name is made")
     results: str | None = Field(
-        None, description="folder, beside the study's file, that keeps the numbers of finished runs for other machines"
+        None, description="folder that keeps the numbers of finished runs, where other machines find them"
     )
 
     @model_validator(mode="after")
@@ -129,8 +129,6 @@ def load_study(path: str | Path, variant: str | None = None, overrides: list[str
     """
     path = find_study(path)
     study = _validate(read_yaml(path), path)
-    if study.results:
-        study = study.model_copy(update={"results": str(path.parent / study.results)})
     if variant is not None:
         study = _vary(study, variant)
     own = [override for override in overrides if override.partition("=")[0].split(".")[0] in OWN]

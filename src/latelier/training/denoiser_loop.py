@@ -86,7 +86,7 @@ def train_denoiser(recipe: Recipe, accelerator: Accelerator | None = None) -> Pa
                     save_preview(recipe, codec, stage, accelerator.unwrap_model(objective), ema)
                 if stage.images in snapshots and accelerator.is_main_process:
                     save_snapshot(recipe.folder, stage.images, accelerator.unwrap_model(objective), ema)
-                    measure_snapshots(recipe, codec, stage, accelerator.unwrap_model(objective))
+                    measure_snapshots(recipe, codec, stage, accelerator.unwrap_model(objective), stage.images)
                 if stage.due(training.checkpoint_every) or stop:
                     stage.settle()
                     checkpoint.save(
@@ -310,14 +310,18 @@ def save_snapshot(folder: Path, images: int, objective: DenoisingObjective, ema:
             objective.conditioner.save_pretrained(temporary / "conditioner")
 
 
-def measure_snapshots(recipe: Recipe, codec: Codec, stage: Stage, objective: DenoisingObjective) -> None:
-    """Measure the snapshots so far for `evaluate.every`, as far as metrics.json lacks them; training is not touched."""
+def measure_snapshots(
+    recipe: Recipe, codec: Codec, stage: Stage, objective: DenoisingObjective, since: int = 0
+) -> None:
+    """Measure the snapshots from `since` images on for `evaluate.every`, as far as metrics.json lacks them; training is
+    not touched.
+    """
     if not recipe.evaluate.every:
         return
     with keep_random(stage.accelerator.device), checkpoint.averaged(objective, None):
         pipeline = make_pipeline(recipe, codec, objective)
         for images in denoiser_section(recipe).snapshots_at(recipe.evaluate.every):
-            if images <= stage.images and snapshot_folder(recipe.folder, images).is_dir():
+            if since <= images <= stage.images and snapshot_folder(recipe.folder, images).is_dir():
                 found = measure_snapshot(recipe, pipeline, images)
                 for one in found:
                     one.receipt["recipe"] = digest(recipe)
